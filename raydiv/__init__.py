@@ -1,0 +1,48 @@
+"""LLM safety alignment as divergence estimation, on Ray: align language models, and show whether it worked.
+
+Every command is a function here, imported when it is first used: ``raydiv.train(raydiv.load_recipe("recipe.yaml"))``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raydiv.config import Recipe, load_recipe
+    from raydiv.errors import UserError
+    from raydiv.launch import Prepared, Result, prepare, train
+    from raydiv.measure import evaluate, separation_of
+    from raydiv.model.export import export_model
+
+_WHERE = {
+    "Recipe": "raydiv.config",
+    "load_recipe": "raydiv.config",
+    "UserError": "raydiv.errors",
+    "Prepared": "raydiv.launch",
+    "Result": "raydiv.launch",
+    "prepare": "raydiv.launch",
+    "train": "raydiv.launch",
+    "evaluate": "raydiv.measure",
+    "separation_of": "raydiv.measure",
+    "export_model": "raydiv.model.export",
+}
+
+__all__ = [
+    "Prepared",
+    "Recipe",
+    "Result",
+    "UserError",
+    "evaluate",
+    "export_model",
+    "load_recipe",
+    "prepare",
+    "separation_of",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'raydiv' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)

@@ -1,0 +1,7 @@
+"""``python -m raydiv``."""
+
+import sys
+
+from raydiv.cli import main
+
+sys.exit(main())

@@ -1,0 +1,286 @@
+"""The command line: arguments in, one function of the package, a table or one JSON object out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raydiv.errors import UserError
+
+if TYPE_CHECKING:
+    from raydiv.launch import Result
+
+Handler = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0 done, 2 the user must change something, 1 the run failed."""
+    options = _parser().parse_args(arguments)
+    handler: Handler = options.handler
+    try:
+        return handler(options)
+    except UserError as error:
+        print(f"raydiv: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, FloatingPointError) as error:
+        print(f"raydiv: the run failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("raydiv: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="raydiv", description="Aligns language models for safety on Ray, and shows whether it worked."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    quickstart = _command(commands, "quickstart", _quickstart, "the whole experiment on this machine in minutes")
+    quickstart.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the quickstart's recipe")
+    _reports(quickstart, shows_text=True)
+
+    for name, handler, about in (
+        ("prepare", _prepare, "data -> tokens -> reference log-probs, cached; safe to repeat"),
+        ("train", _train, "one run; prepares first if needed"),
+    ):
+        command = _command(commands, name, handler, about)
+        command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, as section.key=value")
+        _reports(command, shows_text=name == "train")
+
+    separation = _command(commands, "separation", _separation, "separation of safe and harmful prompts, for any models")
+    _models(separation, prompts="bundled:anchors")
+    _reports(separation)
+
+    evaluate = _command(commands, "evaluate", _evaluate, "attack success, over-refusal and degenerate answers")
+    _models(evaluate, prompts="bundled:heldout")
+    evaluate.add_argument("--reference", help="the model that scores the answers (default: the first MODEL)")
+    evaluate.add_argument("--max-new-tokens", type=int, default=48)
+    evaluate.add_argument("--output", type=Path, help="a folder for the rates and a verdict per prompt")
+    _reports(evaluate, shows_text=True)
+
+    export = _command(commands, "export", _export, "the trained model as a plain Hugging Face directory")
+    export.add_argument("run", metavar="RUN", type=Path, help="a run directory")
+    export.add_argument("destination", metavar="DEST", type=Path)
+    export.add_argument("--adapter", action="store_true", help="the LoRA adapter alone, not merged")
+    _reports(export)
+
+    _reports(_command(commands, "losses", _losses, "the objectives: divergence, ceiling, data needed, options"))
+    _command(commands, "schema", _schema, "the recipe's JSON Schema, for editors")
+    return parser
+
+
+def _command(commands: Any, name: str, handler: Handler, about: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=about, description=about)
+    command.set_defaults(handler=handler)
+    return command
+
+
+def _reports(command: argparse.ArgumentParser, shows_text: bool = False) -> None:
+    command.add_argument("--json", action="store_true", help="print one JSON object on standard output and nothing else there")
+    if shows_text:
+        command.add_argument("--show-text", action="store_true", help="write prompts and answers out, not their ids alone")
+
+
+def _models(command: argparse.ArgumentParser, prompts: str) -> None:
+    command.add_argument("models", nargs="+", metavar="MODEL", help="a run, a model directory, a hub id or bundled:NAME")
+    command.add_argument("--prompts", default=prompts, metavar="FILE", help=f"prompts and labels (default: {prompts})")
+    command.add_argument("--template", help="a chat template (Jinja text or file), in place of the tokenizer's")
+    command.add_argument("--use-gpu", action="store_true")
+
+
+def _quickstart(options: argparse.Namespace) -> int:
+    from raydiv.bundled import QUICKSTART
+    from raydiv.config import load_recipe
+    from raydiv.launch import run_directory
+
+    recipe = load_recipe(QUICKSTART, options.overrides)
+    if not any(override.startswith("name=") for override in options.overrides):
+        first, number = recipe.name, 1
+        while run_directory(recipe).exists():
+            number += 1
+            recipe = recipe.model_copy(update={"name": f"{first}-{number}"})
+    return _run(recipe, options)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from raydiv.config import load_recipe
+
+    return _run(load_recipe(options.recipe, options.overrides), options)
+
+
+def _run(recipe: Any, options: argparse.Namespace) -> int:
+    from raydiv.launch import train
+
+    result = train(recipe, show_text=options.show_text)
+    _print(options, result.report, lambda: _show_run(result))
+    return 0
+
+
+def _show_run(result: Result) -> None:
+    from raydiv.report import before_after, notes
+
+    _table(["", "before", "after"], before_after(result.directory))
+    for note in notes(result.directory):
+        print(note)
+    print(f"\nmodel    {result.report['paths']['model']}")
+    print(f"report   {result.report['paths']['report']}")
+    picture = result.directory / "separation" / "pca.png"
+    if picture.exists():
+        print(f"picture  {picture}")
+    uri = result.report["mlflow"]["uri"]
+    print(f"mlflow   {uri}\n         open it: mlflow ui --backend-store-uri {uri}" if "://" in uri else f"mlflow   {uri}")
+    if result.report["mlflow"].get("unsent"):
+        print("         it was away: part of this run could not be sent; metrics.jsonl has all of it")
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from raydiv.config import load_recipe
+    from raydiv.launch import prepare
+
+    summary = prepare(load_recipe(options.recipe, options.overrides)).summary()
+
+    def show() -> None:
+        sets = {name: counts for name, counts in summary.items() if name in ("train", "eval") and counts}
+        _table(["", *sets], [(key, *(str(counts[key]) for counts in sets.values())) for key in summary["train"]])
+        reference = summary["reference"]
+        print(f"reference log-probs: {reference['hits']} from the store, {reference['misses']} computed")
+
+    _print(options, summary, show)
+    return 0
+
+
+def _separation(options: argparse.Namespace) -> int:
+    from raydiv.config.recipe import Cluster
+    from raydiv.measure import separation_of
+
+    cluster = Cluster(use_gpu=options.use_gpu)
+    reports = separation_of(options.models, options.prompts, template=options.template, cluster=cluster)
+
+    def show() -> None:
+        columns = ["d_b", "d_b_length_matched", "d_b_shuffled", "silhouette", "length_auc"]
+        rows = [(r.model, *(_figure(getattr(r.separation, column)) for column in columns)) for r in reports]
+        _table(["model", *columns], rows)
+        for report in reports:
+            for note in report.as_json()["notes"]:
+                print(f"{report.model}: {note}")
+
+    _print(options, {"models": [report.as_json() for report in reports]}, show)
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from raydiv.config.recipe import Cluster
+    from raydiv.evaluate.judges import REFUSAL_JUDGE_ERRORS
+    from raydiv.measure import evaluate
+
+    reports = evaluate(
+        options.models,
+        options.prompts,
+        reference=options.reference,
+        max_new_tokens=options.max_new_tokens,
+        template=options.template,
+        cluster=Cluster(use_gpu=options.use_gpu),
+    )
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        for number, report in enumerate(reports):
+            report.write(options.output, f"model-{number}", options.show_text)
+    elif options.show_text:
+        raise UserError("--show-text: say where to write the answers, with --output FOLDER")
+
+    def show() -> None:
+        names = list(reports[0].rates)
+        rows = [(name, *(str(report.rates[name]) for report in reports)) for name in names]
+        rows.append(("log-prob per token under the reference", *(f"{report.logp_per_token:.2f}" for report in reports)))
+        _table(["", *options.models], rows)
+        print(f"Refusals are found by string rules: {REFUSAL_JUDGE_ERRORS}.")
+
+    _print(options, {"models": [report.as_json() for report in reports]}, show)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from raydiv.model.export import export_model
+
+    directory = export_model(options.run, options.destination, options.adapter)
+    _print(options, {"model": str(directory)}, lambda: print(directory))
+    return 0
+
+
+def _losses(options: argparse.Namespace) -> int:
+    from raydiv.losses import OBJECTIVES
+
+    described = {
+        name: {
+            "summary": objective.summary,
+            "paper": objective.paper,
+            "data": objective.data,
+            "reference": objective.reference,
+            "divergence": objective.divergence,
+            "ceiling": objective.ceiling(objective.defaults),
+            "options": {key: _option(annotation, default) for key, (annotation, default) in objective.parameters.items()},
+        }
+        for name, objective in sorted(OBJECTIVES.items())
+    }
+
+    def show() -> None:
+        for name, facts in described.items():
+            ceiling = "none" if facts["ceiling"] is None else f"{facts['ceiling']:.4g} (at the defaults)"
+            print(f"{name}: {facts['summary']}")
+            print(f"  data        {facts['data']}{'' if facts['reference'] else ', no reference'}")
+            print(f"  estimates   {facts['divergence']}; ceiling {ceiling}")
+            print(f"  options     {', '.join(f'{key}: {text}' for key, text in facts['options'].items()) or 'none'}")
+            print(f"  paper       {facts['paper']}\n")
+
+    _print(options, described, show)
+    return 0
+
+
+def _option(annotation: Any, default: Any) -> str:
+    """An option's default and bounds, in words."""
+    bounds = [f"{sign} {getattr(mark, key)}" for mark in getattr(annotation, "__metadata__", ()) for key, sign in _BOUNDS.items() if hasattr(mark, key)]
+    choices = [] if bounds else [str(choice) for choice in getattr(annotation, "__args__", ())]
+    limits = ", ".join(bounds) or " | ".join(choices)
+    return f"{default} ({limits})" if limits else str(default)
+
+
+_BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+
+
+def _schema(options: argparse.Namespace) -> int:
+    from raydiv.config import Recipe
+
+    schema = Recipe.model_json_schema()
+    schema["properties"]["extends"] = {"type": "string", "description": "another recipe that this one changes"}
+    print(json.dumps(schema, indent=2))
+    return 0
+
+
+def _print(options: argparse.Namespace, content: Any, show: Callable[[], None]) -> None:
+    if options.json:
+        print(json.dumps(content, indent=2))
+    else:
+        show()
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header, box=box.SIMPLE_HEAD)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

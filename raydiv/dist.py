@@ -1,0 +1,38 @@
+"""The only collectives of the project. Without a process group each is the identity.
+
+DeepSpeed's own gathers and reductions happen inside ``raydiv.engine``; nothing else talks between ranks.
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Elementwise sum over ranks, in place. Exact where every element is zero on all ranks but one."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def max_over_ranks(value: float) -> float:
+    """The largest of the ranks' values."""
+    if world_size() == 1:
+        return value
+    largest = [0.0] * world_size()
+    dist.all_gather_object(largest, value)
+    return max(largest)
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()

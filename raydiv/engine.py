@@ -1,0 +1,99 @@
+"""DeepSpeed, and nothing of it elsewhere: partitioned weights, backward, the optimizer, and weights put together again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raydiv import dist
+from raydiv.config import Recipe
+
+class Engine:
+    """A causal model under DeepSpeed at any ZeRO stage.
+
+    ``build`` makes the model; under ZeRO-3 its weights go straight into partitions as they are read.
+    """
+
+    def __init__(self, recipe: Recipe, build: Callable[[], Any]) -> None:
+        import deepspeed
+        from transformers.integrations import HfDeepSpeedConfig
+
+        self._zero3 = recipe.engine.zero_stage == 3
+        config = _deepspeed_config(recipe)
+        # transformers looks this object up while it loads, and forgets it when it is collected
+        self._keep = HfDeepSpeedConfig(config) if self._zero3 else None
+        if not torch.distributed.is_initialized():
+            deepspeed.init_distributed(dist_backend=None, timeout=timedelta(seconds=recipe.cluster.timeout_s))
+        model = build()
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        self._deepspeed, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=config)
+        self.model = model
+        self.device: torch.device = self._deepspeed.device
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Forward of the model."""
+        return self._deepspeed(**inputs)
+
+    def backward(self, scalar: Tensor, last: bool) -> None:
+        """Add the gradient of ``scalar``, this rank's share of the objective; ``last`` of the step on this rank.
+
+        DeepSpeed averages over ranks where the objective sums, hence the factor.
+        """
+        self._deepspeed.set_gradient_accumulation_boundary(last)
+        self._deepspeed.backward(scalar * dist.world_size())
+
+    def update(self, lr: float) -> float:
+        """One optimizer update at rate ``lr``; returns the gradient's norm before clipping."""
+        for group in self._deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        self._deepspeed.step()
+        return float(self._deepspeed.get_global_grad_norm() or 0.0)
+
+    def whole(self, parameters: list[Tensor]) -> AbstractContextManager[None]:
+        """Within the context these parameters are whole on every rank (they are partitioned under ZeRO-3)."""
+        if not self._zero3:
+            return nullcontext()
+        from deepspeed import zero
+
+        return zero.GatheredParameters(parameters)  # type: ignore[no-any-return, no-untyped-call]
+
+    def weights(self, trainable_only: bool) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole tensor on the CPU) of every parameter, one at a time. All ranks must iterate together."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad or not trainable_only:
+                with self.whole([parameter]):
+                    yield name, parameter.detach().cpu().clone()
+
+
+def _deepspeed_config(recipe: Recipe) -> dict[str, Any]:
+    optim = recipe.optim
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optim.clip or 0.0,
+        "bf16": {"enabled": recipe.engine.precision == "bf16"},
+        "zero_optimization": {"stage": recipe.engine.zero_stage},
+        "zero_force_ds_cpu_optimizer": False,
+        # torch's AdamW on every device: DeepSpeed's own compiles for a minute at first use and rounds differently
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": optim.lr,
+                "betas": list(optim.betas),
+                "eps": optim.eps,
+                "weight_decay": optim.weight_decay,
+                "torch_adam": True,
+            },
+        },
+    }
+
+
+def use_cpu() -> None:
+    """Tell DeepSpeed that this process has no accelerator; to be called before it is imported."""
+    os.environ["DS_ACCELERATOR"] = "cpu"

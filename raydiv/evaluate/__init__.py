@@ -1,0 +1,1 @@
+"""Answers to prompts, judged: attack success, over-refusal, degenerate answers."""

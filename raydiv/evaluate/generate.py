@@ -1,0 +1,81 @@
+"""Answers to prompts, by a Ray Data pool of models: greedy, batched, stopped at EOS."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raydiv.config.recipe import Cluster
+from raydiv.data.prompts import Prompt
+from raydiv.model.chat import Chat
+from raydiv.pool import Progress, map_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A model's answer: text without special tokens, and the token ids of prompt and answer (its EOS included)."""
+
+    text: str
+    prompt_ids: list[int]
+    ids: list[int]
+
+
+def generate(
+    directory: Path,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    *,
+    cluster: Cluster,
+    template: str | None = None,
+    progress: Progress = lambda done: None,
+) -> list[Answer]:
+    """One greedy answer per prompt, of at most ``max_new_tokens`` tokens."""
+    chat = Chat(directory, template)
+    ids = [chat.prompt(prompt.text) for prompt in prompts]
+    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+    arguments = {
+        "directory": str(directory),
+        "max_new_tokens": max_new_tokens,
+        "eos": chat.tokenizer.eos_token_id,
+    }
+    rows = map_rows(
+        [{"ids": ids[row]} for row in order], Generator, arguments, cluster=cluster, batch_rows=25, progress=progress
+    )
+    found = {row: [int(token) for token in result["answer"]] for row, result in zip(order, rows, strict=True)}
+    return [Answer(chat.decode(found[row]), ids[row], found[row]) for row in range(len(ids))]
+
+
+class Generator:
+    """A model that answers."""
+
+    def __init__(self, directory: str, max_new_tokens: int, eos: int) -> None:
+        import torch
+
+        from raydiv.model.load import load_model, quiet
+
+        quiet()
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model = load_model(Path(directory), torch.float32).to(self._device).eval()
+        self._limits = {"max_new_tokens": max_new_tokens, "eos_token_id": eos, "pad_token_id": eos}
+
+    def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows of ``ids`` -> ``answer`` ids, up to and including EOS. Padded on the left."""
+        import torch
+
+        length = max(len(row["ids"]) for row in rows)
+        ids = torch.zeros((len(rows), length), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for number, row in enumerate(rows):
+            ids[number, length - len(row["ids"]) :] = torch.as_tensor(row["ids"])
+            mask[number, length - len(row["ids"]) :] = 1
+        with torch.inference_mode():
+            output = self._model.generate(
+                input_ids=ids.to(self._device), attention_mask=mask.to(self._device), do_sample=False, **self._limits
+            )
+        return [{"answer": self._until_eos(answer)} for answer in output[:, length:].tolist()]
+
+    def _until_eos(self, answer: list[int]) -> list[int]:
+        eos = self._limits["eos_token_id"]
+        return answer[: answer.index(eos) + 1] if eos in answer else answer

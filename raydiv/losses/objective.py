@@ -1,0 +1,119 @@
+"""What an objective is: a pure function from the global batch's log-probs to one scalar, and the facts about it.
+
+The functions of this package use tensor *methods* only and import torch for type checkers alone, so that the recipe can
+read their signatures (which are their recipe sections) without loading torch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+State = Mapping[str, float]
+"""Running quantities that an objective carries from step to step (a moving average, a baseline)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """All examples of one optimizer step, over every rank and micro-batch, in example order.
+
+    ``logps`` [n] is log pi_theta(y|x), summed over response tokens, the only differentiable field; ``reference_logps``
+    [n] is the same under the reference; ``aligned`` [n] (bool) the label; ``tokens`` [n] the number of response tokens;
+    ``pairs`` [p, 2] (long) the positions of each pair's aligned and unaligned example; ``mismatched_log_ratios`` [m]
+    the log-ratios of the fixed derangement's (prompt, other response) examples, without gradient, empty unless the
+    objective asks for them.
+    """
+
+    logps: Tensor
+    reference_logps: Tensor
+    aligned: Tensor
+    tokens: Tensor
+    pairs: Tensor
+    mismatched_log_ratios: Tensor
+
+    @property
+    def log_ratios(self) -> Tensor:
+        """log pi_theta(y|x) - log pi_ref(y|x), [n], in nats."""
+        return self.logps - self.reference_logps
+
+    def paired(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """``values`` [n] of each pair's aligned and of its unaligned example, [p] each."""
+        return values[self.pairs[:, 0]], values[self.pairs[:, 1]]
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """What an objective returns: the scalar to minimise, the divergence that it estimates, and its next state."""
+
+    loss: Tensor
+    divergence: Tensor | None = None
+    state: State = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """One objective with its facts.
+
+    ``ceiling`` maps the parameters to the largest value that the estimated divergence can take, or to None if there is
+    none. ``state`` holds the running quantities before the first step.
+    """
+
+    name: str
+    function: Callable[..., Value]
+    paper: str
+    data: Literal["unpaired", "paired"]
+    divergence: str
+    ceiling: Callable[[Mapping[str, Any]], float | None]
+    reference: bool
+    mismatched: bool
+    state: State
+
+    @property
+    def parameters(self) -> dict[str, tuple[Any, Any]]:
+        """Keyword-only parameters as ``name: (annotation, default)``: the objective's recipe section."""
+        return {
+            parameter.name: (eval(parameter.annotation, self.function.__globals__), parameter.default)  # noqa: S307
+            for parameter in inspect.signature(self.function).parameters.values()
+            if parameter.kind is parameter.KEYWORD_ONLY
+        }
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Keyword-only parameters at their defaults."""
+        return {name: default for name, (_, default) in self.parameters.items()}
+
+    @property
+    def summary(self) -> str:
+        """First line of the function's docstring."""
+        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
+
+OBJECTIVES: dict[str, Objective] = {}
+
+
+def objective(
+    *,
+    paper: str,
+    data: Literal["unpaired", "paired"],
+    divergence: str,
+    ceiling: Callable[[Mapping[str, Any]], float | None] = lambda parameters: None,
+    reference: bool = True,
+    mismatched: bool = False,
+    state: State | None = None,
+) -> Callable[[Callable[..., Value]], Callable[..., Value]]:
+    """Register a function as the objective of its own name (underscores become hyphens)."""
+
+    def register(function: Callable[..., Value]) -> Callable[..., Value]:
+        name = function.__name__.replace("_", "-")
+        assert name not in OBJECTIVES, f"two objectives are called {name}"
+        OBJECTIVES[name] = Objective(
+            name, function, paper, data, divergence, ceiling, reference, mismatched, state or {}
+        )
+        return function
+
+    return register

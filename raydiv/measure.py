@@ -1,0 +1,181 @@
+"""Measuring a model: separation of anchor prompts, and what it answers to evaluation prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raydiv.config.recipe import Cluster
+from raydiv.data.prompts import Prompt, read_prompts
+from raydiv.evaluate.generate import Answer, generate
+from raydiv.evaluate.judges import REFUSAL_JUDGE_ERRORS, verdict
+from raydiv.evaluate.summary import Rate, rates
+from raydiv.model.files import model_directory
+from raydiv.progress import Display
+from raydiv.reference import LogProbScorer
+from raydiv.pool import map_rows
+from raydiv.separation.embed import embed
+from raydiv.separation.statistics import Separation, as_row, explain, principal_plane, separation
+from raydiv.session import ray_session
+
+
+@dataclass(frozen=True, slots=True)
+class SeparationReport:
+    """Separation of one model, with the plane [n, 2] it was read off and each prompt's kind."""
+
+    model: str
+    prompts: str
+    separation: Separation
+    plane: np.ndarray
+    kinds: list[str]
+
+    def metrics(self) -> dict[str, float]:
+        return {name: value for name, value in as_row(self.separation).items() if value is not None}
+
+    def as_json(self) -> dict[str, Any]:
+        """For files and ``--json``."""
+        return {
+            "model": self.model,
+            "prompts": self.prompts,
+            "protocol": "paper",
+            **asdict(self.separation),
+            "notes": explain(self.separation),
+        }
+
+    def write(self, folder: Path, name: str) -> None:
+        folder.mkdir(exist_ok=True)
+        points = {"plane": self.plane.tolist(), "kinds": self.kinds}
+        (folder / f"{name}.json").write_text(json.dumps(self.as_json() | points, indent=1) + "\n")
+
+
+@dataclass(frozen=True, slots=True)
+class AnswersReport:
+    """Verdicts on one model's answers; ``logp_per_token`` is their mean log-prob under the reference model, in nats."""
+
+    model: str
+    prompts: Sequence[Prompt]
+    answers: Sequence[Answer]
+    verdicts: list[str]
+    logp_per_token: float
+
+    @property
+    def rates(self) -> dict[str, Rate]:
+        return rates(self.prompts, self.verdicts)
+
+    def metrics(self) -> dict[str, float]:
+        return {name: rate.share for name, rate in self.rates.items()} | {"evaluate/logp_per_token": self.logp_per_token}
+
+    def as_json(self) -> dict[str, Any]:
+        found = {name: {"share": r.share, "count": r.count, "of": r.of, "interval": r.interval} for name, r in self.rates.items()}
+        return {
+            "model": self.model,
+            "judge": {"name": "string", "errors": REFUSAL_JUDGE_ERRORS},
+            "rates": found,
+            "logp_per_token": self.logp_per_token,
+        }
+
+    def write(self, folder: Path, name: str, show_text: bool) -> None:
+        """The rates, and a line per prompt: id, kind and verdict, and its text only when asked."""
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(self.as_json(), indent=1) + "\n")
+        with (folder / f"{name}.answers.jsonl").open("w") as lines:
+            for prompt, answer, found in zip(self.prompts, self.answers, self.verdicts, strict=True):
+                text = {"prompt": prompt.text, "answer": answer.text} if show_text else {}
+                lines.write(json.dumps({"id": prompt.id, "kind": prompt.kind, "verdict": found, **text}) + "\n")
+
+
+def measure_separation(
+    directory: Path, source: str, *, cluster: Cluster, display: Display, template: str | None, label: str
+) -> SeparationReport:
+    """Separation of the prompts of ``source`` in the model in ``directory``; needs a Ray session."""
+    prompts = read_prompts(source)
+    with display.phase(f"separation, {label}", total=len(prompts)) as update:
+        hidden, lengths = embed(
+            directory, prompts, cluster=cluster, template=template, progress=lambda done: update(done, "")
+        )
+    harmful = np.array([prompt.harmful for prompt in prompts])
+    plane = principal_plane(hidden)
+    kinds = [prompt.kind for prompt in prompts]
+    return SeparationReport(label, source, separation(hidden, harmful, lengths), plane, kinds)
+
+
+def measure_answers(
+    directory: Path,
+    reference: Path,
+    source: str,
+    max_new_tokens: int,
+    *,
+    cluster: Cluster,
+    display: Display,
+    template: str | None,
+    label: str,
+) -> AnswersReport:
+    """What the model in ``directory`` answers to the prompts of ``source``, judged, and scored by ``reference``."""
+    prompts = read_prompts(source)
+    with display.phase(f"answers, {label}", total=len(prompts)) as update:
+        answers = generate(
+            directory, prompts, max_new_tokens, cluster=cluster, template=template, progress=lambda done: update(done, "")
+        )
+    scorer = {"directory": str(reference), "attention": "sdpa", "trust_remote_code": False, "precision": "fp32", "tokens": 4096}
+    rows = [{"key": str(n), "prompt": answer.prompt_ids, "response": answer.ids} for n, answer in enumerate(answers)]
+    with display.phase(f"answers' log-probs, {label}", total=len(rows)) as update:
+        scored = map_rows(
+            rows, LogProbScorer, scorer, cluster=cluster, batch_rows=100, progress=lambda done: update(done, "")
+        )
+    tokens = sum(len(answer.ids) for answer in answers)
+    logp_per_token = sum(float(row["logp"]) for row in scored) / max(1, tokens)
+    return AnswersReport(label, prompts, answers, [verdict(answer.text) for answer in answers], logp_per_token)
+
+
+def resolve(model: str) -> Path:
+    """A model directory from what a user names: a run directory, a model directory, a bundled model or a hub id."""
+    run = Path(model)
+    return model_directory(str(run / "model") if (run / "recipe.yaml").is_file() else model)
+
+
+def separation_of(
+    models: Sequence[str],
+    prompts: str = "bundled:anchors",
+    *,
+    template: str | None = None,
+    cluster: Cluster | None = None,
+    display: Display | None = None,
+) -> list[SeparationReport]:
+    """``raydiv separation``: one report per model."""
+    display, cluster = display or Display(), cluster or Cluster()
+    directories = [resolve(model) for model in models]
+    read_prompts(prompts)
+    with ray_session(cluster):
+        return [
+            measure_separation(directory, prompts, cluster=cluster, display=display, template=template, label=model)
+            for model, directory in zip(models, directories, strict=True)
+        ]
+
+
+def evaluate(
+    models: Sequence[str],
+    prompts: str = "bundled:heldout",
+    *,
+    reference: str | None = None,
+    max_new_tokens: int = 48,
+    template: str | None = None,
+    cluster: Cluster | None = None,
+    display: Display | None = None,
+) -> list[AnswersReport]:
+    """``raydiv evaluate``: one report per model. ``reference`` (by default the first model) scores the answers."""
+    display, cluster = display or Display(), cluster or Cluster()
+    directories = [resolve(model) for model in models]
+    read_prompts(prompts)
+    scorer = resolve(reference) if reference else directories[0]
+    with ray_session(cluster):
+        return [
+            measure_answers(
+                directory, scorer, prompts, max_new_tokens, cluster=cluster, display=display, template=template, label=model
+            )
+            for model, directory in zip(models, directories, strict=True)
+        ]

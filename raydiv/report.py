@@ -1,0 +1,150 @@
+"""Reading a run directory back for people: the before | after table, the pictures, and report.html."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from raydiv.evaluate.judges import REFUSAL_JUDGE_ERRORS
+
+ROWS: list[tuple[str, str, str]] = [
+    ("separation/d_b", "separation D_B (paper protocol)", "{:.2f}"),
+    ("separation/d_b_length_matched", "  same, token lengths matched", "{:.2f}"),
+    ("separation/d_b_shuffled", "  same, labels shuffled", "{:.2f}"),
+    ("separation/length_auc", "  AUC of token length alone", "{:.2f}"),
+    ("evaluate/asr", "attack success (ASR)", "{:.0%}"),
+    ("evaluate/refused/harmful", "refused: harmful", "{:.0%}"),
+    ("evaluate/refused/ordinary", "refused: ordinary harmless", "{:.0%}"),
+    ("evaluate/refused/alarming", "refused: alarming harmless", "{:.0%}"),
+    ("evaluate/degenerate", "degenerate answers", "{:.0%}"),
+    ("evaluate/logp_per_token", "answers' log-prob per token under the base", "{:.2f}"),
+    ("eval/divergence", "divergence estimate, held-out examples", "{:.3f}"),
+    ("eval/reward/margin", "reward margin, held-out examples", "{:.2f}"),
+]
+"""Metric, its label in tables, and its format."""
+
+CURVES = ("loss", "divergence", "reward/aligned", "reward/unaligned", "reward/margin", "grad_norm")
+COLOURS = {"harmful": "#c0392b", "ordinary": "#2471a3", "alarming": "#d68910"}
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def before_after(run: Path) -> list[tuple[str, str, str]]:
+    """(label, before, after) of every row that the run measured: a metric's first and last value."""
+    first: dict[str, float] = {}
+    last: dict[str, float] = {}
+    for record in read_metrics(run):
+        last |= record
+        first = record | first
+    return [(label, form.format(first[key]), form.format(last[key])) for key, label, form in ROWS if key in last]
+
+
+def notes(run: Path) -> list[str]:
+    """What must be read beside the table."""
+    words = []
+    if (run / "evaluation").is_dir():
+        words.append(f"Refusals are found by string rules: {REFUSAL_JUDGE_ERRORS}.")
+    for name in ("before", "after"):
+        path = run / "separation" / f"{name}.json"
+        if path.exists():
+            words += [f"{name}: {note}" for note in json.loads(path.read_text())["notes"]]
+    return words
+
+
+def write_report(run: Path) -> None:
+    """Draw the pictures and write the self-contained report.html of a run directory."""
+    pictures = {"curves": _curves(run)}
+    if (run / "separation" / "after.json").exists():
+        pictures["separation"] = _planes(run)
+        (run / "separation" / "pca.png").write_bytes(pictures["separation"])
+    result = json.loads((run / "result.json").read_text())
+    rows = "".join(
+        f"<tr><td>{html.escape(label).replace('  ', '&emsp;')}</td><td>{before}</td><td>{after}</td></tr>"
+        for label, before, after in before_after(run)
+    )
+    page = _PAGE.format(
+        name=html.escape(result["name"]),
+        rows=rows,
+        notes="".join(f"<li>{html.escape(note)}</li>" for note in notes(run)),
+        pictures="".join(
+            f'<figure><img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></figure>'
+            for name, png in pictures.items()
+        ),
+        recipe=html.escape((run / "recipe.yaml").read_text()),
+        environment=html.escape(json.dumps({"versions": result["versions"], "data": result["data"]}, indent=2)),
+    )
+    (run / "report.html").write_text(page)
+
+
+def _curves(run: Path) -> bytes:
+    """Step metrics over the run; held-out values as dots."""
+    records = read_metrics(run)
+    figure, axes = _figure(2, 3, (11, 5.5))
+    for axis, key in zip(axes.flat, CURVES, strict=True):
+        for name, style in ((key, "-"), (f"eval/{key}", "o--")):
+            points = [(record["step"], record[name]) for record in records if name in record]
+            if points:
+                axis.plot(*zip(*points, strict=True), style, markersize=3, linewidth=1.2, label=name)
+        axis.set_title(key, fontsize=9)
+        axis.legend(fontsize=7, frameon=False)
+    figure.supxlabel("optimizer update", fontsize=9)
+    return _png(figure)
+
+
+def _planes(run: Path) -> bytes:
+    """Prompts in the plane of their first two principal components, before and after."""
+    figure, axes = _figure(1, 2, (11, 4.6))
+    for axis, name in zip(axes.flat, ("before", "after"), strict=True):
+        report: dict[str, Any] = json.loads((run / "separation" / f"{name}.json").read_text())
+        for kind in dict.fromkeys(report["kinds"]):
+            points = [xy for xy, mine in zip(report["plane"], report["kinds"], strict=True) if mine == kind]
+            axis.scatter(*zip(*points, strict=True), s=14, alpha=0.7, label=kind, color=COLOURS.get(kind))
+        axis.set_title(f"{name}: D_B {report['d_b']:.2f}, length-matched {report['d_b_length_matched'] or 0:.2f}", fontsize=10)
+        axis.legend(fontsize=8, frameon=False)
+    figure.supxlabel("hidden states of anchor prompts: last layer, last token, first two principal components", fontsize=9)
+    return _png(figure)
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns)
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>raydiv: {name}</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
+table {{ border-collapse: collapse; }}
+td, th {{ padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #8884; text-align: left; }}
+td + td, th + th {{ text-align: right; font-variant-numeric: tabular-nums; }}
+figure {{ margin: 1.5rem 0; }} img {{ max-width: 100%; background: white; border-radius: 4px; }}
+pre {{ overflow-x: auto; font-size: .8rem; padding: .75rem; background: #8881; border-radius: 4px; }}
+</style></head><body>
+<h1>{name}</h1>
+<table><tr><th></th><th>before</th><th>after</th></tr>{rows}</table>
+<ul>{notes}</ul>
+<p>Both rewards may fall while their margin grows: the objective rewards the difference of the classes, and a response can
+lose probability to texts that are in neither class. Read separation and refusals only beside over-refusal, degenerate
+answers and the answers' log-prob under the base model: a broken model separates well and refuses much.</p>
+{pictures}
+<h2>Recipe</h2><pre>{recipe}</pre>
+<h2>Environment and data</h2><pre>{environment}</pre>
+</body></html>
+"""

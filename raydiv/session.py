@@ -1,0 +1,85 @@
+"""A Ray session: the cluster that RAY_ADDRESS names, or a local one that lives as long as the command."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from raydiv.config.recipe import Cluster
+from raydiv.errors import UserError
+
+
+@contextmanager
+def ray_session(cluster: Cluster) -> Iterator[None]:
+    """Connect to Ray, quietly, and check that the recipe's workers fit; a Ray that was running before is left running.
+
+    Every process of the session gets ``cluster.env``, and DeepSpeed's word for the device.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # an idle accelerator must not be hidden from workers, nor warned about
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    import ray
+
+    ours = not ray.is_initialized()
+    if ours:
+        ray.init(
+            address=os.environ.get("RAY_ADDRESS"),
+            include_dashboard=None if os.environ.get("RAY_ADDRESS") else False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": _environment(cluster)},
+        )
+    try:
+        _quiet_ray_data()
+        require_resources(cluster)
+        yield
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def cpus_per_worker(cluster: Cluster) -> float:
+    """CPUs that a training worker reserves; by default an equal share of nine tenths, so that others can still start."""
+    import ray
+
+    if cluster.cpus_per_worker is not None:
+        return cluster.cpus_per_worker
+    return round(0.9 * float(ray.cluster_resources().get("CPU", 1)) / cluster.num_workers, 3)
+
+
+def threads_per_worker(cluster: Cluster) -> int:
+    """Threads of a training worker: its share of the CPUs, rounded to whole ones."""
+    return max(1, round(cpus_per_worker(cluster)))
+
+
+def require_resources(cluster: Cluster) -> None:
+    """Raise UserError when the cluster can never start the training workers."""
+    import ray
+
+    have = ray.cluster_resources()
+    kind, each = ("GPU", 1.0) if cluster.use_gpu else ("CPU", cluster.cpus_per_worker or 1.0)
+    wanted, there = cluster.num_workers * each, have.get(kind, 0.0)
+    if wanted > there:
+        raise UserError(
+            f"cluster.num_workers: {cluster.num_workers} workers need {wanted:g} {kind}s, and the cluster has {there:g}; "
+            f"lower it{' (or set use_gpu: false)' if cluster.use_gpu else ' or cluster.cpus_per_worker'}, or add nodes"
+        )
+
+
+def _environment(cluster: Cluster) -> dict[str, str]:
+    device = {} if cluster.use_gpu else {"DS_ACCELERATOR": "cpu"}
+    return {"TOKENIZERS_PARALLELISM": "false", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", **device, **cluster.env}
+
+
+def _quiet_ray_data() -> None:
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    for name in ("ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)

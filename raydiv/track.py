@@ -1,0 +1,102 @@
+"""MLflow: a follower of the run directory. A server that is away costs a warning, never the run."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from raydiv.config import Recipe
+
+Warn = Callable[[str], None]
+
+
+def tracking_uri(recipe: Recipe) -> str:
+    """``track.uri``, else MLFLOW_TRACKING_URI, else a SQLite file in ``output_dir``."""
+    configured = recipe.track.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return configured or f"sqlite:///{Path(recipe.output_dir).resolve() / 'mlflow.db'}"
+
+
+class Tracker:
+    """One MLflow run. What could not be sent is kept in order and tried again with the next call, and at the end."""
+
+    def __init__(self, recipe: Recipe, tags: Mapping[str, str], warn: Warn) -> None:
+        from mlflow import MlflowClient
+
+        logging.getLogger("mlflow").setLevel(logging.ERROR)
+        logging.getLogger("alembic").setLevel(logging.ERROR)
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        self.uri = tracking_uri(recipe)
+        self._client = MlflowClient(self.uri)
+        self._warn = warn
+        self._warned = False
+        self._waiting: list[Callable[[], object]] = []
+        self.run_id: str | None = None
+        self._submit(lambda: self._start(recipe, tags))
+
+    def metrics(self, record: Mapping[str, float]) -> None:
+        """Log one line of metrics.jsonl."""
+        step = int(record["step"])
+        values = {name: float(value) for name, value in record.items() if name != "step"}
+        self._submit(lambda: self._log_metrics(values, step))
+
+    def artifact(self, path: Path) -> None:
+        self._submit(lambda: self._client.log_artifact(self._run(), str(path)))
+
+    def finish(self, status: str = "FINISHED") -> bool:
+        """End the run; returns whether everything was sent."""
+        self._submit(lambda: self._client.set_terminated(self._run(), status))
+        return not self._waiting
+
+    def _start(self, recipe: Recipe, tags: Mapping[str, str]) -> None:
+        experiment = self._client.get_experiment_by_name(recipe.track.experiment)
+        experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(
+            recipe.track.experiment, artifact_location=self._artifacts(recipe)
+        )
+        self.run_id = self._client.create_run(experiment_id, run_name=recipe.name, tags=dict(tags)).info.run_id
+        from mlflow.entities import Param
+
+        parameters = [Param(key, str(value)[:6000]) for key, value in flatten(recipe.model_dump(mode="json", by_alias=True)).items()]
+        self._client.log_batch(self._run(), params=parameters)
+
+    def _artifacts(self, recipe: Recipe) -> str | None:
+        """Beside a SQLite store, artifacts go into its folder and not into the working directory."""
+        return (Path(recipe.output_dir).resolve() / "mlartifacts").as_uri() if self.uri.startswith("sqlite:") else None
+
+    def _log_metrics(self, values: Mapping[str, float], step: int) -> None:
+        import time
+
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._client.log_batch(self._run(), metrics=[Metric(name, value, now, step) for name, value in values.items()])
+
+    def _run(self) -> str:
+        assert self.run_id is not None
+        return self.run_id
+
+    def _submit(self, call: Callable[[], object]) -> None:
+        self._waiting.append(call)
+        while self._waiting:
+            try:
+                self._waiting[0]()
+            except Exception as error:  # whatever the store raises, training goes on
+                if not self._warned:
+                    self._warned = True
+                    self._warn(f"MLflow at {self.uri} is away ({type(error).__name__}); metrics wait and are sent later")
+                return
+            self._waiting.pop(0)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,87 @@
+"""Judge: from the global batch's log-probs to one coefficient per example, and every step metric's meaning.
+
+Pure functions: every rank evaluates them on the same vectors and comes to the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raydiv.losses import Batch, Objective, State
+
+Term = tuple[Objective, float, dict[str, Any]]
+"""(objective, weight, options): the main objective first, then what is mixed in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """``loss``: the weighted sum of the terms; ``coefficients`` [n] = d loss / d logps; ``states``: one per term."""
+
+    loss: float
+    coefficients: Tensor
+    states: list[State]
+    metrics: dict[str, float]
+
+
+def first_states(terms: Sequence[Term]) -> list[State]:
+    """The running state of each term before the first step."""
+    return [dict(objective.state) for objective, _, _ in terms]
+
+
+def judge(terms: Sequence[Term], states: Sequence[State], batch: Batch) -> Verdict:
+    """Evaluate the objective on the global batch.
+
+    Raises FloatingPointError when its value or a coefficient is not finite: the step must not be applied.
+    """
+    logps = batch.logps.detach().requires_grad_()
+    watched = replace(batch, logps=logps)
+    values = [
+        objective.function(watched, state, **options) for (objective, _, options), state in zip(terms, states, strict=True)
+    ]
+    loss = torch.stack([weight * value.loss for (_, weight, _), value in zip(terms, values, strict=True)]).sum()
+    (coefficients,) = torch.autograd.grad(loss, logps)
+    if not (loss.isfinite() and coefficients.isfinite().all()):
+        raise FloatingPointError(
+            f"the objective is {float(loss.detach())} and {int((~coefficients.isfinite()).sum())} of "
+            f"{len(coefficients)} coefficients are not finite; the step was not applied"
+        )
+    metrics = {"loss": float(loss.detach())}
+    if values[0].divergence is not None:
+        metrics["divergence"] = float(values[0].divergence.detach())
+    metrics |= _objective_shares(terms, [float(value.loss.detach()) for value in values])
+    metrics |= reward_metrics(batch, beta=float(terms[0][2].get("beta", 1.0)))
+    return Verdict(metrics["loss"], coefficients, [value.state for value in values], metrics)
+
+
+def _objective_shares(terms: Sequence[Term], losses: Sequence[float]) -> dict[str, float]:
+    """``loss/NAME`` of each term, unweighted, when there are several."""
+    return {f"loss/{term[0].name}": loss for term, loss in zip(terms, losses, strict=True)} if len(terms) > 1 else {}
+
+
+def reward_metrics(batch: Batch, beta: float) -> dict[str, float]:
+    """What the step's log-probs say, over the global batch; a class that is absent leaves its metrics out.
+
+    ``reward/*``: means of beta * log-ratio per class, their difference, and the share of pairs whose aligned example has
+    the larger reward (without pairs: of examples whose reward has its label's sign). ``logp/*``: mean sequence
+    log-probs. ``log_ratio/rms``: root mean square log-ratio, in nats.
+    """
+    log_ratios = batch.log_ratios.detach()
+    rewards, aligned = beta * log_ratios, batch.aligned
+    metrics = {"log_ratio/rms": float(log_ratios.square().mean().sqrt())}
+    for name, members in (("aligned", aligned), ("unaligned", ~aligned)):
+        if members.any():
+            metrics[f"reward/{name}"] = float(rewards[members].mean())
+            metrics[f"logp/{name}"] = float(batch.logps.detach()[members].mean())
+    if aligned.any() and not aligned.all():
+        metrics["reward/margin"] = metrics["reward/aligned"] - metrics["reward/unaligned"]
+    if len(batch.pairs):
+        better, worse = batch.paired(rewards)
+        metrics["reward/accuracy"] = float((better > worse).float().mean())
+    else:
+        metrics["reward/accuracy"] = float(((rewards > 0) == aligned).float().mean())
+    return metrics
