@@ -201,12 +201,13 @@ def _report_failure(fit: Callable[[], Any]) -> None:
     try:
         fit()
     except TrainingFailedError as error:
-        causes = list(getattr(error, "worker_failures", {}).values())
-        for cause in causes:
-            for inner in (cause, getattr(cause, "cause", None)):
-                if isinstance(inner, UserError):
-                    raise UserError(str(inner)) from None
-        raise RuntimeError(str(causes[0] if causes else error)) from error
+        failures = dict(getattr(error, "worker_failures", {}))
+        for rank, failure in failures.items():
+            cause = getattr(failure, "cause", failure)
+            if isinstance(cause, UserError):
+                raise UserError(str(cause)) from None
+            raise RuntimeError(f"training worker {rank}: {type(cause).__name__}: {cause}") from error
+        raise RuntimeError(f"training: {error}") from error
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,13 +27,15 @@ def ray_session(cluster: Cluster) -> Iterator[None]:
 
     ours = not ray.is_initialized()
     if ours:
-        ray.init(
-            address=os.environ.get("RAY_ADDRESS"),
-            include_dashboard=None if os.environ.get("RAY_ADDRESS") else False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={"env_vars": _environment(cluster)},
-        )
+        address = os.environ.get("RAY_ADDRESS")
+        with _core_log_silenced():
+            ray.init(
+                address=address,
+                include_dashboard=None if address else False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env={"env_vars": _environment(cluster)},
+            )
     try:
         _quiet_ray_data()
         require_resources(cluster)
@@ -68,6 +71,25 @@ def require_resources(cluster: Cluster) -> None:
             f"cluster.num_workers: {cluster.num_workers} workers need {wanted:g} {kind}s, and the cluster has {there:g}; "
             f"lower it{' (or set use_gpu: false)' if cluster.use_gpu else ' or cluster.cpus_per_worker'}, or add nodes"
         )
+
+
+@contextmanager
+def _core_log_silenced() -> Iterator[None]:
+    """Keep notes of Ray's C++ core to its own developers off the terminal; what fails is raised all the same.
+
+    The core announces the log level that it is given, hence the redirection.
+    """
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    sys.stderr.flush()
+    saved = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
 
 
 def _environment(cluster: Cluster) -> dict[str, str]:

@@ -55,11 +55,11 @@ def prepare_data(recipe: Recipe, directory: Path, progress: Progress = lambda do
     """
     train, held_out = split_examples(recipe)
     chat = Chat(directory, recipe.data.template)
-    prepared = _tokenized(recipe, directory, chat, train, progress)
-    _require(recipe, prepared, recipe.data.train)
-    if not held_out:
-        return PreparedData(prepared, None)
-    return PreparedData(prepared, _tokenized(recipe, directory, chat, held_out, progress))
+    prepared = [_Set(recipe, chat, examples) for examples in (train, held_out) if examples]
+    _tokenize([one for one in prepared if not one.folder.is_dir()], recipe, directory, progress)
+    sets = [one.read() for one in prepared]
+    _require(recipe, sets[0], recipe.data.train)
+    return PreparedData(sets[0], sets[1] if held_out else None)
 
 
 def split_examples(recipe: Recipe) -> tuple[list[Example], list[Example]]:
@@ -92,27 +92,43 @@ def _require(recipe: Recipe, prepared: PreparedSet, source: str) -> None:
         )
 
 
-def _tokenized(
-    recipe: Recipe, directory: Path, chat: Chat, examples: Sequence[Example], progress: Progress
-) -> PreparedSet:
-    lengths = {"max_prompt_length": recipe.batch.max_prompt_length, "max_length": recipe.batch.max_length}
-    content = [(e.prompt, e.response, e.aligned, e.harmful, e.pair) for e in examples]
-    folder = cache_dir("prepared") / digest(chat.fingerprint, lengths, content)
-    if not folder.is_dir():
-        pairs = _pair_numbers(examples)
-        rows = [{"prompt": example.prompt, "response": example.response} for example in examples]
-        arguments = {"directory": str(directory), "template": recipe.data.template, **lengths}
-        done = map_rows(
-            rows, Tokenizer, arguments, cluster=recipe.cluster, batch_rows=1000, progress=progress, model=False
-        )
-        ids = [(row["prompt"], row["response"]) for row in done]
-        tokens = TokenizedExamples.from_ids(ids, [example.aligned for example in examples], pairs)
-        with atomic(folder) as temporary:
+class _Set:
+    """Examples that are tokenised together, and the cache folder that their content names."""
+
+    def __init__(self, recipe: Recipe, chat: Chat, examples: Sequence[Example]) -> None:
+        self.examples = examples
+        self.pairs = _pair_numbers(examples)
+        content = [(e.prompt, e.response, e.aligned, e.harmful, e.pair) for e in examples]
+        self.folder = cache_dir("prepared") / digest(chat.fingerprint, _lengths(recipe), content)
+
+    def write(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Keep the tokenised rows."""
+        ids = [(row["prompt"], row["response"]) for row in rows]
+        tokens = TokenizedExamples.from_ids(ids, [example.aligned for example in self.examples], self.pairs)
+        with atomic(self.folder) as temporary:
             temporary.mkdir()
             tokens.write(temporary / "tokens.parquet")
-            (temporary / "counts.json").write_text(json.dumps(asdict(_count(examples, tokens, done))))
-    counts = Counts(**json.loads((folder / "counts.json").read_text()))
-    return PreparedSet(TokenizedExamples.read(folder / "tokens.parquet"), counts)
+            (temporary / "counts.json").write_text(json.dumps(asdict(_count(self.examples, tokens, rows))))
+
+    def read(self) -> PreparedSet:
+        counts = Counts(**json.loads((self.folder / "counts.json").read_text()))
+        return PreparedSet(TokenizedExamples.read(self.folder / "tokens.parquet"), counts)
+
+
+def _lengths(recipe: Recipe) -> dict[str, int]:
+    return {"max_prompt_length": recipe.batch.max_prompt_length, "max_length": recipe.batch.max_length}
+
+
+def _tokenize(sets: Sequence[_Set], recipe: Recipe, directory: Path, progress: Progress) -> None:
+    """Tokenise the sets in one pass over one pool, and write each."""
+    rows = [{"prompt": example.prompt, "response": example.response} for one in sets for example in one.examples]
+    if not rows:
+        return
+    arguments = {"directory": str(directory), "template": recipe.data.template, **_lengths(recipe)}
+    done = map_rows(rows, Tokenizer, arguments, cluster=recipe.cluster, batch_rows=1000, progress=progress, model=False)
+    for one in sets:
+        one.write(done[: len(one.examples)])
+        done = done[len(one.examples) :]
 
 
 def _pair_numbers(examples: Sequence[Example]) -> list[int]:

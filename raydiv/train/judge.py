@@ -52,7 +52,7 @@ def judge(terms: Sequence[Term], states: Sequence[State], batch: Batch) -> Verdi
         )
     metrics = {"loss": float(loss.detach())}
     if values[0].divergence is not None:
-        metrics["divergence"] = float(values[0].divergence.detach())
+        metrics["divergence"] = float(values[0].divergence.detach()) + 0.0  # -0.0 becomes 0.0
     metrics |= _objective_shares(terms, [float(value.loss.detach()) for value in values])
     metrics |= reward_metrics(batch, beta=float(terms[0][2].get("beta", 1.0)))
     return Verdict(metrics["loss"], coefficients, [value.state for value in values], metrics)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,5 +165,4 @@ def worker_entry(config: dict[str, Any]) -> None:
     import ray
 
     torch.set_num_threads(int(config["threads"]))
-    os.environ.update(config["env"])
     run_worker(ray.get(config["given"]))
