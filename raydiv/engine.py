@@ -72,6 +72,11 @@ class Engine:
                 with self.whole([parameter]):
                     yield name, parameter.detach().cpu().clone()
 
+    def close(self) -> None:
+        """Let go of hooks and buffers, for a process that builds another engine."""
+        self._deepspeed.destroy()
+        self._keep = None
+
 
 def _deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     optim = recipe.optim
