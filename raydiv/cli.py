@@ -50,7 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = _command(commands, name, handler, about)
         command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, as section.key=value")
+        command.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="changes to the recipe, as section.key=value"
+        )
         _reports(command, shows_text=name == "train")
 
     separation = _command(commands, "separation", _separation, "separation of safe and harmful prompts, for any models")
@@ -82,13 +84,19 @@ def _command(commands: Any, name: str, handler: Handler, about: str) -> argparse
 
 
 def _reports(command: argparse.ArgumentParser, shows_text: bool = False) -> None:
-    command.add_argument("--json", action="store_true", help="print one JSON object on standard output and nothing else there")
+    command.add_argument(
+        "--json", action="store_true", help="print one JSON object on standard output and nothing else there"
+    )
     if shows_text:
-        command.add_argument("--show-text", action="store_true", help="write prompts and answers out, not their ids alone")
+        command.add_argument(
+            "--show-text", action="store_true", help="write prompts and answers out, not their ids alone"
+        )
 
 
 def _models(command: argparse.ArgumentParser, prompts: str) -> None:
-    command.add_argument("models", nargs="+", metavar="MODEL", help="a run, a model directory, a hub id or bundled:NAME")
+    command.add_argument(
+        "models", nargs="+", metavar="MODEL", help="a run, a model directory, a hub id or bundled:NAME"
+    )
     command.add_argument("--prompts", default=prompts, metavar="FILE", help=f"prompts and labels (default: {prompts})")
     command.add_argument("--template", help="a chat template (Jinja text or file), in place of the tokenizer's")
     command.add_argument("--use-gpu", action="store_true")
@@ -134,7 +142,9 @@ def _show_run(result: Result) -> None:
     if picture.exists():
         print(f"picture  {picture}")
     uri = result.report["mlflow"]["uri"]
-    print(f"mlflow   {uri}\n         open it: mlflow ui --backend-store-uri {uri}" if "://" in uri else f"mlflow   {uri}")
+    print(
+        f"mlflow   {uri}\n         open it: mlflow ui --backend-store-uri {uri}" if "://" in uri else f"mlflow   {uri}"
+    )
     if result.report["mlflow"].get("unsent"):
         print("         it was away: part of this run could not be sent; metrics.jsonl has all of it")
 
@@ -216,7 +226,7 @@ def _export(options: argparse.Namespace) -> int:
 def _losses(options: argparse.Namespace) -> int:
     from raydiv.losses import OBJECTIVES
 
-    described = {
+    described: dict[str, dict[str, Any]] = {
         name: {
             "summary": objective.summary,
             "paper": objective.paper,
@@ -224,7 +234,9 @@ def _losses(options: argparse.Namespace) -> int:
             "reference": objective.reference,
             "divergence": objective.divergence,
             "ceiling": objective.ceiling(objective.defaults),
-            "options": {key: _option(annotation, default) for key, (annotation, default) in objective.parameters.items()},
+            "options": {
+                key: _option(annotation, default) for key, (annotation, default) in objective.parameters.items()
+            },
         }
         for name, objective in sorted(OBJECTIVES.items())
     }
@@ -244,7 +256,12 @@ def _losses(options: argparse.Namespace) -> int:
 
 def _option(annotation: Any, default: Any) -> str:
     """An option's default and bounds, in words."""
-    bounds = [f"{sign} {getattr(mark, key)}" for mark in getattr(annotation, "__metadata__", ()) for key, sign in _BOUNDS.items() if hasattr(mark, key)]
+    bounds = [
+        f"{sign} {getattr(mark, key)}"
+        for mark in getattr(annotation, "__metadata__", ())
+        for key, sign in _BOUNDS.items()
+        if hasattr(mark, key)
+    ]
     choices = [] if bounds else [str(choice) for choice in getattr(annotation, "__args__", ())]
     limits = ", ".join(bounds) or " | ".join(choices)
     return f"{default} ({limits})" if limits else str(default)

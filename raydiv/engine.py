@@ -13,6 +13,7 @@ from torch import Tensor
 from raydiv import dist
 from raydiv.config import Recipe
 
+
 class Engine:
     """A causal model under DeepSpeed at any ZeRO stage.
 
@@ -63,7 +64,7 @@ class Engine:
             return nullcontext()
         from deepspeed import zero
 
-        return zero.GatheredParameters(parameters)  # type: ignore[no-any-return, no-untyped-call]
+        return zero.GatheredParameters(parameters)  # type: ignore[no-any-return]
 
     def weights(self, trainable_only: bool) -> Iterator[tuple[str, Tensor]]:
         """(name, whole tensor on the CPU) of every parameter, one at a time. All ranks must iterate together."""

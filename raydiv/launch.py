@@ -139,7 +139,12 @@ def train(recipe: Recipe, display: Display | None = None, show_text: bool = Fals
 def _measure(recipe: Recipe, prepared: Prepared, run: Path, when: str, display: Display, show_text: bool) -> None:
     """Separation and answers, as the recipe asks, of the model ``before`` or ``after`` training."""
     directory = prepared.directory if when == "before" else run / "model"
-    common: dict[str, Any] = {"cluster": recipe.cluster, "display": display, "template": recipe.data.template, "label": when}
+    common: dict[str, Any] = {
+        "cluster": recipe.cluster,
+        "display": display,
+        "template": recipe.data.template,
+        "label": when,
+    }
     metrics: dict[str, float] = {}
     if recipe.separation.prompts:
         apart = measure_separation(directory, recipe.separation.prompts, **common)
@@ -176,11 +181,16 @@ def _fit(recipe: Recipe, prepared: Prepared, run: Path, display: Display) -> Non
     trainer = TorchTrainer(
         worker_entry,
         train_loop_config={"given": ray.put(given), "threads": threads_per_worker(recipe.cluster)},
-        torch_config=TorchConfig(backend="nccl" if recipe.cluster.use_gpu else "gloo", timeout_s=recipe.cluster.timeout_s),
+        torch_config=TorchConfig(
+            backend="nccl" if recipe.cluster.use_gpu else "gloo", timeout_s=recipe.cluster.timeout_s
+        ),
         scaling_config=ScalingConfig(
             num_workers=recipe.cluster.num_workers,
             use_gpu=recipe.cluster.use_gpu,
-            resources_per_worker={"CPU": cpus_per_worker(recipe.cluster), **({"GPU": 1} if recipe.cluster.use_gpu else {})},
+            resources_per_worker={
+                "CPU": cpus_per_worker(recipe.cluster),
+                **({"GPU": 1} if recipe.cluster.use_gpu else {}),
+            },
         ),
         run_config=RunConfig(name=recipe.name, storage_path=str(run / "ray")),
     )
@@ -269,7 +279,11 @@ def _conclude(recipe: Recipe, prepared: Prepared, run: Path, tracker: Tracker) -
         "metrics": metrics,
         "data": prepared.summary(),
         "versions": versions(),
-        "paths": {"model": str(run / "model"), "report": str(run / "report.html"), "metrics": str(run / "metrics.jsonl")},
+        "paths": {
+            "model": str(run / "model"),
+            "report": str(run / "report.html"),
+            "metrics": str(run / "metrics.jsonl"),
+        },
         "mlflow": {"uri": tracker.uri, "run_id": tracker.run_id},
     }
     (run / "result.json").write_text(json.dumps(report, indent=2) + "\n")

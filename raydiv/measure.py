@@ -16,9 +16,9 @@ from raydiv.evaluate.generate import Answer, generate
 from raydiv.evaluate.judges import REFUSAL_JUDGE_ERRORS, verdict
 from raydiv.evaluate.summary import Rate, rates
 from raydiv.model.files import model_directory
+from raydiv.pool import map_rows
 from raydiv.progress import Display
 from raydiv.reference import LogProbScorer
-from raydiv.pool import map_rows
 from raydiv.separation.embed import embed
 from raydiv.separation.statistics import Separation, as_row, explain, principal_plane, separation
 from raydiv.session import ray_session
@@ -68,10 +68,15 @@ class AnswersReport:
         return rates(self.prompts, self.verdicts)
 
     def metrics(self) -> dict[str, float]:
-        return {name: rate.share for name, rate in self.rates.items()} | {"evaluate/logp_per_token": self.logp_per_token}
+        return {name: rate.share for name, rate in self.rates.items()} | {
+            "evaluate/logp_per_token": self.logp_per_token
+        }
 
     def as_json(self) -> dict[str, Any]:
-        found = {name: {"share": r.share, "count": r.count, "of": r.of, "interval": r.interval} for name, r in self.rates.items()}
+        found = {
+            name: {"share": r.share, "count": r.count, "of": r.of, "interval": r.interval}
+            for name, r in self.rates.items()
+        }
         return {
             "model": self.model,
             "judge": {"name": "string", "errors": REFUSAL_JUDGE_ERRORS},
@@ -119,9 +124,20 @@ def measure_answers(
     prompts = read_prompts(source)
     with display.phase(f"answers, {label}", total=len(prompts)) as update:
         answers = generate(
-            directory, prompts, max_new_tokens, cluster=cluster, template=template, progress=lambda done: update(done, "")
+            directory,
+            prompts,
+            max_new_tokens,
+            cluster=cluster,
+            template=template,
+            progress=lambda done: update(done, ""),
         )
-    scorer = {"directory": str(reference), "attention": "sdpa", "trust_remote_code": False, "precision": "fp32", "tokens": 4096}
+    scorer = {
+        "directory": str(reference),
+        "attention": "sdpa",
+        "trust_remote_code": False,
+        "precision": "fp32",
+        "tokens": 4096,
+    }
     rows = [{"key": str(n), "prompt": answer.prompt_ids, "response": answer.ids} for n, answer in enumerate(answers)]
     with display.phase(f"answers' log-probs, {label}", total=len(rows)) as update:
         scored = map_rows(
@@ -175,7 +191,14 @@ def evaluate(
     with ray_session(cluster):
         return [
             measure_answers(
-                directory, scorer, prompts, max_new_tokens, cluster=cluster, display=display, template=template, label=model
+                directory,
+                scorer,
+                prompts,
+                max_new_tokens,
+                cluster=cluster,
+                display=display,
+                template=template,
+                label=model,
             )
             for model, directory in zip(models, directories, strict=True)
         ]

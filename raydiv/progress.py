@@ -8,7 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 STEP_METRICS = {"loss": "loss", "divergence": "div", "reward/margin": "margin", "tokens_per_second": "tok/s"}
 """Step metrics on the training bar, and their labels there."""
@@ -27,7 +35,11 @@ class Display:
     @contextmanager
     def phase(self, name: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
         """A phase of ``total`` units; the context gives ``update(done, note)``."""
-        columns: list[ProgressColumn] = [TextColumn("{task.description:<26}"), BarColumn(bar_width=24), MofNCompleteColumn()]
+        columns: list[ProgressColumn] = [
+            TextColumn("{task.description:<26}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+        ]
         columns += [TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[note]}")]
         started = printed = time.monotonic()
         with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as bars:
@@ -41,7 +53,9 @@ class Display:
                     printed = now
                     rate = (now - started) / max(done, 1)
                     left = f", {rate * (total - done):.0f} s left" if total else ""
-                    self.console.print(f"{name}: {done}/{total or '?'}  {note}  ({now - started:.0f} s{left})", soft_wrap=True)
+                    self.console.print(
+                        f"{name}: {done}/{total or '?'}  {note}  ({now - started:.0f} s{left})", soft_wrap=True
+                    )
 
             yield update
         if not self.console.is_terminal:

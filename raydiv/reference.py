@@ -72,7 +72,10 @@ def reference_logps(
 
 def _score(recipe: Recipe, directory: Path, examples: dict[str, Any], progress: Progress) -> dict[str, float]:
     """Log-probs by a Ray Data pool; rows go in sorted by length, so that a batch pads little."""
-    rows = [{"key": key, "prompt": prompt.tolist(), "response": response.tolist()} for key, (prompt, response) in examples.items()]
+    rows = [
+        {"key": key, "prompt": prompt.tolist(), "response": response.tolist()}
+        for key, (prompt, response) in examples.items()
+    ]
     rows.sort(key=lambda row: len(row["prompt"]) + len(row["response"]))
     arguments = {
         "directory": str(directory),

@@ -106,9 +106,13 @@ def _planes(run: Path) -> bytes:
         for kind in dict.fromkeys(report["kinds"]):
             points = [xy for xy, mine in zip(report["plane"], report["kinds"], strict=True) if mine == kind]
             axis.scatter(*zip(*points, strict=True), s=14, alpha=0.7, label=kind, color=COLOURS.get(kind))
-        axis.set_title(f"{name}: D_B {report['d_b']:.2f}, length-matched {report['d_b_length_matched'] or 0:.2f}", fontsize=10)
+        axis.set_title(
+            f"{name}: D_B {report['d_b']:.2f}, length-matched {report['d_b_length_matched'] or 0:.2f}", fontsize=10
+        )
         axis.legend(fontsize=8, frameon=False)
-    figure.supxlabel("hidden states of anchor prompts: last layer, last token, first two principal components", fontsize=9)
+    figure.supxlabel(
+        "hidden states of anchor prompts: last layer, last token, first two principal components", fontsize=9
+    )
     return _png(figure)
 
 

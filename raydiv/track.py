@@ -53,13 +53,18 @@ class Tracker:
 
     def _start(self, recipe: Recipe, tags: Mapping[str, str]) -> None:
         experiment = self._client.get_experiment_by_name(recipe.track.experiment)
-        experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(
-            recipe.track.experiment, artifact_location=self._artifacts(recipe)
+        experiment_id = (
+            experiment.experiment_id
+            if experiment
+            else self._client.create_experiment(recipe.track.experiment, artifact_location=self._artifacts(recipe))
         )
         self.run_id = self._client.create_run(experiment_id, run_name=recipe.name, tags=dict(tags)).info.run_id
         from mlflow.entities import Param
 
-        parameters = [Param(key, str(value)[:6000]) for key, value in flatten(recipe.model_dump(mode="json", by_alias=True)).items()]
+        parameters = [
+            Param(key, str(value)[:6000])
+            for key, value in flatten(recipe.model_dump(mode="json", by_alias=True)).items()
+        ]
         self._client.log_batch(self._run(), params=parameters)
 
     def _artifacts(self, recipe: Recipe) -> str | None:
@@ -86,7 +91,9 @@ class Tracker:
             except Exception as error:  # whatever the store raises, training goes on
                 if not self._warned:
                     self._warned = True
-                    self._warn(f"MLflow at {self.uri} is away ({type(error).__name__}); metrics wait and are sent later")
+                    self._warn(
+                        f"MLflow at {self.uri} is away ({type(error).__name__}); metrics wait and are sent later"
+                    )
                 return
             self._waiting.pop(0)
 

@@ -22,7 +22,9 @@ def run_on_ranks(function: Callable[..., Any], ranks: int, folder: Path, *argume
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(ranks)]
 
 
-def _entry(rank: int, function: Callable[..., Any], ranks: int, port: int, folder: str, arguments: tuple[Any, ...]) -> None:
+def _entry(
+    rank: int, function: Callable[..., Any], ranks: int, port: int, folder: str, arguments: tuple[Any, ...]
+) -> None:
     os.environ |= {
         "DS_ACCELERATOR": "cpu",
         "MASTER_ADDR": "127.0.0.1",

@@ -58,12 +58,18 @@ def step_examples(kind: str, with_mismatched: bool = False) -> StepExamples:
 
     prompts = [ids(n) for n in (3, 9, 5, 7, 4)]
     pairs = [(prompt, ids(18 + 3 * n), ids(2 + n)) for n, prompt in enumerate(prompts)]
-    rows = [(prompt, response, good, n) for n, (prompt, *both) in enumerate(pairs) for response, good in zip(both, (True, False), strict=True)]
+    rows = [
+        (prompt, response, good, n)
+        for n, (prompt, *both) in enumerate(pairs)
+        for response, good in zip(both, (True, False), strict=True)
+    ]
     if kind == "aligned only":
         rows = [row for row in rows if row[2]]
     if kind == "one":
         rows = rows[:1]
-    examples = TokenizedExamples.from_ids([(p, r) for p, r, _, _ in rows], [g for _, _, g, _ in rows], [n for *_, n in rows])
+    examples = TokenizedExamples.from_ids(
+        [(p, r) for p, r, _, _ in rows], [g for _, _, g, _ in rows], [n for *_, n in rows]
+    )
     others = mismatched(examples, MAX_LENGTH) if with_mismatched else examples.select([])
     noise = lambda n: torch.tensor(generator.normal(-60, 20, n), dtype=torch.float32)  # noqa: E731
     return StepExamples(0, examples, others, noise(len(examples)), noise(len(others)))
@@ -76,10 +82,13 @@ def one_step(model: str, case: Case) -> dict[str, Any]:
     from raydiv.model.load import build_policy
 
     plain = module._deepspeed_config
-    module._deepspeed_config = lambda recipe: plain(recipe) | {  # AdamW divides near-zero gradients by themselves
-        "optimizer": {"type": "SGD", "params": {"lr": LR}},
-        "zero_allow_untested_optimizer": True,
-    }
+    module._deepspeed_config = lambda recipe: (
+        plain(recipe)
+        | {  # AdamW divides near-zero gradients by themselves
+            "optimizer": {"type": "SGD", "params": {"lr": LR}},
+            "zero_allow_untested_optimizer": True,
+        }
+    )
     recipe = case.recipe(Path(model))
     chosen = step_examples(case.examples, recipe.loss.needs_mismatched)
     try:
@@ -158,7 +167,11 @@ def all_cases() -> list[Case]:
     cases = [Case(loss, tokens) for loss in objectives for tokens in LAYOUTS.values()]
     mixture = {"type": "kldo", "skew": 0.5, "mix": {"sft": {"weight": 0.5}}}
     cases += [Case(mixture, tokens) for tokens in LAYOUTS.values()]
-    cases += [Case({"type": "kldo", "estimator": "ema"}, 70), Case(mixture, 70, zero_stage=0), Case(mixture, 70, zero_stage=2)]
+    cases += [
+        Case({"type": "kldo", "estimator": "ema"}, 70),
+        Case(mixture, 70, zero_stage=0),
+        Case(mixture, 70, zero_stage=2),
+    ]
     cases += [Case(mixture, 70, lora=True), Case(mixture, 100_000, lora=True)]
     cases += [Case({"type": name}, 70, examples="aligned only") for name in ("kldo", "bco", "kto")]
     return [*cases, Case({"type": "kldo"}, 70, examples="one")]
@@ -168,7 +181,9 @@ def test_a_rank_without_unaligned_examples_and_an_empty_micro_batch_are_among_th
     chosen = step_examples("pairs").examples
     dealt = micro_batches(chosen.lengths, LAYOUTS["one micro-batch a rank"], ranks=2)
     assert any(all(chosen.aligned[i] for batch in mine for i in batch) for mine in dealt)
-    sizes = {len(batch) for mine in micro_batches(chosen.lengths, LAYOUTS["uneven micro-batches"], ranks=2) for batch in mine}
+    sizes = {
+        len(batch) for mine in micro_batches(chosen.lengths, LAYOUTS["uneven micro-batches"], ranks=2) for batch in mine
+    }
     assert len(sizes) > 1
     assert [[0]] in micro_batches(step_examples("one").examples.lengths, 70, ranks=2)
     assert [[]] in micro_batches(step_examples("one").examples.lengths, 70, ranks=2)

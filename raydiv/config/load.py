@@ -108,7 +108,9 @@ def _explain(problem: Mapping[str, Any], tree: Mapping[str, Any]) -> str:
         return f"{path}.type: no loss {context['tag']!r}{_nearest(str(context['tag']), OBJECTIVES)}"
     message = str(problem["msg"]).removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    return f"{path}: {message}" + ("" if isinstance(problem["input"], dict | BaseModel) else f", found {problem['input']!r}")
+    return f"{path}: {message}" + (
+        "" if isinstance(problem["input"], dict | BaseModel) else f", found {problem['input']!r}"
+    )
 
 
 def _hint(location: list[str], tree: Mapping[str, Any]) -> str:
@@ -140,5 +142,3 @@ def _nearest(key: str, known: Iterable[str]) -> str:
     known = sorted(known)
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f" (did you mean {near[0]}?)" if near else f" (known: {', '.join(known)})"
-
-

@@ -10,8 +10,14 @@ from pydantic import Field, create_model
 from raydiv.config.section import Section
 from raydiv.losses import OBJECTIVES, Objective
 
+
+def _fields(definitions: dict[str, Any]) -> Any:
+    """Field definitions for pydantic, whose type for them no mapping has."""
+    return definitions
+
+
 _OPTIONS: dict[str, Any] = {
-    name: create_model(f"{name}-options", __base__=Section, **objective.parameters)
+    name: create_model(f"{name}-options", __base__=Section, **_fields(objective.parameters))
     for name, objective in OBJECTIVES.items()
 }
 
@@ -19,13 +25,15 @@ _Mix: Any = create_model(
     "Mix",
     __base__=Section,
     __doc__="Objectives added to the main one: name, its options and its weight.",
-    **{
-        name.replace("-", "_"): (
-            create_model(f"{name}-term", __base__=options, weight=(Annotated[float, Gt(0)], ...)) | None,
-            Field(default=None, alias=name),
-        )
-        for name, options in _OPTIONS.items()
-    },
+    **_fields(
+        {
+            name.replace("-", "_"): (
+                create_model(f"{name}-term", __base__=options, weight=(Annotated[float, Gt(0)], ...)) | None,
+                Field(default=None, alias=name),
+            )
+            for name, options in _OPTIONS.items()
+        }
+    ),
 )
 
 

@@ -28,13 +28,16 @@ class Model(Section):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
     reference: Literal["store", "adapter-off"] = Field(
-        "store", description="log-probs from the reference store, or from the policy with its adapters off at each step"
+        default="store",
+        description="log-probs from the reference store, or from the policy with its adapters off at each step",
     )
 
     @model_validator(mode="after")
     def _adapter_off_needs_lora(self) -> Model:
         if self.reference == "adapter-off" and self.lora is None:
-            raise ValueError("reference: adapter-off needs model.lora, since a full fine-tune has no adapters to switch off")
+            raise ValueError(
+                "reference: adapter-off needs model.lora, since a full fine-tune has no adapters to switch off"
+            )
         return self
 
 
@@ -43,9 +46,11 @@ class Data(Section):
 
     train: str = "bundled:compliance-refusal"
     eval: Annotated[float, Field(gt=0, lt=1)] | str | None = Field(
-        None, description="held-out examples: a source, or the share of the training prompts set aside"
+        default=None, description="held-out examples: a source, or the share of the training prompts set aside"
     )
-    template: str | None = Field(None, description="a chat template (Jinja text or file), in place of the tokenizer's")
+    template: str | None = Field(
+        default=None, description="a chat template (Jinja text or file), in place of the tokenizer's"
+    )
 
 
 class Optim(Section):
@@ -55,9 +60,9 @@ class Optim(Section):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
-    clip: PositiveFloat | None = Field(1.0, description="largest norm of the gradient")
+    clip: PositiveFloat | None = Field(default=1.0, description="largest norm of the gradient")
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup: NonNegativeInt = Field(0, description="updates over which the rate rises linearly to lr")
+    warmup: NonNegativeInt = Field(default=0, description="updates over which the rate rises linearly to lr")
     epochs: PositiveFloat | None = None
     steps: PositiveInt | None = None
 
@@ -99,9 +104,9 @@ class Cluster(Section):
     num_workers: PositiveInt = 1
     use_gpu: bool = False
     cpus_per_worker: PositiveFloat | None = Field(
-        None, description="CPUs of a training worker; by default nine tenths of the cluster's, in equal shares"
+        default=None, description="CPUs of a training worker; by default nine tenths of the cluster's, in equal shares"
     )
-    timeout_s: PositiveInt = Field(1800, description="seconds after which a collective is given up")
+    timeout_s: PositiveInt = Field(default=1800, description="seconds after which a collective is given up")
     env: dict[str, str] = Field(default_factory=dict, description="environment variables of every worker")
 
 
@@ -114,7 +119,7 @@ class Separation(Section):
 class Evaluate(Section):
     """Evaluation on held-out examples during training (``every``), and of generated answers after it (``prompts``)."""
 
-    every: PositiveInt | None = Field(None, description="steps between evaluations on data.eval")
+    every: PositiveInt | None = Field(default=None, description="steps between evaluations on data.eval")
     prompts: str | None = None
     max_new_tokens: PositiveInt = 48
 
@@ -129,7 +134,7 @@ class Track(Section):
 class Recipe(Section):
     """A run, completely."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: NonNegativeInt = 0
     output_dir: str = "runs"
     model: Model

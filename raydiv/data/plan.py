@@ -71,7 +71,7 @@ def micro_batches(lengths: Sequence[int], tokens: int, ranks: int) -> list[list[
     """
     longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     batches = list(_within_budget(longest_first, lengths, tokens))
-    if 0 < len(batches) % ranks or not batches:
+    if len(batches) % ranks > 0 or not batches:
         batches = _spread(longest_first, lengths, tokens, ranks)
     load, dealt = [0] * ranks, [[] for _ in range(ranks)]  # type: tuple[list[int], list[list[MicroBatch]]]
     for batch in sorted(batches, key=lambda b: -_padded(b, lengths)):

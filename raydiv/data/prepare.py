@@ -84,7 +84,9 @@ def _require(recipe: Recipe, prepared: PreparedSet, source: str) -> None:
     counts = prepared.counts
     for name, count in (("aligned", counts.aligned), ("unaligned", counts.unaligned)):
         if count == 0 and recipe.loss.needs_reference:
-            raise UserError(f"data.train: {source} has no {name} example; loss.type {recipe.loss.type} compares two classes")
+            raise UserError(
+                f"data.train: {source} has no {name} example; loss.type {recipe.loss.type} compares two classes"
+            )
     if recipe.loss.needs_pairs and 2 * counts.pairs < counts.examples:
         raise UserError(
             f"data.train: {counts.examples - 2 * counts.pairs} of {counts.examples} examples of {source} have no partner, "
@@ -143,7 +145,9 @@ def _pair_numbers(examples: Sequence[Example]) -> list[int]:
     for name, both in members.items():
         labels = Counter(example.aligned for example in both)
         if max(labels.values()) > 1:
-            raise UserError(f"{both[0].source}: pair {name} has {labels[True]} aligned and {labels[False]} unaligned examples")
+            raise UserError(
+                f"{both[0].source}: pair {name} has {labels[True]} aligned and {labels[False]} unaligned examples"
+            )
         if any(example.prompt != both[0].prompt for example in both):
             raise UserError(f"{both[-1].source}: pair {name} has two prompts; a pair is two responses to one")
     numbers = {name: number for number, name in enumerate(members)}

@@ -41,9 +41,7 @@ def read_examples(source: str) -> list[Example]:
     empty or ill-typed field, naming file and record.
     """
     examples = [
-        example
-        for where, record in iterate_records(source)
-        for example in _format_of(record, where)(record, where)
+        example for where, record in iterate_records(source) for example in _format_of(record, where)(record, where)
     ]
     if not examples:
         raise UserError(f"{source}: holds no examples")
@@ -96,7 +94,9 @@ def _table(path: Path) -> Sequence[Record]:
         ".parquet": pandas.read_parquet,
     }
     if path.suffix not in readers:
-        raise UserError(f"{path}: unknown kind of file (known: .jsonl, {', '.join(readers)}, a saved datasets directory)")
+        raise UserError(
+            f"{path}: unknown kind of file (known: .jsonl, {', '.join(readers)}, a saved datasets directory)"
+        )
     try:
         frame = readers[path.suffix](path)
     except (ValueError, OSError) as error:
@@ -113,7 +113,9 @@ def _saved_dataset(path: Path) -> Any:
         raise UserError(f"{path}: a directory, but not one written by datasets' save_to_disk") from None
     if isinstance(saved, datasets.DatasetDict):
         if "train" not in saved:
-            raise UserError(f"{path}: holds splits {', '.join(saved)}, and none is called train; name one directory below")
+            raise UserError(
+                f"{path}: holds splits {', '.join(saved)}, and none is called train; name one directory below"
+            )
         return saved["train"]
     return saved
 
@@ -142,7 +144,11 @@ def read_flag(record: Record, field: str, where: str) -> bool:
 
 
 def read_prompt(record: Record, where: str) -> str | Messages:
-    return _messages(record["prompt"], "prompt", where) if isinstance(record.get("prompt"), list) else _text(record, "prompt", where)
+    return (
+        _messages(record["prompt"], "prompt", where)
+        if isinstance(record.get("prompt"), list)
+        else _text(record, "prompt", where)
+    )
 
 
 def _messages(value: Any, field: str, where: str) -> Messages:
@@ -150,7 +156,9 @@ def _messages(value: Any, field: str, where: str) -> Messages:
         isinstance(turn, Mapping) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
         for turn in value
     ):
-        raise UserError(f"{where}: {field} must be text or a list of messages with role and content, found {_brief(value)}")
+        raise UserError(
+            f"{where}: {field} must be text or a list of messages with role and content, found {_brief(value)}"
+        )
     return [{"role": turn["role"], "content": turn["content"]} for turn in value]
 
 
@@ -172,7 +180,7 @@ def _brief(value: Any) -> str:
 
 
 def _own(record: Record, where: str) -> list[Example]:
-    """raydiv's schema: prompt, response, aligned, harmful, pair, source."""
+    """Raydiv's schema: prompt, response, aligned, harmful, pair, source."""
     pair = record.get("pair")
     return [
         Example(
@@ -198,7 +206,16 @@ def _preference(record: Record, where: str) -> list[Example]:
 def _unpaired(record: Record, where: str) -> list[Example]:
     """TRL's prompt/completion/label."""
     response = _response(record, "completion", where)
-    return [Example(read_prompt(record, where), response, read_flag(record, "label", where), _harmful(record, where), None, where)]
+    return [
+        Example(
+            read_prompt(record, where),
+            response,
+            read_flag(record, "label", where),
+            _harmful(record, where),
+            None,
+            where,
+        )
+    ]
 
 
 def _kldo_authors(record: Record, where: str) -> list[Example]:

@@ -51,7 +51,9 @@ class TokenizedExamples:
     @cached_property
     def lengths(self) -> list[int]:
         """Tokens of each example, prompt and response."""
-        return [len(prompt) + len(response) for prompt, response in zip(self.prompt_ids, self.response_ids, strict=True)]
+        return [
+            len(prompt) + len(response) for prompt, response in zip(self.prompt_ids, self.response_ids, strict=True)
+        ]
 
     @cached_property
     def response_lengths(self) -> np.ndarray:
@@ -141,7 +143,9 @@ def mismatched(examples: TokenizedExamples, max_length: int) -> TokenizedExample
     order = sorted(range(len(examples)), key=lambda row: (prompts[row], examples.keys[row], row))
     largest = max(Counter(prompts).values(), default=0)
     if 2 * largest > len(examples):
-        raise ValueError(f"one prompt has {largest} of {len(examples)} examples: no mismatched responses are left for it")
+        raise ValueError(
+            f"one prompt has {largest} of {len(examples)} examples: no mismatched responses are left for it"
+        )
     donor = dict(zip(order, order[largest:] + order[:largest], strict=True))
     ids = []
     for row, (prompt, _) in enumerate(examples[row] for row in range(len(examples))):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def log_sigmoid(x: Tensor) -> Tensor:
-    """log s(x), elementwise, without overflow on either side."""
+    """Log s(x), elementwise, without overflow on either side."""
     return -(-x).logaddexp(x.new_zeros(()))
 
 
@@ -26,7 +26,7 @@ def class_mean(x: Tensor, members: Tensor, empty: float = 0.0) -> Tensor:
 
 
 def class_log_mean_exp(x: Tensor, members: Tensor) -> Tensor:
-    """log of the mean of exp x over ``members``; 0 when there is none."""
+    """Log of the mean of exp x over ``members``; 0 when there is none."""
     if not members.any():
         return x.sum() * 0.0
     return x.masked_fill(~members, -math.inf).logsumexp(0) - members.sum().log()

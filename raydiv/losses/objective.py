@@ -38,7 +38,7 @@ class Batch:
 
     @property
     def log_ratios(self) -> Tensor:
-        """log pi_theta(y|x) - log pi_ref(y|x), [n], in nats."""
+        """Log pi_theta(y|x) - log pi_ref(y|x), [n], in nats."""
         return self.logps - self.reference_logps
 
     def paired(self, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,9 @@ class Chat:
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(str(directory))
         except (OSError, ValueError) as error:
-            raise UserError(f"model.id: {directory} has no usable tokenizer: {' '.join(str(error).split())[:200]}") from None
+            raise UserError(
+                f"model.id: {directory} has no usable tokenizer: {' '.join(str(error).split())[:200]}"
+            ) from None
         if template is not None:
             self.tokenizer.chat_template = _template_text(template)
         if not self.tokenizer.chat_template:
@@ -72,9 +74,7 @@ class Chat:
         ]
         kept = prompt_ids[-max_prompt_length:]
         room = max_length - len(kept)
-        return Tokenized(
-            kept, response_ids[:room], len(prompt_ids) - len(kept), max(0, len(response_ids) - room)
-        )
+        return Tokenized(kept, response_ids[:room], len(prompt_ids) - len(kept), max(0, len(response_ids) - room))
 
     def decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))

@@ -19,7 +19,9 @@ def write_model(model: Any, state: dict[str, Any], base: Path, recipe: Recipe, t
     """
     empty = [name for name, weight in state.items() if weight.numel() == 0]
     if empty or not state:
-        raise RuntimeError(f"{len(empty)} gathered weights are empty, {empty[0] if empty else 'all'} first; nothing was written")
+        raise RuntimeError(
+            f"{len(empty)} gathered weights are empty, {empty[0] if empty else 'all'} first; nothing was written"
+        )
     with atomic(target) as temporary:
         if recipe.model.lora is not None:
             for adapter in model.peft_config.values():

@@ -75,7 +75,9 @@ class _Projection:
             logps[part] = logits.gather(1, self.targets[part, None]).squeeze(1) - normalisers[part]
         return logps, normalisers
 
-    def gradients(self, coefficients: Tensor, normalisers: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    def gradients(
+        self, coefficients: Tensor, normalisers: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
         """Gradients of sum_t coefficients_t * logp_t by hidden, weight and bias, and the log-probs, in one visit.
 
         ``normalisers`` [t] are the log-sum-exps where an earlier pass kept them.
@@ -112,7 +114,9 @@ class _ScoreWithGraph(torch.autograd.Function):
     """Log-probs [t] whose backward recomputes each chunk, for when the coefficients are not known yet."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rule: LogitRule) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rule: LogitRule
+    ) -> Tensor:
         logps, normalisers = _Projection(hidden, weight, bias, targets, rule).logps()
         ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
         ctx.rule = rule

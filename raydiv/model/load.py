@@ -37,7 +37,11 @@ def build_policy(directory: Path, section: Model, dtype: Any) -> Any:
         return get_peft_model(
             model,
             LoraConfig(
-                task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets
+                task_type="CAUSAL_LM",
+                r=lora.r,
+                lora_alpha=lora.alpha,
+                lora_dropout=lora.dropout,
+                target_modules=targets,
             ),
         )
     except ValueError as error:
@@ -59,7 +63,10 @@ def _from_pretrained(directory: Path, dtype: Any, attention: str, trust_remote_c
 
     try:
         return AutoModelForCausalLM.from_pretrained(
-            str(directory), dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code,
+            str(directory),
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
             use_safetensors=True,
         )
     except (OSError, ValueError) as error:

@@ -101,7 +101,9 @@ def explain(result: Separation) -> list[str]:
     """What the controls say, in words."""
     words = []
     if result.length_auc >= 0.7:
-        words.append(f"token length alone separates these prompts with AUC {result.length_auc:.2f}: read the matched figure")
+        words.append(
+            f"token length alone separates these prompts with AUC {result.length_auc:.2f}: read the matched figure"
+        )
     if result.d_b_length_matched is not None and result.d_b_length_matched < 0.5 * result.d_b:
         words.append("matching lengths takes away more than half of the separation: length explains most of it")
     if result.d_b_shuffled > 0.5 * result.d_b:

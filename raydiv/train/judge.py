@@ -5,7 +5,7 @@ Pure functions: every rank evaluates them on the same vectors and comes to the s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,7 +41,8 @@ def judge(terms: Sequence[Term], states: Sequence[State], batch: Batch) -> Verdi
     logps = batch.logps.detach().requires_grad_()
     watched = replace(batch, logps=logps)
     values = [
-        objective.function(watched, state, **options) for (objective, _, options), state in zip(terms, states, strict=True)
+        objective.function(watched, state, **options)
+        for (objective, _, options), state in zip(terms, states, strict=True)
     ]
     loss = torch.stack([weight * value.loss for (_, weight, _), value in zip(terms, values, strict=True)]).sum()
     (coefficients,) = torch.autograd.grad(loss, logps)

@@ -94,7 +94,9 @@ class Stepper:
         if not len(examples):
             return torch.zeros(0)
         mine = self._layout(examples)
-        return self._gather(examples, mine, [self._score(step, examples, micro_batch, grad=False) for micro_batch in mine])
+        return self._gather(
+            examples, mine, [self._score(step, examples, micro_batch, grad=False) for micro_batch in mine]
+        )
 
     def _push(self, chosen: StepExamples, mine: list[MicroBatch], verdict: Verdict) -> None:
         """Backward of sum_i c_i logp_i, micro-batch by micro-batch."""

@@ -29,14 +29,16 @@ class ExampleSet:
 
     def select(self, number: int, rows: np.ndarray) -> StepExamples:
         """The examples of a step."""
-        mismatched = self.examples.select([]) if self.mismatched is None else self.mismatched.select(rows)
-        none_mismatched = self.mismatched_reference_logps is None
+        reference, others = self.reference_logps, self.mismatched
+        others_reference = np.zeros(len(self.examples), np.float32)
+        if self.mismatched_reference_logps is not None:
+            others_reference = self.mismatched_reference_logps
         return StepExamples(
             number,
             self.examples.select(rows),
-            mismatched,
-            None if self.reference_logps is None else torch.from_numpy(self.reference_logps[rows]),
-            torch.zeros(0) if none_mismatched else torch.from_numpy(self.mismatched_reference_logps[rows]),
+            self.examples.select([]) if others is None else others.select(rows),
+            None if reference is None else torch.from_numpy(reference[rows]),
+            torch.zeros(0) if others is None else torch.from_numpy(others_reference[rows]),
         )
 
 

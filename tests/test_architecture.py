@@ -1,0 +1,113 @@
+"""The rooms: who may import whom, and who may import ray, deepspeed, mlflow and transformers."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "raydiv"
+
+ROOMS = [
+    ["cli", "__main__", "__init__"],
+    ["launch"],
+    ["report", "measure"],
+    ["track", "progress", "train.worker"],
+    ["separation", "evaluate"],
+    ["reference"],
+    ["data.prepare", "data.prompts"],
+    ["train", "data.sources", "model.export"],
+    ["pool", "session", "model", "data", "engine"],
+    ["dist"],
+    ["config"],
+    ["losses"],
+    ["cache", "errors", "bundled"],
+]
+"""From the door to the foundations: a module imports its own room and what is below. Submodules may be named apart."""
+
+LIBRARIES = {
+    "ray": {"session", "pool", "launch", "train.worker"},
+    "deepspeed": {"engine"},
+    "mlflow": {"track"},
+    "transformers": {"model", "engine"},
+    "peft": {"model"},
+    "datasets": {"data.sources"},
+    "matplotlib": {"report"},
+}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, inside functions too; imports for type checkers alone are left out."""
+    names = set()
+    for node in ast.walk(_without_type_checking(ast.parse(path.read_text()))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def _without_type_checking(tree: ast.Module) -> ast.Module:
+    tree.body = [
+        node
+        for node in tree.body
+        if not (isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING")
+    ]
+    return tree
+
+
+def room(module: str) -> int:
+    named = [(name, level) for level, names in enumerate(ROOMS) for name in names]
+    fitting = [(len(name), level) for name, level in named if module == name or module.startswith(f"{name}.")]
+    assert fitting, f"raydiv.{module} has no room: name one in ROOMS"
+    return max(fitting)[1]
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_imports_go_down(module: str) -> None:
+    known = modules()
+    for name in imports(known[module]):
+        inner = name.removeprefix("raydiv.")
+        if name.startswith("raydiv.") and inner in known:
+            assert room(module) <= room(inner), f"raydiv.{module} imports {name}, which is above it"
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_libraries_stay_in_their_rooms(library: str) -> None:
+    users = {
+        module
+        for module, path in modules().items()
+        if any(name == library or name.startswith(f"{library}.") for name in imports(path))
+    }
+    allowed = LIBRARIES[library]
+    strays = {m for m in users if m not in allowed and m.partition(".")[0] not in allowed}
+    assert not strays, f"{library} is imported in {strays}"
+
+
+def test_objectives_use_no_torch_at_run_time() -> None:
+    for module, path in modules().items():
+        if module.startswith("losses"):
+            assert not any(name.split(".")[0] == "torch" for name in imports(path)), module
+
+
+@pytest.mark.parametrize("command", [["--help"], ["schema"], ["losses"]])
+def test_light_commands_load_neither_torch_nor_ray(command: list[str]) -> None:
+    code = (
+        "import sys, contextlib\nfrom raydiv.cli import main\n"
+        f"with contextlib.suppress(SystemExit): main({command!r})\n"
+        "heavy = {'torch', 'ray', 'transformers', 'deepspeed', 'mlflow', 'pandas', 'numpy'} & sys.modules.keys()\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

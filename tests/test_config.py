@@ -1,0 +1,401 @@
+"""The recipe: where its values come from, what it refuses, and in which words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raydiv.config import Recipe, load_recipe, save_recipe
+from raydiv.errors import UserError
+from raydiv.losses import OBJECTIVES
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = [*sorted((ROOT / "configs").rglob("*.yaml")), *sorted((ROOT / "raydiv" / "bundled").glob("*.yaml"))]
+SMALLEST = "model: {id: m}\nloss: {type: kldo}\noptim: {steps: 3}\n"
+
+
+def tree(**sections: Any) -> dict[str, Any]:
+    """The smallest recipe, with sections replaced."""
+    return {"model": {"id": "m"}, "loss": {"type": "kldo"}, "optim": {"steps": 3}} | sections
+
+
+def refusal(source: str | Path | Mapping[str, Any], *overrides: str) -> str:
+    """The message of the UserError, which is one line."""
+    with pytest.raises(UserError) as caught:
+        load_recipe(source, overrides)
+    message = str(caught.value)
+    assert message
+    assert "\n" not in message
+    return message
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_mapping_and_yaml_give_the_same_recipe(tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path / "r.yaml", SMALLEST)) == load_recipe(tree())
+
+
+def test_path_may_be_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", SMALLEST)
+    assert load_recipe(str(path)).optim.steps == 3
+
+
+def test_source_mapping_is_left_alone() -> None:
+    source = tree(loss={"type": "kldo", "skew": 0.5})
+    load_recipe(source, ["loss.type=dpo", "model.lora.r=4"])
+    assert source == tree(loss={"type": "kldo", "skew": 0.5})
+
+
+def test_exponent_without_a_point_is_a_number(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", SMALLEST.replace("steps: 3", "steps: 3, lr: 1e-3"))
+    assert load_recipe(path).optim.lr == 1e-3
+    assert load_recipe(path, ["optim.lr=2e-4"]).optim.lr == 2e-4
+
+
+def test_extends_is_relative_to_the_file_that_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "base.yaml", SMALLEST)
+    child = write(tmp_path / "deep" / "er" / "child.yaml", "extends: ../../base.yaml\nseed: 7\n")
+    monkeypatch.chdir(tmp_path / "deep")
+    recipe = load_recipe(child.relative_to(tmp_path / "deep"))
+    assert (recipe.seed, recipe.model.id) == (7, "m")
+
+
+def test_later_sources_win_key_by_key(tmp_path: Path) -> None:
+    write(tmp_path / "a.yaml", SMALLEST + "batch: {examples: 2, max_length: 64, max_prompt_length: 8}\nseed: 1\n")
+    write(tmp_path / "b.yaml", "extends: a.yaml\nbatch: {examples: 4, max_length: 128}\nseed: 2\n")
+    last = write(tmp_path / "c.yaml", "extends: b.yaml\nbatch: {examples: 8}\n")
+    batch = load_recipe(last, ["batch.examples=16", "batch.examples=32"]).batch
+    assert (batch.examples, batch.max_length, batch.max_prompt_length) == (32, 128, 8)
+    assert load_recipe(last).seed == 2
+    assert load_recipe(last).batch.examples == 8
+
+
+def test_override_makes_missing_sections() -> None:
+    recipe = load_recipe(tree(), ["model.lora.r=4", "loss.mix.sft.weight=2", "cluster.env.A=b", "data.eval=0.25"])
+    assert recipe.model.lora is not None
+    assert recipe.model.lora.r == 4
+    assert [(o.name, weight) for o, weight, _ in recipe.loss.terms] == [("kldo", 1.0), ("sft", 2.0)]
+    assert (recipe.cluster.env, recipe.data.eval) == ({"A": "b"}, 0.25)
+
+
+def test_override_with_null_removes_a_section() -> None:
+    assert load_recipe(tree(model={"id": "m", "lora": {"r": 2}}), ["model.lora=null"]).model.lora is None
+
+
+@pytest.mark.parametrize("chain", [["a.yaml"], ["a.yaml", "b.yaml"], ["a.yaml", "b.yaml", "c.yaml"]])
+def test_extends_cycle_is_refused(tmp_path: Path, chain: list[str]) -> None:
+    for name, parent in zip(chain, chain[1:] + chain[:1], strict=True):
+        write(tmp_path / name, f"extends: {parent}\n")
+    message = refusal(tmp_path / "a.yaml")
+    assert "extends itself" in message
+    assert all(name in message for name in chain)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [1", "not YAML"),
+        ("- a\n- b\n", "mapping"),
+        ("", "mapping"),
+        ("just words", "mapping"),
+    ],
+)
+def test_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    path = write(tmp_path / "r.yaml", text)
+    message = refusal(path)
+    assert str(path) in message
+    assert words in message
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    assert str(tmp_path / "no.yaml") in refusal(tmp_path / "no.yaml")
+    child = write(tmp_path / "child.yaml", "extends: gone.yaml\n")
+    assert "gone.yaml" in refusal(child)
+
+
+def test_directory_and_binary_file_are_refused(tmp_path: Path) -> None:
+    assert str(tmp_path) in refusal(tmp_path)
+    (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\x00name: r")
+    assert "r.yaml" in refusal(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize("override", ["seed", "=1", "a..b=1", ".seed=1", "optim.lr={", "optim.=1"])
+def test_malformed_override_is_quoted(override: str) -> None:
+    assert override.partition("=")[0] in refusal(tree(), override)
+
+
+def test_all_errors_come_at_once_with_path_and_nearest_key() -> None:
+    message = refusal(
+        tree(modle={"id": "x"}),
+        "batch.exmples=3",
+        "optim.lr=fast",
+        "batch.examples=0",
+        "model.lora.alhpa=3",
+        "loss.bta=1",
+        "loss.mix.stf.weight=1",
+    )
+    parts = message.split("; ")
+    assert len(parts) == 7
+    starts = {part.partition(":")[0]: part for part in parts}
+    for path, near in [
+        ("modle", "model"),
+        ("batch.exmples", "examples"),
+        ("model.lora.alhpa", "alpha"),
+        ("loss.bta", "beta"),
+        ("loss.mix.stf", "sft"),
+    ]:
+        assert near in starts[path]
+        assert "did you mean" in starts[path]
+    assert "'fast'" in starts["optim.lr"]
+    assert "0" in starts["batch.examples"]
+
+
+def test_errors_name_the_recipe_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", SMALLEST + "sed: 1\n")
+    message = refusal(path)
+    assert message.startswith(f"{path}: sed: ")
+    assert "did you mean seed?" in message
+
+
+@pytest.mark.parametrize(
+    ("loss", "option", "owner"),
+    [
+        ("kldo", "label_smoothing", "dpo"),
+        ("dpo", "skew", "kldo"),
+        ("bco", "lambda_aligned", "kto"),
+        ("sft", "beta", "dpo"),
+    ],
+)
+def test_option_of_another_loss_names_its_owner(loss: str, option: str, owner: str) -> None:
+    message = refusal(tree(loss={"type": loss, option: 0.1}))
+    assert message.startswith(f"loss.{option}: ")
+    assert loss in message
+    assert owner in message
+
+
+def test_mixed_in_loss_is_checked_too() -> None:
+    message = refusal(tree(), "loss.mix.dpo.wight=1", "loss.mix.sft.beta=0.1", "loss.mix.bco.weight=0")
+    for part in ("loss.mix.dpo.wight: unknown key (did you mean weight?)", "loss.mix.dpo.weight: missing"):
+        assert part in message
+    assert "loss.mix.sft.beta: unknown key" in message
+    assert "loss.mix.bco.weight: input should be greater than 0" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("loss.type=dppo", "did you mean dpo?"),
+        ("loss.type=kldoo", "did you mean kldo?"),
+        ("loss.type=zzzzz", ", ".join(sorted(OBJECTIVES))),
+        ("loss.type=", "loss.type: "),
+        ("loss.type=[kldo]", "loss.type: "),
+        ("loss=kldo", "loss: "),
+    ],
+)
+def test_unknown_loss_is_refused_with_what_exists(override: str, words: str) -> None:
+    assert words in refusal(tree(), override)
+
+
+def test_missing_loss_type_lists_the_losses() -> None:
+    message = refusal(tree(loss={"beta": 0.1}))
+    assert message.startswith("loss.type: missing")
+    assert all(name in message for name in OBJECTIVES)
+
+
+@pytest.mark.parametrize("section", ["model", "loss", "optim"])
+def test_missing_section_is_named(section: str) -> None:
+    rest = tree()
+    del rest[section]
+    assert refusal(rest).startswith(section)
+
+
+@pytest.mark.parametrize(
+    ("override", "found"),
+    [
+        ("optim.lr=fast", "'fast'"),
+        ("batch.examples=1.5", "1.5"),
+        ("batch.examples=[4]", "[4]"),
+        ("optim.steps=true", "True"),
+        ("model.lora.r=x", "'x'"),
+        ("model.id=3", "3"),
+        ("data.train=3", "3"),
+        ("data.eval=[1]", "[1]"),
+        ("cluster.use_gpu=3", "3"),
+        ("cluster.env.A=1", "1"),
+        ("loss.beta=x", "'x'"),
+        ("loss.estimator=mean", "'mean'"),
+        ("engine.zero_stage=4", "4"),
+        ("engine.precision=fp8", "'fp8'"),
+    ],
+)
+def test_wrong_type_says_path_and_value(override: str, found: str) -> None:
+    message = refusal(tree(), override)
+    assert message.startswith(f"{override.partition('=')[0]}: ")
+    assert message.endswith(f"found {found}")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optim.lr=0",
+        "optim.lr=-1",
+        "optim.lr=.nan",
+        "optim.lr=.inf",
+        "optim.steps=0",
+        "optim.warmup=-1",
+        "optim.weight_decay=-0.1",
+        "optim.clip=0",
+        "batch.examples=0",
+        "batch.tokens_per_microbatch=0",
+        "cluster.num_workers=0",
+        "cluster.timeout_s=0",
+        "data.eval=0",
+        "data.eval=1",
+        "data.eval=1.5",
+        "evaluate.max_new_tokens=0",
+        "model.lora.r=0",
+        "model.lora.dropout=1",
+        "loss.beta=0",
+        "loss.beta=.inf",
+        "loss.skew=1",
+        "loss.skew=-0.1",
+        "loss.ema_rate=0",
+        "loss.mix.sft.weight=0",
+        "loss.mix.sft.weight=.inf",
+        "seed=-1",
+        "name=../escape",
+        "name=a/b",
+    ],
+)
+def test_value_out_of_range_is_refused_at_its_key(override: str) -> None:
+    assert refusal(tree(), override).startswith(f"{override.partition('=')[0]}: ")
+
+
+@pytest.mark.parametrize("optim", [{}, {"steps": 3, "epochs": 1}, {"lr": 0.1}])
+def test_exactly_one_duration(optim: dict[str, Any]) -> None:
+    message = refusal(tree(optim=optim))
+    assert message.startswith("optim: ")
+    assert "epochs" in message
+    assert "steps" in message
+
+
+def test_other_duration_needs_the_first_set_to_null() -> None:
+    assert load_recipe(tree(), ["optim.epochs=2", "optim.steps=null"]).optim.epochs == 2
+
+
+def test_evaluation_during_training_needs_held_out_data() -> None:
+    message = refusal(tree(), "evaluate.every=5")
+    assert "evaluate.every" in message
+    assert "data.eval" in message
+    assert load_recipe(tree(), ["evaluate.every=5", "data.eval=0.1"]).evaluate.every == 5
+
+
+def test_adapter_off_needs_lora() -> None:
+    message = refusal(tree(), "model.reference=adapter-off")
+    assert message.startswith("model")
+    assert "lora" in message
+    assert load_recipe(tree(), ["model.reference=adapter-off", "model.lora.r=2"]).model.reference == "adapter-off"
+
+
+def test_prompt_length_must_leave_room() -> None:
+    message = refusal(tree(), "batch.max_length=64", "batch.max_prompt_length=64")
+    assert message.startswith("batch")
+    assert "64" in message
+
+
+@pytest.mark.parametrize("loss", [name for name, objective in OBJECTIVES.items() if objective.data == "paired"])
+def test_pairs_need_room_for_two(loss: str) -> None:
+    assert "batch.examples" in refusal(tree(loss={"type": loss}), "batch.examples=1")
+
+
+def test_reference_that_no_term_reads_is_refused() -> None:
+    message = refusal(tree(loss={"type": "sft"}), "model.reference=adapter-off", "model.lora.r=2")
+    assert "model.reference" in message
+    assert "sft" in message
+
+
+def test_another_loss_drops_the_former_options_and_keeps_beta_and_mix(tmp_path: Path) -> None:
+    before = {"type": "kldo", "beta": 0.7, "skew": 0.5, "estimator": "ema", "mix": {"sft": {"weight": 2.0}}}
+    recipe = load_recipe(tree(loss=before), ["loss.type=dpo", "loss.label_smoothing=0.1"])
+    (main, _, options), (mixed, weight, _) = recipe.loss.terms
+    assert (main.name, options) == ("dpo", {"beta": 0.7, "label_smoothing": 0.1})
+    assert (mixed.name, weight) == ("sft", 2.0)
+
+    write(tmp_path / "base.yaml", "model: {id: m}\nloss: {type: kldo, beta: 0.7, skew: 0.5}\noptim: {steps: 3}\n")
+    child = write(tmp_path / "child.yaml", "extends: base.yaml\nloss: {type: bco}\n")
+    assert load_recipe(child).loss.terms[0][2] == {"beta": 0.7, "delta": "running", "delta_rate": 0.1}
+
+
+def test_same_loss_again_keeps_its_options() -> None:
+    recipe = load_recipe(tree(loss={"type": "kldo", "skew": 0.5}), ["loss.type=kldo"])
+    assert recipe.loss.terms[0][2]["skew"] == 0.5
+
+
+@pytest.mark.parametrize("overrides", [["loss.type=dpo", "loss.skew=0.2"], ["loss.skew=0.2", "loss.type=dpo"]])
+def test_overridden_option_of_the_former_loss_is_refused_in_any_order(overrides: list[str]) -> None:
+    assert "loss.skew" in refusal(tree(), *overrides)
+
+
+RICH = {
+    "name": "rich-1.0",
+    "seed": 3,
+    "model": {"id": "m", "lora": {"r": 4, "target_modules": ["q_proj", "v_proj"]}, "reference": "adapter-off"},
+    "data": {
+        "train": "a.jsonl",
+        "eval": 0.125,
+        "template": "{% for m in messages %}\n{{ m['content'] }}\n{% endfor %}'\"é",
+    },
+    "loss": {"type": "kldo", "skew": 0.1, "estimator": "ema", "mix": {"sft": {"weight": 1 / 3}, "dpo": {"weight": 2}}},
+    "optim": {"lr": 1e-7, "betas": [0.8, 0.95], "clip": None, "epochs": 1.5},
+    "cluster": {"num_workers": 2, "env": {"NCCL_DEBUG": "INFO", "N": "1", "B": "yes"}},
+    "separation": {"prompts": None},
+    "evaluate": {"every": 2},
+}
+
+
+@pytest.mark.parametrize(
+    "source", [*(tree(loss={"type": name}) for name in OBJECTIVES), RICH], ids=[*OBJECTIVES, "every section"]
+)
+def test_resolved_recipe_loads_exactly(tmp_path: Path, source: dict[str, Any]) -> None:
+    recipe = load_recipe(source)
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    again = load_recipe(tmp_path / "recipe.yaml")
+    assert again == recipe
+    assert again.model_dump() == recipe.model_dump()
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_shipped_recipe_parses_and_loads_back(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path)
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+def test_shipped_recipes_are_found() -> None:
+    assert {"configs", "bundled"} <= {path.parent.name for path in SHIPPED}
+
+
+def test_schema_names_every_objective_and_option() -> None:
+    schema = Recipe.model_json_schema()
+    definitions = schema["$defs"]
+    losses = schema["properties"]["loss"]["discriminator"]["mapping"]
+    assert set(losses) == set(OBJECTIVES)
+    for name, reference in losses.items():
+        properties = definitions[reference.rpartition("/")[2]]["properties"]
+        assert set(properties) == {"type", "mix", *OBJECTIVES[name].parameters}
+        assert {key: properties[key]["default"] for key in OBJECTIVES[name].defaults} == OBJECTIVES[name].defaults
+    assert set(definitions["Mix"]["properties"]) == set(OBJECTIVES)
+
+
+def test_schema_names_every_section_and_requires_what_has_no_default() -> None:
+    schema = Recipe.model_json_schema()
+    assert set(schema["properties"]) == set(Recipe.model_fields)
+    assert {"model", "loss", "optim"} <= set(schema["required"])
+    assert schema["additionalProperties"] is False

@@ -1,0 +1,371 @@
+"""Sources of examples: every format from every kind of file, and what is said of a row that is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raydiv.data.prompts import read_prompts
+from raydiv.data.sources import read_examples
+from raydiv.errors import UserError
+
+Row = dict[str, Any]
+Writer = Callable[[Path, list[Row]], Path]
+
+PLANTED = "PLANTED-TEXT"
+CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "two"}]
+
+
+def said(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+def asked(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+OWN = [
+    {"prompt": "one", "response": "yes", "aligned": True, "harmful": False, "pair": "p", "source": "s"},
+    {"prompt": "one", "response": "no", "aligned": False, "harmful": False, "pair": "p", "source": "s"},
+]
+PREFERENCE = [
+    {"prompt": "one", "chosen": "yes", "rejected": "no", "harmful": True},
+    {"prompt": "two", "chosen": "go", "rejected": "stop", "harmful": False},
+]
+UNPAIRED = [{"prompt": "one", "completion": "yes", "label": True}, {"prompt": "two", "completion": "no", "label": False}]
+AUTHORS = [
+    {"safety": "safe", "prompt": "one", "acc_responses": ["yes", "sure"], "rej_responses": ["no"]},
+    {"safety": "unsafe", "prompt": "two", "acc_responses": ["never"], "rej_responses": ["first", "second", "third"]},
+]
+# (prompt, response, aligned, harmful)
+FORMATS: dict[str, tuple[list[Row], list[tuple[Any, str, bool, bool | None]]]] = {
+    "own": (OWN, [("one", "yes", True, False), ("one", "no", False, False)]),
+    "own, conversational": (
+        [
+            {"prompt": asked("one"), "response": said("yes"), "aligned": True},
+            {"prompt": CHAT, "response": said("no"), "aligned": False},
+        ],
+        [(asked("one"), "yes", True, None), (CHAT, "no", False, None)],
+    ),
+    "preference": (
+        PREFERENCE,
+        [("one", "yes", True, True), ("one", "no", False, True), ("two", "go", True, False), ("two", "stop", False, False)],
+    ),
+    "preference, conversational": (
+        [{"prompt": CHAT, "chosen": said("go"), "rejected": said("stop")}],
+        [(CHAT, "go", True, None), (CHAT, "stop", False, None)],
+    ),
+    "unpaired": (UNPAIRED, [("one", "yes", True, None), ("two", "no", False, None)]),
+    "unpaired, conversational": (
+        [{"prompt": CHAT, "completion": said("yes"), "label": True}],
+        [(CHAT, "yes", True, None)],
+    ),
+    "KLDO authors": (
+        AUTHORS,
+        [
+            ("one", "yes", True, False),
+            ("one", "sure", True, False),
+            ("one", "no", False, False),
+            ("two", "never", True, True),
+            ("two", "first", False, True),
+            ("two", "second", False, True),
+            ("two", "third", False, True),
+        ],
+    ),
+    "KLDO authors, conversational": (
+        [{"safety": "safe", "prompt": CHAT, "acc_responses": ["yes"], "rej_responses": ["no"]}],
+        [(CHAT, "yes", True, False), (CHAT, "no", False, False)],
+    ),
+}
+
+
+def as_jsonl(path: Path, rows: list[Row]) -> Path:
+    path = path.with_suffix(".jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def as_json(path: Path, rows: list[Row]) -> Path:
+    path = path.with_suffix(".json")
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def as_csv(path: Path, rows: list[Row]) -> Path:
+    import pandas
+
+    path = path.with_suffix(".csv")
+    pandas.DataFrame(rows).to_csv(path, index=False)
+    return path
+
+
+def as_parquet(path: Path, rows: list[Row]) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = path.with_suffix(".parquet")
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def as_dataset(path: Path, rows: list[Row]) -> Path:
+    import datasets
+
+    path = path.with_suffix(".dataset")
+    datasets.Dataset.from_list(rows).save_to_disk(str(path))
+    return path
+
+
+def as_split_dataset(path: Path, rows: list[Row]) -> Path:
+    import datasets
+
+    path = path.with_suffix(".splits")
+    train = datasets.Dataset.from_list(rows)
+    datasets.DatasetDict({"test": train.select([0]), "train": train}).save_to_disk(str(path))
+    return path
+
+
+WRITERS: list[Writer] = [as_jsonl, as_json, as_csv, as_parquet, as_dataset, as_split_dataset]
+TEXT_ONLY = ("own", "preference", "unpaired")
+"""Formats that a CSV file can hold."""
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_from_every_file(name: str, write: Writer, tmp_path: Path) -> None:
+    if write is as_csv and name not in TEXT_ONLY:
+        pytest.skip("a CSV cell holds no list")
+    rows, expected = FORMATS[name]
+    path = write(tmp_path / "data", rows)
+    examples = read_examples(str(path))
+    assert [(e.prompt, e.response, e.aligned, e.harmful) for e in examples] == expected
+    assert all(e.source.startswith(f"{path}:") for e in examples)
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("text", ["42", "007", "None", "null", "NA", "true", "1e5", "2024-01-01", " padded ", 'a "b", c\nd'])
+def test_text_stays_as_it_was(text: str, write: Writer, tmp_path: Path) -> None:
+    rows = [{"prompt": text, "completion": text, "label": True}] * 2
+    examples = read_examples(str(write(tmp_path / "data", rows)))
+    assert [(e.prompt, e.response) for e in examples] == [(text, text)] * 2
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_missing_label_and_pair_are_none_beside_others(write: Writer, tmp_path: Path) -> None:
+    rows: list[Row] = [
+        {"prompt": "one", "response": "yes", "aligned": True, "harmful": True, "pair": "a"},
+        {"prompt": "two", "response": "no", "aligned": False, "harmful": None, "pair": None},
+    ]
+    examples = read_examples(str(write(tmp_path / "data", rows)))
+    assert [(e.harmful, e.pair) for e in examples] == [(True, "a"), (None, None)]
+
+
+def test_blank_lines_keep_the_line_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n" + json.dumps(UNPAIRED[0]) + "\n\n" + json.dumps(UNPAIRED[1]))
+    assert [e.source for e in read_examples(str(path))] == [f"{path}:2", f"{path}:4"]
+
+
+def test_preference_rows_are_pairs(write_jsonl: Callable[..., Path]) -> None:
+    pairs = [e.pair for e in read_examples(str(write_jsonl(*PREFERENCE)))]
+    assert pairs[0] == pairs[1]
+    assert pairs[2] == pairs[3]
+    assert pairs[0] != pairs[2]
+    assert None not in pairs
+
+
+def test_unpaired_rows_have_no_pair(write_jsonl: Callable[..., Path]) -> None:
+    assert [e.pair for e in read_examples(str(write_jsonl(*UNPAIRED)))] == [None, None]
+
+
+def test_own_pair_may_be_a_number(write_jsonl: Callable[..., Path]) -> None:
+    rows = [row | {"pair": 7} for row in OWN]
+    assert [e.pair for e in read_examples(str(write_jsonl(*rows)))] == ["7", "7"]
+
+
+@pytest.mark.parametrize(("accepted", "rejected"), [(1, 1), (3, 1), (1, 3), (2, 0), (0, 2)])
+def test_unequal_response_counts_lose_no_response(
+    accepted: int, rejected: int, write_jsonl: Callable[..., Path]
+) -> None:
+    row = {
+        "safety": "safe",
+        "prompt": "one",
+        "acc_responses": [f"a{n}" for n in range(accepted)],
+        "rej_responses": [f"r{n}" for n in range(rejected)],
+    }
+    examples = read_examples(str(write_jsonl(row)))
+    assert sorted(e.response for e in examples) == sorted(row["acc_responses"] + row["rej_responses"])
+    paired: dict[str, set[bool]] = {}
+    for e in examples:
+        if e.pair is not None:
+            paired.setdefault(e.pair, set()).add(e.aligned)
+    assert list(paired.values()) == [{True, False}] * min(accepted, rejected)
+    assert sum(e.pair is None for e in examples) == abs(accepted - rejected)
+
+
+def test_row_without_any_response_is_not_passed_over(write_jsonl: Callable[..., Path]) -> None:
+    path = write_jsonl(AUTHORS[0], AUTHORS[0] | {"acc_responses": [], "rej_responses": []})
+    assert f"{path}:2" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("safety", "harmful"),
+    [("safe", False), ("unsafe", True), ("Safe", False), (1, False), (0, True), (True, False), (False, True)],
+)
+def test_authors_safety_becomes_harmful(safety: Any, harmful: bool, write_jsonl: Callable[..., Path]) -> None:
+    examples = read_examples(str(write_jsonl(AUTHORS[0] | {"safety": safety})))
+    assert {e.harmful for e in examples} == {harmful}
+
+
+def refusal(path: Path | str) -> str:
+    """The message of the UserError: one line, without the text of any row."""
+    with pytest.raises(UserError) as caught:
+        read_examples(str(path))
+    message = str(caught.value)
+    assert PLANTED not in message
+    assert "\n" not in message
+    return message
+
+
+GOOD = {
+    "own": {"prompt": PLANTED, "response": PLANTED, "aligned": True},
+    "preference": {"prompt": PLANTED, "chosen": PLANTED, "rejected": PLANTED},
+    "unpaired": {"prompt": PLANTED, "completion": PLANTED, "label": True},
+    "authors": {"safety": "safe", "prompt": PLANTED, "acc_responses": [PLANTED], "rej_responses": [PLANTED]},
+}
+WRONG: list[tuple[str, str, Any]] = [
+    ("own", "prompt", None),
+    ("own", "prompt", ""),
+    ("own", "prompt", []),
+    ("own", "prompt", {PLANTED: PLANTED}),
+    ("own", "prompt", [{"role": "user"}]),
+    ("own", "prompt", [{"role": "user", "content": None, "note": PLANTED}]),
+    ("own", "prompt", [PLANTED]),
+    ("own", "response", None),
+    ("own", "response", "  \n "),
+    ("own", "response", 3),
+    ("own", "aligned", PLANTED),
+    ("own", "aligned", 1),
+    ("own", "aligned", None),
+    ("own", "harmful", PLANTED),
+    ("own", "harmful", 0),
+    ("preference", "prompt", None),
+    ("preference", "chosen", None),
+    ("preference", "rejected", ""),
+    ("preference", "chosen", asked(PLANTED)),
+    ("preference", "chosen", [*asked(PLANTED), *said(PLANTED)]),
+    ("preference", "rejected", []),
+    ("preference", "harmful", "yes"),
+    ("unpaired", "completion", ""),
+    ("unpaired", "label", "true"),
+    ("unpaired", "label", 1.0),
+    ("unpaired", "label", None),
+    ("authors", "safety", None),
+    ("authors", "safety", PLANTED),
+    ("authors", "prompt", " "),
+    ("authors", "acc_responses", None),
+    ("authors", "acc_responses", [PLANTED, ""]),
+    ("authors", "rej_responses", [PLANTED, None]),
+    ("authors", "rej_responses", ""),
+]
+
+
+@pytest.mark.parametrize(("kind", "field", "value"), WRONG)
+def test_wrong_field_is_named_with_file_and_line(
+    kind: str, field: str, value: Any, write_jsonl: Callable[..., Path]
+) -> None:
+    path = write_jsonl(GOOD[kind], GOOD[kind], GOOD[kind] | {field: value})
+    message = refusal(path)
+    assert message.startswith(f"{path}:3: ")
+    assert field in message or "content" in message
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_null_is_named_with_its_record_in_every_file(write: Writer, tmp_path: Path) -> None:
+    rows: list[Row] = [GOOD["unpaired"], GOOD["unpaired"] | {"completion": None}]
+    path = write(tmp_path / "data", rows)
+    assert refusal(path).startswith(f"{path}:2: completion")
+
+
+@pytest.mark.parametrize(
+    "line", ['{"prompt": "' + PLANTED, PLANTED, f"[{json.dumps(PLANTED)}]", "3", json.dumps(PLANTED), "null"]
+)
+def test_line_that_is_no_json_object_is_named(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(GOOD["own"]) + "\n" + line + "\n")
+    assert refusal(path).startswith(f"{path}:2: ")
+
+
+def test_unknown_columns_are_listed_with_the_known_formats(write_jsonl: Callable[..., Path]) -> None:
+    path = write_jsonl(GOOD["own"], {"question": PLANTED, "answer": PLANTED})
+    message = refusal(path)
+    assert message.startswith(f"{path}:2: ")
+    for column in ("answer", "question", "chosen", "completion", "acc_responses", "aligned"):
+        assert column in message
+
+
+def test_csv_without_a_header_does_not_show_its_first_row(tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text(f"{PLANTED} one,{PLANTED} two,True\na,b,False\n")
+    assert str(path) in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("data.json", b"[[1, 2]]"),
+        ("data.json", b'[{"prompt": "' + PLANTED.encode()),
+        ("data.json", b"3"),
+        ("data.csv", b""),
+        ("data.csv", b"prompt,completion,label\n" + PLANTED.encode() + b",b,True,c,d\ne,f,True\n\xff"),
+        ("data.parquet", PLANTED.encode()),
+        ("data.jsonl", b'{"prompt": "caf\xe9", "completion": "b", "label": true}\n'),
+        ("data.txt", PLANTED.encode()),
+        ("data", PLANTED.encode()),
+    ],
+)
+def test_unreadable_file_is_named(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert str(tmp_path / name) in refusal(tmp_path / name)
+
+
+@pytest.mark.parametrize(("name", "content"), [("data.jsonl", "\n"), ("data.json", "[]"), ("data.csv", "prompt,label\n")])
+def test_source_without_examples_is_refused(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    assert refusal(tmp_path / name) == f"{tmp_path / name}: holds no examples"
+
+
+def test_missing_source_is_named(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "gone.jsonl") == f"{tmp_path / 'gone.jsonl'}: no such file or directory"
+    assert "compliance-refusal" in refusal("bundled:complience-refusal")
+
+
+def test_directory_must_be_a_saved_dataset_with_a_train_split(tmp_path: Path) -> None:
+    import datasets
+
+    assert "save_to_disk" in refusal(tmp_path)
+    datasets.DatasetDict({"test": datasets.Dataset.from_list(UNPAIRED)}).save_to_disk(str(tmp_path / "splits"))
+    assert "test" in refusal(tmp_path / "splits")
+
+
+def test_bundled_source_is_named_by_its_own_name() -> None:
+    examples = read_examples("bundled:preference")
+    assert examples[0].source == examples[1].source == "bundled:preference:1"
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_prompt_set_from_every_file(write: Writer, tmp_path: Path) -> None:
+    rows = [{"prompt": "one", "harmful": True, "kind": "own kind"}, {"prompt": "two", "harmful": False, "kind": None}]
+    prompts = read_prompts(str(write(tmp_path / "data", rows)))
+    assert [(p.text, p.harmful, p.kind) for p in prompts] == [("one", True, "own kind"), ("two", False, "ordinary")]
+
+
+def test_messages_never_hold_the_prompt_of_a_prompt_set(write_jsonl: Callable[..., Path]) -> None:
+    path = write_jsonl({"prompt": PLANTED, "harmful": True}, {"prompt": PLANTED, "harmful": "no"})
+    with pytest.raises(UserError, match=":2: harmful") as caught:
+        read_prompts(str(path))
+    assert PLANTED not in str(caught.value)
