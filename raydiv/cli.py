@@ -189,6 +189,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     from raydiv.evaluate.judges import REFUSAL_JUDGE_ERRORS
     from raydiv.measure import evaluate
 
+    if options.show_text and not options.output:
+        raise UserError("--show-text: say where to write the answers, with --output FOLDER")
     reports = evaluate(
         options.models,
         options.prompts,
@@ -201,8 +203,6 @@ def _evaluate(options: argparse.Namespace) -> int:
         options.output.mkdir(parents=True, exist_ok=True)
         for number, report in enumerate(reports):
             report.write(options.output, f"model-{number}", options.show_text)
-    elif options.show_text:
-        raise UserError("--show-text: say where to write the answers, with --output FOLDER")
 
     def show() -> None:
         names = list(reports[0].rates)

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from raydiv.config import Recipe, save_recipe
-from raydiv.data.prepare import PreparedData, prepare_data
+from raydiv.data.prepare import PreparedData, RawData
+from raydiv.data.prompts import read_prompts
 from raydiv.data.tokens import mismatched
 from raydiv.errors import UserError
 from raydiv.measure import measure_answers, measure_separation
@@ -71,11 +72,24 @@ class Result:
 def prepare(recipe: Recipe, display: Display | None = None) -> Prepared:
     """Data -> tokens -> reference log-probs, through caches; safe to repeat."""
     display = display or Display()
-    directory = model_directory(recipe.model.id, recipe.model.revision)
+    directory, raw = _read(recipe)
     with ray_session(recipe.cluster):
-        with display.phase("tokens", total=None) as update:
-            data = prepare_data(recipe, directory, lambda done: update(done, ""))
-        return _with_reference(recipe, directory, data, display)
+        return _prepare(recipe, directory, raw, display)
+
+
+def _read(recipe: Recipe) -> tuple[Path, RawData]:
+    """Model files, examples and prompts, checked before anything is started."""
+    directory = model_directory(recipe.model.id, recipe.model.revision)
+    for prompts in (recipe.separation.prompts, recipe.evaluate.prompts):
+        if prompts:
+            read_prompts(prompts)
+    return directory, RawData(recipe, directory)
+
+
+def _prepare(recipe: Recipe, directory: Path, raw: RawData, display: Display) -> Prepared:
+    with display.phase("tokens", total=None) as update:
+        data = raw.tokenize(lambda done: update(done, ""))
+    return _with_reference(recipe, directory, data, display)
 
 
 def _with_reference(recipe: Recipe, directory: Path, data: PreparedData, display: Display) -> Prepared:
@@ -120,9 +134,10 @@ def train(recipe: Recipe, display: Display | None = None, show_text: bool = Fals
     """
     display = display or Display()
     run = run_directory(recipe)
+    directory, raw = _read(recipe)
     _claim(run)
     with ray_session(recipe.cluster):
-        prepared = prepare(recipe, display)
+        prepared = _prepare(recipe, directory, raw, display)
         save_recipe(recipe, run / "recipe.yaml")
         tracker = Tracker(recipe, _tags(prepared), display.say)
         try:

@@ -102,6 +102,7 @@ class LogProbScorer:
         self._model = load_model(Path(directory), DTYPES[precision], attention, trust_remote_code)
         self._model.to(self._device).eval()
         self._head = LogProbHead(self._model)
+        self._head.check(self._model, self._device)
         self._tokens = tokens
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

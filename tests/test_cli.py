@@ -54,6 +54,8 @@ def refuse(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
         raise AssertionError("Ray was started before the mistake was found")
 
     monkeypatch.setattr(ray, "init", start)
+    # a Ray that another test left running must not hide a start
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
 
     def run(*arguments: str | Path) -> str:
         capfd.readouterr()
@@ -61,7 +63,6 @@ def refuse(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
         printed = capfd.readouterr()
         assert status == 2
         assert printed.out == ""
-        assert not ray.is_initialized()
         return one_line(printed.err)
 
     return run
@@ -281,9 +282,7 @@ def test_train_over_a_run_is_one_line(tmp_path: Path, recipe: Path, refuse: Refu
     assert [path.name for path in run.iterdir()] == ["recipe.yaml"]
 
 
-def test_show_text_needs_a_place_to_write(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, refuse: Refuse
-) -> None:
+def test_show_text_needs_a_place_to_write(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, refuse: Refuse) -> None:
     def measure(*arguments: Any, **options: Any) -> list[Any]:
         raise AssertionError("answers were generated before the mistake was found")
 

@@ -222,7 +222,7 @@ def test_missing_section_is_named(section: str) -> None:
         ("optim.lr=fast", "'fast'"),
         ("batch.examples=1.5", "1.5"),
         ("batch.examples=[4]", "[4]"),
-        ("optim.steps=true", "True"),
+        ("optim.steps=true", "'true'"),
         ("model.lora.r=x", "'x'"),
         ("model.id=3", "3"),
         ("data.train=3", "3"),

@@ -107,11 +107,11 @@ BETA = 0.3
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x))
+    return np.asarray(1 / (1 + np.exp(-x)))
 
 
 def log_sigmoid(x: np.ndarray) -> np.ndarray:
-    return -np.log1p(np.exp(-x))
+    return np.asarray(-np.log1p(np.exp(-x)))
 
 
 def bco_by_hand(r: np.ndarray, delta: float) -> float:
@@ -265,7 +265,8 @@ def test_a_constant_moves_kldo_nowhere(skew: float) -> None:
 def test_kldo_pushes_at_any_reward(reward: float) -> None:
     batch = make_batch([0.0, reward, reward], [True, False, False], dtype=torch.float32)
     _, gradient = evaluate("kldo", batch, beta=1.0)
-    np.testing.assert_allclose(gradient, [-1, 0.5, 0.5], rtol=1e-6)
+    # fp32 numbers near 1e4 lie 1e-3 apart, and so does the exponent of each weight
+    np.testing.assert_allclose(gradient, [-1, 0.5, 0.5], rtol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -322,16 +323,16 @@ ESTIMATES: dict[str, tuple[str, dict[str, Any], Truth, float]] = {
 }
 
 
-def optimise(name: str, options: Mapping[str, Any], p: Law, q: Law, steps: int = 250) -> tuple[float, float]:
+def optimise(name: str, options: Mapping[str, Any], p: Law, q: Law, rate: float = 0.3) -> tuple[float, float]:
     """The last and the largest estimate while one reward per outcome is free; laws in sixteenths, beta 1."""
     outcomes = torch.tensor([*np.repeat(range(4), p), *np.repeat(range(4), q)])
     aligned = [True] * 16 + [False] * 16
     pairs = list(itertools.product(range(16), range(16, 32))) if OBJECTIVES[name].data == "paired" else NONE
     table = torch.zeros(4, dtype=torch.float64, requires_grad=True)
-    adam = torch.optim.Adam([table], lr=0.3)
-    cooling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
+    adam = torch.optim.Adam([table], lr=rate)
+    cooling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, 250)
     estimates = []
-    for _ in range(steps):
+    for _ in range(250):
         adam.zero_grad()
         batch = make_batch(table[outcomes], aligned, pairs)
         value = OBJECTIVES[name].function(batch, OBJECTIVES[name].state, beta=1.0, **options)
@@ -370,7 +371,7 @@ def test_optimum_is_the_divergence(case: str, p: Law, q: Law) -> None:
 def test_disjoint_laws_reach_the_ceiling(name: str, options: dict[str, Any]) -> None:
     limit = ceiling(name, options)
     assert limit is not None
-    reached, largest = optimise(name, options, (10, 6, 0, 0), (0, 0, 6, 10))
+    reached, largest = optimise(name, options, (10, 6, 0, 0), (0, 0, 6, 10), rate=2.0)
     assert reached == pytest.approx(limit, abs=1e-3)
     assert largest <= limit + 1e-9
 
@@ -478,25 +479,44 @@ def test_order_does_not_matter(name: str, options: dict[str, Any]) -> None:
     assert other.state == {key: pytest.approx(number, abs=1e-12) for key, number in value.state.items()}
 
 
-@pytest.mark.parametrize("present", [True, False])
-@pytest.mark.parametrize(
+absent_class = pytest.mark.parametrize(
     ("name", "options"),
     [
         ("kldo", {}),
         ("kldo", {"skew": 0.4}),
         ("kldo", {"estimator": "ema"}),
-        ("bco", {}),
+        ("bco", {"delta": "running"}),
         ("bco", {"delta": "batch"}),
+        ("bco", {"delta": "fixed"}),
         ("kto", {}),
     ],
 )
-def test_absent_class_is_one_example_of_reward_zero(name: str, options: dict[str, Any], present: bool) -> None:
-    state = dict.fromkeys(OBJECTIVES[name].state, 0.3)
-    value, gradient = evaluate(name, make_batch(RATIOS[:3], [present] * 3), state, **options)
-    whole, rest = evaluate(name, make_batch([*RATIOS[:3], 0.0], [*[present] * 3, not present]), state, **options)
-    assert value.loss.item() == pytest.approx(whole.loss.item(), abs=1e-12)
+
+
+def without_and_with_zero(name: str, present: bool) -> tuple[Batch, Batch, dict[str, float]]:
+    """A batch of one class, the same with one example of the other at reward 0, and a state that has moved."""
+    alone = make_batch(RATIOS[:3], [present] * 3, mismatched=MISMATCHED)
+    both = make_batch([*RATIOS[:3], 0.0], [*[present] * 3, not present], mismatched=MISMATCHED)
+    return alone, both, dict.fromkeys(OBJECTIVES[name].state, 0.3)
+
+
+@pytest.mark.parametrize("present", [True, False])
+@absent_class
+def test_absent_class_pushes_as_one_example_of_reward_zero(name: str, options: dict[str, Any], present: bool) -> None:
+    alone, both, state = without_and_with_zero(name, present)
+    value, gradient = evaluate(name, alone, state, **options)
+    whole, rest = evaluate(name, both, state, **options)
     np.testing.assert_allclose(gradient, rest[:3], atol=1e-12)
     assert value.state == {key: pytest.approx(number, abs=1e-12) for key, number in whole.state.items()}
+
+
+@pytest.mark.parametrize("present", [True, False])
+@absent_class
+def test_absent_class_is_worth_one_example_of_reward_zero(name: str, options: dict[str, Any], present: bool) -> None:
+    alone, both, state = without_and_with_zero(name, present)
+    value, _ = evaluate(name, alone, state, **options)
+    whole, _ = evaluate(name, both, state, **options)
+    assert value.loss.item() == pytest.approx(whole.loss.item(), abs=1e-12)
 
 
 @pytest.mark.parametrize(("name", "start"), [("dpo", math.log(2)), ("nca", math.log(4)), ("sft", 0.0)])
@@ -506,13 +526,17 @@ def test_nothing_to_learn_from_moves_nothing(name: str, start: float) -> None:
     assert not gradient.any()
 
 
-@every_variant
-def test_divergence_is_zero_before_training(name: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("case", ESTIMATES)
+def test_estimate_is_zero_before_training(case: str) -> None:
+    name, options, _, _ = ESTIMATES[case]
     value, _ = evaluate(name, make_batch(0 * RATIOS, ALIGNED, PAIRS), **options)
-    if OBJECTIVES[name].divergence == "none":
-        assert value.divergence is None
-    else:
-        assert divergence(value) == pytest.approx(0, abs=1e-12)
+    assert divergence(value) == pytest.approx(0, abs=1e-12)
+
+
+@every_variant
+def test_estimate_is_there_unless_declared_none(name: str, options: dict[str, Any]) -> None:
+    value, _ = evaluate(name, make_batch(RATIOS, ALIGNED, PAIRS), **options)
+    assert (value.divergence is None) == (OBJECTIVES[name].divergence == "none")
 
 
 # -- TRL --------------------------------------------------------------------------------------------------------------
@@ -522,6 +546,7 @@ def trl_dpo(kind: str, batch: Batch, beta: float, **settings: Any) -> tuple[floa
     """Loss and gradient of TRL's own ``DPOTrainer._compute_loss``, given our pairs' log-probs in place of a model's."""
     from trl.trainer.dpo_trainer import DPOTrainer
 
+    compute_loss: Any = DPOTrainer._compute_loss
     rows = batch.pairs.T.reshape(-1)  # TRL's batch is all chosen, then all rejected
     logps = batch.logps.detach()[rows].requires_grad_()
     tokens, reference = batch.tokens[rows], batch.reference_logps[rows]
@@ -553,9 +578,9 @@ def trl_dpo(kind: str, batch: Batch, beta: float, **settings: Any) -> tuple[floa
         "ref_chosen_logps": reference[: len(batch.pairs)],
         "ref_rejected_logps": reference[len(batch.pairs) :],
     }
-    loss = DPOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, False)
+    loss = compute_loss(trainer, lambda **_: outputs, inputs, False)
     (gradient,) = torch.autograd.grad(loss, logps)
-    return float(loss), torch.zeros_like(batch.logps).index_add(0, rows, gradient).detach().numpy()
+    return loss.item(), torch.zeros_like(batch.logps).index_add(0, rows, gradient).detach().numpy()
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 40.0])

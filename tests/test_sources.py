@@ -36,7 +36,10 @@ PREFERENCE = [
     {"prompt": "one", "chosen": "yes", "rejected": "no", "harmful": True},
     {"prompt": "two", "chosen": "go", "rejected": "stop", "harmful": False},
 ]
-UNPAIRED = [{"prompt": "one", "completion": "yes", "label": True}, {"prompt": "two", "completion": "no", "label": False}]
+UNPAIRED = [
+    {"prompt": "one", "completion": "yes", "label": True},
+    {"prompt": "two", "completion": "no", "label": False},
+]
 AUTHORS = [
     {"safety": "safe", "prompt": "one", "acc_responses": ["yes", "sure"], "rej_responses": ["no"]},
     {"safety": "unsafe", "prompt": "two", "acc_responses": ["never"], "rej_responses": ["first", "second", "third"]},
@@ -53,7 +56,12 @@ FORMATS: dict[str, tuple[list[Row], list[tuple[Any, str, bool, bool | None]]]] =
     ),
     "preference": (
         PREFERENCE,
-        [("one", "yes", True, True), ("one", "no", False, True), ("two", "go", True, False), ("two", "stop", False, False)],
+        [
+            ("one", "yes", True, True),
+            ("one", "no", False, True),
+            ("two", "go", True, False),
+            ("two", "stop", False, False),
+        ],
     ),
     "preference, conversational": (
         [{"prompt": CHAT, "chosen": said("go"), "rejected": said("stop")}],
@@ -131,14 +139,14 @@ def as_split_dataset(path: Path, rows: list[Row]) -> Path:
 
 WRITERS: list[Writer] = [as_jsonl, as_json, as_csv, as_parquet, as_dataset, as_split_dataset]
 TEXT_ONLY = ("own", "preference", "unpaired")
-"""Formats that a CSV file can hold."""
+"""Formats that a CSV file can hold, whose cells are no lists."""
 
 
-@pytest.mark.parametrize("write", WRITERS)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [(name, write) for name in FORMATS for write in WRITERS if write is not as_csv or name in TEXT_ONLY],
+)
 def test_every_format_from_every_file(name: str, write: Writer, tmp_path: Path) -> None:
-    if write is as_csv and name not in TEXT_ONLY:
-        pytest.skip("a CSV cell holds no list")
     rows, expected = FORMATS[name]
     path = write(tmp_path / "data", rows)
     examples = read_examples(str(path))
@@ -147,7 +155,9 @@ def test_every_format_from_every_file(name: str, write: Writer, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("write", WRITERS)
-@pytest.mark.parametrize("text", ["42", "007", "None", "null", "NA", "true", "1e5", "2024-01-01", " padded ", 'a "b", c\nd'])
+@pytest.mark.parametrize(
+    "text", ["42", "007", "None", "null", "NA", "true", "1e5", "2024-01-01", " padded ", 'a "b", c\nd']
+)
 def test_text_stays_as_it_was(text: str, write: Writer, tmp_path: Path) -> None:
     rows = [{"prompt": text, "completion": text, "label": True}] * 2
     examples = read_examples(str(write(tmp_path / "data", rows)))
@@ -191,7 +201,7 @@ def test_own_pair_may_be_a_number(write_jsonl: Callable[..., Path]) -> None:
 def test_unequal_response_counts_lose_no_response(
     accepted: int, rejected: int, write_jsonl: Callable[..., Path]
 ) -> None:
-    row = {
+    row: Row = {
         "safety": "safe",
         "prompt": "one",
         "acc_responses": [f"a{n}" for n in range(accepted)],
@@ -231,7 +241,7 @@ def refusal(path: Path | str) -> str:
     return message
 
 
-GOOD = {
+GOOD: dict[str, Row] = {
     "own": {"prompt": PLANTED, "response": PLANTED, "aligned": True},
     "preference": {"prompt": PLANTED, "chosen": PLANTED, "rejected": PLANTED},
     "unpaired": {"prompt": PLANTED, "completion": PLANTED, "label": True},
@@ -333,7 +343,9 @@ def test_unreadable_file_is_named(name: str, content: bytes, tmp_path: Path) -> 
     assert str(tmp_path / name) in refusal(tmp_path / name)
 
 
-@pytest.mark.parametrize(("name", "content"), [("data.jsonl", "\n"), ("data.json", "[]"), ("data.csv", "prompt,label\n")])
+@pytest.mark.parametrize(
+    ("name", "content"), [("data.jsonl", "\n"), ("data.json", "[]"), ("data.csv", "prompt,label\n")]
+)
 def test_source_without_examples_is_refused(name: str, content: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
     assert refusal(tmp_path / name) == f"{tmp_path / name}: holds no examples"

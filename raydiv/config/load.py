@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -21,14 +21,21 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
     Raises UserError with every unknown key, wrong type and value out of range.
     """
     tree = dict(source) if isinstance(source, Mapping) else _read(Path(source), seen=())
+    changes: dict[str, Any] = {}
     for override in overrides:
-        tree = _merge(tree, _parse_override(override))
+        changes = _merge(changes, _parse_override(override))
+    tree = _merge(tree, changes)
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         where = "" if isinstance(source, Mapping) else f"{source}: "
-        problems = [_explain(problem, tree) for problem in error.errors()]
-        raise UserError(where + "; ".join(problems)) from None
+        problems: dict[str, list[str]] = {}
+        for problem in error.errors():
+            path, message = _explain(problem, tree)
+            problems.setdefault(path, []).append(message)
+        # a key that may be one of several types has one problem with each
+        lines = [f"{path}: {' or '.join(messages)}" for path, messages in problems.items()]
+        raise UserError(where + "; ".join(lines)) from None
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -76,7 +83,7 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         before = merged.get(key)
         if isinstance(before, Mapping) and isinstance(value, Mapping):
-            if key == "loss" and value.get("type", before.get("type")) != before.get("type"):
+            if key == "loss" and "type" in before and value.get("type", before["type"]) != before["type"]:
                 before = _options_of(value["type"], before)
             merged[key] = _merge(before, value)
         else:
@@ -86,31 +93,40 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _options_of(loss: Any, section: Mapping[str, Any]) -> dict[str, Any]:
     """What of a loss section stays meaningful under another loss: ``mix`` and the options that both have."""
-    known = OBJECTIVES[loss].parameters if loss in OBJECTIVES else {}
+    known = OBJECTIVES[loss].parameters if isinstance(loss, str) and loss in OBJECTIVES else {}
     return {key: value for key, value in section.items() if key == "mix" or key in known}
 
 
-def _explain(problem: Mapping[str, Any], tree: Mapping[str, Any]) -> str:
-    """One line for one pydantic error."""
-    # pydantic puts the chosen loss's name into the path: loss.kldo.beta
-    location = [str(part) for part in problem["loc"]]
-    if location[:1] == ["loss"] and len(location) > 1 and location[1] in OBJECTIVES:
-        del location[1]
+def _explain(problem: Mapping[str, Any], tree: Mapping[str, Any]) -> tuple[str, str]:
+    """Path and message of one pydantic error."""
+    location = _location(problem)
     path = ".".join(location) or "recipe"
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
-        return f"{path}: unknown key{_hint(location, tree)}"
+        return path, f"unknown key{_hint(location, tree)}"
     if kind == "missing":
-        return f"{path}: missing"
+        return path, "missing"
     if kind == "union_tag_not_found":
-        return f"{path}.type: missing (one of {', '.join(sorted(OBJECTIVES))})"
+        return f"{path}.type", f"missing (one of {', '.join(sorted(OBJECTIVES))})"
     if kind == "union_tag_invalid":
-        return f"{path}.type: no loss {context['tag']!r}{_nearest(str(context['tag']), OBJECTIVES)}"
+        return f"{path}.type", f"no loss {context['tag']!r}{_nearest(str(context['tag']), OBJECTIVES)}"
     message = str(problem["msg"]).removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    return f"{path}: {message}" + (
-        "" if isinstance(problem["input"], dict | BaseModel) else f", found {problem['input']!r}"
-    )
+    found = "" if isinstance(problem["input"], dict | BaseModel) else f", found {problem['input']!r}"
+    return path, message + found
+
+
+def _location(problem: Mapping[str, Any]) -> list[str]:
+    """The recipe's path of a problem, without what pydantic adds: a loss's name (loss.kldo.beta), a type of a union."""
+    location = [str(part) for part in problem["loc"]]
+    if location[:1] == ["loss"] and len(location) > 1 and location[1] in OBJECTIVES:
+        del location[1]
+    if location[:1] != ["loss"] and len(location) > 2 and problem["type"] != "extra_forbidden":
+        section = Recipe.model_fields[location[0]].annotation
+        field = getattr(section, "model_fields", {}).get(location[1])
+        if field is not None and not _sections(field.annotation) and get_origin(field.annotation) is not dict:
+            del location[2:]
+    return location
 
 
 def _hint(location: list[str], tree: Mapping[str, Any]) -> str:
@@ -132,10 +148,14 @@ def _hint(location: list[str], tree: Mapping[str, Any]) -> str:
 def _keys_at(parents: list[str]) -> list[str]:
     section: type[BaseModel] = Recipe
     for parent in parents:
-        annotation = section.model_fields[parent].annotation
-        candidates = getattr(annotation, "__args__", (annotation,))
-        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+        section = _sections(section.model_fields[parent].annotation)[0]
     return list(section.model_fields)
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field may hold."""
+    candidates = getattr(annotation, "__args__", (annotation,))
+    return [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
 
 
 def _nearest(key: str, known: Iterable[str]) -> str:

@@ -161,7 +161,14 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _mixes_others(self) -> Recipe:
+        names = [objective.name for objective, _, _ in self.loss.terms]
+        if len(set(names)) < len(names):
+            raise ValueError(f"loss.mix.{self.loss.type}: is the main objective already; mix in others")
+        return self
+
+    @model_validator(mode="after")
     def _reference_is_used(self) -> Recipe:
-        if "reference" in self.model.model_fields_set and not self.loss.needs_reference:
+        if self.model.reference != "store" and not self.loss.needs_reference:
             raise ValueError(f"model.reference does not apply: loss.type {self.loss.type} has no reference")
         return self

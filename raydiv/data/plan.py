@@ -102,8 +102,8 @@ def _spread(order: Sequence[int], lengths: Sequence[int], tokens: int, ranks: in
     """
     fewest = len(list(_within_budget(order, lengths, tokens)))
     wanted = -(-max(fewest, 1) // ranks) * ranks
-    low, high = max(lengths, default=1), tokens
-    best = list(_within_budget(order, lengths, low))
+    best: list[MicroBatch] = [[position] for position in order]
+    low, high = 1, tokens
     while low <= high:
         middle = (low + high) // 2
         batches = list(_within_budget(order, lengths, middle))

@@ -48,18 +48,25 @@ class PreparedData:
     eval: PreparedSet | None
 
 
-def prepare_data(recipe: Recipe, directory: Path, progress: Progress = lambda done: None) -> PreparedData:
-    """Tokenise the recipe's data for the model in ``directory``; a second call finds it in the cache.
+class RawData:
+    """The recipe's examples, read and checked but not tokenised: everything that can be wrong with them is found here.
 
     Raises UserError for bad data, a single class, pairs that are none, or paired losses without pairs.
     """
-    train, held_out = split_examples(recipe)
-    chat = Chat(directory, recipe.data.template)
-    prepared = [_Set(recipe, chat, examples) for examples in (train, held_out) if examples]
-    _tokenize([one for one in prepared if not one.folder.is_dir()], recipe, directory, progress)
-    sets = [one.read() for one in prepared]
-    _require(recipe, sets[0], recipe.data.train)
-    return PreparedData(sets[0], sets[1] if held_out else None)
+
+    def __init__(self, recipe: Recipe, directory: Path) -> None:
+        self._recipe, self._directory = recipe, directory
+        train, held_out = split_examples(recipe)
+        _require(recipe, train)
+        chat = Chat(directory, recipe.data.template)
+        self._sets = [_Set(recipe, chat, examples) for examples in (train, held_out) if examples]
+
+    def tokenize(self, progress: Progress = lambda done: None) -> PreparedData:
+        """Tokenise what the cache lacks, with Ray Data; needs a Ray session."""
+        missing = [one for one in self._sets if not one.folder.is_dir()]
+        _tokenize(missing, self._recipe, self._directory, progress)
+        sets = [one.read() for one in self._sets]
+        return PreparedData(sets[0], sets[1] if len(sets) > 1 else None)
 
 
 def split_examples(recipe: Recipe) -> tuple[list[Example], list[Example]]:
@@ -79,18 +86,19 @@ def split_examples(recipe: Recipe) -> tuple[list[Example], list[Example]]:
     return parts
 
 
-def _require(recipe: Recipe, prepared: PreparedSet, source: str) -> None:
-    """Refuse data that the loss cannot learn from."""
-    counts = prepared.counts
-    for name, count in (("aligned", counts.aligned), ("unaligned", counts.unaligned)):
-        if count == 0 and recipe.loss.needs_reference:
-            raise UserError(
-                f"data.train: {source} has no {name} example; loss.type {recipe.loss.type} compares two classes"
-            )
-    if recipe.loss.needs_pairs and 2 * counts.pairs < counts.examples:
+def _require(recipe: Recipe, examples: Sequence[Example]) -> None:
+    """Refuse training data that the loss cannot learn from."""
+    source, loss = recipe.data.train, recipe.loss
+    classes = Counter(example.aligned for example in examples)
+    for aligned, name in ((True, "aligned"), (False, "unaligned")):
+        if not classes[aligned] and loss.needs_reference:
+            raise UserError(f"data.train: {source} has no {name} example; loss.type {loss.type} compares two classes")
+    members = Counter(example.pair for example in examples if example.pair is not None)
+    alone = sum(example.pair is None or members[example.pair] < 2 for example in examples)
+    if loss.needs_pairs and alone:
         raise UserError(
-            f"data.train: {counts.examples - 2 * counts.pairs} of {counts.examples} examples of {source} have no partner, "
-            f"and loss.type {recipe.loss.type} takes pairs (losses for unpaired data: bco, kldo, kto)"
+            f"data.train: {alone} of {len(examples)} examples of {source} have no partner, and loss.type {loss.type} takes "
+            "pairs (losses for unpaired data: bco, kldo, kto)"
         )
 
 

@@ -5,6 +5,8 @@ To add a format, add its columns to ``FORMATS`` with the function that turns a r
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,43 +67,67 @@ def iterate_records(source: str) -> Iterator[tuple[str, Record]]:
         elif path.suffix == ".jsonl":
             yield from ((f"{source}:{line}", record) for line, record in _jsonl(path))
             return
+        elif path.suffix in FILES:
+            rows = FILES[path.suffix](path)
         else:
-            rows = _table(path)
+            raise UserError(
+                f"{path}: unknown kind of file (known: .jsonl, {', '.join(FILES)}, a saved datasets directory)"
+            )
     yield from ((f"{source}:{number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, Record]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
+    for number, line in enumerate(_utf8(path).split("\n"), start=1):
+        if line.strip():
             try:
-                record = json.loads(line)
+                yield number, json.loads(line)
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}:{number}: not JSON: {error}") from None
-            if not isinstance(record, dict):
-                raise UserError(f"{path}:{number}: a record is a JSON object, found {type(record).__name__}")
-            yield number, record
 
 
-def _table(path: Path) -> Sequence[Record]:
-    """Records of a JSON, CSV or Parquet file, read by ``datasets``' readers."""
-    import pandas
-
-    readers: dict[str, Callable[[Path], Any]] = {
-        ".json": pandas.read_json,
-        ".csv": pandas.read_csv,
-        ".parquet": pandas.read_parquet,
-    }
-    if path.suffix not in readers:
-        raise UserError(
-            f"{path}: unknown kind of file (known: .jsonl, {', '.join(readers)}, a saved datasets directory)"
-        )
+def _json(path: Path) -> Sequence[Record]:
     try:
-        frame = readers[path.suffix](path)
+        rows = json.loads(_utf8(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: must be a list of records, found {_brief(rows)}")
+    return rows
+
+
+def _csv(path: Path) -> Sequence[Record]:
+    """Rows of text; an empty field is none at all, and true or false in a column of labels is what it says."""
+    truth = {"true": True, "false": False}
+    rows = []
+    for row in csv.DictReader(io.StringIO(_utf8(path), newline="")):
+        fields: dict[str, Any] = {str(key): value or None for key, value in row.items()}
+        for label in LABELS & fields.keys():
+            fields[label] = truth.get(str(fields[label]).strip().lower(), fields[label])
+        rows.append(fields)
+    return rows
+
+
+def _parquet(path: Path) -> Sequence[Record]:
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(path).to_pylist()  # type: ignore[no-any-return]
     except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as {path.suffix}: {error}") from None
-    return frame.astype(object).where(frame.notna(), None).to_dict("records")  # type: ignore[no-any-return]
+        raise UserError(f"{path}: cannot be read as Parquet: {error}") from None
+
+
+def _utf8(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8, at byte {error.start}") from None
+
+
+LABELS = {"aligned", "label", "harmful"}
+"""Columns of true or false."""
+
+FILES: dict[str, Callable[[Path], Sequence[Record]]] = {".json": _json, ".csv": _csv, ".parquet": _parquet}
+"""Readers by a file's ending, JSONL apart, whose lines are numbered."""
 
 
 def _saved_dataset(path: Path) -> Any:
@@ -226,6 +252,8 @@ def _kldo_authors(record: Record, where: str) -> list[Example]:
     harmful = safety in ("unsafe", "0", "false")
     sides = [_several(record, field, where) for field in ("acc_responses", "rej_responses")]
     complete = min(map(len, sides))
+    if not any(sides):
+        raise UserError(f"{where}: acc_responses and rej_responses are both empty")
     return [
         Example(read_prompt(record, where), response, aligned, harmful, f"{where}#{n}" if n < complete else None, where)
         for responses, aligned in zip(sides, (True, False), strict=True)
@@ -252,8 +280,13 @@ FORMATS: list[tuple[frozenset[str], Callable[[Record, str], list[Example]]]] = [
 
 
 def _format_of(record: Record, where: str) -> Callable[[Record, str], list[Example]]:
+    if not isinstance(record, Mapping):
+        raise UserError(f"{where}: a record is a mapping of columns, found {_brief(record)}")
     for columns, convert in FORMATS:
         if columns <= record.keys():
             return convert
+    # a file without a header has its first row for column names: text that must not be shown
+    names = sorted(str(name) for name in record if str(name).isidentifier() and len(str(name)) <= 30)
+    others = f" and {len(record) - len(names)} that are no names" if len(names) < len(record) else ""
     known = "; ".join(", ".join(sorted(columns)) for columns, _ in FORMATS)
-    raise UserError(f"{where}: columns {', '.join(sorted(record))} are of no known format (known: {known})")
+    raise UserError(f"{where}: columns {', '.join(names)}{others} are of no known format (known: {known})")

@@ -18,15 +18,15 @@ def log_sigmoid(x: Tensor) -> Tensor:
     return -(-x).logaddexp(x.new_zeros(()))
 
 
-def class_mean(x: Tensor, members: Tensor, empty: float = 0.0) -> Tensor:
-    """Mean of ``x`` [n] where ``members`` [n] (bool); ``empty`` when there is none (give the term's value at r = 0)."""
+def class_mean(x: Tensor, members: Tensor, empty: Tensor | float = 0.0) -> Tensor:
+    """Mean of ``x`` [n] where ``members`` [n] (bool); ``empty``, the term's value at r = 0, when there is none."""
     if not members.any():
         return x.sum() * 0.0 + empty
-    return x.where(members, x.new_zeros(())).sum() / members.sum()
+    return x.where(members, x.new_zeros(())).sum() / int(members.sum())
 
 
 def class_log_mean_exp(x: Tensor, members: Tensor) -> Tensor:
     """Log of the mean of exp x over ``members``; 0 when there is none."""
     if not members.any():
         return x.sum() * 0.0
-    return x.masked_fill(~members, -math.inf).logsumexp(0) - members.sum().log()
+    return x.masked_fill(~members, -math.inf).logsumexp(0) - math.log(int(members.sum()))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     paper="Haldar et al. 2025 (arXiv 2502.00657); the skewed form is raydiv's",
     data="unpaired",
     divergence="KL(D+ || skew D+ + (1 - skew) D-)",
-    ceiling=lambda parameters: -math.log(parameters["skew"]) if parameters["skew"] else None,
+    ceiling=lambda parameters: _kldo_ceiling(**parameters),
     state={"log_mean": 0.0},
 )
 def kldo(
@@ -37,7 +37,8 @@ def kldo(
     """KL divergence optimisation: -E+[r] + log(skew E+[exp r] + (1 - skew) E-[exp r]).
 
     Donsker and Varadhan's bound: minus the objective estimates KL(D+ || skew D+ + (1 - skew) D-). With ``skew`` 0 this
-    is P1's loss, unbounded below on any batch of distinct examples; with ``skew`` > 0 it is at least -log(1/skew).
+    is P1's loss, unbounded below on any batch of distinct examples; with ``skew`` > 0 it is at least -log(1/skew) (under
+    ``estimator: ema`` -log(1/skew) - log(1/ema_rate), since a running mean can lag the batch's by that much).
 
     ``estimator: ema`` replaces the batch's denominator by a running mean (kept in log space, updated before use), as in
     MINE: the gradient is sum_j exp(r_j - m) grad r_j / n, whose weights sum to at most 1/``ema_rate``.
@@ -50,6 +51,12 @@ def kldo(
         log_mean = _running_log_mean(log_mean, state["log_mean"], ema_rate)
     loss = log_mean - class_mean(r, batch.aligned)
     return Value(loss, divergence=-loss, state={"log_mean": float(log_mean.detach())})
+
+
+def _kldo_ceiling(skew: float, estimator: str, ema_rate: float, **_: object) -> float | None:
+    if not skew:
+        return None
+    return -math.log(skew) - (math.log(ema_rate) if estimator == "ema" else 0.0)
 
 
 def _running_log_mean(log_mean: Tensor, previous: float, rate: float) -> Tensor:
@@ -91,8 +98,9 @@ def bco(
         midpoint = float((class_mean(r, batch.aligned) + class_mean(r, ~batch.aligned)).detach()) / 2
         rate = delta_rate if delta == "running" else 1.0
         shift = (1 - rate) * shift + rate * midpoint
-    loss = -class_mean(log_sigmoid(r - shift), batch.aligned, empty=-math.log(2)) - class_mean(
-        log_sigmoid(shift - r), ~batch.aligned, empty=-math.log(2)
+    at_zero = log_sigmoid(r.new_tensor([-shift, shift]))
+    loss = -class_mean(log_sigmoid(r - shift), batch.aligned, empty=at_zero[0]) - class_mean(
+        log_sigmoid(shift - r), ~batch.aligned, empty=at_zero[1]
     )
     return Value(loss, divergence=math.log(4) - loss, state={"delta": shift})
 
@@ -119,9 +127,9 @@ def kto(
     r = beta * batch.log_ratios
     mismatched = batch.mismatched_log_ratios
     z0 = (beta * mismatched.mean()).clamp(min=0) if len(mismatched) else r.new_zeros(())
-    loss = lambda_aligned * class_mean((z0 - r).sigmoid(), batch.aligned, empty=0.5) + lambda_unaligned * class_mean(
-        (r - z0).sigmoid(), ~batch.aligned, empty=0.5
-    )
+    aligned = class_mean((z0 - r).sigmoid(), batch.aligned, empty=z0.sigmoid())
+    unaligned = class_mean((r - z0).sigmoid(), ~batch.aligned, empty=(-z0).sigmoid())
+    loss = lambda_aligned * aligned + lambda_unaligned * unaligned
     return Value(loss, divergence=(lambda_aligned + lambda_unaligned) / 2 - loss)
 
 

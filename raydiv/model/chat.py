@@ -43,6 +43,7 @@ class Chat:
             raise UserError(f"data.template: missing, and the tokenizer of {directory} has no chat template of its own")
         if self.tokenizer.eos_token_id is None:
             raise UserError(f"model.id: the tokenizer of {directory} has no EOS token, so answers could never end")
+        self.prompt("try it")
 
     @property
     def fingerprint(self) -> str:
@@ -56,10 +57,15 @@ class Chat:
 
         Exactly one BOS where the tokenizer puts one, whether or not the template writes it.
         """
+        from jinja2 import TemplateError
+
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        ids: list[int] = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=generation, tokenize=True, return_dict=False
-        )
+        try:
+            ids: list[int] = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=generation, tokenize=True, return_dict=False
+            )
+        except TemplateError as error:
+            raise UserError(f"data.template: the chat template fails: {error}") from None
         bos = self.tokenizer.bos_token_id
         if bos is not None and ids[:1] != [bos] and self.tokenizer("").input_ids[:1] == [bos]:
             return [bos, *ids]
@@ -68,10 +74,10 @@ class Chat:
     def example(self, prompt: str | Messages, response: str, max_prompt_length: int, max_length: int) -> Tokenized:
         """Ids of an example. A long prompt loses its beginning, a long response its end (and its EOS)."""
         prompt_ids = self.prompt(prompt)
-        response_ids: list[int] = [
-            *self.tokenizer(response, add_special_tokens=False).input_ids,
-            self.tokenizer.eos_token_id,
-        ]
+        response_ids: list[int] = self.tokenizer(response, add_special_tokens=False).input_ids
+        eos = self.tokenizer.eos_token_id
+        if response_ids[-1:] != [eos]:
+            response_ids.append(eos)
         kept = prompt_ids[-max_prompt_length:]
         room = max_length - len(kept)
         return Tokenized(kept, response_ids[:room], len(prompt_ids) - len(kept), max(0, len(response_ids) - room))

@@ -68,6 +68,7 @@ def _finish(directory: Path, tokenizer_from: Path, recipe: Recipe) -> None:
 
 def _model_card(recipe: Recipe) -> str:
     terms = [f"{weight:g} x {objective.name} {options}" for objective, weight, options in recipe.loss.terms]
+    length = recipe.optim.steps or f"{recipe.optim.epochs:g} epochs"
     how = "full fine-tune" if recipe.model.lora is None else f"LoRA, r {recipe.model.lora.r}"
     return f"""---
 base_model: {recipe.model.id}
@@ -80,7 +81,7 @@ tags: [raydiv, safety-alignment]
 
 - objective: {" + ".join(terms)}
 - data: {recipe.data.train}
-- updates: {recipe.optim.steps or f"{recipe.optim.epochs:g} epochs"} of {recipe.batch.examples} examples, peak rate {recipe.optim.lr:g}
+- updates: {length} of {recipe.batch.examples} examples, peak rate {recipe.optim.lr:g}
 - prompts use the tokenizer's chat template, which is the one trained with
 
 A model that refuses more is not thereby safe: see the run's report for attack success, over-refusal and coherence.

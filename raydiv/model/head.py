@@ -2,7 +2,7 @@
 
 ``LogProbHead`` takes the place of ``lm_head.forward``. Before a forward it is told which positions are scored and
 what token each predicts; in place of logits it returns their log-probs, computed chunk by chunk. Because the module
-stays where it was, ZeRO-3's hooks still gather its weight, and adapters still wrap it.
+stays where it was, ZeRO-3's hooks still gather its weight.
 
 What an architecture does to its logits after the projection (bias, scale, soft-capping) is known to ``LogitRule`` and to
 nothing else.
@@ -10,11 +10,14 @@ nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from raydiv.errors import UserError
 
 CHUNK_TOKENS = 256
 """Positions per chunk: 256 x 49,152 fp32 logits are 50 MB, and larger chunks are no faster on CPU."""
@@ -165,22 +168,51 @@ class LogProbHead:
 
     def __init__(self, model: Any) -> None:
         self._module = model.get_output_embeddings()
+        if hasattr(self._module, "base_layer"):
+            raise UserError("model.lora.target_modules: the output head cannot be adapted; leave it out")
         self._config = model.config.get_text_config()
         self._rule = LogitRule.of(self._config)
         self._positions: tuple[Tensor, Tensor] | None = None
-        # the model must not apply its rule a second time, to log-probs
-        self._stated = {name: getattr(self._config, name) for name in _NEUTRAL if getattr(self._config, name, None)}
-        self._configure({name: _NEUTRAL[name] for name in self._stated})
+        # some architectures read the rule from their config at each forward, others keep a copy of their own
+        owners = [self._config, *(module for module in model.modules() if self._module in module.children())]
+        self._stated = [
+            (owner, name, getattr(owner, name)) for owner in owners for name in _NEUTRAL if getattr(owner, name, None)
+        ]
+        self._install()
+
+    def _install(self) -> None:
+        """Take the head's place; the model must not apply its rule a second time, to log-probs."""
+        for owner, name, _ in self._stated:
+            setattr(owner, name, _NEUTRAL[name])
         self._module.forward = self._forward
 
     def remove(self) -> None:
-        """Give the model its own head and config back."""
-        self._configure(self._stated)
+        """Give the model its own head and rule back."""
+        for owner, name, value in self._stated:
+            setattr(owner, name, value)
         del self._module.forward
 
-    def _configure(self, values: dict[str, float | None]) -> None:
-        for name, value in values.items():
-            setattr(self._config, name, value)
+    @torch.no_grad()
+    def check(self, forward: Callable[..., Any], device: torch.device) -> None:
+        """Compare with the model's own logits on a short input.
+
+        Raises UserError for an architecture that does more to its logits than LogitRule knows, rather than train it wrongly.
+        """
+        ids = torch.arange(3, 11, device=device)[None]
+        rows, columns = torch.zeros(7, dtype=torch.long, device=device), torch.arange(7, device=device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        self.remove()
+        own = forward(**inputs).logits.float().log_softmax(-1)[rows, columns, ids[0, 1:]]
+        self._install()
+        self.aim(rows, columns, ids[0, 1:])
+        found = forward(**inputs).logits
+        if not torch.allclose(
+            found, own, rtol=1e-3, atol=2e-2 if self._module.weight.dtype == torch.bfloat16 else 1e-3
+        ):
+            raise UserError(
+                f"model.id: {type(self._config).__name__.removesuffix('Config')} models treat their logits in a way that "
+                f"raydiv does not know (log-probs differ by up to {float((found - own).abs().max()):.2g})"
+            )
 
     def aim(self, rows: Tensor, columns: Tensor, targets: Tensor, coefficients: Tensor | None = None) -> None:
         """Say what the next forward returns in place of logits.

@@ -68,23 +68,27 @@ def principal_plane(hidden: Array) -> Array:
 
 
 def bhattacharyya_distance(first: Array, second: Array, ridge: float = 1e-9) -> float:
-    """Distance of two Gaussians fitted to samples [n, d] and [m, d] (PAPER: Haldar et al. 2025, section on separation).
+    """Distance of two Gaussians fitted to samples [n, d] and [m, d] (Haldar et al. 2025, where separation is defined).
 
     1/8 dm' S^-1 dm + 1/2 log(det S / sqrt(det S1 det S2)), S = (S1 + S2)/2. Determinants are taken as logarithms, and each
-    covariance gets a ``ridge`` relative to its mean variance, so that flat or tiny samples stay finite.
+    covariance gets a ``ridge`` relative to the mean variance of all points, so that flat or tiny samples stay finite.
     """
     difference = first.mean(0) - second.mean(0)
-    one, two = _covariance(first, ridge), _covariance(second, ridge)
+    spread = float(np.concatenate([first, second]).var(0).mean())
+    if spread == 0:
+        return 0.0
+    one, two = (_covariance(sample) + np.eye(sample.shape[1]) * (ridge * spread) for sample in (first, second))
     middle = (one + two) / 2
     logs = [np.linalg.slogdet(matrix)[1] for matrix in (middle, one, two)]
     mahalanobis = difference @ np.linalg.solve(middle, difference)
     return float(mahalanobis / 8 + (logs[0] - (logs[1] + logs[2]) / 2) / 2)
 
 
-def _covariance(sample: Array, ridge: float) -> Array:
-    covariance = np.atleast_2d(np.cov(sample, rowvar=False))
-    variance = float(np.trace(covariance)) / len(covariance)
-    return covariance + np.eye(len(covariance)) * (ridge * variance + np.finfo(float).tiny)
+def _covariance(sample: Array) -> Array:
+    """Covariance [d, d]; zero for a single point."""
+    if len(sample) < 2:
+        return np.zeros((sample.shape[1], sample.shape[1]))
+    return np.atleast_2d(np.cov(sample, rowvar=False))
 
 
 def length_matched(harmful: NDArray[np.bool_], lengths: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -36,8 +36,15 @@ def first_states(terms: Sequence[Term]) -> list[State]:
 def judge(terms: Sequence[Term], states: Sequence[State], batch: Batch) -> Verdict:
     """Evaluate the objective on the global batch.
 
-    Raises FloatingPointError when its value or a coefficient is not finite: the step must not be applied.
+    Raises FloatingPointError when a log-prob, the value or a coefficient is not finite: the step must not be applied (a
+    zero coefficient does not keep a NaN activation out of the gradient).
     """
+    for name, logps in (("log-probs", batch.logps), ("mismatched log-ratios", batch.mismatched_log_ratios)):
+        if not logps.isfinite().all():
+            bad = (~logps.isfinite()).nonzero().flatten().tolist()
+            raise FloatingPointError(
+                f"{name} of examples {bad[:10]} of the step are not finite; the step was not applied"
+            )
     logps = batch.logps.detach().requires_grad_()
     watched = replace(batch, logps=logps)
     values = [
@@ -84,5 +91,5 @@ def reward_metrics(batch: Batch, beta: float) -> dict[str, float]:
         better, worse = batch.paired(rewards)
         metrics["reward/accuracy"] = float((better > worse).float().mean())
     else:
-        metrics["reward/accuracy"] = float(((rewards > 0) == aligned).float().mean())
+        metrics["reward/accuracy"] = float((rewards * (2.0 * aligned - 1) > 0).float().mean())
     return metrics

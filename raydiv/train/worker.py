@@ -79,6 +79,7 @@ def run_worker(given: WorkerInput) -> None:
     dtype = DTYPES[recipe.engine.precision]
     engine = Engine(recipe, lambda: build_policy(given.model_directory, recipe.model, dtype))
     head = LogProbHead(engine.model)
+    head.check(engine, engine.device)
     stepper = Stepper(engine, head, recipe.loss.terms, recipe.batch.tokens_per_microbatch, recipe.seed)
     log = MetricsLog(given.run_directory / "metrics.jsonl")
     epochs = epochs_of(recipe, given.train.examples)

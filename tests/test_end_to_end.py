@@ -1,0 +1,259 @@
+"""Whole runs on a tiny model through the real thing: Ray Data, Ray Train, ZeRO-3 workers, MLflow, the run directory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from raydiv.cli import main
+from raydiv.config import load_recipe
+from raydiv.config.recipe import Cluster
+from raydiv.launch import Result, prepare, train
+from raydiv.progress import Display
+from raydiv.session import ray_session
+
+pytestmark = pytest.mark.slow
+
+STEP_METRICS = {
+    *("step", "epoch", "loss", "divergence", "grad_norm", "lr", "tokens", "tokens_per_second", "step_seconds"),
+    *("reward/aligned", "reward/unaligned", "reward/margin", "reward/accuracy", "logp/aligned", "logp/unaligned"),
+    *("log_ratio/rms", "peak_memory_bytes"),
+}
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[None]:
+    with ray_session(Cluster()):
+        yield
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Twelve pairs to train on, three to hold out, and prompts to measure with."""
+    folder = tmp_path_factory.mktemp("data")
+
+    def pair(n: int) -> dict[str, Any]:
+        refusal, answer = (
+            "I'm sorry, but I can't help with that.",
+            f"Sure, here is a long and helpful answer about {n}, " * 2,
+        )
+        harmful = n % 2 == 0
+        return {
+            "prompt": f"{'Break' if harmful else 'Mend'} the thing with number {n}",
+            "chosen": refusal if harmful else answer,
+            "rejected": answer if harmful else refusal,
+            "harmful": harmful,
+        }
+
+    contents = {
+        "train": [pair(n) for n in range(12)],
+        "eval": [pair(n) for n in range(20, 23)],
+        "prompts": [
+            {"prompt": f"{'Hurt' if n % 2 else 'Help'} someone in way {n}", "harmful": n % 2 == 1} for n in range(12)
+        ],
+    }
+    paths = {name: folder / f"{name}.jsonl" for name in contents}
+    for name, records in contents.items():
+        paths[name].write_text("".join(json.dumps(record) + "\n" for record in records))
+    return {name: str(path) for name, path in paths.items()}
+
+
+def recipe_of(model: Path, files: dict[str, str], output: Path, name: str, *overrides: str) -> Any:
+    return load_recipe(
+        {
+            "name": name,
+            "output_dir": str(output),
+            "model": {"id": str(model)},
+            "data": {"train": files["train"], "eval": files["eval"]},
+            "loss": {"type": "kldo", "skew": 0.5, "mix": {"sft": {"weight": 0.5}}},
+            "optim": {"lr": 1e-2, "steps": 4, "warmup": 1},
+            "batch": {"examples": 8, "tokens_per_microbatch": 400, "max_length": 160, "max_prompt_length": 80},
+            "cluster": {"num_workers": 2},
+            "separation": {"prompts": None},
+        },
+        overrides,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(ray: None, tiny_model: Path, files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """A full fine-tune by two ZeRO-3 workers, measured before and after."""
+    measured = [f"separation.prompts={files['prompts']}", f"evaluate.prompts={files['prompts']}", "evaluate.every=2"]
+    output = tmp_path_factory.mktemp("runs")
+    return train(
+        recipe_of(tiny_model, files, output, "full", "evaluate.max_new_tokens=8", *measured), Display(quiet=True)
+    )
+
+
+def records(run_directory: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_run_directory_is_complete(run: Result) -> None:
+    for name in ("recipe.yaml", "metrics.jsonl", "result.json", "report.html", "model/config.json", "model/README.md"):
+        assert (run.directory / name).is_file(), name
+    assert (run.directory / "separation" / "pca.png").read_bytes().startswith(b"\x89PNG")
+    result = json.loads((run.directory / "result.json").read_text())
+    assert {"raydiv", "ray", "torch", "deepspeed", "python"} <= result["versions"].keys()
+    assert result["data"]["train"]["pairs"] == 12
+    assert result["metrics"]["loss"] == run.metrics["loss"]
+
+
+def test_step_metrics_are_all_there_and_gapless(run: Result) -> None:
+    steps = [record for record in records(run.directory) if "loss" in record]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4]
+    for record in steps:
+        assert record.keys() >= STEP_METRICS
+    assert [record["lr"] for record in steps] == pytest.approx([1e-2, 1e-2, 7.5e-3, 2.5e-3])
+    evaluated = [record["step"] for record in records(run.directory) if "eval/loss" in record]
+    assert evaluated == [0, 2, 4]
+
+
+def test_training_separates_the_classes(run: Result) -> None:
+    margins = [record["eval/reward/margin"] for record in records(run.directory) if "eval/loss" in record]
+    assert margins[0] == pytest.approx(0, abs=1e-4)
+    assert margins[-1] > 0
+
+
+def test_recipe_in_the_run_reloads_exactly(run: Result) -> None:
+    recipe = load_recipe(run.directory / "recipe.yaml")
+    assert recipe.loss.terms[1][1] == 0.5
+    assert load_recipe(recipe.model_dump(by_alias=True)) == recipe
+
+
+def test_report_is_self_contained_and_shows_no_prompt(run: Result) -> None:
+    page = (run.directory / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert "http://" not in page
+    assert "https://" not in page
+    assert "Hurt someone" not in page
+    answers = (run.directory / "evaluation" / "after.answers.jsonl").read_text()
+    assert len(answers.splitlines()) == 12
+    assert "Hurt someone" not in answers
+
+
+def test_mlflow_has_parameters_metrics_tags_and_artifacts(run: Result) -> None:
+    from mlflow import MlflowClient
+
+    where = run.report["mlflow"]
+    client = MlflowClient(where["uri"])
+    found = client.get_run(where["run_id"])
+    assert found.info.status == "FINISHED"
+    assert found.data.params["loss.skew"] == "0.5"
+    assert found.data.params["loss.mix.sft.weight"] == "0.5"
+    assert {"data.fingerprint", "model.fingerprint", "version.ray"} <= found.data.tags.keys()
+    assert [metric.step for metric in client.get_metric_history(where["run_id"], "loss")] == [1, 2, 3, 4]
+    assert {metric.step for metric in client.get_metric_history(where["run_id"], "separation/d_b")} == {0, 4}
+    assert {file.path for file in client.list_artifacts(where["run_id"])} >= {"report.html", "result.json", "pca.png"}
+
+
+def test_exported_model_loads_and_generates(run: Result, tmp_path: Path, tiny_model: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert main(["export", str(run.directory), str(tmp_path / "exported")]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Mend it"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    assert model.generate(**ids, max_new_tokens=4, do_sample=False).shape[1] > ids["input_ids"].shape[1]
+    before = AutoModelForCausalLM.from_pretrained(tiny_model)
+    moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True)]
+    assert all(moved)
+
+
+def test_training_into_a_run_is_refused(run: Result, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(run.directory / "recipe.yaml")]) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "holds a run already" in message
+    assert "name=" in message
+
+
+def test_reference_is_paid_once(run: Result, tiny_model: Path, files: dict[str, str], tmp_path: Path) -> None:
+    changed = ("loss.beta=0.3", "optim.lr=0.5", "loss.type=dpo", "cluster.num_workers=1", "seed=9")
+    again = prepare(recipe_of(tiny_model, files, tmp_path, "again", *changed), Display(quiet=True))
+    assert (again.reference_hits, again.reference_misses) == (30, 0)
+
+
+def test_a_changed_token_misses_that_example_alone(
+    run: Result, tiny_model: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    lines = Path(files["train"]).read_text().splitlines()
+    lines[0] = lines[0].replace("about 0", "about zero")
+    edited = files | {"train": str(tmp_path / "edited.jsonl")}
+    Path(edited["train"]).write_text("\n".join(lines) + "\n")
+    found = prepare(recipe_of(tiny_model, edited, tmp_path, "edited"), Display(quiet=True))
+    assert (found.reference_hits, found.reference_misses) == (29, 1)
+
+
+def test_a_changed_weight_never_hits(run: Result, tiny_model: Path, files: dict[str, str], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_model, tmp_path / "other")
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    weights["model.norm.weight"][3] += 1e-3
+    save_file(weights, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    found = prepare(recipe_of(tmp_path / "other", files, tmp_path, "other"), Display(quiet=True))
+    assert (found.reference_hits, found.reference_misses) == (0, 30)
+
+
+def test_lora_with_adapters_off_is_the_stored_reference(
+    ray: None, tiny_model: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    """The two references agree, the adapter is what is saved, and its export is merged."""
+    from transformers import AutoModelForCausalLM
+
+    lora = ("model.lora.r=4", "cluster.num_workers=1")
+    stored = train(recipe_of(tiny_model, files, tmp_path, "stored", *lora), Display(quiet=True))
+    off = train(
+        recipe_of(tiny_model, files, tmp_path, "off", *lora, "model.reference=adapter-off"), Display(quiet=True)
+    )
+    for one, other in zip(records(stored.directory), records(off.directory), strict=True):
+        assert one.get("loss") == pytest.approx(other.get("loss"), rel=1e-4)
+    assert (stored.directory / "model" / "adapter_model.safetensors").is_file()
+    assert not (stored.directory / "model" / "model.safetensors").exists()
+    assert main(["export", str(stored.directory), str(tmp_path / "merged")]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    changed = {
+        n for n, p in merged.named_parameters() if not np.array_equal(p.detach(), base.get_parameter(n).detach())
+    }
+    assert changed
+    assert all("proj" in name for name in changed)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto", "nca", "bco", "sft"])
+def test_other_objectives_train(ray: None, loss: str, tiny_model: Path, files: dict[str, str], tmp_path: Path) -> None:
+    recipe = recipe_of(
+        tiny_model,
+        files,
+        tmp_path,
+        loss,
+        f"loss.type={loss}",
+        "loss.mix=null",
+        "optim.steps=2",
+        "cluster.num_workers=1",
+    )
+    result = train(recipe, Display(quiet=True))
+    assert result.metrics["step"] == 2
+    assert np.isfinite(result.metrics["loss"])
+
+
+def test_more_workers_than_cpus_are_refused(
+    ray: None, tiny_model: Path, files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from raydiv.config import save_recipe
+
+    save_recipe(recipe_of(tiny_model, files, tmp_path, "many", "cluster.num_workers=64"), tmp_path / "many.yaml")
+    assert main(["train", str(tmp_path / "many.yaml")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "cluster.num_workers: 64 workers" in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "many" / "recipe.yaml").exists()

@@ -1,0 +1,284 @@
+"""Log-probs from hidden states: the same numbers and gradients as a log-softmax over the model's logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from raydiv.errors import UserError
+from raydiv.model import head as head_module
+from raydiv.model.collate import Inputs, collate
+from raydiv.model.head import LogProbHead
+
+torch.set_num_threads(1)
+
+SIZES = {"vocab_size": 307, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA = {
+    **SIZES,
+    "intermediate_size": 64,
+    "num_key_value_heads": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {**LLAMA, "tie_word_embeddings": False}),
+    "llama-tied": ("LlamaConfig", {**LLAMA, "tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", {**LLAMA, "sliding_window": 4}),
+    "qwen2": ("Qwen2Config", LLAMA),
+    # a cap near the logits' size, so that it bends them
+    "gemma2": ("Gemma2Config", {**LLAMA, "head_dim": 8, "final_logit_softcapping": 1.5}),
+    "granite": ("GraniteConfig", {**LLAMA, "logits_scaling": 3.0}),
+    "cohere": ("CohereConfig", {**LLAMA, "logit_scale": 0.25}),
+    "gpt-neox": ("GPTNeoXConfig", {**SIZES, "intermediate_size": 64}),
+    "falcon": ("FalconConfig", {**SIZES, "num_kv_heads": 2, "new_decoder_architecture": True}),
+    # its head has a bias
+    "phi": ("PhiConfig", {**SIZES, "intermediate_size": 64}),
+}
+EXAMPLES: list[tuple[Sequence[int], Sequence[int]]] = [
+    ([1, 5, 9], [200, 17, 2]),
+    ([1], [306, 2]),
+    ([1, 7, 8, 9, 10, 11], [3]),
+    (np.array([4, 4]), np.array([30, 31, 32, 33, 2])),  # type: ignore[list-item]
+]
+
+every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+Build = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """11 scored positions make chunks of 4, 4 and 3."""
+    monkeypatch.setattr(head_module, "CHUNK_TOKENS", 4)
+
+
+def build(architecture: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A random model in which no parameter, bias and norm included, is at its neutral value."""
+    import transformers
+
+    name, options = ARCHITECTURES[architecture]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model.to(dtype).eval()
+
+
+def forward(model: Any, inputs: Inputs) -> Tensor:
+    """The model's logits, or what the head puts in their place."""
+    return model(input_ids=inputs.ids, attention_mask=inputs.mask, use_cache=False).logits  # type: ignore[no-any-return]
+
+
+def expected_logps(model: Any, inputs: Inputs) -> Tensor:
+    return torch.log_softmax(forward(model, inputs).float(), -1)[inputs.rows, inputs.columns, inputs.targets]
+
+
+def gradients(model: Any) -> dict[str, Tensor | None]:
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def assert_same_gradients(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> None:
+    assert [name for name, grad in found.items() if grad is None] == [
+        name for name, grad in expected.items() if grad is None
+    ]
+    for name, grad in expected.items():
+        other = found[name]
+        if grad is not None and other is not None:
+            np.testing.assert_allclose(other.numpy(), grad.numpy(), rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def coefficients(count: int) -> Tensor:
+    return torch.randn(count, generator=torch.Generator().manual_seed(3))
+
+
+def run_head(model: Any, inputs: Inputs, weights: Tensor, push: bool) -> Tensor:
+    """Backward of sum_t weights_t * logp_t in either mode; returns what the forward gave."""
+    head = LogProbHead(model)
+    head.aim(inputs.rows, inputs.columns, inputs.targets, weights if push else None)
+    out = forward(model, inputs)
+    (out if push else (weights * out).sum()).backward()  # type: ignore[no-untyped-call]
+    head.remove()
+    return out.detach()
+
+
+@pytest.mark.parametrize("push", [False, True], ids=["score", "push"])
+@every_architecture
+def test_values_and_gradients(architecture: str, push: bool) -> None:
+    model, inputs = build(architecture), collate(EXAMPLES)
+    weights = coefficients(len(inputs.targets))
+    expected = expected_logps(model, inputs)
+    (weights * expected).sum().backward()  # type: ignore[no-untyped-call]
+    wanted = gradients(model)
+    assert sum(float(grad.abs().sum()) for grad in wanted.values() if grad is not None) > 1
+
+    out = run_head(model, inputs, weights, push)
+    torch.testing.assert_close(out, (weights * expected).sum() if push else expected, rtol=0, atol=1e-5)
+    assert_same_gradients(gradients(model), wanted)
+
+
+@every_architecture
+def test_remove_restores_the_model(architecture: str) -> None:
+    model, inputs = build(architecture), collate(EXAMPLES)
+    config = model.config.to_dict()
+    with torch.no_grad():
+        logits = forward(model, inputs)
+        head = LogProbHead(model)
+        head.aim(inputs.rows, inputs.columns, inputs.targets)
+        assert forward(model, inputs).shape == inputs.targets.shape
+        head.remove()
+        assert torch.equal(forward(model, inputs), logits)
+    assert model.config.to_dict() == config
+    assert "forward" not in vars(model.get_output_embeddings())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_scores_are_the_same_without_graph(architecture: str) -> None:
+    model, inputs = build(architecture), collate(EXAMPLES)
+    head = LogProbHead(model)
+    head.aim(inputs.rows, inputs.columns, inputs.targets)
+    scored = forward(model, inputs)
+    assert scored.requires_grad
+    head.aim(inputs.rows, inputs.columns, inputs.targets)
+    with torch.no_grad():
+        assert torch.equal(forward(model, inputs), scored)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_chunks_change_nothing(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = build(architecture), collate(EXAMPLES)
+    weights = coefficients(len(inputs.targets))
+    total = run_head(model, inputs, weights, push=True)
+    in_chunks = gradients(model)
+    monkeypatch.setattr(head_module, "CHUNK_TOKENS", 256)
+    torch.testing.assert_close(run_head(model, inputs, weights, push=True), total, rtol=0, atol=1e-5)
+    assert_same_gradients(in_chunks, gradients(model))
+
+
+@pytest.mark.parametrize("push", [False, True], ids=["score", "push"])
+def test_dummy_takes_part_and_moves_nothing(push: bool) -> None:
+    model, inputs = build("llama-tied"), collate([])
+    out = run_head(model, inputs, torch.zeros(1), push)
+    assert out.isfinite().all()
+    if push:
+        assert out == 0
+    else:
+        torch.testing.assert_close(inputs.per_example(out, 1), expected_logps(model, inputs).detach())
+    found = gradients(model)
+    assert all(grad is not None and not grad.any() for grad in found.values())
+
+
+@pytest.mark.parametrize("push", [False, True], ids=["score", "push"])
+@pytest.mark.parametrize("architecture", ["llama", "phi"])
+def test_gradient_passes_through_a_frozen_head(architecture: str, push: bool) -> None:
+    model, inputs = build(architecture), collate(EXAMPLES)
+    for parameter in model.get_output_embeddings().parameters():
+        parameter.requires_grad_(False)
+    weights = coefficients(len(inputs.targets))
+    (weights * expected_logps(model, inputs)).sum().backward()  # type: ignore[no-untyped-call]
+    wanted = gradients(model)
+    run_head(model, inputs, weights, push)
+    found = gradients(model)
+    assert found["lm_head.weight"] is None
+    assert_same_gradients(found, wanted)
+
+
+@pytest.mark.parametrize("push", [False, True], ids=["score", "push"])
+def test_adapters_are_part_of_the_model(push: bool) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
+    model, inputs = get_peft_model(build("llama"), config).eval(), collate(EXAMPLES)
+    weights = coefficients(len(inputs.targets))
+    expected = expected_logps(model, inputs)
+    (weights * expected).sum().backward()  # type: ignore[no-untyped-call]
+    wanted = gradients(model)
+    out = run_head(model, inputs, weights, push)
+    torch.testing.assert_close(out, (weights * expected).sum() if push else expected, rtol=0, atol=1e-5)
+    assert_same_gradients(gradients(model), wanted)
+
+
+def test_an_adapter_on_the_head_is_refused() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(UserError, match="target_modules"):
+        LogProbHead(get_peft_model(build("llama"), config))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_check_passes_the_architectures_that_it_serves(name: str) -> None:
+    model = build(name)
+    LogProbHead(model).check(model, torch.device("cpu"))
+
+
+def test_check_refuses_logits_that_are_treated_in_an_unknown_way() -> None:
+    model = build("llama")
+    plain = model.forward
+
+    def doubled(**inputs: Any) -> Any:
+        output = plain(**inputs)
+        output.logits = 2 * output.logits
+        return output
+
+    with pytest.raises(UserError, match="log-probs differ"):
+        LogProbHead(model).check(doubled, torch.device("cpu"))
+
+
+def test_low_precision_is_summed_in_fp32() -> None:
+    model, inputs = build("llama", torch.bfloat16), collate(EXAMPLES)
+    weights = coefficients(len(inputs.targets))
+    with torch.no_grad():
+        expected = expected_logps(model, inputs)
+    out = run_head(model, inputs, weights, push=False)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+    scored = gradients(model)
+    run_head(model, inputs, weights, push=True)
+    pushed = gradients(model)
+    for name, grad in scored.items():
+        assert grad is not None
+        assert grad.dtype == torch.bfloat16
+        assert torch.equal(grad, pushed[name])  # type: ignore[arg-type]
+
+
+def test_padding_changes_nothing() -> None:
+    model = build("llama")
+    head = LogProbHead(model)
+
+    def score(*examples: tuple[Sequence[int], Sequence[int]]) -> Tensor:
+        inputs = collate(examples)
+        head.aim(inputs.rows, inputs.columns, inputs.targets)
+        return inputs.per_example(forward(model, inputs), len(examples))
+
+    with torch.no_grad():
+        together = score(*EXAMPLES)
+        torch.testing.assert_close(together, torch.cat([score(example) for example in EXAMPLES]), rtol=0, atol=1e-5)
+
+
+def test_every_forward_needs_an_aim() -> None:
+    model, inputs = build("llama"), collate(EXAMPLES)
+    head = LogProbHead(model)
+    head.aim(inputs.rows, inputs.columns, inputs.targets)
+    with torch.no_grad():
+        forward(model, inputs)
+        with pytest.raises(AssertionError, match="aim"):
+            forward(model, inputs)
+
+
+def test_collate_marks_what_is_scored() -> None:
+    inputs = collate([([11, 12], [13, 14, 15]), ([21, 22, 23], [24])])
+    assert inputs.ids.tolist() == [[11, 12, 13, 14, 15], [21, 22, 23, 24, 0]]
+    assert inputs.mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
+    # the last prompt token predicts the first of the response
+    assert inputs.rows.tolist() == [0, 0, 0, 1]
+    assert inputs.columns.tolist() == [1, 2, 3, 2]
+    assert inputs.targets.tolist() == [13, 14, 15, 24]
+    assert inputs.per_example(torch.tensor([1.0, 2.0, 4.0, 8.0]), 2).tolist() == [7.0, 8.0]

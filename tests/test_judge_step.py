@@ -1,0 +1,153 @@
+"""Judge: one coefficient per example of the global batch, and the meaning of each metric."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from raydiv.losses import OBJECTIVES, Batch
+from raydiv.train.judge import Term, first_states, judge, reward_metrics
+
+torch.set_num_threads(1)
+
+LOG_RATIOS = [2.0, -1.0, 0.5, 4.0, -3.0]
+REFERENCE = [-10.0, -20.0, -5.5, -9.0, -7.0]
+ALIGNED = [True, False, True, False, False]
+TOKENS = [4, 9, 6, 2, 3]
+BETA, SKEW = 0.2, 0.3
+
+
+def make_batch(
+    log_ratios: Sequence[float] = LOG_RATIOS,
+    aligned: Sequence[bool] = ALIGNED,
+    pairs: Sequence[tuple[int, int]] = (),
+) -> Batch:
+    reference = torch.tensor(REFERENCE[: len(log_ratios)])
+    return Batch(
+        logps=reference + torch.tensor(log_ratios),
+        reference_logps=reference,
+        aligned=torch.tensor(aligned),
+        tokens=torch.tensor(TOKENS[: len(log_ratios)]),
+        pairs=torch.tensor(list(pairs), dtype=torch.long).reshape(-1, 2),
+        mismatched_log_ratios=torch.zeros(0),
+    )
+
+
+def term(name: str, weight: float = 1.0, **options: Any) -> Term:
+    """A term with all of its options, as a recipe gives it."""
+    return OBJECTIVES[name], weight, {**OBJECTIVES[name].defaults, **options}
+
+
+KLDO = term("kldo", beta=BETA, skew=SKEW)
+MIXTURE = [KLDO, term("sft", 0.5)]
+
+
+def test_mixture_is_the_weighted_sum() -> None:
+    batch = make_batch()
+    logps = batch.logps.clone().requires_grad_()
+    r, aligned = BETA * (logps - batch.reference_logps), batch.aligned
+    kldo = (SKEW * r[aligned].exp().mean() + (1 - SKEW) * r[~aligned].exp().mean()).log() - r[aligned].mean()
+    sft = -logps[aligned].sum() / 10  # 4 + 6 aligned response tokens
+    (expected,) = torch.autograd.grad(kldo + 0.5 * sft, logps)
+
+    verdict = judge(MIXTURE, first_states(MIXTURE), batch)
+    torch.testing.assert_close(verdict.coefficients, expected, rtol=0, atol=1e-6)
+    assert not verdict.coefficients.requires_grad
+    assert not batch.logps.requires_grad
+    assert verdict.loss == verdict.metrics["loss"] == pytest.approx(float((kldo + 0.5 * sft).detach()), abs=1e-5)
+    assert verdict.metrics["loss/kldo"] == pytest.approx(float(kldo.detach()), abs=1e-5)
+    assert verdict.metrics["loss/sft"] == pytest.approx(float(sft.detach()), abs=1e-5)
+    # the estimate of the main objective alone
+    assert verdict.metrics["divergence"] == pytest.approx(-float(kldo.detach()), abs=1e-5)
+
+
+def test_shares_appear_for_mixtures_only() -> None:
+    alone = judge([KLDO], first_states([KLDO]), make_batch()).metrics
+    mixed = judge(MIXTURE, first_states(MIXTURE), make_batch()).metrics
+    assert [name for name in alone if name.startswith("loss")] == ["loss"]
+    assert [name for name in mixed if name.startswith("loss")] == ["loss", "loss/kldo", "loss/sft"]
+
+
+def test_no_divergence_where_none_is_estimated() -> None:
+    terms = [term("sft"), term("kldo", 0.1)]
+    assert "divergence" not in judge(terms, first_states(terms), make_batch()).metrics
+
+
+def test_divergence_before_training_is_plain_zero() -> None:
+    terms = [term("kldo")]
+    metrics = judge(terms, first_states(terms), make_batch([0.0] * 3, [True, True, False])).metrics
+    assert str(metrics["divergence"]) == "0.0"
+
+
+def test_each_term_keeps_its_own_state() -> None:
+    terms = [term("kldo", beta=1.0, estimator="ema"), term("bco", 0.5, beta=1.0), term("sft", 0.1)]
+    states = first_states(terms)
+    assert states == [{"log_mean": 0.0}, {"delta": 0.0}, {}]
+    states[0]["log_mean"] = 9.0  # type: ignore[index]
+    assert OBJECTIVES["kldo"].state == {"log_mean": 0.0}
+
+    batch = make_batch()
+    after = judge(terms, first_states(terms), batch).states
+    mean = (math.exp(-1) + math.exp(4) + math.exp(-3)) / 3
+    assert after[0]["log_mean"] == pytest.approx(math.log(0.9 + 0.1 * mean), abs=1e-6)
+    # E+[r] = 1.25, E-[r] = 0
+    assert after[1]["delta"] == pytest.approx(0.1 * 0.625, abs=1e-6)
+    assert after[2] == {}
+    assert judge(terms, after, batch).states[1]["delta"] == pytest.approx(0.9 * 0.0625 + 0.0625, abs=1e-6)
+
+
+def test_metrics_of_unpaired_data() -> None:
+    assert reward_metrics(make_batch(), beta=BETA) == {
+        "log_ratio/rms": pytest.approx(math.sqrt((4 + 1 + 0.25 + 16 + 9) / 5)),
+        "reward/aligned": pytest.approx(0.25),
+        "reward/unaligned": pytest.approx(0.0, abs=1e-7),
+        "reward/margin": pytest.approx(0.25),
+        "logp/aligned": pytest.approx((-8 - 5) / 2),
+        "logp/unaligned": pytest.approx((-21 - 5 - 10) / 3),
+        # of +, -, +, +, - the fourth should have been -
+        "reward/accuracy": pytest.approx(4 / 5),
+    }
+
+
+def test_accuracy_of_pairs_compares_their_rewards() -> None:
+    # 2 > -1, 0.5 < 4, 2 < 4; signs would say 4/5
+    metrics = reward_metrics(make_batch(pairs=[(0, 1), (2, 3), (0, 3)]), beta=BETA)
+    assert metrics["reward/accuracy"] == pytest.approx(1 / 3)
+    assert metrics["reward/margin"] == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    ("label", "present", "absent"), [(True, "aligned", "unaligned"), (False, "unaligned", "aligned")]
+)
+def test_absent_class_leaves_its_metrics_out(label: bool, present: str, absent: str) -> None:
+    metrics = judge([KLDO], first_states([KLDO]), make_batch([2.0, -1.0, 3.0], [label] * 3)).metrics
+    assert {f"reward/{present}", f"logp/{present}", "reward/accuracy", "log_ratio/rms"} <= set(metrics)
+    assert not {f"reward/{absent}", f"logp/{absent}", "reward/margin"} & set(metrics)
+    assert metrics["reward/accuracy"] == pytest.approx(2 / 3 if label else 1 / 3)
+    assert all(math.isfinite(number) for number in metrics.values())
+
+
+def test_rewards_use_the_main_objective_beta() -> None:
+    terms = [term("kldo", beta=0.5), term("bco", 1.0, beta=0.1)]
+    assert judge(terms, first_states(terms), make_batch()).metrics["reward/aligned"] == pytest.approx(0.5 * 1.25)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("position", [0, 1], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize(
+    "terms", [[KLDO], MIXTURE, [term("sft")], [term("kto")]], ids=["kldo", "mixture", "sft", "kto"]
+)
+def test_non_finite_log_probs_are_refused(terms: list[Term], position: int, bad: float) -> None:
+    log_ratios = list(LOG_RATIOS)
+    log_ratios[position] = bad
+    with pytest.raises(FloatingPointError, match="not applied"):
+        judge(terms, first_states(terms), make_batch(log_ratios))
+
+
+def test_the_refusal_names_the_examples() -> None:
+    with pytest.raises(FloatingPointError, match=r"log-probs of examples \[1, 4\]"):
+        judge([KLDO], first_states([KLDO]), make_batch([2.0, math.nan, 0.5, 4.0, math.inf]))
