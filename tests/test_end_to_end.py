@@ -215,8 +215,9 @@ def test_lora_with_adapters_off_is_the_stored_reference(
     off = train(
         recipe_of(tiny_model, files, tmp_path, "off", *lora, "model.reference=adapter-off"), Display(quiet=True)
     )
-    for one, other in zip(records(stored.directory), records(off.directory), strict=True):
-        assert one.get("loss") == pytest.approx(other.get("loss"), rel=1e-4)
+    losses = [[r["loss"] for r in records(result.directory) if "loss" in r] for result in (stored, off)]
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert (stored.directory / "model" / "adapter_model.safetensors").is_file()
     assert not (stored.directory / "model" / "model.safetensors").exists()
     assert main(["export", str(stored.directory), str(tmp_path / "merged")]) == 0
