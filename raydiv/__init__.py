@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from raydiv.config import Recipe, load_recipe
     from raydiv.errors import UserError
-    from raydiv.launch import Prepared, Result, prepare, train
+    from raydiv.launch import Result, train
     from raydiv.measure import evaluate, separation_of
     from raydiv.model.export import export_model
+    from raydiv.prepare import Prepared, prepare
 
 _WHERE = {
     "Recipe": "raydiv.config",
     "load_recipe": "raydiv.config",
     "UserError": "raydiv.errors",
-    "Prepared": "raydiv.launch",
+    "Prepared": "raydiv.prepare",
     "Result": "raydiv.launch",
-    "prepare": "raydiv.launch",
+    "prepare": "raydiv.prepare",
     "train": "raydiv.launch",
     "evaluate": "raydiv.measure",
     "separation_of": "raydiv.measure",

@@ -151,7 +151,7 @@ def _show_run(result: Result) -> None:
 
 def _prepare(options: argparse.Namespace) -> int:
     from raydiv.config import load_recipe
-    from raydiv.launch import prepare
+    from raydiv.prepare import prepare
 
     summary = prepare(load_recipe(options.recipe, options.overrides)).summary()
 

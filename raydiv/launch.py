@@ -1,4 +1,4 @@
-"""From a recipe to a finished run: prepare, start Ray Train's workers, follow their metrics, write down what came out."""
+"""From a recipe to a finished run: measure, start Ray Train's workers, follow their metrics, write down what came out."""
 
 from __future__ import annotations
 
@@ -13,51 +13,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from raydiv.config import Recipe, save_recipe
-from raydiv.data.prepare import PreparedData, RawData
-from raydiv.data.prompts import read_prompts
-from raydiv.data.tokens import mismatched
 from raydiv.errors import UserError
 from raydiv.measure import measure_answers, measure_separation
-from raydiv.model.files import fingerprint, model_directory
+from raydiv.prepare import Prepared, fill, read
 from raydiv.progress import Display, step_note
-from raydiv.reference import reference_logps
 from raydiv.session import cpus_per_worker, ray_session, threads_per_worker
 from raydiv.track import Tracker
-from raydiv.train.worker import ExampleSet, MetricsLog, WorkerInput, epochs_of, total_steps, worker_entry
+from raydiv.train.worker import MetricsLog, WorkerInput, worker_entry
 
 VERSIONED = ("raydiv", "ray", "torch", "deepspeed", "transformers", "peft", "mlflow")
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A recipe's data, ready to train on, and what preparing it cost."""
-
-    directory: Path
-    data: PreparedData
-    train: ExampleSet
-    eval: ExampleSet | None
-    reference_hits: int
-    reference_misses: int
-
-    def steps(self, recipe: Recipe) -> int:
-        """Optimizer updates of the run."""
-        return total_steps(recipe, epochs_of(recipe, self.train.examples))
-
-    def summary(self) -> dict[str, Any]:
-        """For ``raydiv prepare`` and result.json."""
-        from dataclasses import asdict
-
-        held_out = self.data.eval
-        return {
-            "train": asdict(self.data.train.counts),
-            "eval": asdict(held_out.counts) if held_out else None,
-            "fingerprint": self.train.examples.fingerprint,
-            "model_fingerprint": fingerprint(self.directory),
-            "reference": {"hits": self.reference_hits, "misses": self.reference_misses},
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,58 +32,6 @@ class Result:
     directory: Path
     metrics: dict[str, float]
     report: dict[str, Any]
-
-
-def prepare(recipe: Recipe, display: Display | None = None) -> Prepared:
-    """Data -> tokens -> reference log-probs, through caches; safe to repeat."""
-    display = display or Display()
-    directory, raw = _read(recipe)
-    with ray_session(recipe.cluster):
-        return _prepare(recipe, directory, raw, display)
-
-
-def _read(recipe: Recipe) -> tuple[Path, RawData]:
-    """Model files, examples and prompts, checked before anything is started."""
-    directory = model_directory(recipe.model.id, recipe.model.revision)
-    for prompts in (recipe.separation.prompts, recipe.evaluate.prompts):
-        if prompts:
-            read_prompts(prompts)
-    return directory, RawData(recipe, directory)
-
-
-def _prepare(recipe: Recipe, directory: Path, raw: RawData, display: Display) -> Prepared:
-    with display.phase("tokens", total=None) as update:
-        data = raw.tokenize(lambda done: update(done, ""))
-    return _with_reference(recipe, directory, data, display)
-
-
-def _with_reference(recipe: Recipe, directory: Path, data: PreparedData, display: Display) -> Prepared:
-    sets = [data.train.examples, *([data.eval.examples] if data.eval else [])]
-    derangements = [_derangement(recipe, examples) for examples in sets]
-    if not recipe.loss.needs_reference or recipe.model.reference == "adapter-off":
-        # no reference in the loss: rewards then count from zero, and are logged as such
-        zeros = None if recipe.loss.needs_reference else [np.zeros(len(examples), np.float32) for examples in sets]
-        found = [ExampleSet(e, zeros[i] if zeros else None, derangements[i]) for i, e in enumerate(sets)]
-        return Prepared(directory, data, found[0], found[1] if data.eval else None, 0, 0)
-    everything = [*sets, *(derangement for derangement in derangements if derangement is not None)]
-    with display.phase("reference log-probs", total=None) as update:
-        lookup = reference_logps(recipe, directory, everything, lambda done: update(done, ""))
-    logps = iter(lookup.logps)
-    own = [next(logps) for _ in sets]
-    found = [
-        ExampleSet(examples, mine, derangement, None if derangement is None else next(logps))
-        for examples, mine, derangement in zip(sets, own, derangements, strict=True)
-    ]
-    return Prepared(directory, data, found[0], found[1] if data.eval else None, lookup.hits, lookup.misses)
-
-
-def _derangement(recipe: Recipe, examples: Any) -> Any:
-    if not recipe.loss.needs_mismatched:
-        return None
-    try:
-        return mismatched(examples, recipe.batch.max_length)
-    except ValueError as error:
-        raise UserError(f"data: {error}; loss.type {recipe.loss.type} needs them") from None
 
 
 def run_directory(recipe: Recipe) -> Path:
@@ -134,10 +47,11 @@ def train(recipe: Recipe, display: Display | None = None, show_text: bool = Fals
     """
     display = display or Display()
     run = run_directory(recipe)
-    directory, raw = _read(recipe)
+    _require_no_run(run)
+    directory, raw = read(recipe, display)
     _claim(run)
     with ray_session(recipe.cluster):
-        prepared = _prepare(recipe, directory, raw, display)
+        prepared = fill(recipe, directory, raw, display)
         save_recipe(recipe, run / "recipe.yaml")
         tracker = Tracker(recipe, _tags(prepared), display.say)
         try:
@@ -175,13 +89,18 @@ def _measure(recipe: Recipe, prepared: Prepared, run: Path, when: str, display: 
     MetricsLog(run / "metrics.jsonl").write({"step": step, **metrics} if metrics else {})
 
 
-def _claim(run: Path) -> None:
+def _require_no_run(run: Path) -> None:
     if (run / "recipe.yaml").exists():
         raise UserError(
-            f"{run}: holds a run already; give this one another name=..., or another output_dir=..., or remove the directory"
+            f"{run}: holds a run already; give this one another name=... or another output_dir=..., or remove the directory"
         )
+
+
+def _claim(run: Path) -> None:
+    """Make the run directory, empty of what an earlier attempt that never got to train may have left."""
     try:
         run.mkdir(parents=True, exist_ok=True)
+        (run / "metrics.jsonl").unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"output_dir: {run} cannot be made: {error.strerror}") from None
 
@@ -209,11 +128,11 @@ def _fit(recipe: Recipe, prepared: Prepared, run: Path, display: Display) -> Non
         ),
         run_config=RunConfig(name=recipe.name, storage_path=str(run / "ray")),
     )
-    with display.phase("train", total=prepared.steps(recipe)) as update:
+    with display.phase("train") as update:
 
         def show(record: dict[str, float]) -> None:
             if "loss" in record:
-                update(int(record["step"]), step_note(record))
+                update(int(record["step"]), prepared.steps(recipe), step_note(record))
 
         with _following(run / "metrics.jsonl", show):
             _report_failure(trainer.fit)

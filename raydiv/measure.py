@@ -99,10 +99,8 @@ def measure_separation(
 ) -> SeparationReport:
     """Separation of the prompts of ``source`` in the model in ``directory``; needs a Ray session."""
     prompts = read_prompts(source)
-    with display.phase(f"separation, {label}", total=len(prompts)) as update:
-        hidden, lengths = embed(
-            directory, prompts, cluster=cluster, template=template, progress=lambda done: update(done, "")
-        )
+    with display.phase(f"separation, {label}") as update:
+        hidden, lengths = embed(directory, prompts, cluster=cluster, template=template, progress=update)
     harmful = np.array([prompt.harmful for prompt in prompts])
     plane = principal_plane(hidden)
     kinds = [prompt.kind for prompt in prompts]
@@ -122,14 +120,14 @@ def measure_answers(
 ) -> AnswersReport:
     """What the model in ``directory`` answers to the prompts of ``source``, judged, and scored by ``reference``."""
     prompts = read_prompts(source)
-    with display.phase(f"answers, {label}", total=len(prompts)) as update:
+    with display.phase(f"answers, {label}") as update:
         answers = generate(
             directory,
             prompts,
             max_new_tokens,
             cluster=cluster,
             template=template,
-            progress=lambda done: update(done, ""),
+            progress=update,
         )
     scorer = {
         "directory": str(reference),
@@ -139,10 +137,8 @@ def measure_answers(
         "tokens": 4096,
     }
     rows = [{"key": str(n), "prompt": answer.prompt_ids, "response": answer.ids} for n, answer in enumerate(answers)]
-    with display.phase(f"answers' log-probs, {label}", total=len(rows)) as update:
-        scored = map_rows(
-            rows, LogProbScorer, scorer, cluster=cluster, batch_rows=100, progress=lambda done: update(done, "")
-        )
+    with display.phase(f"answers' log-probs, {label}") as update:
+        scored = map_rows(rows, LogProbScorer, scorer, cluster=cluster, batch_rows=100, progress=update)
     tokens = sum(len(answer.ids) for answer in answers)
     logp_per_token = sum(float(row["logp"]) for row in scored) / max(1, tokens)
     return AnswersReport(label, prompts, answers, [verdict(answer.text) for answer in answers], logp_per_token)

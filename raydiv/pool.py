@@ -8,8 +8,12 @@ from typing import Any
 from raydiv.config.recipe import Cluster
 
 Row = dict[str, Any]
-Progress = Callable[[int], None]
-"""Told how many rows are done."""
+Progress = Callable[[int, int], None]
+"""Told how many rows are done, and of how many."""
+
+
+def unwatched(done: int, total: int) -> None:
+    """The progress of whom nobody watches."""
 
 
 def map_rows(
@@ -19,7 +23,7 @@ def map_rows(
     *,
     cluster: Cluster,
     batch_rows: int,
-    progress: Progress = lambda done: None,
+    progress: Progress = unwatched,
     model: bool = True,
 ) -> list[Row]:
     """Send ``rows`` through a pool of ``worker`` actors in batches of ``batch_rows``, and collect what comes back.
@@ -48,7 +52,7 @@ def map_rows(
     done: dict[int, Row] = {}
     for item in mapped.iter_rows():
         done[int(item["position"])] = item["row"]
-        progress(len(done))
+        progress(len(done), len(rows))
     return [done[position] for position in range(len(rows))]
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -22,44 +23,56 @@ STEP_METRICS = {"loss": "loss", "divergence": "div", "reward/margin": "margin", 
 """Step metrics on the training bar, and their labels there."""
 
 
+QUIET_SECONDS = 20.0
+"""Where bars cannot move, a line is printed this often."""
+
+
+class Update(Protocol):
+    def __call__(self, done: int, total: int, note: str = "") -> None: ...
+
+
+def _columns() -> list[ProgressColumn]:
+    return [
+        TextColumn("{task.description:<28}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    ]
+
+
 class Display:
     """Progress on standard error, so that standard output stays free for results.
 
-    On a terminal bars move; elsewhere a line is printed when a phase ends and, within a long one, every half minute.
+    On a terminal bars move; elsewhere a line is printed when a phase ends, and now and then within a long one.
     """
 
     def __init__(self, quiet: bool = False) -> None:
         self.console = Console(file=sys.stderr, quiet=quiet, highlight=False)
-        self._interval = 30.0
 
     @contextmanager
-    def phase(self, name: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
-        """A phase of ``total`` units; the context gives ``update(done, note)``."""
-        columns: list[ProgressColumn] = [
-            TextColumn("{task.description:<26}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-        ]
-        columns += [TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[note]}")]
+    def phase(self, name: str) -> Iterator[Update]:
+        """A phase of the work; the context gives ``update(done, total, note)``."""
         started = printed = time.monotonic()
-        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as bars:
-            task = bars.add_task(name, total=total, note="")
+        with Progress(*_columns(), console=self.console, disable=not self.console.is_terminal) as bars:
+            task = bars.add_task(name, total=None, note="")
 
-            def update(done: int, note: str = "") -> None:
+            def update(done: int, total: int, note: str = "") -> None:
                 nonlocal printed
-                bars.update(task, completed=done, note=note)
+                bars.update(task, completed=done, total=total, note=note)
                 now = time.monotonic()
-                if not self.console.is_terminal and now - printed > self._interval:
+                if not self.console.is_terminal and now - printed > QUIET_SECONDS:
                     printed = now
-                    rate = (now - started) / max(done, 1)
-                    left = f", {rate * (total - done):.0f} s left" if total else ""
-                    self.console.print(
-                        f"{name}: {done}/{total or '?'}  {note}  ({now - started:.0f} s{left})", soft_wrap=True
+                    spent = now - started
+                    self.say(
+                        f"{name}: {done}/{total}  {note}  ({spent:.0f} s, {spent / done * (total - done):.0f} s left)"
                     )
 
             yield update
         if not self.console.is_terminal:
-            self.console.print(f"{name}: done in {time.monotonic() - started:.1f} s", soft_wrap=True)
+            self.say(f"{name}: done in {time.monotonic() - started:.1f} s")
 
     def say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True)

@@ -22,7 +22,7 @@ from raydiv.config import Recipe
 from raydiv.data.plan import micro_batches
 from raydiv.data.tokens import TokenizedExamples
 from raydiv.model.files import fingerprint
-from raydiv.pool import Progress, map_rows
+from raydiv.pool import Progress, map_rows, unwatched
 
 
 class ReferenceStore:
@@ -55,7 +55,7 @@ class Lookup:
 
 
 def reference_logps(
-    recipe: Recipe, directory: Path, sets: Sequence[TokenizedExamples], progress: Progress = lambda done: None
+    recipe: Recipe, directory: Path, sets: Sequence[TokenizedExamples], progress: Progress = unwatched
 ) -> Lookup:
     """Reference log-probs of all examples of ``sets``, from the store where it has them, else from a pool of models."""
     store = ReferenceStore(fingerprint(directory), recipe.engine.precision)

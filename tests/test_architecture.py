@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "raydiv"
 ROOMS = [
     ["cli", "__main__", "__init__"],
     ["launch"],
-    ["report", "measure"],
+    ["prepare", "report", "measure"],
     ["track", "progress", "train.worker"],
     ["separation", "evaluate"],
     ["reference"],

@@ -14,7 +14,8 @@ import pytest
 from raydiv.cli import main
 from raydiv.config import load_recipe
 from raydiv.config.recipe import Cluster
-from raydiv.launch import Result, prepare, train
+from raydiv.launch import Result, train
+from raydiv.prepare import prepare
 from raydiv.progress import Display
 from raydiv.session import ray_session
 

@@ -15,7 +15,7 @@ from raydiv.data.sources import Example, read_examples
 from raydiv.data.tokens import TokenizedExamples
 from raydiv.errors import UserError
 from raydiv.model.chat import Chat
-from raydiv.pool import Progress, map_rows
+from raydiv.pool import Progress, map_rows, unwatched
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class RawData:
         chat = Chat(directory, recipe.data.template)
         self._sets = [_Set(recipe, chat, examples) for examples in (train, held_out) if examples]
 
-    def tokenize(self, progress: Progress = lambda done: None) -> PreparedData:
+    def tokenize(self, progress: Progress = unwatched) -> PreparedData:
         """Tokenise what the cache lacks, with Ray Data; needs a Ray session."""
         missing = [one for one in self._sets if not one.folder.is_dir()]
         _tokenize(missing, self._recipe, self._directory, progress)

@@ -10,7 +10,7 @@ from typing import Any
 from raydiv.config.recipe import Cluster
 from raydiv.data.prompts import Prompt
 from raydiv.model.chat import Chat
-from raydiv.pool import Progress, map_rows
+from raydiv.pool import Progress, map_rows, unwatched
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ def generate(
     *,
     cluster: Cluster,
     template: str | None = None,
-    progress: Progress = lambda done: None,
+    progress: Progress = unwatched,
 ) -> list[Answer]:
     """One greedy answer per prompt, of at most ``max_new_tokens`` tokens."""
     chat = Chat(directory, template)

@@ -11,7 +11,7 @@ import numpy as np
 from raydiv.config.recipe import Cluster
 from raydiv.data.prompts import Prompt
 from raydiv.model.chat import Chat
-from raydiv.pool import Progress, map_rows
+from raydiv.pool import Progress, map_rows, unwatched
 
 
 def embed(
@@ -20,7 +20,7 @@ def embed(
     *,
     cluster: Cluster,
     template: str | None = None,
-    progress: Progress = lambda done: None,
+    progress: Progress = unwatched,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Hidden states [n, d] (fp64) and token lengths [n] of the prompts.
 

@@ -1,0 +1,102 @@
+"""Prepare: model files, data and reference log-probs, ready to train on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raydiv.config import Recipe
+from raydiv.data.prepare import PreparedData, RawData
+from raydiv.data.prompts import read_prompts
+from raydiv.data.tokens import TokenizedExamples, mismatched
+from raydiv.errors import UserError
+from raydiv.model.files import fingerprint, model_directory
+from raydiv.progress import Display
+from raydiv.reference import reference_logps
+from raydiv.session import ray_session
+from raydiv.train.worker import ExampleSet, epochs_of, total_steps
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A recipe's data, ready to train on, and what preparing it cost."""
+
+    directory: Path
+    data: PreparedData
+    train: ExampleSet
+    eval: ExampleSet | None
+    reference_hits: int
+    reference_misses: int
+
+    def steps(self, recipe: Recipe) -> int:
+        """Optimizer updates of the run."""
+        return total_steps(recipe, epochs_of(recipe, self.train.examples))
+
+    def summary(self) -> dict[str, Any]:
+        """For ``raydiv prepare`` and result.json."""
+        held_out = self.data.eval
+        return {
+            "train": asdict(self.data.train.counts),
+            "eval": asdict(held_out.counts) if held_out else None,
+            "fingerprint": self.train.examples.fingerprint,
+            "model_fingerprint": fingerprint(self.directory),
+            "reference": {"hits": self.reference_hits, "misses": self.reference_misses},
+        }
+
+
+def prepare(recipe: Recipe, display: Display | None = None) -> Prepared:
+    """Data -> tokens -> reference log-probs, through caches; safe to repeat."""
+    display = display or Display()
+    directory, raw = read(recipe, display)
+    with ray_session(recipe.cluster):
+        return fill(recipe, directory, raw, display)
+
+
+def read(recipe: Recipe, display: Display) -> tuple[Path, RawData]:
+    """Model files, examples and prompts, checked before anything is started. Raises UserError for any of them."""
+    with display.phase("model and data"):
+        directory = model_directory(recipe.model.id, recipe.model.revision)
+        for prompts in (recipe.separation.prompts, recipe.evaluate.prompts):
+            if prompts:
+                read_prompts(prompts)
+        return directory, RawData(recipe, directory)
+
+
+def fill(recipe: Recipe, directory: Path, raw: RawData, display: Display) -> Prepared:
+    """What ``read`` found, with tokens and reference log-probs; needs a Ray session."""
+    with display.phase("tokens") as update:
+        data = raw.tokenize(update)
+    return _with_reference(recipe, directory, data, display)
+
+
+def _with_reference(recipe: Recipe, directory: Path, data: PreparedData, display: Display) -> Prepared:
+    """The data with the reference log-probs that its loss asks for, KTO's mismatched examples included."""
+    sets = [data.train.examples, *([data.eval.examples] if data.eval else [])]
+    derangements = [_derangement(recipe, examples) for examples in sets]
+    if not recipe.loss.needs_reference or recipe.model.reference == "adapter-off":
+        # no reference in the loss: rewards then count from zero, and are logged as such
+        zeros = None if recipe.loss.needs_reference else [np.zeros(len(examples), np.float32) for examples in sets]
+        found = [ExampleSet(e, zeros[i] if zeros else None, derangements[i]) for i, e in enumerate(sets)]
+        return Prepared(directory, data, found[0], found[1] if data.eval else None, 0, 0)
+    everything = [*sets, *(derangement for derangement in derangements if derangement is not None)]
+    with display.phase("reference log-probs") as update:
+        lookup = reference_logps(recipe, directory, everything, update)
+    logps = iter(lookup.logps)
+    own = [next(logps) for _ in sets]
+    found = [
+        ExampleSet(examples, mine, derangement, None if derangement is None else next(logps))
+        for examples, mine, derangement in zip(sets, own, derangements, strict=True)
+    ]
+    return Prepared(directory, data, found[0], found[1] if data.eval else None, lookup.hits, lookup.misses)
+
+
+def _derangement(recipe: Recipe, examples: TokenizedExamples) -> TokenizedExamples | None:
+    if not recipe.loss.needs_mismatched:
+        return None
+    try:
+        return mismatched(examples, recipe.batch.max_length)
+    except ValueError as error:
+        raise UserError(f"data: {error}; loss.type {recipe.loss.type} needs them") from None
