@@ -12,21 +12,21 @@ if TYPE_CHECKING:
     from raydiv.config import Recipe, load_recipe
     from raydiv.errors import UserError
     from raydiv.launch import Result, train
-    from raydiv.measure import evaluate, separation_of
-    from raydiv.model.export import export_model
-    from raydiv.prepare import Prepared, prepare
+    from raydiv.measure import evaluate, separation
+    from raydiv.model.export import export
+    from raydiv.preparation import Prepared, prepare
 
 _WHERE = {
     "Recipe": "raydiv.config",
     "load_recipe": "raydiv.config",
     "UserError": "raydiv.errors",
-    "Prepared": "raydiv.prepare",
+    "Prepared": "raydiv.preparation",
     "Result": "raydiv.launch",
-    "prepare": "raydiv.prepare",
+    "prepare": "raydiv.preparation",
     "train": "raydiv.launch",
     "evaluate": "raydiv.measure",
-    "separation_of": "raydiv.measure",
-    "export_model": "raydiv.model.export",
+    "separation": "raydiv.measure",
+    "export": "raydiv.model.export",
 }
 
 __all__ = [
@@ -35,10 +35,10 @@ __all__ = [
     "Result",
     "UserError",
     "evaluate",
-    "export_model",
+    "export",
     "load_recipe",
     "prepare",
-    "separation_of",
+    "separation",
     "train",
 ]
 

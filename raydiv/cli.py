@@ -105,12 +105,12 @@ def _models(command: argparse.ArgumentParser, prompts: str) -> None:
 def _quickstart(options: argparse.Namespace) -> int:
     from raydiv.bundled import QUICKSTART
     from raydiv.config import load_recipe
-    from raydiv.launch import run_directory
+    from raydiv.run import RunDirectory
 
     recipe = load_recipe(QUICKSTART, options.overrides)
     if not any(override.startswith("name=") for override in options.overrides):
         first, number = recipe.name, 1
-        while run_directory(recipe).exists():
+        while RunDirectory.of(recipe).path.exists():
             number += 1
             recipe = recipe.model_copy(update={"name": f"{first}-{number}"})
     return _run(recipe, options)
@@ -133,25 +133,24 @@ def _run(recipe: Any, options: argparse.Namespace) -> int:
 def _show_run(result: Result) -> None:
     from raydiv.report import before_after, notes
 
-    _table(["", "before", "after"], before_after(result.directory))
-    for note in notes(result.directory):
+    _table(["", "before", "after"], before_after(result.run))
+    for note in notes(result.run):
         print(note)
     print(f"\nmodel    {result.report['paths']['model']}")
     print(f"report   {result.report['paths']['report']}")
-    picture = result.directory / "separation" / "pca.png"
-    if picture.exists():
-        print(f"picture  {picture}")
+    if result.run.picture.exists():
+        print(f"picture  {result.run.picture}")
     uri = result.report["mlflow"]["uri"]
     print(
         f"mlflow   {uri}\n         open it: mlflow ui --backend-store-uri {uri}" if "://" in uri else f"mlflow   {uri}"
     )
-    if result.report["mlflow"].get("unsent"):
+    if not result.report["mlflow"]["sent"]:
         print("         it was away: part of this run could not be sent; metrics.jsonl has all of it")
 
 
 def _prepare(options: argparse.Namespace) -> int:
     from raydiv.config import load_recipe
-    from raydiv.prepare import prepare
+    from raydiv.preparation import prepare
 
     summary = prepare(load_recipe(options.recipe, options.overrides)).summary()
 
@@ -167,10 +166,10 @@ def _prepare(options: argparse.Namespace) -> int:
 
 def _separation(options: argparse.Namespace) -> int:
     from raydiv.config.recipe import Cluster
-    from raydiv.measure import separation_of
+    from raydiv.measure import separation
 
     cluster = Cluster(use_gpu=options.use_gpu)
-    reports = separation_of(options.models, options.prompts, template=options.template, cluster=cluster)
+    reports = separation(options.models, options.prompts, template=options.template, cluster=cluster)
 
     def show() -> None:
         columns = ["d_b", "d_b_length_matched", "d_b_shuffled", "silhouette", "length_auc"]
@@ -186,7 +185,7 @@ def _separation(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from raydiv.config.recipe import Cluster
-    from raydiv.evaluate.judges import REFUSAL_JUDGE_ERRORS
+    from raydiv.evaluation.judges import JUDGES
     from raydiv.measure import evaluate
 
     if options.show_text and not options.output:
@@ -209,16 +208,16 @@ def _evaluate(options: argparse.Namespace) -> int:
         rows = [(name, *(str(report.rates[name]) for report in reports)) for name in names]
         rows.append(("log-prob per token under the reference", *(f"{report.logp_per_token:.2f}" for report in reports)))
         _table(["", *options.models], rows)
-        print(f"Refusals are found by string rules: {REFUSAL_JUDGE_ERRORS}.")
+        print(JUDGES[reports[0].judge].errors)
 
     _print(options, {"models": [report.as_json() for report in reports]}, show)
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
-    from raydiv.model.export import export_model
+    from raydiv.model.export import export
 
-    directory = export_model(options.run, options.destination, options.adapter)
+    directory = export(options.run, options.destination, options.adapter)
     _print(options, {"model": str(directory)}, lambda: print(directory))
     return 0
 

@@ -4,38 +4,33 @@ from __future__ import annotations
 
 import json
 import platform
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-from raydiv.config import Recipe, save_recipe
+from raydiv.config import Recipe
 from raydiv.errors import UserError
 from raydiv.measure import measure_answers, measure_separation
-from raydiv.prepare import Prepared, fill, read
+from raydiv.model.load import ModelSource
+from raydiv.preparation import Prepared, fill, read
 from raydiv.progress import Display, step_note
+from raydiv.report import write_report
+from raydiv.run import RunDirectory
 from raydiv.session import cpus_per_worker, ray_session, threads_per_worker
 from raydiv.track import Tracker
-from raydiv.train.worker import MetricsLog, WorkerInput, worker_entry
+from raydiv.training.worker import WorkerInput, worker_entry
 
 VERSIONED = ("raydiv", "ray", "torch", "deepspeed", "transformers", "peft", "mlflow")
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A finished run: its directory, last metrics, and the content of result.json."""
+    """A finished run: its directory, the last value of every metric, and the content of result.json."""
 
-    directory: Path
+    run: RunDirectory
     metrics: dict[str, float]
     report: dict[str, Any]
-
-
-def run_directory(recipe: Recipe) -> Path:
-    return Path(recipe.output_dir).expanduser().resolve() / recipe.name
 
 
 def train(recipe: Recipe, display: Display | None = None, show_text: bool = False) -> Result:
@@ -46,16 +41,15 @@ def train(recipe: Recipe, display: Display | None = None, show_text: bool = Fals
     Raises UserError for what the user must change (a run that is already there included), RuntimeError when training fails.
     """
     display = display or Display()
-    run = run_directory(recipe)
-    _require_no_run(run)
+    run = RunDirectory.of(recipe)
+    run.require_free()
     directory, raw = read(recipe, display)
-    _claim(run)
     with ray_session(recipe.cluster):
         prepared = fill(recipe, directory, raw, display)
-        save_recipe(recipe, run / "recipe.yaml")
+        run.claim(recipe)
         tracker = Tracker(recipe, _tags(prepared), display.say)
         try:
-            with _following(run / "metrics.jsonl", tracker.metrics):
+            with run.followed(tracker.metrics):
                 _measure(recipe, prepared, run, "before", display, show_text)
                 _fit(recipe, prepared, run, display)
                 _measure(recipe, prepared, run, "after", display, show_text)
@@ -65,53 +59,42 @@ def train(recipe: Recipe, display: Display | None = None, show_text: bool = Fals
             raise
 
 
-def _measure(recipe: Recipe, prepared: Prepared, run: Path, when: str, display: Display, show_text: bool) -> None:
+def _measure(
+    recipe: Recipe, prepared: Prepared, run: RunDirectory, when: str, display: Display, show_text: bool
+) -> None:
     """Separation and answers, as the recipe asks, of the model ``before`` or ``after`` training."""
-    directory = prepared.directory if when == "before" else run / "model"
-    common: dict[str, Any] = {
-        "cluster": recipe.cluster,
-        "display": display,
-        "template": recipe.data.template,
-        "label": when,
-    }
+    base = ModelSource.of(recipe, prepared.directory)
+    model = base if when == "before" else replace(base, directory=run.model)
     metrics: dict[str, float] = {}
     if recipe.separation.prompts:
-        apart = measure_separation(directory, recipe.separation.prompts, **common)
-        apart.write(run / "separation", when)
+        apart = measure_separation(model, recipe.separation.prompts, recipe.cluster, display, label=when)
+        apart.write(run.separation, when)
         metrics |= apart.metrics()
     if recipe.evaluate.prompts:
+        wanted = recipe.evaluate
         answers = measure_answers(
-            directory, prepared.directory, recipe.evaluate.prompts, recipe.evaluate.max_new_tokens, **common
+            model,
+            base,
+            recipe.evaluate.prompts,
+            wanted.max_new_tokens,
+            recipe.cluster,
+            display,
+            label=when,
+            judge=wanted.judge,
         )
-        answers.write(run / "evaluation", when, show_text)
+        answers.write(run.evaluation, when, show_text)
         metrics |= answers.metrics()
     step = 0 if when == "before" else prepared.steps(recipe)
-    MetricsLog(run / "metrics.jsonl").write({"step": step, **metrics} if metrics else {})
+    run.log({"step": step, **metrics} if metrics else {})
 
 
-def _require_no_run(run: Path) -> None:
-    if (run / "recipe.yaml").exists():
-        raise UserError(
-            f"{run}: holds a run already; give this one another name=... or another output_dir=..., or remove the directory"
-        )
-
-
-def _claim(run: Path) -> None:
-    """Make the run directory, empty of what an earlier attempt that never got to train may have left."""
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "metrics.jsonl").unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir: {run} cannot be made: {error.strerror}") from None
-
-
-def _fit(recipe: Recipe, prepared: Prepared, run: Path, display: Display) -> None:
+def _fit(recipe: Recipe, prepared: Prepared, run: RunDirectory, display: Display) -> None:
     """Run the workers to the end, with their metrics on the bar."""
     import ray
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    given = WorkerInput(recipe, prepared.directory, run, prepared.train, prepared.eval)
+    given = WorkerInput(recipe, prepared.directory, run.path, prepared.train, prepared.eval)
     trainer = TorchTrainer(
         worker_entry,
         train_loop_config={"given": ray.put(given), "threads": threads_per_worker(recipe.cluster)},
@@ -126,7 +109,7 @@ def _fit(recipe: Recipe, prepared: Prepared, run: Path, display: Display) -> Non
                 **({"GPU": 1} if recipe.cluster.use_gpu else {}),
             },
         ),
-        run_config=RunConfig(name=recipe.name, storage_path=str(run / "ray")),
+        run_config=RunConfig(name=recipe.name, storage_path=str(run.ray)),
     )
     with display.phase("train") as update:
 
@@ -134,7 +117,7 @@ def _fit(recipe: Recipe, prepared: Prepared, run: Path, display: Display) -> Non
             if "loss" in record:
                 update(int(record["step"]), prepared.steps(recipe), step_note(record))
 
-        with _following(run / "metrics.jsonl", show):
+        with run.followed(show):
             _report_failure(trainer.fit)
 
 
@@ -154,36 +137,6 @@ def _report_failure(fit: Callable[[], Any]) -> None:
         raise RuntimeError(f"training: {error}") from error
 
 
-@contextmanager
-def _following(path: Path, handle: Callable[[dict[str, float]], None]) -> Iterator[None]:
-    """Call ``handle`` with each line that appears in ``path`` while the block runs, and with the last ones after it."""
-    stop = threading.Event()
-
-    def tail() -> None:
-        offset = 0
-        while True:
-            last = stop.is_set()
-            if path.exists():
-                with path.open("rb") as lines:
-                    lines.seek(offset)
-                    for line in lines:
-                        if not line.endswith(b"\n"):
-                            break
-                        offset += len(line)
-                        handle(json.loads(line))
-            if last:
-                return
-            time.sleep(0.3)
-
-    follower = threading.Thread(target=tail, name="metrics", daemon=True)
-    follower.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        follower.join()
-
-
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages whose behaviour a result depends on."""
     found = {name: metadata.version(name) for name in VERSIONED}
@@ -196,35 +149,30 @@ def _tags(prepared: Prepared) -> dict[str, str]:
     return fingerprints | {f"version.{name}": version for name, version in versions().items()}
 
 
-def last_metrics(run: Path) -> dict[str, float]:
-    """The latest value of every metric in metrics.jsonl."""
-    latest: dict[str, float] = {}
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        latest.update(json.loads(line))
-    return latest
-
-
-def _conclude(recipe: Recipe, prepared: Prepared, run: Path, tracker: Tracker) -> Result:
-    from raydiv.report import write_report
-
-    metrics = last_metrics(run)
+def _conclude(recipe: Recipe, prepared: Prepared, run: RunDirectory, tracker: Tracker) -> Result:
+    """Write result.json and the report, and send them to MLflow."""
+    metrics: dict[str, float] = {}
+    for record in run.metrics():
+        metrics |= record
     report: dict[str, Any] = {
         "name": recipe.name,
         "metrics": metrics,
         "data": prepared.summary(),
         "versions": versions(),
         "paths": {
-            "model": str(run / "model"),
-            "report": str(run / "report.html"),
-            "metrics": str(run / "metrics.jsonl"),
+            "run": str(run.path),
+            "model": str(run.model),
+            "report": str(run.report),
+            "picture": str(run.picture),
         },
-        "mlflow": {"uri": tracker.uri, "run_id": tracker.run_id},
+        "mlflow": {"uri": tracker.uri, "run_id": tracker.run_id, "sent": True},
     }
-    (run / "result.json").write_text(json.dumps(report, indent=2) + "\n")
+    run.result.write_text(json.dumps(report, indent=2) + "\n")
     write_report(run)
-    for name in ("recipe.yaml", "result.json", "report.html", "separation/pca.png"):
-        if (run / name).exists():
-            tracker.artifact(run / name)
+    for path in (run.recipe, run.result, run.report, run.picture):
+        if path.exists():
+            tracker.artifact(path)
     if not tracker.finish():
-        report["mlflow"]["unsent"] = True
+        report["mlflow"]["sent"] = False
+        run.result.write_text(json.dumps(report, indent=2) + "\n")
     return Result(run, metrics, report)

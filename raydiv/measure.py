@@ -12,15 +12,16 @@ import numpy as np
 
 from raydiv.config.recipe import Cluster
 from raydiv.data.prompts import Prompt, read_prompts
-from raydiv.evaluate.generate import Answer, generate
-from raydiv.evaluate.judges import REFUSAL_JUDGE_ERRORS, verdict
-from raydiv.evaluate.summary import Rate, rates
+from raydiv.evaluation.generate import Answer, generate
+from raydiv.evaluation.judges import JUDGES
+from raydiv.evaluation.summary import Rate, rates
+from raydiv.hidden.embed import embed
+from raydiv.hidden.separation import Separation, as_row, explain, principal_plane, separation_of
 from raydiv.model.files import model_directory
-from raydiv.pool import map_rows
+from raydiv.model.load import ModelSource
 from raydiv.progress import Display
-from raydiv.reference import LogProbScorer
-from raydiv.separation.embed import embed
-from raydiv.separation.statistics import Separation, as_row, explain, principal_plane, separation
+from raydiv.reference import score
+from raydiv.run import RunDirectory
 from raydiv.session import ray_session
 
 
@@ -61,6 +62,7 @@ class AnswersReport:
     prompts: Sequence[Prompt]
     answers: Sequence[Answer]
     verdicts: list[str]
+    judge: str
     logp_per_token: float
 
     @property
@@ -79,7 +81,7 @@ class AnswersReport:
         }
         return {
             "model": self.model,
-            "judge": {"name": "string", "errors": REFUSAL_JUDGE_ERRORS},
+            "judge": {"name": self.judge, "errors": JUDGES[self.judge].errors},
             "rates": found,
             "logp_per_token": self.logp_per_token,
         }
@@ -95,62 +97,46 @@ class AnswersReport:
 
 
 def measure_separation(
-    directory: Path, source: str, *, cluster: Cluster, display: Display, template: str | None, label: str
+    model: ModelSource, source: str, cluster: Cluster, display: Display, *, label: str
 ) -> SeparationReport:
-    """Separation of the prompts of ``source`` in the model in ``directory``; needs a Ray session."""
+    """Separation of the prompts of ``source`` in a model's hidden states; needs a Ray session."""
     prompts = read_prompts(source)
     with display.phase(f"separation, {label}") as update:
-        hidden, lengths = embed(directory, prompts, cluster=cluster, template=template, progress=update)
+        hidden, lengths = embed(model, prompts, cluster, update)
     harmful = np.array([prompt.harmful for prompt in prompts])
-    plane = principal_plane(hidden)
     kinds = [prompt.kind for prompt in prompts]
-    return SeparationReport(label, source, separation(hidden, harmful, lengths), plane, kinds)
+    return SeparationReport(label, source, separation_of(hidden, harmful, lengths), principal_plane(hidden), kinds)
 
 
 def measure_answers(
-    directory: Path,
-    reference: Path,
+    model: ModelSource,
+    reference: ModelSource,
     source: str,
     max_new_tokens: int,
-    *,
     cluster: Cluster,
     display: Display,
-    template: str | None,
+    *,
     label: str,
+    judge: str = "string",
 ) -> AnswersReport:
-    """What the model in ``directory`` answers to the prompts of ``source``, judged, and scored by ``reference``."""
+    """What a model answers to the prompts of ``source``, judged, and scored by ``reference``; needs a Ray session."""
     prompts = read_prompts(source)
     with display.phase(f"answers, {label}") as update:
-        answers = generate(
-            directory,
-            prompts,
-            max_new_tokens,
-            cluster=cluster,
-            template=template,
-            progress=update,
-        )
-    scorer = {
-        "directory": str(reference),
-        "attention": "sdpa",
-        "trust_remote_code": False,
-        "precision": "fp32",
-        "tokens": 4096,
-    }
-    rows = [{"key": str(n), "prompt": answer.prompt_ids, "response": answer.ids} for n, answer in enumerate(answers)]
+        answers = generate(model, prompts, max_new_tokens, cluster, update)
     with display.phase(f"answers' log-probs, {label}") as update:
-        scored = map_rows(rows, LogProbScorer, scorer, cluster=cluster, batch_rows=100, progress=update)
+        logps = score(reference, [(answer.prompt_ids, answer.ids) for answer in answers], cluster, update)
     tokens = sum(len(answer.ids) for answer in answers)
-    logp_per_token = sum(float(row["logp"]) for row in scored) / max(1, tokens)
-    return AnswersReport(label, prompts, answers, [verdict(answer.text) for answer in answers], logp_per_token)
+    verdicts = JUDGES[judge].judge(prompts, [answer.text for answer in answers])
+    return AnswersReport(label, prompts, answers, verdicts, judge, sum(logps) / max(1, tokens))
 
 
 def resolve(model: str) -> Path:
     """A model directory from what a user names: a run directory, a model directory, a bundled model or a hub id."""
-    run = Path(model)
-    return model_directory(str(run / "model") if (run / "recipe.yaml").is_file() else model)
+    run = RunDirectory(Path(model))
+    return model_directory(str(run.model) if run.holds_a_run else model)
 
 
-def separation_of(
+def separation(
     models: Sequence[str],
     prompts: str = "bundled:anchors",
     *,
@@ -158,14 +144,14 @@ def separation_of(
     cluster: Cluster | None = None,
     display: Display | None = None,
 ) -> list[SeparationReport]:
-    """``raydiv separation``: one report per model."""
+    """``raydiv separation``: a report per model."""
     display, cluster = display or Display(), cluster or Cluster()
-    directories = [resolve(model) for model in models]
+    sources = [ModelSource(resolve(model), template) for model in models]
     read_prompts(prompts)
     with ray_session(cluster):
         return [
-            measure_separation(directory, prompts, cluster=cluster, display=display, template=template, label=model)
-            for model, directory in zip(models, directories, strict=True)
+            measure_separation(source, prompts, cluster, display, label=model)
+            for model, source in zip(models, sources, strict=True)
         ]
 
 
@@ -179,22 +165,13 @@ def evaluate(
     cluster: Cluster | None = None,
     display: Display | None = None,
 ) -> list[AnswersReport]:
-    """``raydiv evaluate``: one report per model. ``reference`` (by default the first model) scores the answers."""
+    """``raydiv evaluate``: a report per model. ``reference`` (by default the first model) scores the answers."""
     display, cluster = display or Display(), cluster or Cluster()
-    directories = [resolve(model) for model in models]
+    sources = [ModelSource(resolve(model), template) for model in models]
+    scorer = ModelSource(resolve(reference), template) if reference else sources[0]
     read_prompts(prompts)
-    scorer = resolve(reference) if reference else directories[0]
     with ray_session(cluster):
         return [
-            measure_answers(
-                directory,
-                scorer,
-                prompts,
-                max_new_tokens,
-                cluster=cluster,
-                display=display,
-                template=template,
-                label=model,
-            )
-            for model, directory in zip(models, directories, strict=True)
+            measure_answers(source, scorer, prompts, max_new_tokens, cluster, display, label=model)
+            for model, source in zip(models, sources, strict=True)
         ]

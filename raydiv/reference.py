@@ -19,9 +19,13 @@ import pyarrow.parquet as pq
 
 from raydiv.cache import atomic, cache_dir, digest
 from raydiv.config import Recipe
+from raydiv.config.recipe import Cluster
 from raydiv.data.plan import micro_batches
 from raydiv.data.tokens import TokenizedExamples
+from raydiv.model.collate import Ids, collate
 from raydiv.model.files import fingerprint
+from raydiv.model.head import LogProbHead
+from raydiv.model.load import ModelSource, quiet
 from raydiv.pool import Progress, map_rows, unwatched
 
 
@@ -58,65 +62,69 @@ def reference_logps(
     recipe: Recipe, directory: Path, sets: Sequence[TokenizedExamples], progress: Progress = unwatched
 ) -> Lookup:
     """Reference log-probs of all examples of ``sets``, from the store where it has them, else from a pool of models."""
-    store = ReferenceStore(fingerprint(directory), recipe.engine.precision)
+    precision = recipe.engine.precision
+    store = ReferenceStore(fingerprint(directory), precision)
     known = store.read()
     wanted = {key: examples[row] for examples in sets for row, key in enumerate(examples.keys)}
     missing = {key: ids for key, ids in wanted.items() if key not in known}
     if missing:
-        fresh = _score(recipe, directory, missing, progress)
+        scored = score(ModelSource.of(recipe, directory), list(missing.values()), recipe.cluster, progress, precision)
+        fresh = dict(zip(missing, scored, strict=True))
         store.add(fresh)
         known |= fresh
     logps = [np.array([known[key] for key in examples.keys], dtype=np.float32) for examples in sets]
     return Lookup(logps, len(wanted) - len(missing), len(missing))
 
 
-def _score(recipe: Recipe, directory: Path, examples: dict[str, Any], progress: Progress) -> dict[str, float]:
-    """Log-probs by a Ray Data pool; rows go in sorted by length, so that a batch pads little."""
-    rows = [
-        {"key": key, "prompt": prompt.tolist(), "response": response.tolist()}
-        for key, (prompt, response) in examples.items()
-    ]
-    rows.sort(key=lambda row: len(row["prompt"]) + len(row["response"]))
-    arguments = {
-        "directory": str(directory),
-        "attention": recipe.model.attention,
-        "trust_remote_code": recipe.model.trust_remote_code,
-        "precision": recipe.engine.precision,
-        "tokens": recipe.batch.tokens_per_microbatch,
-    }
-    scored = map_rows(rows, LogProbScorer, arguments, cluster=recipe.cluster, batch_rows=64, progress=progress)
-    return {row["key"]: float(row["logp"]) for row in scored}
+def score(
+    model: ModelSource,
+    examples: Sequence[tuple[Ids, Ids]],
+    cluster: Cluster,
+    progress: Progress = unwatched,
+    precision: str = "fp32",
+) -> list[float]:
+    """Log-probs of the (prompt ids, response ids) examples, summed over response tokens, by a Ray Data pool of models.
+
+    Rows go in sorted by length, so that a batch pads little.
+    """
+    rows = [{"prompt": list(prompt), "response": list(response)} for prompt, response in examples]
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row]["prompt"]) + len(rows[row]["response"]))
+    arguments = {"model": model, "precision": precision}
+    scored = map_rows(
+        [rows[row] for row in order], LogProbScorer, arguments, cluster=cluster, batch_rows=64, progress=progress
+    )
+    logps = [0.0] * len(rows)
+    for row, result in zip(order, scored, strict=True):
+        logps[row] = float(result["logp"])
+    return logps
+
+
+TOKENS_PER_FORWARD = 4096
+"""Padded tokens that a scoring model takes at once; changes its speed and memory alone."""
 
 
 class LogProbScorer:
     """A model that scores tokenised examples."""
 
-    def __init__(self, directory: str, attention: str, trust_remote_code: bool, precision: str, tokens: int) -> None:
+    def __init__(self, model: ModelSource, precision: str) -> None:
         import torch
-
-        from raydiv.model.head import LogProbHead
-        from raydiv.model.load import DTYPES, load_model, quiet
 
         quiet()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = load_model(Path(directory), DTYPES[precision], attention, trust_remote_code)
-        self._model.to(self._device).eval()
+        self._model = model.load(precision).to(self._device).eval()
         self._head = LogProbHead(self._model)
         self._head.check(self._model, self._device)
-        self._tokens = tokens
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Rows with ``prompt`` and ``response`` ids -> ``key``, ``logp`` (log-prob of the response, summed over tokens)."""
+        """Rows with ``prompt`` and ``response`` ids -> rows with ``logp``."""
         import torch
-
-        from raydiv.model.collate import collate
 
         lengths = [len(row["prompt"]) + len(row["response"]) for row in rows]
         logps = torch.zeros(len(rows))
-        for micro_batch in micro_batches(lengths, self._tokens, ranks=1)[0]:
+        for micro_batch in micro_batches(lengths, TOKENS_PER_FORWARD, ranks=1)[0]:
             inputs = collate([(rows[i]["prompt"], rows[i]["response"]) for i in micro_batch]).to(self._device)
             with torch.inference_mode():
                 self._head.aim(inputs.rows, inputs.columns, inputs.targets)
                 output = self._model(input_ids=inputs.ids, attention_mask=inputs.mask, use_cache=False)
                 logps[micro_batch] = inputs.per_example(output.logits, len(micro_batch)).cpu()
-        return [{"key": row["key"], "logp": float(logp)} for row, logp in zip(rows, logps, strict=True)]
+        return [{"logp": float(logp)} for logp in logps]

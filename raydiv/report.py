@@ -6,10 +6,9 @@ import base64
 import html
 import io
 import json
-from pathlib import Path
 from typing import Any
 
-from raydiv.evaluate.judges import REFUSAL_JUDGE_ERRORS
+from raydiv.run import RunDirectory
 
 ROWS: list[tuple[str, str, str]] = [
     ("separation/d_b", "separation D_B (paper protocol)", "{:.2f}"),
@@ -31,40 +30,35 @@ CURVES = ("loss", "divergence", "reward/aligned", "reward/unaligned", "reward/ma
 COLOURS = {"harmful": "#c0392b", "ordinary": "#2471a3", "alarming": "#d68910"}
 
 
-def read_metrics(run: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def before_after(run: Path) -> list[tuple[str, str, str]]:
+def before_after(run: RunDirectory) -> list[tuple[str, str, str]]:
     """(label, before, after) of every row that the run measured: a metric's first and last value."""
     first: dict[str, float] = {}
     last: dict[str, float] = {}
-    for record in read_metrics(run):
+    for record in run.metrics():
         last |= record
         first = record | first
     return [(label, form.format(first[key]), form.format(last[key])) for key, label, form in ROWS if key in last]
 
 
-def notes(run: Path) -> list[str]:
-    """What must be read beside the table."""
+def notes(run: RunDirectory) -> list[str]:
+    """What must be read beside the table: the judge's errors, and what the controls of separation say."""
     words = []
-    if (run / "evaluation").is_dir():
-        words.append(f"Refusals are found by string rules: {REFUSAL_JUDGE_ERRORS}.")
     for name in ("before", "after"):
-        path = run / "separation" / f"{name}.json"
-        if path.exists():
-            words += [f"{name}: {note}" for note in json.loads(path.read_text())["notes"]]
+        apart, answers = run.separation / f"{name}.json", run.evaluation / f"{name}.json"
+        if answers.exists() and name == "after":
+            words.append(json.loads(answers.read_text())["judge"]["errors"])
+        if apart.exists():
+            words += [f"{name}: {note}" for note in json.loads(apart.read_text())["notes"]]
     return words
 
 
-def write_report(run: Path) -> None:
+def write_report(run: RunDirectory) -> None:
     """Draw the pictures and write the self-contained report.html of a run directory."""
     pictures = {"curves": _curves(run)}
-    if (run / "separation" / "after.json").exists():
+    if (run.separation / "after.json").exists():
         pictures["separation"] = _planes(run)
-        (run / "separation" / "pca.png").write_bytes(pictures["separation"])
-    result = json.loads((run / "result.json").read_text())
+        run.picture.write_bytes(pictures["separation"])
+    result = json.loads(run.result.read_text())
     rows = "".join(
         f"<tr><td>{html.escape(label).replace('  ', '&emsp;')}</td><td>{before}</td><td>{after}</td></tr>"
         for label, before, after in before_after(run)
@@ -77,15 +71,15 @@ def write_report(run: Path) -> None:
             f'<figure><img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></figure>'
             for name, png in pictures.items()
         ),
-        recipe=html.escape((run / "recipe.yaml").read_text()),
+        recipe=html.escape(run.recipe.read_text()),
         environment=html.escape(json.dumps({"versions": result["versions"], "data": result["data"]}, indent=2)),
     )
-    (run / "report.html").write_text(page)
+    run.report.write_text(page)
 
 
-def _curves(run: Path) -> bytes:
+def _curves(run: RunDirectory) -> bytes:
     """Step metrics over the run; held-out values as dots."""
-    records = read_metrics(run)
+    records = run.metrics()
     figure, axes = _figure(2, 3, (11, 5.5))
     for axis, key in zip(axes.flat, CURVES, strict=True):
         for name, style in ((key, "-"), (f"eval/{key}", "o--")):
@@ -98,11 +92,11 @@ def _curves(run: Path) -> bytes:
     return _png(figure)
 
 
-def _planes(run: Path) -> bytes:
+def _planes(run: RunDirectory) -> bytes:
     """Prompts in the plane of their first two principal components, before and after."""
     figure, axes = _figure(1, 2, (11, 4.6))
     for axis, name in zip(axes.flat, ("before", "after"), strict=True):
-        report: dict[str, Any] = json.loads((run / "separation" / f"{name}.json").read_text())
+        report: dict[str, Any] = json.loads((run.separation / f"{name}.json").read_text())
         for kind in dict.fromkeys(report["kinds"]):
             points = [xy for xy, mine in zip(report["plane"], report["kinds"], strict=True) if mine == kind]
             axis.scatter(*zip(*points, strict=True), s=14, alpha=0.7, label=kind, color=COLOURS.get(kind))

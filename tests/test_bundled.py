@@ -17,8 +17,8 @@ from raydiv.config import load_recipe
 from raydiv.data.prompts import read_prompts
 from raydiv.data.sources import read_examples
 from raydiv.errors import UserError
-from raydiv.evaluate.judges import verdict
-from raydiv.separation.statistics import length_matched
+from raydiv.evaluation.judges import verdict
+from raydiv.hidden.separation import length_matched
 
 Row = dict[str, Any]
 

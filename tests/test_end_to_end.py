@@ -15,7 +15,7 @@ from raydiv.cli import main
 from raydiv.config import load_recipe
 from raydiv.config.recipe import Cluster
 from raydiv.launch import Result, train
-from raydiv.prepare import prepare
+from raydiv.preparation import prepare
 from raydiv.progress import Display
 from raydiv.session import ray_session
 
@@ -98,43 +98,43 @@ def records(run_directory: Path) -> list[dict[str, float]]:
 
 def test_run_directory_is_complete(run: Result) -> None:
     for name in ("recipe.yaml", "metrics.jsonl", "result.json", "report.html", "model/config.json", "model/README.md"):
-        assert (run.directory / name).is_file(), name
-    assert (run.directory / "separation" / "pca.png").read_bytes().startswith(b"\x89PNG")
-    result = json.loads((run.directory / "result.json").read_text())
+        assert (run.run.path / name).is_file(), name
+    assert (run.run.path / "separation" / "pca.png").read_bytes().startswith(b"\x89PNG")
+    result = json.loads((run.run.path / "result.json").read_text())
     assert {"raydiv", "ray", "torch", "deepspeed", "python"} <= result["versions"].keys()
     assert result["data"]["train"]["pairs"] == 12
     assert result["metrics"]["loss"] == run.metrics["loss"]
 
 
 def test_step_metrics_are_all_there_and_gapless(run: Result) -> None:
-    steps = [record for record in records(run.directory) if "loss" in record]
+    steps = [record for record in records(run.run.path) if "loss" in record]
     assert [record["step"] for record in steps] == [1, 2, 3, 4]
     for record in steps:
         assert record.keys() >= STEP_METRICS
     assert [record["lr"] for record in steps] == pytest.approx([1e-2, 1e-2, 7.5e-3, 2.5e-3])
-    evaluated = [record["step"] for record in records(run.directory) if "eval/loss" in record]
+    evaluated = [record["step"] for record in records(run.run.path) if "eval/loss" in record]
     assert evaluated == [0, 2, 4]
 
 
 def test_training_separates_the_classes(run: Result) -> None:
-    margins = [record["eval/reward/margin"] for record in records(run.directory) if "eval/loss" in record]
+    margins = [record["eval/reward/margin"] for record in records(run.run.path) if "eval/loss" in record]
     assert margins[0] == pytest.approx(0, abs=1e-4)
     assert margins[-1] > 0
 
 
 def test_recipe_in_the_run_reloads_exactly(run: Result) -> None:
-    recipe = load_recipe(run.directory / "recipe.yaml")
+    recipe = load_recipe(run.run.path / "recipe.yaml")
     assert recipe.loss.terms[1][1] == 0.5
     assert load_recipe(recipe.model_dump(by_alias=True)) == recipe
 
 
 def test_report_is_self_contained_and_shows_no_prompt(run: Result) -> None:
-    page = (run.directory / "report.html").read_text()
+    page = (run.run.path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert "http://" not in page
     assert "https://" not in page
     assert "Hurt someone" not in page
-    answers = (run.directory / "evaluation" / "after.answers.jsonl").read_text()
+    answers = (run.run.path / "evaluation" / "after.answers.jsonl").read_text()
     assert len(answers.splitlines()) == 12
     assert "Hurt someone" not in answers
 
@@ -158,7 +158,7 @@ def test_exported_model_loads_and_generates(run: Result, tmp_path: Path, tiny_mo
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    assert main(["export", str(run.directory), str(tmp_path / "exported")]) == 0
+    assert main(["export", str(run.run.path), str(tmp_path / "exported")]) == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "exported")
     ids = tokenizer.apply_chat_template(
@@ -171,7 +171,7 @@ def test_exported_model_loads_and_generates(run: Result, tmp_path: Path, tiny_mo
 
 
 def test_training_into_a_run_is_refused(run: Result, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", str(run.directory / "recipe.yaml")]) == 2
+    assert main(["train", str(run.run.path / "recipe.yaml")]) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert "holds a run already" in message
     assert "name=" in message
@@ -216,12 +216,12 @@ def test_lora_with_adapters_off_is_the_stored_reference(
     off = train(
         recipe_of(tiny_model, files, tmp_path, "off", *lora, "model.reference=adapter-off"), Display(quiet=True)
     )
-    losses = [[r["loss"] for r in records(result.directory) if "loss" in r] for result in (stored, off)]
+    losses = [[r["loss"] for r in records(result.run.path) if "loss" in r] for result in (stored, off)]
     assert len(losses[0]) == 4
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    assert (stored.directory / "model" / "adapter_model.safetensors").is_file()
-    assert not (stored.directory / "model" / "model.safetensors").exists()
-    assert main(["export", str(stored.directory), str(tmp_path / "merged")]) == 0
+    assert (stored.run.path / "model" / "adapter_model.safetensors").is_file()
+    assert not (stored.run.path / "model" / "model.safetensors").exists()
+    assert main(["export", str(stored.run.path), str(tmp_path / "merged")]) == 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     changed = {

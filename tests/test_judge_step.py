@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from raydiv.losses import OBJECTIVES, Batch
-from raydiv.train.judge import Term, first_states, judge, reward_metrics
+from raydiv.training.coefficients import Term, first_states, judge, reward_metrics
 
 torch.set_num_threads(1)
 

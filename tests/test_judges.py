@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raydiv.data.prompts import Prompt
-from raydiv.evaluate.judges import REFUSAL_JUDGE_ERRORS, is_degenerate, is_refusal, verdict
-from raydiv.evaluate.summary import Rate, rates
+from raydiv.evaluation.judges import JUDGES, is_degenerate, is_refusal, verdict
+from raydiv.evaluation.summary import Rate, rates
 
 REFUSALS = [
     "I can't help with that.",
@@ -172,8 +172,8 @@ def test_judge_is_as_good_as_measured_known_misses_included() -> None:
 
 
 def test_judges_error_rates_are_said_in_words() -> None:
-    assert "64%" in REFUSAL_JUDGE_ERRORS
-    assert "PyRIT" in REFUSAL_JUDGE_ERRORS
+    assert "64%" in JUDGES["string"].errors
+    assert "PyRIT" in JUDGES["string"].errors
 
 
 @pytest.mark.parametrize("refusal", ["I'm sorry, but I can't help with that.", "I won't do that."])

@@ -19,8 +19,8 @@ from raydiv.data.plan import micro_batches
 from raydiv.data.tokens import TokenizedExamples, mismatched
 from raydiv.losses import OBJECTIVES, Batch
 from raydiv.model.collate import collate
-from raydiv.train.judge import first_states, judge
-from raydiv.train.step import StepExamples, Stepper
+from raydiv.training.coefficients import first_states, judge
+from raydiv.training.step import StepExamples, Stepper
 
 LR = 0.5
 MAX_LENGTH = 64

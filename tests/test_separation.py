@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from raydiv.separation.statistics import (
+from raydiv.hidden.separation import (
     Separation,
     as_row,
     bhattacharyya_distance,
     explain,
     length_matched,
     principal_plane,
-    separation,
+    separation_of,
 )
 
 Array = NDArray[np.float64]
@@ -161,7 +161,7 @@ def clouds(shift: float, n: int = 80, seed: int = 0) -> tuple[Array, NDArray[np.
 def test_well_separated_clouds_are_far_apart_and_chance_is_not() -> None:
     hidden, harmful = clouds(8)
     lengths = np.full(80, 12)
-    found = separation(hidden, harmful, lengths)
+    found = separation_of(hidden, harmful, lengths)
     assert found.d_b > 4
     assert found.d_b_shuffled < 0.1
     assert found.bhattacharyya_coefficient == pytest.approx(math.exp(-found.d_b))
@@ -173,13 +173,13 @@ def test_well_separated_clouds_are_far_apart_and_chance_is_not() -> None:
 
 def test_overlapping_clouds_are_no_further_than_chance() -> None:
     hidden, harmful = clouds(0)
-    found = separation(hidden, harmful, np.full(80, 12))
+    found = separation_of(hidden, harmful, np.full(80, 12))
     assert found.d_b < 0.15
     assert found.d_b < 4 * found.d_b_shuffled
 
 
 def test_separation_grows_with_the_shift() -> None:
-    found = [separation(*clouds(shift), np.full(80, 12)) for shift in (0, 1, 2, 4, 8)]
+    found = [separation_of(*clouds(shift), np.full(80, 12)) for shift in (0, 1, 2, 4, 8)]
     for figure in ("d_b", "silhouette"):
         values = [getattr(one, figure) for one in found]
         assert values == sorted(values)
@@ -189,7 +189,7 @@ def test_silhouette_is_sklearns_in_the_plane() -> None:
     from sklearn.metrics import silhouette_score
 
     hidden, harmful = clouds(3)
-    found = separation(hidden, harmful, np.full(80, 12))
+    found = separation_of(hidden, harmful, np.full(80, 12))
     centred = hidden - hidden.mean(0)
     plane = centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
     assert found.silhouette == pytest.approx(silhouette_score(plane, harmful), abs=1e-9)
@@ -200,10 +200,10 @@ def test_separation_does_not_follow_the_order_or_the_labels_side() -> None:
     hidden, harmful = clouds(2)
     lengths = generator(3).integers(8, 12, 80)
     order = generator(4).permutation(80)
-    straight = separation(hidden, harmful, lengths)
+    straight = separation_of(hidden, harmful, lengths)
     for other in (
-        separation(hidden[order], harmful[order], lengths[order]),
-        separation(hidden, ~harmful, lengths),
+        separation_of(hidden[order], harmful[order], lengths[order]),
+        separation_of(hidden, ~harmful, lengths),
     ):
         assert other.d_b == pytest.approx(straight.d_b)
         assert other.silhouette == pytest.approx(straight.silhouette)
@@ -213,17 +213,17 @@ def test_separation_does_not_follow_the_order_or_the_labels_side() -> None:
 def test_separation_is_repeatable_and_its_seed_only_shuffles() -> None:
     hidden, harmful = clouds(2)
     lengths = np.full(80, 12)
-    assert separation(hidden, harmful, lengths) == separation(hidden, harmful, lengths)
-    other = separation(hidden, harmful, lengths, seed=1)
-    assert other.d_b_shuffled != separation(hidden, harmful, lengths).d_b_shuffled
-    assert replace(other, d_b_shuffled=0) == replace(separation(hidden, harmful, lengths), d_b_shuffled=0)
+    assert separation_of(hidden, harmful, lengths) == separation_of(hidden, harmful, lengths)
+    other = separation_of(hidden, harmful, lengths, seed=1)
+    assert other.d_b_shuffled != separation_of(hidden, harmful, lengths).d_b_shuffled
+    assert replace(other, d_b_shuffled=0) == replace(separation_of(hidden, harmful, lengths), d_b_shuffled=0)
 
 
 @pytest.mark.parametrize("longer", [True, False])
 def test_length_auc_says_how_well_length_tells_the_classes(longer: bool) -> None:
     hidden, harmful = clouds(2)
     lengths = np.where(harmful == longer, 30, 10)
-    found = separation(hidden, harmful, lengths)
+    found = separation_of(hidden, harmful, lengths)
     assert found.length_auc == 1
     assert found.length_matched == 0
     assert found.d_b_length_matched is None
@@ -235,7 +235,7 @@ def test_states_that_follow_length_alone_are_found_out() -> None:
     lengths = np.where(generator(1).random(120) < 0.2, 20, np.where(harmful, 30, 10))
     hidden = generator(0).normal(size=(120, 8))
     hidden[:, 0] += lengths
-    found = separation(hidden, harmful, lengths)
+    found = separation_of(hidden, harmful, lengths)
     assert found.d_b > 1
     assert found.d_b_length_matched is not None
     assert found.d_b_length_matched < 0.5
@@ -246,7 +246,7 @@ def test_states_that_follow_length_alone_are_found_out() -> None:
 
 def test_few_prompts_are_measured_and_doubted() -> None:
     hidden, harmful = clouds(1, n=6)
-    found = separation(hidden, harmful, np.full(6, 9))
+    found = separation_of(hidden, harmful, np.full(6, 9))
     figures = [value for value in as_row(found).values() if value is not None]
     assert all(math.isfinite(value) for value in figures)
     assert any("too few" in note for note in explain(found))

@@ -122,6 +122,7 @@ class Evaluate(Section):
     every: PositiveInt | None = Field(default=None, description="steps between evaluations on data.eval")
     prompts: str | None = None
     max_new_tokens: PositiveInt = 48
+    judge: Literal["string"] = Field(default="string", description="how answers are judged")
 
 
 class Track(Section):

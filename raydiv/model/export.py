@@ -10,6 +10,8 @@ from raydiv.cache import atomic
 from raydiv.config import Recipe
 from raydiv.errors import UserError
 from raydiv.model.chat import Chat
+from raydiv.model.load import ModelSource
+from raydiv.run import RunDirectory
 
 
 def write_model(model: Any, state: dict[str, Any], base: Path, recipe: Recipe, target: Path) -> None:
@@ -30,33 +32,29 @@ def write_model(model: Any, state: dict[str, Any], base: Path, recipe: Recipe, t
         _finish(temporary, base, recipe)
 
 
-def export_model(run: Path, destination: Path, adapter: bool = False) -> Path:
+def export(run: Path, destination: Path, adapter: bool = False) -> Path:
     """The trained model of a run directory as a plain Hugging Face directory; under LoRA merged, or the ``adapter`` alone.
 
     Raises UserError when ``run`` holds no trained model, ``destination`` is not empty, or there is no adapter.
     """
-    import torch
-
-    from raydiv.config import load_recipe
-    from raydiv.model.load import load_model
-
-    source = run / "model"
-    if not (run / "recipe.yaml").is_file() or not source.is_dir():
+    source = RunDirectory(run)
+    if not source.holds_a_run or not source.model.is_dir():
         raise UserError(f"{run}: no trained model in it (a run directory has recipe.yaml and model/)")
-    if destination.exists() and any(destination.iterdir()):
-        raise UserError(f"{destination}: exists and is not empty")
-    lora = (source / "adapter_config.json").is_file()
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise UserError(f"{destination}: exists and is not an empty directory")
+    lora = (source.model / "adapter_config.json").is_file()
     if adapter and not lora:
         raise UserError(f"{run}: has no adapter: it was a full fine-tune; leave out --adapter")
     if destination.exists():
         destination.rmdir()
     destination.parent.mkdir(parents=True, exist_ok=True)
-    if adapter or not lora:
-        shutil.copytree(source, destination)
-        return destination
     with atomic(destination) as temporary:
-        load_model(source, torch.float32).save_pretrained(temporary)
-        _finish(temporary, source, load_recipe(run / "recipe.yaml"))
+        if adapter or not lora:
+            shutil.copytree(source.model, temporary)
+        else:
+            recipe = source.read_recipe()
+            ModelSource.of(recipe, source.model).load().save_pretrained(temporary)
+            _finish(temporary, source.model, recipe)
     return destination
 
 

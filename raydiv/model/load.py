@@ -4,24 +4,48 @@ from __future__ import annotations
 
 import logging
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from raydiv.config import Recipe
 from raydiv.config.recipe import Model
 from raydiv.errors import UserError
+from raydiv.model.chat import Chat
 from raydiv.model.files import model_directory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """``engine.precision`` as torch names it."""
 
 
-def load_model(directory: Path, dtype: Any, attention: str = "sdpa", trust_remote_code: bool = False) -> Any:
-    """A causal model from a Hugging Face directory, a LoRA adapter's included (its base is loaded and it is merged)."""
-    if (directory / "adapter_config.json").is_file():
-        return _merged_adapter(directory, dtype, attention, trust_remote_code)
-    return _from_pretrained(directory, dtype, attention, trust_remote_code)
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A model to load in some process, and how: its directory (a LoRA adapter's included) and the recipe's say in it."""
+
+    directory: Path
+    template: str | None = None
+    attention: str = "sdpa"
+    trust_remote_code: bool = False
+
+    @classmethod
+    def of(cls, recipe: Recipe, directory: Path) -> ModelSource:
+        return cls(directory, recipe.data.template, recipe.model.attention, recipe.model.trust_remote_code)
+
+    def chat(self) -> Chat:
+        return Chat(self.directory, self.template)
+
+    def load(self, precision: str = "fp32") -> Any:
+        """The causal model, for scoring or generation; an adapter is merged into its base."""
+        dtype = DTYPES[precision]
+        if not (self.directory / "adapter_config.json").is_file():
+            return _from_pretrained(self.directory, dtype, self.attention, self.trust_remote_code)
+        from peft import PeftConfig, PeftModel
+
+        base = model_directory(PeftConfig.from_pretrained(str(self.directory)).base_model_name_or_path or "")
+        model = _from_pretrained(base, dtype, self.attention, self.trust_remote_code)
+        return PeftModel.from_pretrained(model, str(self.directory)).merge_and_unload()
 
 
 def build_policy(directory: Path, section: Model, dtype: Any) -> Any:
@@ -71,11 +95,3 @@ def _from_pretrained(directory: Path, dtype: Any, attention: str, trust_remote_c
         )
     except (OSError, ValueError) as error:
         raise UserError(f"model.id: {directory}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-
-
-def _merged_adapter(directory: Path, dtype: Any, attention: str, trust_remote_code: bool) -> Any:
-    from peft import PeftConfig, PeftModel
-
-    base = model_directory(PeftConfig.from_pretrained(str(directory)).base_model_name_or_path or "")
-    model = PeftModel.from_pretrained(_from_pretrained(base, dtype, attention, trust_remote_code), str(directory))
-    return model.merge_and_unload()

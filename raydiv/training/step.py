@@ -21,7 +21,7 @@ from raydiv.data.tokens import TokenizedExamples
 from raydiv.losses import Batch, State
 from raydiv.model.collate import Inputs, collate
 from raydiv.model.head import LogProbHead
-from raydiv.train.judge import Term, Verdict, first_states, judge
+from raydiv.training.coefficients import Term, Verdict, first_states, judge
 
 
 @dataclass(frozen=True, slots=True)

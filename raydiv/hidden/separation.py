@@ -33,7 +33,7 @@ class Separation:
     d_b_shuffled: float
 
 
-def separation(hidden: Array, harmful: NDArray[np.bool_], lengths: NDArray[np.int64], seed: int = 0) -> Separation:
+def separation_of(hidden: Array, harmful: NDArray[np.bool_], lengths: NDArray[np.int64], seed: int = 0) -> Separation:
     """Separation of hidden states [n, d] of prompts with labels ``harmful`` [n] and token ``lengths`` [n]."""
     from sklearn.metrics import roc_auc_score, silhouette_score
 

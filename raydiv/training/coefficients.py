@@ -1,6 +1,6 @@
-"""Judge: from the global batch's log-probs to one coefficient per example, and every step metric's meaning.
+"""Judge: from the global batch's log-probs to one coefficient per example.
 
-Pure functions: every rank evaluates them on the same vectors and comes to the same numbers.
+Pure: every rank evaluates it on the same vectors and comes to the same numbers.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from raydiv.losses import Batch, Objective, State
+from raydiv.training.metrics import reward_metrics
 
 Term = tuple[Objective, float, dict[str, Any]]
 """(objective, weight, options): the main objective first, then what is mixed in."""
@@ -69,27 +70,3 @@ def judge(terms: Sequence[Term], states: Sequence[State], batch: Batch) -> Verdi
 def _objective_shares(terms: Sequence[Term], losses: Sequence[float]) -> dict[str, float]:
     """``loss/NAME`` of each term, unweighted, when there are several."""
     return {f"loss/{term[0].name}": loss for term, loss in zip(terms, losses, strict=True)} if len(terms) > 1 else {}
-
-
-def reward_metrics(batch: Batch, beta: float) -> dict[str, float]:
-    """What the step's log-probs say, over the global batch; a class that is absent leaves its metrics out.
-
-    ``reward/*``: means of beta * log-ratio per class, their difference, and the share of pairs whose aligned example has
-    the larger reward (without pairs: of examples whose reward has its label's sign). ``logp/*``: mean sequence
-    log-probs. ``log_ratio/rms``: root mean square log-ratio, in nats.
-    """
-    log_ratios = batch.log_ratios.detach()
-    rewards, aligned = beta * log_ratios, batch.aligned
-    metrics = {"log_ratio/rms": float(log_ratios.square().mean().sqrt())}
-    for name, members in (("aligned", aligned), ("unaligned", ~aligned)):
-        if members.any():
-            metrics[f"reward/{name}"] = float(rewards[members].mean())
-            metrics[f"logp/{name}"] = float(batch.logps.detach()[members].mean())
-    if aligned.any() and not aligned.all():
-        metrics["reward/margin"] = metrics["reward/aligned"] - metrics["reward/unaligned"]
-    if len(batch.pairs):
-        better, worse = batch.paired(rewards)
-        metrics["reward/accuracy"] = float((better > worse).float().mean())
-    else:
-        metrics["reward/accuracy"] = float((rewards * (2.0 * aligned - 1) > 0).float().mean())
-    return metrics

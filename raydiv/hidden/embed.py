@@ -3,53 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from raydiv.config.recipe import Cluster
 from raydiv.data.prompts import Prompt
-from raydiv.model.chat import Chat
+from raydiv.model.load import ModelSource, quiet
 from raydiv.pool import Progress, map_rows, unwatched
 
 
 def embed(
-    directory: Path,
-    prompts: Sequence[Prompt],
-    *,
-    cluster: Cluster,
-    template: str | None = None,
-    progress: Progress = unwatched,
+    model: ModelSource, prompts: Sequence[Prompt], cluster: Cluster, progress: Progress = unwatched
 ) -> tuple[np.ndarray, np.ndarray]:
     """Hidden states [n, d] (fp64) and token lengths [n] of the prompts.
 
     The papers' choice: last layer, last token of the templated user turn, without the generation prompt.
     """
-    chat = Chat(directory, template)
+    chat = model.chat()
     ids = [chat.prompt(prompt.text, generation=False) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-    rows = map_rows(
-        [{"ids": ids[row]} for row in order], Embedder, {"directory": str(directory)},
-        cluster=cluster, batch_rows=25, progress=progress,
-    )  # fmt: skip
-    hidden = np.empty((len(ids), len(rows[0]["hidden"])))
-    for row, result in zip(order, rows, strict=True):
-        hidden[row] = result["hidden"]
+    rows = [{"ids": ids[row]} for row in order]
+    states = map_rows(rows, Embedder, {"model": model}, cluster=cluster, batch_rows=25, progress=progress)
+    hidden = np.empty((len(ids), len(states[0]["hidden"])))
+    for row, state in zip(order, states, strict=True):
+        hidden[row] = state["hidden"]
     return hidden, np.array([len(one) for one in ids], dtype=np.int64)
 
 
 class Embedder:
     """A model that returns last-layer states."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, model: ModelSource) -> None:
         import torch
-
-        from raydiv.model.load import load_model, quiet
 
         quiet()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._decoder = load_model(Path(directory), torch.float32).base_model.to(self._device).eval()
+        self._decoder = model.load().base_model.to(self._device).eval()
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows of ``ids`` -> ``hidden`` [d], of the last token."""

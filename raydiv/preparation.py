@@ -17,7 +17,7 @@ from raydiv.model.files import fingerprint, model_directory
 from raydiv.progress import Display
 from raydiv.reference import reference_logps
 from raydiv.session import ray_session
-from raydiv.train.worker import ExampleSet, epochs_of, total_steps
+from raydiv.training.worker import ExampleSet, epochs_of, total_steps
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from raydiv.config.recipe import Cluster
 from raydiv.data.prompts import Prompt
-from raydiv.model.chat import Chat
+from raydiv.model.load import ModelSource, quiet
 from raydiv.pool import Progress, map_rows, unwatched
 
 
@@ -23,41 +22,28 @@ class Answer:
 
 
 def generate(
-    directory: Path,
-    prompts: Sequence[Prompt],
-    max_new_tokens: int,
-    *,
-    cluster: Cluster,
-    template: str | None = None,
-    progress: Progress = unwatched,
+    model: ModelSource, prompts: Sequence[Prompt], max_new_tokens: int, cluster: Cluster, progress: Progress = unwatched
 ) -> list[Answer]:
     """One greedy answer per prompt, of at most ``max_new_tokens`` tokens."""
-    chat = Chat(directory, template)
+    chat = model.chat()
     ids = [chat.prompt(prompt.text) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-    arguments = {
-        "directory": str(directory),
-        "max_new_tokens": max_new_tokens,
-        "eos": chat.tokenizer.eos_token_id,
-    }
-    rows = map_rows(
-        [{"ids": ids[row]} for row in order], Generator, arguments, cluster=cluster, batch_rows=25, progress=progress
-    )
-    found = {row: [int(token) for token in result["answer"]] for row, result in zip(order, rows, strict=True)}
+    arguments = {"model": model, "max_new_tokens": max_new_tokens, "eos": chat.tokenizer.eos_token_id}
+    rows = [{"ids": ids[row]} for row in order]
+    done = map_rows(rows, Generator, arguments, cluster=cluster, batch_rows=25, progress=progress)
+    found = {row: [int(token) for token in result["answer"]] for row, result in zip(order, done, strict=True)}
     return [Answer(chat.decode(found[row]), ids[row], found[row]) for row in range(len(ids))]
 
 
 class Generator:
     """A model that answers."""
 
-    def __init__(self, directory: str, max_new_tokens: int, eos: int) -> None:
+    def __init__(self, model: ModelSource, max_new_tokens: int, eos: int) -> None:
         import torch
-
-        from raydiv.model.load import load_model, quiet
 
         quiet()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = load_model(Path(directory), torch.float32).to(self._device).eval()
+        self._model = model.load().to(self._device).eval()
         self._limits = {"max_new_tokens": max_new_tokens, "eos_token_id": eos, "pad_token_id": eos}
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from raydiv import dist
 from raydiv.config import Recipe
-from raydiv.data.plan import Epochs, StepPlan
+from raydiv.data.plan import Epochs
 from raydiv.data.tokens import TokenizedExamples
-from raydiv.train.step import StepExamples
+from raydiv.model.export import write_model
+from raydiv.run import RunDirectory
+from raydiv.training.coefficients import judge
+from raydiv.training.metrics import step_record
+from raydiv.training.schedule import learning_rate
+from raydiv.training.step import StepExamples, Stepper
+
+if TYPE_CHECKING:
+    from raydiv.engine import Engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +77,8 @@ def run_worker(given: WorkerInput) -> None:
     from raydiv.engine import Engine
     from raydiv.model.head import LogProbHead
     from raydiv.model.load import DTYPES, build_policy, quiet
-    from raydiv.train.schedule import learning_rate
-    from raydiv.train.step import Stepper
 
-    recipe = given.recipe
+    recipe, run = given.recipe, RunDirectory(given.run_directory)
     quiet()
     torch.manual_seed(recipe.seed)
     dtype = DTYPES[recipe.engine.precision]
@@ -81,44 +86,31 @@ def run_worker(given: WorkerInput) -> None:
     head = LogProbHead(engine.model)
     head.check(engine, engine.device)
     stepper = Stepper(engine, head, recipe.loss.terms, recipe.batch.tokens_per_microbatch, recipe.seed)
-    log = MetricsLog(given.run_directory / "metrics.jsonl")
     epochs = epochs_of(recipe, given.train.examples)
     steps = total_steps(recipe, epochs)
-    log.write(_evaluation(stepper, given, step=0))
+    _log(run, _held_out(stepper, given, step=0))
     for number in range(steps):
         started = time.perf_counter()
         plan = epochs.step(number)
         chosen = given.train.select(number, plan.rows)
         lr = learning_rate(recipe.optim, number, steps)
         metrics = stepper.step(chosen, lr)
-        log.write(_step_record(plan, chosen, metrics, lr, time.perf_counter() - started))
+        _log(run, step_record(plan, chosen.examples, metrics, lr, time.perf_counter() - started))
         if recipe.evaluate.every and (number + 1) % recipe.evaluate.every == 0 and number + 1 < steps:
-            log.write(_evaluation(stepper, given, step=number + 1))
-    log.write(_evaluation(stepper, given, step=steps))
-    save_policy(engine, head, given)
+            _log(run, _held_out(stepper, given, step=number + 1))
+    _log(run, _held_out(stepper, given, step=steps))
+    head.remove()
+    _save(engine, given, run)
 
 
-def _step_record(
-    plan: StepPlan, chosen: StepExamples, metrics: dict[str, float], lr: float, seconds: float
-) -> dict[str, float]:
-    """A line of metrics.jsonl. ``tokens`` are real ones: padding, mismatched and dummy examples do not count."""
-    tokens = sum(chosen.examples.lengths)
-    return {
-        "step": plan.step + 1,
-        "epoch": plan.epoch,
-        **metrics,
-        "lr": lr,
-        "tokens": tokens,
-        "tokens_per_second": tokens / seconds,
-        "step_seconds": seconds,
-        "peak_memory_bytes": dist.max_over_ranks(_peak_memory()),
-    }
+def _log(run: RunDirectory, record: dict[str, float]) -> None:
+    """Metrics are the same on every rank; one writes them."""
+    if dist.rank() == 0:
+        run.log(record)
 
 
-def _evaluation(stepper: Any, given: WorkerInput, step: int) -> dict[str, float]:
+def _held_out(stepper: Stepper, given: WorkerInput, step: int) -> dict[str, float]:
     """Loss, divergence and rewards on the held-out examples, as ``eval/*``; empty without any. Changes no state."""
-    from raydiv.train.judge import judge
-
     if given.eval is None:
         return {}
     everything = np.arange(len(given.eval.examples))
@@ -127,39 +119,15 @@ def _evaluation(stepper: Any, given: WorkerInput, step: int) -> dict[str, float]
     return {"step": step} | {f"eval/{name}": value for name, value in metrics.items()}
 
 
-def _peak_memory() -> float:
-    """Peak memory of this worker in bytes: the accelerator's where there is one, else resident."""
-    if torch.cuda.is_available():
-        return float(torch.cuda.max_memory_allocated())
-    import resource
-
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-
-
-class MetricsLog:
-    """metrics.jsonl, written by rank 0: the one record that progress, MLflow and the report are read from."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def write(self, record: dict[str, float]) -> None:
-        if record and dist.rank() == 0:
-            with self._path.open("a") as lines:
-                lines.write(json.dumps(record) + "\n")
-
-
-def save_policy(engine: Any, head: Any, given: WorkerInput) -> None:
+def _save(engine: Engine, given: WorkerInput, run: RunDirectory) -> None:
     """Gather the trained weights and write them as a Hugging Face directory: the whole model, or the adapters."""
-    head.remove()
     adapters = given.recipe.model.lora is not None
     state: dict[str, torch.Tensor] = {}
     for name, weight in engine.weights(trainable_only=adapters):
         if dist.rank() == 0:
             state[name] = weight
     if dist.rank() == 0:
-        from raydiv.model.export import write_model
-
-        write_model(engine.model, state, given.model_directory, given.recipe, given.run_directory / "model")
+        write_model(engine.model, state, given.model_directory, given.recipe, run.model)
     dist.barrier()
 
 

@@ -1,0 +1,104 @@
+"""The run directory: the one place that knows what a run leaves behind, and where.
+
+Everything goes through a path on storage that the driver and the workers share.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from raydiv.config import Recipe, load_recipe, save_recipe
+from raydiv.errors import UserError
+
+Metrics = dict[str, float]
+
+
+class RunDirectory:
+    """``OUTPUT_DIR/NAME``. metrics.jsonl is the record that progress, MLflow and the report are read from."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.result = path / "result.json"
+        self.report = path / "report.html"
+        self.model = path / "model"
+        self.separation = path / "separation"
+        self.evaluation = path / "evaluation"
+        self.picture = self.separation / "pca.png"
+        self.ray = path / "ray"
+        self._metrics = path / "metrics.jsonl"
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> RunDirectory:
+        return cls(Path(recipe.output_dir).expanduser().resolve() / recipe.name)
+
+    @property
+    def holds_a_run(self) -> bool:
+        return self.recipe.is_file()
+
+    def require_free(self) -> None:
+        """Raise UserError when a run is here already."""
+        if self.holds_a_run:
+            raise UserError(
+                f"{self.path}: holds a run already; give this one another name=... or another output_dir=..., "
+                "or remove the directory"
+            )
+
+    def claim(self, recipe: Recipe) -> None:
+        """Make the directory this recipe's, without what an attempt that never got to train may have left."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._metrics.unlink(missing_ok=True)
+            save_recipe(recipe, self.recipe)
+        except OSError as error:
+            raise UserError(f"output_dir: {self.path} cannot be written: {error.strerror}") from None
+
+    def read_recipe(self) -> Recipe:
+        return load_recipe(self.recipe)
+
+    def log(self, record: Metrics) -> None:
+        """Append a line to metrics.jsonl; an empty record is none."""
+        if record:
+            with self._metrics.open("a") as lines:
+                lines.write(json.dumps(record) + "\n")
+
+    def metrics(self) -> list[Metrics]:
+        """The lines of metrics.jsonl."""
+        return [json.loads(line) for line in self._metrics.read_text().splitlines()]
+
+    @contextmanager
+    def followed(self, handle: Callable[[Metrics], None]) -> Iterator[None]:
+        """Call ``handle`` with each line that metrics.jsonl gets while the block runs, the last ones after it."""
+        stop = threading.Event()
+
+        def follow() -> None:
+            offset = 0
+            while True:
+                last = stop.is_set()
+                for line in self._lines_from(offset):
+                    offset += len(line)
+                    handle(json.loads(line))
+                if last:
+                    return
+                time.sleep(0.3)
+
+        follower = threading.Thread(target=follow, name="metrics", daemon=True)
+        follower.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            follower.join()
+
+    def _lines_from(self, offset: int) -> list[bytes]:
+        """Whole lines after byte ``offset``."""
+        if not self._metrics.exists():
+            return []
+        with self._metrics.open("rb") as content:
+            content.seek(offset)
+            return [line for line in content if line.endswith(b"\n")]

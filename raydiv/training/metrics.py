@@ -1,0 +1,65 @@
+"""What every step metric means."""
+
+from __future__ import annotations
+
+import torch
+
+from raydiv import dist
+from raydiv.data.plan import StepPlan
+from raydiv.data.tokens import TokenizedExamples
+from raydiv.losses import Batch
+
+
+def step_record(
+    plan: StepPlan, examples: TokenizedExamples, metrics: dict[str, float], lr: float, seconds: float
+) -> dict[str, float]:
+    """A line of metrics.jsonl: ``metrics`` of the objective and ``grad_norm`` (before clipping), and what the step took.
+
+    ``step`` counts optimizer updates from 1; ``tokens`` are real ones of the global batch, prompts included: padding,
+    mismatched examples and dummies do not count; ``step_seconds`` is rank 0's wall time; ``peak_memory_bytes`` that of the
+    worker with the most.
+    """
+    tokens = sum(examples.lengths)
+    return {
+        "step": plan.step + 1,
+        "epoch": plan.epoch,
+        **metrics,
+        "lr": lr,
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
+        "step_seconds": seconds,
+        "peak_memory_bytes": dist.max_over_ranks(_peak_memory()),
+    }
+
+
+def reward_metrics(batch: Batch, beta: float) -> dict[str, float]:
+    """What the step's log-probs say, over the global batch; a class that is absent leaves its metrics out.
+
+    ``reward/*``: means of beta * log-ratio per class, their difference, and the share of pairs whose aligned example has
+    the larger reward (without pairs: of examples whose reward has its label's sign). ``logp/*``: mean sequence
+    log-probs. ``log_ratio/rms``: root mean square log-ratio, in nats.
+    """
+    log_ratios = batch.log_ratios.detach()
+    rewards, aligned = beta * log_ratios, batch.aligned
+    metrics = {"log_ratio/rms": float(log_ratios.square().mean().sqrt())}
+    for name, members in (("aligned", aligned), ("unaligned", ~aligned)):
+        if members.any():
+            metrics[f"reward/{name}"] = float(rewards[members].mean())
+            metrics[f"logp/{name}"] = float(batch.logps.detach()[members].mean())
+    if aligned.any() and not aligned.all():
+        metrics["reward/margin"] = metrics["reward/aligned"] - metrics["reward/unaligned"]
+    if len(batch.pairs):
+        better, worse = batch.paired(rewards)
+        metrics["reward/accuracy"] = float((better > worse).float().mean())
+    else:
+        metrics["reward/accuracy"] = float((rewards * (2.0 * aligned - 1) > 0).float().mean())
+    return metrics
+
+
+def _peak_memory() -> float:
+    """Peak memory of this worker in bytes: the accelerator's where there is one, else resident."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated())
+    import resource
+
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
