@@ -56,19 +56,21 @@ class Display:
     def phase(self, name: str) -> Iterator[Update]:
         """A phase of the work; the context gives ``update(done, total, note)``."""
         started = printed = time.monotonic()
+        first: tuple[float, int] | None = None
         with Progress(*_columns(), console=self.console, disable=not self.console.is_terminal) as bars:
             task = bars.add_task(name, total=None, note="")
 
             def update(done: int, total: int, note: str = "") -> None:
-                nonlocal printed
+                nonlocal printed, first
                 bars.update(task, completed=done, total=total, note=note)
                 now = time.monotonic()
+                first = first or (now, done)
                 if not self.console.is_terminal and now - printed > QUIET_SECONDS:
                     printed = now
-                    spent = now - started
-                    self.say(
-                        f"{name}: {done}/{total}  {note}  ({spent:.0f} s, {spent / done * (total - done):.0f} s left)"
-                    )
+                    # what came before the first unit was start-up, and says nothing of the rest
+                    eta = (now - first[0]) / (done - first[1]) * (total - done) if done > first[1] else None
+                    left = "" if eta is None else f", {eta:.0f} s left"
+                    self.say(f"{name}: {done}/{total}  {note}  ({now - started:.0f} s{left})")
 
             yield update
         if not self.console.is_terminal:

@@ -25,7 +25,8 @@ from raydiv.data.tokens import TokenizedExamples
 from raydiv.model.collate import Ids, collate
 from raydiv.model.files import fingerprint
 from raydiv.model.head import LogProbHead
-from raydiv.model.load import ModelSource, quiet
+from raydiv.model.load import ModelSource
+from raydiv.model.quiet import quiet
 from raydiv.pool import Progress, map_rows, unwatched
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from raydiv.config.recipe import Cluster
 from raydiv.data.prompts import Prompt
-from raydiv.model.load import ModelSource, quiet
+from raydiv.model.load import ModelSource
+from raydiv.model.quiet import quiet
 from raydiv.pool import Progress, map_rows, unwatched
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,9 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     import torch
     import transformers
 
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    from raydiv.model.quiet import quiet
+
+    quiet()
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     loaded = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     config = loaded.config

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,16 +68,6 @@ def build_policy(directory: Path, section: Model, dtype: Any) -> Any:
         )
     except ValueError as error:
         raise UserError(f"model.lora.target_modules: {targets}: {' '.join(str(error).split())[:200]}") from None
-
-
-def quiet() -> None:
-    """Silence progress bars and advice of transformers, peft and DeepSpeed in a worker."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def _from_pretrained(directory: Path, dtype: Any, attention: str, trust_remote_code: bool) -> Any:

@@ -76,7 +76,8 @@ def run_worker(given: WorkerInput) -> None:
     """Train, log and save. Runs in every Ray Train worker, in the process group that Ray Train made."""
     from raydiv.engine import Engine
     from raydiv.model.head import LogProbHead
-    from raydiv.model.load import DTYPES, build_policy, quiet
+    from raydiv.model.load import DTYPES, build_policy
+    from raydiv.model.quiet import quiet
 
     recipe, run = given.recipe, RunDirectory(given.run_directory)
     quiet()
