@@ -14,6 +14,10 @@ from raydiv import dist
 from raydiv.config import Recipe
 
 
+PERSISTENT_ELEMENTS = 1_000_000
+"""Parameters up to this size are not partitioned between their uses under ZeRO-3."""
+
+
 class Engine:
     """A causal model under DeepSpeed at any ZeRO stage.
 
@@ -86,7 +90,11 @@ def _deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optim.clip or 0.0,
         "bf16": {"enabled": recipe.engine.precision == "bf16"},
-        "zero_optimization": {"stage": recipe.engine.zero_stage},
+        "zero_optimization": {
+            "stage": recipe.engine.zero_stage,
+            # small matrices stay whole: gathering them anew for every forward costs more than the memory that it saves
+            "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
+        },
         "zero_force_ds_cpu_optimizer": False,
         # torch's AdamW on every device: DeepSpeed's own compiles for a minute at first use and rounds differently
         "optimizer": {

@@ -36,6 +36,7 @@ class Case:
     zero_stage: int = 3
     examples: str = "pairs"
     lora: bool = False
+    persistent: int = 0
 
     def recipe(self, model: Path) -> Recipe:
         return load_recipe(
@@ -81,6 +82,8 @@ def one_step(model: str, case: Case) -> dict[str, Any]:
     from raydiv.model.head import LogProbHead
     from raydiv.model.load import build_policy
 
+    # a model this small would otherwise never be partitioned between its uses
+    module.PERSISTENT_ELEMENTS = case.persistent
     plain = module._deepspeed_config
     module._deepspeed_config = lambda recipe: (
         plain(recipe)
@@ -174,6 +177,7 @@ def all_cases() -> list[Case]:
     ]
     cases += [Case(mixture, 70, lora=True), Case(mixture, 100_000, lora=True)]
     cases += [Case({"type": name}, 70, examples="aligned only") for name in ("kldo", "bco", "kto")]
+    cases += [Case(mixture, 70, persistent=1_000_000)]
     return [*cases, Case({"type": "kldo"}, 70, examples="one")]
 
 
