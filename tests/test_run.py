@@ -15,7 +15,13 @@ from raydiv.run import RunDirectory
 
 def recipe(output: Path) -> Recipe:
     return load_recipe(
-        {"name": "mine", "output_dir": str(output), "model": {"id": "m"}, "loss": {"type": "dpo"}, "optim": {"steps": 3}}
+        {
+            "name": "mine",
+            "output_dir": str(output),
+            "model": {"id": "m"},
+            "loss": {"type": "dpo"},
+            "optim": {"steps": 3},
+        }
     )
 
 

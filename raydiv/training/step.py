@@ -124,9 +124,7 @@ class Stepper:
     def _batch(self, chosen: StepExamples, logps: Tensor) -> Batch:
         reference, mismatched_reference = chosen.reference_logps, chosen.mismatched_reference_logps
         if reference is None or mismatched_reference is None:
-            with self.engine.model.disable_adapter():
-                reference = self._score_all(chosen.number, chosen.examples)
-                mismatched_reference = self._score_all(chosen.number, chosen.mismatched)
+            reference, mismatched_reference = self._adapter_off(chosen)
         return Batch(
             logps=logps,
             reference_logps=reference,
@@ -135,6 +133,16 @@ class Stepper:
             pairs=torch.from_numpy(chosen.examples.pairs),
             mismatched_log_ratios=self._score_all(chosen.number, chosen.mismatched) - mismatched_reference,
         )
+
+    def _adapter_off(self, chosen: StepExamples) -> tuple[Tensor, Tensor]:
+        """Reference log-probs [n] and [m] of the step from the policy without its adapters, and without dropout."""
+        model = self.engine.model
+        training = model.training
+        model.eval()
+        with model.disable_adapter():
+            logps = (self._score_all(chosen.number, chosen.examples), self._score_all(chosen.number, chosen.mismatched))
+        model.train(training)
+        return logps
 
 
 def _coefficients(verdict: Verdict, micro_batch: MicroBatch) -> Tensor:

