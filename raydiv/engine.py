@@ -13,7 +13,6 @@ from torch import Tensor
 from raydiv import dist
 from raydiv.config import Recipe
 
-
 PERSISTENT_ELEMENTS = 1_000_000
 """Parameters up to this size are not partitioned between their uses under ZeRO-3."""
 
