@@ -111,7 +111,7 @@ def explain(result: Separation) -> list[str]:
     if result.d_b_length_matched is not None and result.d_b_length_matched < 0.5 * result.d_b:
         words.append("matching lengths takes away more than half of the separation: length explains most of it")
     if result.d_b_shuffled > 0.5 * result.d_b:
-        words.append("shuffled labels separate more than half as far: there are too few prompts to tell")
+        words.append("shuffled labels separate more than half as far: this is hardly more than chance")
     return words
 
 
