@@ -37,7 +37,12 @@ def before_after(run: RunDirectory) -> list[tuple[str, str, str]]:
     for record in run.metrics():
         last |= record
         first = record | first
-    return [(label, form.format(first[key]), form.format(last[key])) for key, label, form in ROWS if key in last]
+    return [
+        # rounded first, so that a rounding error below zero is not shown as -0.000
+        (label, form.format(round(first[key], 6) + 0.0), form.format(round(last[key], 6) + 0.0))
+        for key, label, form in ROWS
+        if key in last
+    ]
 
 
 def notes(run: RunDirectory) -> list[str]:

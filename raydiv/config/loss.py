@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from annotated_types import Gt
-from pydantic import Field, create_model
+from pydantic import Field, create_model, field_validator
 
 from raydiv.config.section import Section
 from raydiv.losses import OBJECTIVES, Objective
@@ -42,6 +42,11 @@ class Loss(Section):
 
     type: str
     mix: _Mix = Field(default_factory=_Mix)
+
+    @field_validator("mix", mode="before")
+    @classmethod
+    def _null_mixes_nothing(cls, value: Any) -> Any:
+        return {} if value is None else value
 
     @property
     def terms(self) -> list[tuple[Objective, float, dict[str, Any]]]:
