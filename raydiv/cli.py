@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"raydiv: {error}", file=sys.stderr)
         return 2
-    except (RuntimeError, FloatingPointError) as error:
+    except (RuntimeError, FloatingPointError, OSError) as error:
         print(f"raydiv: the run failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

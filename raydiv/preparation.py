@@ -59,6 +59,8 @@ def read(recipe: Recipe, display: Display) -> tuple[Path, RawData]:
     """Model files, examples and prompts, checked before anything is started. Raises UserError for any of them."""
     with display.phase("model and data"):
         directory = model_directory(recipe.model.id, recipe.model.revision)
+        if (directory / "adapter_config.json").is_file():
+            raise UserError(f"model.id: {recipe.model.id}: is a LoRA adapter; merge it first (raydiv export RUN DEST)")
         for prompts in (recipe.separation.prompts, recipe.evaluate.prompts):
             if prompts:
                 read_prompts(prompts)

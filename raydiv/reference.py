@@ -63,13 +63,12 @@ def reference_logps(
     recipe: Recipe, directory: Path, sets: Sequence[TokenizedExamples], progress: Progress = unwatched
 ) -> Lookup:
     """Reference log-probs of all examples of ``sets``, from the store where it has them, else from a pool of models."""
-    precision = recipe.engine.precision
-    store = ReferenceStore(fingerprint(directory), precision)
+    store = ReferenceStore(fingerprint(directory), recipe.engine.precision)
     known = store.read()
     wanted = {key: examples[row] for examples in sets for row, key in enumerate(examples.keys)}
     missing = {key: ids for key, ids in wanted.items() if key not in known}
     if missing:
-        scored = score(ModelSource.of(recipe, directory), list(missing.values()), recipe.cluster, progress, precision)
+        scored = score(ModelSource.of(recipe, directory), list(missing.values()), recipe.cluster, progress)
         fresh = dict(zip(missing, scored, strict=True))
         store.add(fresh)
         known |= fresh
@@ -82,7 +81,6 @@ def score(
     examples: Sequence[tuple[Ids, Ids]],
     cluster: Cluster,
     progress: Progress = unwatched,
-    precision: str = "fp32",
 ) -> list[float]:
     """Log-probs of the (prompt ids, response ids) examples, summed over response tokens, by a Ray Data pool of models.
 
@@ -90,7 +88,7 @@ def score(
     """
     rows = [{"prompt": list(prompt), "response": list(response)} for prompt, response in examples]
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]["prompt"]) + len(rows[row]["response"]))
-    arguments = {"model": model, "precision": precision}
+    arguments = {"model": model}
     scored = map_rows(
         [rows[row] for row in order], LogProbScorer, arguments, cluster=cluster, batch_rows=64, progress=progress
     )
@@ -107,12 +105,12 @@ TOKENS_PER_FORWARD = 4096
 class LogProbScorer:
     """A model that scores tokenised examples."""
 
-    def __init__(self, model: ModelSource, precision: str) -> None:
+    def __init__(self, model: ModelSource) -> None:
         import torch
 
         quiet()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = model.load(precision).to(self._device).eval()
+        self._model = model.load().to(self._device).eval()
         self._head = LogProbHead(self._model)
         self._head.check(self._model, self._device)
 

@@ -28,14 +28,17 @@ def ray_session(cluster: Cluster) -> Iterator[None]:
     ours = not ray.is_initialized()
     if ours:
         address = os.environ.get("RAY_ADDRESS")
-        with _core_log_silenced():
-            ray.init(
-                address=address,
-                include_dashboard=None if address else False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                runtime_env={"env_vars": _environment(cluster)},
-            )
+        try:
+            with _core_log_silenced():
+                ray.init(
+                    address=address,
+                    include_dashboard=None if address else False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    runtime_env={"env_vars": _environment(cluster)},
+                )
+        except ConnectionError as error:
+            raise UserError(f"RAY_ADDRESS: no cluster at {address}: {' '.join(str(error).split())[:200]}") from None
     try:
         _quiet_ray_data()
         require_resources(cluster)
@@ -93,7 +96,7 @@ def _core_log_silenced() -> Iterator[None]:
 
 
 def _environment(cluster: Cluster) -> dict[str, str]:
-    device = {} if cluster.use_gpu else {"DS_ACCELERATOR": "cpu"}
+    device = {} if cluster.use_gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     return {"TOKENIZERS_PARALLELISM": "false", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", **device, **cluster.env}
 
 

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from raydiv.config.loss import LossSection
 from raydiv.config.section import Section
@@ -51,6 +60,16 @@ class Data(Section):
     template: str | None = Field(
         default=None, description="a chat template (Jinja text or file), in place of the tokenizer's"
     )
+
+    @field_validator("template")
+    @classmethod
+    def _template_as_text(cls, value: str | None) -> str | None:
+        """The text of a template file, read here once: workers run elsewhere, and recipe.yaml re-runs the run exactly."""
+        if value is None or "{" in value:
+            return value
+        if not Path(value).is_file():
+            raise ValueError(f"neither Jinja text nor a file: {value}")
+        return Path(value).read_text()
 
 
 class Optim(Section):

@@ -45,7 +45,10 @@ class Generator:
         quiet()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = model.load().to(self._device).eval()
-        self._limits = {"max_new_tokens": max_new_tokens, "eos_token_id": eos, "pad_token_id": eos}
+        # a chat model may end its turn with another token than the tokenizer's EOS
+        stated = self._model.generation_config.eos_token_id
+        self._ends = {eos, *(stated if isinstance(stated, list) else [] if stated is None else [stated])}
+        self._limits = {"max_new_tokens": max_new_tokens, "eos_token_id": sorted(self._ends), "pad_token_id": eos}
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows of ``ids`` -> ``answer`` ids, up to and including EOS. Padded on the left."""
@@ -64,5 +67,5 @@ class Generator:
         return [{"answer": self._until_eos(answer)} for answer in output[:, length:].tolist()]
 
     def _until_eos(self, answer: list[int]) -> list[int]:
-        eos = self._limits["eos_token_id"]
-        return answer[: answer.index(eos) + 1] if eos in answer else answer
+        ends = [place for place, token in enumerate(answer) if token in self._ends]
+        return answer[: ends[0] + 1] if ends else answer

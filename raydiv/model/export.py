@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def write_model(model: Any, state: dict[str, Any], base: Path, recipe: Recipe, t
             for adapter in model.peft_config.values():
                 adapter.base_model_name_or_path = str(base)
         model.save_pretrained(temporary, state_dict=state)
-        _finish(temporary, base, recipe)
+        _finish(temporary, base, recipe, adapter=recipe.model.lora is not None)
 
 
 def export(run: Path, destination: Path, adapter: bool = False) -> Path:
@@ -53,24 +54,24 @@ def export(run: Path, destination: Path, adapter: bool = False) -> Path:
             shutil.copytree(source.model, temporary)
         else:
             recipe = source.read_recipe()
-            ModelSource.of(recipe, source.model).load().save_pretrained(temporary)
-            _finish(temporary, source.model, recipe)
+            replace(ModelSource.of(recipe, source.model), precision="fp32").load().save_pretrained(temporary)
+            _finish(temporary, source.model, recipe, adapter=False)
     return destination
 
 
-def _finish(directory: Path, tokenizer_from: Path, recipe: Recipe) -> None:
+def _finish(directory: Path, tokenizer_from: Path, recipe: Recipe, adapter: bool) -> None:
     """Tokenizer, template and card beside the weights."""
     Chat(tokenizer_from, recipe.data.template).tokenizer.save_pretrained(directory)
-    (directory / "README.md").write_text(_model_card(recipe))
+    (directory / "README.md").write_text(_model_card(recipe, adapter))
 
 
-def _model_card(recipe: Recipe) -> str:
+def _model_card(recipe: Recipe, adapter: bool) -> str:
     terms = [f"{weight:g} x {objective.name} {options}" for objective, weight, options in recipe.loss.terms]
     length = recipe.optim.steps or f"{recipe.optim.epochs:g} epochs"
     how = "full fine-tune" if recipe.model.lora is None else f"LoRA, r {recipe.model.lora.r}"
     return f"""---
 base_model: {recipe.model.id}
-library_name: {"transformers" if recipe.model.lora is None else "peft"}
+library_name: {"peft" if adapter else "transformers"}
 tags: [raydiv, safety-alignment]
 ---
 # {recipe.name}

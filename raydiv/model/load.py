@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -26,17 +26,19 @@ class ModelSource:
     template: str | None = None
     attention: str = "sdpa"
     trust_remote_code: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     @classmethod
     def of(cls, recipe: Recipe, directory: Path) -> ModelSource:
-        return cls(directory, recipe.data.template, recipe.model.attention, recipe.model.trust_remote_code)
+        model = recipe.model
+        return cls(directory, recipe.data.template, model.attention, model.trust_remote_code, recipe.engine.precision)
 
     def chat(self) -> Chat:
         return Chat(self.directory, self.template)
 
-    def load(self, precision: str = "fp32") -> Any:
+    def load(self) -> Any:
         """The causal model, for scoring or generation; an adapter is merged into its base."""
-        dtype = DTYPES[precision]
+        dtype = DTYPES[self.precision]
         if not (self.directory / "adapter_config.json").is_file():
             return _from_pretrained(self.directory, dtype, self.attention, self.trust_remote_code)
         from peft import PeftConfig, PeftModel
