@@ -133,7 +133,9 @@ def _run(recipe: Any, options: argparse.Namespace) -> int:
 def _show_run(result: Result) -> None:
     from raydiv.report import before_after, notes
 
-    _table(["", "before", "after"], before_after(result.run))
+    rows = before_after(result.run)
+    if rows:
+        _table(["", "before", "after"], rows)
     for note in notes(result.run):
         print(note)
     print(f"\nmodel    {result.report['paths']['model']}")
