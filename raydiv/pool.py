@@ -1,4 +1,4 @@
-"""Ray Data pools of actors: rows in, rows out, in the order they went in."""
+"""Ray Data pools of actors: rows in, rows out, in the same order."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ def map_rows(
     batch_rows: int,
     progress: Progress = unwatched,
     model: bool = True,
+    length: Callable[[Row], int] = lambda row: 0,
 ) -> list[Row]:
-    """Send ``rows`` through a pool of ``worker`` actors in batches of ``batch_rows``, and collect what comes back.
+    """Send ``rows`` through a pool of ``worker`` actors in batches of ``batch_rows``; results come in the order of rows.
+
+    Rows are sent shortest first by their ``length``, so that a batch pads little.
 
     ``worker(**arguments)`` is built once per actor and called with a list of rows; it returns as many. One actor a CPU,
     or a GPU where the recipe uses GPUs and the worker holds a ``model``; never more than there are batches.
@@ -38,8 +41,9 @@ def map_rows(
     have = ray.cluster_resources()
     batches = -(-len(rows) // batch_rows)
     actors = max(1, min(batches, int(have.get("GPU" if gpus else "CPU", 1))))
+    order = sorted(range(len(rows)), key=lambda position: length(rows[position]))
     source = ray.data.from_items(
-        [{"position": position, "row": row} for position, row in enumerate(rows)], override_num_blocks=max(1, batches)
+        [{"position": position, "row": rows[position]} for position in order], override_num_blocks=max(1, batches)
     )
     mapped = source.map_batches(
         _Worker,

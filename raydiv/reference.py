@@ -26,7 +26,6 @@ from raydiv.model.collate import Ids, collate
 from raydiv.model.files import fingerprint
 from raydiv.model.head import LogProbHead
 from raydiv.model.load import ModelSource
-from raydiv.model.quiet import quiet
 from raydiv.pool import Progress, map_rows, unwatched
 
 
@@ -82,20 +81,18 @@ def score(
     cluster: Cluster,
     progress: Progress = unwatched,
 ) -> list[float]:
-    """Log-probs of the (prompt ids, response ids) examples, summed over response tokens, by a Ray Data pool of models.
-
-    Rows go in sorted by length, so that a batch pads little.
-    """
+    """Log-probs of the (prompt ids, response ids) examples, summed over response tokens, by a Ray Data pool of models."""
     rows = [{"prompt": list(prompt), "response": list(response)} for prompt, response in examples]
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row]["prompt"]) + len(rows[row]["response"]))
-    arguments = {"model": model}
     scored = map_rows(
-        [rows[row] for row in order], LogProbScorer, arguments, cluster=cluster, batch_rows=64, progress=progress
+        rows,
+        LogProbScorer,
+        {"model": model},
+        cluster=cluster,
+        batch_rows=64,
+        progress=progress,
+        length=lambda row: len(row["prompt"]) + len(row["response"]),
     )
-    logps = [0.0] * len(rows)
-    for row, result in zip(order, scored, strict=True):
-        logps[row] = float(result["logp"])
-    return logps
+    return [float(result["logp"]) for result in scored]
 
 
 TOKENS_PER_FORWARD = 4096
@@ -106,13 +103,9 @@ class LogProbScorer:
     """A model that scores tokenised examples."""
 
     def __init__(self, model: ModelSource) -> None:
-        import torch
-
-        quiet()
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = model.load().to(self._device).eval()
+        self._model = model.serve()
         self._head = LogProbHead(self._model)
-        self._head.check(self._model, self._device)
+        self._head.check(self._model, self._model.device)
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows with ``prompt`` and ``response`` ids -> rows with ``logp``."""
@@ -121,7 +114,7 @@ class LogProbScorer:
         lengths = [len(row["prompt"]) + len(row["response"]) for row in rows]
         logps = torch.zeros(len(rows))
         for micro_batch in micro_batches(lengths, TOKENS_PER_FORWARD, ranks=1)[0]:
-            inputs = collate([(rows[i]["prompt"], rows[i]["response"]) for i in micro_batch]).to(self._device)
+            inputs = collate([(rows[i]["prompt"], rows[i]["response"]) for i in micro_batch]).to(self._model.device)
             with torch.inference_mode():
                 self._head.aim(inputs.rows, inputs.columns, inputs.targets)
                 output = self._model(input_ids=inputs.ids, attention_mask=inputs.mask, use_cache=False)

@@ -35,7 +35,7 @@ class RunDirectory:
 
     @classmethod
     def of(cls, recipe: Recipe) -> RunDirectory:
-        return cls(Path(recipe.output_dir).expanduser().resolve() / recipe.name)
+        return cls(recipe.output_path / recipe.name)
 
     @property
     def holds_a_run(self) -> bool:

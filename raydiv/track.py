@@ -16,7 +16,7 @@ Warn = Callable[[str], None]
 def tracking_uri(recipe: Recipe) -> str:
     """``track.uri``, else MLFLOW_TRACKING_URI, else a SQLite file in ``output_dir``."""
     configured = recipe.track.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    return configured or f"sqlite:///{Path(recipe.output_dir).expanduser().resolve() / 'mlflow.db'}"
+    return configured or f"sqlite:///{recipe.output_path / 'mlflow.db'}"
 
 
 class Tracker:
@@ -69,11 +69,7 @@ class Tracker:
 
     def _artifacts(self, recipe: Recipe) -> str | None:
         """Beside a SQLite store, artifacts go into its folder and not into the working directory."""
-        return (
-            (Path(recipe.output_dir).expanduser().resolve() / "mlartifacts").as_uri()
-            if self.uri.startswith("sqlite:")
-            else None
-        )
+        return (recipe.output_path / "mlartifacts").as_uri() if self.uri.startswith("sqlite:") else None
 
     def _log_metrics(self, values: Mapping[str, float], step: int) -> None:
         import time

@@ -19,6 +19,15 @@ from raydiv.config.loss import LossSection
 from raydiv.config.section import Section
 
 
+def template_text(template: str) -> str:
+    """Jinja text as it is, or the content of the file that it names. Raises ValueError when it is neither."""
+    if "{" in template:
+        return template
+    if not Path(template).is_file():
+        raise ValueError(f"neither Jinja text nor a file: {template}")
+    return Path(template).read_text()
+
+
 class Lora(Section):
     """Low-rank adapters instead of a full fine-tune."""
 
@@ -65,11 +74,7 @@ class Data(Section):
     @classmethod
     def _template_as_text(cls, value: str | None) -> str | None:
         """The text of a template file, read here once: workers run elsewhere, and recipe.yaml re-runs the run exactly."""
-        if value is None or "{" in value:
-            return value
-        if not Path(value).is_file():
-            raise ValueError(f"neither Jinja text nor a file: {value}")
-        return Path(value).read_text()
+        return value if value is None else template_text(value)
 
 
 class Optim(Section):
@@ -167,6 +172,11 @@ class Recipe(Section):
     separation: Separation = Field(default_factory=Separation)
     evaluate: Evaluate = Field(default_factory=Evaluate)
     track: Track = Field(default_factory=Track)
+
+    @property
+    def output_path(self) -> Path:
+        """``output_dir`` as an absolute path."""
+        return Path(self.output_dir).expanduser().resolve()
 
     @model_validator(mode="after")
     def _every_needs_eval(self) -> Recipe:

@@ -9,7 +9,6 @@ from typing import Any
 from raydiv.config.recipe import Cluster
 from raydiv.data.prompts import Prompt
 from raydiv.model.load import ModelSource
-from raydiv.model.quiet import quiet
 from raydiv.pool import Progress, map_rows, unwatched
 
 
@@ -28,23 +27,25 @@ def generate(
     """One greedy answer per prompt, of at most ``max_new_tokens`` tokens."""
     chat = model.chat()
     ids = [chat.prompt(prompt.text) for prompt in prompts]
-    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-    arguments = {"model": model, "max_new_tokens": max_new_tokens, "eos": chat.tokenizer.eos_token_id}
-    rows = [{"ids": ids[row]} for row in order]
-    done = map_rows(rows, Generator, arguments, cluster=cluster, batch_rows=25, progress=progress)
-    found = {row: [int(token) for token in result["answer"]] for row, result in zip(order, done, strict=True)}
-    return [Answer(chat.decode(found[row]), ids[row], found[row]) for row in range(len(ids))]
+    rows = [{"ids": one} for one in ids]
+    done = map_rows(
+        rows,
+        Generator,
+        {"model": model, "max_new_tokens": max_new_tokens, "eos": chat.tokenizer.eos_token_id},
+        cluster=cluster,
+        batch_rows=25,
+        progress=progress,
+        length=lambda row: len(row["ids"]),
+    )
+    answers = [[int(token) for token in result["answer"]] for result in done]
+    return [Answer(chat.decode(answer), prompt, answer) for prompt, answer in zip(ids, answers, strict=True)]
 
 
 class Generator:
     """A model that answers."""
 
     def __init__(self, model: ModelSource, max_new_tokens: int, eos: int) -> None:
-        import torch
-
-        quiet()
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = model.load().to(self._device).eval()
+        self._model = model.serve()
         # a chat model may end its turn with another token than the tokenizer's EOS
         stated = self._model.generation_config.eos_token_id
         self._ends = {eos, *(stated if isinstance(stated, list) else [] if stated is None else [stated])}
@@ -62,7 +63,10 @@ class Generator:
             mask[number, length - len(row["ids"]) :] = 1
         with torch.inference_mode():
             output = self._model.generate(
-                input_ids=ids.to(self._device), attention_mask=mask.to(self._device), do_sample=False, **self._limits
+                input_ids=ids.to(self._model.device),
+                attention_mask=mask.to(self._model.device),
+                do_sample=False,
+                **self._limits,
             )
         return [{"answer": self._until_eos(answer)} for answer in output[:, length:].tolist()]
 

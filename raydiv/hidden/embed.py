@@ -10,7 +10,6 @@ import numpy as np
 from raydiv.config.recipe import Cluster
 from raydiv.data.prompts import Prompt
 from raydiv.model.load import ModelSource
-from raydiv.model.quiet import quiet
 from raydiv.pool import Progress, map_rows, unwatched
 
 
@@ -23,12 +22,17 @@ def embed(
     """
     chat = model.chat()
     ids = [chat.prompt(prompt.text, generation=False) for prompt in prompts]
-    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-    rows = [{"ids": ids[row]} for row in order]
-    states = map_rows(rows, Embedder, {"model": model}, cluster=cluster, batch_rows=25, progress=progress)
-    hidden = np.empty((len(ids), len(states[0]["hidden"])))
-    for row, state in zip(order, states, strict=True):
-        hidden[row] = state["hidden"]
+    rows = [{"ids": one} for one in ids]
+    states = map_rows(
+        rows,
+        Embedder,
+        {"model": model},
+        cluster=cluster,
+        batch_rows=25,
+        progress=progress,
+        length=lambda row: len(row["ids"]),
+    )
+    hidden = np.array([state["hidden"] for state in states], dtype=np.float64)
     return hidden, np.array([len(one) for one in ids], dtype=np.int64)
 
 
@@ -36,11 +40,7 @@ class Embedder:
     """A model that returns last-layer states."""
 
     def __init__(self, model: ModelSource) -> None:
-        import torch
-
-        quiet()
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._decoder = model.load().base_model.to(self._device).eval()
+        self._decoder = model.serve().base_model
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows of ``ids`` -> ``hidden`` [d], of the last token."""
@@ -49,7 +49,7 @@ class Embedder:
         from raydiv.model.collate import collate
 
         # the last token as a one-token response: its position is then the only scored one
-        inputs = collate([(row["ids"], [0]) for row in rows]).to(self._device)
+        inputs = collate([(row["ids"], [0]) for row in rows]).to(self._decoder.device)
         with torch.inference_mode():
             states = self._decoder(input_ids=inputs.ids, attention_mask=inputs.mask, use_cache=False).last_hidden_state
         return [{"hidden": state} for state in states[inputs.rows, inputs.columns].float().cpu().numpy()]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from raydiv.cache import digest
+from raydiv.config.recipe import template_text
 from raydiv.errors import UserError
 
 Messages = list[dict[str, str]]
@@ -38,7 +39,10 @@ class Chat:
                 f"model.id: {directory} has no usable tokenizer: {' '.join(str(error).split())[:200]}"
             ) from None
         if template is not None:
-            self.tokenizer.chat_template = _template_text(template)
+            try:
+                self.tokenizer.chat_template = template_text(template)
+            except ValueError as error:
+                raise UserError(f"data.template: {error}") from None
         if not self.tokenizer.chat_template:
             raise UserError(f"data.template: missing, and the tokenizer of {directory} has no chat template of its own")
         if self.tokenizer.eos_token_id is None:
@@ -84,13 +88,3 @@ class Chat:
 
     def decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
-
-
-def _template_text(template: str) -> str:
-    """Jinja text as it is, or the content of the file that it names."""
-    if "{" in template:
-        return template
-    path = Path(template)
-    if not path.is_file():
-        raise UserError(f"data.template: {template}: neither Jinja text nor a file")
-    return path.read_text()

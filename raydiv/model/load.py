@@ -13,6 +13,7 @@ from raydiv.config.recipe import Model
 from raydiv.errors import UserError
 from raydiv.model.chat import Chat
 from raydiv.model.files import model_directory
+from raydiv.model.quiet import quiet
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """``engine.precision`` as torch names it."""
@@ -46,6 +47,11 @@ class ModelSource:
         base = model_directory(PeftConfig.from_pretrained(str(self.directory)).base_model_name_or_path or "")
         model = _from_pretrained(base, dtype, self.attention, self.trust_remote_code)
         return PeftModel.from_pretrained(model, str(self.directory)).merge_and_unload()
+
+    def serve(self) -> Any:
+        """The model as a pool's worker uses it: on the worker's device, in evaluation mode, without libraries' chatter."""
+        quiet()
+        return self.load().to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def build_policy(directory: Path, section: Model, dtype: Any) -> Any:
