@@ -7,3 +7,13 @@ class UserError(ValueError):
     The message names the key, file, line or row, says what was found and what would do. The command line prints it
     without a traceback and exits with status 2.
     """
+
+
+def user_error_in(error: BaseException | None) -> UserError | None:
+    """The UserError that a worker raised, out of the layers that Ray wraps it in; None when it raised something else."""
+    while error is not None:
+        for found in (error, getattr(error, "cause", None)):
+            if isinstance(found, UserError):
+                return found
+        error = error.__cause__
+    return None

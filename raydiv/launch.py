@@ -10,7 +10,7 @@ from importlib import metadata
 from typing import Any
 
 from raydiv.config import Recipe
-from raydiv.errors import UserError
+from raydiv.errors import user_error_in
 from raydiv.measure import measure_answers, measure_separation
 from raydiv.model.load import ModelSource
 from raydiv.preparation import Prepared, fill, read
@@ -130,9 +130,10 @@ def _report_failure(fit: Callable[[], Any]) -> None:
     except TrainingFailedError as error:
         failures = dict(getattr(error, "worker_failures", {}))
         for rank, failure in failures.items():
+            mine = user_error_in(failure)
+            if mine is not None:
+                raise mine from None
             cause = getattr(failure, "cause", failure)
-            if isinstance(cause, UserError):
-                raise UserError(str(cause)) from None
             raise RuntimeError(f"training worker {rank}: {type(cause).__name__}: {cause}") from error
         raise RuntimeError(f"training: {error}") from error
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from raydiv.config.recipe import Cluster
-from raydiv.errors import UserError
+from raydiv.errors import user_error_in
 
 Row = dict[str, Any]
 Progress = Callable[[int, int], None]
@@ -60,19 +60,8 @@ def map_rows(
             done[int(item["position"])] = item["row"]
             progress(len(done), len(rows))
     except Exception as error:  # Ray wraps what a worker raised in layers of its own
-        raise _cause(error, worker.__name__) from error
+        raise user_error_in(error) or RuntimeError(f"{worker.__name__}: {type(error).__name__}: {error}") from error
     return [done[position] for position in range(len(rows))]
-
-
-def _cause(error: BaseException, worker: str) -> Exception:
-    """What a worker raised: the user's part of it as it is, anything else by its name."""
-    inner: BaseException | None = error
-    while inner is not None:
-        for found in (inner, getattr(inner, "cause", None)):
-            if isinstance(found, UserError):
-                return UserError(str(found))
-        inner = inner.__cause__
-    return RuntimeError(f"{worker}: {type(error).__name__}: {error}")
 
 
 class _Worker:
