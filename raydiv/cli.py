@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from raydiv.errors import UserError
 
 if TYPE_CHECKING:
     from raydiv.launch import Result
+    from raydiv.losses import Objective
 
 Handler = Callable[[argparse.Namespace], int]
 
@@ -26,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"raydiv: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read our output has seen enough, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (RuntimeError, FloatingPointError, OSError) as error:
         print(f"raydiv: the run failed: {error}", file=sys.stderr)
         return 1
@@ -72,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--adapter", action="store_true", help="the LoRA adapter alone, not merged")
     _reports(export)
 
-    _reports(_command(commands, "losses", _losses, "the objectives: divergence, ceiling, data needed, options"))
+    losses = _command(commands, "losses", _losses, "the objectives: divergence, ceiling, data needed, options")
+    losses.add_argument("names", nargs="*", metavar="NAME", help="these alone, described in full")
+    _reports(losses)
     _command(commands, "schema", _schema, "the recipe's JSON Schema, for editors")
     return parser
 
@@ -227,32 +234,75 @@ def _export(options: argparse.Namespace) -> int:
 def _losses(options: argparse.Namespace) -> int:
     from raydiv.losses import OBJECTIVES
 
+    for name in options.names:
+        if name not in OBJECTIVES:
+            raise UserError(f"{name}: no such loss (known: {', '.join(sorted(OBJECTIVES))})")
     described: dict[str, dict[str, Any]] = {
         name: {
             "summary": objective.summary,
+            "description": objective.description,
             "paper": objective.paper,
             "data": objective.data,
             "reference": objective.reference,
-            "divergence": objective.divergence,
-            "ceiling": objective.ceiling(objective.defaults),
+            "passes": PASSES[objective.scope(objective.defaults)],
+            "estimates": _estimates(objective),
             "options": {
                 key: _option(annotation, default) for key, (annotation, default) in objective.parameters.items()
             },
         }
         for name, objective in sorted(OBJECTIVES.items())
+        if name in options.names or not options.names
     }
 
     def show() -> None:
         for name, facts in described.items():
-            ceiling = "none" if facts["ceiling"] is None else f"{facts['ceiling']:.4g} (at the defaults)"
-            print(f"{name}: {facts['summary']}")
+            print(f"{name}: {facts['description' if options.names else 'summary']}")
             print(f"  data        {facts['data']}{'' if facts['reference'] else ', no reference'}")
-            print(f"  estimates   {facts['divergence']}; ceiling {ceiling}")
+            for number, estimate in enumerate(facts["estimates"]):
+                ceiling = "none" if estimate["ceiling"] is None else f"{estimate['ceiling']:.4g}"
+                print(
+                    f"  {'' if number else 'estimates':<11} {estimate['divergence']}; ceiling {ceiling}{_at(estimate)}"
+                )
+            print(f"  passes      {facts['passes']}")
             print(f"  options     {', '.join(f'{key}: {text}' for key, text in facts['options'].items()) or 'none'}")
             print(f"  paper       {facts['paper']}\n")
 
     _print(options, described, show)
     return 0
+
+
+PASSES = {
+    "example": "one",
+    "pair": "one where a pair shares a micro-batch, else two",
+    "batch": "one with a single micro-batch per worker, else two",
+}
+"""Forwards of a training step, by an objective's scope."""
+
+
+def _estimates(objective: Objective) -> list[dict[str, Any]]:
+    """Divergence and ceiling at the default options, then at each choice of an option that changes them."""
+    found: list[dict[str, Any]] = []
+    for options in [{}, *({key: choice} for key, choices in _choices(objective).items() for choice in choices)]:
+        everything = objective.defaults | options
+        facts = {"divergence": objective.divergence(everything), "ceiling": objective.ceiling(everything)}
+        if facts not in [{key: known[key] for key in facts} for known in found]:
+            found.append(facts | {"options": options})
+    return found
+
+
+def _choices(objective: Objective) -> dict[str, tuple[Any, ...]]:
+    """The options that are a choice among names."""
+    return {
+        key: annotation.__args__
+        for key, (annotation, _) in objective.parameters.items()
+        if getattr(annotation, "__origin__", None) is Literal
+    }
+
+
+def _at(estimate: dict[str, Any]) -> str:
+    """The options under which an estimate is what is said, for a line of text."""
+    options = ", ".join(f"{key}: {value}" for key, value in estimate["options"].items())
+    return f" ({options})" if options else ""
 
 
 def _option(annotation: Any, default: Any) -> str:

@@ -19,6 +19,7 @@ from raydiv.report import write_report
 from raydiv.run import RunDirectory
 from raydiv.session import cpus_per_worker, ray_session, threads_per_worker
 from raydiv.track import Tracker
+from raydiv.training.metrics import estimate_facts
 from raydiv.training.worker import WorkerInput, worker_entry
 
 VERSIONED = ("raydiv", "ray", "torch", "deepspeed", "transformers", "peft", "mlflow")
@@ -47,7 +48,7 @@ def train(recipe: Recipe, display: Display | None = None, show_text: bool = Fals
     with ray_session(recipe.cluster):
         prepared = fill(recipe, directory, raw, display)
         run.claim(recipe)
-        tracker = Tracker(recipe, _tags(prepared), display.say)
+        tracker = Tracker(recipe, _tags(recipe, prepared), display.say)
         try:
             with run.followed(tracker.metrics):
                 _measure(recipe, prepared, run, "before", display, show_text)
@@ -84,7 +85,7 @@ def _measure(
         )
         answers.write(run.evaluation, when, show_text)
         metrics |= answers.metrics()
-    step = 0 if when == "before" else prepared.steps(recipe)
+    step = 0 if when == "before" else run.steps_taken()
     run.log({"step": step, **metrics} if metrics else {})
 
 
@@ -144,10 +145,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found}
 
 
-def _tags(prepared: Prepared) -> dict[str, str]:
+def _tags(recipe: Recipe, prepared: Prepared) -> dict[str, str]:
     summary = prepared.summary()
     fingerprints = {"data.fingerprint": summary["fingerprint"], "model.fingerprint": summary["model_fingerprint"]}
-    return fingerprints | {f"version.{name}": version for name, version in versions().items()}
+    estimate = {key.replace("/", "."): str(fact) for key, fact in estimate_facts(recipe.loss.terms[0]).items()}
+    return fingerprints | estimate | {f"version.{name}": version for name, version in versions().items()}
 
 
 def _conclude(recipe: Recipe, prepared: Prepared, run: RunDirectory, tracker: Tracker) -> Result:
@@ -157,6 +159,7 @@ def _conclude(recipe: Recipe, prepared: Prepared, run: RunDirectory, tracker: Tr
         metrics |= record
     report: dict[str, Any] = {
         "name": recipe.name,
+        "steps": {"planned": prepared.steps(recipe), "taken": run.steps_taken()},
         "metrics": metrics,
         "data": prepared.summary(),
         "versions": versions(),

@@ -8,7 +8,7 @@ import io
 import json
 from typing import Any
 
-from raydiv.run import RunDirectory
+from raydiv.run import Metrics, RunDirectory
 
 ROWS: list[tuple[str, str, str]] = [
     ("separation/d_b", "separation D_B (paper protocol)", "{:.2f}"),
@@ -48,6 +48,11 @@ def before_after(run: RunDirectory) -> list[tuple[str, str, str]]:
 def notes(run: RunDirectory) -> list[str]:
     """What must be read beside the table: the judge's errors, and what the controls of separation say."""
     words = []
+    steps = json.loads(run.result.read_text())["steps"]
+    if steps["taken"] < steps["planned"]:
+        words.append(
+            f"stopped after {steps['taken']} of {steps['planned']} updates: the margin is at optim.target_margin"
+        )
     for name in ("before", "after"):
         apart, answers = run.separation / f"{name}.json", run.evaluation / f"{name}.json"
         if answers.exists() and name == "after":
@@ -87,14 +92,26 @@ def _curves(run: RunDirectory) -> bytes:
     records = run.metrics()
     figure, axes = _figure(2, 3, (11, 5.5))
     for axis, key in zip(axes.flat, CURVES, strict=True):
-        for name, style in ((key, "-"), (f"eval/{key}", "o--")):
+        for name, style in ((key, "-"), (f"{key}/ema", "-"), (f"eval/{key}", "o--")):
             points = [(record["step"], record[name]) for record in records if name in record]
             if points:
                 axis.plot(*zip(*points, strict=True), style, markersize=3, linewidth=1.2, label=name)
         axis.set_title(key, fontsize=9)
+        if key == "divergence":
+            _name_estimate(axis, records)
         axis.legend(fontsize=7, frameon=False)
     figure.supxlabel("optimizer update", fontsize=9)
     return _png(figure)
+
+
+def _name_estimate(axis: Any, records: list[Metrics]) -> None:
+    """Say which divergence is estimated, and draw its ceiling."""
+    facts = next((record for record in records if "divergence/name" in record), {})
+    if facts:
+        axis.set_title(f"divergence: {facts['divergence/name']}", fontsize=8)
+    if "divergence/ceiling" in facts:
+        ceiling = facts["divergence/ceiling"]
+        axis.axhline(ceiling, linestyle=":", color="grey", linewidth=1.2, label=f"ceiling {ceiling:.3g}")
 
 
 def _planes(run: RunDirectory) -> bytes:

@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from raydiv.config import Recipe, load_recipe, save_recipe
 from raydiv.errors import UserError
 
-Metrics = dict[str, float]
+Metrics = dict[str, Any]
+"""A line of metrics.jsonl: numbers by name, and the name of the divergence."""
 
 
 class RunDirectory:
@@ -70,6 +72,10 @@ class RunDirectory:
     def metrics(self) -> list[Metrics]:
         """The lines of metrics.jsonl."""
         return [json.loads(line) for line in self._metrics.read_text().splitlines()]
+
+    def steps_taken(self) -> int:
+        """Optimizer updates so far."""
+        return max((int(record["step"]) for record in self.metrics()), default=0)
 
     @contextmanager
     def followed(self, handle: Callable[[Metrics], None]) -> Iterator[None]:

@@ -40,7 +40,7 @@ class Tracker:
     def metrics(self, record: Mapping[str, float]) -> None:
         """Log one line of metrics.jsonl."""
         step = int(record["step"])
-        values = {name: float(value) for name, value in record.items() if name != "step"}
+        values = {name: float(value) for name, value in record.items() if name != "step" and not isinstance(value, str)}
         self._submit(lambda: self._log_metrics(values, step))
 
     def artifact(self, path: Path) -> None:

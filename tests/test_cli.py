@@ -97,8 +97,14 @@ def test_losses_json_is_one_object_of_every_objective(capfd: pytest.CaptureFixtu
     for name, facts in printed.items():
         assert facts["data"] == OBJECTIVES[name].data
         assert set(facts["options"]) == set(OBJECTIVES[name].parameters)
-        assert all(facts[key] for key in ("summary", "paper", "divergence"))
-        assert facts["ceiling"] is None or facts["ceiling"] > 0
+        assert all(facts[key] for key in ("summary", "description", "paper", "passes"))
+        first, *others = facts["estimates"]
+        assert first["options"] == {}
+        assert first["divergence"] == OBJECTIVES[name].divergence(OBJECTIVES[name].defaults)
+        assert all(estimate["options"] for estimate in others)
+        assert all(estimate["ceiling"] is None or estimate["ceiling"] > 0 for estimate in facts["estimates"])
+    divergences = [estimate["divergence"] for estimate in printed["fdo"]["estimates"]]
+    assert len(divergences) == len(set(divergences)) == 7
 
 
 def test_losses_table_names_every_objective_and_option(capfd: pytest.CaptureFixture[str]) -> None:
@@ -107,6 +113,27 @@ def test_losses_table_names_every_objective_and_option(capfd: pytest.CaptureFixt
     for name, objective in OBJECTIVES.items():
         assert f"{name}: {objective.summary}" in printed
         assert all(f"{option}: " in printed for option in objective.parameters)
+
+
+def test_losses_by_name_are_described_in_full(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["losses", "kldo"]) == 0
+    printed = capfd.readouterr().out
+    assert "the running mean of the steps before" in printed
+    assert "dpo:" not in printed
+    assert main(["losses", "kldoo"]) == 2
+    assert "no such loss" in capfd.readouterr().err
+
+
+def test_reader_that_leaves_early_is_no_failure() -> None:
+    code = "import sys\nfrom raydiv.cli import main\nsys.exit(main(['schema']))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
 
 
 def test_schema_is_the_recipes_with_extends(capfd: pytest.CaptureFixture[str]) -> None:

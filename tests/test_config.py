@@ -169,7 +169,8 @@ def test_errors_name_the_recipe_file(tmp_path: Path) -> None:
     [
         ("kldo", "label_smoothing", "dpo"),
         ("dpo", "skew", "kldo"),
-        ("bco", "lambda_aligned", "kto"),
+        ("dpo", "lambda_aligned", "kto"),
+        ("kldo", "gamma", "simpo"),
         ("sft", "beta", "dpo"),
     ],
 )
@@ -186,6 +187,43 @@ def test_mixed_in_loss_is_checked_too() -> None:
         assert part in message
     assert "loss.mix.sft.beta: unknown key" in message
     assert "loss.mix.bco.weight: input should be greater than 0" in message
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        ({"type": "kldo", "ema_rate": 0.2}, ("loss: ema_rate", "estimator: ema or lagged")),
+        ({"type": "bco", "delta": "fixed", "delta_rate": 0.2}, ("loss: delta_rate", "delta: running")),
+        ({"type": "fdo", "alpha": 0.3}, ("loss: alpha", "divergence: alpha")),
+        ({"type": "kldo", "mix": {"fdo": {"weight": 1, "alpha": 0.3}}}, ("loss.mix.fdo: alpha", "divergence: alpha")),
+    ],
+)
+def test_option_that_means_nothing_beside_the_others_is_refused(loss: dict[str, Any], words: tuple[str, str]) -> None:
+    message = refusal(tree(loss=loss))
+    assert all(word in message for word in words)
+
+
+def test_null_takes_an_option_back() -> None:
+    recipe = load_recipe(
+        tree(loss={"type": "kldo", "estimator": "ema", "ema_rate": 0.2, "mix": {"sft": {"weight": 1}}})
+    )
+    changes = ["loss.estimator=batch", "loss.ema_rate=null", "loss.mix.sft=null"]
+    changed = load_recipe(recipe.model_dump(by_alias=True), changes)
+    assert changed.loss.terms[0][2]["ema_rate"] == 0.1
+    assert len(changed.loss.terms) == 1
+
+
+def test_resolved_mix_lists_its_terms_alone() -> None:
+    loss = load_recipe(tree(loss={"type": "dpo", "mix": {"log-ratio-l2": {"weight": 0.2}}})).loss
+    assert [term[0].name for term in loss.terms] == ["dpo", "log-ratio-l2"]
+    assert loss.model_dump(by_alias=True)["mix"].keys() == {"log-ratio-l2"}
+
+
+def test_reference_of_a_loss_without_one_names_those_with_one() -> None:
+    message = refusal(tree(loss={"type": "simpo"}, model={"id": "m", "reference": "adapter-off", "lora": {"r": 4}}))
+    assert "simpo has no reference" in message
+    assert "kldo" in message
+    assert "cpo" not in message
 
 
 @pytest.mark.parametrize(
@@ -330,7 +368,7 @@ def test_another_loss_drops_the_former_options_and_keeps_beta_and_mix(tmp_path: 
 
     write(tmp_path / "base.yaml", "model: {id: m}\nloss: {type: kldo, beta: 0.7, skew: 0.5}\noptim: {steps: 3}\n")
     child = write(tmp_path / "child.yaml", "extends: base.yaml\nloss: {type: bco}\n")
-    assert load_recipe(child).loss.terms[0][2] == {"beta": 0.7, "delta": "running", "delta_rate": 0.1}
+    assert load_recipe(child).loss.terms[0][2] == OBJECTIVES["bco"].defaults | {"beta": 0.7}
 
 
 def test_same_loss_again_keeps_its_options() -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from raydiv.losses import OBJECTIVES, Batch
-from raydiv.training.coefficients import Term, first_states, judge, reward_metrics
+from raydiv.losses import OBJECTIVES, Batch, Term
+from raydiv.training.coefficients import first_states, judge, known_coefficients, widest_scope
+from raydiv.training.metrics import RATE, RunningMeans, estimate_facts, reward_metrics
+from raydiv.training.worker import reached
 
 torch.set_num_threads(1)
 
@@ -94,10 +97,69 @@ def test_each_term_keeps_its_own_state() -> None:
     after = judge(terms, first_states(terms), batch).states
     mean = (math.exp(-1) + math.exp(4) + math.exp(-3)) / 3
     assert after[0]["log_mean"] == pytest.approx(math.log(0.9 + 0.1 * mean), abs=1e-6)
-    # E+[r] = 1.25, E-[r] = 0
+    # E+[r] = 1.25, E-[r] = 0; delta is the mean of the steps before
     assert after[1]["delta"] == pytest.approx(0.1 * 0.625, abs=1e-6)
     assert after[2] == {}
     assert judge(terms, after, batch).states[1]["delta"] == pytest.approx(0.9 * 0.0625 + 0.0625, abs=1e-6)
+
+
+def test_states_are_logged_by_objective() -> None:
+    terms = [term("bco", beta=1.0), term("bco-pair", 0.5, beta=1.0)]
+    metrics = judge(terms, first_states(terms), make_batch(pairs=[(0, 1)])).metrics
+    assert metrics["state/bco/delta"] == pytest.approx(0.0625, abs=1e-6)
+    assert metrics["state/bco-pair/delta"] == pytest.approx(0.1 * (2.0 - 1.0) / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("terms", "scope"),
+    [
+        ([term("bco")], "example"),
+        ([term("bco"), term("dpo")], "pair"),
+        ([term("dpo"), term("kldo"), term("sft")], "batch"),
+        ([term("kldo", estimator="lagged"), term("sft")], "example"),
+    ],
+    ids=str,
+)
+def test_scope_of_a_mixture_is_the_widest(terms: list[Term], scope: str) -> None:
+    assert widest_scope(terms) == scope
+
+
+def test_coefficients_of_a_part_are_those_of_the_whole() -> None:
+    terms = [term("bco"), term("dpo", 0.3), term("sft", 0.5)]
+    batch = make_batch(pairs=[(0, 1), (2, 3)])
+    whole = judge(terms, first_states(terms), batch).coefficients
+    for part in ([0, 1], [2, 3], [4]):
+        logps = torch.full_like(batch.logps, -77.0)
+        logps[part] = batch.logps[part]
+        known = known_coefficients(terms, first_states(terms), replace(batch, logps=logps))
+        torch.testing.assert_close(known[part], whole[part], rtol=1e-6, atol=1e-8)
+
+
+def test_running_means_start_at_the_first_value_and_outlast_an_absent_class() -> None:
+    means = RunningMeans()
+    assert means.update({"loss": 1.0}) == {}
+    assert means.update({"divergence": 2.0}) == {"divergence/ema": 2.0}
+    after = means.update({"divergence": 4.0, "reward/margin": 1.0})
+    assert after == {"divergence/ema": pytest.approx(2.0 + 2.0 * RATE), "reward/margin/ema": 1.0}
+    assert means.update({"loss": 0.0}) == after
+
+
+@pytest.mark.parametrize(("target", "margin", "stop"), [(None, 9.0, False), (2.0, 1.9, False), (2.0, 2.0, True)])
+def test_training_stops_at_the_target_margin(target: float | None, margin: float, stop: bool) -> None:
+    assert reached(target, {"reward/margin/ema": margin}) == stop
+
+
+def test_no_margin_yet_stops_nothing() -> None:
+    assert not reached(0.1, {"loss": 1.0})
+
+
+def test_estimate_is_named_with_its_ceiling() -> None:
+    assert estimate_facts(KLDO) == {
+        "divergence/name": "KL(D+ || 0.3 D+ + 0.7 D-)",
+        "divergence/ceiling": pytest.approx(math.log(1 / 0.3)),
+    }
+    assert estimate_facts(term("kldo")) == {"divergence/name": "KL(D+ || D-)"}
+    assert estimate_facts(term("sft")) == {}
 
 
 def test_metrics_of_unpaired_data() -> None:

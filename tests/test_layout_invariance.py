@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import torch
 from ranks import run_on_ranks
 
 from raydiv.config import Recipe, load_recipe
-from raydiv.data.plan import micro_batches
+from raydiv.data.plan import MicroBatch, micro_batches
 from raydiv.data.tokens import TokenizedExamples, mismatched
 from raydiv.losses import OBJECTIVES, Batch
 from raydiv.model.collate import collate
@@ -36,12 +37,13 @@ class Case:
     zero_stage: int = 3
     examples: str = "pairs"
     lora: bool = False
+    dropout: float = 0.0
     persistent: int = 0
 
     def recipe(self, model: Path) -> Recipe:
         return load_recipe(
             {
-                "model": {"id": str(model), **({"lora": {"r": 4, "dropout": 0.0}} if self.lora else {})},
+                "model": {"id": str(model), **({"lora": {"r": 4, "dropout": self.dropout}} if self.lora else {})},
                 "loss": self.loss,
                 "optim": {"steps": 1, "lr": LR, "clip": None},
                 "batch": {"tokens_per_microbatch": self.tokens},
@@ -68,6 +70,8 @@ def step_examples(kind: str, with_mismatched: bool = False) -> StepExamples:
         rows = [row for row in rows if row[2]]
     if kind == "one":
         rows = rows[:1]
+    if kind == "even pairs":
+        rows = [(prompt, response[:4], good, n) for prompt, response, good, n in rows]
     examples = TokenizedExamples.from_ids(
         [(p, r) for p, r, _, _ in rows], [g for _, _, g, _ in rows], [n for *_, n in rows]
     )
@@ -76,8 +80,8 @@ def step_examples(kind: str, with_mismatched: bool = False) -> StepExamples:
     return StepExamples(0, examples, others, noise(len(examples)), noise(len(others)))
 
 
-def one_step(model: str, case: Case) -> dict[str, Any]:
-    """The step through the real engine; runs on every rank."""
+def build(model: str, case: Case) -> tuple[Any, Stepper]:
+    """The real engine with plain SGD, and a stepper on it; runs on every rank."""
     import raydiv.engine as module
     from raydiv.model.head import LogProbHead
     from raydiv.model.load import build_policy
@@ -93,24 +97,41 @@ def one_step(model: str, case: Case) -> dict[str, Any]:
         }
     )
     recipe = case.recipe(Path(model))
-    chosen = step_examples(case.examples, recipe.loss.needs_mismatched)
     try:
         torch.manual_seed(0)
         engine = module.Engine(recipe, lambda: build_policy(Path(model), recipe.model, torch.float32))
     finally:
         module._deepspeed_config = plain
-    stepper = Stepper(engine, LogProbHead(engine.model), recipe.loss.terms, case.tokens)
+    return engine, Stepper(engine, LogProbHead(engine.model), recipe.loss.terms, case.tokens)
+
+
+def one_step(model: str, case: Case) -> dict[str, Any]:
+    """The step; runs on every rank."""
+    engine, stepper = build(model, case)
+    chosen = step_examples(case.examples, case.recipe(Path(model)).loss.needs_mismatched)
     metrics = stepper.step(chosen, LR)
-    weights = {name.removeprefix("base_model.model."): weight.numpy() for name, weight in engine.weights(case.lora)}
+    weights = {
+        name.removeprefix("base_model.model."): weight.numpy() for name, weight in engine.weights(trainable_only=True)
+    }
     engine.close()
-    return {"metrics": metrics, "weights": weights, "forwards": stepper.forwards}
+    return {"metrics": metrics, "weights": weights, "forwards": stepper.forwards, "states": stepper.states}
 
 
 def steps(model: str, cases: list[Case]) -> list[dict[str, Any]]:
     return [one_step(model, case) for case in cases]
 
 
-def plain_step(model_directory: Path, case: Case) -> tuple[float, dict[str, np.ndarray]]:
+@dataclass(frozen=True)
+class PlainStep:
+    """What the oracle finds: the objective, the gradient's norm, and each trained weight before and after."""
+
+    loss: float
+    grad_norm: float
+    before: dict[str, np.ndarray]
+    after: dict[str, np.ndarray]
+
+
+def plain_step(model_directory: Path, case: Case) -> PlainStep:
     """The oracle: one forward with whole logits, autograd through the objective, one SGD update."""
     from raydiv.model.load import build_policy
 
@@ -141,50 +162,74 @@ def plain_step(model_directory: Path, case: Case) -> tuple[float, dict[str, np.n
     ]
     loss = sum(values)
     loss.backward()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter -= LR * parameter.grad
     trained = {
-        name.removeprefix("base_model.model."): parameter.detach().numpy()
+        name.removeprefix("base_model.model."): parameter
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad or not case.lora
+        if parameter.requires_grad
     }
-    return float(loss.detach()), trained
+    grads = {name: parameter.grad.numpy().copy() for name, parameter in trained.items()}
+    before = {name: parameter.detach().numpy().copy() for name, parameter in trained.items()}
+    after = {name: before[name] - np.float32(LR) * grads[name] for name in trained}
+    return PlainStep(float(loss.detach()), norm(grads), before, after)
 
 
-def assert_equal(case: Case, found: dict[str, Any], loss: float, weights: dict[str, np.ndarray]) -> None:
-    assert found["metrics"]["loss"] == pytest.approx(loss, rel=1e-5, abs=1e-6), case
-    assert found["weights"].keys() == weights.keys()
-    moved = 0.0
-    for name, weight in weights.items():
-        scale = np.abs(weight).max()
-        assert np.abs(found["weights"][name] - weight).max() <= 2e-6 * max(scale, 1), (case, name)
-        moved = max(moved, float(scale))
-    assert moved > 0
+def norm(tensors: dict[str, np.ndarray]) -> float:
+    return float(np.sqrt(sum((tensor.astype(np.float64) ** 2).sum() for tensor in tensors.values())))
 
 
-def all_cases() -> list[Case]:
-    """Every objective in every layout; the rarer corners once each."""
-    objectives = [{"type": name} for name in OBJECTIVES]
-    cases = [Case(loss, tokens) for loss in objectives for tokens in LAYOUTS.values()]
-    mixture = {"type": "kldo", "skew": 0.5, "mix": {"sft": {"weight": 0.5}}}
-    cases += [Case(mixture, tokens) for tokens in LAYOUTS.values()]
-    cases += [
-        Case({"type": "kldo", "estimator": "ema"}, 70),
-        Case(mixture, 70, zero_stage=0),
-        Case(mixture, 70, zero_stage=2),
+ROUNDING = 1e-6
+
+
+def assert_equal(case: Case, found: dict[str, Any], expected: PlainStep) -> None:
+    assert found["metrics"]["loss"] == pytest.approx(expected.loss, rel=ROUNDING, abs=ROUNDING), case
+    if case.zero_stage > 0:  # in fp32 without partitions DeepSpeed finds no norm
+        assert found["metrics"]["grad_norm"] == pytest.approx(expected.grad_norm, rel=2 * ROUNDING, abs=1e-8), case
+    weights = found["weights"]
+    assert weights.keys() == expected.after.keys()
+    for name, weight in expected.after.items():
+        size = np.abs(weight).max() + np.abs(expected.before[name]).max()  # both were rounded
+        assert np.abs(weights[name] - weight).max() <= ROUNDING * size, (case, name)
+    # the update, which is the gradient: its own rounding, and that of the weights that it was subtracted from
+    error = norm({name: weights[name] - weight for name, weight in expected.after.items()})
+    moved = norm({name: weight - expected.before[name] for name, weight in expected.after.items()})
+    assert error <= ROUNDING * moved + 1e-9 * norm(expected.before), case
+    # without a single pair there is nothing for these to learn from
+    pairless = case.examples in ("aligned only", "one") and OBJECTIVES[case.loss["type"]].data == "paired"
+    assert moved > 0 or pairless, case
+
+
+MIXTURE: dict[str, Any] = {"type": "kldo", "skew": 0.5, "mix": {"sft": {"weight": 0.5}}}
+OBJECTIVE_CASES: list[dict[str, Any]] = [
+    *({"type": name} for name in OBJECTIVES),
+    *({"type": "kldo", "skew": 0.5, "estimator": estimator} for estimator in ("ema", "lagged")),
+    {"type": "bco", "delta": "batch"},
+    {"type": "fdo", "divergence": "kl"},
+    MIXTURE,
+    {"type": "dpo", "mix": {"sft": {"weight": 0.2}, "log-ratio-l2": {"weight": 0.001}}},
+]
+
+
+def cases_in_every_layout() -> list[Case]:
+    """Every objective in every layout."""
+    return [Case(loss, tokens) for loss in OBJECTIVE_CASES for tokens in LAYOUTS.values()]
+
+
+def corner_cases() -> list[Case]:
+    """Stages, adapters, and steps that lack a class or almost everything; once each."""
+    return [
+        *(Case(loss, 70, examples="aligned only") for loss in OBJECTIVE_CASES),
+        *(Case(MIXTURE, 70, zero_stage=stage) for stage in (0, 2)),
+        *(Case(MIXTURE, tokens, lora=True) for tokens in (70, 100_000)),
+        *(Case({"type": name}, 30, examples="even pairs") for name in ("dpo", "sppo", "aot")),
+        Case(MIXTURE, 70, persistent=1_000_000),
+        Case({"type": "kldo"}, 70, examples="one"),
     ]
-    cases += [Case(mixture, 70, lora=True), Case(mixture, 100_000, lora=True)]
-    cases += [Case({"type": name}, 70, examples="aligned only") for name in ("kldo", "bco", "kto")]
-    cases += [Case(mixture, 70, persistent=1_000_000)]
-    return [*cases, Case({"type": "kldo"}, 70, examples="one")]
 
 
 def test_a_rank_without_unaligned_examples_and_an_empty_micro_batch_are_among_the_cases() -> None:
     chosen = step_examples("pairs").examples
-    dealt = micro_batches(chosen.lengths, LAYOUTS["one micro-batch a rank"], ranks=2)
-    assert any(all(chosen.aligned[i] for batch in mine for i in batch) for mine in dealt)
+    by_rank = micro_batches(chosen.lengths, LAYOUTS["one micro-batch a rank"], ranks=2)
+    assert any(all(chosen.aligned[i] for batch in mine for i in batch) for mine in by_rank)
     sizes = {
         len(batch) for mine in micro_batches(chosen.lengths, LAYOUTS["uneven micro-batches"], ranks=2) for batch in mine
     }
@@ -194,23 +239,90 @@ def test_a_rank_without_unaligned_examples_and_an_empty_micro_batch_are_among_th
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_update_equals_the_plain_step_in_every_layout(ranks: int, tiny_model: Path, tmp_path: Path) -> None:
-    cases = all_cases()
+    cases = cases_in_every_layout() + (corner_cases() if ranks == 2 else [])
     by_rank = run_on_ranks(steps, ranks, tmp_path / "ranks", str(tiny_model), cases)
+    plain: dict[str, PlainStep] = {}
     for number, case in enumerate(cases):
-        loss, weights = plain_step(tiny_model, case)
+        key = repr((case.loss, case.examples, case.lora))
+        plain[key] = plain.get(key) or plain_step(tiny_model, case)
         for results in by_rank:
-            assert_equal(case, results[number], loss, weights)
+            assert_equal(case, results[number], plain[key])
+            assert results[number]["states"] == by_rank[0][number]["states"]
+
+
+def dealt(kind: str, tokens: int, ranks: int, in_pairs: bool = False) -> list[MicroBatch]:
+    """Micro-batches of rank 0."""
+    examples = step_examples(kind).examples
+    return micro_batches(examples.lengths, tokens, ranks, examples.units if in_pairs else None)[0]
 
 
 @pytest.mark.slow
-def test_one_micro_batch_a_rank_needs_no_second_forward(tiny_model: Path, tmp_path: Path) -> None:
-    cases = [Case({"type": "kldo"}, tokens) for tokens in LAYOUTS.values()]
-    found = run_on_ranks(steps, 2, tmp_path / "ranks", str(tiny_model), cases)[0]
-    lengths = step_examples("pairs").examples.lengths
-    counts = [len(micro_batches(lengths, tokens, 2)[0]) for tokens in LAYOUTS.values()]
-    assert [result["forwards"] for result in found] == [count if count == 1 else 2 * count for count in counts]
+def test_a_second_forward_is_paid_only_where_it_must(tiny_model: Path, tmp_path: Path) -> None:
+    """One pass: a single micro-batch, separable objectives, and pairs kept together unless that pads too much."""
+    few, many = LAYOUTS["one micro-batch a rank"], LAYOUTS["uneven micro-batches"]
+    tight = 30
+    free, paired = dealt("even pairs", tight, 2), dealt("even pairs", tight, 2, in_pairs=True)
+    assert len(free) > 1
+    assert len(paired) > 1
+    expected: list[tuple[dict[str, Any], str, int, int]] = [
+        ({"type": "kldo"}, "pairs", few, 1),
+        ({"type": "aot"}, "pairs", few, 1),
+        ({"type": "kldo"}, "pairs", many, 2 * len(dealt("pairs", many, 2))),
+        ({"type": "kldo", "estimator": "lagged"}, "pairs", many, len(dealt("pairs", many, 2))),
+        ({"type": "bco"}, "pairs", many, len(dealt("pairs", many, 2))),
+        ({"type": "bco", "delta": "batch"}, "pairs", many, 2 * len(dealt("pairs", many, 2))),
+        ({"type": "sft"}, "pairs", many, len(dealt("pairs", many, 2))),
+        ({"type": "fdo"}, "pairs", many, len(dealt("pairs", many, 2))),
+        # the mismatched examples are scored besides, without gradient
+        ({"type": "kto"}, "pairs", few, 2),
+        ({"type": "dpo"}, "even pairs", tight, len(paired)),
+        ({"type": "dpo", "mix": {"sft": {"weight": 1}}}, "even pairs", tight, len(paired)),
+        ({"type": "dpo", "mix": {"kldo": {"weight": 1}}}, "even pairs", tight, 2 * len(free)),
+        ({"type": "aot"}, "even pairs", tight, 2 * len(free)),
+        # a long and a short response in one micro-batch would cost more padding than the second forward
+        ({"type": "dpo"}, "pairs", 1, 2 * len(dealt("pairs", 1, 2))),
+    ]
+    cases = [Case(loss, tokens, examples=kind) for loss, kind, tokens, _ in expected]
+    for found in run_on_ranks(steps, 2, tmp_path / "ranks", str(tiny_model), cases):
+        for result, (loss, kind, tokens, forwards) in zip(found, expected, strict=True):
+            assert result["forwards"] == forwards, (loss, kind, tokens)
+
+
+def masked_step(model: str, case: Case) -> list[tuple[float, float]]:
+    """For each micro-batch: sum_i c_i logp_i from score's log-probs, and as push computed it from its own forward."""
+    engine, stepper = build(model, case)
+    with torch.no_grad():
+        for name, parameter in engine.model.named_parameters():
+            if "lora_B" in name:  # at their initial zeros no mask of an adapter shows
+                parameter.normal_(std=0.5)
+    forward, scored, pushed = Stepper._forward, [], []
+
+    def recorded(
+        self: Stepper, step: int, micro_batch: MicroBatch, inputs: Any, coefficients: torch.Tensor | None
+    ) -> torch.Tensor:
+        output = forward(self, step, micro_batch, inputs, coefficients)
+        if coefficients is None:
+            scored.append(output.detach())
+        else:
+            pushed.append((coefficients, output.detach()))
+        return output
+
+    with patch.object(Stepper, "_forward", recorded):
+        stepper.step(step_examples("pairs"), LR)
+    same = [(float((c * logps).sum()), float(out)) for logps, (c, out) in zip(scored, pushed, strict=True)]
+    engine.close()
+    return same
+
+
+@pytest.mark.slow
+def test_score_and_push_see_the_same_dropout_masks(tiny_model: Path, tmp_path: Path) -> None:
+    case = Case({"type": "kldo", "skew": 0.5}, 70, zero_stage=2, lora=True, dropout=0.4)
+    for found in run_on_ranks(masked_step, 2, tmp_path / "ranks", str(tiny_model), case):
+        assert len(found) > 1
+        for scored, pushed in found:
+            assert pushed == pytest.approx(scored, rel=1e-5)
 
 
 def test_order_of_examples_inside_the_step_does_not_matter() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raydiv.data.plan import Epochs, micro_batches
+from raydiv.data.plan import Epochs, micro_batches, padded_tokens
 
 quick = settings(max_examples=80, deadline=None)
 
@@ -176,6 +176,30 @@ def test_no_rank_waits_for_dummies_alone(lengths: list[int], tokens: int, ranks:
 @given(length_lists, budgets, worlds)
 def test_layout_is_a_pure_function(lengths: list[int], tokens: int, ranks: int) -> None:
     assert micro_batches(lengths, tokens, ranks) == micro_batches(list(lengths), tokens, ranks)
+
+
+def in_pairs(lengths: list[int]) -> list[list[int]]:
+    """Neighbours together, a last odd one alone."""
+    return [list(range(len(lengths)))[start : start + 2] for start in range(0, len(lengths), 2)]
+
+
+@quick
+@given(length_lists, budgets, worlds)
+def test_groups_stay_together_within_the_same_rules(lengths: list[int], tokens: int, ranks: int) -> None:
+    groups = in_pairs(lengths)
+    dealt = micro_batches(lengths, tokens, ranks, groups)
+    batches = [batch for mine in dealt for batch in mine]
+    assert sorted(position for batch in batches for position in batch) == list(range(len(lengths)))
+    assert all(any(set(group) <= set(batch) for batch in batches) for group in groups)
+    assert all(padded(batch, lengths) <= tokens or batch in groups for batch in batches)
+    assert len({len(mine) for mine in dealt}) == 1
+
+
+@quick
+@given(length_lists, budgets, worlds)
+def test_padded_tokens_are_those_of_the_busiest_rank(lengths: list[int], tokens: int, ranks: int) -> None:
+    dealt = micro_batches(lengths, tokens, ranks)
+    assert padded_tokens(dealt, lengths) == max(sum(padded(batch, lengths) for batch in mine) for mine in dealt)
 
 
 def test_longest_come_first_with_their_like() -> None:

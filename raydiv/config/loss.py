@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
 from annotated_types import Gt
-from pydantic import Field, create_model, field_validator
+from pydantic import Field, SerializerFunctionWrapHandler, create_model, model_serializer, model_validator
 
 from raydiv.config.section import Section
-from raydiv.losses import OBJECTIVES, Objective
+from raydiv.losses import OBJECTIVES, Objective, Term
 
 
 def _fields(definitions: dict[str, Any]) -> Any:
@@ -16,14 +16,64 @@ def _fields(definitions: dict[str, Any]) -> Any:
     return definitions
 
 
-_OPTIONS: dict[str, Any] = {
-    name: create_model(f"{name}-options", __base__=Section, **_fields(objective.parameters))
-    for name, objective in OBJECTIVES.items()
-}
+class _Nullable(Section):
+    """A section in which null leaves a key at its default, so that an override can take back what a recipe says."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, values: Any) -> Any:
+        return (
+            {key: value for key, value in values.items() if value is not None} if isinstance(values, dict) else values
+        )
+
+
+class _Options(_Nullable):
+    """One objective's options. Those that mean nothing beside the others are refused, and not written out."""
+
+    objective_name: ClassVar[str]
+
+    @property
+    def objective(self) -> Objective:
+        return OBJECTIVES[self.objective_name]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Every option of the objective, defaults included."""
+        return {name: getattr(self, name) for name in self.objective.parameters}
+
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> _Options:
+        for name, condition in self.objective.idle(self.options).items():
+            if name in self.model_fields_set:
+                raise ValueError(f"{name} means nothing without {condition}; leave it out, or set it to null")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_idle(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        idle = self.objective.idle(self.options)
+        return {name: value for name, value in handler(self).items() if name not in idle}
+
+
+def _options(objective: Objective) -> Any:
+    model = create_model(f"{objective.name}-options", __base__=_Options, **_fields(objective.parameters))
+    model.objective_name = objective.name
+    return model
+
+
+_OPTIONS: dict[str, Any] = {name: _options(objective) for name, objective in OBJECTIVES.items()}
+
+
+class _Terms(_Nullable):
+    """Terms by name; those that are not there are not written out."""
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: term for name, term in handler(self).items() if term is not None}
+
 
 _Mix: Any = create_model(
     "Mix",
-    __base__=Section,
+    __base__=_Terms,
     __doc__="Objectives added to the main one: name, its options and its weight.",
     **_fields(
         {
@@ -37,30 +87,27 @@ _Mix: Any = create_model(
 )
 
 
-class Loss(Section):
+class Loss(_Options):
     """The objective: its name (``type``), its options, and other objectives mixed in by weight."""
 
     type: str
     mix: _Mix = Field(default_factory=_Mix)
 
-    @field_validator("mix", mode="before")
-    @classmethod
-    def _null_mixes_nothing(cls, value: Any) -> Any:
-        return {} if value is None else value
+    @property
+    def terms(self) -> list[Term]:
+        """The main objective, then those mixed in."""
+        mixed = [term for _, term in self.mix if term is not None]
+        return [(self.objective, 1.0, self.options), *((term.objective, term.weight, term.options) for term in mixed)]
 
     @property
-    def terms(self) -> list[tuple[Objective, float, dict[str, Any]]]:
-        """(objective, weight, options) of the main objective, then of those mixed in."""
-        options = self.model_dump(exclude={"type", "mix"})
-        mixed = self.mix.model_dump(by_alias=True, exclude_none=True)
-        return [
-            (OBJECTIVES[self.type], 1.0, options),
-            *((OBJECTIVES[name], term.pop("weight"), term) for name, term in mixed.items()),
-        ]
+    def paired_terms(self) -> list[str]:
+        """Names of the objectives that take pairs."""
+        return [objective.name for objective, _, _ in self.terms if objective.data == "paired"]
 
     @property
-    def needs_pairs(self) -> bool:
-        return any(objective.data == "paired" for objective, _, _ in self.terms)
+    def compares_classes(self) -> bool:
+        """Whether unaligned examples are needed; aligned ones always are."""
+        return any(objective.reference or objective.data == "paired" for objective, _, _ in self.terms)
 
     @property
     def needs_mismatched(self) -> bool:

@@ -17,6 +17,7 @@ from pydantic import (
 
 from raydiv.config.loss import LossSection
 from raydiv.config.section import Section
+from raydiv.losses import named
 
 
 def template_text(template: str) -> str:
@@ -89,6 +90,10 @@ class Optim(Section):
     warmup: NonNegativeInt = Field(default=0, description="updates over which the rate rises linearly to lr")
     epochs: PositiveFloat | None = None
     steps: PositiveInt | None = None
+
+    target_margin: PositiveFloat | None = Field(
+        default=None, description="stop once the running mean of reward/margin reaches this, schedule or not"
+    )
 
     @model_validator(mode="after")
     def _one_duration(self) -> Optim:
@@ -186,8 +191,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _a_pair_fits(self) -> Recipe:
-        if self.loss.needs_pairs and self.batch.examples < 2:
-            raise ValueError(f"batch.examples must be at least 2: loss.type {self.loss.type} takes pairs")
+        if self.loss.paired_terms and self.batch.examples < 2:
+            raise ValueError(f"batch.examples must be at least 2: {self.loss.paired_terms[0]} takes pairs")
         return self
 
     @model_validator(mode="after")
@@ -200,5 +205,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _reference_is_used(self) -> Recipe:
         if self.model.reference != "store" and not self.loss.needs_reference:
-            raise ValueError(f"model.reference does not apply: loss.type {self.loss.type} has no reference")
+            raise ValueError(
+                f"model.reference does not apply: loss.type {self.loss.type} has no reference (losses that have one: "
+                f"{named(lambda objective: objective.reference)})"
+            )
         return self

@@ -62,14 +62,23 @@ MicroBatch = list[int]
 """Positions (in example order) of the examples that one forward takes together; empty: a dummy forward."""
 
 
-def micro_batches(lengths: Sequence[int], tokens: int, ranks: int) -> list[list[MicroBatch]]:
+Group = Sequence[int]
+"""Positions of examples that must share a micro-batch."""
+
+
+def micro_batches(
+    lengths: Sequence[int], tokens: int, ranks: int, groups: Sequence[Group] | None = None
+) -> list[list[MicroBatch]]:
     """Cut a step's examples into micro-batches and deal them to the ranks: ``result[rank][i]``.
 
-    Longest first, similar lengths together, at most ``tokens`` padded tokens in one (an example longer than that gets one to
+    Longest first, similar lengths together, at most ``tokens`` padded tokens in one (a group longer than that gets one to
     itself). Every rank gets the same number of micro-batches, since ZeRO's collectives must match: what is missing is
-    an empty one. ``lengths`` are tokens per example, prompt and response.
+    an empty one. ``lengths`` are tokens per example, prompt and response; ``groups`` (by default every example alone) cover
+    each example once.
     """
-    longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    if groups is None:
+        groups = [[position] for position in range(len(lengths))]
+    longest_first = sorted(groups, key=lambda group: (-_longest(group, lengths), group[0]))
     batches = list(_within_budget(longest_first, lengths, tokens))
     if len(batches) % ranks > 0 or not batches:
         batches = _spread(longest_first, lengths, tokens, ranks)
@@ -83,26 +92,33 @@ def micro_batches(lengths: Sequence[int], tokens: int, ranks: int) -> list[list[
     return [mine + [[] for _ in range(most - len(mine))] for mine in dealt]
 
 
-def _within_budget(order: Sequence[int], lengths: Sequence[int], tokens: int) -> Iterator[MicroBatch]:
+def padded_tokens(dealt: Sequence[Sequence[MicroBatch]], lengths: Sequence[int]) -> int:
+    """Tokens, padding included, of the rank that has most of them: what a pass over ``micro_batches`` costs."""
+    return max(sum(_padded(batch, lengths) for batch in mine) for mine in dealt)
+
+
+def _within_budget(order: Sequence[Group], lengths: Sequence[int], tokens: int) -> Iterator[MicroBatch]:
     """Consecutive runs of ``order`` (longest first) of at most ``tokens`` padded tokens."""
     batch: MicroBatch = []
-    for position in order:
-        if batch and (len(batch) + 1) * lengths[batch[0]] > tokens:
+    longest = 0
+    for group in order:
+        if batch and (len(batch) + len(group)) * longest > tokens:
             yield batch
             batch = []
-        batch.append(position)
+        longest = longest if batch else _longest(group, lengths)
+        batch.extend(group)
     if batch:
         yield batch
 
 
-def _spread(order: Sequence[int], lengths: Sequence[int], tokens: int, ranks: int) -> list[MicroBatch]:
+def _spread(order: Sequence[Group], lengths: Sequence[int], tokens: int, ranks: int) -> list[MicroBatch]:
     """The smallest budget-respecting number of micro-batches that every rank can get equally many of.
 
-    Shrinks the budget until the count is a multiple of ``ranks``, or every example stands alone.
+    Shrinks the budget until the count is a multiple of ``ranks``, or every group stands alone.
     """
     fewest = len(list(_within_budget(order, lengths, tokens)))
     wanted = -(-max(fewest, 1) // ranks) * ranks
-    best: list[MicroBatch] = [[position] for position in order]
+    best: list[MicroBatch] = [list(group) for group in order]
     low, high = 1, tokens
     while low <= high:
         middle = (low + high) // 2
@@ -114,5 +130,9 @@ def _spread(order: Sequence[int], lengths: Sequence[int], tokens: int, ranks: in
     return best
 
 
+def _longest(group: Group, lengths: Sequence[int]) -> int:
+    return max((lengths[position] for position in group), default=0)
+
+
 def _padded(batch: MicroBatch, lengths: Sequence[int]) -> int:
-    return len(batch) * max((lengths[i] for i in batch), default=0)
+    return len(batch) * _longest(batch, lengths)

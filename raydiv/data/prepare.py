@@ -11,9 +11,11 @@ from typing import Any
 
 from raydiv.cache import atomic, cache_dir, digest
 from raydiv.config import Recipe
+from raydiv.config.loss import Loss
 from raydiv.data.sources import Example, read_examples
 from raydiv.data.tokens import TokenizedExamples
 from raydiv.errors import UserError
+from raydiv.losses import named
 from raydiv.model.chat import Chat
 from raydiv.pool import Progress, map_rows, unwatched
 
@@ -57,7 +59,9 @@ class RawData:
     def __init__(self, recipe: Recipe, directory: Path) -> None:
         self._recipe, self._directory = recipe, directory
         train, held_out = split_examples(recipe)
-        _require(recipe, train)
+        for key, source, examples in (("train", recipe.data.train, train), ("eval", recipe.data.eval, held_out)):
+            if examples:
+                _require(recipe.loss, f"data.{key}: {source}", examples)
         chat = Chat(directory, recipe.data.template)
         self._sets = [_Set(recipe, chat, examples) for examples in (train, held_out) if examples]
 
@@ -86,19 +90,22 @@ def split_examples(recipe: Recipe) -> tuple[list[Example], list[Example]]:
     return parts
 
 
-def _require(recipe: Recipe, examples: Sequence[Example]) -> None:
-    """Refuse training data that the loss cannot learn from."""
-    source, loss = recipe.data.train, recipe.loss
+_ALONE = named(lambda objective: objective.data == "unpaired" and not objective.reference)
+
+
+def _require(loss: Loss, source: str, examples: Sequence[Example]) -> None:
+    """Refuse data that the loss cannot learn from, or be evaluated on."""
     classes = Counter(example.aligned for example in examples)
     for aligned, name in ((True, "aligned"), (False, "unaligned")):
-        if not classes[aligned] and loss.needs_reference:
-            raise UserError(f"data.train: {source} has no {name} example; loss.type {loss.type} compares two classes")
+        if not classes[aligned] and (aligned or loss.compares_classes):
+            fitting = "" if aligned else " (losses for aligned examples alone: {_ALONE})"
+            raise UserError(f"{source} has no {name} example, and loss.type {loss.type} needs some{fitting}")
     members = Counter(example.pair for example in examples if example.pair is not None)
     alone = sum(example.pair is None or members[example.pair] < 2 for example in examples)
-    if loss.needs_pairs and alone:
+    if loss.paired_terms and alone:
         raise UserError(
-            f"data.train: {alone} of {len(examples)} examples of {source} have no partner, and loss.type {loss.type} takes "
-            "pairs (losses for unpaired data: bco, kldo, kto)"
+            f"{source}: {alone} of {len(examples)} examples have no partner, and the loss {loss.paired_terms[0]} takes pairs "
+            f"(losses for unpaired data: {named(lambda objective: objective.data == 'unpaired')})"
         )
 
 

@@ -7,9 +7,9 @@ the recipe's ``loss`` section, and the facts in the decorator feed validation an
 import importlib
 import pkgutil
 
-from raydiv.losses.objective import OBJECTIVES, Batch, Objective, State, Value
+from raydiv.losses.objective import OBJECTIVES, Batch, Objective, Scope, State, Term, Value, named
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["OBJECTIVES", "Batch", "Objective", "State", "Value"]
+__all__ = ["OBJECTIVES", "Batch", "Objective", "Scope", "State", "Term", "Value", "named"]

@@ -55,22 +55,30 @@ class Value:
     state: State = field(default_factory=dict)
 
 
+Options = Mapping[str, Any]
+Scope = Literal["example", "pair", "batch"]
+"""Whose log-probs an example's coefficient depends on, given the state and the labels: its own, its pair's, the step's."""
+
+
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """One objective with its facts.
+    """One objective with its facts; those that depend on the options are functions of them.
 
-    ``ceiling`` maps the parameters to the largest value that the estimated divergence can take, or to None if there is
-    none. ``state`` holds the running quantities before the first step.
+    ``divergence`` names what it estimates ("none": nothing); ``ceiling`` is the largest value that the estimate can take,
+    None without one; ``scope`` says how many passes a step needs. ``applies`` maps an option to the other option, and the
+    values of it, under which it means anything. ``state`` holds the running quantities before the first step.
     """
 
     name: str
     function: Callable[..., Value]
     paper: str
     data: Literal["unpaired", "paired"]
-    divergence: str
-    ceiling: Callable[[Mapping[str, Any]], float | None]
+    divergence: Callable[[Options], str]
+    ceiling: Callable[[Options], float | None]
+    scope: Callable[[Options], Scope]
     reference: bool
     mismatched: bool
+    applies: Mapping[str, tuple[str, tuple[str, ...]]]
     state: State
 
     @property
@@ -90,29 +98,66 @@ class Objective:
     @property
     def summary(self) -> str:
         """First line of the function's docstring."""
-        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+        return self.description.partition("\n")[0]
 
+    @property
+    def description(self) -> str:
+        """The function's docstring."""
+        return inspect.getdoc(self.function) or ""
+
+    def idle(self, options: Options) -> dict[str, str]:
+        """Those of ``options`` that mean nothing beside the others, each with the condition that it lacks."""
+        return {
+            name: f"{switch}: {' or '.join(values)}"
+            for name, (switch, values) in self.applies.items()
+            if name in options and options[switch] not in values
+        }
+
+
+Term = tuple[Objective, float, dict[str, Any]]
+"""(objective, weight, all of its options). Of several the first is the main one, the others are mixed in."""
 
 OBJECTIVES: dict[str, Objective] = {}
+
+
+def named(fits: Callable[[Objective], bool]) -> str:
+    """The names of the objectives that fit, for messages."""
+    return ", ".join(sorted(name for name, candidate in OBJECTIVES.items() if fits(candidate)))
 
 
 def objective(
     *,
     paper: str,
     data: Literal["unpaired", "paired"],
-    divergence: str,
-    ceiling: Callable[[Mapping[str, Any]], float | None] = lambda parameters: None,
+    divergence: str | Callable[[Options], str],
+    ceiling: Callable[[Options], float | None] = lambda options: None,
+    scope: Scope | Callable[[Options], Scope] | None = None,
     reference: bool = True,
     mismatched: bool = False,
+    applies: Mapping[str, tuple[str, tuple[str, ...]]] | None = None,
     state: State | None = None,
 ) -> Callable[[Callable[..., Value]], Callable[..., Value]]:
-    """Register a function as the objective of its own name (underscores become hyphens)."""
+    """Register a function as the objective of its own name (underscores become hyphens).
+
+    Without a ``scope`` a paired objective's coefficients are taken to depend on the pair, an unpaired one's on the whole step.
+    """
+    reach: Scope | Callable[[Options], Scope] = scope or ("pair" if data == "paired" else "batch")
 
     def register(function: Callable[..., Value]) -> Callable[..., Value]:
         name = function.__name__.replace("_", "-")
         assert name not in OBJECTIVES, f"two objectives are called {name}"
         OBJECTIVES[name] = Objective(
-            name, function, paper, data, divergence, ceiling, reference, mismatched, state or {}
+            name,
+            function,
+            paper,
+            data,
+            divergence if callable(divergence) else lambda options: divergence,
+            ceiling,
+            reach if callable(reach) else lambda options: reach,
+            reference,
+            mismatched,
+            applies or {},
+            state or {},
         )
         return function
 

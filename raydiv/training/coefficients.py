@@ -1,22 +1,19 @@
 """Judge: from the global batch's log-probs to one coefficient per example.
 
-Pure: every rank evaluates it on the same vectors and comes to the same numbers.
+Pure: every rank evaluates it on the same vectors and comes to the same numbers. Where an objective separates over examples or
+pairs, ``known_coefficients`` has those of a part before the rest of the step is known.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from raydiv.losses import Batch, Objective, State
+from raydiv.losses import Batch, Scope, State, Term, Value
 from raydiv.training.metrics import reward_metrics
-
-Term = tuple[Objective, float, dict[str, Any]]
-"""(objective, weight, options): the main objective first, then what is mixed in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +31,33 @@ def first_states(terms: Sequence[Term]) -> list[State]:
     return [dict(objective.state) for objective, _, _ in terms]
 
 
+def widest_scope(terms: Sequence[Term]) -> Scope:
+    """Whose log-probs a coefficient of the weighted sum depends on."""
+    scopes = {objective.scope(options) for objective, _, options in terms}
+    return "batch" if "batch" in scopes else "pair" if "pair" in scopes else "example"
+
+
+def known_coefficients(terms: Sequence[Term], states: Sequence[State], batch: Batch) -> Tensor:
+    """Coefficients [n], right for the examples whose scope is whole in ``batch``; other log-probs may be anything finite.
+
+    Nothing is refused here: what is not finite reaches ``judge``, on every rank, before the update.
+    """
+    return _differentiate(terms, states, batch)[2]
+
+
+def _differentiate(terms: Sequence[Term], states: Sequence[State], batch: Batch) -> tuple[list[Value], Tensor, Tensor]:
+    """Value of each term, their weighted sum, and its gradient [n] by the log-probs."""
+    logps = batch.logps.detach().requires_grad_()
+    watched = replace(batch, logps=logps)
+    values = [
+        objective.function(watched, state, **options)
+        for (objective, _, options), state in zip(terms, states, strict=True)
+    ]
+    loss = torch.stack([weight * value.loss for (_, weight, _), value in zip(terms, values, strict=True)]).sum()
+    (coefficients,) = torch.autograd.grad(loss, logps)
+    return values, loss.detach(), coefficients
+
+
 def judge(terms: Sequence[Term], states: Sequence[State], batch: Batch) -> Verdict:
     """Evaluate the objective on the global batch.
 
@@ -46,25 +70,21 @@ def judge(terms: Sequence[Term], states: Sequence[State], batch: Batch) -> Verdi
             raise FloatingPointError(
                 f"{name} of examples {bad[:10]} of the step are not finite; the step was not applied"
             )
-    logps = batch.logps.detach().requires_grad_()
-    watched = replace(batch, logps=logps)
-    values = [
-        objective.function(watched, state, **options)
-        for (objective, _, options), state in zip(terms, states, strict=True)
-    ]
-    loss = torch.stack([weight * value.loss for (_, weight, _), value in zip(terms, values, strict=True)]).sum()
-    (coefficients,) = torch.autograd.grad(loss, logps)
+    values, loss, coefficients = _differentiate(terms, states, batch)
     if not (loss.isfinite() and coefficients.isfinite().all()):
         raise FloatingPointError(
-            f"the objective is {float(loss.detach())} and {int((~coefficients.isfinite()).sum())} of "
+            f"the objective is {float(loss)} and {int((~coefficients.isfinite()).sum())} of "
             f"{len(coefficients)} coefficients are not finite; the step was not applied"
         )
-    metrics = {"loss": float(loss.detach())}
+    metrics = {"loss": float(loss)}
     if values[0].divergence is not None:
         metrics["divergence"] = float(values[0].divergence.detach()) + 0.0  # -0.0 becomes 0.0
     metrics |= _objective_shares(terms, [float(value.loss.detach()) for value in values])
     metrics |= reward_metrics(batch, beta=float(terms[0][2].get("beta", 1.0)))
-    return Verdict(metrics["loss"], coefficients, [value.state for value in values], metrics)
+    states = [value.state for value in values]
+    for (objective, _, _), state in zip(terms, states, strict=True):
+        metrics |= {f"state/{objective.name}/{name}": number for name, number in state.items()}
+    return Verdict(metrics["loss"], coefficients, states, metrics)
 
 
 def _objective_shares(terms: Sequence[Term], losses: Sequence[float]) -> dict[str, float]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 
 from raydiv import dist
 from raydiv.data.plan import StepPlan
 from raydiv.data.tokens import TokenizedExamples
-from raydiv.losses import Batch
+from raydiv.losses import Batch, Term
+from raydiv.losses.numerics import running
+from raydiv.run import Metrics
 
 
-def step_record(
-    plan: StepPlan, examples: TokenizedExamples, metrics: dict[str, float], lr: float, seconds: float
-) -> dict[str, float]:
+def step_record(plan: StepPlan, examples: TokenizedExamples, metrics: Metrics, lr: float, seconds: float) -> Metrics:
     """A line of metrics.jsonl: ``metrics`` of the objective and ``grad_norm`` (before clipping), and what the step took.
 
     ``step`` counts optimizer updates from 1; ``tokens`` are real ones of the global batch, prompts included: padding,
@@ -30,6 +32,34 @@ def step_record(
         "step_seconds": seconds,
         "peak_memory_bytes": dist.max_over_ranks(_peak_memory()),
     }
+
+
+MEANS = ("divergence", "reward/margin")
+"""Step metrics that are logged as running means too, as ``NAME/ema``: one step's examples are few."""
+RATE = 0.1
+
+
+@dataclass
+class RunningMeans:
+    """Exponential moving averages of MEANS at RATE per update, from the first value on. Same on every rank."""
+
+    values: dict[str, float] = field(default_factory=dict)
+
+    def update(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Take a step's metrics in; returns ``NAME/ema`` of what has been seen so far (a class may be absent in a step)."""
+        for name in MEANS:
+            if name in metrics:
+                self.values[name] = running(self.values.get(name, metrics[name]), metrics[name], RATE)
+        return {f"{name}/ema": value for name, value in self.values.items()}
+
+
+def estimate_facts(main: Term) -> Metrics:
+    """``divergence/name`` and, where there is one, ``divergence/ceiling`` of a run's main objective; empty if it has none."""
+    objective, _, options = main
+    name, ceiling = objective.divergence(options), objective.ceiling(options)
+    if name == "none":
+        return {}
+    return {"divergence/name": name} | ({} if ceiling is None else {"divergence/ceiling": ceiling})
 
 
 def reward_metrics(batch: Batch, beta: float) -> dict[str, float]:

@@ -2,26 +2,29 @@
 
 An objective of this family sees a sequence only through its log-prob, so its gradient is sum_i c_i grad logp_i with
 c_i = d loss / d logp_i. Score finds every logp_i, judge every c_i, push sums their gradients: exactly the global batch's
-gradient, however the batch was laid out.
+gradient, however the batch was laid out. Where a micro-batch tells its own coefficients, the three are one pass over it.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from raydiv import dist
-from raydiv.data.plan import MicroBatch, micro_batches
+from raydiv.data.plan import MicroBatch, micro_batches, padded_tokens
 from raydiv.data.tokens import TokenizedExamples
-from raydiv.losses import Batch, State
+from raydiv.losses import Batch, State, Term
 from raydiv.model.collate import Inputs, collate
 from raydiv.model.head import LogProbHead
-from raydiv.training.coefficients import Term, Verdict, first_states, judge
+from raydiv.training.coefficients import Verdict, first_states, judge, known_coefficients, widest_scope
+
+ONE_PASS, TWO_PASSES = 3, 4
+"""What a token costs, in forwards: a backward costs two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,50 +64,108 @@ class Stepper:
     def step(self, chosen: StepExamples, lr: float) -> dict[str, float]:
         """One optimizer update; returns the step's metrics. A non-finite step raises FloatingPointError, unapplied."""
         self.engine.model.train()
-        mine = self._layout(chosen.examples)
-        # a rank with one micro-batch keeps its graph until the coefficients are known, and needs no second forward
-        keep_graph = len(mine) == 1
-        scores = [self._score(chosen.number, chosen.examples, micro_batch, grad=keep_graph) for micro_batch in mine]
-        verdict = judge(self.terms, self.states, self._batch(chosen, self._gather(chosen.examples, mine, scores)))
-        if keep_graph:
-            own = _coefficients(verdict, mine[0]).to(self.engine.device)
-            self.engine.backward((own * scores[0]).sum(), last=True)
+        given = self._given(chosen)
+        mine, whole = self._training_layout(chosen.examples)
+        if len(mine) == 1:
+            verdict = self._keep_graph(chosen, given, mine[0])
+        elif whole:
+            verdict = self._stream(chosen, given, mine)
         else:
-            self._push(chosen, mine, verdict)
+            verdict = self._two_passes(chosen, given, mine)
         self.states = verdict.states
         return verdict.metrics | {"grad_norm": self.engine.update(lr)}
 
     def score(self, chosen: StepExamples) -> Batch:
         """The global batch's log-probs, without gradient or dropout."""
         self.engine.model.eval()
-        return self._batch(chosen, self._score_all(chosen.number, chosen.examples))
+        return replace(self._given(chosen), logps=self._score_all(chosen.number, chosen.examples))
 
-    def _layout(self, examples: TokenizedExamples) -> list[MicroBatch]:
-        return micro_batches(examples.lengths, self.tokens_per_microbatch, dist.world_size())[dist.rank()]
+    def _given(self, chosen: StepExamples) -> Batch:
+        """All that the objective sees but the policy's log-probs, which stand at the reference's."""
+        reference, mismatched_reference = chosen.reference_logps, chosen.mismatched_reference_logps
+        if reference is None or mismatched_reference is None:
+            reference, mismatched_reference = self._adapter_off(chosen)
+        return Batch(
+            logps=reference,
+            reference_logps=reference,
+            aligned=torch.from_numpy(chosen.examples.aligned),
+            tokens=torch.from_numpy(chosen.examples.response_lengths),
+            pairs=torch.from_numpy(chosen.examples.pairs),
+            mismatched_log_ratios=self._score_all(chosen.number, chosen.mismatched) - mismatched_reference,
+        )
+
+    def _training_layout(self, examples: TokenizedExamples) -> tuple[list[MicroBatch], bool]:
+        """Micro-batches of this rank, and whether each is enough to tell its own coefficients.
+
+        Keeping pairs together pads more, which the saved forward must make up for.
+        """
+        scope, ranks, rank = widest_scope(self.terms), dist.world_size(), dist.rank()
+        free = micro_batches(examples.lengths, self.tokens_per_microbatch, ranks)
+        if scope == "pair" and len(free[rank]) > 1:
+            paired = micro_batches(examples.lengths, self.tokens_per_microbatch, ranks, examples.units)
+            tokens = [padded_tokens(layout, examples.lengths) for layout in (paired, free)]
+            if ONE_PASS * tokens[0] <= TWO_PASSES * tokens[1]:
+                return paired[rank], True
+        return free[rank], scope == "example"
+
+    def _keep_graph(self, chosen: StepExamples, given: Batch, micro_batch: MicroBatch) -> Verdict:
+        """One pass for any objective: a rank's only micro-batch keeps its graph until the coefficients are known."""
+        score = self._score(chosen.number, chosen.examples, micro_batch, grad=True)
+        logps = self._gather(chosen.examples, [micro_batch], [score])
+        verdict = judge(self.terms, self.states, replace(given, logps=logps))
+        self._backward(verdict.coefficients, micro_batch, score, last=True)
+        return verdict
+
+    def _stream(self, chosen: StepExamples, given: Batch, mine: list[MicroBatch]) -> Verdict:
+        """One pass where a micro-batch tells its own coefficients: forward and backward of each in turn."""
+        scores = []
+        for count, micro_batch in enumerate(mine, start=1):
+            score = self._score(chosen.number, chosen.examples, micro_batch, grad=True)
+            scores.append(score.detach())
+            logps = given.logps.clone()
+            if micro_batch:
+                logps[micro_batch] = scores[-1].float().cpu()
+            coefficients = known_coefficients(self.terms, self.states, replace(given, logps=logps))
+            self._backward(coefficients, micro_batch, score, last=count == len(mine))
+        return judge(self.terms, self.states, replace(given, logps=self._gather(chosen.examples, mine, scores)))
+
+    def _two_passes(self, chosen: StepExamples, given: Batch, mine: list[MicroBatch]) -> Verdict:
+        """Score every micro-batch, judge, then forward each again for its backward."""
+        scores = [self._score(chosen.number, chosen.examples, micro_batch, grad=False) for micro_batch in mine]
+        logps = self._gather(chosen.examples, mine, scores)
+        verdict = judge(self.terms, self.states, replace(given, logps=logps))
+        for count, micro_batch in enumerate(mine, start=1):
+            inputs = self._inputs(chosen.examples, micro_batch)
+            coefficients = self._own(verdict.coefficients, micro_batch)[inputs.rows]
+            share = self._forward(chosen.number, micro_batch, inputs, coefficients)
+            self.engine.backward(share, last=count == len(mine))
+        return verdict
+
+    def _backward(self, coefficients: Tensor, micro_batch: MicroBatch, logps: Tensor, last: bool) -> None:
+        """Backward of sum_i c_i logp_i over a micro-batch whose log-probs have their graph."""
+        self.engine.backward((self._own(coefficients, micro_batch) * logps).sum(), last=last)
+
+    def _own(self, coefficients: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """Coefficients of a micro-batch's examples [m]; a dummy's is zero."""
+        return (coefficients[micro_batch] if micro_batch else torch.zeros(1)).to(self.engine.device)
+
+    def _inputs(self, examples: TokenizedExamples, micro_batch: MicroBatch) -> Inputs:
+        return collate([examples[position] for position in micro_batch]).to(self.engine.device)
 
     def _score(self, step: int, examples: TokenizedExamples, micro_batch: MicroBatch, grad: bool) -> Tensor:
         """Log-probs [m] of a micro-batch of ``examples`` (a dummy's one), with a graph when ``grad``."""
-        inputs = collate([examples[position] for position in micro_batch]).to(self.engine.device)
+        inputs = self._inputs(examples, micro_batch)
         with torch.set_grad_enabled(grad):
-            logps = self._forward(step, micro_batch, inputs, None)
-            return inputs.per_example(logps, max(1, len(micro_batch)))
+            return inputs.per_example(self._forward(step, micro_batch, inputs, None), max(1, len(micro_batch)))
 
     def _score_all(self, step: int, examples: TokenizedExamples) -> Tensor:
         """Log-probs [n] of ``examples`` over all ranks, without graph."""
         if not len(examples):
             return torch.zeros(0)
-        mine = self._layout(examples)
+        mine = micro_batches(examples.lengths, self.tokens_per_microbatch, dist.world_size())[dist.rank()]
         return self._gather(
             examples, mine, [self._score(step, examples, micro_batch, grad=False) for micro_batch in mine]
         )
-
-    def _push(self, chosen: StepExamples, mine: list[MicroBatch], verdict: Verdict) -> None:
-        """Backward of sum_i c_i logp_i, micro-batch by micro-batch."""
-        for count, micro_batch in enumerate(mine, start=1):
-            inputs = collate([chosen.examples[position] for position in micro_batch]).to(self.engine.device)
-            coefficients = _coefficients(verdict, micro_batch).to(self.engine.device)[inputs.rows]
-            share = self._forward(chosen.number, micro_batch, inputs, coefficients)
-            self.engine.backward(share, last=count == len(mine))
 
     def _forward(self, step: int, micro_batch: MicroBatch, inputs: Inputs, coefficients: Tensor | None) -> Tensor:
         # score and push of a micro-batch must draw the same dropout masks
@@ -121,19 +182,6 @@ class Stepper:
                 logps[micro_batch] = score.detach().float()
         return dist.sum_over_ranks(logps).cpu()
 
-    def _batch(self, chosen: StepExamples, logps: Tensor) -> Batch:
-        reference, mismatched_reference = chosen.reference_logps, chosen.mismatched_reference_logps
-        if reference is None or mismatched_reference is None:
-            reference, mismatched_reference = self._adapter_off(chosen)
-        return Batch(
-            logps=logps,
-            reference_logps=reference,
-            aligned=torch.from_numpy(chosen.examples.aligned),
-            tokens=torch.from_numpy(chosen.examples.response_lengths),
-            pairs=torch.from_numpy(chosen.examples.pairs),
-            mismatched_log_ratios=self._score_all(chosen.number, chosen.mismatched) - mismatched_reference,
-        )
-
     def _adapter_off(self, chosen: StepExamples) -> tuple[Tensor, Tensor]:
         """Reference log-probs [n] and [m] of the step from the policy without its adapters, and without dropout."""
         model = self.engine.model
@@ -143,11 +191,6 @@ class Stepper:
             logps = (self._score_all(chosen.number, chosen.examples), self._score_all(chosen.number, chosen.mismatched))
         model.train(training)
         return logps
-
-
-def _coefficients(verdict: Verdict, micro_batch: MicroBatch) -> Tensor:
-    """Coefficients of a micro-batch's examples [m]; a dummy's is zero."""
-    return verdict.coefficients[micro_batch] if micro_batch else torch.zeros(1)
 
 
 def _seed(*parts: int) -> int:

@@ -17,7 +17,7 @@ from raydiv.data.tokens import TokenizedExamples
 from raydiv.model.export import write_model
 from raydiv.run import RunDirectory
 from raydiv.training.coefficients import judge
-from raydiv.training.metrics import step_record
+from raydiv.training.metrics import RunningMeans, estimate_facts, step_record
 from raydiv.training.schedule import learning_rate
 from raydiv.training.step import StepExamples, Stepper
 
@@ -89,6 +89,7 @@ def run_worker(given: WorkerInput) -> None:
     stepper = Stepper(engine, head, recipe.loss.terms, recipe.batch.tokens_per_microbatch, recipe.seed)
     epochs = epochs_of(recipe, given.train.examples)
     steps = total_steps(recipe, epochs)
+    means, facts = RunningMeans(), estimate_facts(recipe.loss.terms[0])
     _log(run, _held_out(stepper, given, step=0))
     for number in range(steps):
         started = time.perf_counter()
@@ -96,12 +97,20 @@ def run_worker(given: WorkerInput) -> None:
         chosen = given.train.select(number, plan.rows)
         lr = learning_rate(recipe.optim, number, steps)
         metrics = stepper.step(chosen, lr)
+        metrics |= means.update(metrics) | facts
         _log(run, step_record(plan, chosen.examples, metrics, lr, time.perf_counter() - started))
-        if recipe.evaluate.every and (number + 1) % recipe.evaluate.every == 0 and number + 1 < steps:
+        last = number + 1 == steps or reached(recipe.optim.target_margin, metrics)
+        if last or (recipe.evaluate.every and (number + 1) % recipe.evaluate.every == 0):
             _log(run, _held_out(stepper, given, step=number + 1))
-    _log(run, _held_out(stepper, given, step=steps))
+        if last:
+            break
     head.remove()
     _save(engine, given, run)
+
+
+def reached(target_margin: float | None, metrics: dict[str, float]) -> bool:
+    """Whether the running reward margin is where the recipe wants training to stop."""
+    return target_margin is not None and metrics.get("reward/margin/ema", 0.0) >= target_margin
 
 
 def _log(run: RunDirectory, record: dict[str, float]) -> None:

@@ -1,0 +1,100 @@
+"""KL divergence optimisation: Donsker and Varadhan's bound as a loss.
+
+Notation: r = beta * log-ratio; E+ and E- the means over the aligned and the unaligned examples of the global batch, each
+class averaged by itself; E the mixture skew E+ + (1 - skew) E-.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+
+from raydiv.losses.numerics import bounded_exp, class_log_mean_exp, class_mean
+from raydiv.losses.objective import Batch, Options, State, Value, objective
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _names(options: Options) -> str:
+    skew = options["skew"]
+    return f"KL(D+ || {skew:g} D+ + {1 - skew:g} D-)" if skew else "KL(D+ || D-)"
+
+
+@objective(
+    paper="Haldar et al. 2025 (arXiv 2502.00657); the skewed form is raydiv's",
+    data="unpaired",
+    divergence=_names,
+    ceiling=lambda options: -math.log(options["skew"]) if options["skew"] else None,
+    scope=lambda options: "example" if options["estimator"] == "lagged" else "batch",
+    applies={"ema_rate": ("estimator", ("ema", "lagged"))},
+    state={"log_mean": 0.0},
+)
+def kldo(
+    batch: Batch,
+    state: State,
+    *,
+    beta: Annotated[float, Gt(0)] = 0.1,
+    skew: Annotated[float, Ge(0), Lt(1)] = 0.0,
+    estimator: Literal["batch", "ema", "lagged"] = "batch",
+    ema_rate: Annotated[float, Gt(0), Le(1)] = 0.1,
+) -> Value:
+    """KL divergence optimisation: -E+[r] + log(skew E+[exp r] + (1 - skew) E-[exp r]).
+
+    With ``skew`` 0 this is the paper's loss, unbounded below on any batch of distinct examples; with ``skew`` > 0 it is at
+    least -log(1/skew) on every batch. ``estimator`` says which log-mean-exp m the gradient divides by:
+
+    - ``batch``: the step's own, exactly. Adding a constant to every reward changes nothing.
+    - ``ema``: a running mean at ``ema_rate``, the step's included (as in MINE). Coefficients exp(r - m)/n sum to at most
+      1/ema_rate; the loss can fall log(1/ema_rate) below its bound, since a running mean lags the step's.
+    - ``lagged``: the running mean of the steps before, in the surrogate -E+[r] + m + E[exp(r - m)] - 1, which keeps the
+      bound. Each coefficient is known from its own example, so the step takes one pass. Weights exp(r - m) above
+      max(1/ema_rate, 2/skew) are held there (the exponential goes on as its tangent). Below it the surrogate is never
+      under the exact objective; without ``skew`` the hold also keeps densities p/q above 1/ema_rate from being reached.
+
+    The divergence is the step's own Donsker-Varadhan estimate under every estimator.
+    """
+    r = beta * batch.log_ratios
+    log_mean = _log_mixture(r, batch.aligned, skew)
+    exact = log_mean - class_mean(r, batch.aligned)
+    if estimator == "batch":
+        return Value(exact, divergence=-exact, state={"log_mean": float(log_mean.detach())})
+    mean = _running_log_mean(log_mean, state["log_mean"], ema_rate)
+    if estimator == "ema":
+        loss = mean - class_mean(r, batch.aligned)
+    else:
+        loss = _lagged(r, batch.aligned, state["log_mean"], skew, largest=max(1 / ema_rate, 2 * skew and 2 / skew))
+    return Value(loss, divergence=-exact, state={"log_mean": float(mean.detach())})
+
+
+def _log_mixture(r: Tensor, aligned: Tensor, skew: float) -> Tensor:
+    """log(skew E+[exp r] + (1 - skew) E-[exp r])."""
+    unaligned = class_log_mean_exp(r, ~aligned)
+    if not skew:
+        return unaligned
+    return (class_log_mean_exp(r, aligned) + math.log(skew)).logaddexp(unaligned + math.log1p(-skew))
+
+
+def _running_log_mean(log_mean: Tensor, previous: float, rate: float) -> Tensor:
+    """log((1 - rate) exp(previous) + rate exp(log_mean)), with MINE's gradient exp(log_mean - result) d log_mean.
+
+    At the start policy = reference, so r = 0 and the running mean's logarithm 0 is exact: no "unset" value is needed.
+    """
+    if rate == 1:
+        return log_mean
+    fresh = log_mean.detach() + math.log(rate)
+    mean = fresh.logaddexp(fresh.new_full((), previous + math.log1p(-rate)))
+    weight = (log_mean - mean).exp()
+    return mean + weight - weight.detach()
+
+
+def _lagged(r: Tensor, aligned: Tensor, log_mean: float, skew: float, largest: float) -> Tensor:
+    """The surrogate of log E[exp r] at a given log-mean-exp, less E+[r]."""
+    weights = bounded_exp(r - log_mean, math.log(largest))
+    alone = bounded_exp(r.new_tensor(-log_mean), math.log(largest))
+    mixture = (1 - skew) * class_mean(weights, ~aligned, empty=alone)
+    if skew:
+        mixture = mixture + skew * class_mean(weights, aligned, empty=alone)
+    return log_mean + mixture - 1 - class_mean(r, aligned)

@@ -1,0 +1,81 @@
+"""Saturating utilities: an example far enough on its right side has nothing more to win.
+
+Notation: r = beta * log-ratio, r+ and r- those of an aligned and an unaligned example; s the sigmoid; E+ and E- the means
+over the two classes of the global batch, each averaged by itself. The paired ones average over pairs.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from annotated_types import Gt
+
+from raydiv.losses.numerics import class_mean, pair_mean
+from raydiv.losses.objective import Batch, State, Value, objective
+
+
+@objective(
+    paper="Ethayarajh et al. 2024 (arXiv 2402.01306); the divergence: Haldar et al. 2025",
+    data="unpaired",
+    divergence="integral of |lambda_aligned p - lambda_unaligned q| / 2 (total variation at lambdas of 1)",
+    ceiling=lambda options: (options["lambda_aligned"] + options["lambda_unaligned"]) / 2,
+    scope="example",
+    mismatched=True,
+)
+def kto(
+    batch: Batch,
+    state: State,
+    *,
+    beta: Annotated[float, Gt(0)] = 0.1,
+    lambda_aligned: Annotated[float, Gt(0)] = 1.0,
+    lambda_unaligned: Annotated[float, Gt(0)] = 1.0,
+) -> Value:
+    """Kahneman-Tversky optimisation: lambda_aligned E+[1 - s(r - z0)] + lambda_unaligned E-[1 - s(z0 - r)].
+
+    z0 = max(0, beta * mean of the mismatched examples' log-ratios), without gradient.
+    """
+    r = beta * batch.log_ratios
+    mismatched = batch.mismatched_log_ratios
+    z0 = (beta * mismatched.mean()).clamp(min=0) if len(mismatched) else r.new_zeros(())
+    aligned = class_mean((z0 - r).sigmoid(), batch.aligned, empty=z0.sigmoid())
+    unaligned = class_mean((r - z0).sigmoid(), ~batch.aligned, empty=(-z0).sigmoid())
+    loss = lambda_aligned * aligned + lambda_unaligned * unaligned
+    return Value(loss, divergence=(lambda_aligned + lambda_unaligned) / 2 - loss)
+
+
+@objective(
+    paper="D'Oosterlinck et al. 2024 (arXiv 2408.06266), eq. 7, unpaired as in TRL",
+    data="unpaired",
+    divergence="TV(D+ || D-)",
+    ceiling=lambda options: 1.0,
+    scope="example",
+)
+def apo_zero_unpaired(batch: Batch, state: State, *, beta: Annotated[float, Gt(0)] = 0.1) -> Value:
+    """Anchored preference optimisation, unpaired: E+[1 - s(r)] + E-[s(r)]; kto with z0 = 0."""
+    r = beta * batch.log_ratios
+    loss = class_mean((-r).sigmoid(), batch.aligned, empty=0.5) + class_mean(r.sigmoid(), ~batch.aligned, empty=0.5)
+    return Value(loss, divergence=1 - loss)
+
+
+@objective(
+    paper="D'Oosterlinck et al. 2024 (arXiv 2408.06266), eq. 7",
+    data="paired",
+    divergence="TV(D+ || D-)",
+    ceiling=lambda options: 1.0,
+    scope="example",
+)
+def apo_zero(batch: Batch, state: State, *, beta: Annotated[float, Gt(0)] = 0.1) -> Value:
+    """Anchored preference optimisation, zero: 1 - s(r+) + s(r-). Raises aligned and lowers unaligned responses."""
+    aligned, unaligned = batch.paired(beta * batch.log_ratios)
+    loss = pair_mean((-aligned).sigmoid() + unaligned.sigmoid(), empty=1.0)
+    return Value(loss, divergence=1 - loss)
+
+
+@objective(paper="D'Oosterlinck et al. 2024 (arXiv 2408.06266), eq. 8", data="paired", divergence="none")
+def apo_down(batch: Batch, state: State, *, beta: Annotated[float, Gt(0)] = 0.1) -> Value:
+    """Anchored preference optimisation, down: s(r+) + 1 - s(D), D = r+ - r-. Lowers both responses, unaligned ones more.
+
+    At r = 0 its pull on the aligned response cancels: no aligned reward rises.
+    """
+    aligned, unaligned = batch.paired(beta * batch.log_ratios)
+    return Value(pair_mean(aligned.sigmoid() + (unaligned - aligned).sigmoid(), empty=1.0))
