@@ -99,7 +99,10 @@ def _curves(run: RunDirectory) -> bytes:
         axis.set_title(key, fontsize=9)
         if key == "divergence":
             _name_estimate(axis, records)
-        axis.legend(fontsize=7, frameon=False)
+        if axis.has_data():
+            axis.legend(fontsize=7, frameon=False)
+        else:
+            axis.set_axis_off()
     figure.supxlabel("optimizer update", fontsize=9)
     return _png(figure)
 

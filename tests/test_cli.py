@@ -222,6 +222,35 @@ def test_unpaired_data_for_a_paired_loss_is_one_line(
     line = one_line(capfd.readouterr().err)
     assert "4 of 4" in line
     assert "kldo" in line
+    assert "aot-unpaired" in line
+    assert "rdpo" not in line
+
+
+def test_unpaired_data_for_a_paired_term_names_the_term(
+    recipe: Path, write_jsonl: Callable[..., Path], refuse: Refuse
+) -> None:
+    data = write_jsonl(*[{"prompt": f"question {n}", "completion": "answer", "label": n % 2 == 0} for n in range(4)])
+    line = refuse("prepare", recipe, f"data.train={data}", "loss.mix.ipo.weight=1")
+    assert "the loss ipo takes pairs" in line
+
+
+def test_held_out_data_must_fit_the_loss_too(recipe: Path, write_jsonl: Callable[..., Path], refuse: Refuse) -> None:
+    pairs = write_jsonl(*[PAIR | {"prompt": f"question {n}"} for n in range(4)], name="pairs.jsonl")
+    rows = [{"prompt": f"other {n}", "completion": "answer", "label": n % 2 == 0} for n in range(4)]
+    unpaired = write_jsonl(*rows, name="unpaired.jsonl")
+    line = refuse("prepare", recipe, f"data.train={pairs}", f"data.eval={unpaired}", "loss.type=simpo")
+    assert f"data.eval: {unpaired}: 4 of 4" in line
+
+
+def test_aligned_examples_alone_are_enough_for_sft_only(
+    recipe: Path, write_jsonl: Callable[..., Path], refuse: Refuse
+) -> None:
+    data = write_jsonl(*[{"prompt": f"question {n}", "completion": "answer", "label": True} for n in range(3)])
+    line = refuse("prepare", recipe, f"data.train={data}", "loss.type=fdo")
+    assert "no unaligned example" in line
+    assert "aligned examples alone: sft" in line
+    unaligned = write_jsonl({"prompt": "question", "completion": "answer", "label": False}, name="unaligned.jsonl")
+    assert "no aligned example" in refuse("prepare", recipe, f"data.train={unaligned}", "loss.type=sft")
 
 
 def test_missing_model_is_one_line(tmp_path: Path, recipe: Path, refuse: Refuse) -> None:

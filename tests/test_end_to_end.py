@@ -15,6 +15,7 @@ from raydiv.cli import main
 from raydiv.config import load_recipe
 from raydiv.config.recipe import Cluster
 from raydiv.launch import Result, train
+from raydiv.losses import OBJECTIVES
 from raydiv.preparation import prepare
 from raydiv.progress import Display
 from raydiv.session import ray_session
@@ -24,7 +25,8 @@ pytestmark = pytest.mark.slow
 STEP_METRICS = {
     *("step", "epoch", "loss", "divergence", "grad_norm", "lr", "tokens", "tokens_per_second", "step_seconds"),
     *("reward/aligned", "reward/unaligned", "reward/margin", "reward/accuracy", "logp/aligned", "logp/unaligned"),
-    *("log_ratio/rms", "peak_memory_bytes"),
+    *("log_ratio/rms", "peak_memory_bytes", "state/kldo/log_mean"),
+    *("divergence/ema", "divergence/name", "divergence/ceiling", "reward/margin/ema"),
 }
 
 
@@ -104,6 +106,7 @@ def test_run_directory_is_complete(run: Result) -> None:
     assert {"raydiv", "ray", "torch", "deepspeed", "python"} <= result["versions"].keys()
     assert result["data"]["train"]["pairs"] == 12
     assert result["metrics"]["loss"] == run.metrics["loss"]
+    assert result["steps"] == {"planned": 4, "taken": 4}
 
 
 def test_step_metrics_are_all_there_and_gapless(run: Result) -> None:
@@ -111,6 +114,8 @@ def test_step_metrics_are_all_there_and_gapless(run: Result) -> None:
     assert [record["step"] for record in steps] == [1, 2, 3, 4]
     for record in steps:
         assert record.keys() >= STEP_METRICS
+        assert record["divergence"] <= record["divergence/ceiling"] == pytest.approx(np.log(2))
+        assert record["divergence/name"] == "KL(D+ || 0.5 D+ + 0.5 D-)"
     assert [record["lr"] for record in steps] == pytest.approx([1e-2, 1e-2, 7.5e-3, 2.5e-3])
     evaluated = [record["step"] for record in records(run.run.path) if "eval/loss" in record]
     assert evaluated == [0, 2, 4]
@@ -149,6 +154,7 @@ def test_mlflow_has_parameters_metrics_tags_and_artifacts(run: Result) -> None:
     assert found.data.params["loss.skew"] == "0.5"
     assert found.data.params["loss.mix.sft.weight"] == "0.5"
     assert {"data.fingerprint", "model.fingerprint", "version.ray"} <= found.data.tags.keys()
+    assert found.data.tags["divergence.name"] == "KL(D+ || 0.5 D+ + 0.5 D-)"
     assert [metric.step for metric in client.get_metric_history(where["run_id"], "loss")] == [1, 2, 3, 4]
     assert {metric.step for metric in client.get_metric_history(where["run_id"], "separation/d_b")} == {0, 4}
     assert {file.path for file in client.list_artifacts(where["run_id"])} >= {"report.html", "result.json", "pca.png"}
@@ -231,7 +237,26 @@ def test_lora_with_adapters_off_is_the_stored_reference(
     assert all("proj" in name for name in changed)
 
 
-@pytest.mark.parametrize("loss", ["dpo", "kto", "nca", "bco", "sft"])
+def test_target_margin_stops_early_and_says_so(
+    ray: None, tiny_model: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    stopping = ("optim.steps=30", "optim.lr=0.02", "optim.target_margin=0.3", "cluster.num_workers=1")
+    result = train(recipe_of(tiny_model, files, tmp_path, "stopped", *stopping), Display(quiet=True))
+    steps = [record for record in records(result.run.path) if "loss" in record]
+    margins = [record["reward/margin/ema"] for record in steps]
+    assert len(steps) < 30
+    assert margins[-1] >= 0.3 > max(margins[:-1])
+    assert records(result.run.path)[-1].keys() >= {"eval/loss"}
+    assert result.report["steps"] == {"planned": 30, "taken": len(steps)}
+    assert f"stopped after {len(steps)} of 30 updates" in result.run.report.read_text()
+
+
+FAMILIES = ("dpo", "kto", "nca", "fdo", "simpo", "aot-unpaired", "sft")
+
+
+@pytest.mark.parametrize(
+    "loss", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.long) for name in OBJECTIVES if name not in FAMILIES)]
+)
 def test_other_objectives_train(ray: None, loss: str, tiny_model: Path, files: dict[str, str], tmp_path: Path) -> None:
     recipe = recipe_of(
         tiny_model,

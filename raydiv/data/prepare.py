@@ -98,7 +98,7 @@ def _require(loss: Loss, source: str, examples: Sequence[Example]) -> None:
     classes = Counter(example.aligned for example in examples)
     for aligned, name in ((True, "aligned"), (False, "unaligned")):
         if not classes[aligned] and (aligned or loss.compares_classes):
-            fitting = "" if aligned else " (losses for aligned examples alone: {_ALONE})"
+            fitting = "" if aligned else f" (losses for aligned examples alone: {_ALONE})"
             raise UserError(f"{source} has no {name} example, and loss.type {loss.type} needs some{fitting}")
     members = Counter(example.pair for example in examples if example.pair is not None)
     alone = sum(example.pair is None or members[example.pair] < 2 for example in examples)

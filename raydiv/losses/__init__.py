@@ -1,7 +1,38 @@
 """Objectives: pure functions of the global batch's log-probs (no collectives, no Ray, no torch at import).
 
+A family is a file:
+
+- kldo.py        KL by Donsker and Varadhan's bound: kldo (batch, ema, lagged; skew)
+- fdo.py         any f-divergence by its variational bound: fdo
+- classifier.py  the reward as a classifier's logit: bco, bco-pair, nca
+- utility.py     saturating utilities: kto, apo-zero-unpaired, apo-zero, apo-down
+- preference.py  the difference of a pair's rewards: dpo, rdpo, slic, exo, discopop, sigmoid-norm
+- regression.py  log-ratios on fixed targets: ipo, sppo
+- transport.py   aligned and unaligned matched by rank: aot, aot-unpaired
+- likelihood.py  no reference: sft, cpo, simpo, orpo
+- penalty.py     to mix in: log-ratio-l2
+
 Adding one is adding one function, in the file of its family, under ``@objective``: its keyword-only parameters become
 the recipe's ``loss`` section, and the facts in the decorator feed validation and ``raydiv losses``.
+
+Where the authors' KLDO code (github.com/rhaldarpurdue/KLDO, for arXiv 2502.00657) does otherwise, and why raydiv does not:
+
+- It takes log-mean-exp over the few unaligned examples of one micro-batch of one rank, a biased estimate whose bias changes
+  with the layout. Here every estimator sees the whole global batch.
+- It sums over the batch for KTO, BCO and DPO and averages for KL, so equal learning rates are not equal steps. Here every
+  class, or the pairs, are averaged; weights of classes are options (lambda_aligned, lambda_unaligned).
+- exp().mean().log() overflows for rewards above 88, and a backward divided by mean + 1e-6 vanishes below about -14.
+  Here exponentials are taken through log-sum-exp; the gradient is a softmax at any reward.
+- Its moving averages are updated as m (1 - a) + a m, which never moves them; they are kept per rank, in linear space, with 0
+  for "unset", change during evaluation, start anew each epoch and are in no checkpoint. Here they are in log space where they
+  are of exponentials, start at the value that is exact while policy = reference, are the same on every rank, and evaluation
+  throws its own away.
+- ``normalize`` rescales the unaligned term by min(a, u) / u, which flips signs. Not offered.
+- A class absent from a step gives NaN or a crash. Here it counts as one example of reward 0.
+- Its label mask is off by tokens, since the templated prompt is no prefix of prompt and response; BOS is there in evaluation
+  and not in training. Here prompt and response are tokenised apart and their ids joined (raydiv.model.chat), for both.
+- Every rank trains on the same rows, every epoch in the same order, and the learning rate's schedule, which counts examples
+  and not updates, ends at 84-98% of its peak. See raydiv.data.plan and raydiv.training.schedule.
 """
 
 import importlib
