@@ -244,7 +244,6 @@ def _losses(options: argparse.Namespace) -> int:
             "paper": objective.paper,
             "data": objective.data,
             "reference": objective.reference,
-            "passes": PASSES[objective.scope(objective.defaults)],
             "estimates": _estimates(objective),
             "options": {
                 key: _option(annotation, default) for key, (annotation, default) in objective.parameters.items()
@@ -261,9 +260,9 @@ def _losses(options: argparse.Namespace) -> int:
             for number, estimate in enumerate(facts["estimates"]):
                 ceiling = "none" if estimate["ceiling"] is None else f"{estimate['ceiling']:.4g}"
                 print(
-                    f"  {'' if number else 'estimates':<11} {estimate['divergence']}; ceiling {ceiling}{_at(estimate)}"
+                    f"  {'' if number else 'estimates':<11} {estimate['divergence']}; ceiling {ceiling}; "
+                    f"{PASSES[estimate['scope']]}{_at(estimate)}"
                 )
-            print(f"  passes      {facts['passes']}")
             print(f"  options     {', '.join(f'{key}: {text}' for key, text in facts['options'].items()) or 'none'}")
             print(f"  paper       {facts['paper']}\n")
 
@@ -272,31 +271,33 @@ def _losses(options: argparse.Namespace) -> int:
 
 
 PASSES = {
-    "example": "one",
-    "pair": "one where a pair shares a micro-batch, else two",
-    "batch": "one with a single micro-batch per worker, else two",
+    "example": "one pass",
+    "pair": "one pass where pairs share a micro-batch, else two",
+    "batch": "one pass over a single micro-batch per worker, else two",
 }
 """Forwards of a training step, by an objective's scope."""
 
 
 def _estimates(objective: Objective) -> list[dict[str, Any]]:
-    """Divergence and ceiling at the default options, then at each choice of an option that changes them."""
+    """Divergence, ceiling and scope at the default options, then at each choice of an option that changes them."""
     found: list[dict[str, Any]] = []
     for options in [{}, *({key: choice} for key, choices in _choices(objective).items() for choice in choices)]:
         everything = objective.defaults | options
         facts = {"divergence": objective.divergence(everything), "ceiling": objective.ceiling(everything)}
+        facts["scope"] = objective.scope(everything)
         if facts not in [{key: known[key] for key in facts} for known in found]:
             found.append(facts | {"options": options})
     return found
 
 
 def _choices(objective: Objective) -> dict[str, tuple[Any, ...]]:
-    """The options that are a choice among names."""
-    return {
+    """The options that are a choice among names, and those numbers that change what is estimated."""
+    names = {
         key: annotation.__args__
         for key, (annotation, _) in objective.parameters.items()
         if getattr(annotation, "__origin__", None) is Literal
     }
+    return names | dict(objective.telling)
 
 
 def _at(estimate: dict[str, Any]) -> str:

@@ -96,9 +96,9 @@ def _with_reference(recipe: Recipe, directory: Path, data: PreparedData, display
 
 
 def _derangement(recipe: Recipe, examples: TokenizedExamples) -> TokenizedExamples | None:
-    if not recipe.loss.needs_mismatched:
+    if not recipe.loss.mismatched_terms:
         return None
     try:
         return mismatched(examples, recipe.batch.max_length)
     except ValueError as error:
-        raise UserError(f"data: {error}; loss.type {recipe.loss.type} needs them") from None
+        raise UserError(f"data: {error}; the loss {recipe.loss.mismatched_terms[0]} needs them") from None

@@ -97,7 +97,7 @@ def test_losses_json_is_one_object_of_every_objective(capfd: pytest.CaptureFixtu
     for name, facts in printed.items():
         assert facts["data"] == OBJECTIVES[name].data
         assert set(facts["options"]) == set(OBJECTIVES[name].parameters)
-        assert all(facts[key] for key in ("summary", "description", "paper", "passes"))
+        assert all(facts[key] for key in ("summary", "description", "paper"))
         first, *others = facts["estimates"]
         assert first["options"] == {}
         assert first["divergence"] == OBJECTIVES[name].divergence(OBJECTIVES[name].defaults)
@@ -105,6 +105,7 @@ def test_losses_json_is_one_object_of_every_objective(capfd: pytest.CaptureFixtu
         assert all(estimate["ceiling"] is None or estimate["ceiling"] > 0 for estimate in facts["estimates"])
     divergences = [estimate["divergence"] for estimate in printed["fdo"]["estimates"]]
     assert len(divergences) == len(set(divergences)) == 7
+    assert {"skew": 0.5} in [estimate["options"] for estimate in printed["kldo"]["estimates"]]
 
 
 def test_losses_table_names_every_objective_and_option(capfd: pytest.CaptureFixture[str]) -> None:
@@ -248,7 +249,7 @@ def test_aligned_examples_alone_are_enough_for_sft_only(
     data = write_jsonl(*[{"prompt": f"question {n}", "completion": "answer", "label": True} for n in range(3)])
     line = refuse("prepare", recipe, f"data.train={data}", "loss.type=fdo")
     assert "no unaligned example" in line
-    assert "aligned examples alone: sft" in line
+    assert "aligned examples alone: sft)" in line
     unaligned = write_jsonl({"prompt": "question", "completion": "answer", "label": False}, name="unaligned.jsonl")
     assert "no aligned example" in refuse("prepare", recipe, f"data.train={unaligned}", "loss.type=sft")
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from raydiv.config import Recipe, load_recipe, save_recipe
+from raydiv.config.load import TYPES
 from raydiv.errors import UserError
 from raydiv.losses import OBJECTIVES
 
@@ -185,7 +186,7 @@ def test_mixed_in_loss_is_checked_too() -> None:
     message = refusal(tree(), "loss.mix.dpo.wight=1", "loss.mix.sft.beta=0.1", "loss.mix.bco.weight=0")
     for part in ("loss.mix.dpo.wight: unknown key (did you mean weight?)", "loss.mix.dpo.weight: missing"):
         assert part in message
-    assert "loss.mix.sft.beta: unknown key" in message
+    assert "loss.mix.sft.beta: unknown key of the loss sft (an option of aot" in message
     assert "loss.mix.bco.weight: input should be greater than 0" in message
 
 
@@ -219,6 +220,24 @@ def test_resolved_mix_lists_its_terms_alone() -> None:
     assert loss.model_dump(by_alias=True)["mix"].keys() == {"log-ratio-l2"}
 
 
+def test_penalty_is_refused_as_the_objective() -> None:
+    message = refusal(tree(loss={"type": "log-ratio-l2"}))
+    assert message.startswith("loss.type: ")
+    assert "loss.mix" in message
+
+
+@pytest.mark.parametrize("loss", ["sft", "simpo"])
+def test_target_margin_needs_rewards_that_count_from_a_reference(loss: str) -> None:
+    message = refusal(tree(loss={"type": loss}), "optim.target_margin=3")
+    assert message.startswith("optim.target_margin does not apply")
+    assert "kldo" in message
+
+
+def test_mixed_in_options_name_their_owners_too() -> None:
+    assert "unknown key of the loss dpo (an option of kldo)" in refusal(tree(), "loss.mix.dpo={weight: 1, skew: 0.5}")
+    assert "did you mean log-ratio-l2?" in refusal(tree(), "loss.mix.log_ratio_l2={weight: 1, bta: 1}")
+
+
 def test_reference_of_a_loss_without_one_names_those_with_one() -> None:
     message = refusal(tree(loss={"type": "simpo"}, model={"id": "m", "reference": "adapter-off", "lora": {"r": 4}}))
     assert "simpo has no reference" in message
@@ -231,7 +250,7 @@ def test_reference_of_a_loss_without_one_names_those_with_one() -> None:
     [
         ("loss.type=dppo", "did you mean dpo?"),
         ("loss.type=kldoo", "did you mean kldo?"),
-        ("loss.type=zzzzz", ", ".join(sorted(OBJECTIVES))),
+        ("loss.type=zzzzz", ", ".join(TYPES)),
         ("loss.type=", "loss.type: "),
         ("loss.type=[kldo]", "loss.type: "),
         ("loss=kldo", "loss: "),
@@ -244,7 +263,7 @@ def test_unknown_loss_is_refused_with_what_exists(override: str, words: str) -> 
 def test_missing_loss_type_lists_the_losses() -> None:
     message = refusal(tree(loss={"beta": 0.1}))
     assert message.startswith("loss.type: missing")
-    assert all(name in message for name in OBJECTIVES)
+    assert all(name in message for name in TYPES)
 
 
 @pytest.mark.parametrize("section", ["model", "loss", "optim"])
@@ -399,7 +418,7 @@ RICH = {
 
 
 @pytest.mark.parametrize(
-    "source", [*(tree(loss={"type": name}) for name in OBJECTIVES), RICH], ids=[*OBJECTIVES, "every section"]
+    "source", [*(tree(loss={"type": name}) for name in TYPES), RICH], ids=[*TYPES, "every section"]
 )
 def test_resolved_recipe_loads_exactly(tmp_path: Path, source: dict[str, Any]) -> None:
     recipe = load_recipe(source)
@@ -424,7 +443,7 @@ def test_schema_names_every_objective_and_option() -> None:
     schema = Recipe.model_json_schema()
     definitions = schema["$defs"]
     losses = schema["properties"]["loss"]["discriminator"]["mapping"]
-    assert set(losses) == set(OBJECTIVES)
+    assert set(losses) == set(TYPES)
     for name, reference in losses.items():
         properties = definitions[reference.rpartition("/")[2]]["properties"]
         assert set(properties) == {"type", "mix", *OBJECTIVES[name].parameters}

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raydiv.data.plan import Epochs, micro_batches, padded_tokens
+from raydiv.data.plan import Epochs, largest_micro_batch, micro_batches, tokens_of_busiest_rank
 
 quick = settings(max_examples=80, deadline=None)
 
@@ -197,9 +197,11 @@ def test_groups_stay_together_within_the_same_rules(lengths: list[int], tokens: 
 
 @quick
 @given(length_lists, budgets, worlds)
-def test_padded_tokens_are_those_of_the_busiest_rank(lengths: list[int], tokens: int, ranks: int) -> None:
+def test_costs_of_a_layout_count_padding(lengths: list[int], tokens: int, ranks: int) -> None:
     dealt = micro_batches(lengths, tokens, ranks)
-    assert padded_tokens(dealt, lengths) == max(sum(padded(batch, lengths) for batch in mine) for mine in dealt)
+    sizes = [[padded(batch, lengths) for batch in mine] for mine in dealt]
+    assert tokens_of_busiest_rank(dealt, lengths) == max(map(sum, sizes))
+    assert largest_micro_batch(dealt, lengths) == max(map(max, sizes))
 
 
 def test_longest_come_first_with_their_like() -> None:

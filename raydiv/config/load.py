@@ -14,6 +14,9 @@ from raydiv.config.recipe import Recipe
 from raydiv.errors import UserError
 from raydiv.losses import OBJECTIVES
 
+TYPES = sorted(name for name, objective in OBJECTIVES.items() if not objective.penalty)
+"""What ``loss.type`` may be."""
+
 
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Recipe:
     """The recipe of a YAML file (or mapping) after its ``extends`` and the ``section.key=value`` overrides.
@@ -34,7 +37,9 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
             path, message = _explain(problem, tree)
             problems.setdefault(path, []).append(message)
         # a key that may be one of several types has one problem with each
-        lines = [f"{path}: {' or '.join(messages)}" for path, messages in problems.items()]
+        lines = [
+            f"{path}: {' or '.join(messages)}" if path else "; ".join(messages) for path, messages in problems.items()
+        ]
         raise UserError(where + "; ".join(lines)) from None
 
 
@@ -100,16 +105,18 @@ def _options_of(loss: Any, section: Mapping[str, Any]) -> dict[str, Any]:
 def _explain(problem: Mapping[str, Any], tree: Mapping[str, Any]) -> tuple[str, str]:
     """Path and message of one pydantic error."""
     location = _location(problem)
-    path = ".".join(location) or "recipe"
+    path = ".".join(location)  # empty where several sections disagree: the message names them
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
         return path, f"unknown key{_hint(location, tree)}"
     if kind == "missing":
         return path, "missing"
     if kind == "union_tag_not_found":
-        return f"{path}.type", f"missing (one of {', '.join(sorted(OBJECTIVES))})"
+        return f"{path}.type", f"missing (one of {', '.join(TYPES)})"
     if kind == "union_tag_invalid":
-        return f"{path}.type", f"no loss {context['tag']!r}{_nearest(str(context['tag']), OBJECTIVES)}"
+        if context["tag"] in OBJECTIVES:
+            return f"{path}.type", f"{context['tag']} is a penalty, which teaches nothing alone; name it under loss.mix"
+        return f"{path}.type", f"no loss {context['tag']!r}{_nearest(str(context['tag']), TYPES)}"
     message = str(problem["msg"]).removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     found = "" if isinstance(problem["input"], dict | BaseModel) else f", found {problem['input']!r}"
@@ -132,16 +139,14 @@ def _location(problem: Mapping[str, Any]) -> list[str]:
 def _hint(location: list[str], tree: Mapping[str, Any]) -> str:
     """The nearest known key, or the losses that have the option."""
     *parents, key = location
-    if parents == ["loss"]:
-        chosen = tree["loss"]["type"]
-        owners = [name for name, objective in OBJECTIVES.items() if key in objective.parameters]
-        if owners:
-            return f" of loss.type {chosen} (an option of {', '.join(owners)})"
-        return _nearest(key, ["type", "mix", *OBJECTIVES[chosen].parameters])
     if parents == ["loss", "mix"]:
         return _nearest(key, OBJECTIVES)
-    if parents[:2] == ["loss", "mix"]:
-        return _nearest(key, ["weight", *OBJECTIVES[parents[2]].parameters])
+    if parents[:1] == ["loss"]:
+        chosen, own = (tree["loss"]["type"], ["type", "mix"]) if len(parents) == 1 else (parents[2], ["weight"])
+        owners = [name for name, objective in sorted(OBJECTIVES.items()) if key in objective.parameters]
+        if owners:
+            return f" of the loss {chosen} (an option of {', '.join(owners)})"
+        return _nearest(key, [*own, *OBJECTIVES[chosen].parameters])
     return _nearest(key, _keys_at(parents))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
 from annotated_types import Gt
-from pydantic import Field, SerializerFunctionWrapHandler, create_model, model_serializer, model_validator
+from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, create_model, model_serializer, model_validator
 
 from raydiv.config.section import Section
 from raydiv.losses import OBJECTIVES, Objective, Term
@@ -66,6 +66,8 @@ _OPTIONS: dict[str, Any] = {name: _options(objective) for name, objective in OBJ
 class _Terms(_Nullable):
     """Terms by name; those that are not there are not written out."""
 
+    model_config = ConfigDict(populate_by_name=False)
+
     @model_serializer(mode="wrap")
     def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {name: term for name, term in handler(self).items() if term is not None}
@@ -105,13 +107,14 @@ class Loss(_Options):
         return [objective.name for objective, _, _ in self.terms if objective.data == "paired"]
 
     @property
-    def compares_classes(self) -> bool:
-        """Whether unaligned examples are needed; aligned ones always are."""
-        return any(objective.reference or objective.data == "paired" for objective, _, _ in self.terms)
+    def comparing_terms(self) -> list[str]:
+        """Names of the objectives that take unaligned examples too; aligned ones are always needed."""
+        return [objective.name for objective, _, _ in self.terms if objective.unaligned]
 
     @property
-    def needs_mismatched(self) -> bool:
-        return any(objective.mismatched for objective, _, _ in self.terms)
+    def mismatched_terms(self) -> list[str]:
+        """Names of the objectives that take mismatched examples."""
+        return [objective.name for objective, _, _ in self.terms if objective.mismatched]
 
     @property
     def needs_reference(self) -> bool:
@@ -126,6 +129,7 @@ else:
             tuple(
                 create_model(name, __base__=(Loss, options), type=(Literal[name], name))
                 for name, options in _OPTIONS.items()
+                if not OBJECTIVES[name].penalty
             )
         ],
         Field(discriminator="type"),

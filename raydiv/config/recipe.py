@@ -19,6 +19,8 @@ from raydiv.config.loss import LossSection
 from raydiv.config.section import Section
 from raydiv.losses import named
 
+REFERENCED = named(lambda objective: objective.reference and not objective.penalty)
+
 
 def template_text(template: str) -> str:
     """Jinja text as it is, or the content of the file that it names. Raises ValueError when it is neither."""
@@ -199,7 +201,18 @@ class Recipe(Section):
     def _mixes_others(self) -> Recipe:
         names = [objective.name for objective, _, _ in self.loss.terms]
         if len(set(names)) < len(names):
-            raise ValueError(f"loss.mix.{self.loss.type}: is the main objective already; mix in others")
+            raise ValueError(
+                f"loss.mix.{self.loss.type}: is the main objective already; mix in others, or set it to null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _margin_is_a_rewards(self) -> Recipe:
+        if self.optim.target_margin is not None and not self.loss.objective.reference:
+            raise ValueError(
+                f"optim.target_margin does not apply: loss.type {self.loss.type} has no reference to count rewards from "
+                f"(losses that have one: {REFERENCED})"
+            )
         return self
 
     @model_validator(mode="after")
@@ -207,6 +220,6 @@ class Recipe(Section):
         if self.model.reference != "store" and not self.loss.needs_reference:
             raise ValueError(
                 f"model.reference does not apply: loss.type {self.loss.type} has no reference (losses that have one: "
-                f"{named(lambda objective: objective.reference)})"
+                f"{REFERENCED})"
             )
         return self

@@ -92,7 +92,12 @@ def micro_batches(
     return [mine + [[] for _ in range(most - len(mine))] for mine in dealt]
 
 
-def padded_tokens(dealt: Sequence[Sequence[MicroBatch]], lengths: Sequence[int]) -> int:
+def largest_micro_batch(dealt: Sequence[Sequence[MicroBatch]], lengths: Sequence[int]) -> int:
+    """Tokens, padding included, of the largest of ``micro_batches``: what a forward's memory goes by."""
+    return max(_padded(batch, lengths) for mine in dealt for batch in mine)
+
+
+def tokens_of_busiest_rank(dealt: Sequence[Sequence[MicroBatch]], lengths: Sequence[int]) -> int:
     """Tokens, padding included, of the rank that has most of them: what a pass over ``micro_batches`` costs."""
     return max(sum(_padded(batch, lengths) for batch in mine) for mine in dealt)
 

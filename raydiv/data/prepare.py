@@ -90,22 +90,23 @@ def split_examples(recipe: Recipe) -> tuple[list[Example], list[Example]]:
     return parts
 
 
-_ALONE = named(lambda objective: objective.data == "unpaired" and not objective.reference)
+_ALONE = named(lambda objective: not objective.unaligned and not objective.penalty)
 
 
 def _require(loss: Loss, source: str, examples: Sequence[Example]) -> None:
     """Refuse data that the loss cannot learn from, or be evaluated on."""
     classes = Counter(example.aligned for example in examples)
     for aligned, name in ((True, "aligned"), (False, "unaligned")):
-        if not classes[aligned] and (aligned or loss.compares_classes):
+        needing = [loss.type] if aligned else loss.comparing_terms
+        if not classes[aligned] and needing:
             fitting = "" if aligned else f" (losses for aligned examples alone: {_ALONE})"
-            raise UserError(f"{source} has no {name} example, and loss.type {loss.type} needs some{fitting}")
+            raise UserError(f"{source} has no {name} example, and the loss {needing[0]} needs some{fitting}")
     members = Counter(example.pair for example in examples if example.pair is not None)
     alone = sum(example.pair is None or members[example.pair] < 2 for example in examples)
     if loss.paired_terms and alone:
         raise UserError(
             f"{source}: {alone} of {len(examples)} examples have no partner, and the loss {loss.paired_terms[0]} takes pairs "
-            f"(losses for unpaired data: {named(lambda objective: objective.data == 'unpaired')})"
+            f"(losses for unpaired data: {named(lambda objective: objective.data == 'unpaired' and not objective.penalty)})"
         )
 
 

@@ -23,16 +23,20 @@ Where the authors' KLDO code (github.com/rhaldarpurdue/KLDO, for arXiv 2502.0065
   class, or the pairs, are averaged; weights of classes are options (lambda_aligned, lambda_unaligned).
 - exp().mean().log() overflows for rewards above 88, and a backward divided by mean + 1e-6 vanishes below about -14.
   Here exponentials are taken through log-sum-exp; the gradient is a softmax at any reward.
-- Its moving averages are updated as m (1 - a) + a m, which never moves them; they are kept per rank, in linear space, with 0
-  for "unset", change during evaluation, start anew each epoch and are in no checkpoint. Here they are in log space where they
-  are of exponentials, start at the value that is exact while policy = reference, are the same on every rank, and evaluation
-  throws its own away.
+- The moving averages of BCO's delta and of the shift are updated as m (1 - a) + a m, which never moves them. All of them are
+  kept per rank, in linear space, with 0 for "unset", change during evaluation, start anew each epoch and are in no
+  checkpoint. Here they are in log space where they are of exponentials, start at the value that is exact while policy =
+  reference, are the same on every rank, and evaluation throws its own away.
 - ``normalize`` rescales the unaligned term by min(a, u) / u, which flips signs. Not offered.
-- A class absent from a step gives NaN or a crash. Here it counts as one example of reward 0.
+- A class absent from a step gives NaN or a crash. Here it moves nothing (raydiv.losses.numerics).
 - Its label mask is off by tokens, since the templated prompt is no prefix of prompt and response; BOS is there in evaluation
   and not in training. Here prompt and response are tokenised apart and their ids joined (raydiv.model.chat), for both.
 - Every rank trains on the same rows, every epoch in the same order, and the learning rate's schedule, which counts examples
   and not updates, ends at 84-98% of its peak. See raydiv.data.plan and raydiv.training.schedule.
+- Separation: one prompt a forward, PCA first, a determinant without its logarithm or a ridge, and anchors from the training
+  prompts. See raydiv.hidden.separation; the bundled anchors are never trained on.
+- Attack success: answers are filtered by substrings of 32 tokens before a judge sees them, a judge's unreadable verdict counts
+  as safe, and 88 of 100 evaluation prompts are in the training set. See raydiv.evaluation and raydiv/bundled/README.md.
 """
 
 import importlib

@@ -20,13 +20,23 @@ if TYPE_CHECKING:
 Delta = Literal["running", "batch", "fixed"]
 
 
-def _shift(delta: Delta, state: State, midpoint: Tensor, rate: float) -> tuple[float, State]:
-    """The delta of this step and the next state: running means are those of the steps before."""
+def _shift(delta: Delta, state: State, midpoint: Tensor | None, rate: float) -> tuple[float, State]:
+    """The delta of this step and the next state: running means are those of the steps before.
+
+    Without a ``midpoint``, since the step lacks a class, the last delta stays.
+    """
     if delta == "fixed":
         return 0.0, {"delta": 0.0}
+    if midpoint is None:
+        return state["delta"], state
     if delta == "batch":
         return float(midpoint), {"delta": float(midpoint)}
     return state["delta"], {"delta": running(state["delta"], float(midpoint), rate)}
+
+
+def _at_delta(options: Options) -> str:
+    """What an estimate of a classifier is conditional on."""
+    return "" if options["delta"] == "fixed" else f", at its {options['delta']} delta"
 
 
 def _scope(options: Options) -> Scope:
@@ -36,7 +46,7 @@ def _scope(options: Options) -> Scope:
 @objective(
     paper="Jung et al. 2024 (arXiv 2404.04656); the divergence: Haldar et al. 2025",
     data="unpaired",
-    divergence="2 JS(D+ || D-) at lambdas of 1 and a fixed delta",
+    divergence=lambda options: _weighted_js(options) + _at_delta(options),
     ceiling=lambda options: _prior_entropy(options["lambda_aligned"], options["lambda_unaligned"]),
     scope=_scope,
     applies={"delta_rate": ("delta", ("running",))},
@@ -56,16 +66,23 @@ def bco(
 
     ``delta`` is (E+[r] + E-[r]) / 2, without gradient: its running mean at ``delta_rate`` over the steps before, that of the
     batch, or ``fixed`` at 0. A tracking delta has no fixed point in general and can drift with r; it is logged as
-    ``state/delta``. With lambdas a and u the estimate is a KL(D+ || M) + u KL(D- || M), M = (a D+ + u D-) / (a + u).
+    ``state/bco/delta``. With lambdas a and u the estimate is a KL(D+ || M) + u KL(D- || M), M = (a D+ + u D-) / (a + u).
     """
     r = beta * batch.log_ratios
-    midpoint = (class_mean(r, batch.aligned) + class_mean(r, ~batch.aligned)).detach() / 2
+    both = bool(batch.aligned.any()) and not bool(batch.aligned.all())
+    midpoint = (class_mean(r, batch.aligned) + class_mean(r, ~batch.aligned)).detach() / 2 if both else None
     shift, after = _shift(delta, state, midpoint, delta_rate)
-    at_zero = log_sigmoid(r.new_tensor([-shift, shift]))
-    aligned = class_mean(log_sigmoid(r - shift), batch.aligned, empty=at_zero[0])
-    unaligned = class_mean(log_sigmoid(shift - r), ~batch.aligned, empty=at_zero[1])
+    aligned = class_mean(log_sigmoid(r - shift), batch.aligned, empty=-math.log(2))
+    unaligned = class_mean(log_sigmoid(shift - r), ~batch.aligned, empty=-math.log(2))
     loss = -lambda_aligned * aligned - lambda_unaligned * unaligned
     return Value(loss, divergence=_prior_entropy(lambda_aligned, lambda_unaligned) - loss, state=after)
+
+
+def _weighted_js(options: Options) -> str:
+    aligned, unaligned = options["lambda_aligned"], options["lambda_unaligned"]
+    if aligned == unaligned == 1:
+        return "2 JS(D+ || D-)"
+    return f"{aligned:g} KL(D+ || M) + {unaligned:g} KL(D- || M), M their weighted mean"
 
 
 def _prior_entropy(aligned: float, unaligned: float) -> float:
@@ -77,7 +94,7 @@ def _prior_entropy(aligned: float, unaligned: float) -> float:
 @objective(
     paper="bco_pair of TRL; Jung et al. 2024 (arXiv 2404.04656)",
     data="paired",
-    divergence="2 JS(D+ || D-) at a fixed delta",
+    divergence=lambda options: "2 JS(D+ || D-)" + _at_delta(options),
     ceiling=lambda options: math.log(4),
     scope=_scope,
     applies={"delta_rate": ("delta", ("running",))},
@@ -96,14 +113,14 @@ def bco_pair(
     ``delta`` as in bco, over the pairs: the running mean of the steps before, the batch's, or ``fixed`` at 0.
     """
     aligned, unaligned = batch.paired(beta * batch.log_ratios)
-    shift, after = _shift(delta, state, pair_mean((aligned + unaligned).detach() / 2, empty=0.0), delta_rate)
-    at_zero = -float(log_sigmoid(aligned.new_tensor([-shift, shift])).sum())
-    loss = pair_mean(-log_sigmoid(aligned - shift) - log_sigmoid(shift - unaligned), empty=at_zero)
+    midpoint = (aligned + unaligned).detach().mean() / 2 if len(batch.pairs) else None
+    shift, after = _shift(delta, state, midpoint, delta_rate)
+    loss = pair_mean(-log_sigmoid(aligned - shift) - log_sigmoid(shift - unaligned), empty=math.log(4))
     return Value(loss, divergence=math.log(4) - loss, state=after)
 
 
 @objective(
-    paper="Chen et al. 2024 (arXiv 2402.05369), pairwise NCA; Alami et al. 2024 (Safe-NCA)",
+    paper="Chen et al. 2024 (arXiv 2402.05369), pairwise NCA; Alami et al. 2024 (arXiv 2409.07772), Safe-NCA",
     data="paired",
     divergence="2 JS(D+ || (D+ + D-)/2)",
     ceiling=lambda options: 1.5 * math.log(4 / 3),

@@ -74,7 +74,7 @@ def _label(options: Options) -> str:
 
 
 @objective(
-    paper="Nguyen, Wainwright & Jordan 2010 (arXiv 0809.0853); Nowozin et al. 2016 (arXiv 1606.00709)",
+    paper="Haldar et al. (arXiv 2502.00657, 2602.05946); Nguyen et al. 2010 (arXiv 0809.0853)",
     data="unpaired",
     divergence=_label,
     ceiling=lambda options: _divergence(options).ceiling,

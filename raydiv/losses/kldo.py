@@ -28,6 +28,7 @@ def _names(options: Options) -> str:
     data="unpaired",
     divergence=_names,
     ceiling=lambda options: -math.log(options["skew"]) if options["skew"] else None,
+    telling={"skew": (0.5,)},
     scope=lambda options: "example" if options["estimator"] == "lagged" else "batch",
     applies={"ema_rate": ("estimator", ("ema", "lagged"))},
     state={"log_mean": 0.0},
@@ -54,27 +55,29 @@ def kldo(
       max(1/ema_rate, 2/skew) are held there (the exponential goes on as its tangent). Below it the surrogate is never
       under the exact objective; without ``skew`` the hold also keeps densities p/q above 1/ema_rate from being reached.
 
-    The divergence is the step's own Donsker-Varadhan estimate under every estimator.
+    A class that a step lacks counts as one example of reward 0, or at the running mean where there is one. The divergence is
+    the step's own Donsker-Varadhan estimate under every estimator.
     """
     r = beta * batch.log_ratios
     log_mean = _log_mixture(r, batch.aligned, skew)
     exact = log_mean - class_mean(r, batch.aligned)
     if estimator == "batch":
         return Value(exact, divergence=-exact, state={"log_mean": float(log_mean.detach())})
-    mean = _running_log_mean(log_mean, state["log_mean"], ema_rate)
+    seen = _log_mixture(r, batch.aligned, skew, absent=state["log_mean"])
+    mean = _running_log_mean(seen, state["log_mean"], ema_rate)
     if estimator == "ema":
         loss = mean - class_mean(r, batch.aligned)
     else:
-        loss = _lagged(r, batch.aligned, state["log_mean"], skew, largest=max(1 / ema_rate, 2 * skew and 2 / skew))
+        loss = _lagged(r, batch.aligned, state["log_mean"], skew, largest=max(1 / ema_rate, 2 / skew if skew else 0))
     return Value(loss, divergence=-exact, state={"log_mean": float(mean.detach())})
 
 
-def _log_mixture(r: Tensor, aligned: Tensor, skew: float) -> Tensor:
-    """log(skew E+[exp r] + (1 - skew) E-[exp r])."""
-    unaligned = class_log_mean_exp(r, ~aligned)
+def _log_mixture(r: Tensor, aligned: Tensor, skew: float, absent: float = 0.0) -> Tensor:
+    """log(skew E+[exp r] + (1 - skew) E-[exp r]); ``absent`` stands for the log-mean-exp of a class that is not there."""
+    unaligned = class_log_mean_exp(r, ~aligned, absent)
     if not skew:
         return unaligned
-    return (class_log_mean_exp(r, aligned) + math.log(skew)).logaddexp(unaligned + math.log1p(-skew))
+    return (class_log_mean_exp(r, aligned, absent) + math.log(skew)).logaddexp(unaligned + math.log1p(-skew))
 
 
 def _running_log_mean(log_mean: Tensor, previous: float, rate: float) -> Tensor:
@@ -93,8 +96,7 @@ def _running_log_mean(log_mean: Tensor, previous: float, rate: float) -> Tensor:
 def _lagged(r: Tensor, aligned: Tensor, log_mean: float, skew: float, largest: float) -> Tensor:
     """The surrogate of log E[exp r] at a given log-mean-exp, less E+[r]."""
     weights = bounded_exp(r - log_mean, math.log(largest))
-    alone = bounded_exp(r.new_tensor(-log_mean), math.log(largest))
-    mixture = (1 - skew) * class_mean(weights, ~aligned, empty=alone)
+    mixture = (1 - skew) * class_mean(weights, ~aligned, empty=1.0)
     if skew:
-        mixture = mixture + skew * class_mean(weights, aligned, empty=alone)
+        mixture = mixture + skew * class_mean(weights, aligned, empty=1.0)
     return log_mean + mixture - 1 - class_mean(r, aligned)

@@ -34,6 +34,7 @@ def _nll(batch: Batch) -> Tensor:
     data="unpaired",
     divergence="none",
     reference=False,
+    unaligned=False,
     scope="example",
 )
 def sft(batch: Batch, state: State) -> Value:
@@ -42,7 +43,7 @@ def sft(batch: Batch, state: State) -> Value:
 
 
 @objective(
-    paper="Xu et al. 2024 (arXiv 2401.08417), eq. 5",
+    paper="Xu et al. 2024 (arXiv 2401.08417), eq. 3 with its likelihood term",
     data="paired",
     divergence=f"{JS_OF_PAIRS}, by its preference term",
     ceiling=lambda options: math.log(2),

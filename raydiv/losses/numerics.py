@@ -1,7 +1,8 @@
 """Means, exponentials and logarithms that stay finite: rewards up to 1e4 in size, classes that are empty in a step.
 
-An empty class counts as one example of reward 0, which is every example's reward before training: the step then
-neither fails nor moves on account of the class that it does not see.
+An empty class counts as one example of reward 0, which is every example's reward before training, or of the running
+baseline where an objective keeps one: the step neither fails nor moves, in gradient or state, on account of what it does
+not see.
 """
 
 from __future__ import annotations
@@ -50,10 +51,10 @@ def class_mean(x: Tensor, members: Tensor, empty: Tensor | float = 0.0) -> Tenso
     return x.where(members, x.new_zeros(())).sum() / int(members.sum())
 
 
-def class_log_mean_exp(x: Tensor, members: Tensor) -> Tensor:
-    """Log of the mean of exp x over ``members``; 0 when there is none."""
+def class_log_mean_exp(x: Tensor, members: Tensor, empty: float = 0.0) -> Tensor:
+    """Log of the mean of exp x over ``members``; ``empty`` when there is none."""
     if not members.any():
-        return x.sum() * 0.0
+        return x.sum() * 0.0 + empty
     return x.masked_fill(~members, -math.inf).logsumexp(0) - math.log(int(members.sum()))
 
 

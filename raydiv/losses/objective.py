@@ -65,8 +65,10 @@ class Objective:
     """One objective with its facts; those that depend on the options are functions of them.
 
     ``divergence`` names what it estimates ("none": nothing); ``ceiling`` is the largest value that the estimate can take,
-    None without one; ``scope`` says how many passes a step needs. ``applies`` maps an option to the other option, and the
-    values of it, under which it means anything. ``state`` holds the running quantities before the first step.
+    None without one; ``scope`` says how many passes a step needs; ``telling`` has values of numeric options at which these are
+    worth listing. ``reference``, ``mismatched`` and ``unaligned`` say what it needs besides aligned examples; a ``penalty`` is
+    for mixing in alone. ``applies`` maps an option to the other option, and the values of it, under which it means anything.
+    ``state`` holds the running quantities before the first step.
     """
 
     name: str
@@ -76,8 +78,11 @@ class Objective:
     divergence: Callable[[Options], str]
     ceiling: Callable[[Options], float | None]
     scope: Callable[[Options], Scope]
+    telling: Mapping[str, tuple[float, ...]]
     reference: bool
     mismatched: bool
+    unaligned: bool
+    penalty: bool
     applies: Mapping[str, tuple[str, tuple[str, ...]]]
     state: State
 
@@ -132,8 +137,11 @@ def objective(
     divergence: str | Callable[[Options], str],
     ceiling: Callable[[Options], float | None] = lambda options: None,
     scope: Scope | Callable[[Options], Scope] | None = None,
+    telling: Mapping[str, tuple[float, ...]] | None = None,
     reference: bool = True,
     mismatched: bool = False,
+    unaligned: bool = True,
+    penalty: bool = False,
     applies: Mapping[str, tuple[str, tuple[str, ...]]] | None = None,
     state: State | None = None,
 ) -> Callable[[Callable[..., Value]], Callable[..., Value]]:
@@ -154,8 +162,11 @@ def objective(
             divergence if callable(divergence) else lambda options: divergence,
             ceiling,
             reach if callable(reach) else lambda options: reach,
+            telling or {},
             reference,
             mismatched,
+            unaligned,
+            penalty,
             applies or {},
             state or {},
         )

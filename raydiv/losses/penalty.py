@@ -12,7 +12,9 @@ from raydiv.losses.objective import Batch, State, Value, objective
     paper="raydiv's; a trust region on the log-ratios",
     data="unpaired",
     divergence="none",
+    unaligned=False,
     scope="example",
+    penalty=True,
 )
 def log_ratio_l2(
     batch: Batch,
@@ -23,7 +25,7 @@ def log_ratio_l2(
 ) -> Value:
     """Squared log-ratios, in nats^2: E+[a^2] + E-[b^2], or of one class; ``length_normalize``: per response token.
 
-    For ``loss.mix``. The gradient of a log-ratio of x nats is 2 x, so a weight of w holds an objective whose coefficient
+    For ``loss.mix`` only. The gradient of a log-ratio of x nats is 2 x, so a weight of w holds an objective whose coefficient
     is c at about |x| = c / (2 w): kldo's are beta / n, those of the penalty 2 w x / n.
     """
     ratios = batch.log_ratios / batch.tokens if length_normalize else batch.log_ratios

@@ -11,13 +11,13 @@ from typing import Annotated
 from annotated_types import Gt
 
 from raydiv.losses.numerics import class_mean, pair_mean
-from raydiv.losses.objective import Batch, State, Value, objective
+from raydiv.losses.objective import Batch, Options, State, Value, objective
 
 
 @objective(
-    paper="Ethayarajh et al. 2024 (arXiv 2402.01306); the divergence: Haldar et al. 2025",
+    paper="Ethayarajh et al. 2024 (arXiv 2402.01306), eq. 7; the divergence: Haldar et al. 2025",
     data="unpaired",
-    divergence="integral of |lambda_aligned p - lambda_unaligned q| / 2 (total variation at lambdas of 1)",
+    divergence=lambda options: _weighted_tv(options),
     ceiling=lambda options: (options["lambda_aligned"] + options["lambda_unaligned"]) / 2,
     scope="example",
     mismatched=True,
@@ -41,6 +41,13 @@ def kto(
     unaligned = class_mean((r - z0).sigmoid(), ~batch.aligned, empty=(-z0).sigmoid())
     loss = lambda_aligned * aligned + lambda_unaligned * unaligned
     return Value(loss, divergence=(lambda_aligned + lambda_unaligned) / 2 - loss)
+
+
+def _weighted_tv(options: Options) -> str:
+    aligned, unaligned = options["lambda_aligned"], options["lambda_unaligned"]
+    if aligned == unaligned == 1:
+        return "TV(D+ || D-)"
+    return f"integral of |{aligned:g} p - {unaligned:g} q| / 2 over the densities p of D+ and q of D-"
 
 
 @objective(

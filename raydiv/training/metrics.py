@@ -66,7 +66,8 @@ def reward_metrics(batch: Batch, beta: float) -> dict[str, float]:
     """What the step's log-probs say, over the global batch; a class that is absent leaves its metrics out.
 
     ``reward/*``: means of beta * log-ratio per class, their difference, and the share of pairs whose aligned example has
-    the larger reward (without pairs: of examples whose reward has its label's sign). ``logp/*``: mean sequence
+    the larger reward (without pairs: of examples whose reward has its label's sign). Rewards are of whole sequences, also
+    under objectives that divide by lengths, and count from zero where there is no reference. ``logp/*``: mean sequence
     log-probs. ``log_ratio/rms``: root mean square log-ratio, in nats.
     """
     log_ratios = batch.log_ratios.detach()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from raydiv import dist
-from raydiv.data.plan import MicroBatch, micro_batches, padded_tokens
+from raydiv.data.plan import MicroBatch, largest_micro_batch, micro_batches, tokens_of_busiest_rank
 from raydiv.data.tokens import TokenizedExamples
 from raydiv.losses import Batch, State, Term
 from raydiv.model.collate import Inputs, collate
@@ -97,14 +97,15 @@ class Stepper:
     def _training_layout(self, examples: TokenizedExamples) -> tuple[list[MicroBatch], bool]:
         """Micro-batches of this rank, and whether each is enough to tell its own coefficients.
 
-        Keeping pairs together pads more, which the saved forward must make up for.
+        Pairs are kept together where they fit the token budget, and where the saved forward makes up for the padding.
         """
         scope, ranks, rank = widest_scope(self.terms), dist.world_size(), dist.rank()
         free = micro_batches(examples.lengths, self.tokens_per_microbatch, ranks)
         if scope == "pair" and len(free[rank]) > 1:
             paired = micro_batches(examples.lengths, self.tokens_per_microbatch, ranks, examples.units)
-            tokens = [padded_tokens(layout, examples.lengths) for layout in (paired, free)]
-            if ONE_PASS * tokens[0] <= TWO_PASSES * tokens[1]:
+            fits = largest_micro_batch(paired, examples.lengths) <= self.tokens_per_microbatch
+            tokens = [tokens_of_busiest_rank(layout, examples.lengths) for layout in (paired, free)]
+            if fits and ONE_PASS * tokens[0] <= TWO_PASSES * tokens[1]:
                 return paired[rank], True
         return free[rank], scope == "example"
 

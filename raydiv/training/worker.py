@@ -15,7 +15,7 @@ from raydiv.config import Recipe
 from raydiv.data.plan import Epochs
 from raydiv.data.tokens import TokenizedExamples
 from raydiv.model.export import write_model
-from raydiv.run import RunDirectory
+from raydiv.run import Metrics, RunDirectory
 from raydiv.training.coefficients import judge
 from raydiv.training.metrics import RunningMeans, estimate_facts, step_record
 from raydiv.training.schedule import learning_rate
@@ -113,7 +113,7 @@ def reached(target_margin: float | None, metrics: dict[str, float]) -> bool:
     return target_margin is not None and metrics.get("reward/margin/ema", 0.0) >= target_margin
 
 
-def _log(run: RunDirectory, record: dict[str, float]) -> None:
+def _log(run: RunDirectory, record: Metrics) -> None:
     """Metrics are the same on every rank; one writes them."""
     if dist.rank() == 0:
         run.log(record)
@@ -126,7 +126,10 @@ def _held_out(stepper: Stepper, given: WorkerInput, step: int) -> dict[str, floa
     everything = np.arange(len(given.eval.examples))
     batch = stepper.score(given.eval.select(step, everything))
     metrics = judge(stepper.terms, stepper.states, batch).metrics
-    return {"step": step} | {f"eval/{name}": value for name, value in metrics.items()}
+    # the held-out set is judged as one more step would be, and the state after it thrown away
+    return {"step": step} | {
+        f"eval/{name}": number for name, number in metrics.items() if not name.startswith("state/")
+    }
 
 
 def _save(engine: Engine, given: WorkerInput, run: RunDirectory) -> None:
