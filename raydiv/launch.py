@@ -16,7 +16,7 @@ from raydiv.model.load import ModelSource
 from raydiv.preparation import Prepared, fill, read
 from raydiv.progress import Display, step_note
 from raydiv.report import write_report
-from raydiv.run import RunDirectory
+from raydiv.run import Metrics, RunDirectory
 from raydiv.session import cpus_per_worker, ray_session, threads_per_worker
 from raydiv.track import Tracker
 from raydiv.training.metrics import estimate_facts
@@ -30,7 +30,7 @@ class Result:
     """A finished run: its directory, the last value of every metric, and the content of result.json."""
 
     run: RunDirectory
-    metrics: dict[str, float]
+    metrics: Metrics
     report: dict[str, Any]
 
 
@@ -114,7 +114,7 @@ def _fit(recipe: Recipe, prepared: Prepared, run: RunDirectory, display: Display
     )
     with display.phase("train") as update:
 
-        def show(record: dict[str, float]) -> None:
+        def show(record: Metrics) -> None:
             if "loss" in record:
                 update(int(record["step"]), prepared.steps(recipe), step_note(record))
 
@@ -154,7 +154,7 @@ def _tags(recipe: Recipe, prepared: Prepared) -> dict[str, str]:
 
 def _conclude(recipe: Recipe, prepared: Prepared, run: RunDirectory, tracker: Tracker) -> Result:
     """Write result.json and the report, and send them to MLflow."""
-    metrics: dict[str, float] = {}
+    metrics: Metrics = {}
     for record in run.metrics():
         metrics |= record
     report: dict[str, Any] = {

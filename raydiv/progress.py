@@ -19,6 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from raydiv.run import Metrics
+
 STEP_METRICS = {"loss": "loss", "divergence": "div", "reward/margin": "margin", "tokens_per_second": "tok/s"}
 """Step metrics on the training bar, and their labels there."""
 
@@ -80,6 +82,6 @@ class Display:
         self.console.print(text, soft_wrap=True)
 
 
-def step_note(record: dict[str, float]) -> str:
+def step_note(record: Metrics) -> str:
     """A step's metrics as the bar shows them."""
     return "  ".join(f"{label} {record[key]:.3g}" for key, label in STEP_METRICS.items() if key in record)

@@ -32,8 +32,8 @@ COLOURS = {"harmful": "#c0392b", "ordinary": "#2471a3", "alarming": "#d68910"}
 
 def before_after(run: RunDirectory) -> list[tuple[str, str, str]]:
     """(label, before, after) of every row that the run measured: a metric's first and last value."""
-    first: dict[str, float] = {}
-    last: dict[str, float] = {}
+    first: Metrics = {}
+    last: Metrics = {}
     for record in run.metrics():
         last |= record
         first = record | first

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raydiv.config import Recipe
+from raydiv.run import Metrics
 
 Warn = Callable[[str], None]
 
@@ -37,7 +38,7 @@ class Tracker:
         self.run_id: str | None = None
         self._submit(lambda: self._start(recipe, tags))
 
-    def metrics(self, record: Mapping[str, float]) -> None:
+    def metrics(self, record: Metrics) -> None:
         """Log one line of metrics.jsonl."""
         step = int(record["step"])
         values = {name: float(value) for name, value in record.items() if name != "step" and not isinstance(value, str)}
