@@ -8,13 +8,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from raydiv.errors import UserError
 
 if TYPE_CHECKING:
     from raydiv.launch import Result
-    from raydiv.losses import Objective
 
 Handler = Callable[[argparse.Namespace], int]
 
@@ -232,26 +231,9 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _losses(options: argparse.Namespace) -> int:
-    from raydiv.losses import OBJECTIVES
+    from raydiv.losses.catalogue import PASSES, describe
 
-    for name in options.names:
-        if name not in OBJECTIVES:
-            raise UserError(f"{name}: no such loss (known: {', '.join(sorted(OBJECTIVES))})")
-    described: dict[str, dict[str, Any]] = {
-        name: {
-            "summary": objective.summary,
-            "description": objective.description,
-            "paper": objective.paper,
-            "data": objective.data,
-            "reference": objective.reference,
-            "estimates": _estimates(objective),
-            "options": {
-                key: _option(annotation, default) for key, (annotation, default) in objective.parameters.items()
-            },
-        }
-        for name, objective in sorted(OBJECTIVES.items())
-        if name in options.names or not options.names
-    }
+    described = describe(options.names)
 
     def show() -> None:
         for name, facts in described.items():
@@ -259,67 +241,16 @@ def _losses(options: argparse.Namespace) -> int:
             print(f"  data        {facts['data']}{'' if facts['reference'] else ', no reference'}")
             for number, estimate in enumerate(facts["estimates"]):
                 ceiling = "none" if estimate["ceiling"] is None else f"{estimate['ceiling']:.4g}"
+                chosen = ", ".join(f"{key}: {value}" for key, value in estimate["options"].items())
                 print(
                     f"  {'' if number else 'estimates':<11} {estimate['divergence']}; ceiling {ceiling}; "
-                    f"{PASSES[estimate['scope']]}{_at(estimate)}"
+                    f"{PASSES[estimate['scope']]}{f' ({chosen})' if chosen else ''}"
                 )
             print(f"  options     {', '.join(f'{key}: {text}' for key, text in facts['options'].items()) or 'none'}")
             print(f"  paper       {facts['paper']}\n")
 
     _print(options, described, show)
     return 0
-
-
-PASSES = {
-    "example": "one pass",
-    "pair": "one pass where pairs share a micro-batch, else two",
-    "batch": "one pass over a single micro-batch per worker, else two",
-}
-"""Forwards of a training step, by an objective's scope."""
-
-
-def _estimates(objective: Objective) -> list[dict[str, Any]]:
-    """Divergence, ceiling and scope at the default options, then at each choice of an option that changes them."""
-    found: list[dict[str, Any]] = []
-    for options in [{}, *({key: choice} for key, choices in _choices(objective).items() for choice in choices)]:
-        everything = objective.defaults | options
-        facts = {"divergence": objective.divergence(everything), "ceiling": objective.ceiling(everything)}
-        facts["scope"] = objective.scope(everything)
-        if facts not in [{key: known[key] for key in facts} for known in found]:
-            found.append(facts | {"options": options})
-    return found
-
-
-def _choices(objective: Objective) -> dict[str, tuple[Any, ...]]:
-    """The options that are a choice among names, and those numbers that change what is estimated."""
-    names = {
-        key: annotation.__args__
-        for key, (annotation, _) in objective.parameters.items()
-        if getattr(annotation, "__origin__", None) is Literal
-    }
-    return names | dict(objective.telling)
-
-
-def _at(estimate: dict[str, Any]) -> str:
-    """The options under which an estimate is what is said, for a line of text."""
-    options = ", ".join(f"{key}: {value}" for key, value in estimate["options"].items())
-    return f" ({options})" if options else ""
-
-
-def _option(annotation: Any, default: Any) -> str:
-    """An option's default and bounds, in words."""
-    bounds = [
-        f"{sign} {getattr(mark, key)}"
-        for mark in getattr(annotation, "__metadata__", ())
-        for key, sign in _BOUNDS.items()
-        if hasattr(mark, key)
-    ]
-    choices = [] if bounds else [str(choice) for choice in getattr(annotation, "__args__", ())]
-    limits = ", ".join(bounds) or " | ".join(choices)
-    return f"{default} ({limits})" if limits else str(default)
-
-
-_BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
 def _schema(options: argparse.Namespace) -> int:
