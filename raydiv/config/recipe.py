@@ -105,7 +105,7 @@ class Optim(Section):
 
 
 class Batch(Section):
-    """Sizes: examples of the global batch, and tokens of a micro-batch, which changes speed and nothing else."""
+    """Sizes: examples of the global batch, and tokens of a micro-batch, which changes speed and memory (and dropout masks)."""
 
     examples: PositiveInt = 16
     tokens_per_microbatch: PositiveInt = 4096
