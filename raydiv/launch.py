@@ -22,6 +22,10 @@ from raydiv.track import Tracker
 from raydiv.training.metrics import estimate_facts
 from raydiv.training.worker import WorkerInput, worker_entry
 
+UNBOUNDED = (
+    "loss.type {type} has no floor on any one data set, and nothing in this recipe holds it: watch log_ratio/rms, and see "
+    '"Holding an unbounded objective" in the README'
+)
 VERSIONED = ("raydiv", "ray", "torch", "deepspeed", "transformers", "peft", "mlflow")
 
 
@@ -44,6 +48,8 @@ def train(recipe: Recipe, display: Display | None = None, show_text: bool = Fals
     display = display or Display()
     run = RunDirectory.of(recipe)
     run.require_free()
+    if not recipe.loss.bounded and recipe.optim.target_margin is None:
+        display.say(UNBOUNDED.format(type=recipe.loss.type))
     directory, raw = read(recipe, display)
     with ray_session(recipe.cluster):
         prepared = fill(recipe, directory, raw, display)

@@ -220,6 +220,25 @@ def test_resolved_mix_lists_its_terms_alone() -> None:
     assert loss.model_dump(by_alias=True)["mix"].keys() == {"log-ratio-l2"}
 
 
+@pytest.mark.parametrize(
+    ("loss", "bounded"),
+    [
+        ({"type": "kldo"}, False),
+        ({"type": "kldo", "mix": {"sft": {"weight": 1}}}, False),
+        ({"type": "kldo", "skew": 0.1}, True),
+        ({"type": "kldo", "mix": {"log-ratio-l2": {"weight": 0.001}}}, True),
+        ({"type": "fdo"}, True),
+        ({"type": "fdo", "divergence": "reverse-kl"}, False),
+        ({"type": "rdpo"}, False),
+        ({"type": "rdpo", "label_smoothing": 0}, True),
+        ({"type": "exo"}, True),
+    ],
+    ids=str,
+)
+def test_what_holds_an_objective(loss: dict[str, Any], bounded: bool) -> None:
+    assert load_recipe(tree(loss=loss)).loss.bounded == bounded
+
+
 def test_penalty_is_refused_as_the_objective() -> None:
     message = refusal(tree(loss={"type": "log-ratio-l2"}))
     assert message.startswith("loss.type: ")

@@ -70,6 +70,8 @@ def step_examples(kind: str, with_mismatched: bool = False) -> StepExamples:
     ]
     if kind == "aligned only":
         rows = [row for row in rows if row[2]]
+    if kind == "unaligned only":
+        rows = [row for row in rows if not row[2]]
     if kind == "one":
         rows = rows[:1]
     if kind == "even pairs":
@@ -230,6 +232,10 @@ def corner_cases() -> list[Case]:
     """Stages, adapters, and steps that lack a class or almost everything; once each."""
     return [
         *(Case(loss, 70, examples="aligned only") for loss in OBJECTIVE_CASES),
+        *(
+            Case({"type": name}, 70, examples="unaligned only")
+            for name in ("kldo", "bco", "kto", "fdo", "aot-unpaired")
+        ),
         *(Case(MIXTURE, 70, zero_stage=stage) for stage in (0, 2)),
         *(Case(MIXTURE, tokens, lora=True) for tokens in (70, 100_000)),
         *(Case(loss, 30, examples="even pairs") for loss in OBJECTIVE_CASES),

@@ -107,6 +107,13 @@ class Loss(_Options):
         return [objective.name for objective, _, _ in self.terms if objective.data == "paired"]
 
     @property
+    def bounded(self) -> bool:
+        """Whether something keeps the objective from falling without end: its own ceiling, or a penalty mixed in."""
+        estimates = self.objective.divergence(self.options) != "none"
+        held = any(objective.penalty for objective, _, _ in self.terms)
+        return held or not estimates or self.objective.ceiling(self.options) is not None
+
+    @property
     def comparing_terms(self) -> list[str]:
         """Names of the objectives that take unaligned examples too; aligned ones are always needed."""
         return [objective.name for objective, _, _ in self.terms if objective.unaligned]
