@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,6 +23,7 @@ from raydiv.data.plan import MicroBatch, micro_batches
 from raydiv.data.tokens import TokenizedExamples, mismatched
 from raydiv.losses import OBJECTIVES, Batch, State, Term
 from raydiv.model.collate import collate
+from raydiv.model.head import LogProbHead
 from raydiv.training.coefficients import judge
 from raydiv.training.step import StepExamples, Stepper
 
@@ -90,10 +92,9 @@ def running_states(terms: Sequence[Term]) -> list[State]:
     return [dict.fromkeys(objective.state, 0.4) for objective, _, _ in terms]
 
 
-def build(model: str, case: Case) -> tuple[Any, Stepper]:
-    """The real engine with plain SGD, and a stepper on it; runs on every rank."""
+def build(model: str, case: Case) -> Any:
+    """The real engine with plain SGD; runs on every rank."""
     import raydiv.engine as module
-    from raydiv.model.head import LogProbHead
     from raydiv.model.load import build_policy
 
     # a model this small would otherwise never be partitioned between its uses
@@ -109,28 +110,58 @@ def build(model: str, case: Case) -> tuple[Any, Stepper]:
     recipe = case.recipe(Path(model))
     try:
         torch.manual_seed(0)
-        engine = module.Engine(recipe, lambda: build_policy(Path(model), recipe.model, torch.float32))
+        return module.Engine(recipe, lambda: build_policy(Path(model), recipe.model, torch.float32))
     finally:
         module._deepspeed_config = plain
-    return engine, Stepper(
-        engine, LogProbHead(engine.model), recipe.loss.terms, case.tokens, states=running_states(recipe.loss.terms)
-    )
 
 
-def one_step(model: str, case: Case) -> dict[str, Any]:
-    """The step; runs on every rank."""
-    engine, stepper = build(model, case)
-    chosen = step_examples(case.examples, case.recipe(Path(model)).loss.mismatched_terms)
-    metrics = stepper.step(chosen, LR)
-    weights = {
-        name.removeprefix("base_model.model."): weight.numpy() for name, weight in engine.weights(trainable_only=True)
-    }
-    engine.close()
-    return {"metrics": metrics, "weights": weights, "forwards": stepper.forwards, "states": stepper.states}
+def stepper_of(engine: Any, head: LogProbHead, model: str, case: Case) -> Stepper:
+    terms = case.recipe(Path(model)).loss.terms
+    return Stepper(engine, head, terms, case.tokens, states=running_states(terms))
+
+
+def trained_weights(engine: Any) -> dict[str, torch.Tensor]:
+    return dict(engine.weights(trainable_only=True))
+
+
+def put_back(engine: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Undo a step: building an engine anew takes longer than the step."""
+    from deepspeed import zero
+
+    for name, parameter in engine.model.named_parameters():
+        if name in weights:
+            with zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+                if parameter.numel():  # whole on rank 0 alone
+                    parameter.copy_(weights[name])
+    engine._deepspeed.optimizer.refresh_fp32_params()
 
 
 def steps(model: str, cases: list[Case]) -> list[dict[str, Any]]:
-    return [one_step(model, case) for case in cases]
+    """Each case's step from the same weights; runs on every rank."""
+    found = []
+    for _, alike in groupby(cases, key=lambda case: (case.zero_stage, case.lora, case.persistent)):
+        engine: Any = None
+        for case in alike:
+            if engine is None:
+                engine = build(model, case)
+                head, first = LogProbHead(engine.model), trained_weights(engine)
+            stepper = stepper_of(engine, head, model, case)
+            metrics = stepper.step(step_examples(case.examples, any(term[0].mismatched for term in stepper.terms)), LR)
+            weights = {
+                name.removeprefix("base_model.model."): weight.numpy()
+                for name, weight in trained_weights(engine).items()
+            }
+            found.append(
+                {"metrics": metrics, "weights": weights, "forwards": stepper.forwards, "states": stepper.states}
+            )
+            if case.zero_stage == 3:
+                put_back(engine, first)
+            else:
+                engine.close()
+                engine = None
+        if engine is not None:
+            engine.close()
+    return found
 
 
 @dataclass(frozen=True)
@@ -318,7 +349,8 @@ def test_a_second_forward_is_paid_only_where_it_must(tiny_model: Path, tmp_path:
 
 def masked_step(model: str, case: Case) -> list[tuple[float, float]]:
     """For each micro-batch: sum_i c_i logp_i from score's log-probs, and as push computed it from its own forward."""
-    engine, stepper = build(model, case)
+    engine = build(model, case)
+    stepper = stepper_of(engine, LogProbHead(engine.model), model, case)
     with torch.no_grad():
         for name, parameter in engine.model.named_parameters():
             if "lora_B" in name:  # at their initial zeros no mask of an adapter shows
@@ -351,35 +383,34 @@ def test_score_and_push_see_the_same_dropout_masks(tiny_model: Path, tmp_path: P
             assert pushed == pytest.approx(scored, rel=1e-5)
 
 
-def refusal_of(model: str, case: Case) -> str:
-    """What a rank raises when one example's log-ratio is not finite."""
-    engine, stepper = build(model, case)
-    chosen = step_examples(case.examples)
-    assert chosen.reference_logps is not None
-    chosen.reference_logps[0] = torch.nan
-    before = [weight for _, weight in engine.weights(trainable_only=True)]
-    with pytest.raises(FloatingPointError, match="not applied") as caught:
-        stepper.step(chosen, LR)
-    after = [weight for _, weight in engine.weights(trainable_only=True)]
-    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
-    engine.close()
-    return str(caught.value)
+def refusals(model: str, cases: list[Case]) -> list[str]:
+    """What a rank raises in each case when one example's log-ratio is not finite; its weights must stay."""
+    messages = []
+    for case in cases:
+        engine = build(model, case)
+        stepper = stepper_of(engine, LogProbHead(engine.model), model, case)
+        chosen = step_examples(case.examples)
+        assert chosen.reference_logps is not None
+        chosen.reference_logps[0] = torch.nan
+        before = trained_weights(engine)
+        with pytest.raises(FloatingPointError, match="not applied") as caught:
+            stepper.step(chosen, LR)
+        assert all(torch.equal(before[name], weight) for name, weight in trained_weights(engine).items())
+        engine.close()
+        messages.append(str(caught.value))
+    return messages
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("loss", "tokens"),
-    [
-        ({"type": "kldo"}, LAYOUTS["one micro-batch a rank"]),
-        ({"type": "kldo"}, LAYOUTS["uneven micro-batches"]),
-        ({"type": "kldo", "estimator": "lagged"}, LAYOUTS["uneven micro-batches"]),
-    ],
-    ids=["graph kept", "two passes", "streamed"],
-)
-def test_step_that_is_not_finite_is_refused_on_every_rank(
-    loss: dict[str, Any], tokens: int, tiny_model: Path, tmp_path: Path
-) -> None:
-    first, second = run_on_ranks(refusal_of, 2, tmp_path / "ranks", str(tiny_model), Case(loss, tokens))
+def test_step_that_is_not_finite_is_refused_on_every_rank(tiny_model: Path, tmp_path: Path) -> None:
+    one, many = LAYOUTS["one micro-batch a rank"], LAYOUTS["uneven micro-batches"]
+    lagged = {"type": "kldo", "estimator": "lagged"}
+    cases = [
+        Case({"type": "kldo"}, one),
+        Case({"type": "kldo"}, many),
+        Case(lagged, many),
+    ]  # graph kept, two passes, streamed
+    first, second = run_on_ranks(refusals, 2, tmp_path / "ranks", str(tiny_model), cases)
     assert first == second
 
 
