@@ -13,9 +13,9 @@ import pytest
 
 from raydiv.cli import main
 from raydiv.config import load_recipe
+from raydiv.config.load import TYPES
 from raydiv.config.recipe import Cluster
 from raydiv.launch import Result, train
-from raydiv.losses import OBJECTIVES
 from raydiv.preparation import prepare
 from raydiv.progress import Display
 from raydiv.session import ray_session
@@ -255,7 +255,7 @@ FAMILIES = ("dpo", "kto", "nca", "fdo", "simpo", "aot-unpaired", "sft")
 
 
 @pytest.mark.parametrize(
-    "loss", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.long) for name in OBJECTIVES if name not in FAMILIES)]
+    "loss", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.long) for name in TYPES if name not in FAMILIES)]
 )
 def test_other_objectives_train(ray: None, loss: str, tiny_model: Path, files: dict[str, str], tmp_path: Path) -> None:
     recipe = recipe_of(
