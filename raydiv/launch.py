@@ -48,9 +48,9 @@ def train(recipe: Recipe, display: Display | None = None, show_text: bool = Fals
     display = display or Display()
     run = RunDirectory.of(recipe)
     run.require_free()
+    directory, raw = read(recipe, display)
     if not recipe.loss.bounded and recipe.optim.target_margin is None:
         display.say(UNBOUNDED.format(type=recipe.loss.type))
-    directory, raw = read(recipe, display)
     with ray_session(recipe.cluster):
         prepared = fill(recipe, directory, raw, display)
         run.claim(recipe)
