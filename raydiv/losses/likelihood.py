@@ -83,7 +83,7 @@ def simpo(
 
 
 @objective(
-    paper="Hong et al. 2024 (arXiv 2403.07691), eq. 6-7",
+    paper="Hong et al. 2024 (arXiv 2403.07691), eq. 4 and 7",
     data="paired",
     divergence=f"{JS_OF_PAIRS}, by its odds term",
     ceiling=lambda options: math.log(2),

@@ -118,7 +118,7 @@ def discopop(
 
 
 @objective(
-    paper="length-normalised DPO (sigmoid_norm of TRL); Meng et al. 2024 (arXiv 2405.14734), appendix",
+    paper="length-normalised DPO, as sigmoid_norm of TRL",
     data="paired",
     divergence=JS_OF_PAIRS,
     ceiling=lambda options: math.log(2),
