@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from raydiv.config import Recipe, load_recipe, save_recipe
-from raydiv.config.load import TYPES
+from raydiv.config.loss import TYPES
 from raydiv.errors import UserError
 from raydiv.losses import OBJECTIVES
 

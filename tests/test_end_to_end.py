@@ -13,7 +13,7 @@ import pytest
 
 from raydiv.cli import main
 from raydiv.config import load_recipe
-from raydiv.config.load import TYPES
+from raydiv.config.loss import TYPES
 from raydiv.config.recipe import Cluster
 from raydiv.launch import Result, train
 from raydiv.preparation import prepare

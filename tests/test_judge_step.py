@@ -12,7 +12,7 @@ import torch
 
 from raydiv.losses import OBJECTIVES, Batch, Term
 from raydiv.training.coefficients import first_states, judge, known_coefficients, widest_scope
-from raydiv.training.metrics import RATE, RunningMeans, estimate_facts, reward_metrics
+from raydiv.training.metrics import RATE, RunningMeans, estimate_facts, reward_metrics, state_metrics
 from raydiv.training.worker import reached
 
 torch.set_num_threads(1)
@@ -105,7 +105,7 @@ def test_each_term_keeps_its_own_state() -> None:
 
 def test_states_are_logged_by_objective() -> None:
     terms = [term("bco", beta=1.0), term("bco-pair", 0.5, beta=1.0)]
-    metrics = judge(terms, first_states(terms), make_batch(pairs=[(0, 1)])).metrics
+    metrics = state_metrics(terms, judge(terms, first_states(terms), make_batch(pairs=[(0, 1)])).states)
     assert metrics["state/bco/delta"] == pytest.approx(0.0625, abs=1e-6)
     assert metrics["state/bco-pair/delta"] == pytest.approx(0.1 * (2.0 - 1.0) / 2, abs=1e-6)
 

@@ -18,7 +18,7 @@ import torch
 from ranks import run_on_ranks
 
 from raydiv.config import Recipe, load_recipe
-from raydiv.config.load import TYPES
+from raydiv.config.loss import TYPES
 from raydiv.data.plan import MicroBatch, micro_batches
 from raydiv.data.tokens import TokenizedExamples, mismatched
 from raydiv.losses import OBJECTIVES, Batch, State, Term

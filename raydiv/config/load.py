@@ -10,12 +10,10 @@ from typing import Any, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from raydiv.config.loss import TYPES
 from raydiv.config.recipe import Recipe
 from raydiv.errors import UserError
 from raydiv.losses import OBJECTIVES
-
-TYPES = sorted(name for name, objective in OBJECTIVES.items() if not objective.penalty)
-"""What ``loss.type`` may be."""
 
 
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Recipe:

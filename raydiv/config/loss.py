@@ -10,6 +10,9 @@ from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, create_mo
 from raydiv.config.section import Section
 from raydiv.losses import OBJECTIVES, Objective, Term
 
+TYPES = sorted(name for name, objective in OBJECTIVES.items() if not objective.penalty)
+"""What ``loss.type`` may be."""
+
 
 def _fields(definitions: dict[str, Any]) -> Any:
     """Field definitions for pydantic, whose type for them no mapping has."""
@@ -136,7 +139,7 @@ else:
             tuple(
                 create_model(name, __base__=(Loss, options), type=(Literal[name], name))
                 for name, options in _OPTIONS.items()
-                if not OBJECTIVES[name].penalty
+                if name in TYPES
             )
         ],
         Field(discriminator="type"),

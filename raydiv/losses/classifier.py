@@ -7,12 +7,10 @@ over the two classes of the global batch, each averaged by itself.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Literal
-
-from annotated_types import Gt, Le
+from typing import TYPE_CHECKING, Literal
 
 from raydiv.losses.numerics import class_mean, log_sigmoid, pair_mean, running
-from raydiv.losses.objective import Batch, Options, Scope, State, Value, objective
+from raydiv.losses.objective import Batch, Options, Positive, Rate, Scope, State, Value, objective
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,11 +54,11 @@ def bco(
     batch: Batch,
     state: State,
     *,
-    beta: Annotated[float, Gt(0)] = 0.1,
-    lambda_aligned: Annotated[float, Gt(0)] = 1.0,
-    lambda_unaligned: Annotated[float, Gt(0)] = 1.0,
+    beta: Positive = 0.1,
+    lambda_aligned: Positive = 1.0,
+    lambda_unaligned: Positive = 1.0,
     delta: Delta = "running",
-    delta_rate: Annotated[float, Gt(0), Le(1)] = 0.1,
+    delta_rate: Rate = 0.1,
 ) -> Value:
     """Binary classifier optimisation: -lambda_aligned E+[log s(r - delta)] - lambda_unaligned E-[log s(delta - r)].
 
@@ -104,9 +102,9 @@ def bco_pair(
     batch: Batch,
     state: State,
     *,
-    beta: Annotated[float, Gt(0)] = 0.1,
+    beta: Positive = 0.1,
     delta: Delta = "running",
-    delta_rate: Annotated[float, Gt(0), Le(1)] = 0.1,
+    delta_rate: Rate = 0.1,
 ) -> Value:
     """Binary classifier optimisation on pairs: -log s(r+ - delta) - log s(delta - r-).
 
@@ -126,7 +124,7 @@ def bco_pair(
     ceiling=lambda options: 1.5 * math.log(4 / 3),
     scope="example",
 )
-def nca(batch: Batch, state: State, *, beta: Annotated[float, Gt(0)] = 0.1) -> Value:
+def nca(batch: Batch, state: State, *, beta: Positive = 0.1) -> Value:
     """Noise-contrastive alignment: -log s(r+) - log s(-r+) / 2 - log s(-r-) / 2.
 
     A classifier of D+ against the mixture of both classes, so r is at most log 2 at the optimum.

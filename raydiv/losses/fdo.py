@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Le
 
 from raydiv.losses.numerics import bounded_expm1, class_mean, log_sigmoid
-from raydiv.losses.objective import Batch, Options, State, Value, objective
+from raydiv.losses.objective import Batch, Options, Positive, State, Value, objective
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,7 +85,7 @@ def fdo(
     batch: Batch,
     state: State,
     *,
-    beta: Annotated[float, Gt(0)] = 0.1,
+    beta: Positive = 0.1,
     divergence: Literal[
         "kl", "reverse-kl", "pearson", "squared-hellinger", "jensen-shannon", "total-variation", "alpha"
     ] = "jensen-shannon",

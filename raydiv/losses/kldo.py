@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Lt
 
 from raydiv.losses.numerics import bounded_exp, class_log_mean_exp, class_mean
-from raydiv.losses.objective import Batch, Options, State, Value, objective
+from raydiv.losses.objective import Batch, Options, Positive, Rate, State, Value, objective
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,10 +37,10 @@ def kldo(
     batch: Batch,
     state: State,
     *,
-    beta: Annotated[float, Gt(0)] = 0.1,
+    beta: Positive = 0.1,
     skew: Annotated[float, Ge(0), Lt(1)] = 0.0,
     estimator: Literal["batch", "ema", "lagged"] = "batch",
-    ema_rate: Annotated[float, Gt(0), Le(1)] = 0.1,
+    ema_rate: Rate = 0.1,
 ) -> Value:
     """KL divergence optimisation: -E+[r] + log(skew E+[exp r] + (1 - skew) E-[exp r]).
 
@@ -60,15 +60,17 @@ def kldo(
     """
     r = beta * batch.log_ratios
     log_mean = _log_mixture(r, batch.aligned, skew)
-    exact = log_mean - class_mean(r, batch.aligned)
+    gain = class_mean(r, batch.aligned)
+    exact = log_mean - gain
     if estimator == "batch":
         return Value(exact, divergence=-exact, state={"log_mean": float(log_mean.detach())})
     seen = _log_mixture(r, batch.aligned, skew, absent=state["log_mean"])
     mean = _running_log_mean(seen, state["log_mean"], ema_rate)
     if estimator == "ema":
-        loss = mean - class_mean(r, batch.aligned)
+        loss = mean - gain
     else:
-        loss = _lagged(r, batch.aligned, state["log_mean"], skew, largest=max(1 / ema_rate, 2 / skew if skew else 0))
+        largest = max(1 / ema_rate, 2 / skew if skew else 0)
+        loss = _surrogate(r, batch.aligned, state["log_mean"], skew, largest) - gain
     return Value(loss, divergence=-exact, state={"log_mean": float(mean.detach())})
 
 
@@ -93,10 +95,10 @@ def _running_log_mean(log_mean: Tensor, previous: float, rate: float) -> Tensor:
     return mean + weight - weight.detach()
 
 
-def _lagged(r: Tensor, aligned: Tensor, log_mean: float, skew: float, largest: float) -> Tensor:
-    """The surrogate of log E[exp r] at a given log-mean-exp, less E+[r]."""
+def _surrogate(r: Tensor, aligned: Tensor, log_mean: float, skew: float, largest: float) -> Tensor:
+    """The surrogate of log E[exp r] at a given log-mean-exp."""
     weights = bounded_exp(r - log_mean, math.log(largest))
     mixture = (1 - skew) * class_mean(weights, ~aligned, empty=1.0)
     if skew:
         mixture = mixture + skew * class_mean(weights, aligned, empty=1.0)
-    return log_mean + mixture - 1 - class_mean(r, aligned)
+    return log_mean + mixture - 1

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Annotated
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge
 
-from raydiv.losses.numerics import log_sigmoid, pair_mean
-from raydiv.losses.objective import Batch, State, Value, objective
+from raydiv.losses.numerics import log_sigmoid, pair_logistic, pair_mean
+from raydiv.losses.objective import Batch, Positive, State, Value, objective
 from raydiv.losses.preference import JS_OF_PAIRS
 
 if TYPE_CHECKING:
@@ -53,12 +53,12 @@ def cpo(
     batch: Batch,
     state: State,
     *,
-    beta: Annotated[float, Gt(0)] = 0.1,
+    beta: Positive = 0.1,
     cpo_alpha: Annotated[float, Ge(0)] = 1.0,
 ) -> Value:
     """Contrastive preference optimisation: -log s(beta (l_w - l_l)) + cpo_alpha NLL."""
     better, worse = batch.paired(batch.logps)
-    preference = pair_mean(-log_sigmoid(beta * (better - worse)), empty=math.log(2))
+    preference = pair_logistic(beta * (better - worse))
     return Value(preference + cpo_alpha * _nll(batch), divergence=math.log(2) - preference)
 
 
@@ -73,7 +73,7 @@ def simpo(
     batch: Batch,
     state: State,
     *,
-    beta: Annotated[float, Gt(0)] = 2.0,
+    beta: Positive = 2.0,
     gamma: Annotated[float, Ge(0)] = 0.5,
 ) -> Value:
     """Simple preference optimisation: -log s(beta (x_w - x_l) - gamma), x per response token."""
@@ -89,14 +89,14 @@ def simpo(
     ceiling=lambda options: math.log(2),
     reference=False,
 )
-def orpo(batch: Batch, state: State, *, odds_weight: Annotated[float, Gt(0)] = 0.1) -> Value:
+def orpo(batch: Batch, state: State, *, odds_weight: Positive = 0.1) -> Value:
     """Odds ratio preference optimisation: NLL - odds_weight log s(log odds_w - log odds_l).
 
     odds = exp x / (1 - exp x), x per response token (``odds_weight`` is the paper's lambda). The NLL is of responses
     alone; TRL's counts the prompts' tokens too.
     """
     better, worse = batch.paired(_log_odds(batch.logps / batch.tokens))
-    preference = pair_mean(-log_sigmoid(better - worse), empty=math.log(2))
+    preference = pair_logistic(better - worse)
     return Value(_nll(batch) + odds_weight * preference, divergence=math.log(2) - preference)
 
 

@@ -63,6 +63,11 @@ def pair_mean(x: Tensor, empty: float) -> Tensor:
     return x.mean() if len(x) else x.sum() + empty
 
 
+def pair_logistic(x: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Mean over pairs [p] of ``smoothed_logistic``; log 2, its value at x = 0, when the step has none."""
+    return pair_mean(smoothed_logistic(x, smoothing), empty=math.log(2))
+
+
 def running(previous: float, fresh: float, rate: float) -> float:
     """One update of an exponential moving average."""
     return (1 - rate) * previous + rate * fresh

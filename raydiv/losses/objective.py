@@ -9,7 +9,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +56,12 @@ class Value:
     divergence: Tensor | None = None
     state: State = field(default_factory=dict)
 
+
+Positive = Annotated[float, Gt(0)]
+Rate = Annotated[float, Gt(0), Le(1)]
+"""Of a moving average: the share of what is new."""
+Smoothing = Annotated[float, Ge(0), Lt(0.5)]
+"""The probability with which a pair's label is taken to be flipped."""
 
 Options = Mapping[str, Any]
 Scope = Literal["example", "pair", "batch"]

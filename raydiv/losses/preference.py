@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Annotated
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Gt, Lt
 
-from raydiv.losses.numerics import binary_entropy, log_sigmoid, pair_mean, smoothed_logistic
-from raydiv.losses.objective import Batch, State, Value, objective
+from raydiv.losses.numerics import binary_entropy, log_sigmoid, pair_logistic, pair_mean
+from raydiv.losses.objective import Batch, Positive, Smoothing, State, Value, objective
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,11 +36,11 @@ def dpo(
     batch: Batch,
     state: State,
     *,
-    beta: Annotated[float, Gt(0)] = 0.1,
-    label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0,
+    beta: Positive = 0.1,
+    label_smoothing: Smoothing = 0.0,
 ) -> Value:
     """Direct preference optimisation: -(1 - e) log s(D) - e log s(-D), e = ``label_smoothing``."""
-    loss = pair_mean(smoothed_logistic(_difference(batch, beta), label_smoothing), empty=math.log(2))
+    loss = pair_logistic(_difference(batch, beta), label_smoothing)
     return Value(loss, divergence=math.log(2) - loss)
 
 
@@ -54,8 +54,8 @@ def rdpo(
     batch: Batch,
     state: State,
     *,
-    beta: Annotated[float, Gt(0)] = 0.1,
-    label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.1,
+    beta: Positive = 0.1,
+    label_smoothing: Smoothing = 0.1,
 ) -> Value:
     """Robust DPO: [-(1 - e) log s(D) + e log s(-D)] / (1 - 2e), e = ``label_smoothing``.
 
@@ -73,7 +73,7 @@ def rdpo(
     divergence="TV(D+ x D- || D- x D+), from below",
     ceiling=lambda options: 1.0,
 )
-def slic(batch: Batch, state: State, *, beta: Annotated[float, Gt(0)] = 0.1) -> Value:
+def slic(batch: Batch, state: State, *, beta: Positive = 0.1) -> Value:
     """Sequence likelihood calibration: max(0, 1 - D)."""
     loss = pair_mean((1 - _difference(batch, beta)).clamp(min=0), empty=1.0)
     return Value(loss, divergence=1 - loss)
@@ -84,7 +84,7 @@ def exo(
     batch: Batch,
     state: State,
     *,
-    beta: Annotated[float, Gt(0)] = 0.1,
+    beta: Positive = 0.1,
     label_smoothing: Annotated[float, Gt(0), Lt(0.5)] = 1e-3,
 ) -> Value:
     """Exact optimisation: KL(s(D) || 1 - e) between coins, e = ``label_smoothing``.
@@ -103,7 +103,7 @@ def discopop(
     batch: Batch,
     state: State,
     *,
-    beta: Annotated[float, Gt(0)] = 0.1,
+    beta: Positive = 0.1,
     tau: Annotated[float, Gt(0), Lt(1)] = 0.05,
 ) -> Value:
     """Discovered preference optimisation: -(1 - m) log s(D) + m exp(-D), m = s(D / tau).
@@ -123,8 +123,8 @@ def discopop(
     divergence=JS_OF_PAIRS,
     ceiling=lambda options: math.log(2),
 )
-def sigmoid_norm(batch: Batch, state: State, *, beta: Annotated[float, Gt(0)] = 0.1) -> Value:
+def sigmoid_norm(batch: Batch, state: State, *, beta: Positive = 0.1) -> Value:
     """DPO per token: -log s(D) with each reward divided by its response's tokens."""
     aligned, unaligned = batch.paired(beta * batch.log_ratios / batch.tokens)
-    loss = pair_mean(-log_sigmoid(aligned - unaligned), empty=math.log(2))
+    loss = pair_logistic(aligned - unaligned)
     return Value(loss, divergence=math.log(2) - loss)

@@ -6,12 +6,8 @@ the densities p of D+ and q of D-. The value is the mean over the pairs of the g
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from annotated_types import Gt
-
 from raydiv.losses.numerics import pair_mean
-from raydiv.losses.objective import Batch, State, Value, objective
+from raydiv.losses.objective import Batch, Positive, State, Value, objective
 
 TRIANGULAR = "triangular discrimination of D+ and D-"
 
@@ -26,7 +22,7 @@ def ipo(
     batch: Batch,
     state: State,
     *,
-    beta: Annotated[float, Gt(0)] = 0.1,
+    beta: Positive = 0.1,
     length_normalize: bool = True,
 ) -> Value:
     """Identity preference optimisation: (a - b - 1/(2 beta))^2; ``length_normalize``: a and b per response token.
@@ -48,7 +44,7 @@ def ipo(
     ceiling=lambda options: 2.0,
     scope="example",
 )
-def sppo(batch: Batch, state: State, *, beta: Annotated[float, Gt(0)] = 0.1) -> Value:
+def sppo(batch: Batch, state: State, *, beta: Positive = 0.1) -> Value:
     """Self-play preference optimisation: (a - 1/(2 beta))^2 + (b + 1/(2 beta))^2.
 
     At its optimum the objective is (2 - T) / (4 beta^2).

@@ -6,14 +6,11 @@ size 1 is DPO.
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from annotated_types import Ge, Gt, Lt
-
-from raydiv.losses.numerics import pair_mean, smoothed_logistic
-from raydiv.losses.objective import Batch, State, Value, objective
+from raydiv.losses.numerics import pair_logistic, smoothed_logistic
+from raydiv.losses.objective import Batch, Positive, Smoothing, State, Value, objective
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,8 +21,8 @@ def aot(
     batch: Batch,
     state: State,
     *,
-    beta: Annotated[float, Gt(0)] = 0.1,
-    label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0,
+    beta: Positive = 0.1,
+    label_smoothing: Smoothing = 0.0,
 ) -> Value:
     """Alignment via optimal transport: -log s(beta (u - v)), u and v sorted, smoothed as in cDPO.
 
@@ -34,7 +31,7 @@ def aot(
     better, worse = batch.paired(batch.logps)
     reference_better, reference_worse = batch.paired(batch.reference_logps)
     policy, reference = (better - worse).sort().values, (reference_better - reference_worse).sort().values
-    return Value(pair_mean(smoothed_logistic(beta * (policy - reference), label_smoothing), empty=math.log(2)))
+    return Value(pair_logistic(beta * (policy - reference), label_smoothing))
 
 
 @objective(paper="Melnyk et al. 2024 (arXiv 2406.05882), unpaired", data="unpaired", divergence="none", scope="batch")
@@ -42,8 +39,8 @@ def aot_unpaired(
     batch: Batch,
     state: State,
     *,
-    beta: Annotated[float, Gt(0)] = 0.1,
-    label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0,
+    beta: Positive = 0.1,
+    label_smoothing: Smoothing = 0.0,
 ) -> Value:
     """Alignment via optimal transport, unpaired: -log s(beta (a - b)), a and b the quantiles of both classes' log-ratios.
 

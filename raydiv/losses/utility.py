@@ -6,18 +6,21 @@ over the two classes of the global batch, each averaged by itself. The paired on
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from annotated_types import Gt
-
 from raydiv.losses.numerics import class_mean, pair_mean
-from raydiv.losses.objective import Batch, Options, State, Value, objective
+from raydiv.losses.objective import Batch, Options, Positive, State, Value, objective
+
+
+def _weighted_tv(options: Options) -> str:
+    aligned, unaligned = options["lambda_aligned"], options["lambda_unaligned"]
+    if aligned == unaligned == 1:
+        return "TV(D+ || D-)"
+    return f"integral of |{aligned:g} p - {unaligned:g} q| / 2 over the densities p of D+ and q of D-"
 
 
 @objective(
     paper="Ethayarajh et al. 2024 (arXiv 2402.01306), eq. 7; the divergence: Haldar et al. 2025",
     data="unpaired",
-    divergence=lambda options: _weighted_tv(options),
+    divergence=_weighted_tv,
     ceiling=lambda options: (options["lambda_aligned"] + options["lambda_unaligned"]) / 2,
     scope="example",
     mismatched=True,
@@ -26,9 +29,9 @@ def kto(
     batch: Batch,
     state: State,
     *,
-    beta: Annotated[float, Gt(0)] = 0.1,
-    lambda_aligned: Annotated[float, Gt(0)] = 1.0,
-    lambda_unaligned: Annotated[float, Gt(0)] = 1.0,
+    beta: Positive = 0.1,
+    lambda_aligned: Positive = 1.0,
+    lambda_unaligned: Positive = 1.0,
 ) -> Value:
     """Kahneman-Tversky optimisation: lambda_aligned E+[1 - s(r - z0)] + lambda_unaligned E-[1 - s(z0 - r)].
 
@@ -43,13 +46,6 @@ def kto(
     return Value(loss, divergence=(lambda_aligned + lambda_unaligned) / 2 - loss)
 
 
-def _weighted_tv(options: Options) -> str:
-    aligned, unaligned = options["lambda_aligned"], options["lambda_unaligned"]
-    if aligned == unaligned == 1:
-        return "TV(D+ || D-)"
-    return f"integral of |{aligned:g} p - {unaligned:g} q| / 2 over the densities p of D+ and q of D-"
-
-
 @objective(
     paper="D'Oosterlinck et al. 2024 (arXiv 2408.06266), eq. 7, unpaired as in TRL",
     data="unpaired",
@@ -57,7 +53,7 @@ def _weighted_tv(options: Options) -> str:
     ceiling=lambda options: 1.0,
     scope="example",
 )
-def apo_zero_unpaired(batch: Batch, state: State, *, beta: Annotated[float, Gt(0)] = 0.1) -> Value:
+def apo_zero_unpaired(batch: Batch, state: State, *, beta: Positive = 0.1) -> Value:
     """Anchored preference optimisation, unpaired: E+[1 - s(r)] + E-[s(r)]; kto with z0 = 0."""
     r = beta * batch.log_ratios
     loss = class_mean((-r).sigmoid(), batch.aligned, empty=0.5) + class_mean(r.sigmoid(), ~batch.aligned, empty=0.5)
@@ -71,7 +67,7 @@ def apo_zero_unpaired(batch: Batch, state: State, *, beta: Annotated[float, Gt(0
     ceiling=lambda options: 1.0,
     scope="example",
 )
-def apo_zero(batch: Batch, state: State, *, beta: Annotated[float, Gt(0)] = 0.1) -> Value:
+def apo_zero(batch: Batch, state: State, *, beta: Positive = 0.1) -> Value:
     """Anchored preference optimisation, zero: 1 - s(r+) + s(r-). Raises aligned and lowers unaligned responses."""
     aligned, unaligned = batch.paired(beta * batch.log_ratios)
     loss = pair_mean((-aligned).sigmoid() + unaligned.sigmoid(), empty=1.0)
@@ -79,7 +75,7 @@ def apo_zero(batch: Batch, state: State, *, beta: Annotated[float, Gt(0)] = 0.1)
 
 
 @objective(paper="D'Oosterlinck et al. 2024 (arXiv 2408.06266), eq. 8", data="paired", divergence="none")
-def apo_down(batch: Batch, state: State, *, beta: Annotated[float, Gt(0)] = 0.1) -> Value:
+def apo_down(batch: Batch, state: State, *, beta: Positive = 0.1) -> Value:
     """Anchored preference optimisation, down: s(r+) + 1 - s(D), D = r+ - r-. Lowers both responses, unaligned ones more.
 
     At r = 0 its pull on the aligned response cancels: no aligned reward rises.

@@ -81,10 +81,7 @@ def judge(terms: Sequence[Term], states: Sequence[State], batch: Batch) -> Verdi
         metrics["divergence"] = float(values[0].divergence.detach()) + 0.0  # -0.0 becomes 0.0
     metrics |= _objective_shares(terms, [float(value.loss.detach()) for value in values])
     metrics |= reward_metrics(batch, beta=float(terms[0][2].get("beta", 1.0)))
-    states = [value.state for value in values]
-    for (objective, _, _), state in zip(terms, states, strict=True):
-        metrics |= {f"state/{objective.name}/{name}": number for name, number in state.items()}
-    return Verdict(metrics["loss"], coefficients, states, metrics)
+    return Verdict(metrics["loss"], coefficients, [value.state for value in values], metrics)
 
 
 def _objective_shares(terms: Sequence[Term], losses: Sequence[float]) -> dict[str, float]:

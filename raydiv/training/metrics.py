@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from raydiv import dist
 from raydiv.data.plan import StepPlan
 from raydiv.data.tokens import TokenizedExamples
-from raydiv.losses import Batch, Term
+from raydiv.losses import Batch, State, Term
 from raydiv.losses.numerics import running
 from raydiv.run import Metrics
 
@@ -60,6 +61,15 @@ def estimate_facts(main: Term) -> Metrics:
     if name == "none":
         return {}
     return {"divergence/name": name} | ({} if ceiling is None else {"divergence/ceiling": ceiling})
+
+
+def state_metrics(terms: Sequence[Term], states: Sequence[State]) -> dict[str, float]:
+    """``state/OBJECTIVE/NAME``: the running quantities that the step leaves to the next."""
+    return {
+        f"state/{objective.name}/{name}": number
+        for (objective, _, _), state in zip(terms, states, strict=True)
+        for name, number in state.items()
+    }
 
 
 def reward_metrics(batch: Batch, beta: float) -> dict[str, float]:

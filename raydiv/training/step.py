@@ -22,6 +22,7 @@ from raydiv.losses import Batch, State, Term
 from raydiv.model.collate import Inputs, collate
 from raydiv.model.head import LogProbHead
 from raydiv.training.coefficients import Verdict, first_states, judge, known_coefficients, widest_scope
+from raydiv.training.metrics import state_metrics
 
 ONE_PASS, TWO_PASSES = 3, 4
 """What a token costs, in forwards: a backward costs two."""
@@ -73,7 +74,7 @@ class Stepper:
         else:
             verdict = self._two_passes(chosen, given, mine)
         self.states = verdict.states
-        return verdict.metrics | {"grad_norm": self.engine.update(lr)}
+        return verdict.metrics | state_metrics(self.terms, self.states) | {"grad_norm": self.engine.update(lr)}
 
     def score(self, chosen: StepExamples) -> Batch:
         """The global batch's log-probs, without gradient or dropout."""
@@ -132,8 +133,7 @@ class Stepper:
 
     def _two_passes(self, chosen: StepExamples, given: Batch, mine: list[MicroBatch]) -> Verdict:
         """Score every micro-batch, judge, then forward each again for its backward."""
-        scores = [self._score(chosen.number, chosen.examples, micro_batch, grad=False) for micro_batch in mine]
-        logps = self._gather(chosen.examples, mine, scores)
+        logps = self._score_layout(chosen.number, chosen.examples, mine)
         verdict = judge(self.terms, self.states, replace(given, logps=logps))
         for count, micro_batch in enumerate(mine, start=1):
             inputs = self._inputs(chosen.examples, micro_batch)
@@ -164,9 +164,12 @@ class Stepper:
         if not len(examples):
             return torch.zeros(0)
         mine = micro_batches(examples.lengths, self.tokens_per_microbatch, dist.world_size())[dist.rank()]
-        return self._gather(
-            examples, mine, [self._score(step, examples, micro_batch, grad=False) for micro_batch in mine]
-        )
+        return self._score_layout(step, examples, mine)
+
+    def _score_layout(self, step: int, examples: TokenizedExamples, mine: list[MicroBatch]) -> Tensor:
+        """Log-probs [n] of ``examples``, of which this rank scores ``mine``, without graph."""
+        scores = [self._score(step, examples, micro_batch, grad=False) for micro_batch in mine]
+        return self._gather(examples, mine, scores)
 
     def _forward(self, step: int, micro_batch: MicroBatch, inputs: Inputs, coefficients: Tensor | None) -> Tensor:
         # score and push of a micro-batch must draw the same dropout masks

@@ -127,9 +127,7 @@ def _held_out(stepper: Stepper, given: WorkerInput, step: int) -> dict[str, floa
     batch = stepper.score(given.eval.select(step, everything))
     metrics = judge(stepper.terms, stepper.states, batch).metrics
     # the held-out set is judged as one more step would be, and the state after it thrown away
-    return {"step": step} | {
-        f"eval/{name}": number for name, number in metrics.items() if not name.startswith("state/")
-    }
+    return {"step": step} | {f"eval/{name}": number for name, number in metrics.items()}
 
 
 def _save(engine: Engine, given: WorkerInput, run: RunDirectory) -> None:
