@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from raydiv.config import Recipe, load_recipe
+    from raydiv.construction import build_data
     from raydiv.errors import UserError
+    from raydiv.inspection import check_data
     from raydiv.launch import Result, train
     from raydiv.measure import evaluate, separation
     from raydiv.model.export import export
@@ -23,6 +25,8 @@ _WHERE = {
     "Prepared": "raydiv.preparation",
     "Result": "raydiv.launch",
     "prepare": "raydiv.preparation",
+    "build_data": "raydiv.construction",
+    "check_data": "raydiv.inspection",
     "train": "raydiv.launch",
     "evaluate": "raydiv.measure",
     "separation": "raydiv.measure",
@@ -34,6 +38,8 @@ __all__ = [
     "Recipe",
     "Result",
     "UserError",
+    "build_data",
+    "check_data",
     "evaluate",
     "export",
     "load_recipe",

@@ -5,35 +5,33 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+
+from raydiv.storage import Folder, atomic
 
 
 def cache_dir(*parts: str) -> Path:
-    """A folder of the cache, made if missing. The root is RAYDIV_CACHE, else raydiv in the user's cache folder."""
+    """A local folder of the cache, made if missing. The root is RAYDIV_CACHE, else raydiv in the user's cache folder.
+
+    Where RAYDIV_CACHE is a URI, what must be local files (converted models, digests) goes to the user's cache folder.
+    """
+    chosen = os.environ.get("RAYDIV_CACHE", "")
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raydiv"
-    folder = Path(os.environ.get("RAYDIV_CACHE") or default).expanduser().resolve().joinpath(*parts)
+    folder = Path(default if not chosen or "://" in chosen else chosen).expanduser().resolve().joinpath(*parts)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def shared_dir(*parts: str) -> Folder:
+    """A folder of the cache that workers on any node read: under RAYDIV_CACHE, which may be s3:// or gs://."""
+    chosen = os.environ.get("RAYDIV_CACHE", "")
+    root = chosen.rstrip("/") if "://" in chosen else str(cache_dir())
+    return Folder("/".join((root, *parts)))
 
 
 def digest(*parts: object) -> str:
     """128-bit hexadecimal digest of the parts' JSON."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary neighbour of ``path`` (file or folder) that takes its place when the block ends well."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    yield temporary
-    try:
-        temporary.replace(path)
-    except OSError:  # another process finished the same folder first; its content is the same
-        if not path.is_dir():
-            raise
 
 
 def file_digest(path: Path) -> str:

@@ -20,7 +20,7 @@ Handler = Callable[[argparse.Namespace], int]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0 done, 2 the user must change something, 1 the run failed."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     handler: Handler = options.handler
     try:
         return handler(options)
@@ -36,6 +36,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("raydiv: interrupted", file=sys.stderr)
         return 130
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options of a command; ``key=value`` may stand anywhere among them, which argparse alone does not allow."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    strays = [word for word in rest if not hasattr(options, "overrides") or word.startswith("-") or "=" not in word]
+    if strays:
+        parser.error(f"unrecognized arguments: {' '.join(strays)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,11 +88,69 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--adapter", action="store_true", help="the LoRA adapter alone, not merged")
     _reports(export)
 
+    data = commands.add_parser(
+        "data", help="check data sets, and build them", description="check data sets, and build them"
+    )
+    _data_commands(data.add_subparsers(required=True, metavar="COMMAND"))
+
+    bench = _command(commands, "bench", _bench, "how fast this machine is with a recipe, beside the plain way")
+    bench.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    bench.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    bench.add_argument("--part", choices=["data"], default="data", help="what is timed (default: data)")
+    bench.add_argument(
+        "--rows", type=int, action="append", metavar="N", help="examples to prepare; may be repeated (default: 200000)"
+    )
+    bench.add_argument("--repeats", type=int, default=3, help="how often each is timed (default: 3)")
+    bench.add_argument("--steps", type=int, default=20, help="updates of the timed run (default: 20)")
+    _reports(bench)
+
     losses = _command(commands, "losses", _losses, "the objectives: divergence, ceiling, data needed, options")
     losses.add_argument("names", nargs="*", metavar="NAME", help="these alone, described in full")
     _reports(losses)
     _command(commands, "schema", _schema, "the recipe's JSON Schema, for editors")
     return parser
+
+
+def _data_commands(commands: Any) -> None:
+    check = _command(commands, "check", _data_check, "what is in a data set, and what is wrong with it")
+    check.add_argument(
+        "source", metavar="FILE", help="a source: a file, folder, s3://, hf://org/name, bundled:NAME ..."
+    )
+    check.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as data.columns.prompt=question"
+    )
+    check.add_argument(
+        "--recipe", help="whose tokenizer, template, lengths and evaluation prompts count (default: the quickstart's)"
+    )
+    check.add_argument(
+        "--rows", type=int, default=20, metavar="N", help="bad rows to print (default: 20; --json has all)"
+    )
+    _reports(check)
+
+    build = _command(
+        commands, "build", _data_build, "a compliance-refusal or preference set from harmful and harmless prompts"
+    )
+    for side in ("harmful", "harmless"):
+        build.add_argument(
+            f"--{side}",
+            required=True,
+            metavar="SOURCE",
+            help=f"{side} prompts: a place, or a section as '{{path: ..., columns: {{...}}}}'",
+        )
+    build.add_argument("--output", type=Path, required=True, help="a new or empty folder")
+    build.add_argument("--kind", required=True, choices=["compliance-refusal", "preference"])
+    build.add_argument(
+        "--refusals",
+        default="bank",
+        help="bank, constant, own, model:ID, or a source with a column refusal (default: bank)",
+    )
+    build.add_argument("--worse", help="worse answers of preference data: own (the default) or model:ID")
+    build.add_argument("--prompts", type=int, help="how many of each class (default: all)")
+    build.add_argument("--seed", type=int, default=0)
+    build.add_argument("--template", help="a chat template (Jinja text or file) for the models asked")
+    build.add_argument("--max-new-tokens", type=int, help="of a model's answer (default: 256)")
+    build.add_argument("--use-gpu", action="store_true")
+    _reports(build)
 
 
 def _command(commands: Any, name: str, handler: Handler, about: str) -> argparse.ArgumentParser:
@@ -172,6 +242,89 @@ def _prepare(options: argparse.Namespace) -> int:
     return 0
 
 
+def _data_check(options: argparse.Namespace) -> int:
+    from raydiv.bundled import QUICKSTART
+    from raydiv.config import load_recipe, source_of
+    from raydiv.inspection import check_data
+
+    (report,) = check_data(load_recipe(options.recipe or QUICKSTART, options.overrides), [source_of(options.source)])
+    _print(options, report.facts, lambda: _show_data(report.facts, options.rows))
+    return 0 if report.sound else 2
+
+
+def _data_build(options: argparse.Namespace) -> int:
+    from raydiv.config import source_of
+    from raydiv.config.recipe import Cluster
+    from raydiv.construction import build_data
+
+    report = build_data(
+        source_of(options.harmful),
+        source_of(options.harmless),
+        options.output,
+        kind=options.kind,
+        refusals=options.refusals,
+        worse=options.worse,
+        prompts=options.prompts,
+        seed=options.seed,
+        cluster=Cluster(use_gpu=options.use_gpu),
+        template=options.template,
+        max_new_tokens=options.max_new_tokens,
+    )
+
+    def show() -> None:
+        counts = report.as_json()["classes"]
+        _table(["", *counts], [(key, *(str(one[key]) for one in counts.values())) for key in counts["harmful"]])
+        print(f"data     {report.data}\ncard     {report.card}")
+
+    _print(options, report.as_json(), show)
+    return 0
+
+
+def _show_data(facts: dict[str, Any], rows: int) -> None:
+    labels = ["harmful", "harmless", "unlabelled"]
+    _table(
+        ["examples", *labels], [(name, *(str(by[label]) for label in labels)) for name, by in facts["classes"].items()]
+    )
+    pairs, prompts, duplicates = facts["pairs"], facts["prompts"], facts["duplicates"]
+    found = [
+        ("different prompts", prompts["different"]),
+        ("prompts labelled both harmful and harmless", prompts["with_both_labels"]),
+        ("complete pairs", pairs["complete"]),
+        ("examples without a partner", pairs["without_partner"]),
+        ("pairs that are none", len(pairs["broken"])),
+        ("examples that were there before", duplicates["examples"]),
+        ("answers both aligned and unaligned", duplicates["aligned_and_unaligned"]),
+        ("bad rows", facts["bad_rows"]["count"]),
+    ]
+    _table(["", "count"], [(name, str(count)) for name, count in found])
+    lengths = {name: spread for name, spread in facts["tokens"].items() if "histogram" in spread}
+    quantiles = ["min", "p50", "p90", "p99", "max"]
+    _table(
+        ["tokens", *quantiles], [(name, *(str(spread[key]) for key in quantiles)) for name, spread in lengths.items()]
+    )
+    for name, spread in lengths.items():
+        print(name)
+        most = max(one["examples"] for one in spread["histogram"])
+        for one in spread["histogram"]:
+            print(f"  {one['from']:>6}-{one['to']:<6} {'#' * round(40 * one['examples'] / most):<40} {one['examples']}")
+    cut = facts["tokens"]["truncated"]
+    print(
+        f"truncated: {cut['prompts']} prompts at {cut['max_prompt_length']} tokens, {cut['responses']} responses at "
+        f"{cut['max_length']} with their prompt"
+    )
+    for name, overlap in facts["overlap"].items():
+        print(
+            f"{name}: {overlap['same']} of its {overlap['prompts']} prompts are in here, and {overlap['near']} more nearly"
+        )
+    for place in pairs["broken"][:rows]:
+        print(place)
+    for row in facts["bad_rows"]["rows"][:rows]:
+        print(f"{row['file']}:{row['line']}: {row['reason']}")
+    left = facts["bad_rows"]["count"] - rows
+    if left > 0:
+        print(f"and {left} more bad rows (--rows {facts['bad_rows']['count']}, or --json)")
+
+
 def _separation(options: argparse.Namespace) -> int:
     from raydiv.config.recipe import Cluster
     from raydiv.measure import separation
@@ -227,6 +380,36 @@ def _export(options: argparse.Namespace) -> int:
 
     directory = export(options.run, options.destination, options.adapter)
     _print(options, {"model": str(directory)}, lambda: print(directory))
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from raydiv.benchmarks.data import bench_data
+    from raydiv.config import load_recipe
+
+    found = bench_data(
+        load_recipe(options.recipe, options.overrides), options.rows or [200_000], options.repeats, options.steps
+    )
+
+    def show() -> None:
+        header = ["examples", "plain script /s", "raydiv /s", "ratio", "driver MB", "largest worker MB", "together MB"]
+        _table(
+            header,
+            [
+                (
+                    f"{one['examples']:,}",
+                    f"{one['plain_examples_per_second']:,.0f}",
+                    f"{one['examples_per_second']:,.0f}",
+                    f"{one['ratio']:.2f}",
+                    *(f"{size / 2**20:,.0f}" for size in one["peak_bytes"].values()),
+                )
+                for one in found["prepare"]
+            ],
+        )
+        for name in ("stream", "train"):
+            _table([name, ""], [(key, f"{value:,.4g}") for key, value in found[name].items()])
+
+    _print(options, found, show)
     return 0
 
 

@@ -12,7 +12,8 @@ class UserError(ValueError):
 def user_error_in(error: BaseException | None) -> UserError | None:
     """The UserError that a worker raised, out of the layers that Ray wraps it in; None when it raised something else."""
     while error is not None:
-        for found in (error, getattr(error, "cause", None)):
+        # what Ray raises for a task is a UserError too, with a traceback for its message: its cause comes first
+        for found in (getattr(error, "cause", None), error):
             if isinstance(found, UserError):
                 return found
         error = error.__cause__

@@ -48,12 +48,13 @@ def train(recipe: Recipe, display: Display | None = None, show_text: bool = Fals
     display = display or Display()
     run = RunDirectory.of(recipe)
     run.require_free()
-    directory, raw = read(recipe, display)
+    opened = read(recipe, display)
     if not recipe.loss.bounded and recipe.optim.target_margin is None:
         display.say(UNBOUNDED.format(type=recipe.loss.type))
     with ray_session(recipe.cluster):
-        prepared = fill(recipe, directory, raw, display)
+        prepared = fill(recipe, opened, display)
         run.claim(recipe)
+        run.note_rows((prepared.data.bad + prepared.data.cut).lines())
         tracker = Tracker(recipe, _tags(recipe, prepared), display.say)
         try:
             with run.followed(tracker.metrics):
@@ -179,7 +180,7 @@ def _conclude(recipe: Recipe, prepared: Prepared, run: RunDirectory, tracker: Tr
     }
     run.result.write_text(json.dumps(report, indent=2) + "\n")
     write_report(run)
-    for path in (run.recipe, run.result, run.report, run.picture):
+    for path in (run.recipe, run.result, run.report, run.picture, run.rows):
         if path.exists():
             tracker.artifact(path)
     if not tracker.finish():

@@ -1,19 +1,31 @@
-"""Ray Data pools of actors: rows in, rows out, in the same order."""
+"""Ray Data: rows through pools of actors, in the same order, and rows that tasks make ahead of their reader.
+
+A row is any Python object that pickles; between processes it is one cell of one column.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasource, ExecutionResources, ReadTask
+from ray.data.block import BlockMetadata
 
 from raydiv.config.recipe import Cluster
 from raydiv.errors import user_error_in
 
 Row = dict[str, Any]
-Progress = Callable[[int, int], None]
-"""Told how many rows are done, and of how many."""
+Progress = Callable[[int, int | None], None]
+"""Told how many rows are done, and of how many (None: not known)."""
+
+BUFFERED_BYTES = 256 * 2**20
+"""Object store that rows between a reader and a pool may take: what bounds the memory of a pipeline, not its data's size."""
 
 
-def unwatched(done: int, total: int) -> None:
+def unwatched(done: int, total: int | None) -> None:
     """The progress of whom nobody watches."""
 
 
@@ -33,35 +45,125 @@ def map_rows(
     Rows are sent shortest first by their ``length``, so that a batch pads little.
 
     ``worker(**arguments)`` is built once per actor and called with a list of rows; it returns as many. One actor a CPU,
-    or a GPU where the recipe uses GPUs and the worker holds a ``model``; never more than there are batches.
+    or a GPU where the recipe uses GPUs and the worker holds a ``model``, unless ``cluster.pool_actors`` says fewer; never more
+    than there are batches.
     """
-    import ray
-
-    gpus = 1 if model and cluster.use_gpu else 0
-    have = ray.cluster_resources()
     batches = -(-len(rows) // batch_rows)
-    actors = max(1, min(batches, int(have.get("GPU" if gpus else "CPU", 1))))
     order = sorted(range(len(rows)), key=lambda position: length(rows[position]))
-    source = ray.data.from_items(
-        [{"position": position, "row": rows[position]} for position in order], override_num_blocks=max(1, batches)
-    )
+    cells = _cells((position, rows[position]) for position in order)
+    source = ray.data.from_arrow(cells, override_num_blocks=max(1, batches))
+    done: dict[int, Row] = {}
+    placed = (_Placed, {"worker": worker, "arguments": arguments})
+    for position, row in _through(source, *placed, cluster, batch_rows, actors=batches, model=model):
+        done[position] = row
+        progress(len(done), len(rows))
+    return [done[position] for position in range(len(rows))]
+
+
+def stream_through(
+    makers: Sequence[Callable[[], Iterable[Any]]],
+    worker: type,
+    arguments: dict[str, Any],
+    *,
+    cluster: Cluster,
+    model: bool = True,
+    actors: int | None = None,
+) -> Iterator[Any]:
+    """Rows that ``makers`` make, each through a pool of ``worker`` actors alone, in order; memory does not grow with them.
+
+    The makers run in tasks of their own, several at a time; ``worker(**arguments)`` is called with a list of one row.
+    """
+    source = _made(makers, at_once=2 + _devices(cluster, model))
+    source.context.execution_options.resource_limits = ExecutionResources(object_store_memory=BUFFERED_BYTES)
+    return _through(source, worker, arguments, cluster, 1, actors=actors or len(makers), model=model)
+
+
+def stream(makers: Sequence[Callable[[], Iterable[Any]]], ahead: int) -> Iterator[Any]:
+    """Rows that ``makers`` make in tasks of their own, in order, about ``ahead`` of them before they are asked for."""
+    made = _made(makers, at_once=2)
+    for batch in made.iter_batches(batch_size=1, prefetch_batches=ahead, batch_format="pyarrow"):
+        yield from _objects(batch)
+
+
+def _cells(rows: Iterable[Any]) -> pa.Table:
+    return pa.table({"row": pa.array([pickle.dumps(row) for row in rows], pa.large_binary())})
+
+
+def _objects(cells: pa.Table) -> list[Any]:
+    return [pickle.loads(cell) for cell in cells["row"].to_pylist()]  # noqa: S301 - written by our own tasks
+
+
+def _devices(cluster: Cluster, model: bool) -> int:
+    """CPUs of the cluster, or its GPUs where these hold the models."""
+    kind = "GPU" if model and cluster.use_gpu else "CPU"
+    return max(1, int(ray.cluster_resources().get(kind, 1)))
+
+
+def _through(
+    source: Dataset,
+    worker: type,
+    arguments: dict[str, Any],
+    cluster: Cluster,
+    batch_rows: int,
+    *,
+    actors: int,
+    model: bool,
+) -> Iterator[Any]:
+    devices = _devices(cluster, model)
+    wanted = cluster.pool_actors if model and cluster.pool_actors else devices
+    gpus = model and cluster.use_gpu
     mapped = source.map_batches(
         _Worker,
         fn_constructor_args=(worker, arguments),
         batch_size=batch_rows,
-        batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(size=actors),
-        num_cpus=1,
-        num_gpus=gpus,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=max(1, min(actors, wanted, devices))),
+        num_cpus=1 if gpus else max(1, devices // wanted),
+        num_gpus=1 if gpus else 0,
     )
-    done: dict[int, Row] = {}
     try:
-        for item in mapped.iter_rows():
-            done[int(item["position"])] = item["row"]
-            progress(len(done), len(rows))
+        for batch in mapped.iter_batches(batch_size=None, prefetch_batches=1, batch_format="pyarrow"):
+            yield from _objects(batch)
     except Exception as error:  # Ray wraps what a worker raised in layers of its own
         raise user_error_in(error) or RuntimeError(f"{worker.__name__}: {type(error).__name__}: {error}") from error
-    return [done[position] for position in range(len(rows))]
+
+
+def _made(makers: Sequence[Callable[[], Iterable[Any]]], at_once: int) -> Dataset:
+    """A data set of the rows that makers make. Each row is a block, so that a reader gets it as soon as it is made."""
+    context = DataContext.get_current().copy()
+    context.target_max_block_size = 1
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    with DataContext.current(context):
+        # tasks that read reserve no CPU: they must run beside actors and workers that hold all of them
+        return ray.data.read_datasource(
+            _Makers(makers), override_num_blocks=len(makers), concurrency=min(at_once, len(makers)), num_cpus=0
+        )
+
+
+class _Makers(Datasource):  # type: ignore[misc]
+    """Ray Data's view of makers: one read task each."""
+
+    def __init__(self, makers: Sequence[Callable[[], Iterable[Any]]]) -> None:
+        self._makers = makers
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
+        unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        return [ReadTask(_Cells(maker), unknown) for maker in self._makers]
+
+
+class _Cells:
+    """What a read task calls: a block for each row that the maker makes."""
+
+    def __init__(self, maker: Callable[[], Iterable[Any]]) -> None:
+        self._maker = maker
+
+    def __call__(self) -> Iterator[Any]:
+        for row in self._maker():
+            yield _cells([row])
 
 
 class _Worker:
@@ -70,9 +172,16 @@ class _Worker:
     def __init__(self, worker: type, arguments: dict[str, Any]) -> None:
         self._worker = worker(**arguments)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        import numpy as np
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return _cells(self._worker(_objects(batch)))
 
-        rows = np.empty(len(batch["position"]), dtype=object)
-        rows[:] = self._worker([dict(row) for row in batch["row"]])
-        return {"position": batch["position"], "row": rows}
+
+class _Placed:
+    """A worker whose rows carry their position."""
+
+    def __init__(self, worker: type, arguments: dict[str, Any]) -> None:
+        self._worker = worker(**arguments)
+
+    def __call__(self, rows: list[tuple[int, Row]]) -> list[tuple[int, Row]]:
+        done = self._worker([row for _, row in rows])
+        return [(position, row) for (position, _), row in zip(rows, done, strict=True)]

@@ -9,15 +9,29 @@ from typing import Any
 import numpy as np
 
 from raydiv.config import Recipe
-from raydiv.data.prepare import PreparedData, RawData
+from raydiv.data.index import OpenSource
 from raydiv.data.prompts import read_prompts
-from raydiv.data.tokens import TokenizedExamples, mismatched
+from raydiv.data.sets import Sets, make_sets
+from raydiv.data.tokenize import tokenize
+from raydiv.data.tokens import StoredExamples, mismatched
 from raydiv.errors import UserError
+from raydiv.model.chat import Chat
 from raydiv.model.files import fingerprint, model_directory
 from raydiv.progress import Display
 from raydiv.reference import reference_logps
 from raydiv.session import ray_session
-from raydiv.training.worker import ExampleSet, epochs_of, total_steps
+from raydiv.training.feed import ExampleSet
+from raydiv.training.worker import epochs_of, total_steps
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What a recipe names, found and opened: its model's directory and tokenizer, and its sources."""
+
+    directory: Path
+    chat: Chat
+    train: list[OpenSource]
+    eval: list[OpenSource]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +39,7 @@ class Prepared:
     """A recipe's data, ready to train on, and what preparing it cost."""
 
     directory: Path
-    data: PreparedData
+    data: Sets
     train: ExampleSet
     eval: ExampleSet | None
     reference_hits: int
@@ -41,6 +55,8 @@ class Prepared:
         return {
             "train": asdict(self.data.train.counts),
             "eval": asdict(held_out.counts) if held_out else None,
+            "bad_rows": len(self.data.bad),
+            "prompts_in_train_and_eval": self.data.shared_prompts,
             "fingerprint": self.train.examples.fingerprint,
             "model_fingerprint": fingerprint(self.directory),
             "reference": {"hits": self.reference_hits, "misses": self.reference_misses},
@@ -50,13 +66,13 @@ class Prepared:
 def prepare(recipe: Recipe, display: Display | None = None) -> Prepared:
     """Data -> tokens -> reference log-probs, through caches; safe to repeat."""
     display = display or Display()
-    directory, raw = read(recipe, display)
+    opened = read(recipe, display)
     with ray_session(recipe.cluster):
-        return fill(recipe, directory, raw, display)
+        return fill(recipe, opened, display)
 
 
-def read(recipe: Recipe, display: Display) -> tuple[Path, RawData]:
-    """Model files, examples and prompts, checked before anything is started. Raises UserError for any of them."""
+def read(recipe: Recipe, display: Display) -> Opened:
+    """Model files, sources and prompts, checked before anything is started. Raises UserError for any of them."""
     with display.phase("model and data"):
         directory = model_directory(recipe.model.id, recipe.model.revision)
         if (directory / "adapter_config.json").is_file():
@@ -64,17 +80,30 @@ def read(recipe: Recipe, display: Display) -> tuple[Path, RawData]:
         for prompts in (recipe.separation.prompts, recipe.evaluate.prompts):
             if prompts:
                 read_prompts(prompts)
-        return directory, RawData(recipe, directory)
+        chat = Chat(directory, recipe.data.template)
+        train, held_out = (
+            [OpenSource(source, recipe.data, recipe.batch, chat) for source in sources]
+            for sources in (recipe.data.train, recipe.data.eval_sources)
+        )
+        for opened in (*train, *held_out):
+            opened.peek(tolerant=recipe.data.on_bad_row == "quarantine")
+        return Opened(directory, chat, train, held_out)
 
 
-def fill(recipe: Recipe, directory: Path, raw: RawData, display: Display) -> Prepared:
+def fill(recipe: Recipe, opened: Opened, display: Display) -> Prepared:
     """What ``read`` found, with tokens and reference log-probs; needs a Ray session."""
     with display.phase("tokens") as update:
-        data = raw.tokenize(update)
-    return _with_reference(recipe, directory, data, display)
+        sources, quarantine = [*opened.train, *opened.eval], recipe.data.on_bad_row == "quarantine"
+        indices = tokenize(sources, opened.chat, recipe.cluster, quarantine=quarantine, progress=update)
+    data = make_sets(recipe, indices[: len(opened.train)], indices[len(opened.train) :])
+    if data.bad:
+        display.say(f"bad rows left out: {len(data.bad)} (raydiv data check lists them)")
+    if data.shared_prompts:
+        display.say(f"prompts in data.train and in data.eval: {data.shared_prompts}; held-out figures will flatter")
+    return _with_reference(recipe, opened.directory, data, display)
 
 
-def _with_reference(recipe: Recipe, directory: Path, data: PreparedData, display: Display) -> Prepared:
+def _with_reference(recipe: Recipe, directory: Path, data: Sets, display: Display) -> Prepared:
     """The data with the reference log-probs that its loss asks for, KTO's mismatched examples included."""
     sets = [data.train.examples, *([data.eval.examples] if data.eval else [])]
     derangements = [_derangement(recipe, examples) for examples in sets]
@@ -95,7 +124,7 @@ def _with_reference(recipe: Recipe, directory: Path, data: PreparedData, display
     return Prepared(directory, data, found[0], found[1] if data.eval else None, lookup.hits, lookup.misses)
 
 
-def _derangement(recipe: Recipe, examples: TokenizedExamples) -> TokenizedExamples | None:
+def _derangement(recipe: Recipe, examples: StoredExamples) -> StoredExamples | None:
     if not recipe.loss.mismatched_terms:
         return None
     try:

@@ -30,7 +30,7 @@ QUIET_SECONDS = 20.0
 
 
 class Update(Protocol):
-    def __call__(self, done: int, total: int, note: str = "") -> None: ...
+    def __call__(self, done: int, total: int | None, note: str = "") -> None: ...
 
 
 def _columns() -> list[ProgressColumn]:
@@ -62,7 +62,7 @@ class Display:
         with Progress(*_columns(), console=self.console, disable=not self.console.is_terminal) as bars:
             task = bars.add_task(name, total=None, note="")
 
-            def update(done: int, total: int, note: str = "") -> None:
+            def update(done: int, total: int | None, note: str = "") -> None:
                 nonlocal printed, first
                 bars.update(task, completed=done, total=total, note=note)
                 now = time.monotonic()
@@ -70,9 +70,9 @@ class Display:
                 if not self.console.is_terminal and now - printed > QUIET_SECONDS:
                     printed = now
                     # what came before the first unit was start-up, and says nothing of the rest
-                    eta = (now - first[0]) / (done - first[1]) * (total - done) if done > first[1] else None
+                    eta = (now - first[0]) / (done - first[1]) * (total - done) if total and done > first[1] else None
                     left = "" if eta is None else f", {eta:.0f} s left"
-                    self.say(f"{name}: {done}/{total}  {note}  ({now - started:.0f} s{left})")
+                    self.say(f"{name}: {done}{f'/{total}' if total else ''}  {note}  ({now - started:.0f} s{left})")
 
             yield update
         if not self.console.is_terminal:

@@ -47,8 +47,8 @@ def before_after(run: RunDirectory) -> list[tuple[str, str, str]]:
 
 def notes(run: RunDirectory) -> list[str]:
     """What must be read beside the table: the judge's errors, and what the controls of separation say."""
-    words = []
-    steps = json.loads(run.result.read_text())["steps"]
+    result = json.loads(run.result.read_text())
+    words, steps = _of_the_data(result["data"]), result["steps"]
     if steps["taken"] < steps["planned"]:
         words.append(
             f"stopped after {steps['taken']} of {steps['planned']} updates: the margin is at optim.target_margin"
@@ -59,6 +59,24 @@ def notes(run: RunDirectory) -> list[str]:
             words.append(json.loads(answers.read_text())["judge"]["errors"])
         if apart.exists():
             words += [f"{name}: {note}" for note in json.loads(apart.read_text())["notes"]]
+    return words
+
+
+def _of_the_data(data: dict[str, Any]) -> list[str]:
+    """What was left out of the data, and what was cut."""
+    words = []
+    if data["bad_rows"]:
+        words.append(f"bad rows left out: {data['bad_rows']}; rows.jsonl has file, line and reason of each")
+    if data["prompts_in_train_and_eval"]:
+        words.append(f"held-out prompts that were trained on: {data['prompts_in_train_and_eval']}")
+    for name in ("train", "eval"):
+        cuts = [
+            f"{data[name][f'{side}_cut']} {side}"
+            for side in ("prompts", "responses")
+            if data[name] and data[name][f"{side}_cut"]
+        ]
+        if cuts:
+            words.append(f"{name}: {' and '.join(cuts)} were cut to the recipe's lengths; rows.jsonl has each")
     return words
 
 

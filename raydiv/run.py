@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ class RunDirectory:
         self.recipe = path / "recipe.yaml"
         self.result = path / "result.json"
         self.report = path / "report.html"
+        self.rows = path / "rows.jsonl"
         self.model = path / "model"
         self.separation = path / "separation"
         self.evaluation = path / "evaluation"
@@ -59,6 +60,12 @@ class RunDirectory:
             save_recipe(recipe, self.recipe)
         except OSError as error:
             raise UserError(f"output_dir: {self.path} cannot be written: {error.strerror}") from None
+
+    def note_rows(self, notes: Iterable[dict[str, Any]]) -> None:
+        """Write down the rows of the data that were left out or cut; without any there is no file."""
+        lines = [json.dumps(note) + "\n" for note in notes]
+        if lines:
+            self.rows.write_text("".join(lines))
 
     def read_recipe(self) -> Recipe:
         return load_recipe(self.recipe)

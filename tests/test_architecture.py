@@ -12,27 +12,32 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "raydiv"
 
 ROOMS = [
-    ["cli", "__main__", "__init__"],
+    ["cli", "__main__", "__init__", "benchmarks"],
     ["launch"],
-    ["preparation", "measure", "report"],
+    ["preparation", "inspection", "construction", "measure", "report"],
     ["training.worker"],
+    ["training.feed"],
     ["training.step", "hidden", "evaluation"],
     ["reference"],
-    ["training", "data.prepare", "data.prompts", "model.export"],
-    ["data.sources", "data.tokens", "pool", "session", "engine"],
+    ["data.sets"],
+    ["training", "data.tokenize", "data.prompts", "data.overlap", "model.export"],
+    ["data.index"],
+    ["data.sources", "pool", "session", "engine"],
     ["model", "data", "track", "progress", "run"],
     ["dist"],
     ["config"],
     ["losses"],
-    ["cache", "errors", "bundled"],
+    ["cache"],
+    ["storage"],
+    ["errors", "bundled"],
 ]
 """From the door to the foundations: a module imports its own room and what is below. Submodules may be named apart."""
 
 LIBRARIES = {
-    "ray": {"session", "pool", "launch", "training.worker"},
+    "ray": {"session", "pool", "launch", "reference", "training.worker", "benchmarks"},
     "deepspeed": {"engine"},
     "mlflow": {"track"},
-    "transformers": {"model", "engine"},
+    "transformers": {"model", "engine", "benchmarks"},
     "peft": {"model"},
     "datasets": {"data.sources"},
     "matplotlib": {"report"},
@@ -93,6 +98,13 @@ def test_libraries_stay_in_their_rooms(library: str) -> None:
     allowed = LIBRARIES[library]
     strays = {m for m in users if m not in allowed and m.partition(".")[0] not in allowed}
     assert not strays, f"{library} is imported in {strays}"
+
+
+def test_every_room_is_of_a_module_and_named_once() -> None:
+    named = [name for names in ROOMS for name in names]
+    packages = {module.rpartition(".")[0] for module in modules()}
+    assert set(named) | {name for names in LIBRARIES.values() for name in names} <= modules().keys() | packages
+    assert len(set(named)) == len(named)
 
 
 def test_objectives_use_no_torch_at_run_time() -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from raydiv.bundled import FOLDER, QUICKSTART, bundled_file
 from raydiv.config import load_recipe
+from raydiv.config.recipe import Source
 from raydiv.data.prompts import read_prompts
 from raydiv.data.sources import read_examples
 from raydiv.errors import UserError
@@ -48,7 +49,7 @@ def count(name: str, **wanted: object) -> int:
 
 
 def test_every_bundled_file_is_known_here() -> None:
-    assert {path.stem for path in FOLDER.glob("*.jsonl")} == {*TRAINING, *PROMPTS}
+    assert {path.stem for path in FOLDER.glob("*.jsonl")} == {*TRAINING, *PROMPTS, "refusals"}
 
 
 def test_unknown_set_is_refused_with_what_exists() -> None:
@@ -58,7 +59,8 @@ def test_unknown_set_is_refused_with_what_exists() -> None:
 
 def test_quickstart_uses_sets_that_exist() -> None:
     recipe = load_recipe(QUICKSTART)
-    for source in (recipe.data.train, recipe.separation.prompts, recipe.evaluate.prompts):
+    sources = [source.path for source in (*recipe.data.train, *recipe.data.eval_sources)]
+    for source in (*sources, recipe.separation.prompts, recipe.evaluate.prompts):
         assert source is not None
         assert bundled_file(source).is_file()
 
@@ -101,12 +103,18 @@ def test_no_prompt_comes_twice(name: str) -> None:
 @pytest.mark.parametrize("name", [*TRAINING, *PROMPTS])
 def test_the_package_reads_them(name: str) -> None:
     if name in TRAINING:
-        examples = read_examples(f"bundled:{name}")
+        examples = read_examples(Source(path=f"bundled:{name}"))
         assert len(examples) == 2 * len(rows(name))
         assert len({e.pair for e in examples}) == len(rows(name))
         assert all(e.harmful is not None for e in examples)
     else:
         assert [p.kind for p in read_prompts(f"bundled:{name}")] == [row["kind"] for row in rows(name)]
+
+
+def test_no_refusal_of_the_bank_comes_twice() -> None:
+    assert all(row.keys() == {"refusal"} and row["refusal"] == row["refusal"].strip() for row in rows("refusals"))
+    seen = Counter(" ".join(words(row["refusal"])) for row in rows("refusals"))
+    assert [text for text, times in seen.items() if times > 1 or not text] == []
 
 
 def test_preference_differs_in_harmless_rejections_alone() -> None:

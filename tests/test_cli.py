@@ -6,11 +6,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import make_tokenizer
+from stored import stream_here
 
 from raydiv.cli import main
 from raydiv.config import Recipe
@@ -64,6 +66,24 @@ def refuse(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
         assert status == 2
         assert printed.out == ""
         return one_line(printed.err)
+
+    return run
+
+
+@pytest.fixture
+def refuse_data(refuse: Refuse, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Refuse:
+    """Run a command whose data the user must change, tokenised in this process; returns the last line, after the phases'."""
+    monkeypatch.setattr("raydiv.preparation.ray_session", lambda cluster: nullcontext())
+    monkeypatch.setattr("raydiv.data.tokenize.stream_through", stream_here)
+
+    def run(*arguments: str | Path) -> str:
+        capfd.readouterr()
+        assert main([str(argument) for argument in arguments]) == 2
+        printed = capfd.readouterr()
+        assert printed.out == ""
+        *phases, last = printed.err.splitlines(keepends=True)
+        assert all(": done in " in line for line in phases)
+        return one_line(last)
 
     return run
 
@@ -190,37 +210,45 @@ def test_missing_held_out_file_is_one_line(tmp_path: Path, recipe: Path, refuse:
     assert "gone.jsonl" in refuse("prepare", recipe, f"data.eval={tmp_path / 'gone.jsonl'}")
 
 
-def test_empty_data_set_is_one_line(recipe: Path, write_jsonl: Callable[..., Path], refuse: Refuse) -> None:
+def test_empty_data_set_is_one_line(recipe: Path, write_jsonl: Callable[..., Path], refuse_data: Refuse) -> None:
     empty = write_jsonl(name="empty.jsonl")
-    assert f"{empty}: holds no examples" in refuse("prepare", recipe, f"data.train={empty}")
+    assert f"{empty}: holds no examples" in refuse_data("prepare", recipe, f"data.train={empty}")
 
 
-def test_broken_row_is_one_line(recipe: Path, write_jsonl: Callable[..., Path], refuse: Refuse) -> None:
+def test_broken_first_row_is_found_before_anything_is_started(
+    recipe: Path, write_jsonl: Callable[..., Path], refuse: Refuse
+) -> None:
+    broken = write_jsonl(PAIR | {"chosen": ""}, PAIR, name="broken.jsonl")
+    assert f"{broken}:1: chosen" in refuse("prepare", recipe, f"data.train={broken}")
+    assert f"{broken}:1: chosen" in refuse("train", recipe, f"data.eval=[{broken}]")
+
+
+def test_broken_row_is_one_line(recipe: Path, write_jsonl: Callable[..., Path], refuse_data: Refuse) -> None:
     broken = write_jsonl(PAIR, PAIR | {"chosen": ""}, name="broken.jsonl")
-    assert f"{broken}:2: chosen" in refuse("prepare", recipe, f"data.train={broken}")
+    line = refuse_data("prepare", recipe, f"data.train={broken}")
+    assert f"{broken}:2: chosen" in line
+    assert f"raydiv data check {broken}" in line
+    assert "data.on_bad_row=quarantine" in line
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("label", [True, False])
+@pytest.mark.parametrize("command", [["prepare"], ["prepare", "--json"]], ids=["", "json"])
 def test_data_set_of_one_class_is_one_line(
-    label: bool, recipe: Path, write_jsonl: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+    command: list[str], label: bool, recipe: Path, write_jsonl: Callable[..., Path], refuse_data: Refuse
 ) -> None:
     rows = [{"prompt": f"question {n}", "completion": "answer", "label": label} for n in range(3)]
     data = write_jsonl(*rows, name="one-class.jsonl")
-    assert main(["prepare", str(recipe), f"data.train={data}", "--json"]) == 2
-    line = one_line(capfd.readouterr().err)
+    line = refuse_data(command[0], recipe, f"data.train={data}", *command[1:])
     assert "data.train" in line
     assert ("no unaligned example" if label else "no aligned example") in line
 
 
-@pytest.mark.slow
 def test_unpaired_data_for_a_paired_loss_is_one_line(
-    recipe: Path, write_jsonl: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+    recipe: Path, write_jsonl: Callable[..., Path], refuse_data: Refuse
 ) -> None:
     rows = [{"prompt": f"question {n}", "completion": "answer", "label": n % 2 == 0} for n in range(4)]
     data = write_jsonl(*rows, name="unpaired.jsonl")
-    assert main(["prepare", str(recipe), f"data.train={data}", "loss.type=dpo"]) == 2
-    line = one_line(capfd.readouterr().err)
+    line = refuse_data("prepare", recipe, f"data.train={data}", "loss.type=dpo")
     assert "4 of 4" in line
     assert "kldo" in line
     assert "aot-unpaired" in line
@@ -228,30 +256,32 @@ def test_unpaired_data_for_a_paired_loss_is_one_line(
 
 
 def test_unpaired_data_for_a_paired_term_names_the_term(
-    recipe: Path, write_jsonl: Callable[..., Path], refuse: Refuse
+    recipe: Path, write_jsonl: Callable[..., Path], refuse_data: Refuse
 ) -> None:
     data = write_jsonl(*[{"prompt": f"question {n}", "completion": "answer", "label": n % 2 == 0} for n in range(4)])
-    line = refuse("prepare", recipe, f"data.train={data}", "loss.mix.ipo.weight=1")
+    line = refuse_data("prepare", recipe, f"data.train={data}", "loss.mix.ipo.weight=1")
     assert "the loss ipo takes pairs" in line
 
 
-def test_held_out_data_must_fit_the_loss_too(recipe: Path, write_jsonl: Callable[..., Path], refuse: Refuse) -> None:
+def test_held_out_data_must_fit_the_loss_too(
+    recipe: Path, write_jsonl: Callable[..., Path], refuse_data: Refuse
+) -> None:
     pairs = write_jsonl(*[PAIR | {"prompt": f"question {n}"} for n in range(4)], name="pairs.jsonl")
     rows = [{"prompt": f"other {n}", "completion": "answer", "label": n % 2 == 0} for n in range(4)]
     unpaired = write_jsonl(*rows, name="unpaired.jsonl")
-    line = refuse("prepare", recipe, f"data.train={pairs}", f"data.eval={unpaired}", "loss.type=simpo")
+    line = refuse_data("prepare", recipe, f"data.train={pairs}", f"data.eval={unpaired}", "loss.type=simpo")
     assert f"data.eval: {unpaired}: 4 of 4" in line
 
 
 def test_aligned_examples_alone_are_enough_for_sft_only(
-    recipe: Path, write_jsonl: Callable[..., Path], refuse: Refuse
+    recipe: Path, write_jsonl: Callable[..., Path], refuse_data: Refuse
 ) -> None:
     data = write_jsonl(*[{"prompt": f"question {n}", "completion": "answer", "label": True} for n in range(3)])
-    line = refuse("prepare", recipe, f"data.train={data}", "loss.type=fdo")
+    line = refuse_data("prepare", recipe, f"data.train={data}", "loss.type=fdo")
     assert "no unaligned example" in line
     assert "aligned examples alone: sft)" in line
     unaligned = write_jsonl({"prompt": "question", "completion": "answer", "label": False}, name="unaligned.jsonl")
-    assert "no aligned example" in refuse("prepare", recipe, f"data.train={unaligned}", "loss.type=sft")
+    assert "no aligned example" in refuse_data("prepare", recipe, f"data.train={unaligned}", "loss.type=sft")
 
 
 def test_missing_model_is_one_line(tmp_path: Path, recipe: Path, refuse: Refuse) -> None:

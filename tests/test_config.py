@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from raydiv.config import Recipe, load_recipe, save_recipe
 from raydiv.config.loss import TYPES
@@ -301,8 +302,9 @@ def test_missing_section_is_named(section: str) -> None:
         ("optim.steps=true", "'true'"),
         ("model.lora.r=x", "'x'"),
         ("model.id=3", "3"),
-        ("data.train=3", "3"),
-        ("data.eval=[1]", "[1]"),
+        ("data.train.weight=x", "'x'"),
+        ("data.train.columns=3", "3"),
+        ("data.on_bad_row=skip", "'skip'"),
         ("cluster.use_gpu=3", "3"),
         ("cluster.env.A=1", "1"),
         ("loss.beta=x", "'x'"),
@@ -312,8 +314,9 @@ def test_missing_section_is_named(section: str) -> None:
     ],
 )
 def test_wrong_type_says_path_and_value(override: str, found: str) -> None:
-    message = refusal(tree(), override)
-    assert message.startswith(f"{override.partition('=')[0]}: ")
+    message = refusal(tree(data={"train": {"path": "a.jsonl"}}), override)
+    path = override.partition("=")[0].replace("data.train.", "data.train.0.")
+    assert message.startswith(f"{path}: ")
     assert message.endswith(f"found {found}")
 
 
@@ -419,13 +422,150 @@ def test_overridden_option_of_the_former_loss_is_refused_in_any_order(overrides:
     assert "loss.skew" in refusal(tree(), *overrides)
 
 
+PLACE, SECTION = "a.jsonl", {"path": "hf://org/name", "split": "test", "weight": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("written", "paths"),
+    [
+        (PLACE, ["a.jsonl"]),
+        (SECTION, ["hf://org/name"]),
+        ([PLACE], ["a.jsonl"]),
+        ([PLACE, SECTION, "b"], ["a.jsonl", "hf://org/name", "b"]),
+    ],
+    ids=["place", "section", "list", "list of both"],
+)
+def test_sources_are_a_place_a_section_or_a_list(written: Any, paths: list[str]) -> None:
+    data = load_recipe(tree(data={"train": written})).data
+    assert [source.path for source in data.train] == paths
+    assert data.eval is None
+    assert data.eval_sources == []
+    for source in data.train:
+        hub = source.path == SECTION["path"]
+        assert (source.split, source.weight) == (("test", 0.5) if hub else (None, 1.0))
+        assert (source.config, source.revision, source.columns, source.constants) == (None, None, None, {})
+
+
+@pytest.mark.parametrize(
+    ("written", "paths"),
+    [("b.jsonl", ["b.jsonl"]), ({"path": "b", "split": "x"}, ["b"]), (["b", {"path": "c"}], ["b", "c"])],
+    ids=["place", "section", "list"],
+)
+def test_held_out_sources_are_a_place_a_section_or_a_list(written: Any, paths: list[str]) -> None:
+    data = load_recipe(tree(data={"train": PLACE, "eval": written})).data
+    assert [source.path for source in data.eval_sources] == paths
+    assert data.eval == data.eval_sources
+
+
+def test_held_out_share_is_no_source() -> None:
+    data = load_recipe(tree(data={"eval": 0.25})).data
+    assert (data.eval, data.eval_sources) == (0.25, [])
+    assert [source.path for source in data.train] == ["bundled:compliance-refusal"]
+
+
+def test_overrides_replace_sources_or_change_a_section() -> None:
+    one, several = tree(data={"train": SECTION}), tree(data={"train": [PLACE, SECTION]})
+    changed = load_recipe(one, ["data.train.weight=2"]).data.train
+    assert [(source.path, source.split, source.weight) for source in changed] == [("hf://org/name", "test", 2.0)]
+    for source in (one, several):
+        assert [s.path for s in load_recipe(source, ["data.train=[x, y]"]).data.train] == ["x", "y"]
+        assert [s.weight for s in load_recipe(source, ["data.train={path: x, weight: 3}"]).data.train] == [3.0]
+
+
+def test_a_source_names_its_own_columns_or_takes_everyones() -> None:
+    written = ["a", {"path": "b", "columns": {"prompt": "ask"}}, {"path": "c", "columns": {}}]
+    data = load_recipe(tree(data={"train": written, "columns": {"prompt": "question"}})).data
+    assert [data.columns_of(source) for source in data.train] == [{"prompt": "question"}, {"prompt": "ask"}, {}]
+
+
+def test_truth_values_are_constants_of_a_source() -> None:
+    constants = {"aligned": True, "harmful": False, "prompt": "true"}
+    (source,) = load_recipe(tree(data={"train": {"path": "a", "constants": constants}})).data.train
+    assert source.constants == constants
+    assert [type(value) for value in source.constants.values()] == [bool, bool, str]
+
+
+@pytest.mark.parametrize("key", ["train", "eval"])
+@pytest.mark.parametrize(("unknown", "near"), [("wieght", "weight"), ("splitt", "split"), ("pth", "path")])
+def test_unknown_key_of_a_source_names_the_nearest(key: str, unknown: str, near: str) -> None:
+    for written, place in (({"path": "b", unknown: "x"}, 0), (["a", {"path": "b", unknown: "x"}], 1)):
+        message = refusal(tree(data={"train": "a", key: written}))
+        assert message == f"data.{key}.{place}.{unknown}: unknown key (did you mean {near}?)"
+
+
+@pytest.mark.parametrize("written", [3, None, [3], [["a"]], ["a", None]], ids=str)
+def test_what_is_no_source_is_refused(written: Any) -> None:
+    message = refusal(tree(data={"train": written}))
+    assert message.startswith("data.train")
+    assert "a source is a place, or a section with its path" in message
+
+
+def test_sources_that_are_none_or_nowhere_are_refused() -> None:
+    assert refusal(tree(data={"train": []})).startswith("data.train: ")
+    assert refusal(tree(data={"train": PLACE, "eval": []})).startswith("data.eval: ")
+    assert refusal(tree(data={"train": PLACE, "eval": [1]})).startswith("data.eval.0: a source is a place")
+    assert refusal(tree(data={"train": {"weight": 2}})) == "data.train.0.path: missing"
+
+
+@pytest.mark.parametrize("key", ["config", "revision"])
+@pytest.mark.parametrize("path", ["a.jsonl", "data/*.parquet", "s3://bucket/name", "bundled:preference"])
+def test_hub_options_mean_nothing_elsewhere(key: str, path: str) -> None:
+    for data, place in (
+        ({"train": {"path": path, key: "x"}}, "train.0"),
+        ({"train": PLACE, "eval": [PLACE, {"path": path, key: "x"}]}, "eval.1"),
+    ):
+        message = refusal(tree(data=data))
+        assert message.startswith(f"data.{place}: {key} means nothing for {path}")
+        assert "hf://org/name" in message
+    (source,) = load_recipe(tree(data={"train": {"path": "hf://org/name", key: "x"}})).data.train
+    assert getattr(source, key) == "x"
+
+
+@pytest.mark.parametrize("weight", [0, -1, ".inf"])
+def test_weight_of_a_source_is_above_nothing(weight: Any) -> None:
+    override = f"data.train=[a, {{path: b, weight: {weight}}}]"
+    assert refusal(tree(), override).startswith("data.train.1.weight: ")
+
+
+def test_weight_means_nothing_for_held_out_examples() -> None:
+    message = refusal(tree(data={"train": PLACE, "eval": ["b", {"path": "c", "weight": 2}]}))
+    assert "eval.1.weight means nothing" in message
+    assert load_recipe(tree(data={"train": PLACE, "eval": {"path": "c", "weight": 1}})).data.eval_sources[0].weight == 1
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"train": PLACE},
+        {"train": SECTION, "eval": 0.125},
+        {"train": [PLACE, SECTION], "eval": ["b", {"path": "hf://c", "config": "x", "revision": "y"}]},
+        {"train": {"path": "a", "columns": {}, "constants": {"aligned": True, "source": "yes"}}, "columns": {"a": "b"}},
+        {"train": {"path": "1e3", "columns": {"prompt": "true"}}, "eval": "0.5", "on_bad_row": "quarantine"},
+    ],
+    ids=str,
+)
+def test_sources_load_back_exactly(data: dict[str, Any], tmp_path: Path) -> None:
+    recipe = load_recipe(tree(data=data))
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    again = load_recipe(tmp_path / "recipe.yaml")
+    assert again == recipe
+    assert again.model_dump() == recipe.model_dump()
+    assert load_recipe(recipe.model_dump(by_alias=True)) == recipe
+
+
+def test_saved_sources_say_no_more_than_they_must(tmp_path: Path) -> None:
+    save_recipe(load_recipe(tree(data={"train": [{"path": "a", "weight": 1}, SECTION]})), tmp_path / "recipe.yaml")
+    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["data"]["train"] == ["a", SECTION]
+
+
 RICH = {
     "name": "rich-1.0",
     "seed": 3,
     "model": {"id": "m", "lora": {"r": 4, "target_modules": ["q_proj", "v_proj"]}, "reference": "adapter-off"},
     "data": {
-        "train": "a.jsonl",
+        "train": ["a.jsonl", {"path": "hf://b", "revision": "main", "constants": {"harmful": False}, "weight": 0.5}],
         "eval": 0.125,
+        "on_bad_row": "quarantine",
         "template": "{% for m in messages %}\n{{ m['content'] }}\n{% endfor %}'\"é",
     },
     "loss": {"type": "kldo", "skew": 0.1, "estimator": "ema", "mix": {"sft": {"weight": 1 / 3}, "dpo": {"weight": 2}}},
@@ -468,6 +608,19 @@ def test_schema_names_every_objective_and_option() -> None:
         assert set(properties) == {"type", "mix", *OBJECTIVES[name].parameters}
         assert {key: properties[key]["default"] for key in OBJECTIVES[name].defaults} == OBJECTIVES[name].defaults
     assert set(definitions["Mix"]["properties"]) == set(OBJECTIVES)
+
+
+@pytest.mark.parametrize("key", ["train", "eval"])
+@pytest.mark.parametrize("written", [PLACE, SECTION, [PLACE, SECTION]], ids=str)
+def test_schema_takes_sources_as_they_are_written(key: str, written: Any) -> None:
+    import jsonschema
+
+    sources = written if isinstance(written, list) else [written]
+    if key == "eval":  # where a weight means nothing
+        sources = [{k: v for k, v in one.items() if k != "weight"} if isinstance(one, dict) else one for one in sources]
+    recipe = tree(data={"train": "a", key: sources if isinstance(written, list) else sources[0]})
+    load_recipe(recipe)
+    jsonschema.validate(recipe, Recipe.model_json_schema())
 
 
 def test_schema_names_every_section_and_requires_what_has_no_default() -> None:

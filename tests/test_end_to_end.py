@@ -75,7 +75,7 @@ def recipe_of(model: Path, files: dict[str, str], output: Path, name: str, *over
             "model": {"id": str(model)},
             "data": {"train": files["train"], "eval": files["eval"]},
             "loss": {"type": "kldo", "skew": 0.5, "mix": {"sft": {"weight": 0.5}}},
-            "optim": {"lr": 1e-2, "steps": 4, "warmup": 1},
+            "optim": {"lr": 3e-3, "steps": 4, "warmup": 1},
             "batch": {"examples": 8, "tokens_per_microbatch": 400, "max_length": 160, "max_prompt_length": 80},
             "cluster": {"num_workers": 2},
             "separation": {"prompts": None},
@@ -116,7 +116,7 @@ def test_step_metrics_are_all_there_and_gapless(run: Result) -> None:
         assert record.keys() >= STEP_METRICS
         assert record["divergence"] <= record["divergence/ceiling"] == pytest.approx(np.log(2))
         assert record["divergence/name"] == "KL(D+ || 0.5 D+ + 0.5 D-)"
-    assert [record["lr"] for record in steps] == pytest.approx([1e-2, 1e-2, 7.5e-3, 2.5e-3])
+    assert [record["lr"] for record in steps] == pytest.approx([3e-3, 3e-3, 2.25e-3, 7.5e-4])
     evaluated = [record["step"] for record in records(run.run.path) if "eval/loss" in record]
     assert evaluated == [0, 2, 4]
 

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 
+from raydiv.data.plan import StepPlan
+from raydiv.data.tokens import TokenizedExamples
 from raydiv.losses import OBJECTIVES, Batch, Term
 from raydiv.training.coefficients import first_states, judge, known_coefficients, widest_scope
-from raydiv.training.metrics import RATE, RunningMeans, estimate_facts, reward_metrics, state_metrics
+from raydiv.training.metrics import (
+    RATE,
+    Clock,
+    RunningMeans,
+    estimate_facts,
+    reward_metrics,
+    state_metrics,
+    step_record,
+)
 from raydiv.training.worker import reached
 
 torch.set_num_threads(1)
@@ -165,6 +178,7 @@ def test_estimate_is_named_with_its_ceiling() -> None:
 def test_metrics_of_unpaired_data() -> None:
     assert reward_metrics(make_batch(), beta=BETA) == {
         "log_ratio/rms": pytest.approx(math.sqrt((4 + 1 + 0.25 + 16 + 9) / 5)),
+        "log_ratio/max": pytest.approx(4.0),
         "reward/aligned": pytest.approx(0.25),
         "reward/unaligned": pytest.approx(0.0, abs=1e-7),
         "reward/margin": pytest.approx(0.25),
@@ -173,6 +187,13 @@ def test_metrics_of_unpaired_data() -> None:
         # of +, -, +, +, - the fourth should have been -
         "reward/accuracy": pytest.approx(4 / 5),
     }
+
+
+def test_largest_log_ratio_counts_whatever_its_sign() -> None:
+    assert reward_metrics(make_batch([1.0, -6.0, 2.0], [True, False, True]), BETA)["log_ratio/max"] == pytest.approx(
+        6.0
+    )
+    assert reward_metrics(make_batch([0.0] * 3, [True, False, True]), BETA)["log_ratio/max"] == 0.0
 
 
 def test_accuracy_of_pairs_compares_their_rewards() -> None:
@@ -187,7 +208,7 @@ def test_accuracy_of_pairs_compares_their_rewards() -> None:
 )
 def test_absent_class_leaves_its_metrics_out(label: bool, present: str, absent: str) -> None:
     metrics = judge([KLDO], first_states([KLDO]), make_batch([2.0, -1.0, 3.0], [label] * 3)).metrics
-    assert {f"reward/{present}", f"logp/{present}", "reward/accuracy", "log_ratio/rms"} <= set(metrics)
+    assert {f"reward/{present}", f"logp/{present}", "reward/accuracy", "log_ratio/rms", "log_ratio/max"} <= set(metrics)
     assert not {f"reward/{absent}", f"logp/{absent}", "reward/margin"} & set(metrics)
     assert metrics["reward/accuracy"] == pytest.approx(2 / 3 if label else 1 / 3)
     assert all(math.isfinite(number) for number in metrics.values())
@@ -196,6 +217,45 @@ def test_absent_class_leaves_its_metrics_out(label: bool, present: str, absent: 
 def test_rewards_use_the_main_objective_beta() -> None:
     terms = [term("kldo", beta=0.5), term("bco", 1.0, beta=0.1)]
     assert judge(terms, first_states(terms), make_batch()).metrics["reward/aligned"] == pytest.approx(0.5 * 1.25)
+
+
+def test_clock_times_a_step_from_when_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def slowly(waits: Sequence[float]) -> Iterator[float]:
+        for wait in waits:
+            now[0] += wait
+            yield wait
+        now[0] += 50.0
+
+    clock, seen = Clock(), []
+    for wait in clock.waits(slowly([3.0, 0.5])):
+        assert clock.waited == wait
+        now[0] += 10.0
+        seen.append(clock.seconds)
+    assert seen == [13.0, 10.5]
+    assert clock.waited == 0.5
+
+
+def test_record_of_a_step_counts_real_tokens_and_what_the_step_took() -> None:
+    examples = TokenizedExamples.from_ids([([5] * 4, [6] * 3), ([5], [6, 2])], [True, False], [0, 0])
+    clock = Mock(seconds=2.0, waited=0.5)
+    record = step_record(
+        StepPlan(6, 1.25, np.arange(2), np.zeros(2)), examples, {"loss": 0.5, "grad_norm": 3.0}, 1e-3, clock
+    )
+    assert record.pop("peak_memory_bytes") > 0
+    assert record == {
+        "step": 7,
+        "epoch": 1.25,
+        "loss": 0.5,
+        "grad_norm": 3.0,
+        "lr": 1e-3,
+        "tokens": 10,
+        "tokens_per_second": 5.0,
+        "step_seconds": 2.0,
+        "data_seconds": 0.5,
+    }
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

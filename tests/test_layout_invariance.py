@@ -20,7 +20,7 @@ from ranks import run_on_ranks
 from raydiv.config import Recipe, load_recipe
 from raydiv.config.loss import TYPES
 from raydiv.data.plan import MicroBatch, micro_batches
-from raydiv.data.tokens import TokenizedExamples, mismatched
+from raydiv.data.tokens import TokenizedExamples
 from raydiv.losses import OBJECTIVES, Batch, State, Term
 from raydiv.model.collate import collate
 from raydiv.model.head import LogProbHead
@@ -28,7 +28,6 @@ from raydiv.training.coefficients import judge
 from raydiv.training.step import StepExamples, Stepper
 
 LR = 0.5
-MAX_LENGTH = 64
 LAYOUTS = {"one micro-batch a rank": 100_000, "uneven micro-batches": 70, "one example each": 1}
 
 
@@ -81,10 +80,17 @@ def step_examples(kind: str, with_mismatched: bool = False) -> StepExamples:
     examples = TokenizedExamples.from_ids(
         [(p, r) for p, r, _, _ in rows], [g for _, _, g, _ in rows], [n for *_, n in rows]
     )
-    others = mismatched(examples, MAX_LENGTH) if with_mismatched else examples.select([])
+    others = mismatched(rows) if with_mismatched else TokenizedExamples.from_ids([], [], [])
     noise = lambda n: torch.tensor(generator.normal(-60, 20, n), dtype=torch.float32)  # noqa: E731
     # far enough below the policy for kto's z0, the mean mismatched log-ratio, to be above 0
     return StepExamples(0, examples, others, noise(len(examples)), noise(len(others)) - 80)
+
+
+def mismatched(rows: Sequence[tuple[list[int], list[int], bool, int]]) -> TokenizedExamples:
+    """Each row's prompt with the response of a row of the next prompt, where there is one."""
+    donors = [*rows[2:], *rows[:2]]
+    ids = [(prompt, response) for (prompt, *_), (_, response, *_) in zip(rows, donors, strict=True)]
+    return TokenizedExamples.from_ids(ids, [False] * len(rows), [-1] * len(rows))
 
 
 def running_states(terms: Sequence[Term]) -> list[State]:
@@ -423,7 +429,11 @@ def test_order_of_examples_inside_the_step_does_not_matter(name: str) -> None:
     terms = [(OBJECTIVES[name], 1.0, OBJECTIVES[name].defaults)]
 
     def verdict(rows: np.ndarray) -> Any:
-        examples = chosen.examples.select(rows)
+        examples = TokenizedExamples.from_ids(
+            [chosen.examples[row] for row in rows],
+            chosen.examples.aligned[rows].tolist(),
+            chosen.examples.pair[rows].tolist(),
+        )
         batch = Batch(
             logps[rows],
             chosen.reference_logps[rows],

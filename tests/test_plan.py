@@ -1,82 +1,207 @@
-"""The data plan: an order that is a pure function, and micro-batches that lose and repeat nothing."""
+"""The data plan: an order that is a pure function, mixtures by weight, and micro-batches that lose and repeat nothing."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from raydiv.data.plan import Epochs, largest_micro_batch, micro_batches, tokens_of_busiest_rank
+from raydiv.data.plan import (
+    Epochs,
+    InOrder,
+    Layout,
+    StepPlan,
+    largest_micro_batch,
+    micro_batches,
+    tokens_of_busiest_rank,
+)
+from raydiv.data.tokens import TokenizedExamples
+from raydiv.training.feed import Share
 
 quick = settings(max_examples=80, deadline=None)
 
 
+def units_of(*members: Sequence[int]) -> np.ndarray:
+    """[u, 2] as in StoredExamples: a pair's rows, or a lone row and -1."""
+    return np.array([[*rows, -1][:2] for rows in members], dtype=np.int64).reshape(-1, 2)
+
+
+def alone(rows: int) -> np.ndarray:
+    """Units of lone rows 0 to ``rows``."""
+    return units_of(*([row] for row in range(rows)))
+
+
+def members(unit: np.ndarray) -> list[int]:
+    return [row for row in unit.tolist() if row >= 0]
+
+
 @st.composite
-def unit_lists(draw: st.DrawFn) -> list[list[int]]:
+def unit_arrays(draw: st.DrawFn) -> np.ndarray:
     """Pairs and lone rows, in any order, together rows 0..n-1."""
     sizes = draw(st.lists(st.sampled_from([1, 2]), min_size=1, max_size=30))
     rows = draw(st.permutations(range(sum(sizes))))
     starts = [sum(sizes[:n]) for n in range(len(sizes))]
-    return [list(rows[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
+    return units_of(*(rows[start : start + size] for start, size in zip(starts, sizes, strict=True)))
 
 
 epochs = st.builds(
     Epochs,
-    units=unit_lists(),
+    units=unit_arrays(),
     examples=st.integers(1, 9),
     seed=st.integers(0, 2**40),
     fingerprint=st.text(max_size=8),
 )
 
 
+@st.composite
+def mixtures(draw: st.DrawFn) -> Epochs:
+    """Several sources, each with its weight, their units in any order."""
+    units = draw(unit_arrays())
+    weights = draw(st.lists(st.sampled_from([1.0, 2.0, 0.5, 1.5, 0.3]), min_size=1, max_size=3))
+    source = np.array([draw(st.integers(0, len(weights) - 1)) for _ in units], dtype=np.int16)
+    # a part of a source may round to nothing, but not that of all of them
+    whole = draw(st.integers(0, len(weights) - 1))
+    weights[whole] = max(1.0, weights[whole])
+    source[0] = whole
+    return Epochs(units, draw(st.integers(1, 9)), draw(st.integers(0, 2**40)), "f", source, weights)
+
+
+def plans(plan: Epochs, epoch: int) -> list[StepPlan]:
+    """The steps of an epoch."""
+    first = epoch * plan.steps_per_epoch
+    return [plan.step(step) for step in range(first, first + plan.steps_per_epoch)]
+
+
 def walk(plan: Epochs, epoch: int) -> list[list[int]]:
     """Rows of each step of an epoch."""
-    first = epoch * plan.steps_per_epoch
-    return [plan.step(step).rows.tolist() for step in range(first, first + plan.steps_per_epoch)]
+    return [step.rows.tolist() for step in plans(plan, epoch)]
+
+
+def rows_of(plan: Epochs, epoch: int) -> list[int]:
+    """Rows of an epoch, in its order."""
+    return [row for rows in walk(plan, epoch) for row in rows]
 
 
 @quick
 @given(epochs, st.integers(0, 3))
 def test_every_epoch_takes_each_row_once(plan: Epochs, epoch: int) -> None:
     steps = walk(plan, epoch)
-    assert Counter(row for rows in steps for row in rows) == Counter(row for unit in plan.units for row in unit)
+    assert Counter(row for rows in steps for row in rows) == Counter(plan.units[plan.units >= 0].tolist())
     assert all(steps)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 23, 24, 25, 100])
+@pytest.mark.parametrize("sources", [1, 2])
+def test_weight_one_loses_and_repeats_nothing_for_any_size_of_step(size: int, sources: int) -> None:
+    units = units_of(*([n, n + 12] for n in range(6)), *([n] for n in range(6, 12)))
+    source = np.arange(len(units)) % sources
+    plan = Epochs(units, size, 5, "f", source, [1.0] * sources)
+    for epoch in range(4):
+        assert sorted(rows_of(plan, epoch)) == list(range(18))
+
+
 @quick
-@given(epochs, st.integers(0, 3))
+@given(st.one_of(epochs, mixtures()), st.integers(0, 3))
 def test_units_stay_together_and_no_step_is_too_large(plan: Epochs, epoch: int) -> None:
+    together = {tuple(members(unit)) for unit in plan.units}
+    largest = max(map(len, together))
+    partner = {unit[0]: unit for unit in together}
     for rows in walk(plan, epoch):
-        rest = list(rows)
-        for unit in (unit for unit in plan.units if unit[0] in rows):
-            assert rows[rows.index(unit[0]) :][: len(unit)] == list(unit)
-            rest = [row for row in rest if row not in unit]
-        assert rest == []
-        assert len(rows) <= max(plan.examples, max(map(len, plan.units)))
+        left = list(rows)
+        while left:
+            unit = partner[left[0]]
+            assert tuple(left[: len(unit)]) == unit
+            left = left[len(unit) :]
+        assert len(rows) <= max(plan.examples, largest)
 
 
 @quick
-@given(epochs, st.integers(0, 200))
-def test_step_is_a_pure_function(plan: Epochs, step: int) -> None:
-    again = Epochs([list(unit) for unit in plan.units], plan.examples, plan.seed, plan.fingerprint)
-    for earlier in range(min(step, 5)):
-        plan.step(earlier)
+@given(st.one_of(epochs, mixtures()), st.integers(0, 3))
+def test_pair_numbers_of_a_step_are_shared_by_a_pair_alone(plan: Epochs, epoch: int) -> None:
+    pairs = {tuple(unit) for unit in plan.units.tolist() if unit[1] >= 0}
+    lone = {unit[0] for unit in plan.units.tolist() if unit[1] < 0}
+    for step in plans(plan, epoch):
+        assert len(step.pair) == len(step.rows)
+        assert {row for row, pair in zip(step.rows.tolist(), step.pair.tolist(), strict=True) if pair < 0} <= lone
+        for number in set(step.pair.tolist()) - {-1}:
+            assert tuple(step.rows[step.pair == number].tolist()) in pairs
+        assert (step.pair >= -1).all()
+        assert lone.isdisjoint(step.rows[step.pair >= 0].tolist())
+
+
+def test_step_of_units_numbers_pairs_and_leaves_lone_rows_without() -> None:
+    step = StepPlan.of_units(3, 0.5, units_of([7, 2], [5], [1, 9], [0]))
+    assert (step.step, step.epoch) == (3, 0.5)
+    assert step.rows.tolist() == [7, 2, 5, 1, 9, 0]
+    first, second = step.pair[0], step.pair[3]
+    assert step.pair.tolist() == [first, first, -1, second, second, -1]
+    assert first != second
+
+
+def test_a_pair_that_comes_twice_in_a_step_is_two_pairs() -> None:
+    plan = Epochs(units_of([0, 1], [2, 3]), 8, 0, "f", weights=(2.0,))
+    assert plan.steps_per_epoch == 1
+    step = plan.step(0)
+    assert sorted(step.rows.tolist()) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert sorted(Counter(step.pair.tolist()).values()) == [2, 2, 2, 2]
+    for number in set(step.pair.tolist()):
+        assert step.rows[step.pair == number].tolist() in ([0, 1], [2, 3])
+    # the objective too sees four pairs, each of an aligned and an unaligned example
+    examples = TokenizedExamples.from_ids([([1], [2])] * 8, (step.rows % 2 == 0).tolist(), step.pair.tolist())
+    assert sorted(examples.pairs.ravel().tolist()) == list(range(8))
+    assert (step.rows[examples.pairs[:, 0]] + 1 == step.rows[examples.pairs[:, 1]]).all()
+
+
+@quick
+@given(st.one_of(epochs, mixtures()), st.integers(0, 200), st.lists(st.integers(0, 200), max_size=5))
+def test_step_is_a_pure_function(plan: Epochs, step: int, before: list[int]) -> None:
+    source = np.zeros(len(plan.units), np.int16)
+    for number, own in enumerate(plan._sources):
+        source[own] = number
+    again = Epochs(plan.units.copy(), plan.examples, plan.seed, plan.fingerprint, source, plan._weights)
+    for other in before:
+        plan.step(other)
     assert plan.step(step).rows.tolist() == again.step(step).rows.tolist()
+    assert plan.step(step).pair.tolist() == again.step(step).pair.tolist()
     assert again.step(step).step == step
 
 
 @quick
-@given(epochs, st.integers(0, 60))
+@given(st.one_of(epochs, mixtures()), st.integers(0, 60))
 def test_step_found_directly_is_the_walks(plan: Epochs, step: int) -> None:
     walked = [rows for epoch in range(step // plan.steps_per_epoch + 1) for rows in walk(plan, epoch)]
     assert plan.step(step).rows.tolist() == walked[step]
 
 
+@pytest.mark.parametrize(("weights", "generators"), [((1.0,), 1), ((2.0,), 1), ((1.5,), 2), ((1.0, 0.5, 0.25), 3)])
+def test_step_far_away_is_found_without_the_ones_before(
+    weights: tuple[float, ...], generators: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One shuffle of its own epoch, and one for each source of which an epoch takes a part."""
+    made, random_of = [], Epochs._random
+
+    def counted(self: Epochs, purpose: object) -> Any:
+        made.append(purpose)
+        return random_of(self, purpose)
+
+    monkeypatch.setattr(Epochs, "_random", counted)
+    rows = 30_000
+    plan = Epochs(alone(rows), 16, 0, "f", np.arange(rows) % len(weights), weights)
+    assert 10 * plan.steps_per_epoch < 90_000
+    found = plan.step(90_000)
+    assert len(made) == generators
+    assert found.step == 90_000
+    assert len(set(found.rows.tolist())) == 16
+
+
 @quick
-@given(epochs)
+@given(st.one_of(epochs, mixtures()))
 def test_epoch_counts_what_is_done(plan: Epochs) -> None:
     assert plan.step(plan.steps_per_epoch - 1).epoch == pytest.approx(1)
     assert plan.step(2 * plan.steps_per_epoch - 1).epoch == pytest.approx(2)
@@ -86,7 +211,7 @@ def test_epoch_counts_what_is_done(plan: Epochs) -> None:
 @quick
 @given(st.integers(0, 2**40), st.text(max_size=8), st.integers(0, 50))
 def test_order_follows_seed_epoch_and_fingerprint(seed: int, fingerprint: str, epoch: int) -> None:
-    units = [[row] for row in range(60)]
+    units = alone(60)
     plan = Epochs(units, 8, seed, fingerprint)
     order = walk(plan, epoch)
     assert order == walk(Epochs(units, 8, seed, fingerprint), epoch)
@@ -98,14 +223,14 @@ def test_order_follows_seed_epoch_and_fingerprint(seed: int, fingerprint: str, e
     assert order not in others
 
 
-def test_order_does_not_follow_the_size_of_a_step() -> None:
-    units = [[row] for row in range(24)]
-    orders = [[row for rows in walk(Epochs(units, size, 3, "f"), 1) for row in rows] for size in (1, 5, 8, 24, 100)]
+@pytest.mark.parametrize("weight", [1.0, 0.5, 2.0])
+def test_order_does_not_follow_the_size_of_a_step(weight: float) -> None:
+    orders = [rows_of(Epochs(alone(24), size, 3, "f", weights=(weight,)), 1) for size in (1, 5, 8, 24, 100)]
     assert orders == [orders[0]] * 5
 
 
 def test_order_is_shuffled_evenly() -> None:
-    plan = Epochs([[row] for row in range(10)], 1, 0, "f")
+    plan = Epochs(alone(10), 1, 0, "f")
     first = Counter(plan.step(10 * epoch).rows.tolist()[0] for epoch in range(500))
     assert len(first) == 10
     assert max(first.values()) < 2 * min(first.values())
@@ -122,7 +247,98 @@ def test_order_is_shuffled_evenly() -> None:
     ],
 )
 def test_sizes_of_steps(units: list[list[int]], examples: int, sizes: list[int]) -> None:
-    assert [len(rows) for rows in walk(Epochs(units, examples, 0, "f"), 0)] == sizes
+    assert [len(rows) for rows in walk(Epochs(units_of(*units), examples, 0, "f"), 0)] == sizes
+
+
+@pytest.mark.parametrize(
+    ("rows", "weight", "steps"), [(24, 1.0, 6), (24, 0.5, 3), (24, 2.0, 12), (24, 1.5, 9), (25, 1.0, 7), (10, 0.25, 1)]
+)
+def test_steps_of_an_epoch_count_its_passes(rows: int, weight: float, steps: int) -> None:
+    assert Epochs(alone(rows), 4, 0, "f", weights=(weight,)).steps_per_epoch == steps
+
+
+@quick
+@given(st.integers(2, 40), st.integers(1, 9), st.integers(0, 2**40), st.integers(0, 5))
+@example(rows=7, size=3, seed=0, first=0)
+def test_half_a_source_is_another_half_every_epoch(rows: int, size: int, seed: int, first: int) -> None:
+    plan = Epochs(alone(rows), size, seed, "f", weights=(0.5,))
+    one, two = (rows_of(plan, epoch) for epoch in (first, first + 1))
+    assert len(one) == len(two) == round(rows / 2)
+    assert len(set(one)) == len(one)
+    # an odd source that rounds up shares the one row that two halves have too many
+    assert len(set(one) & set(two)) == max(0, 2 * len(one) - rows)
+
+
+@quick
+@given(st.integers(2, 40), st.sampled_from([0.25, 0.3, 0.5, 0.75, 0.9]), st.integers(0, 2**40))
+def test_a_part_takes_all_units_in_turn(rows: int, weight: float, seed: int) -> None:
+    assume(round(rows * weight) > 0)
+    plan = Epochs(alone(rows), 4, seed, "f", weights=(weight,))
+    taken: Counter[int] = Counter(dict.fromkeys(range(rows), 0))
+    for epoch in range(12):
+        taken.update(rows_of(plan, epoch))
+        assert max(taken.values()) - min(taken.values()) <= 1
+
+
+@pytest.mark.parametrize(("rows", "weights"), [((100, 4), (1.0, 0.1)), ((1,), (0.4,))])
+def test_the_least_part_of_a_source_is_taken_in_turn_too(rows: tuple[int, ...], weights: tuple[float, ...]) -> None:
+    plan = Epochs(alone(sum(rows)), 8, 0, "f", np.repeat(np.arange(len(rows)), rows), weights)
+    assert {row for epoch in range(40) for row in rows_of(plan, epoch)} == set(range(sum(rows)))
+    assert len(plan.step(0).rows) > 0
+
+
+@quick
+@given(unit_arrays(), st.integers(1, 9), st.integers(0, 3))
+def test_weight_two_takes_each_unit_twice(units: np.ndarray, size: int, epoch: int) -> None:
+    taken = Counter(rows_of(Epochs(units, size, 1, "f", weights=(2.0,)), epoch))
+    assert taken == Counter(dict.fromkeys(units[units >= 0].tolist(), 2))
+
+
+def test_weight_one_and_a_half_takes_all_once_and_another_half_again() -> None:
+    plan = Epochs(alone(20), 7, 1, "f", weights=(1.5,))
+    again = []
+    for epoch in range(2):
+        taken = Counter(rows_of(plan, epoch))
+        assert sorted(taken) == list(range(20))
+        again.append({row for row, times in taken.items() if times == 2})
+        assert max(taken.values()) == 2
+        assert len(again[-1]) == 10
+    assert again[0].isdisjoint(again[1])
+
+
+def test_each_source_is_taken_by_its_own_weight_and_mixed_with_the_others() -> None:
+    source = np.array([0, 1] * 20)
+    plan = Epochs(alone(40), 25, 1, "f", source, (0.5, 2.0))
+    halves = []
+    for epoch in range(2):
+        taken = Counter(rows_of(plan, epoch))
+        halves.append({row for row in taken if row % 2 == 0})
+        assert {row: times for row, times in taken.items() if row % 2} == dict.fromkeys(range(1, 40, 2), 2)
+        assert all(taken[row] == 1 for row in halves[-1])
+    assert halves[0] | halves[1] == set(range(0, 40, 2))
+    assert halves[0].isdisjoint(halves[1])
+    # 50 examples in two steps
+    assert all({row % 2 for row in rows} == {0, 1} for rows in walk(plan, 0))
+
+
+def test_parts_of_two_sources_are_drawn_apart() -> None:
+    source = np.repeat([0, 1], 30)
+    taken = rows_of(Epochs(alone(60), 10, 1, "f", source, (0.5, 0.5)), 0)
+    assert {row for row in taken if row < 30} != {row - 30 for row in taken if row >= 30}
+
+
+@quick
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 50))
+def test_in_order_goes_through_once_with_similar_lengths_together(lengths: list[int], size: int) -> None:
+    plan = InOrder(np.array(lengths, dtype=np.int32), size)
+    parts = [plan.step(number) for number in range(plan.parts)]
+    rows = [row for part in parts for row in part.rows.tolist()]
+    assert sorted(rows) == list(range(len(lengths)))
+    assert rows == plan.order.tolist()
+    assert [lengths[row] for row in rows] == sorted(lengths)
+    assert all(0 < len(part.rows) <= size for part in parts)
+    assert all(part.pair.tolist() == [-1] * len(part.rows) for part in parts)
+    assert [part.step for part in parts] == list(range(plan.parts))
 
 
 length_lists = st.lists(st.integers(1, 40), max_size=40)
@@ -233,3 +449,73 @@ def test_loads_of_a_large_step_are_near_their_mean(seed: int, ranks: int) -> Non
     loads = [sum(padded(batch, lengths) for batch in mine) for mine in dealt]
     assert max(loads) <= 1.1 * sum(loads) / ranks
     assert sum(loads) <= 1.15 * sum(lengths)
+
+
+SCOPES = ("example", "pair", "batch")
+
+
+@st.composite
+def steps_of_examples(draw: st.DrawFn) -> TokenizedExamples:
+    """A step as a plan makes it: pairs and lone examples of any lengths, their token ids elsewhere."""
+    units = draw(unit_arrays())
+    pair = StepPlan.of_units(0, 0.0, units).pair
+    lengths = draw(st.lists(st.integers(1, 40), min_size=len(pair), max_size=len(pair)))
+    aligned, seen = [], set()
+    for number in pair.tolist():
+        aligned.append(number not in seen if number >= 0 else draw(st.booleans()))
+        seen.add(number)
+    return TokenizedExamples.from_ids([([5] * n, [6]) for n in lengths], aligned, pair.tolist())
+
+
+@quick
+@given(steps_of_examples(), budgets, worlds, st.sampled_from(SCOPES), st.sampled_from([(1, 0), (0, 1), (1, 1)]))
+def test_positions_of_all_ranks_are_the_whole_step(
+    examples: TokenizedExamples, tokens: int, ranks: int, scope: Any, kind: tuple[int, int]
+) -> None:
+    trains, scores = map(bool, kind)
+    layout = Layout(tokens, ranks, scope)
+    shares = [Share(layout, rank, trains, scores).positions(examples) for rank in range(ranks)]
+    assert {position for share in shares for position in share} == set(range(len(examples)))
+    assert all(share == sorted(set(share)) for share in shares)
+    if not (trains and scores):  # each forwarded once, by one rank
+        assert sum(map(len, shares)) == len(examples)
+
+
+@quick
+@given(steps_of_examples(), budgets, worlds, st.sampled_from(SCOPES))
+def test_positions_are_those_of_the_micro_batches(
+    examples: TokenizedExamples, tokens: int, ranks: int, scope: Any
+) -> None:
+    layout = Layout(tokens, ranks, scope)
+    trained, scored = layout.training(examples.lengths, examples.units)[0], layout.scoring(examples.lengths)
+    for rank in range(ranks):
+        flat = [{position for batch in dealt[rank] for position in batch} for dealt in (trained, scored)]
+        for trains, scores, expected in [
+            (True, False, flat[0]),
+            (False, True, flat[1]),
+            (True, True, flat[0] | flat[1]),
+        ]:
+            assert set(Share(layout, rank, trains, scores).positions(examples)) == expected
+
+
+@quick
+@given(steps_of_examples(), budgets, worlds, st.sampled_from(SCOPES))
+def test_one_pass_is_promised_only_where_a_micro_batch_tells_its_own_coefficients(
+    examples: TokenizedExamples, tokens: int, ranks: int, scope: Any
+) -> None:
+    dealt, whole = Layout(tokens, ranks, scope).training(examples.lengths, examples.units)
+    batches = [set(batch) for mine in dealt for batch in mine]
+    if scope == "batch":
+        assert not whole
+    if scope == "example":
+        assert whole
+    if whole and scope == "pair":
+        assert all(any(set(unit) <= batch for batch in batches) for unit in examples.units)
+    assert largest_micro_batch(dealt, examples.lengths) <= max(tokens, *examples.lengths)
+
+
+def test_pairs_of_like_lengths_are_kept_together_and_unlike_ones_are_not() -> None:
+    together: Callable[[list[int]], Any] = lambda lengths: Layout(20, 1, "pair").training(lengths, in_pairs(lengths))[1]  # noqa: E731
+    assert together([10, 10, 9, 9, 8, 8])
+    assert not together([10, 1, 10, 1, 10, 1])
+    assert not together([15, 15, 15, 15])  # a pair exceeds the budget

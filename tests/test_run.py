@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from raydiv import progress
 from raydiv.config import Recipe, load_recipe
 from raydiv.errors import UserError
 from raydiv.progress import Display, step_note
@@ -86,3 +88,17 @@ def test_progress_off_a_terminal_says_when_a_phase_ends(capsys: pytest.CaptureFi
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err.startswith("tokens: done in")
+
+
+def test_a_long_phase_off_a_terminal_says_how_far_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with Display().phase("tokens") as update:
+        for done, total in [(10, None), (20, None), (30, 60), (40, 60)]:
+            now[0] += 15.0
+            update(done, total)
+    lines = capsys.readouterr().err.splitlines()
+    # of how many is not known at first; from then on 10 every 15 seconds
+    assert lines == ["tokens: 20    (30 s)", "tokens: 40/60    (60 s, 30 s left)", "tokens: done in 60.0 s"]

@@ -9,14 +9,22 @@ from typing import Any
 
 import pytest
 
+from raydiv.config.recipe import Source
+from raydiv.data.formats import Example
 from raydiv.data.prompts import read_prompts
-from raydiv.data.sources import read_examples
+from raydiv.data.sources import read_examples as read_source
 from raydiv.errors import UserError
 
 Row = dict[str, Any]
 Writer = Callable[[Path, list[Row]], Path]
 
 PLANTED = "PLANTED-TEXT"
+
+
+def read_examples(path: str) -> list[Example]:
+    return read_source(Source(path=path))
+
+
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "two"}]
 
 
@@ -151,7 +159,7 @@ def test_every_format_from_every_file(name: str, write: Writer, tmp_path: Path) 
     path = write(tmp_path / "data", rows)
     examples = read_examples(str(path))
     assert [(e.prompt, e.response, e.aligned, e.harmful) for e in examples] == expected
-    assert all(e.source.startswith(f"{path}:") for e in examples)
+    assert all(e.source.startswith(str(path)) and e.source.rpartition(":")[2].isdigit() for e in examples)
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -298,7 +306,9 @@ def test_wrong_field_is_named_with_file_and_line(
 def test_null_is_named_with_its_record_in_every_file(write: Writer, tmp_path: Path) -> None:
     rows: list[Row] = [GOOD["unpaired"], GOOD["unpaired"] | {"completion": None}]
     path = write(tmp_path / "data", rows)
-    assert refusal(path).startswith(f"{path}:2: completion")
+    message = refusal(path)
+    assert message.startswith(str(path))
+    assert ":2: completion" in message
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from raydiv.config.loss import TYPES
-from raydiv.config.recipe import Recipe
+from raydiv.config.recipe import SHARE_OR_SOURCES, Recipe, Source
 from raydiv.errors import UserError
 from raydiv.losses import OBJECTIVES
 
@@ -39,6 +39,20 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
             f"{path}: {' or '.join(messages)}" if path else "; ".join(messages) for path, messages in problems.items()
         ]
         raise UserError(where + "; ".join(lines)) from None
+
+
+def source_of(words: str) -> Source:
+    """A source as the command line has it: its place, or a section such as ``{path: ..., columns: {...}}``.
+
+    Raises UserError where it is neither.
+    """
+    try:
+        return Source.model_validate(yaml.safe_load(words) if words.lstrip().startswith("{") else words)
+    except yaml.YAMLError:
+        raise UserError(f"{words}: neither a place nor a section in YAML") from None
+    except ValidationError as error:
+        problems = ("".join(f"{key}: " for key in problem["loc"]) + problem["msg"] for problem in error.errors())
+        raise UserError(f"{words}: {'; '.join(problems)}") from None
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -124,6 +138,8 @@ def _explain(problem: Mapping[str, Any], tree: Mapping[str, Any]) -> tuple[str, 
 def _location(problem: Mapping[str, Any]) -> list[str]:
     """The recipe's path of a problem, without what pydantic adds: a loss's name (loss.kldo.beta), a type of a union."""
     location = [str(part) for part in problem["loc"]]
+    if location[:1] == ["data"]:
+        location = [part for part in location if part not in SHARE_OR_SOURCES]
     if location[:1] == ["loss"] and len(location) > 1 and location[1] in OBJECTIVES:
         del location[1]
     if location[:1] != ["loss"] and len(location) > 2 and problem["type"] != "extra_forbidden":
@@ -151,14 +167,16 @@ def _hint(location: list[str], tree: Mapping[str, Any]) -> str:
 def _keys_at(parents: list[str]) -> list[str]:
     section: type[BaseModel] = Recipe
     for parent in parents:
-        section = _sections(section.model_fields[parent].annotation)[0]
+        if not parent.isdigit():  # a place in a list of sections
+            section = _sections(section.model_fields[parent].annotation)[0]
     return list(section.model_fields)
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:
-    """The sections that a field may hold."""
-    candidates = getattr(annotation, "__args__", (annotation,))
-    return [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+    """The sections that a field may hold, one or a list of them."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for inner in get_args(annotation) for section in _sections(inner)]
 
 
 def _nearest(key: str, known: Iterable[str]) -> str:

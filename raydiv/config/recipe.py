@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
+    BeforeValidator,
+    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    SerializerFunctionWrapHandler,
+    StrictBool,
+    Tag,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -62,16 +68,104 @@ class Model(Section):
         return self
 
 
-class Data(Section):
-    """Where examples come from. A source is a file, a saved datasets directory, hf://org/name or bundled:NAME."""
+class Source(Section):
+    """One source of examples, where its place alone does not say enough."""
 
-    train: str = "bundled:compliance-refusal"
-    eval: Annotated[float, Field(gt=0, lt=1)] | str | None = Field(
-        default=None, description="held-out examples: a source, or the share of the training prompts set aside"
+    path: str = Field(
+        description="a file, folder, pattern or saved datasets directory, also on s3:// or gs://; hf://org/name; bundled:NAME"
+    )
+    config: str | None = Field(default=None, description="configuration of an hf:// data set")
+    split: str | None = Field(default=None, description="split of an hf:// or saved data set; train by default")
+    revision: str | None = Field(default=None, description="commit, branch or tag of an hf:// data set")
+    columns: dict[str, str] | None = Field(
+        default=None, description="names of a known format's columns, and what this source calls them"
+    )
+    constants: dict[str, StrictBool | str] = Field(
+        default_factory=dict, description="values of columns that this source lacks, such as aligned: true"
+    )
+    weight: PositiveFloat = Field(
+        default=1.0, description="passes over this source in an epoch; 0.5 takes another half of it every epoch"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _place_alone(cls, values: Any) -> Any:
+        if not isinstance(values, str | dict | Source):
+            raise ValueError("a source is a place, or a section with its path")
+        return {"path": values} if isinstance(values, str) else values
+
+    @model_validator(mode="after")
+    def _fits_its_place(self) -> Source:
+        if not self.path.startswith("hf://"):
+            for key in ("config", "revision"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key} means nothing for {self.path}, which is not on the hub (hf://org/name)")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _briefly(self, handler: SerializerFunctionWrapHandler) -> Any:
+        """As it would be written: the place alone where that says everything."""
+        fields = Source.model_fields
+        written = {
+            key: value
+            for key, value in handler(self).items()
+            if value != fields[key].get_default(call_default_factory=True)
+        }
+        return written["path"] if written.keys() == {"path"} else written
+
+
+Sources = Annotated[
+    list[Source],
+    BeforeValidator(
+        lambda value: value if isinstance(value, list) else [value],
+        json_schema_input_type=str | Source | list[str | Source],
+    ),
+    Field(min_length=1),
+]
+"""One source or several, each a place or a section."""
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+SHARE_OR_SOURCES = ("share", "sources")
+"""What ``data.eval`` may be."""
+
+
+class Data(Section):
+    """Where examples come from, and what is done with rows that are wrong."""
+
+    train: Sources = Field(default_factory=lambda: [Source(path="bundled:compliance-refusal")])
+    eval: (
+        Annotated[
+            Annotated[Share, Tag("share")] | Annotated[Sources, Tag("sources")],
+            Discriminator(lambda value: SHARE_OR_SOURCES[not isinstance(value, int | float)]),
+        ]
+        | None
+    ) = Field(default=None, description="held-out examples: sources, or the share of the training prompts set aside")
+    columns: dict[str, str] | None = Field(
+        default=None, description="columns of every source that names none of its own"
+    )
+    on_bad_row: Literal["error", "quarantine"] = Field(
+        default="error", description="stop at rows that are wrong, or leave them out, counted and listed"
     )
     template: str | None = Field(
         default=None, description="a chat template (Jinja text or file), in place of the tokenizer's"
     )
+
+    @property
+    def eval_sources(self) -> list[Source]:
+        """Sources of held-out examples; none where they are a share of the training prompts."""
+        return self.eval if isinstance(self.eval, list) else []
+
+    def columns_of(self, source: Source) -> dict[str, str]:
+        """What a source calls the columns of a known format."""
+        return (self.columns if source.columns is None else source.columns) or {}
+
+    @model_validator(mode="after")
+    def _held_out_once(self) -> Data:
+        for number, source in enumerate(self.eval_sources):
+            if source.weight != 1:
+                raise ValueError(f"eval.{number}.weight means nothing: held-out examples are evaluated once each")
+        return self
 
     @field_validator("template")
     @classmethod
@@ -136,6 +230,10 @@ class Cluster(Section):
     use_gpu: bool = False
     cpus_per_worker: PositiveFloat | None = Field(
         default=None, description="CPUs of a training worker; by default nine tenths of the cluster's, in equal shares"
+    )
+    pool_actors: PositiveInt | None = Field(
+        default=None,
+        description="models that score, embed and answer side by side; by default one a GPU, or a CPU: fewer share its CPUs",
     )
     timeout_s: PositiveInt = Field(default=1800, description="seconds after which a collective is given up")
     env: dict[str, str] = Field(default_factory=dict, description="environment variables of every worker")

@@ -9,53 +9,115 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """The examples of one optimizer step: ``rows`` [n] of the prepared set, in example order."""
+    """The examples of one optimizer step: ``rows`` [n] of the set in example order, and ``pair`` [n], a number that the
+    two examples of a pair share, -1 without.
+    """
 
     step: int
     epoch: float
     rows: np.ndarray
+    pair: np.ndarray
+
+    @classmethod
+    def of_units(cls, step: int, epoch: float, units: np.ndarray) -> StepPlan:
+        """The step of ``units`` [u, 2]: a pair's rows, or a lone row and -1."""
+        pair = np.where(units[:, 1:] >= 0, np.arange(len(units))[:, None], -1).repeat(2, axis=1).ravel()
+        rows = units.ravel()
+        return cls(step, epoch, rows[rows >= 0], pair[rows >= 0])
 
 
-@dataclass(frozen=True, slots=True)
+class Plan(Protocol):
+    """An order of examples, cut into steps."""
+
+    def step(self, step: int) -> StepPlan: ...
+
+
 class Epochs:
-    """The order of a data set: shuffled units (a pair, or a lone example) cut into steps.
+    """The order of a training set: its units (a pair, or a lone example), shuffled anew every epoch and cut into steps.
 
-    ``units`` lists the rows of each unit; ``examples`` is the size of the global batch. The last step of an epoch takes
-    what is left, so an epoch loses and repeats nothing.
+    ``units`` [u, 2] as in StoredExamples, ``source`` [u] the source of each, and ``weights`` the passes over each source in
+    an epoch. ``examples`` is the size of the global batch. The last step of an epoch takes what is left, so at weight 1 an
+    epoch loses and repeats nothing. A weight's fraction takes another part of its source every epoch, and all parts in turn.
     """
 
-    units: Sequence[Sequence[int]]
-    examples: int
-    seed: int
-    fingerprint: str
+    def __init__(
+        self,
+        units: np.ndarray,
+        examples: int,
+        seed: int,
+        fingerprint: str,
+        source: np.ndarray | None = None,
+        weights: Sequence[float] = (1.0,),
+    ) -> None:
+        self.units, self.examples, self.seed, self.fingerprint = units, examples, seed, fingerprint
+        source = np.zeros(len(units), np.int16) if source is None else source
+        self._sources = [np.flatnonzero(source == number) for number in range(len(weights))]
+        self._weights = list(weights)
+        self._shuffled: tuple[int, np.ndarray] | None = None
+        # units count by the largest, so that no step exceeds ``examples``
+        self._size = max(1, examples // (2 if (units[:, 1] >= 0).any() else 1))
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self._boundaries()) - 1
+        taken = sum(int(weight) * len(own) + self._part(own, weight) for own, weight in self._mixed())
+        return -(-taken // self._size)
 
     def step(self, step: int) -> StepPlan:
-        """Plan of optimizer step ``step`` (from 0)."""
+        """Plan of optimizer step ``step`` (from 0): a function of it alone, whatever was asked before."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        order = self._order(epoch)
-        boundaries = self._boundaries()
-        chosen = order[boundaries[within] : boundaries[within + 1]]
-        rows = np.array([row for unit in chosen for row in self.units[unit]], dtype=np.int64)
-        return StepPlan(step, (step + 1) / self.steps_per_epoch, rows)
+        chosen = self._order(epoch)[within * self._size : (within + 1) * self._size]
+        return StepPlan.of_units(step, (step + 1) / self.steps_per_epoch, self.units[chosen])
 
-    def _boundaries(self) -> np.ndarray:
-        """Unit offsets of the steps. Units count by the largest, so that no step exceeds ``examples``."""
-        size = max(1, self.examples // max(len(unit) for unit in self.units))
-        return np.append(np.arange(0, len(self.units), size), len(self.units))
+    def _mixed(self) -> list[tuple[np.ndarray, float]]:
+        return list(zip(self._sources, self._weights, strict=True))
+
+    @staticmethod
+    def _part(own: np.ndarray, weight: float) -> int:
+        """Units that a weight's fraction takes, if only one."""
+        part = weight - int(weight)
+        return min(len(own), max(1, round(part * len(own)))) if part else 0
 
     def _order(self, epoch: int) -> np.ndarray:
-        key = hashlib.sha256(f"{self.seed}/{epoch}/{self.fingerprint}".encode()).digest()
-        return np.random.Generator(np.random.PCG64(int.from_bytes(key[:16], "big"))).permutation(len(self.units))
+        """Units of an epoch, shuffled; the last epoch asked for is remembered."""
+        if self._shuffled is None or self._shuffled[0] != epoch:
+            taken = [self._taken(number, own, weight, epoch) for number, (own, weight) in enumerate(self._mixed())]
+            self._shuffled = (epoch, self._random(epoch).permutation(np.concatenate(taken)))
+        return self._shuffled[1]
+
+    def _taken(self, number: int, own: np.ndarray, weight: float, epoch: int) -> np.ndarray:
+        """The units that an epoch takes of a source: all of them as often as the weight is whole, and a part."""
+        part = self._part(own, weight)
+        whole = np.tile(own, int(weight))
+        if not part:
+            return whole
+        turn = self._random(f"source {number}").permutation(own)
+        return np.concatenate([whole, np.take(turn, np.arange(epoch * part, (epoch + 1) * part), mode="wrap")])
+
+    def _random(self, purpose: object) -> np.random.Generator:
+        key = hashlib.sha256(f"{self.seed}/{purpose}/{self.fingerprint}".encode()).digest()
+        return np.random.Generator(np.random.PCG64(int.from_bytes(key[:16], "big")))
+
+
+class InOrder:
+    """A set once through, similar lengths together, in parts of ``examples``: for scoring, where the order is no matter."""
+
+    def __init__(self, lengths: np.ndarray, examples: int) -> None:
+        self.order, self._size = np.argsort(lengths, kind="stable"), examples
+
+    @property
+    def parts(self) -> int:
+        return -(-len(self.order) // self._size)
+
+    def step(self, step: int) -> StepPlan:
+        rows = self.order[step * self._size : (step + 1) * self._size]
+        return StepPlan(step, 0.0, rows, np.full(len(rows), -1))
 
 
 MicroBatch = list[int]
@@ -90,6 +152,40 @@ def micro_batches(
         load[rank] += _padded(batch, lengths)
     most = max(1, max(len(mine) for mine in dealt))
     return [mine + [[] for _ in range(most - len(mine))] for mine in dealt]
+
+
+ONE_PASS, TWO_PASSES = 3, 4
+"""What a token costs, in forwards: a backward costs two."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How steps are dealt to ranks. A pure function of lengths, so that a rank and whoever reads for it agree unasked.
+
+    ``scope``: whose log-probs a coefficient depends on (see raydiv.losses.Scope).
+    """
+
+    tokens_per_microbatch: int
+    ranks: int
+    scope: Literal["example", "pair", "batch"]
+
+    def scoring(self, lengths: Sequence[int]) -> list[list[MicroBatch]]:
+        """Micro-batches of examples that are only scored."""
+        return micro_batches(lengths, self.tokens_per_microbatch, self.ranks)
+
+    def training(self, lengths: Sequence[int], units: Sequence[Group]) -> tuple[list[list[MicroBatch]], bool]:
+        """Micro-batches of a step, and whether each is enough to tell its own coefficients.
+
+        Pairs are kept together where they fit the token budget, and where the saved forward makes up for the padding.
+        """
+        free = self.scoring(lengths)
+        if self.scope == "pair" and len(free[0]) > 1:
+            paired = micro_batches(lengths, self.tokens_per_microbatch, self.ranks, units)
+            fits = largest_micro_batch(paired, lengths) <= self.tokens_per_microbatch
+            tokens = [tokens_of_busiest_rank(layout, lengths) for layout in (paired, free)]
+            if fits and ONE_PASS * tokens[0] <= TWO_PASSES * tokens[1]:
+                return paired, True
+        return free, self.scope == "example"
 
 
 def largest_micro_batch(dealt: Sequence[Sequence[MicroBatch]], lengths: Sequence[int]) -> int:

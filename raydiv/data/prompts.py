@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from raydiv.data.sources import iterate_records, read_flag, read_prompt
+from raydiv.config.recipe import Source
+from raydiv.data.formats import BadRow, flag, prompt_of
+from raydiv.data.sources import iterate_records
 from raydiv.errors import UserError
 
 
@@ -25,10 +27,13 @@ def read_prompts(source: str) -> list[Prompt]:
     Raises UserError for a set that is empty or lacks one of the two classes.
     """
     prompts = []
-    for where, record in iterate_records(source):
-        harmful = read_flag(record, "harmful", where)
-        kind = str(record.get("kind") or ("harmful" if harmful else "ordinary"))
-        prompts.append(Prompt(read_prompt(record, where), harmful, kind, where))
+    for where, record in iterate_records(Source(path=source)):
+        try:
+            harmful = flag(record, "harmful")
+            kind = str(record.get("kind") or ("harmful" if harmful else "ordinary"))
+            prompts.append(Prompt(prompt_of(record), harmful, kind, where))
+        except BadRow as error:
+            raise UserError(f"{where}: {error}") from None
     classes = Counter(prompt.harmful for prompt in prompts)
     if len(classes) < 2:
         found = f"{classes[True]} harmful and {classes[False]} harmless"

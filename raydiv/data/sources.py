@@ -1,292 +1,358 @@
-"""Sources of examples: what is recognised by its columns, and how it becomes raydiv's example schema.
-
-To add a format, add its columns to ``FORMATS`` with the function that turns a record into examples.
-"""
+"""Sources of records: which files a source is, how each kind is read piece by piece, and where a record stands in it."""
 
 from __future__ import annotations
 
 import csv
+import fnmatch
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raydiv.bundled import bundled_file
-from raydiv.errors import UserError
+from pyarrow import fs
 
-Messages = list[dict[str, str]]
-Record = Mapping[str, Any]
+from raydiv.bundled import bundled_file
+from raydiv.cache import digest, file_digest, shared_dir
+from raydiv.config.recipe import Source
+from raydiv.data.formats import AS_IT_IS, BadRow, Cells, Example, Reading, Record, brief
+from raydiv.errors import UserError
+from raydiv.storage import Folder, file_system, open_input
+
+PIECE_BYTES = 4 * 2**20
+"""Bytes of a JSONL file that one task reads."""
+
+EXPORT_ROWS = 10_000
+"""Rows of a hub data set in one of the Parquet files that it is kept as."""
+
+csv.field_size_limit(2**31 - 1)  # a long field is a bad row, not a broken file
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
-    """One (prompt, response) with its label; see the schema in the README.
+class File:
+    """A file of a source: where it is, what messages call it, its kind (a row of KINDS) and a digest of its content."""
 
-    ``prompt`` is text or chat messages; ``harmful`` is the prompt's label, None where the source has none; ``pair`` names
-    the pair within its source; ``source`` is the file and line, for messages.
+    uri: str
+    name: str
+    kind: str
+    digest: str
+    before: int = 0
+    """Records of the source in the files before, where its own count runs through them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a file that is read alone: bytes of JSONL, row groups of Parquet; other kinds are read whole."""
+
+    file: File
+    start: int = 0
+    stop: int = 0
+
+
+Raw = tuple[int, Any]
+"""Position of a record (a byte of a JSONL file, else its number from 1), and its JSON text (bytes), the record, or
+what is wrong with it (a BadRow)."""
+
+
+def files_of(source: Source) -> list[File]:
+    """The files of a source, in order of their names; a hub data set is downloaded and kept as Parquet.
+
+    Raises UserError where there is none, or none that can be read.
     """
+    path = source.path
+    if path.startswith("bundled:"):
+        return [_local(bundled_file(path), path)]
+    if path.startswith("hf://"):
+        return _hub(source)
+    uri = path if "://" in path else str(Path(path).expanduser().absolute())
+    system, inside = file_system(uri)
+    try:
+        info = system.get_file_info(inside)
+        if info.type == fs.FileType.Directory:
+            files = _directory(source, Folder(uri.rstrip("/")))
+        elif info.is_file:
+            files = [_file(uri, path, info)]
+        else:
+            files = _matching(path, uri)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be reached: {' '.join(str(error).split())[:200]}") from None
+    if source.split is not None and any(file.kind != ".arrow" for file in files):
+        raise UserError(f"{path}: split {source.split} means nothing here: only saved and hub data sets have splits")
+    return files
 
-    prompt: str | Messages
-    response: str
-    aligned: bool
-    harmful: bool | None
-    pair: str | None
-    source: str
+
+def _file(uri: str, name: str, info: Any) -> File:
+    if "://" not in uri:
+        return _local(Path(uri), name)
+    return File(uri, name, _kind(name), digest(uri, info.size, info.mtime_ns))
 
 
-def read_examples(source: str) -> list[Example]:
-    """All examples of a source, in its order.
+def _local(path: Path, name: str) -> File:
+    return File(str(path), name, _kind(str(path)), file_digest(path))
+
+
+def _kind(name: str) -> str:
+    kind = Path(name).suffix
+    if kind not in KINDS:
+        raise UserError(f"{name}: unknown kind of file (known: {', '.join(KINDS)}, a saved datasets directory)")
+    return kind
+
+
+def _matching(path: str, uri: str) -> list[File]:
+    """Files that a pattern such as data/*.jsonl names."""
+    parent, _, pattern = uri.rpartition("/")
+    if not set(pattern) & set("*?["):
+        raise UserError(f"{path}: no such file or directory")
+    files = [
+        file
+        for file in _listed(Folder(parent), path.rpartition("/")[0])
+        if fnmatch.fnmatch(Path(file.uri).name, pattern)
+    ]
+    if not files:
+        raise UserError(f"{path}: no file matches")
+    return files
+
+
+def _listed(folder: Folder, name: str) -> list[File]:
+    """The files of a folder that can be read."""
+    system, inside = file_system(folder.uri)
+    infos = system.get_file_info(fs.FileSelector(inside, allow_not_found=True))
+    shown = sorted(
+        (info for info in infos if info.is_file and not info.base_name.startswith(".")), key=lambda i: i.base_name
+    )
+    prefix = f"{name}/" if name else ""
+    return [_file(folder.at(i.base_name), prefix + i.base_name, i) for i in shown if Path(i.base_name).suffix in KINDS]
+
+
+def _directory(source: Source, folder: Folder) -> list[File]:
+    """The Arrow files of a saved data set, else every file of the folder that can be read."""
+    path = source.path.rstrip("/")
+    if folder.has("dataset_dict.json"):
+        splits = json.loads(_whole(folder.at("dataset_dict.json")))["splits"]
+        split = source.split or "train"
+        if split not in splits:
+            raise UserError(
+                f"{path}: holds splits {', '.join(splits)}, and none is called {split}; choose one with split"
+            )
+        folder, path = Folder(folder.at(split)), f"{path}/{split}"
+    elif source.split is not None:
+        raise UserError(f"{path}: split {source.split} means nothing here: this directory has no splits")
+    if folder.has("state.json"):
+        saved = [entry["filename"] for entry in json.loads(_whole(folder.at("state.json")))["_data_files"]]
+        system, inside = file_system(folder.uri)
+        infos = system.get_file_info([f"{inside}/{name}" for name in saved])
+        return [_file(folder.at(name), f"{path}/{name}", info) for name, info in zip(saved, infos, strict=True)]
+    files = _listed(folder, path)
+    if not files:
+        raise UserError(
+            f"{path}: a directory, but neither written by datasets' save_to_disk nor one with {', '.join(KINDS)} in it"
+        )
+    return files
+
+
+def _hub(source: Source) -> list[File]:
+    """A split of a hub data set, as Parquet files that every worker reaches; made once per content."""
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    name = source.path.removeprefix("hf://")
+    try:
+        data = datasets.load_dataset(
+            name, source.config, split=source.split or "train", revision=source.revision
+        ).with_format("arrow")
+    except Exception as error:  # the hub client raises many unrelated types
+        raise UserError(f"{source.path}: cannot be loaded from the hub: {' '.join(str(error).split())[:300]}") from None
+    content = digest(name, data._fingerprint, len(data))
+    folder = shared_dir("hub", content)
+    starts = range(0, len(data), EXPORT_ROWS)
+    there = set(folder.names(".parquet"))
+    for start in starts:
+        if f"{start:012}.parquet" not in there:
+            buffer = pa.BufferOutputStream()
+            pq.write_table(data[start : start + EXPORT_ROWS], buffer)
+            folder.write(f"{start:012}.parquet", buffer.getvalue())
+    names = {start: f"{start:012}.parquet" for start in starts}
+    return [File(folder.at(n), source.path, ".parquet", digest(content, n), start) for start, n in names.items()]
+
+
+def pieces_of(file: File) -> list[Piece]:
+    """How a file is cut up, so that tasks can read it side by side."""
+    if file.kind == ".jsonl":
+        system, inside = file_system(file.uri)
+        size = system.get_file_info(inside).size
+        return [Piece(file, start, min(start + PIECE_BYTES, size)) for start in range(0, size, PIECE_BYTES)]
+    if file.kind == ".parquet":
+        return [Piece(file, group, group + 1) for group in range(_parquet_file(file).num_row_groups)]
+    return [Piece(file)]
+
+
+def read(piece: Piece) -> Iterator[Raw]:
+    """The records of a piece, one after another. Raises UserError for a file that cannot be read at all."""
+    return KINDS[piece.file.kind](piece)
+
+
+def parse(raw: Any) -> Any:
+    """A record from what ``read`` gives. Raises BadRow for a line that is not JSON."""
+    if isinstance(raw, BadRow):
+        raise raw
+    if not isinstance(raw, bytes):
+        return raw
+    try:
+        return json.loads(raw.decode())
+    except UnicodeDecodeError as error:
+        raise BadRow(f"not UTF-8, at byte {error.start + 1} of the line") from None
+    except (ValueError, RecursionError) as error:
+        reason = error.msg.removesuffix(" at") if isinstance(error, json.JSONDecodeError) else type(error).__name__
+        raise BadRow(f"not JSON: {reason}, at character {getattr(error, 'colno', 1)}") from None
+
+
+def locate(file: File, positions: Iterable[int]) -> dict[int, int]:
+    """What a reader of the file would call each position: the line of a JSONL file, else the record's number."""
+    wanted = sorted(set(positions))
+    if file.kind != ".jsonl":
+        return {position: file.before + position for position in wanted}
+    lines, line, at = {}, 1, 0
+    with open_input(file.uri) as content:
+        for position in wanted:
+            while at < position:
+                chunk = content.read(min(position - at, PIECE_BYTES))
+                line, at = line + bytes(chunk).count(b"\n"), at + len(chunk)
+            lines[position] = line
+    return lines
+
+
+def iterate_records(source: Source, columns: Mapping[str, str] | None = None) -> Iterator[tuple[str, Record]]:
+    """(where, record) of all of a source small enough for this process. Raises UserError at the first that is none."""
+    reading = reading_of(source, columns or {})
+    for file in files_of(source):
+        found = [raw for piece in pieces_of(file) for raw in read(piece)]
+        names = locate(file, (position for position, _ in found))
+        for position, raw in found:
+            where = f"{file.name}:{names[position]}"
+            try:
+                yield where, reading.rename(parse(raw))
+            except BadRow as error:
+                raise UserError(f"{where}: {error}") from None
+
+
+def read_examples(source: Source, columns: Mapping[str, str] | None = None) -> list[Example]:
+    """All examples of a source small enough for this process, in its order; ``columns`` where it names none of its own.
 
     Raises UserError for a source that does not exist, holds no example, has unknown columns, or a record with a missing,
     empty or ill-typed field, naming file and record.
     """
-    examples = [
-        example for where, record in iterate_records(source) for example in _format_of(record, where)(record, where)
-    ]
+    examples: list[Example] = []
+    for where, record in iterate_records(source, columns):
+        try:
+            examples += AS_IT_IS.examples(record, where)
+        except BadRow as error:
+            raise UserError(f"{where}: {error}") from None
     if not examples:
-        raise UserError(f"{source}: holds no examples")
+        raise UserError(f"{source.path}: holds no examples")
     return examples
 
 
-def iterate_records(source: str) -> Iterator[tuple[str, Record]]:
-    """(where, record) of a file, a saved ``datasets`` directory, a hub data set or a bundled set."""
-    if source.startswith("bundled:"):
-        path = bundled_file(source)
-        yield from ((f"{source}:{line}", record) for line, record in _jsonl(path))
-        return
-    if source.startswith("hf://"):
-        rows = _from_hub(source)
-    else:
-        path = Path(source)
-        if not path.exists():
-            raise UserError(f"{source}: no such file or directory")
-        if path.is_dir():
-            rows = _saved_dataset(path)
-        elif path.suffix == ".jsonl":
-            yield from ((f"{source}:{line}", record) for line, record in _jsonl(path))
-            return
-        elif path.suffix in FILES:
-            rows = FILES[path.suffix](path)
-        else:
-            raise UserError(
-                f"{path}: unknown kind of file (known: .jsonl, {', '.join(FILES)}, a saved datasets directory)"
-            )
-    yield from ((f"{source}:{number}", row) for number, row in enumerate(rows, start=1))
+def reading_of(source: Source, columns: Mapping[str, str]) -> Reading:
+    """How the records of a source are read; ``columns`` where it names none of its own."""
+    return Reading(columns if source.columns is None else source.columns, source.constants)
 
 
-def _jsonl(path: Path) -> Iterator[tuple[int, Record]]:
-    for number, line in enumerate(_utf8(path).split("\n"), start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number}: not JSON: {error}") from None
+def _whole(uri: str) -> bytes:
+    with open_input(uri) as content:
+        return bytes(content.read())
 
 
-def _json(path: Path) -> Sequence[Record]:
+def _buffered(file: File) -> io.BufferedReader:
+    return io.BufferedReader(open_input(file.uri), 2**20)
+
+
+def _jsonl(piece: Piece) -> Iterator[Raw]:
+    """Lines that begin in the piece; blank ones are none."""
+    with _buffered(piece.file) as content:
+        position = piece.start
+        if piece.start:  # the line that the piece starts in the middle of belongs to the one before
+            content.seek(piece.start - 1)
+            position += len(content.readline()) - 1
+        while position < piece.stop:
+            line = content.readline()
+            record = line.removeprefix(b"\xef\xbb\xbf") if position == 0 else line
+            if record.strip():
+                yield position, record
+            position += len(line)
+
+
+def _json(piece: Piece) -> Iterator[Raw]:
     try:
-        rows = json.loads(_utf8(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
+        rows = json.loads(_whole(piece.file.uri).decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{piece.file.name}: not UTF-8, at byte {error.start}") from None
+    except ValueError as error:
+        raise UserError(f"{piece.file.name}: not JSON: {error}") from None
     if not isinstance(rows, list):
-        raise UserError(f"{path}: must be a list of records, found {_brief(rows)}")
-    return rows
+        raise UserError(f"{piece.file.name}: must be a list of records, found {brief(rows)}")
+    yield from enumerate(rows, start=1)
 
 
-def _csv(path: Path) -> Sequence[Record]:
-    """Rows of text; an empty field is none at all, and true or false in a column of labels is what it says."""
-    truth = {"true": True, "false": False}
-    rows = []
-    for row in csv.DictReader(io.StringIO(_utf8(path), newline="")):
-        fields: dict[str, Any] = {str(key): value or None for key, value in row.items()}
-        for label in LABELS & fields.keys():
-            fields[label] = truth.get(str(fields[label]).strip().lower(), fields[label])
-        rows.append(fields)
-    return rows
+def _csv(piece: Piece) -> Iterator[Raw]:
+    """Rows of text; an empty field is none at all."""
+    with _buffered(piece.file) as content:
+        # bytes that are no UTF-8 stay in their field, where they make a bad row
+        lines = io.TextIOWrapper(content, "utf-8-sig", errors="surrogateescape", newline="")
+        rows = csv.DictReader(lines, restkey="\0", strict=True)
+        try:
+            for number, row in enumerate(rows, start=1):
+                cells = Cells({str(key): value or None for key, value in row.items()})
+                yield number, BadRow("has more fields than the header") if "\0" in row else cells
+        except csv.Error as error:
+            raise UserError(f"{piece.file.name}: not CSV: {error}, in line {rows.line_num}") from None
 
 
-def _parquet(path: Path) -> Sequence[Record]:
+def _parquet_file(file: File) -> Any:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return pq.read_table(path).to_pylist()  # type: ignore[no-any-return]
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as Parquet: {error}") from None
+        return pq.ParquetFile(open_input(file.uri))
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise UserError(f"{file.name}: cannot be read as Parquet: {error}") from None
 
 
-def _utf8(path: Path) -> str:
+def _parquet(piece: Piece) -> Iterator[Raw]:
+    with _parquet_file(piece.file) as content:
+        groups = range(piece.start, piece.stop)
+        number = 1 + sum(content.metadata.row_group(group).num_rows for group in range(piece.start))
+        for batch in content.iter_batches(batch_size=1000, row_groups=groups):
+            yield from enumerate(_rows(batch), start=number)
+            number += len(batch)
+
+
+def _rows(batch: Any) -> list[Any]:
+    """The records of an Arrow batch; one that holds text that is none is a BadRow."""
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8, at byte {error.start}") from None
+        return batch.to_pylist()  # type: ignore[no-any-return]
+    except UnicodeDecodeError:
+        if len(batch) == 1:
+            return [BadRow("a field is not UTF-8")]
+        return [row for place in range(len(batch)) for row in _rows(batch.slice(place, 1))]
 
 
-LABELS = {"aligned", "label", "harmful"}
-"""Columns of true or false."""
+def _arrow(piece: Piece) -> Iterator[Raw]:
+    import pyarrow as pa
 
-FILES: dict[str, Callable[[Path], Sequence[Record]]] = {".json": _json, ".csv": _csv, ".parquet": _parquet}
-"""Readers by a file's ending, JSONL apart, whose lines are numbered."""
-
-
-def _saved_dataset(path: Path) -> Any:
-    import datasets
-
-    try:
-        saved = datasets.load_from_disk(str(path))
-    except FileNotFoundError:
-        raise UserError(f"{path}: a directory, but not one written by datasets' save_to_disk") from None
-    if isinstance(saved, datasets.DatasetDict):
-        if "train" not in saved:
-            raise UserError(
-                f"{path}: holds splits {', '.join(saved)}, and none is called train; name one directory below"
-            )
-        return saved["train"]
-    return saved
+    number = 1
+    with open_input(piece.file.uri) as content, pa.ipc.open_stream(content) as batches:
+        for batch in batches:
+            yield from enumerate(_rows(batch), start=number)
+            number += len(batch)
 
 
-def _from_hub(source: str) -> Any:
-    import datasets
-
-    try:
-        return datasets.load_dataset(source.removeprefix("hf://"), split="train")
-    except Exception as error:  # the hub client raises many unrelated types
-        raise UserError(f"{source}: cannot be loaded from the hub: {' '.join(str(error).split())[:300]}") from None
-
-
-def _text(record: Record, field: str, where: str) -> str:
-    value = record.get(field)
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: {field} must be non-empty text, found {_brief(value)}")
-    return value
-
-
-def read_flag(record: Record, field: str, where: str) -> bool:
-    value = record.get(field)
-    if not isinstance(value, bool):
-        raise UserError(f"{where}: {field} must be true or false, found {_brief(value)}")
-    return value
-
-
-def read_prompt(record: Record, where: str) -> str | Messages:
-    return (
-        _messages(record["prompt"], "prompt", where)
-        if isinstance(record.get("prompt"), list)
-        else _text(record, "prompt", where)
-    )
-
-
-def _messages(value: Any, field: str, where: str) -> Messages:
-    if not value or not all(
-        isinstance(turn, Mapping) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-        for turn in value
-    ):
-        raise UserError(
-            f"{where}: {field} must be text or a list of messages with role and content, found {_brief(value)}"
-        )
-    return [{"role": turn["role"], "content": turn["content"]} for turn in value]
-
-
-def _response(record: Record, field: str, where: str) -> str:
-    """A response given as text, or as one assistant message."""
-    if not isinstance(record.get(field), list):
-        return _text(record, field, where)
-    turns = _messages(record[field], field, where)
-    if len(turns) != 1 or turns[0]["role"] != "assistant":
-        raise UserError(f"{where}: {field} must be one assistant message, found {len(turns)} messages")
-    return _text(turns[0], "content", where)
-
-
-def _brief(value: Any) -> str:
-    """Kind of a value, without its text: harmful text stays out of messages."""
-    if value is None or isinstance(value, bool | int | float):
-        return repr(value)
-    return f"{type(value).__name__} of length {len(value)}" if hasattr(value, "__len__") else type(value).__name__
-
-
-def _own(record: Record, where: str) -> list[Example]:
-    """Raydiv's schema: prompt, response, aligned, harmful, pair, source."""
-    pair = record.get("pair")
-    return [
-        Example(
-            read_prompt(record, where),
-            _response(record, "response", where),
-            read_flag(record, "aligned", where),
-            _harmful(record, where),
-            None if pair is None else str(pair),
-            where,
-        )
-    ]
-
-
-def _preference(record: Record, where: str) -> list[Example]:
-    """TRL's prompt/chosen/rejected, with the prompt's label in ``harmful`` where there is one."""
-    prompt, harmful = read_prompt(record, where), _harmful(record, where)
-    return [
-        Example(prompt, _response(record, field, where), aligned, harmful, where, where)
-        for field, aligned in (("chosen", True), ("rejected", False))
-    ]
-
-
-def _unpaired(record: Record, where: str) -> list[Example]:
-    """TRL's prompt/completion/label."""
-    response = _response(record, "completion", where)
-    return [
-        Example(
-            read_prompt(record, where),
-            response,
-            read_flag(record, "label", where),
-            _harmful(record, where),
-            None,
-            where,
-        )
-    ]
-
-
-def _kldo_authors(record: Record, where: str) -> list[Example]:
-    """The KLDO authors' safety, prompt, acc_responses, rej_responses: the n-th of both make a pair, the rest stand alone."""
-    safety = str(record.get("safety", "")).strip().lower()
-    if safety not in ("safe", "unsafe", "0", "1", "true", "false"):
-        raise UserError(f"{where}: safety must be safe or unsafe, found {_brief(record.get('safety'))}")
-    harmful = safety in ("unsafe", "0", "false")
-    sides = [_several(record, field, where) for field in ("acc_responses", "rej_responses")]
-    complete = min(map(len, sides))
-    if not any(sides):
-        raise UserError(f"{where}: acc_responses and rej_responses are both empty")
-    return [
-        Example(read_prompt(record, where), response, aligned, harmful, f"{where}#{n}" if n < complete else None, where)
-        for responses, aligned in zip(sides, (True, False), strict=True)
-        for n, response in enumerate(responses)
-    ]
-
-
-def _several(record: Record, field: str, where: str) -> list[str]:
-    value = record.get(field)
-    return [_text({field: item}, field, where) for item in (value if isinstance(value, list) else [value])]
-
-
-def _harmful(record: Record, where: str) -> bool | None:
-    return None if record.get("harmful") is None else read_flag(record, "harmful", where)
-
-
-FORMATS: list[tuple[frozenset[str], Callable[[Record, str], list[Example]]]] = [
-    (frozenset({"prompt", "response", "aligned"}), _own),
-    (frozenset({"prompt", "chosen", "rejected"}), _preference),
-    (frozenset({"prompt", "completion", "label"}), _unpaired),
-    (frozenset({"safety", "prompt", "acc_responses", "rej_responses"}), _kldo_authors),
-]
-"""Columns that tell a format, and the function from a record to its examples."""
-
-
-def _format_of(record: Record, where: str) -> Callable[[Record, str], list[Example]]:
-    if not isinstance(record, Mapping):
-        raise UserError(f"{where}: a record is a mapping of columns, found {_brief(record)}")
-    for columns, convert in FORMATS:
-        if columns <= record.keys():
-            return convert
-    # a file without a header has its first row for column names: text that must not be shown
-    names = sorted(str(name) for name in record if str(name).isidentifier() and len(str(name)) <= 30)
-    others = f" and {len(record) - len(names)} that are no names" if len(names) < len(record) else ""
-    known = "; ".join(", ".join(sorted(columns)) for columns, _ in FORMATS)
-    raise UserError(f"{where}: columns {', '.join(names)}{others} are of no known format (known: {known})")
+KINDS: dict[str, Callable[[Piece], Iterator[Raw]]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+}
+"""Kinds of file by their ending, and how a piece of each is read."""

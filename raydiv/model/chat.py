@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -61,30 +64,73 @@ class Chat:
 
         Exactly one BOS where the tokenizer puts one, whether or not the template writes it.
         """
-        from jinja2 import TemplateError
-
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         try:
-            ids: list[int] = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=generation, tokenize=True, return_dict=False
-            )
-        except TemplateError as error:
-            raise UserError(f"data.template: the chat template fails: {error}") from None
-        bos = self.tokenizer.bos_token_id
-        if bos is not None and ids[:1] != [bos] and self.tokenizer("").input_ids[:1] == [bos]:
-            return [bos, *ids]
-        return ids
+            return self._prompts([prompt], generation)[0]
+        except ValueError as error:
+            raise UserError(f"data.template: {error}") from None
+
+    def examples(
+        self, prompts: Sequence[str | Messages], responses: Sequence[str], max_prompt_length: int, max_length: int
+    ) -> list[Tokenized]:
+        """Ids of examples, tokenised together; equal prompts are once.
+
+        A long prompt loses its beginning (but for the BOS), a long response its end (and its EOS). Raises ValueError when
+        the template fails on a prompt.
+        """
+        if not prompts:
+            return []
+        different = {_identity(prompt): prompt for prompt in prompts}
+        known = dict(zip(different, self._prompts(list(different.values())), strict=True))
+        eos, found = self.tokenizer.eos_token_id, []
+        for prompt, ids in zip(prompts, self._ids(list(responses)), strict=True):
+            response = ids if ids[-1:] == [eos] else [*ids, eos]
+            whole = known[_identity(prompt)]
+            kept = whole if len(whole) <= max_prompt_length else self._beheaded(whole, max_prompt_length)
+            room = max_length - len(kept)
+            cuts = (len(whole) - len(kept), max(0, len(response) - room))
+            found.append(Tokenized(kept, response[:room], *cuts))
+        return found
 
     def example(self, prompt: str | Messages, response: str, max_prompt_length: int, max_length: int) -> Tokenized:
-        """Ids of an example. A long prompt loses its beginning, a long response its end (and its EOS)."""
-        prompt_ids = self.prompt(prompt)
-        response_ids: list[int] = self.tokenizer(response, add_special_tokens=False).input_ids
-        eos = self.tokenizer.eos_token_id
-        if response_ids[-1:] != [eos]:
-            response_ids.append(eos)
-        kept = prompt_ids[-max_prompt_length:]
-        room = max_length - len(kept)
-        return Tokenized(kept, response_ids[:room], len(prompt_ids) - len(kept), max(0, len(response_ids) - room))
+        """Ids of one example, as in ``examples``."""
+        return self.examples([prompt], [response], max_prompt_length, max_length)[0]
+
+    def _beheaded(self, ids: list[int], length: int) -> list[int]:
+        """The last of ``ids``, after the BOS where there is one."""
+        first = ids[:1] if ids[0] == self.tokenizer.bos_token_id and length > 1 else []
+        return first + ids[len(ids) - length + len(first) :]
+
+    def _prompts(self, prompts: Sequence[str | Messages], generation: bool = True) -> list[list[int]]:
+        """Ids of templated conversations. Raises ValueError when the template fails on one."""
+        conversations = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                conversations, add_generation_prompt=generation, tokenize=False
+            )
+        except Exception as error:  # a template is a program, and may raise anything
+            raise ValueError(f"the chat template fails: {' '.join(str(error).split())[:200]}") from None
+        bos, found = self.tokenizer.bos_token_id, self._ids(rendered)
+        if self._puts_bos:
+            found = [ids if ids[:1] == [bos] else [bos, *ids] for ids in found]
+        return found
+
+    @cached_property
+    def _puts_bos(self) -> bool:
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and self.tokenizer("").input_ids[:1] == [bos]
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        """Ids of texts as they are, without special tokens of the tokenizer's own."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        )
+        return encoded.input_ids  # type: ignore[no-any-return]
 
     def decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _identity(prompt: str | Messages) -> object:
+    return prompt if isinstance(prompt, str) else ("messages", json.dumps(prompt, sort_keys=True))

