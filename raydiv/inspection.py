@@ -135,15 +135,11 @@ def _prompts(columns: dict[str, np.ndarray]) -> dict[str, int]:
 
 def _duplicates(columns: dict[str, np.ndarray]) -> dict[str, int]:
     """Examples that were there before, and (prompt, response) that are both aligned and unaligned."""
-    content = np.char.add(np.char.encode(_hex(columns["prompt_text"])), np.char.encode(_hex(columns["response_key"])))
+    keys = [columns[name].astype("S16").view(np.uint8).reshape(-1, 16) for name in ("prompt_text", "response_key")]
+    content = np.ascontiguousarray(np.concatenate(keys, axis=1)).view("V32").ravel()
     aligned, unaligned = (content[columns["aligned"] == label] for label in (True, False))
     repeated = len(content) - len(np.unique(aligned)) - len(np.unique(unaligned))
     return {"examples": repeated, "aligned_and_unaligned": len(np.intersect1d(aligned, unaligned))}
-
-
-def _hex(keys: np.ndarray) -> np.ndarray:
-    """Digests as text: bytes that end in zeros do not join well."""
-    return np.array([key.ljust(16, b"\0").hex() for key in keys.tolist()])
 
 
 def _lengths(columns: dict[str, np.ndarray], recipe: Recipe) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Ray Data: rows through pools of actors, in the same order, and rows that tasks make ahead of their reader.
 
-A row is any Python object that pickles; between processes it is one cell of one column.
+A row is any Python object that pickles; between processes it is one cell of one column. A UserError travels as a row too, and
+is raised where rows are read: Ray would wrap it in its own words.
 """
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -15,7 +16,7 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasource, Execut
 from ray.data.block import BlockMetadata
 
 from raydiv.config.recipe import Cluster
-from raydiv.errors import user_error_in
+from raydiv.errors import UserError
 
 Row = dict[str, Any]
 Progress = Callable[[int, int | None], None]
@@ -68,7 +69,7 @@ def stream_through(
     cluster: Cluster,
     model: bool = True,
     actors: int | None = None,
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """Rows that ``makers`` make, each through a pool of ``worker`` actors alone, in order; memory does not grow with them.
 
     The makers run in tasks of their own, several at a time; ``worker(**arguments)`` is called with a list of one row.
@@ -78,11 +79,9 @@ def stream_through(
     return _through(source, worker, arguments, cluster, 1, actors=actors or len(makers), model=model)
 
 
-def stream(makers: Sequence[Callable[[], Iterable[Any]]], ahead: int) -> Iterator[Any]:
+def stream(makers: Sequence[Callable[[], Iterable[Any]]], ahead: int) -> Generator[Any, None, None]:
     """Rows that ``makers`` make in tasks of their own, in order, about ``ahead`` of them before they are asked for."""
-    made = _made(makers, at_once=2)
-    for batch in made.iter_batches(batch_size=1, prefetch_batches=ahead, batch_format="pyarrow"):
-        yield from _objects(batch)
+    yield from _read(_made(makers, at_once=2), batch_size=1, prefetch_batches=ahead)
 
 
 def _cells(rows: Iterable[Any]) -> pa.Table:
@@ -108,7 +107,7 @@ def _through(
     *,
     actors: int,
     model: bool,
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     devices = _devices(cluster, model)
     wanted = cluster.pool_actors if model and cluster.pool_actors else devices
     gpus = model and cluster.use_gpu
@@ -122,10 +121,24 @@ def _through(
         num_gpus=1 if gpus else 0,
     )
     try:
-        for batch in mapped.iter_batches(batch_size=None, prefetch_batches=1, batch_format="pyarrow"):
-            yield from _objects(batch)
-    except Exception as error:  # Ray wraps what a worker raised in layers of its own
-        raise user_error_in(error) or RuntimeError(f"{worker.__name__}: {type(error).__name__}: {error}") from error
+        yield from _read(mapped, batch_size=None, prefetch_batches=1)
+    except UserError:
+        raise
+    except Exception as error:
+        raise RuntimeError(f"{worker.__name__}: {type(error).__name__}: {error}") from error
+
+
+def _read(data: Dataset, **options: Any) -> Iterator[Any]:
+    """The rows of a data set, which stops being worked on when nobody reads on."""
+    batches = iter(data.iter_batches(batch_format="pyarrow", **options))
+    try:
+        for batch in batches:
+            for row in _objects(batch):
+                if isinstance(row, UserError):
+                    raise row
+                yield row
+    finally:
+        getattr(batches, "close", lambda: None)()
 
 
 def _made(makers: Sequence[Callable[[], Iterable[Any]]], at_once: int) -> Dataset:
@@ -162,18 +175,32 @@ class _Cells:
         self._maker = maker
 
     def __call__(self) -> Iterator[Any]:
-        for row in self._maker():
-            yield _cells([row])
+        try:
+            for row in self._maker():
+                yield _cells([row])
+        except UserError as error:
+            yield _cells([error])
 
 
 class _Worker:
     """Adapter between Ray Data's columns and a worker's lists of rows."""
 
     def __init__(self, worker: type, arguments: dict[str, Any]) -> None:
-        self._worker = worker(**arguments)
+        self._error: UserError | None = None
+        try:
+            self._worker = worker(**arguments)
+        except UserError as error:
+            self._error = error
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        return _cells(self._worker(_objects(batch)))
+        rows = _objects(batch)
+        error = self._error or next((row for row in rows if isinstance(row, UserError)), None)
+        if error is not None:
+            return _cells([error])
+        try:
+            return _cells(self._worker(rows))
+        except UserError as raised:
+            return _cells([raised])
 
 
 class _Placed:

@@ -115,7 +115,6 @@ def test_bundles_are_read_as_their_source_says() -> None:
     assert found == [[Match(0, True, 3, 0)], [Match(0, True, 3, 0)], [], []]
 
 
-@pytest.mark.xfail(strict=True, reason="prompts without a word are all the same to it")
 def test_prompts_without_words_are_not_the_same() -> None:
     matcher = PromptMatcher([plain("🙂🙂")], [AS_IT_IS])
     assert matcher([bundle(row("?!?"))]) == [[]]

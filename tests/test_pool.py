@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import ray
 
 from raydiv.config.recipe import Cluster
 from raydiv.errors import UserError
@@ -20,8 +22,11 @@ Row = dict[str, Any]
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray() -> Iterator[None]:
+    this = sys.modules[__name__]
+    ray.cloudpickle.register_pickle_by_value(this)  # workers cannot import it
     with ray_session(Cluster()):
         yield
+    ray.cloudpickle.unregister_pickle_by_value(this)
 
 
 def count(start: int, stop: int, wrong: int | None = None) -> Iterator[int]:
@@ -77,19 +82,19 @@ def test_rows_come_back_in_their_own_order_whatever_their_length() -> None:
     assert seen == [(number, 7) for number in range(1, 8)]
 
 
-LOST = pytest.mark.xfail(strict=True, reason="Ray 2.60 pickles what a task raised without its cause, or adds to it")
-
-
-@LOST
 @pytest.mark.parametrize("where", ["maker", "call", "construction", "map"])
 def test_what_the_user_must_change_arrives_as_it_was_said(where: str, capfd: pytest.CaptureFixture[str]) -> None:
     given: Row = {"call": {"wrong": 7}, "map": {"wrong": 7}, "construction": {"built": False}}.get(where, {})
-    with pytest.raises(UserError) as caught:
+    made = makers(7 if where == "maker" else None)
+
+    def work() -> None:
         if where == "map":
             map_rows([{"n": 7}], Doubles, given, cluster=Cluster(), batch_rows=1, model=False)
         else:
-            wrong = 7 if where == "maker" else None
-            list(stream_through(makers(wrong), Doubles, given, cluster=Cluster(), model=False))
+            list(stream_through(made, Doubles, given, cluster=Cluster(), model=False))
+
+    with pytest.raises(UserError) as caught:
+        work()
     assert str(caught.value) == ("model.id: change it" if where == "construction" else "file:7: change it")
     assert "Traceback" not in capfd.readouterr().err
 

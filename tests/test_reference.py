@@ -318,7 +318,6 @@ def test_lost_part_pays_for_its_examples_alone(first: Prepared, used: Path, mode
     assert {path: now[path] for path in before if path != lost} == {p: at for p, at in before.items() if p != lost}
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="a part is named by more than what is in it")
 def test_lost_part_of_a_store_that_grew_is_paid_again(
     first: Prepared, used: Path, model: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -90,19 +91,28 @@ def _write(sources: Sequence[OpenSource], chat: Chat, cluster: Cluster, quaranti
         for place, piece in enumerate(pieces_of(content))
     ]
     arguments = {"chat": chat, "targets": [(opened.folder, opened.reading, opened.lengths) for opened in sources]}
-    shards = stream_through(makers, Tokenizer, arguments, cluster=cluster, model=False) if makers else iter(())
-    rows, empty = 0, dict(enumerate(sources))
+    if makers:
+        with closing(stream_through(makers, Tokenizer, arguments, cluster=cluster, model=False)) as shards:
+            _write_indices(sources, shards, quarantine, progress)
+    for opened in sources:
+        if not opened.ready:
+            raise UserError(f"{opened.source.path}: holds no examples")
+
+
+def _write_indices(
+    sources: Sequence[OpenSource], shards: Iterator[Shard], quarantine: bool, progress: Progress
+) -> None:
+    """Write the index of each source from its shards, which come source by source."""
+    rows = 0
     for number, own in itertools.groupby(shards, key=lambda shard: shard.source):
-        with IndexWriter(empty.pop(number)) as index:
+        with IndexWriter(sources[number]) as index:
             for shard in own:
-                if shard.bad and not quarantine:
-                    found = ((shard.file, position, reason) for position, reason in shard.bad)
-                    raise _refusal(sources[number], RowNotes.found(sources[number].files, found))
-                index.add(shard.name, shard.table, ((shard.file, position, reason) for position, reason in shard.bad))
+                bad = [(shard.file, position, reason) for position, reason in shard.bad]
+                if bad and not quarantine:
+                    raise _refusal(sources[number], RowNotes.found(sources[number].files, bad))
+                index.add(shard.name, shard.table, bad)
                 rows += len(shard.table)
                 progress(rows, None)
-    for opened in empty.values():
-        raise UserError(f"{opened.source.path}: holds no examples")
 
 
 @dataclass(frozen=True, slots=True)

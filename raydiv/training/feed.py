@@ -7,6 +7,7 @@ first.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
@@ -107,9 +108,10 @@ def stream_steps(
 ) -> Iterator[tuple[StepPlan, StepExamples]]:
     """Steps ``start`` to ``stop``, read ahead by Ray Data tasks; ``again`` makes the same feed where these run."""
     makers = [partial(_read_steps, again, first, min(first + WINDOW, stop)) for first in range(start, stop, WINDOW)]
-    for number, held in enumerate(stream(makers, AHEAD), start=start):
-        plan = feed.plan.step(number)
-        yield plan, feed.step(plan, held)
+    with closing(stream(makers, AHEAD)) as rows:
+        for number, held in enumerate(rows, start=start):
+            plan = feed.plan.step(number)
+            yield plan, feed.step(plan, held)
 
 
 def _read_steps(again: Callable[[], Feed], start: int, stop: int) -> Iterator[tuple[Held, Held]]:
