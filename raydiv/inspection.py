@@ -70,7 +70,7 @@ def check_data(
     chat = Chat(model_directory(recipe.model.id, recipe.model.revision), recipe.data.template)
     opened = [OpenSource(source, recipe.data, recipe.batch, chat) for source in sources or recipe.data.train]
     evaluated = _evaluation_prompts(recipe)
-    with ray_session(recipe.cluster):
+    with ray_session(recipe.cluster.model_copy(update={"num_workers": 1})):  # nothing is trained
         with display.phase("tokens") as update:
             indices = tokenize(opened, chat, recipe.cluster, quarantine=True, progress=update)
         reports = []

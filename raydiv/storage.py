@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import pyarrow as pa
 from pyarrow import fs
@@ -34,12 +34,24 @@ def atomic(path: Path) -> Iterator[Path]:
             raise
 
 
-@lru_cache(maxsize=64)
+OBJECT_STORES = ("s3", "gs", "gcs")
+
+
 def file_system(uri: str) -> tuple[Any, str]:
     """The file system of a URI or local path, and the path in it.
 
     Raises UserError where there is none for the URI's scheme, or it cannot be reached.
     """
+    scheme, remote, rest = uri.partition("://")
+    bucket, _, inside = rest.partition("/")
+    if not remote or scheme not in OBJECT_STORES:
+        return _connected(uri)
+    system, path = _connected(f"{scheme}://{bucket}")  # one client for all of a bucket
+    return system, f"{path}/{unquote(inside)}".rstrip("/")
+
+
+@lru_cache(maxsize=64)
+def _connected(uri: str) -> tuple[Any, str]:
     try:
         return fs.FileSystem.from_uri(uri)  # type: ignore[no-any-return]
     except (pa.ArrowInvalid, OSError) as error:
@@ -71,8 +83,13 @@ class Folder:
         system, path = file_system(self.uri)
         whole, target = pa.py_buffer(content), f"{path}/{name}"
         if not isinstance(system, fs.LocalFileSystem):
-            with system.open_output_stream(target) as stream:
-                stream.write(whole)
+            try:
+                with system.open_output_stream(target) as stream:
+                    stream.write(whole)
+            except OSError:  # closing may have kept a part
+                with suppress(OSError):
+                    system.delete_file(target)
+                raise
             return
         system.create_dir(path, recursive=True)
         with atomic(Path(target)) as temporary, temporary.open("wb") as file:

@@ -240,3 +240,11 @@ def test_fingerprint_follows_template_and_tokenizer(tokenizer: Path, bos_tokeniz
     assert same[0] == same[1]
     others = {Chat(tokenizer, WITH_BOS).fingerprint, Chat(bos_tokenizer).fingerprint}
     assert len(others | set(same)) == 3
+
+
+def test_what_a_template_raises_is_said_without_the_prompt(tokenizer: Path) -> None:
+    telling = "{% for m in messages %}{% if m['content'] == 'SECRET' %}{{ raise_exception(m['content']) }}{% endif %}x{% endfor %}"
+    chat = Chat(tokenizer, telling)
+    with pytest.raises(ValueError, match="the chat template fails: TemplateError") as caught:
+        chat.examples(["SECRET"], ["r"], 10, 20)
+    assert "SECRET" not in str(caught.value)

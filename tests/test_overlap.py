@@ -51,6 +51,8 @@ def test_plain_is_what_was_said_in_words(prompt: Any, words: str) -> None:
         "Tell me, how do I bake a loaf of sourdough bread?",
         "At home: sourdough bread, how to bake a loaf of it?",
         "Loaf of sourdough bread. Bake at home.",
+        "Home loaf, bread, sourdough: bake today!",  # most words, none of them in a row
+        "How do I bake a loaf of rye with raisins, walnuts and seeds?",  # most of it in a row, few of the words
     ],
 )
 def test_reworded_prompt_is_near(prompt: str) -> None:

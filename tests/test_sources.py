@@ -12,6 +12,7 @@ import pytest
 from raydiv.config.recipe import Source
 from raydiv.data.formats import Example
 from raydiv.data.prompts import read_prompts
+from raydiv.data.sources import files_of, pieces_of, read
 from raydiv.data.sources import read_examples as read_source
 from raydiv.errors import UserError
 
@@ -391,3 +392,11 @@ def test_messages_never_hold_the_prompt_of_a_prompt_set(write_jsonl: Callable[..
     with pytest.raises(UserError, match=":2: harmful") as caught:
         read_prompts(str(path))
     assert PLANTED not in str(caught.value)
+
+
+def test_file_that_shrinks_while_it_is_read_is_named(write_jsonl: Callable[..., Path]) -> None:
+    path = write_jsonl(*OWN * 5)
+    pieces = [piece for file in files_of(Source(path=str(path))) for piece in pieces_of(file)]
+    path.write_text(path.read_text()[: path.stat().st_size // 2].rpartition("\n")[0] + "\n")
+    with pytest.raises(UserError, match="became shorter while it was read"):
+        [row for piece in pieces for row in read(piece)]

@@ -18,6 +18,7 @@ import pytest
 from pyarrow import fs
 from stored import stream_here
 
+from raydiv import storage
 from raydiv.cache import cache_dir, shared_dir
 from raydiv.config import Recipe, load_recipe
 from raydiv.config.recipe import Cluster, Source
@@ -131,7 +132,7 @@ def bucket() -> Iterator[str]:
         made = fs.S3FileSystem(endpoint_override=f"{host}:{port}", scheme="http", allow_bucket_creation=True)
         made.create_dir("bucket")
         yield "s3://bucket"
-    file_system.cache_clear()
+    storage._connected.cache_clear()
     server.stop()
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from pyarrow import fs
 
@@ -65,7 +66,7 @@ def files_of(source: Source) -> list[File]:
         return [_local(bundled_file(path), path)]
     if path.startswith("hf://"):
         return _hub(source)
-    uri = path if "://" in path else str(Path(path).expanduser().absolute())
+    uri = _uri(path)
     system, inside = file_system(uri)
     try:
         info = system.get_file_info(inside)
@@ -74,7 +75,7 @@ def files_of(source: Source) -> list[File]:
         elif info.is_file:
             files = [_file(uri, path, info)]
         else:
-            files = _matching(path, uri)
+            files = _matching(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be reached: {' '.join(str(error).split())[:200]}") from None
     if source.split is not None and any(file.kind != ".arrow" for file in files):
@@ -99,14 +100,20 @@ def _kind(name: str) -> str:
     return kind
 
 
-def _matching(path: str, uri: str) -> list[File]:
+def _uri(path: str) -> str:
+    """A place as a user writes it, as an absolute path or a URI."""
+    scheme, remote, rest = path.partition("://")
+    return f"{scheme}://{quote(rest)}" if remote else str(Path(path).expanduser().absolute())
+
+
+def _matching(path: str) -> list[File]:
     """Files that a pattern such as data/*.jsonl names."""
-    parent, _, pattern = uri.rpartition("/")
+    parent, _, pattern = (path if "://" in path else _uri(path)).rpartition("/")
     if not set(pattern) & set("*?["):
         raise UserError(f"{path}: no such file or directory")
     files = [
         file
-        for file in _listed(Folder(parent), path.rpartition("/")[0])
+        for file in _listed(Folder(_uri(parent)), path.rpartition("/")[0])
         if fnmatch.fnmatch(Path(file.uri).name, pattern)
     ]
     if not files:
@@ -277,6 +284,8 @@ def _jsonl(piece: Piece) -> Iterator[Raw]:
             position += len(content.readline()) - 1
         while position < piece.stop:
             line = content.readline()
+            if not line:
+                raise UserError(f"{piece.file.name}: became shorter while it was read; start again")
             record = line.removeprefix(b"\xef\xbb\xbf") if position == 0 else line
             if record.strip():
                 yield position, record

@@ -108,7 +108,10 @@ class Chat:
                 conversations, add_generation_prompt=generation, tokenize=False
             )
         except Exception as error:  # a template is a program, and may raise anything
-            raise ValueError(f"the chat template fails: {' '.join(str(error).split())[:200]}") from None
+            said = " ".join(str(error).split())[:200]
+            if any(turn["content"] and turn["content"] in str(error) for turns in conversations for turn in turns):
+                said = type(error).__name__  # what it says repeats a prompt, which no message may hold
+            raise ValueError(f"the chat template fails: {said}") from None
         bos, found = self.tokenizer.bos_token_id, self._ids(rendered)
         if self._puts_bos:
             found = [ids if ids[:1] == [bos] else [bos, *ids] for ids in found]
