@@ -243,7 +243,8 @@ def test_fingerprint_follows_template_and_tokenizer(tokenizer: Path, bos_tokeniz
 
 
 def test_what_a_template_raises_is_said_without_the_prompt(tokenizer: Path) -> None:
-    telling = "{% for m in messages %}{% if m['content'] == 'SECRET' %}{{ raise_exception(m['content']) }}{% endif %}x{% endfor %}"
+    told = "{% if m['content'] == 'SECRET' %}{{ raise_exception(m['content']) }}{% endif %}x"
+    telling = "{% for m in messages %}" + told + "{% endfor %}"
     chat = Chat(tokenizer, telling)
     with pytest.raises(ValueError, match="the chat template fails: TemplateError") as caught:
         chat.examples(["SECRET"], ["r"], 10, 20)
