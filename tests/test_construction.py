@@ -25,7 +25,7 @@ from raydiv.config.recipe import Cluster, Source
 from raydiv.construction import build_data
 from raydiv.construction.card import BuildReport
 from raydiv.construction.counterparts import CONSTANT, DECLINE
-from raydiv.construction.plan import written
+from raydiv.construction.options import written
 from raydiv.data.prompts import Prompt
 from raydiv.data.sources import read_examples
 from raydiv.errors import UserError

@@ -16,7 +16,7 @@ from raydiv.config.recipe import Cluster, Source
 from raydiv.construction.answered import Answered, Collected, collect
 from raydiv.construction.card import BuildReport, ClassCounts, Side, card
 from raydiv.construction.counterparts import Models, as_turns, read_bank, refusals_of, usable, worse_answers
-from raydiv.construction.plan import CLASSES, Kind, Plan
+from raydiv.construction.options import CLASSES, Kind, Plan
 from raydiv.errors import UserError
 from raydiv.evaluation.judges import is_refusal
 from raydiv.progress import Display

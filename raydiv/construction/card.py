@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from raydiv.construction.counterparts import MAX_NEW_TOKENS
-from raydiv.construction.plan import Kind, Plan, written
+from raydiv.construction.options import Kind, Plan, written
 from raydiv.data.sources import files_of
 from raydiv.evaluation.judges import JUDGES
 

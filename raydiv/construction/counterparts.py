@@ -9,7 +9,7 @@ from typing import Any
 
 from raydiv.config.recipe import Cluster
 from raydiv.construction.answered import Answered
-from raydiv.construction.plan import CLASSES, Plan
+from raydiv.construction.options import CLASSES, Plan
 from raydiv.data.formats import BadRow, Messages, Record, text
 from raydiv.data.prompts import Prompt
 from raydiv.data.sources import iterate_records
