@@ -5,6 +5,7 @@ Run as a script of its own, so that it owes nothing to what the package has load
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -55,7 +56,7 @@ def chunks(path: str, max_prompt_length: int, max_length: int) -> Iterator[tuple
     """The file's lines, LINES at a time."""
     with Path(path).open() as file:
         for number in range(sys.maxsize):
-            lines = [line for line, _ in zip(file, range(LINES), strict=False)]
+            lines = list(itertools.islice(file, LINES))
             if not lines:
                 return
             yield number, lines, max_prompt_length, max_length
