@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from raydiv.config import Recipe
 from raydiv.config.recipe import Source
-from raydiv.data.index import Index, OpenSource
+from raydiv.data.index import Index, OpenSource, RowNotes
 from raydiv.data.overlap import Match, PromptMatcher, plain
 from raydiv.data.prompts import read_prompts
 from raydiv.data.sets import broken_pairs
-from raydiv.data.sources import pieces_of, read_examples
-from raydiv.data.tokenize import bundles, tokenize
+from raydiv.data.sources import read_examples
+from raydiv.data.tokenize import bundle_makers, tokenize
+from raydiv.data.tokens import KEY
 from raydiv.model.chat import Chat
 from raydiv.model.files import model_directory
 from raydiv.pool import stream_through
@@ -135,7 +135,7 @@ def _prompts(columns: dict[str, np.ndarray]) -> dict[str, int]:
 
 def _duplicates(columns: dict[str, np.ndarray]) -> dict[str, int]:
     """Examples that were there before, and (prompt, response) that are both aligned and unaligned."""
-    keys = [columns[name].astype("S16").view(np.uint8).reshape(-1, 16) for name in ("prompt_text", "response_key")]
+    keys = [columns[name].astype(KEY).view(np.uint8).reshape(-1, 16) for name in ("prompt_text", "response_key")]
     content = np.ascontiguousarray(np.concatenate(keys, axis=1)).view("V32").ravel()
     aligned, unaligned = (content[columns["aligned"] == label] for label in (True, False))
     repeated = len(content) - len(np.unique(aligned)) - len(np.unique(unaligned))
@@ -207,12 +207,8 @@ def _overlaps(opened: OpenSource, evaluated: Sequence[_EvaluationPrompts], recip
     texts = list(dict.fromkeys(text for prompts in evaluated for text in prompts.texts))
     best: dict[str, Match] = {}
     if texts:
-        makers = [
-            partial(bundles, 0, file, place, piece)
-            for file, content in enumerate(opened.files)
-            for place, piece in enumerate(pieces_of(content))
-        ]
         arguments = {"texts": texts, "readings": [opened.reading]}
+        makers = bundle_makers([opened])
         for matches in stream_through(makers, PromptMatcher, arguments, cluster=recipe.cluster, model=False):
             for match in matches:
                 if texts[match.number] not in best or (match.same and not best[texts[match.number]].same):
@@ -223,5 +219,6 @@ def _overlaps(opened: OpenSource, evaluated: Sequence[_EvaluationPrompts], recip
             if text in best:
                 where.append(place)
                 found.append(best[text])
-        there = [opened.where(match.file, match.position) for match in found]
+        places = RowNotes.found(opened.files, [(match.file, match.position, "") for match in found]).places
+        there = [f"{file}:{line}" for file, line in places]
         yield Overlap(prompts.name, len(prompts.texts), where, there, [match.same for match in found])

@@ -34,6 +34,12 @@ def atomic(path: Path) -> Iterator[Path]:
             raise
 
 
+def require_empty(folder: Path) -> None:
+    """Raise UserError for a local folder that something is in already, or a file in its place."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: exists and is not an empty directory")
+
+
 OBJECT_STORES = ("s3", "gs", "gcs")
 
 

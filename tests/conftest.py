@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from raydiv.model.chat import Chat
+
 TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '</s>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
@@ -72,6 +74,25 @@ def make_model(directory: Path, tied: bool = True, seed: int = 0) -> Path:
     LlamaForCausalLM(config).save_pretrained(directory)
     make_tokenizer(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the tests' tokenizer alone, which puts no BOS by itself."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chat(tokenizer: Path) -> Chat:
+    return Chat(tokenizer)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that another test prepared."""
+    monkeypatch.setenv("RAYDIV_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TEMPLATE, make_tokenizer
+from conftest import TEMPLATE
 from stored import indices_of, opened, recipe_of
 
 from raydiv.config import Recipe
@@ -25,26 +25,10 @@ from raydiv.model.chat import Chat
 Row = dict[str, Any]
 Writer = Callable[..., Path]
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 PLANTED = "PLANTED-TEXT"
 BAD = {"prompt": PLANTED, "chosen": PLANTED, "rejected": ""}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def chat(tokenizer: Path) -> Chat:
-    return Chat(tokenizer)
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing that another test prepared."""
-    monkeypatch.setenv("RAYDIV_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture

@@ -19,14 +19,6 @@ WITH_BOS = "{{ bos_token }}" + TEMPLATE
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tests' tokenizer, which puts no BOS by itself."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def bos_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same tokenizer, putting a BOS before every text."""
     folder = tmp_path_factory.mktemp("bos-tokenizer")
@@ -41,11 +33,6 @@ def bos_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "tokenizer.json").write_text(json.dumps(rules))
     return folder
-
-
-@pytest.fixture(scope="module")
-def chat(tokenizer: Path) -> Chat:
-    return Chat(tokenizer)
 
 
 @pytest.fixture(scope="module")

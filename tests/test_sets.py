@@ -27,25 +27,9 @@ from raydiv.training.worker import epochs_of, total_steps
 Row = dict[str, Any]
 Writer = Callable[..., Path]
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 PLANTED = "PLANTED-TEXT"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def chat(tokenizer: Path) -> Chat:
-    return Chat(tokenizer)
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing that another test prepared."""
-    monkeypatch.setenv("RAYDIV_CACHE", str(tmp_path / "cache"))
 
 
 def sets_of(recipe: Recipe, chat: Chat) -> Sets:

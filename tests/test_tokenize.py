@@ -27,7 +27,7 @@ from raydiv.preparation import read
 from raydiv.progress import Display
 from raydiv.session import ray_session
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
 
 Row = dict[str, Any]
 
@@ -39,24 +39,6 @@ BATCH = {"max_length": 96, "max_prompt_length": 48}
 def ray() -> Iterator[None]:
     with ray_session(Cluster()):
         yield
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def chat(tokenizer: Path) -> Chat:
-    return Chat(tokenizer)
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing that another test prepared."""
-    monkeypatch.setenv("RAYDIV_CACHE", str(tmp_path / "cache"))
 
 
 def recipe(tokenizer: Path, train: Any, on_bad_row: str = "quarantine", **changes: Any) -> Recipe:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 from raydiv.cache import digest
 from raydiv.config.recipe import Source
-from raydiv.data.formats import AS_IT_IS, FORMATS, BadRow, Example, Messages, Record, format_of, text
+from raydiv.data.formats import AS_IT_IS, FORMATS, BadRow, Example, Record, format_of, text
 from raydiv.data.sources import iterate_records
 from raydiv.errors import UserError
+from raydiv.model.chat import Messages
 
 
 @dataclass(frozen=True, slots=True)

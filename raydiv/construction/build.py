@@ -15,12 +15,13 @@ import numpy as np
 from raydiv.config.recipe import Cluster, Source
 from raydiv.construction.answered import Answered, Collected, collect
 from raydiv.construction.card import BuildReport, ClassCounts, Side, card
-from raydiv.construction.counterparts import Models, as_turns, read_bank, refusals_of, usable, worse_answers
+from raydiv.construction.counterparts import Models, read_bank, refusals_of, usable, worse_answers
 from raydiv.construction.options import CLASSES, Kind, Plan
 from raydiv.errors import UserError
 from raydiv.evaluation.judges import is_refusal
+from raydiv.model.chat import as_turns
 from raydiv.progress import Display
-from raydiv.storage import atomic
+from raydiv.storage import atomic, require_empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ def build_data(
     if worse is None and kind == "preference":
         worse = "own"
     plan = Plan(harmful, harmless, kind, refusals, worse, prompts, seed, template, max_new_tokens)
-    _require_empty(output)
+    require_empty(output)
     bank = read_bank(plan)
     models = Models(plan, cluster or Cluster(), display or Display())
     collected = {label: collect(source, label) for label, source in plan.sources.items()}
@@ -103,11 +104,6 @@ def build_data(
     _write(report.data, content)
     _write(report.card, card(plan, report, len(bank), models.fingerprints()))
     return report
-
-
-def _require_empty(output: Path) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output}: exists and is not an empty directory")
 
 
 def _require_apart(collected: Mapping[bool, Collected]) -> None:

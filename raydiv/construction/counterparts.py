@@ -10,11 +10,12 @@ from typing import Any
 from raydiv.config.recipe import Cluster
 from raydiv.construction.answered import Answered
 from raydiv.construction.options import CLASSES, Plan
-from raydiv.data.formats import BadRow, Messages, Record, text
+from raydiv.data.formats import BadRow, Record, text
 from raydiv.data.prompts import Prompt
 from raydiv.data.sources import iterate_records
 from raydiv.errors import UserError
 from raydiv.evaluation.judges import JUDGES
+from raydiv.model.chat import Messages, as_turns
 from raydiv.progress import Display
 from raydiv.session import ray_session
 
@@ -135,11 +136,6 @@ def usable(answer: str) -> bool:
         return bool(text({"answer": answer}, "answer"))
     except BadRow:
         return False
-
-
-def as_turns(prompt: str | Messages) -> Messages:
-    """A prompt as a conversation."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def _question(prompt: Answered, words: str | Messages) -> Prompt:

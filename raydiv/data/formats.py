@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-Messages = list[dict[str, str]]
+from raydiv.model.chat import Messages
+
 Record = Mapping[str, Any]
 
 LONGEST_TEXT = 1_000_000

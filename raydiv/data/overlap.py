@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from raydiv.data.formats import BadRow, Messages, Reading
+from raydiv.data.formats import BadRow, Reading
 from raydiv.data.sources import parse
+from raydiv.model.chat import Messages
 
 SHARED_RUNS = 0.5
 """Share of the shorter prompt's three-word runs that make two prompts near."""

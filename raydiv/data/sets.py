@@ -11,7 +11,7 @@ import numpy as np
 from raydiv.config import Recipe
 from raydiv.config.loss import Loss
 from raydiv.data.index import Index, RowNotes
-from raydiv.data.tokens import Shards, StoredExamples
+from raydiv.data.tokens import KEY, Shards, StoredExamples
 from raydiv.errors import UserError
 from raydiv.losses import named
 
@@ -58,9 +58,9 @@ def make_sets(recipe: Recipe, train: Sequence[Index], held_out: Sequence[Index])
         if not len(index):
             path = index.opened.source.path
             raise UserError(f"{path}: every row of it is bad; raydiv data check {path} lists them")
-    sides = [_Mixture(train)]
+    sides = [_Mixture.of(train)]
     if held_out:
-        sides.append(_Mixture(held_out))
+        sides.append(_Mixture.of(held_out))
     elif isinstance(recipe.data.eval, float):
         sides = list(sides[0].split(recipe.data.eval, recipe.seed))
     names = [", ".join(source.path for source in sources) for sources in (recipe.data.train, recipe.data.eval_sources)]
@@ -77,17 +77,16 @@ def make_sets(recipe: Recipe, train: Sequence[Index], held_out: Sequence[Index])
 class _Mixture:
     """The examples of several prepared sources, or some of them, with the columns that training has no use for."""
 
-    def __init__(
-        self, indices: Sequence[Index], examples: StoredExamples | None = None, rows: np.ndarray | None = None
-    ) -> None:
-        self._indices = indices
-        self._columns = {
-            name: np.concatenate([index.columns[name] for index in indices])
-            for name in ("prompt_text", "harmful", "prompt_cut", "response_cut")
-        }
-        if rows is not None:
-            self._columns = {name: column[rows] for name, column in self._columns.items()}
-        self.examples = examples_of(indices) if examples is None else examples
+    def __init__(self, examples: StoredExamples, columns: dict[str, np.ndarray]) -> None:
+        self.examples, self._columns = examples, columns
+
+    @classmethod
+    def of(cls, indices: Sequence[Index]) -> _Mixture:
+        """All examples of the sources."""
+        return cls(examples_of(indices), _concatenated(indices, "prompt_text", "harmful", "prompt_cut", "response_cut"))
+
+    def _select(self, rows: np.ndarray) -> _Mixture:
+        return _Mixture(self.examples.select(rows), {name: column[rows] for name, column in self._columns.items()})
 
     @property
     def prompts(self) -> np.ndarray:
@@ -100,11 +99,10 @@ class _Mixture:
         held_out = round(share * len(prompts))
         if held_out in (0, len(prompts)):
             raise UserError(f"data.eval: {share} of {len(prompts)} prompts leaves one side without a prompt")
-        drawn = np.array([hashlib.sha256(b"%d/" % seed + prompt).digest()[:16] for prompt in prompts.tolist()], "S16")
+        drawn = np.array([hashlib.sha256(b"%d/" % seed + prompt).digest()[:16] for prompt in prompts.tolist()], KEY)
         chosen = np.zeros(len(prompts), dtype=bool)
         chosen[np.argsort(drawn)[:held_out]] = True
-        sides = (np.flatnonzero(~chosen[number]), np.flatnonzero(chosen[number]))
-        return tuple(_Mixture(self._indices, self.examples.select(rows), rows) for rows in sides)  # type: ignore[return-value]
+        return self._select(np.flatnonzero(~chosen[number])), self._select(np.flatnonzero(chosen[number]))
 
     def counts(self) -> Counts:
         examples, harmful = self.examples, self._columns["harmful"]
@@ -123,6 +121,11 @@ class _Mixture:
         )
 
 
+def _concatenated(indices: Sequence[Index], *names: str) -> dict[str, np.ndarray]:
+    """Columns of several sources, one source after another."""
+    return {name: np.concatenate([index.columns[name] for index in indices]) for name in names}
+
+
 def examples_of(indices: Sequence[Index]) -> StoredExamples:
     """The examples of prepared sources, one source after another. Raises UserError for pairs that are none."""
     shards, first_row, first_pair = Shards((), np.zeros(1, np.int64)), 0, 0
@@ -133,7 +136,7 @@ def examples_of(indices: Sequence[Index]) -> StoredExamples:
         numbers = _pair_numbers(index)
         pairs.append(np.where(numbers < 0, -1, numbers + first_pair))
         first_row, first_pair = int(shards.starts[-1]), first_pair + int(numbers.max(initial=-1)) + 1
-    columns = {name: np.concatenate([index.columns[name] for index in indices]) for name in indices[0].columns}
+    columns = _concatenated(indices, "prompt_length", "response_length", "aligned", "prompt_key", "response_key")
     return StoredExamples(
         shards,
         prompt_rows=np.concatenate(rows),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -72,7 +72,17 @@ class Bundle:
     records: list[Raw]
 
 
-def bundles(source: int, file: int, number: int, piece: Piece) -> Iterator[Bundle]:
+def bundle_makers(sources: Sequence[OpenSource]) -> list[Callable[[], Iterator[Bundle]]]:
+    """What makes the bundles of all sources, source by source: a call for each piece of a file."""
+    return [
+        partial(_bundles, number, file, place, piece)
+        for number, opened in enumerate(sources)
+        for file, content in enumerate(opened.files)
+        for place, piece in enumerate(pieces_of(content))
+    ]
+
+
+def _bundles(source: int, file: int, number: int, piece: Piece) -> Iterator[Bundle]:
     """The bundles of a piece, in order; a bundle's name sorts by file, piece and place in it."""
     records = read(piece)
     for place in itertools.count():
@@ -84,12 +94,7 @@ def bundles(source: int, file: int, number: int, piece: Piece) -> Iterator[Bundl
 
 def _write(sources: Sequence[OpenSource], chat: Chat, cluster: Cluster, quarantine: bool, progress: Progress) -> None:
     """Tokenise the sources in one pass through one pool, and write each source's index when its last shard is there."""
-    makers = [
-        partial(bundles, number, file, place, piece)
-        for number, opened in enumerate(sources)
-        for file, content in enumerate(opened.files)
-        for place, piece in enumerate(pieces_of(content))
-    ]
+    makers = bundle_makers(sources)
     arguments = {"chat": chat, "targets": [(opened.folder, opened.reading, opened.lengths) for opened in sources]}
     if makers:
         with closing(stream_through(makers, Tokenizer, arguments, cluster=cluster, model=False)) as shards:

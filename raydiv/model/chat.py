@@ -102,7 +102,7 @@ class Chat:
 
     def _prompts(self, prompts: Sequence[str | Messages], generation: bool = True) -> list[list[int]]:
         """Ids of templated conversations. Raises ValueError when the template fails on one."""
-        conversations = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+        conversations = [as_turns(prompt) for prompt in prompts]
         try:
             rendered = self.tokenizer.apply_chat_template(
                 conversations, add_generation_prompt=generation, tokenize=False
@@ -133,6 +133,11 @@ class Chat:
 
     def decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def as_turns(prompt: str | Messages) -> Messages:
+    """A prompt as a conversation."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def _identity(prompt: str | Messages) -> object:

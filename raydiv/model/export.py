@@ -12,7 +12,7 @@ from raydiv.errors import UserError
 from raydiv.model.chat import Chat
 from raydiv.model.load import ModelSource
 from raydiv.run import RunDirectory
-from raydiv.storage import atomic
+from raydiv.storage import atomic, require_empty
 
 
 def write_model(model: Any, state: dict[str, Any], base: Path, recipe: Recipe, target: Path) -> None:
@@ -41,8 +41,7 @@ def export(run: Path, destination: Path, adapter: bool = False) -> Path:
     source = RunDirectory(run)
     if not source.holds_a_run or not source.model.is_dir():
         raise UserError(f"{run}: no trained model in it (a run directory has recipe.yaml and model/)")
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise UserError(f"{destination}: exists and is not an empty directory")
+    require_empty(destination)
     lora = (source.model / "adapter_config.json").is_file()
     if adapter and not lora:
         raise UserError(f"{run}: has no adapter: it was a full fine-tune; leave out --adapter")
