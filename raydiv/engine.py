@@ -30,13 +30,17 @@ class Engine:
         # DeepSpeed would compile a shared-memory all-reduce for a minute, which ZeRO does not use: gloo serves it all
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-        self._zero3 = recipe.engine.zero_stage == 3
-        config = _deepspeed_config(recipe)
+        self._stage = recipe.engine.zero_stage
+        assert self._stage != "auto", "the stage is settled before workers start (raydiv.planning)"
+        self._zero3 = self._stage == 3
+        config = deepspeed_config(recipe)
         # transformers looks this object up while it loads, and forgets it when it is collected
         self._keep = HfDeepSpeedConfig(config) if self._zero3 else None
         if not torch.distributed.is_initialized():
             deepspeed.init_distributed(dist_backend=None, timeout=timedelta(seconds=recipe.cluster.timeout_s))
         model = build()
+        if recipe.engine.activation_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         trainable = [p for p in model.parameters() if p.requires_grad]
         self._deepspeed, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=config)
         self.model = model
@@ -58,8 +62,15 @@ class Engine:
         """One optimizer update at rate ``lr``; returns the gradient's norm before clipping."""
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = lr
+        # without partitions DeepSpeed keeps no norm
+        norm = self._whole_norm() if self._stage == 0 else None
         self._deepspeed.step()
-        return float(self._deepspeed.get_global_grad_norm() or 0.0)
+        return float(self._deepspeed.get_global_grad_norm() or 0.0) if norm is None else norm
+
+    def _whole_norm(self) -> float:
+        """Norm of the gradients, which every rank has whole once the last backward has summed them."""
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(grads))
 
     def whole(self, parameters: list[Tensor]) -> AbstractContextManager[None]:
         """Within the context these parameters are whole on every rank (they are partitioned under ZeRO-3)."""
@@ -82,17 +93,23 @@ class Engine:
         self._keep = None
 
 
-def _deepspeed_config(recipe: Recipe) -> dict[str, Any]:
-    optim = recipe.optim
-    return {
+def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
+    """DeepSpeed's configuration: what the recipe's sections say, and ``engine.deepspeed`` over it."""
+    optim, engine = recipe.optim, recipe.engine
+    bf16 = engine.precision == "bf16"
+    config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optim.clip or 0.0,
-        "bf16": {"enabled": recipe.engine.precision == "bf16"},
+        "bf16": {"enabled": bf16},
+        # micro-batches add up in fp32 whatever they are computed in
+        "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
-            "stage": recipe.engine.zero_stage,
+            "stage": engine.zero_stage,
             # small matrices stay whole: gathering them anew for every forward costs more than the memory that it saves
             "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
+            **_offload("offload_optimizer", engine.offload_optimizer, engine.nvme_path),
+            **_offload("offload_param", engine.offload_parameters, engine.nvme_path),
         },
         "zero_force_ds_cpu_optimizer": False,
         # torch's AdamW on every device: DeepSpeed's own compiles for a minute at first use and rounds differently
@@ -104,6 +121,20 @@ def _deepspeed_config(recipe: Recipe) -> dict[str, Any]:
                 "eps": optim.eps,
                 "weight_decay": optim.weight_decay,
                 "torch_adam": True,
+                "fused": True,
             },
         },
     }
+    return _merged(config, engine.deepspeed)
+
+
+def _offload(key: str, device: str, nvme_path: str | None) -> dict[str, Any]:
+    if device == "none":
+        return {}
+    return {key: {"device": device, "pin_memory": torch.cuda.is_available(), "nvme_path": nvme_path}}
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` on ``base``, section by section."""
+    inner = {key: _merged(base[key], value) for key, value in over.items() if isinstance(base.get(key), dict)}
+    return base | over | inner

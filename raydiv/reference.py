@@ -29,6 +29,8 @@ from raydiv.model.collate import Ids, collate
 from raydiv.model.files import fingerprint
 from raydiv.model.head import LogProbHead
 from raydiv.model.load import ModelSource
+from raydiv.model.packing import Packing, packing_of
+from raydiv.model.probe import Probe
 from raydiv.pool import Progress, map_rows, stream_through, unwatched
 from raydiv.storage import open_input
 
@@ -207,7 +209,7 @@ def score(
 
 
 TOKENS_PER_FORWARD = 4096
-"""Padded tokens that a scoring model takes at once; changes its speed and memory alone."""
+"""Tokens that a scoring model takes at once; changes its speed and memory alone."""
 
 
 class LogProbScorer:
@@ -216,7 +218,9 @@ class LogProbScorer:
     def __init__(self, model: ModelSource) -> None:
         self._model = model.serve()
         self._head = LogProbHead(self._model)
-        self._head.check(self._model, self._model.device)
+        probe = Probe(self._head, self._model, self._model, self._model.device)
+        probe.require_known_logits()
+        self._packs = probe.packing(longest=0)[0] != "none"
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows with ``prompt`` and ``response`` ids -> rows with ``logp``."""
@@ -224,10 +228,12 @@ class LogProbScorer:
 
         lengths = [len(row["prompt"]) + len(row["response"]) for row in rows]
         logps = torch.zeros(len(rows))
-        for micro_batch in micro_batches(lengths, TOKENS_PER_FORWARD, ranks=1)[0]:
-            inputs = collate([(rows[i]["prompt"], rows[i]["response"]) for i in micro_batch]).to(self._model.device)
+        packing: Packing = packing_of(self._model, max(lengths, default=0))[0] if self._packs else "none"
+        for micro_batch in micro_batches(lengths, TOKENS_PER_FORWARD, ranks=1, packed=packing != "none")[0]:
+            examples = [(rows[i]["prompt"], rows[i]["response"]) for i in micro_batch]
+            inputs = collate(examples, packing).to(self._model.device)
             with torch.inference_mode():
                 self._head.aim(inputs.rows, inputs.columns, inputs.targets)
-                output = self._model(input_ids=inputs.ids, attention_mask=inputs.mask, use_cache=False)
+                output = self._model(**inputs.arguments())
                 logps[micro_batch] = inputs.per_example(output.logits, len(micro_batch)).cpu()
         return [{"logp": float(logp)} for logp in logps]

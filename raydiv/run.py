@@ -34,6 +34,7 @@ class RunDirectory:
         self.evaluation = path / "evaluation"
         self.picture = self.separation / "pca.png"
         self.ray = path / "ray"
+        self._layout = path / "layout.json"
         self._metrics = path / "metrics.jsonl"
 
     @classmethod
@@ -66,6 +67,15 @@ class RunDirectory:
         lines = [json.dumps(note) + "\n" for note in notes]
         if lines:
             self.rows.write_text("".join(lines))
+
+    def note_layout(self, facts: dict[str, Any]) -> None:
+        """Write down how the workers lay examples out."""
+        self._layout.write_text(json.dumps(facts) + "\n")
+
+    def layout(self) -> dict[str, Any]:
+        """What ``note_layout`` wrote."""
+        facts: dict[str, Any] = json.loads(self._layout.read_text())
+        return facts
 
     def read_recipe(self) -> Recipe:
         return load_recipe(self.recipe)

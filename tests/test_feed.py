@@ -245,12 +245,15 @@ class Aimed:
         self.weight = torch.tensor(-0.5, requires_grad=True)
         self.backward, self.update = Mock(), Mock(return_value=1.0)
 
-    def aim(self, rows: Any, columns: Any, targets: torch.Tensor, coefficients: torch.Tensor | None) -> None:
-        self._targets, self._coefficients = targets, coefficients
+    def aim(self, rows: Any, columns: Any, targets: torch.Tensor, weigh: Any, runs: Any) -> None:
+        self._targets, self._weigh = targets, weigh
 
     def __call__(self, **_: Any) -> Any:
         logps = self.weight.expand(len(self._targets))
-        return SimpleNamespace(logits=logps if self._coefficients is None else (self._coefficients * logps).sum())
+        if self._weigh is None:
+            return SimpleNamespace(logits=logps)
+        coefficients = self._weigh(slice(0, len(logps)), logps.detach())
+        return SimpleNamespace(logits=(coefficients * logps).sum())
 
 
 LOSSES: list[tuple[str, dict[str, Any]]] = [("kldo", {}), ("kldo", {"estimator": "lagged"}), ("dpo", {}), ("kto", {})]

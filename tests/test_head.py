@@ -12,8 +12,10 @@ from torch import Tensor
 
 from raydiv.errors import UserError
 from raydiv.model import head as head_module
+from raydiv.model import packing as packing_module
 from raydiv.model.collate import Inputs, collate
 from raydiv.model.head import LogProbHead
+from raydiv.model.probe import Probe
 
 torch.set_num_threads(1)
 
@@ -54,16 +56,16 @@ Build = Callable[..., Any]
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """11 scored positions make chunks of 4, 4 and 3."""
-    monkeypatch.setattr(head_module, "CHUNK_TOKENS", 4)
+    monkeypatch.setattr(head_module, "chunk_tokens", lambda vocabulary: 4)
 
 
-def build(architecture: str, dtype: torch.dtype = torch.float32) -> Any:
+def build(architecture: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A random model in which no parameter, bias and norm included, is at its neutral value."""
     import transformers
 
     name, options = ARCHITECTURES[architecture]
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**options))
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**options | changes))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -72,7 +74,7 @@ def build(architecture: str, dtype: torch.dtype = torch.float32) -> Any:
 
 def forward(model: Any, inputs: Inputs) -> Tensor:
     """The model's logits, or what the head puts in their place."""
-    return model(input_ids=inputs.ids, attention_mask=inputs.mask, use_cache=False).logits  # type: ignore[no-any-return]
+    return model(**inputs.arguments()).logits  # type: ignore[no-any-return]
 
 
 def expected_logps(model: Any, inputs: Inputs) -> Tensor:
@@ -99,10 +101,11 @@ def coefficients(count: int) -> Tensor:
     return torch.randn(count, generator=torch.Generator().manual_seed(3))
 
 
-def run_head(model: Any, inputs: Inputs, weights: Tensor, push: bool) -> Tensor:
+def run_head(model: Any, inputs: Inputs, weights: Tensor, push: bool, runs: Sequence[int] = ()) -> Tensor:
     """Backward of sum_t weights_t * logp_t in either mode; returns what the forward gave."""
     head = LogProbHead(model)
-    head.aim(inputs.rows, inputs.columns, inputs.targets, weights if push else None)
+    weigh = (lambda part, _: weights[part]) if push else None
+    head.aim(inputs.rows, inputs.columns, inputs.targets, weigh, runs)
     out = forward(model, inputs)
     (out if push else (weights * out).sum()).backward()  # type: ignore[no-untyped-call]
     head.remove()
@@ -157,7 +160,7 @@ def test_chunks_change_nothing(architecture: str, monkeypatch: pytest.MonkeyPatc
     weights = coefficients(len(inputs.targets))
     total = run_head(model, inputs, weights, push=True)
     in_chunks = gradients(model)
-    monkeypatch.setattr(head_module, "CHUNK_TOKENS", 256)
+    monkeypatch.setattr(head_module, "chunk_tokens", lambda vocabulary: 256)
     torch.testing.assert_close(run_head(model, inputs, weights, push=True), total, rtol=0, atol=1e-5)
     assert_same_gradients(in_chunks, gradients(model))
 
@@ -165,7 +168,7 @@ def test_chunks_change_nothing(architecture: str, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("push", [False, True], ids=["score", "push"])
 def test_dummy_takes_part_and_moves_nothing(push: bool) -> None:
     model, inputs = build("llama-tied"), collate([])
-    out = run_head(model, inputs, torch.zeros(1), push)
+    out = run_head(model, inputs, torch.zeros(1), push, runs=[1])
     assert out.isfinite().all()
     if push:
         assert out == 0
@@ -213,13 +216,72 @@ def test_an_adapter_on_the_head_is_refused() -> None:
         LogProbHead(get_peft_model(build("llama"), config))
 
 
+RUNS = [[3, 2, 1, 5], [5, 6], [11], [1] * 11, [4, 7]]
+"""Lengths of runs of the 11 positions: within the buffer of 4, beyond it, and at its edge."""
+
+
+@pytest.mark.parametrize("runs", RUNS, ids=str)
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "gemma2", "phi"])
+def test_coefficients_may_be_asked_for_run_by_run(architecture: str, runs: list[int]) -> None:
+    """What is answered may depend on the log-probs of the run, all of which must be there."""
+    model, inputs = build(architecture), collate(EXAMPLES)
+    expected = expected_logps(model, inputs)
+    ends = np.cumsum(runs)
+    slices = [slice(end - run, end) for end, run in zip(ends.tolist(), runs, strict=True)]
+    wanted = torch.cat([expected.detach()[part].sum().expand(part.stop - part.start) for part in slices])
+    (wanted * expected).sum().backward()  # type: ignore[no-untyped-call]
+    grads = gradients(model)
+    asked: list[slice] = []
+
+    def weigh(part: slice, logps: Tensor) -> Tensor:
+        asked.append(part)
+        whole = [own for own in slices if part.start <= own.start and own.stop <= part.stop]
+        assert sum(own.stop - own.start for own in whole) == len(logps) == part.stop - part.start
+        return torch.cat(
+            [
+                logps[own.start - part.start :][: own.stop - own.start].sum().expand(own.stop - own.start)
+                for own in whole
+            ]
+        )
+
+    head = LogProbHead(model)
+    head.aim(inputs.rows, inputs.columns, inputs.targets, weigh, runs)
+    total = forward(model, inputs)
+    total.backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(total, (wanted * expected).sum(), rtol=1e-5, atol=1e-4)
+    found = {name: None if grad is None else grad / 50 for name, grad in gradients(model).items()}
+    assert_same_gradients(found, {name: None if grad is None else grad / 50 for name, grad in grads.items()})
+    assert [part.start for part in asked][1:] == [part.stop for part in asked][:-1]
+
+
+def test_logits_of_a_run_that_fits_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = build("llama"), collate(EXAMPLES)
+    made: list[int] = []
+    logits = head_module._Projection.logits
+
+    def counted(self: Any, part: slice) -> Any:
+        made.append(part.stop - part.start)
+        return logits(self, part)
+
+    monkeypatch.setattr(head_module._Projection, "logits", counted)
+    run_head(model, inputs, coefficients(11), push=True, runs=[3, 1, 2, 5])
+    assert made == [4, 2, 4, 1, 4, 1]  # 5 positions exceed the buffer, and are made twice
+    made.clear()
+    model.get_output_embeddings().requires_grad_(False)
+    run_head(model, inputs, coefficients(11), push=False)
+    assert sum(made) == 11  # with the graph kept, too, where the head is frozen
+
+
+def probe(model: Any, forward: Callable[..., Any] | None = None) -> Probe:
+    return Probe(LogProbHead(model), model, forward or model, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_check_passes_the_architectures_that_it_serves(name: str) -> None:
-    model = build(name)
-    LogProbHead(model).check(model, torch.device("cpu"))
+def test_probe_passes_the_architectures_that_it_serves(name: str) -> None:
+    probe(build(name)).require_known_logits()
 
 
-def test_check_refuses_logits_that_are_treated_in_an_unknown_way() -> None:
+def test_probe_refuses_logits_that_are_treated_in_an_unknown_way() -> None:
     model = build("llama")
     plain = model.forward
 
@@ -228,8 +290,52 @@ def test_check_refuses_logits_that_are_treated_in_an_unknown_way() -> None:
         output.logits = 2 * output.logits
         return output
 
-    with pytest.raises(UserError, match="log-probs differ"):
-        LogProbHead(model).check(doubled, torch.device("cpu"))
+    with pytest.raises(UserError, match="Llama models treat their logits"):
+        probe(model, doubled).require_known_logits()
+
+
+PACKED = [name for name in ARCHITECTURES if name != "gemma2"]
+"""Gemma 2 caps its attention scores, which no fused attention does."""
+
+
+def test_sliding_windows_are_packed_up_to_their_length() -> None:
+    model = build("mistral", sliding_window=16)
+    assert probe(model).packing(longest=16) == ("mask", "")
+    packing, why = probe(model).packing(longest=17)
+    assert packing == "none"
+    assert "window of 16 tokens" in why
+
+
+def test_models_that_cannot_be_packed_say_why() -> None:
+    assert probe(build("gemma2")).packing(8) == ("none", "eager attention knows no boundaries within a row")
+    blind = build("llama")
+    blind.forward = lambda input_ids, attention_mask: None
+    assert probe(blind).packing(8) == ("none", "its forward takes no positions")
+
+
+def test_probe_unmasks_examples_that_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        packing_module,
+        "_attend_apart",
+        lambda q, k, v, attn_mask, is_causal, **o: packing_module._attention(q, k, v, is_causal=True, **o),
+    )
+    packing, why = probe(build("llama")).packing(8)
+    assert packing == "none"
+    assert "packed log-probs differ" in why
+
+
+@pytest.mark.parametrize("push", [False, True], ids=["score", "push"])
+@pytest.mark.parametrize("architecture", PACKED)
+def test_packed_examples_are_the_padded_ones(architecture: str, push: bool) -> None:
+    model = build(architecture, **({"sliding_window": 16} if architecture == "mistral" else {}))
+    assert probe(model).packing(16) == ("mask", "")
+    padded, packed = collate(EXAMPLES), collate(EXAMPLES, "mask")
+    assert packed.ids.shape == (1, sum(len(p) + len(r) for p, r in EXAMPLES))
+    weights = coefficients(len(padded.targets))
+    expected = run_head(model, padded, weights, push)
+    wanted = gradients(model)
+    torch.testing.assert_close(run_head(model, packed, weights, push), expected, rtol=0, atol=1e-5)
+    assert_same_gradients(gradients(model), wanted)
 
 
 def test_low_precision_is_summed_in_fp32() -> None:
@@ -282,3 +388,15 @@ def test_collate_marks_what_is_scored() -> None:
     assert inputs.columns.tolist() == [1, 2, 3, 2]
     assert inputs.targets.tolist() == [13, 14, 15, 24]
     assert inputs.per_example(torch.tensor([1.0, 2.0, 4.0, 8.0]), 2).tolist() == [7.0, 8.0]
+
+
+def test_collate_packs_end_to_end() -> None:
+    inputs = collate([([11, 12], [13, 14, 15]), ([21, 22, 23], [24])], "mask")
+    assert inputs.ids.tolist() == [[11, 12, 13, 14, 15, 21, 22, 23, 24]]
+    assert inputs.positions is not None
+    assert inputs.positions.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3]]
+    assert inputs.rows.tolist() == [0, 0, 0, 0]
+    assert inputs.columns.tolist() == [1, 2, 3, 7]
+    assert inputs.targets.tolist() == [13, 14, 15, 24]
+    assert inputs.per_example(torch.tensor([1.0, 2.0, 4.0, 8.0]), 2).tolist() == [7.0, 8.0]
+    assert collate([([1], [2])], "positions").mask is None

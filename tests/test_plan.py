@@ -17,9 +17,7 @@ from raydiv.data.plan import (
     InOrder,
     Layout,
     StepPlan,
-    largest_micro_batch,
     micro_batches,
-    tokens_of_busiest_rank,
 )
 from raydiv.data.tokens import TokenizedExamples
 from raydiv.training.feed import Share
@@ -414,10 +412,47 @@ def test_groups_stay_together_within_the_same_rules(lengths: list[int], tokens: 
 @quick
 @given(length_lists, budgets, worlds)
 def test_costs_of_a_layout_count_padding(lengths: list[int], tokens: int, ranks: int) -> None:
-    dealt = micro_batches(lengths, tokens, ranks)
+    layout = Layout(tokens, ranks, "batch")
+    dealt = layout.scoring(lengths)
     sizes = [[padded(batch, lengths) for batch in mine] for mine in dealt]
-    assert tokens_of_busiest_rank(dealt, lengths) == max(map(sum, sizes))
-    assert largest_micro_batch(dealt, lengths) == max(map(max, sizes))
+    assert layout.busiest(dealt, lengths) == max(map(sum, sizes))
+    assert layout.largest(dealt, lengths) == max(map(max, sizes))
+
+
+@quick
+@given(length_lists, budgets, worlds, st.booleans())
+def test_packed_micro_batches_keep_the_same_rules_without_padding(
+    lengths: list[int], tokens: int, ranks: int, in_twos: bool
+) -> None:
+    groups = in_pairs(lengths) if in_twos else None
+    dealt = micro_batches(lengths, tokens, ranks, groups, packed=True)
+    batches = [batch for mine in dealt for batch in mine]
+    assert sorted(position for batch in batches for position in batch) == list(range(len(lengths)))
+    assert len({len(mine) for mine in dealt}) == 1
+    sizes = [sum(lengths[position] for position in batch) for batch in batches]
+    alone = [list(group) for group in groups or [[position] for position in range(len(lengths))]]
+    assert all(size <= tokens or batch in alone for size, batch in zip(sizes, batches, strict=True))
+    assert all(any(set(group) <= set(batch) for batch in batches) for group in alone)
+    loads = [sum(lengths[position] for batch in mine for position in batch) for mine in dealt]
+    assert max(loads) - min(loads) <= max(sizes)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("seed", range(5))
+def test_packed_loads_are_as_equal_as_examples_allow(seed: int, ranks: int) -> None:
+    generator = random.Random(seed)
+    lengths = [generator.choice([20, 200]) + generator.randrange(30) for _ in range(64)]
+    layout = Layout(1024, ranks, "batch", packed=True)
+    dealt = layout.scoring(lengths)
+    assert layout.busiest(dealt, lengths) <= 1.05 * sum(lengths) / ranks
+    assert len(dealt[0]) <= -(-sum(lengths) // (1024 * ranks)) + 1
+
+
+def test_packed_pairs_are_always_together_where_a_budget_holds_one() -> None:
+    lengths = [10, 1, 10, 1, 10, 1]
+    dealt, whole = Layout(20, 1, "pair", packed=True).training(lengths, in_pairs(lengths))
+    assert whole
+    assert all(set(pair) <= set(batch) for pair, batch in zip(in_pairs(lengths), dealt[0], strict=True))
 
 
 def test_longest_come_first_with_their_like() -> None:
@@ -511,7 +546,7 @@ def test_one_pass_is_promised_only_where_a_micro_batch_tells_its_own_coefficient
         assert whole
     if whole and scope == "pair":
         assert all(any(set(unit) <= batch for batch in batches) for unit in examples.units)
-    assert largest_micro_batch(dealt, examples.lengths) <= max(tokens, *examples.lengths)
+    assert Layout(tokens, ranks, scope).largest(dealt, examples.lengths) <= max(tokens, *examples.lengths)
 
 
 def test_pairs_of_like_lengths_are_kept_together_and_unlike_ones_are_not() -> None:

@@ -54,6 +54,9 @@ class Model(Section):
     lora: Lora | None = None
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
+    quantization: Literal["nf4"] | None = Field(
+        default=None, description="frozen base weights in 4 bits under LoRA (needs the extra: raydiv[quantized])"
+    )
     reference: Literal["store", "adapter-off"] = Field(
         default="store",
         description="log-probs from the reference store, or from the policy with its adapters off at each step",
@@ -65,6 +68,12 @@ class Model(Section):
             raise ValueError(
                 "reference: adapter-off needs model.lora, since a full fine-tune has no adapters to switch off"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _quantized_is_frozen(self) -> Model:
+        if self.quantization is not None and self.lora is None:
+            raise ValueError("quantization needs model.lora: 4-bit weights are not trained")
         return self
 
 
@@ -202,7 +211,12 @@ class Batch(Section):
     """Sizes: examples of the global batch, and tokens of a micro-batch, which changes speed and memory (and dropout masks)."""
 
     examples: PositiveInt = 16
-    tokens_per_microbatch: PositiveInt = 4096
+    tokens_per_microbatch: PositiveInt | Literal["auto"] = Field(
+        default="auto", description="auto: a worker's whole share of the step, or as much of it as its memory takes"
+    )
+    packing: Literal["auto", "never"] = Field(
+        default="auto", description="examples end to end without padding, where the model's attention keeps them apart"
+    )
     max_length: PositiveInt = 1024
     max_prompt_length: PositiveInt = 512
 
@@ -216,11 +230,63 @@ class Batch(Section):
         return self
 
 
+Offload = Literal["none", "cpu", "nvme"]
+
+OWNED = {
+    "train_batch_size": "batch.examples",
+    "train_micro_batch_size_per_gpu": "batch.tokens_per_microbatch",
+    "gradient_accumulation_steps": "batch.tokens_per_microbatch",
+    "gradient_clipping": "optim.clip",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+    "bf16": "engine.precision",
+    "fp16": "engine.precision",
+    "zero_optimization.stage": "engine.zero_stage",
+    "zero_optimization.offload_optimizer": "engine.offload_optimizer",
+    "zero_optimization.offload_param": "engine.offload_parameters",
+    "activation_checkpointing": "engine.activation_checkpointing",
+}
+"""Keys of DeepSpeed's configuration that the recipe says elsewhere, and where."""
+
+
 class Engine(Section):
     """DeepSpeed."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 3
-    precision: Literal["fp32", "bf16"] = "fp32"
+    zero_stage: Literal[0, 1, 2, 3, "auto"] = Field(
+        default="auto", description="what is partitioned over the workers; auto: as little as fits their memory"
+    )
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16 keeps fp32 master weights")
+    offload_optimizer: Offload = Field(default="none", description="where optimizer states live, under ZeRO 1 to 3")
+    offload_parameters: Offload = Field(default="none", description="where partitioned weights live, under ZeRO 3")
+    nvme_path: str | None = Field(default=None, description="a folder on each node's NVMe disk, for offload")
+    activation_checkpointing: bool = Field(
+        default=False, description="keep one activation a layer and compute the others again in the backward"
+    )
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict, description="keys of DeepSpeed's own configuration, merged over what raydiv writes"
+    )
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> Engine:
+        stage = 3 if self.zero_stage == "auto" else self.zero_stage
+        if self.offload_optimizer != "none" and stage < 1:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+        if self.offload_parameters != "none" and stage < 3:
+            raise ValueError("offload_parameters needs zero_stage 3: below it every worker holds all weights")
+        if self.precision == "bf16" and stage < 1:
+            raise ValueError("precision: bf16 needs zero_stage 1, 2 or 3, which keep the fp32 master weights")
+        if ("nvme" in (self.offload_optimizer, self.offload_parameters)) != (self.nvme_path is not None):
+            raise ValueError("nvme_path is for offload to nvme: give both or neither")
+        return self
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _not_said_elsewhere(cls, value: dict[str, Any]) -> dict[str, Any]:
+        flat = {*value, *(f"zero_optimization.{key}" for key in value.get("zero_optimization") or {})}
+        said = [f"{key} (recipe: {OWNED[key]})" for key in sorted(flat & OWNED.keys())]
+        if said:
+            raise ValueError(f"the recipe says this elsewhere: {', '.join(said)}")
+        return value
 
 
 class Cluster(Section):
@@ -234,6 +300,9 @@ class Cluster(Section):
     pool_actors: PositiveInt | None = Field(
         default=None,
         description="models that score, embed and answer side by side; by default one a GPU, or a CPU: fewer share its CPUs",
+    )
+    worker_memory_gb: PositiveFloat | None = Field(
+        default=None, description="memory of a worker's GPU, or its share of a node's (GiB); by default what is there"
     )
     timeout_s: PositiveInt = Field(default=1800, description="seconds after which a collective is given up")
     env: dict[str, str] = Field(default_factory=dict, description="environment variables of every worker")
@@ -287,6 +356,12 @@ class Recipe(Section):
     def _every_needs_eval(self) -> Recipe:
         if self.evaluate.every is not None and self.data.eval is None:
             raise ValueError("evaluate.every needs data.eval: there is nothing to evaluate on")
+        return self
+
+    @model_validator(mode="after")
+    def _quantized_is_whole(self) -> Recipe:
+        if self.model.quantization is not None and self.engine.zero_stage == 3:
+            raise ValueError("model.quantization needs engine.zero_stage 0, 1 or 2: 4-bit weights are not partitioned")
         return self
 
     @model_validator(mode="after")

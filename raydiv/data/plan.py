@@ -7,6 +7,7 @@ replaying what came before, and the objective does not see how its examples were
 from __future__ import annotations
 
 import hashlib
+import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -129,33 +130,42 @@ Group = Sequence[int]
 
 
 def micro_batches(
-    lengths: Sequence[int], tokens: int, ranks: int, groups: Sequence[Group] | None = None
+    lengths: Sequence[int],
+    tokens: int,
+    ranks: int,
+    groups: Sequence[Group] | None = None,
+    packed: bool = False,
 ) -> list[list[MicroBatch]]:
     """Cut a step's examples into micro-batches and deal them to the ranks: ``result[rank][i]``.
 
-    Longest first, similar lengths together, at most ``tokens`` padded tokens in one (a group longer than that gets one to
-    itself). Every rank gets the same number of micro-batches, since ZeRO's collectives must match: what is missing is
-    an empty one. ``lengths`` are tokens per example, prompt and response; ``groups`` (by default every example alone) cover
-    each example once.
+    At most ``tokens`` in one, padding included (a group longer than that gets one to itself): ``packed`` ones have none and are
+    made equally long; padded ones hold similar lengths, longest first. Every rank gets the same number of micro-batches, since
+    ZeRO's collectives must match: what is missing is an empty one. ``lengths`` are tokens per example, prompt and response;
+    ``groups`` (by default every example alone) cover each example once.
     """
     if groups is None:
         groups = [[position] for position in range(len(lengths))]
-    longest_first = sorted(groups, key=lambda group: (-_longest(group, lengths), group[0]))
-    batches = list(_within_budget(longest_first, lengths, tokens))
-    if len(batches) % ranks > 0 or not batches:
-        batches = _spread(longest_first, lengths, tokens, ranks)
+    if packed:
+        order = sorted(groups, key=lambda group: (-_total(group, lengths), group[0]))
+        batches = _packed(order, lengths, tokens, ranks)
+    else:
+        order = sorted(groups, key=lambda group: (-_longest(group, lengths), group[0]))
+        batches = list(_within_budget(order, lengths, tokens))
+        if len(batches) % ranks > 0 or not batches:
+            batches = _spread(order, lengths, tokens, ranks)
+    size = _total if packed else _padded
     load, dealt = [0] * ranks, [[] for _ in range(ranks)]  # type: tuple[list[int], list[list[MicroBatch]]]
-    for batch in sorted(batches, key=lambda b: -_padded(b, lengths)):
+    for batch in sorted(batches, key=lambda b: -size(b, lengths)):
         fewest = min(len(mine) for mine in dealt)
         rank = min((r for r in range(ranks) if len(dealt[r]) == fewest), key=lambda r: load[r])
         dealt[rank].append(batch)
-        load[rank] += _padded(batch, lengths)
+        load[rank] += size(batch, lengths)
     most = max(1, max(len(mine) for mine in dealt))
     return [mine + [[] for _ in range(most - len(mine))] for mine in dealt]
 
 
-ONE_PASS, TWO_PASSES = 3, 4
-"""What a token costs, in forwards: a backward costs two."""
+ONE_PASS, GRAPH_KEPT, TWO_PASSES = 3, 3.25, 4
+"""What a token costs, in forwards: a backward costs two, and where a graph is kept the head makes its logits again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,34 +178,40 @@ class Layout:
     tokens_per_microbatch: int
     ranks: int
     scope: Literal["example", "pair", "batch"]
+    packed: bool = False
 
     def scoring(self, lengths: Sequence[int]) -> list[list[MicroBatch]]:
         """Micro-batches of examples that are only scored."""
-        return micro_batches(lengths, self.tokens_per_microbatch, self.ranks)
+        return self._dealt(lengths, None)
 
     def training(self, lengths: Sequence[int], units: Sequence[Group]) -> tuple[list[list[MicroBatch]], bool]:
         """Micro-batches of a step, and whether each is enough to tell its own coefficients.
 
-        Pairs are kept together where they fit the token budget, and where the saved forward makes up for the padding.
+        Pairs are kept together where they fit the token budget, and where what it saves (a second forward, or the head's
+        second visit) makes up for padding and for ranks that are less equal.
         """
         free = self.scoring(lengths)
-        if self.scope == "pair" and len(free[0]) > 1:
-            paired = micro_batches(lengths, self.tokens_per_microbatch, self.ranks, units)
-            fits = largest_micro_batch(paired, lengths) <= self.tokens_per_microbatch
-            tokens = [tokens_of_busiest_rank(layout, lengths) for layout in (paired, free)]
-            if fits and ONE_PASS * tokens[0] <= TWO_PASSES * tokens[1]:
+        if self.scope == "pair":
+            paired = self._dealt(lengths, units)
+            fits = self.largest(paired, lengths) <= self.tokens_per_microbatch
+            apart = GRAPH_KEPT if len(free[0]) == 1 else TWO_PASSES
+            if fits and ONE_PASS * self.busiest(paired, lengths) <= apart * self.busiest(free, lengths):
                 return paired, True
         return free, self.scope == "example"
 
+    def largest(self, dealt: Sequence[Sequence[MicroBatch]], lengths: Sequence[int]) -> int:
+        """Tokens, padding included, of the largest micro-batch: what a forward's memory goes by."""
+        return max(self._tokens(batch, lengths) for mine in dealt for batch in mine)
 
-def largest_micro_batch(dealt: Sequence[Sequence[MicroBatch]], lengths: Sequence[int]) -> int:
-    """Tokens, padding included, of the largest of ``micro_batches``: what a forward's memory goes by."""
-    return max(_padded(batch, lengths) for mine in dealt for batch in mine)
+    def busiest(self, dealt: Sequence[Sequence[MicroBatch]], lengths: Sequence[int]) -> int:
+        """Tokens, padding included, of the rank that has most of them: what a pass over the step costs."""
+        return max(sum(self._tokens(batch, lengths) for batch in mine) for mine in dealt)
 
+    def _dealt(self, lengths: Sequence[int], groups: Sequence[Group] | None) -> list[list[MicroBatch]]:
+        return micro_batches(lengths, self.tokens_per_microbatch, self.ranks, groups, self.packed)
 
-def tokens_of_busiest_rank(dealt: Sequence[Sequence[MicroBatch]], lengths: Sequence[int]) -> int:
-    """Tokens, padding included, of the rank that has most of them: what a pass over ``micro_batches`` costs."""
-    return max(sum(_padded(batch, lengths) for batch in mine) for mine in dealt)
+    def _tokens(self, batch: MicroBatch, lengths: Sequence[int]) -> int:
+        return _total(batch, lengths) if self.packed else _padded(batch, lengths)
 
 
 def _within_budget(order: Sequence[Group], lengths: Sequence[int], tokens: int) -> Iterator[MicroBatch]:
@@ -237,3 +253,25 @@ def _longest(group: Group, lengths: Sequence[int]) -> int:
 
 def _padded(batch: MicroBatch, lengths: Sequence[int]) -> int:
     return len(batch) * _longest(batch, lengths)
+
+
+def _total(batch: Group, lengths: Sequence[int]) -> int:
+    return sum(lengths[position] for position in batch)
+
+
+def _packed(order: Sequence[Group], lengths: Sequence[int], tokens: int, ranks: int) -> list[MicroBatch]:
+    """As few micro-batches of at most ``tokens`` as every rank can get equally many of, about equally long.
+
+    Each group (longest first) goes to the shortest one. Empty ones are left out.
+    """
+    count = ranks * max(1, -(-sum(_total(group, lengths) for group in order) // (tokens * ranks)))
+    while True:
+        batches: list[MicroBatch] = [[] for _ in range(count)]
+        shortest = [(0, number) for number in range(count)]
+        for group in order:
+            load, number = heapq.heappop(shortest)
+            batches[number].extend(group)
+            heapq.heappush(shortest, (load + _total(group, lengths), number))
+        if count >= len(order) or all(_total(batch, lengths) <= tokens for batch in batches):
+            return [batch for batch in batches if batch]
+        count += ranks

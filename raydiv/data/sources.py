@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from pyarrow import fs
 
+from raydiv.benchmarks.workloads import W1, w1_pairs
 from raydiv.bundled import bundled_file
 from raydiv.cache import digest, file_digest, shared_dir
 from raydiv.config.recipe import Source
@@ -63,7 +64,7 @@ def files_of(source: Source) -> list[File]:
     """
     path = source.path
     if path.startswith("bundled:"):
-        return [_local(bundled_file(path), path)]
+        return [_local(w1_pairs() if path == W1 else bundled_file(path), path)]
     if path.startswith("hf://"):
         return _hub(source)
     uri = _uri(path)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from raydiv.model.packing import Apart, Packing
 
 Ids = Sequence[int] | np.ndarray
 """Token ids."""
@@ -15,43 +18,86 @@ Ids = Sequence[int] | np.ndarray
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """A padded micro-batch of m examples and its t scored positions.
+    """A micro-batch of m examples and its t scored positions, ordered by example.
 
-    ``ids`` and ``mask`` [m, length]; position ``(rows[t], columns[t])`` predicts response token ``targets[t]``.
+    ``ids``, ``mask`` and ``positions`` are what the model's forward takes: padded [m, length], or packed into one row. Position
+    ``(rows[t], columns[t])`` of ``ids`` predicts token ``targets[t]`` of the response of example ``examples[t]``.
     """
 
     ids: Tensor
-    mask: Tensor
+    mask: Tensor | None
+    positions: Tensor | None
     rows: Tensor
     columns: Tensor
     targets: Tensor
+    examples: Tensor
 
     def to(self, device: torch.device) -> Inputs:
-        return replace(self, **{name: getattr(self, name).to(device) for name in self.__slots__})
+        moved = {name: getattr(self, name) for name in self.__slots__ if not isinstance(getattr(self, name), Apart)}
+        return replace(
+            self, **{name: tensor if tensor is None else tensor.to(device) for name, tensor in moved.items()}
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of the model's forward."""
+        found = {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": self.positions}
+        return {name: tensor for name, tensor in found.items() if tensor is not None} | {"use_cache": False}
 
     def per_example(self, logps: Tensor, examples: int) -> Tensor:
         """Sum token log-probs [t] to sequence log-probs [examples]."""
-        return logps.new_zeros(examples).index_add(0, self.rows, logps)
+        return logps.new_zeros(examples).index_add(0, self.examples, logps)
 
 
-def collate(examples: Sequence[tuple[Ids, Ids]]) -> Inputs:
-    """Inputs of (prompt ids, response ids) examples, padded on the right.
+def collate(examples: Sequence[tuple[Ids, Ids]], packing: Packing = "none") -> Inputs:
+    """Inputs of (prompt ids, response ids) examples, padded on the right, or packed end to end.
 
-    Padding is masked and never scored, so its token id does not matter. Without examples: a dummy of one
-    position, for a rank that must take part in the others' collectives.
+    Padding is masked and never scored, so its token id does not matter. Without examples: a dummy of one position, for a rank
+    that must take part in the others' collectives.
     """
     if not examples:
-        one, nothing = torch.zeros((1, 1), dtype=torch.long), torch.zeros(1, dtype=torch.long)
-        return Inputs(one, torch.ones_like(one), nothing, nothing, nothing)
-    length = max(len(prompt) + len(response) for prompt, response in examples)
-    ids = torch.zeros((len(examples), length), dtype=torch.long)
+        return _dummy()
+    tokens = [np.concatenate([np.asarray(p, dtype=np.int64), np.asarray(r, dtype=np.int64)]) for p, r in examples]
+    lengths = [len(ids) for ids in tokens]
+    packed = packing != "none"
+    starts = np.cumsum([0, *lengths[:-1]]) if packed else np.zeros(len(examples), dtype=np.int64)
+    responses = [len(response) for _, response in examples]
+    ids, mask, positions = _packed_row(tokens, packing) if packed else _padded_rows(tokens)
+    columns = [
+        np.arange(start + length - response - 1, start + length - 1)
+        for start, length, response in zip(starts, lengths, responses, strict=True)
+    ]
+    numbers = torch.from_numpy(np.repeat(np.arange(len(examples)), responses))
+    targets = [ids[len(ids) - response :] for ids, response in zip(tokens, responses, strict=True)]
+    return Inputs(
+        ids,
+        mask,
+        positions,
+        rows=torch.zeros_like(numbers) if packed else numbers,
+        columns=torch.from_numpy(np.concatenate(columns)),
+        targets=torch.from_numpy(np.concatenate(targets)),
+        examples=numbers,
+    )
+
+
+def _dummy() -> Inputs:
+    one, nothing = torch.zeros((1, 1), dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    return Inputs(one, torch.ones_like(one), None, nothing, nothing, nothing, nothing)
+
+
+def _padded_rows(tokens: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, None]:
+    ids = torch.zeros((len(tokens), max(map(len, tokens))), dtype=torch.long)
     mask = torch.zeros_like(ids)
-    rows, columns, targets = [], [], []
-    for row, (prompt, response) in enumerate(examples):
-        tokens = np.concatenate([np.asarray(prompt, dtype=np.int64), np.asarray(response, dtype=np.int64)])
-        ids[row, : len(tokens)] = torch.from_numpy(tokens)
-        mask[row, : len(tokens)] = 1
-        rows.append(np.full(len(response), row))
-        columns.append(np.arange(len(prompt) - 1, len(tokens) - 1))
-        targets.append(tokens[len(prompt) :])
-    return Inputs(ids, mask, *(torch.from_numpy(np.concatenate(part)) for part in (rows, columns, targets)))
+    for row, own in enumerate(tokens):
+        ids[row, : len(own)] = torch.from_numpy(own)
+        mask[row, : len(own)] = 1
+    return ids, mask, None
+
+
+def _packed_row(tokens: Sequence[np.ndarray], packing: Packing) -> tuple[Tensor, Tensor | None, Tensor]:
+    lengths = [len(own) for own in tokens]
+    positions = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))
+    return (
+        torch.from_numpy(np.concatenate(tokens))[None],
+        Apart.of(lengths) if packing == "mask" else None,
+        positions[None],
+    )

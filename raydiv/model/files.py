@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from raydiv.benchmarks.workloads import W1, w1_model
 from raydiv.cache import cache_dir, digest, file_digest
 from raydiv.errors import UserError
 from raydiv.storage import atomic
@@ -55,9 +56,11 @@ def _from_hub(model_id: str, revision: str | None) -> Path:
 
 
 def _bundled(model_id: str) -> Path:
-    """The bundled model as a safetensors directory in the cache, converted from GGUF once."""
+    """The bundled model as a safetensors directory in the cache, converted from GGUF (or made) once."""
+    if model_id == W1:
+        return w1_model()
     if model_id not in BUNDLED:
-        raise UserError(f"model.id: {model_id}: no such bundled model (known: {', '.join(BUNDLED)})")
+        raise UserError(f"model.id: {model_id}: no such bundled model (known: {', '.join([*BUNDLED, W1])})")
     module, file, version = BUNDLED[model_id]
     target = cache_dir("models") / model_id.removeprefix("bundled:")
     if target.is_dir():

@@ -10,17 +10,22 @@ nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from raydiv.errors import UserError
 
-CHUNK_TOKENS = 256
-"""Positions per chunk: 256 x 49,152 fp32 logits are 50 MB, and larger chunks are no faster on CPU."""
+CHUNK_BYTES = 128 * 2**20
+"""fp32 logits that are held at a time, such as 516 positions x 65,024 tokens: more are no faster on CPU, half are 4% slower."""
+
+
+def chunk_tokens(vocabulary: int) -> int:
+    """Positions whose logits are held at a time."""
+    return max(1, CHUNK_BYTES // (4 * vocabulary))
 
 
 _NEUTRAL = {"logit_scale": 1.0, "logits_scaling": 1.0, "final_logit_softcapping": None}
@@ -43,98 +48,144 @@ class LogitRule:
         )
 
     def __call__(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits from ``W h + b`` (fp32), and d logits / d raw where it is not simply ``scale``."""
+        """Logits in the place of ``W h + b`` (fp32), and d logits / d raw where it is not simply ``scale``."""
         if self.cap is None:
-            return raw * self.scale if self.scale != 1.0 else raw, None
-        squashed = torch.tanh(raw * (self.scale / self.cap))
-        return self.cap * squashed, self.scale * (1 - squashed * squashed)
+            return raw.mul_(self.scale) if self.scale != 1.0 else raw, None
+        squashed = raw.mul_(self.scale / self.cap).tanh_()
+        return self.cap * squashed, squashed.square_().neg_().add_(1).mul_(self.scale)
+
+
+Weigh = Callable[[slice, Tensor], Tensor]
+"""From a run of scored positions and their log-probs [p] to the coefficients [p] of these."""
 
 
 @dataclass(slots=True)
 class _Projection:
-    """The tensors of one call: hidden [t, d], weight [v, d], bias [v] or None, targets [t]."""
+    """The tensors of one call: hidden [t, d], weight [v, d], bias [v] or None, targets [t].
+
+    Logits of a chunk of positions are written into one buffer, used again for the next: fresh memory for each would cost as
+    much as the products.
+    """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
     targets: Tensor
     rule: LogitRule
+    buffer: Tensor = field(init=False)
 
-    def chunks(self) -> range:
-        return range(0, len(self.targets), CHUNK_TOKENS)
+    def __post_init__(self) -> None:
+        rows = min(len(self.targets), chunk_tokens(len(self.weight)))
+        self.buffer = self.hidden.new_empty((rows, len(self.weight)), dtype=torch.float32)
 
-    def logits(self, start: int) -> tuple[Tensor, Tensor | None]:
-        """fp32 logits of one chunk [c, v] with their slope (see LogitRule)."""
-        raw = nn.functional.linear(self.hidden[start : start + CHUNK_TOKENS], self.weight, self.bias).float()
+    def chunks(self, part: slice) -> list[slice]:
+        """``part`` of the positions, in pieces that the buffer holds."""
+        size = len(self.buffer)
+        return [slice(start, min(start + size, part.stop)) for start in range(part.start, part.stop, size)]
+
+    def logits(self, part: slice) -> tuple[Tensor, Tensor | None]:
+        """fp32 logits [p, v] of a piece, in the buffer where the rule allows, with their slope (see LogitRule)."""
+        hidden, raw = self.hidden[part], self.buffer[: part.stop - part.start]
+        if self.weight.dtype != torch.float32:
+            raw.copy_(nn.functional.linear(hidden, self.weight, self.bias))
+        elif self.bias is None:
+            torch.mm(hidden, self.weight.T, out=raw)
+        else:
+            torch.addmm(self.bias, hidden, self.weight.T, out=raw)
         return self.rule(raw)
 
-    def logps(self) -> tuple[Tensor, Tensor]:
-        """Log-prob and log-sum-exp of every position, [t] each, fp32."""
-        logps, normalisers = self.hidden.new_empty((2, len(self.targets)), dtype=torch.float32)
-        for start in self.chunks():
-            part = slice(start, start + CHUNK_TOKENS)
-            logits, _ = self.logits(start)
-            normalisers[part] = logits.logsumexp(-1)
-            logps[part] = logits.gather(1, self.targets[part, None]).squeeze(1) - normalisers[part]
-        return logps, normalisers
+    def logps(self, part: slice) -> Tensor:
+        """Log-probs [p] of positions, fp32."""
+        return torch.cat([self.scored(piece).logps for piece in self.chunks(part)])
 
-    def gradients(
-        self, coefficients: Tensor, normalisers: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-        """Gradients of sum_t coefficients_t * logp_t by hidden, weight and bias, and the log-probs, in one visit.
-
-        ``normalisers`` [t] are the log-sum-exps where an earlier pass kept them.
-        """
-        grad_hidden = torch.empty_like(self.hidden)
-        grad_weight = torch.zeros_like(self.weight, dtype=torch.float32) if self.weight.requires_grad else None
-        grad_bias = None if self.bias is None else torch.zeros_like(self.bias, dtype=torch.float32)
-        logps = torch.empty_like(coefficients)
-        for start in self.chunks():
-            part = slice(start, start + CHUNK_TOKENS)
-            targets, weights = self.targets[part, None], coefficients[part, None]
-            logits, slope = self.logits(start)
-            normaliser = (logits.logsumexp(-1) if normalisers is None else normalisers[part])[:, None]
-            logps[part] = (logits.gather(1, targets) - normaliser).squeeze(1)
-            # d logp / d logits = onehot(target) - softmax, written over the logits themselves
-            grad = logits.sub_(normaliser).exp_().mul_(-weights)
-            grad.scatter_add_(1, targets, weights)
-            grad = grad.mul_(self.rule.scale) if slope is None else grad.mul_(slope)
-            low = grad.to(self.weight.dtype)
-            grad_hidden[part] = low @ self.weight
-            if grad_weight is not None:
-                grad_weight.add_(low.T @ self.hidden[part])
-            if grad_bias is not None:
-                grad_bias.add_(grad.sum(0))
-        return (
-            grad_hidden,
-            grad_weight if grad_weight is None else grad_weight.to(self.weight.dtype),
-            grad_bias if grad_bias is None or self.bias is None else grad_bias.to(self.bias.dtype),
-            logps,
-        )
+    def scored(self, part: slice) -> _Scored:
+        """A piece that the buffer holds."""
+        logits, slope = self.logits(part)
+        chosen, largest = logits.gather(1, self.targets[part, None]).squeeze(1), logits.amax(-1)
+        powers = logits.sub_(largest[:, None]).exp_()
+        totals = powers.sum(-1)
+        return _Scored(chosen - largest - totals.log(), powers, totals, slope)
 
 
-class _ScoreWithGraph(torch.autograd.Function):
-    """Log-probs [t] whose backward recomputes each chunk, for when the coefficients are not known yet."""
+class _Scored(NamedTuple):
+    """Log-probs [p] of a piece, and its softmax as powers [p, v] over totals [p], with the slope of its logits."""
+
+    logps: Tensor
+    powers: Tensor
+    totals: Tensor
+    slope: Tensor | None
+
+
+class _Gradients:
+    """Gradients of sum_t coefficients_t * logp_t by hidden, weight and bias, gathered piece by piece."""
+
+    def __init__(self, projection: _Projection) -> None:
+        self._of = projection
+        weight, bias = projection.weight, projection.bias
+        self._hidden = torch.empty_like(projection.hidden)
+        self._weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
+        self._bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and bias.requires_grad else None
+
+    def add(self, part: slice, piece: _Scored, coefficients: Tensor) -> None:
+        """Take in a piece, which is overwritten."""
+        of = self._of
+        # d logp / d logits = onehot(target) - softmax
+        grad = piece.powers.mul_((-coefficients / piece.totals)[:, None])
+        grad.scatter_add_(1, of.targets[part, None], coefficients[:, None])
+        if piece.slope is not None:
+            grad.mul_(piece.slope)
+        elif of.rule.scale != 1.0:
+            grad.mul_(of.rule.scale)
+        low = grad.to(of.weight.dtype)
+        torch.mm(low, of.weight, out=self._hidden[part])
+        if self._weight is not None and low is grad:
+            self._weight.addmm_(grad.T, of.hidden[part])
+        elif self._weight is not None:
+            self._weight.add_(low.T @ of.hidden[part])
+        if self._bias is not None:
+            self._bias.add_(grad.sum(0))
+
+    def finished(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """By hidden [t, d], weight [v, d] and bias [v], in the types of these."""
+        of = self._of
+        weight = None if self._weight is None else self._weight.to(of.weight.dtype)
+        bias = None if self._bias is None or of.bias is None else self._bias.to(of.bias.dtype)
+        return self._hidden, weight, bias
+
+
+class _Score(torch.autograd.Function):
+    """Log-probs [t] for when the coefficients come later: the backward makes each piece's logits again.
+
+    Where weight and bias are frozen nothing is made again: d logp_t / d hidden_t, found on the way, serves any coefficient.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rule: LogitRule
     ) -> Tensor:
-        logps, normalisers = _Projection(hidden, weight, bias, targets, rule).logps()
-        ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
-        ctx.rule = rule
+        projection = _Projection(hidden, weight, bias, targets, rule)
+        ctx.rule, ctx.frozen = rule, not (weight.requires_grad or (bias is not None and bias.requires_grad))
+        if not ctx.frozen:
+            ctx.save_for_backward(hidden, weight, bias, targets)
+            return projection.logps(slice(0, len(targets)))
+        logps, gradients = _visit(projection, lambda part, logps: torch.ones_like(logps), ())
+        ctx.save_for_backward(gradients.finished()[0])
         return logps
 
     @staticmethod
     def backward(ctx: Any, *grad_logps: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, normalisers = ctx.saved_tensors
+        (coefficients,) = grad_logps
+        if ctx.frozen:
+            (by_hidden,) = ctx.saved_tensors
+            return by_hidden * coefficients[:, None].to(by_hidden.dtype), None, None, None, None
+        hidden, weight, bias, targets = ctx.saved_tensors
         projection = _Projection(hidden, weight, bias, targets, ctx.rule)
-        grad_hidden, grad_weight, grad_bias, _ = projection.gradients(grad_logps[0], normalisers)
-        return grad_hidden, grad_weight, grad_bias, None, None
+        _, gradients = _visit(projection, lambda part, _: coefficients[part], ())
+        return *gradients.finished(), None, None
 
 
 class _Push(torch.autograd.Function):
-    """sum_t coefficients_t * logp_t with both gradients made in the forward: each chunk of logits is visited once."""
+    """sum_t coefficients_t * logp_t with all gradients made in the forward: each piece of logits is made once."""
 
     @staticmethod
     def forward(
@@ -143,18 +194,53 @@ class _Push(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        coefficients: Tensor,
         rule: LogitRule,
+        weigh: Weigh,
+        runs: Sequence[int],
     ) -> Tensor:
-        projection = _Projection(hidden, weight, bias, targets, rule)
-        grad_hidden, grad_weight, grad_bias, logps = projection.gradients(coefficients, None)
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        return (coefficients * logps).sum()
+        seen: list[Tensor] = []
+
+        def noted(part: slice, logps: Tensor) -> Tensor:
+            coefficients = weigh(part, logps)
+            seen.append((coefficients * logps).sum())
+            return coefficients
+
+        _, gradients = _visit(_Projection(hidden, weight, bias, targets, rule), noted, runs)
+        ctx.save_for_backward(*gradients.finished())
+        return torch.stack(seen).sum()
 
     @staticmethod
     def backward(ctx: Any, *grad_total: Tensor) -> tuple[Tensor | None, ...]:
         grads = (None if grad is None else grad * grad_total[0].to(grad.dtype) for grad in ctx.saved_tensors)
-        return *grads, None, None, None
+        return *grads, None, None, None, None
+
+
+def _visit(projection: _Projection, weigh: Weigh, runs: Sequence[int]) -> tuple[Tensor, _Gradients]:
+    """Log-probs [t] and gradients. Coefficients are asked for once a run of ``runs`` positions is scored (or a piece, without).
+
+    As many whole runs as the buffer holds are one piece, whose logits are made once; those of a longer run are made twice.
+    """
+    gradients, logps = _Gradients(projection), []
+    for part in _pieces(runs or [1] * len(projection.targets), len(projection.buffer)):
+        pieces = projection.chunks(part)
+        whole = projection.scored(part) if len(pieces) == 1 else None
+        logps.append(projection.logps(part) if whole is None else whole.logps)
+        coefficients = weigh(part, logps[-1])
+        for piece in pieces:
+            own = coefficients[piece.start - part.start : piece.stop - part.start]
+            gradients.add(piece, whole or projection.scored(piece), own)
+    return torch.cat(logps), gradients
+
+
+def _pieces(runs: Sequence[int], size: int) -> list[slice]:
+    """Consecutive runs together as long as they are at most ``size`` positions."""
+    found, start, stop = [], 0, 0
+    for run in runs:
+        if stop > start and stop + run - start > size:
+            found.append(slice(start, stop))
+            start = stop
+        stop += run
+    return [*found, slice(start, stop)]
 
 
 class LogProbHead:
@@ -178,9 +264,9 @@ class LogProbHead:
         self._stated = [
             (owner, name, getattr(owner, name)) for owner in owners for name in _NEUTRAL if getattr(owner, name, None)
         ]
-        self._install()
+        self.install()
 
-    def _install(self) -> None:
+    def install(self) -> None:
         """Take the head's place; the model must not apply its rule a second time, to log-probs."""
         for owner, name, _ in self._stated:
             setattr(owner, name, _NEUTRAL[name])
@@ -192,43 +278,25 @@ class LogProbHead:
             setattr(owner, name, value)
         del self._module.forward
 
-    @torch.no_grad()
-    def check(self, forward: Callable[..., Any], device: torch.device) -> None:
-        """Compare with the model's own logits on a short input.
-
-        Raises UserError for an architecture that does more to its logits than LogitRule knows, rather than train it wrongly.
-        """
-        ids = torch.arange(3, 11, device=device)[None]
-        rows, columns = torch.zeros(7, dtype=torch.long, device=device), torch.arange(7, device=device)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-        self.remove()
-        own = forward(**inputs).logits.float().log_softmax(-1)[rows, columns, ids[0, 1:]]
-        self._install()
-        self.aim(rows, columns, ids[0, 1:])
-        found = forward(**inputs).logits
-        if not torch.allclose(
-            found, own, rtol=1e-3, atol=0.25 if self._module.weight.dtype == torch.bfloat16 else 1e-3
-        ):
-            raise UserError(
-                f"model.id: {type(self._config).__name__.removesuffix('Config')} models treat their logits in a way that "
-                f"raydiv does not know (log-probs differ by up to {float((found - own).abs().max()):.2g})"
-            )
-
-    def aim(self, rows: Tensor, columns: Tensor, targets: Tensor, coefficients: Tensor | None = None) -> None:
+    def aim(
+        self, rows: Tensor, columns: Tensor, targets: Tensor, weigh: Weigh | None = None, runs: Sequence[int] = ()
+    ) -> None:
         """Say what the next forward returns in place of logits.
 
-        Position ``(rows[t], columns[t])`` of the batch predicts token ``targets[t]``. Without ``coefficients``: the
-        log-probs [t]. With them [t]: the scalar sum_t coefficients_t * logp_t, for one backward.
+        Position ``(rows[t], columns[t])`` of the batch predicts token ``targets[t]``. Without ``weigh``: the log-probs [t].
+        With it: the scalar sum_t coefficients_t * logp_t, for one backward. ``weigh`` is called with the log-probs of a slice
+        of the positions, in order, and answers with their coefficients; ``runs`` are the lengths of consecutive positions
+        (they sum to t) that it must see together.
         """
-        self._positions, self._targets, self._coefficients = (rows, columns), targets, coefficients
+        self._positions, self._targets, self._weigh, self._runs = (rows, columns), targets, weigh, runs
 
     def _forward(self, hidden: Tensor) -> Tensor:
         assert self._positions is not None, "aim() the head before the model's forward"
         selected = hidden[self._positions]
         self._positions = None
-        weight, bias = self._module.weight, getattr(self._module, "bias", None)
-        if self._coefficients is not None:
-            return _Push.apply(selected, weight, bias, self._targets, self._coefficients, self._rule)  # type: ignore[no-any-return, no-untyped-call]
+        given = (selected, self._module.weight, getattr(self._module, "bias", None), self._targets, self._rule)
+        if self._weigh is not None:
+            return _Push.apply(*given, self._weigh, self._runs)  # type: ignore[no-any-return, no-untyped-call]
         if torch.is_grad_enabled():
-            return _ScoreWithGraph.apply(selected, weight, bias, self._targets, self._rule)  # type: ignore[no-any-return, no-untyped-call]
-        return _Projection(selected, weight, bias, self._targets, self._rule).logps()[0]
+            return _Score.apply(*given)  # type: ignore[no-any-return, no-untyped-call]
+        return _Projection(*given).logps(slice(0, len(self._targets)))

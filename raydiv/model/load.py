@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from raydiv.config import Recipe
-from raydiv.config.recipe import Model
+from raydiv.config.recipe import Lora, Model
 from raydiv.errors import UserError
 from raydiv.model.chat import Chat
 from raydiv.model.files import model_directory
@@ -59,23 +59,26 @@ def build_policy(directory: Path, section: Model, dtype: Any) -> Any:
     model = _from_pretrained(directory, dtype, section.attention, section.trust_remote_code)
     if section.lora is None:
         return model
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    lora = section.lora
-    targets = lora.target_modules
     try:
-        return get_peft_model(
-            model,
-            LoraConfig(
-                task_type="CAUSAL_LM",
-                r=lora.r,
-                lora_alpha=lora.alpha,
-                lora_dropout=lora.dropout,
-                target_modules=targets,
-            ),
-        )
+        return get_peft_model(model, lora_config(section.lora))
     except ValueError as error:
-        raise UserError(f"model.lora.target_modules: {targets}: {' '.join(str(error).split())[:200]}") from None
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model.lora.target_modules: {section.lora.target_modules}: {reason}") from None
+
+
+def lora_config(lora: Lora) -> Any:
+    """The section as peft has it."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+    )
 
 
 def _from_pretrained(directory: Path, dtype: Any, attention: str, trust_remote_code: bool) -> Any:

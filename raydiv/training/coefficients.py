@@ -45,8 +45,12 @@ def known_coefficients(terms: Sequence[Term], states: Sequence[State], batch: Ba
     return _differentiate(terms, states, batch)[2]
 
 
+@torch.enable_grad()
 def _differentiate(terms: Sequence[Term], states: Sequence[State], batch: Batch) -> tuple[list[Value], Tensor, Tensor]:
-    """Value of each term, their weighted sum, and its gradient [n] by the log-probs."""
+    """Value of each term, their weighted sum, and its gradient [n] by the log-probs.
+
+    Has a graph of its own also where autograd is off, as in the middle of the head.
+    """
     logps = batch.logps.detach().requires_grad_()
     watched = replace(batch, logps=logps)
     values = [

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -60,7 +62,7 @@ def step_record(plan: StepPlan, examples: TokenizedExamples, metrics: Metrics, l
         "tokens_per_second": tokens / seconds,
         "step_seconds": seconds,
         "data_seconds": clock.waited,
-        "peak_memory_bytes": dist.max_over_ranks(_peak_memory()),
+        "peak_memory_bytes": dist.max_over_ranks(peak_memory()),
     }
 
 
@@ -130,10 +132,13 @@ def reward_metrics(batch: Batch, beta: float) -> dict[str, float]:
     return metrics
 
 
-def _peak_memory() -> float:
-    """Peak memory of this worker in bytes: the accelerator's where there is one, else resident."""
+def peak_memory() -> float:
+    """Peak memory of this process in bytes: the accelerator's where there is one, else resident."""
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated())
     import resource
 
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    status = Path("/proc/self/status")
+    # ru_maxrss of a child starts where its parent stood when it was forked
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    return 1024.0 * float(found[1] if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

@@ -2,7 +2,8 @@
 
 An objective of this family sees a sequence only through its log-prob, so its gradient is sum_i c_i grad logp_i with
 c_i = d loss / d logp_i. Score finds every logp_i, judge every c_i, push sums their gradients: exactly the global batch's
-gradient, however the batch was laid out. Where a micro-batch tells its own coefficients, the three are one pass over it.
+gradient, however the batch was laid out. Where a micro-batch tells its own coefficients, the three are one pass over it, in
+which the head asks for them as soon as it has scored an example, or a pair.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,8 @@ from raydiv.data.plan import Layout, MicroBatch
 from raydiv.data.tokens import TokenizedExamples
 from raydiv.losses import Batch, State, Term
 from raydiv.model.collate import Inputs, collate
-from raydiv.model.head import LogProbHead
+from raydiv.model.head import LogProbHead, Weigh
+from raydiv.model.packing import Packing
 from raydiv.training.coefficients import Verdict, first_states, judge, known_coefficients, widest_scope
 from raydiv.training.metrics import state_metrics
 
@@ -53,6 +56,7 @@ class Stepper:
     head: LogProbHead
     terms: Sequence[Term]
     tokens_per_microbatch: int
+    packing: Packing = "none"
     seed: int = 0
     states: list[State] = field(default_factory=list)
     forwards: int = 0
@@ -63,7 +67,9 @@ class Stepper:
     @property
     def layout(self) -> Layout:
         """How steps are dealt to the ranks; whoever reads for this rank goes by the same."""
-        return Layout(self.tokens_per_microbatch, dist.world_size(), widest_scope(self.terms))
+        return Layout(
+            self.tokens_per_microbatch, dist.world_size(), widest_scope(self.terms), packed=self.packing != "none"
+        )
 
     def step(self, chosen: StepExamples, lr: float) -> dict[str, float]:
         """One optimizer update; returns the step's metrics. A non-finite step raises FloatingPointError, unapplied."""
@@ -71,10 +77,10 @@ class Stepper:
         given = self._given(chosen)
         dealt, whole = self.layout.training(chosen.examples.lengths, chosen.examples.units)
         mine = dealt[dist.rank()]
-        if len(mine) == 1:
-            verdict = self._keep_graph(chosen, given, mine[0])
-        elif whole:
+        if whole:
             verdict = self._stream(chosen, given, mine)
+        elif len(mine) == 1:
+            verdict = self._keep_graph(chosen, given, mine[0])
         else:
             verdict = self._two_passes(chosen, given, mine)
         self.states = verdict.states
@@ -104,21 +110,37 @@ class Stepper:
         score = self._score(chosen.number, chosen.examples, micro_batch, grad=True)
         logps = self._gather(chosen.examples, [micro_batch], [score])
         verdict = judge(self.terms, self.states, replace(given, logps=logps))
-        self._backward(verdict.coefficients, micro_batch, score, last=True)
+        self.engine.backward((self._own(verdict.coefficients, micro_batch) * score).sum(), last=True)
         return verdict
 
     def _stream(self, chosen: StepExamples, given: Batch, mine: list[MicroBatch]) -> Verdict:
-        """One pass where a micro-batch tells its own coefficients: forward and backward of each in turn."""
-        scores = []
+        """One pass where a micro-batch tells its own coefficients: the head asks for them run by run."""
+        logps = given.logps.clone()
         for count, micro_batch in enumerate(mine, start=1):
-            score = self._score(chosen.number, chosen.examples, micro_batch, grad=True)
-            scores.append(score.detach())
-            logps = given.logps.clone()
-            if micro_batch:
-                logps[micro_batch] = scores[-1].float().cpu()
-            coefficients = known_coefficients(self.terms, self.states, replace(given, logps=logps))
-            self._backward(coefficients, micro_batch, score, last=count == len(mine))
-        return judge(self.terms, self.states, replace(given, logps=self._gather(chosen.examples, mine, scores)))
+            inputs = self._inputs(chosen.examples, micro_batch)
+            weigh = partial(self._weigh_known, replace(given, logps=logps), micro_batch, inputs)
+            runs = _runs(chosen.examples, micro_batch, in_pairs=self.layout.scope == "pair")
+            self.engine.backward(
+                self._forward(chosen.number, micro_batch, inputs, weigh, runs), last=count == len(mine)
+            )
+        own = [logps[micro_batch] for micro_batch in mine]
+        return judge(self.terms, self.states, replace(given, logps=self._gather(chosen.examples, mine, own)))
+
+    def _weigh_known(
+        self, batch: Batch, micro_batch: MicroBatch, inputs: Inputs, part: slice, token_logps: Tensor
+    ) -> Tensor:
+        """Coefficients of a run of token log-probs; those of its examples are noted in ``batch``.
+
+        Other examples of the batch stand at some finite number, which does not matter to these.
+        """
+        if not micro_batch:
+            return torch.zeros_like(token_logps)
+        examples = inputs.examples[part]
+        first, last = int(examples[0]), int(examples[-1])
+        sums = token_logps.new_zeros(last + 1 - first).index_add(0, examples - first, token_logps)
+        batch.logps[micro_batch[first : last + 1]] = sums.float().cpu()
+        coefficients = known_coefficients(self.terms, self.states, batch)
+        return self._own(coefficients, micro_batch)[examples]
 
     def _two_passes(self, chosen: StepExamples, given: Batch, mine: list[MicroBatch]) -> Verdict:
         """Score every micro-batch, judge, then forward each again for its backward."""
@@ -126,27 +148,23 @@ class Stepper:
         verdict = judge(self.terms, self.states, replace(given, logps=logps))
         for count, micro_batch in enumerate(mine, start=1):
             inputs = self._inputs(chosen.examples, micro_batch)
-            coefficients = self._own(verdict.coefficients, micro_batch)[inputs.rows]
-            share = self._forward(chosen.number, micro_batch, inputs, coefficients)
-            self.engine.backward(share, last=count == len(mine))
+            coefficients = self._own(verdict.coefficients, micro_batch)[inputs.examples]
+            weigh = partial(_known, coefficients)
+            self.engine.backward(self._forward(chosen.number, micro_batch, inputs, weigh), last=count == len(mine))
         return verdict
-
-    def _backward(self, coefficients: Tensor, micro_batch: MicroBatch, logps: Tensor, last: bool) -> None:
-        """Backward of sum_i c_i logp_i over a micro-batch whose log-probs have their graph."""
-        self.engine.backward((self._own(coefficients, micro_batch) * logps).sum(), last=last)
 
     def _own(self, coefficients: Tensor, micro_batch: MicroBatch) -> Tensor:
         """Coefficients of a micro-batch's examples [m]; a dummy's is zero."""
         return (coefficients[micro_batch] if micro_batch else torch.zeros(1)).to(self.engine.device)
 
     def _inputs(self, examples: TokenizedExamples, micro_batch: MicroBatch) -> Inputs:
-        return collate([examples[position] for position in micro_batch]).to(self.engine.device)
+        return collate([examples[position] for position in micro_batch], self.packing).to(self.engine.device)
 
     def _score(self, step: int, examples: TokenizedExamples, micro_batch: MicroBatch, grad: bool) -> Tensor:
         """Log-probs [m] of a micro-batch of ``examples`` (a dummy's one), with a graph when ``grad``."""
         inputs = self._inputs(examples, micro_batch)
         with torch.set_grad_enabled(grad):
-            return inputs.per_example(self._forward(step, micro_batch, inputs, None), max(1, len(micro_batch)))
+            return inputs.per_example(self._forward(step, micro_batch, inputs), max(1, len(micro_batch)))
 
     def _score_all(self, step: int, examples: TokenizedExamples) -> Tensor:
         """Log-probs [n] of ``examples`` over all ranks, without graph."""
@@ -159,12 +177,20 @@ class Stepper:
         scores = [self._score(step, examples, micro_batch, grad=False) for micro_batch in mine]
         return self._gather(examples, mine, scores)
 
-    def _forward(self, step: int, micro_batch: MicroBatch, inputs: Inputs, coefficients: Tensor | None) -> Tensor:
+    def _forward(
+        self,
+        step: int,
+        micro_batch: MicroBatch,
+        inputs: Inputs,
+        weigh: Weigh | None = None,
+        runs: Sequence[int] = (),
+    ) -> Tensor:
+        """Token log-probs [t] of a micro-batch, or their weighted sum (see LogProbHead.aim)."""
         # score and push of a micro-batch must draw the same dropout masks
         torch.manual_seed(_seed(self.seed, step, *micro_batch))
         self.forwards += 1
-        self.head.aim(inputs.rows, inputs.columns, inputs.targets, coefficients)
-        return self.engine(input_ids=inputs.ids, attention_mask=inputs.mask, use_cache=False).logits  # type: ignore[no-any-return]
+        self.head.aim(inputs.rows, inputs.columns, inputs.targets, weigh, runs)
+        return self.engine(**inputs.arguments()).logits  # type: ignore[no-any-return]
 
     def _gather(self, examples: TokenizedExamples, mine: list[MicroBatch], scores: list[Tensor]) -> Tensor:
         """All ranks' log-probs [n], fp32 on the CPU, in example order."""
@@ -196,6 +222,24 @@ def joined(scored: Sequence[Batch], order: np.ndarray, units: np.ndarray) -> Bat
     mismatched = torch.cat([batch.mismatched_log_ratios for batch in scored])
     pairs = torch.from_numpy(units[units[:, 1] >= 0])
     return Batch(**whole, pairs=pairs, mismatched_log_ratios=mismatched[back] if len(mismatched) else mismatched)
+
+
+def _known(coefficients: Tensor, part: slice, _: Tensor) -> Tensor:
+    return coefficients[part]
+
+
+def _runs(examples: TokenizedExamples, micro_batch: MicroBatch, in_pairs: bool) -> list[int]:
+    """Response tokens of each example of a micro-batch, or of each pair, whose two are neighbours; a dummy's one."""
+    runs: list[int] = []
+    before = -1
+    for position in micro_batch:
+        tokens, pair = int(examples.response_lengths[position]), int(examples.pair[position])
+        if in_pairs and pair >= 0 and pair == before:
+            runs[-1] += tokens
+        else:
+            runs.append(tokens)
+        before = pair
+    return runs or [1]
 
 
 def _seed(*parts: int) -> int:

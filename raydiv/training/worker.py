@@ -23,6 +23,8 @@ from raydiv.training.step import Stepper, joined
 
 if TYPE_CHECKING:
     from raydiv.engine import Engine
+    from raydiv.model.packing import Packing
+    from raydiv.model.probe import Probe
 
 
 EVALUATED_TOGETHER = 256
@@ -70,6 +72,7 @@ def run_worker(given: WorkerInput, reference: Any) -> None:
     from raydiv.engine import Engine
     from raydiv.model.head import LogProbHead
     from raydiv.model.load import DTYPES, build_policy
+    from raydiv.model.probe import Probe
     from raydiv.model.quiet import quiet
 
     recipe, run = given.recipe, RunDirectory(given.run_directory)
@@ -78,8 +81,10 @@ def run_worker(given: WorkerInput, reference: Any) -> None:
     dtype = DTYPES[recipe.engine.precision]
     engine = Engine(recipe, lambda: build_policy(given.model_directory, recipe.model, dtype))
     head = LogProbHead(engine.model)
-    head.check(engine, engine.device)
-    stepper = Stepper(engine, head, recipe.loss.terms, recipe.batch.tokens_per_microbatch, recipe.seed)
+    packing = _packing(recipe, Probe(head, engine.model, engine, engine.device), run)
+    tokens = recipe.batch.tokens_per_microbatch
+    assert tokens != "auto", "micro-batches are settled before workers start (raydiv.planning)"
+    stepper = Stepper(engine, head, recipe.loss.terms, tokens, packing, recipe.seed)
     share = Share(stepper.layout, dist.rank(), trains=True, scores=given.train.reference_logps is None)
     epochs = epochs_of(recipe, given.train.examples)
     steps = total_steps(recipe, epochs)
@@ -100,6 +105,17 @@ def run_worker(given: WorkerInput, reference: Any) -> None:
             break
     head.remove()
     _save(engine, given, run)
+
+
+def _packing(recipe: Recipe, probe: Probe, run: RunDirectory) -> Packing:
+    """How examples are laid out in a micro-batch; where not packed, why is noted in the run's layout."""
+    probe.require_known_logits()
+    packing, why = probe.packing(recipe.batch.max_length)
+    if recipe.batch.packing == "never":
+        packing, why = "none", "batch.packing: never"
+    if dist.rank() == 0:
+        run.note_layout({"packing": packing, "why_not_packed": why or None})
+    return packing
 
 
 def reached(target_margin: float | None, metrics: dict[str, float]) -> bool:
