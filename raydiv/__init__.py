@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from raydiv.benchmarks.data import bench_data
+    from raydiv.benchmarks.training import bench_training
     from raydiv.config import Recipe, load_recipe
     from raydiv.construction import build_data
     from raydiv.errors import UserError
@@ -31,6 +33,8 @@ _WHERE = {
     "evaluate": "raydiv.measure",
     "separation": "raydiv.measure",
     "export": "raydiv.model.export",
+    "bench_data": "raydiv.benchmarks.data",
+    "bench_training": "raydiv.benchmarks.training",
 }
 
 __all__ = [
@@ -38,6 +42,8 @@ __all__ = [
     "Recipe",
     "Result",
     "UserError",
+    "bench_data",
+    "bench_training",
     "build_data",
     "check_data",
     "evaluate",

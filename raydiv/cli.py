@@ -96,12 +96,19 @@ def _parser() -> argparse.ArgumentParser:
     bench = _command(commands, "bench", _bench, "how fast this machine is with a recipe, beside the plain way")
     bench.add_argument("recipe", metavar="RECIPE", help="a YAML file")
     bench.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
-    bench.add_argument("--part", choices=["data"], default="data", help="what is timed (default: data)")
+    bench.add_argument("--part", choices=["train", "data"], default="train", help="what is timed (default: train)")
     bench.add_argument(
-        "--rows", type=int, action="append", metavar="N", help="examples to prepare; may be repeated (default: 200000)"
+        "--against",
+        action="append",
+        choices=["loop", "trl"],
+        help="train: beside plain PyTorch, which shows what the hardware allows, or TRL; may be repeated (default: loop)",
     )
-    bench.add_argument("--repeats", type=int, default=3, help="how often each is timed (default: 3)")
-    bench.add_argument("--steps", type=int, default=20, help="updates of the timed run (default: 20)")
+    bench.add_argument("--steps", type=int, help="updates that are timed (default: train 6, data 20)")
+    bench.add_argument("--warmup", type=int, help="train: updates before those (default: 2)")
+    bench.add_argument("--repeats", type=int, help="how often each is timed, in turn (default: 3)")
+    bench.add_argument(
+        "--rows", type=int, action="append", metavar="N", help="data: examples; may be repeated (default: 200000)"
+    )
     _reports(bench)
 
     losses = _command(commands, "losses", _losses, "the objectives: divergence, ceiling, data needed, options")
@@ -384,28 +391,37 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from raydiv.benchmarks.data import bench_data
     from raydiv.config import load_recipe
 
-    found = bench_data(
-        load_recipe(options.recipe, options.overrides), options.rows or [200_000], options.repeats, options.steps
-    )
+    recipe = load_recipe(options.recipe, options.overrides)
+    for part, names in (("train", ("against", "warmup")), ("data", ("rows",))):
+        for name in names:
+            if part != options.part and getattr(options, name) is not None:
+                raise UserError(f"--{name}: means nothing without --part {part}")
+    given = {name: getattr(options, name) for name in ("steps", "repeats", "rows", "against", "warmup")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.part == "data":
+        return _bench_data(recipe, given, options)
+    from raydiv.benchmarks.training import bench_training, training_notes, training_table
+
+    found = bench_training(recipe, **given)
 
     def show() -> None:
-        header = ["examples", "plain script /s", "raydiv /s", "ratio", "driver MB", "largest worker MB", "together MB"]
-        _table(
-            header,
-            [
-                (
-                    f"{one['examples']:,}",
-                    f"{one['plain_examples_per_second']:,.0f}",
-                    f"{one['examples_per_second']:,.0f}",
-                    f"{one['ratio']:.2f}",
-                    *(f"{size / 2**20:,.0f}" for size in one["peak_bytes"].values()),
-                )
-                for one in found["prepare"]
-            ],
-        )
+        _table(*training_table(found))
+        for note in training_notes(found):
+            print(note)
+
+    _print(options, found, show)
+    return 0
+
+
+def _bench_data(recipe: Any, given: dict[str, Any], options: argparse.Namespace) -> int:
+    from raydiv.benchmarks.data import bench_data, data_table
+
+    found = bench_data(recipe, **given)
+
+    def show() -> None:
+        _table(*data_table(found))
         for name in ("stream", "train"):
             _table([name, ""], [(key, f"{value:,.4g}") for key, value in found[name].items()])
 

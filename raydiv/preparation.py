@@ -17,6 +17,7 @@ from raydiv.data.tokens import StoredExamples, mismatched
 from raydiv.errors import UserError
 from raydiv.model.chat import Chat
 from raydiv.model.files import fingerprint, model_directory
+from raydiv.model.load import require_quantizer
 from raydiv.progress import Display
 from raydiv.reference import reference_logps
 from raydiv.session import ray_session
@@ -73,6 +74,8 @@ def prepare(recipe: Recipe, display: Display | None = None) -> Prepared:
 
 def read(recipe: Recipe, display: Display) -> Opened:
     """Model files, sources and prompts, checked before anything is started. Raises UserError for any of them."""
+    if recipe.model.quantization is not None:
+        require_quantizer()
     with display.phase("model and data"):
         directory = model_directory(recipe.model.id, recipe.model.revision)
         if (directory / "adapter_config.json").is_file():

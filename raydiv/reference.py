@@ -1,7 +1,7 @@
 """The reference, paid once: log-probs kept by content, and the pool of models that finds what is missing.
 
-An entry is known by the model (weights, config, precision) and by the token ids of one example, which template and lengths
-have already gone into. Nothing else is in the key, so every epoch, trial, loss and learning rate shares the entries, and a
+An entry is known by the model (weights, config, precision, quantization) and by the token ids of one example, which template
+and lengths have already gone into. Nothing else is in the key, so every epoch, trial, loss and learning rate shares the entries, and a
 changed weight or token cannot hit a stale one.
 """
 
@@ -44,8 +44,9 @@ UNIT = 1024
 class ReferenceStore:
     """Log-probs of one model, as Parquet parts in a folder that all nodes reach; each part is written whole or not at all."""
 
-    def __init__(self, model_fingerprint: str, precision: str) -> None:
-        self._folder = shared_dir("reference", digest(VERSION, model_fingerprint, precision))
+    def __init__(self, model_fingerprint: str, precision: str, quantization: str | None = None) -> None:
+        computed = (precision, *([] if quantization is None else [quantization]))
+        self._folder = shared_dir("reference", digest(VERSION, model_fingerprint, *computed))
 
     def look_up(self, keys: pa.Array) -> np.ndarray:
         """Log-probs [n] of ``keys`` (see StoredExamples.keys), NaN where the store has none."""
@@ -85,7 +86,7 @@ def reference_logps(
     Each unit of work is kept as soon as it is done: an interrupted pass goes on where it stopped, and of two at once each
     finds the other's units done.
     """
-    store = ReferenceStore(fingerprint(directory), recipe.engine.precision)
+    store = ReferenceStore(fingerprint(directory), recipe.engine.precision, recipe.model.quantization)
     keys = pa.concat_arrays([examples.keys for examples in sets])
     logps = store.look_up(keys)
     _, first = np.unique(keys.dictionary_encode().indices.to_numpy(), return_index=True)

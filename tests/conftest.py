@@ -53,7 +53,7 @@ def make_tokenizer(directory: Path, template: str | None = TEMPLATE) -> None:
     fast.save_pretrained(directory)
 
 
-def make_model(directory: Path, tied: bool = True, seed: int = 0) -> Path:
+def make_model(directory: Path, tied: bool = True, seed: int = 0, hidden: int = 32) -> Path:
     """A random Llama of two layers with the tokenizer above; small enough to train in seconds."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -61,8 +61,8 @@ def make_model(directory: Path, tied: bool = True, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=300,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -27,6 +27,7 @@ ROOMS = [
     ["dist"],
     ["config"],
     ["losses"],
+    ["benchmarks.workloads"],
     ["cache"],
     ["storage"],
     ["errors", "bundled"],
@@ -39,7 +40,8 @@ LIBRARIES = {
     "mlflow": {"track"},
     "transformers": {"model", "engine", "benchmarks"},
     "peft": {"model"},
-    "datasets": {"data.sources"},
+    "datasets": {"data.sources", "benchmarks.rival"},
+    "trl": {"benchmarks.rival"},
     "matplotlib": {"report"},
 }
 

@@ -284,6 +284,21 @@ def test_aligned_examples_alone_are_enough_for_sft_only(
     assert "no aligned example" in refuse_data("prepare", recipe, f"data.train={unaligned}", "loss.type=sft")
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--rows", "1000"], "--rows: means nothing without --part data"),
+        (["--part", "data", "--against", "trl"], "--against: means nothing without --part train"),
+        (["--part", "data", "--warmup", "1"], "--warmup: means nothing without --part train"),
+        (["--against", "loop", "--against", "trl"], "no kldo to compare with"),
+        (["--steps", "0"], "--steps: 0: must be 1 or more"),
+        (["model.id=bundled:w2"], "bundled:w1"),
+    ],
+)
+def test_bench_that_cannot_be_run_is_one_line(options: list[str], said: str, recipe: Path, refuse: Refuse) -> None:
+    assert said in refuse("bench", recipe, *options)
+
+
 def test_missing_model_is_one_line(tmp_path: Path, recipe: Path, refuse: Refuse) -> None:
     (tmp_path / "empty").mkdir()
     assert "config.json" in refuse("prepare", recipe, f"model.id={tmp_path / 'empty'}")

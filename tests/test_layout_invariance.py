@@ -6,7 +6,7 @@ The oracle is a plain PyTorch step: all logits, one autograd graph, no micro-bat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class Case:
     dropout: float = 0.0
     persistent: int = 0
     packing: Packing = "none"
+    engine: dict[str, Any] = field(default_factory=dict)
 
     def recipe(self, model: Path) -> Recipe:
         return load_recipe(
@@ -52,7 +53,7 @@ class Case:
                 "loss": self.loss,
                 "optim": {"steps": 1, "lr": LR, "clip": None},
                 "batch": {"tokens_per_microbatch": self.tokens},
-                "engine": {"zero_stage": self.zero_stage},
+                "engine": {"zero_stage": self.zero_stage, **self.engine},
             }
         )
 
@@ -147,7 +148,7 @@ def put_back(engine: Any, weights: dict[str, torch.Tensor]) -> None:
 def steps(model: str, cases: list[Case]) -> list[dict[str, Any]]:
     """Each case's step from the same weights; runs on every rank."""
     found = []
-    for _, alike in groupby(cases, key=lambda case: (case.zero_stage, case.lora, case.persistent)):
+    for _, alike in groupby(cases, key=lambda case: (case.zero_stage, case.lora, case.persistent, case.engine)):
         engine: Any = None
         for case in alike:
             if engine is None:
@@ -162,7 +163,7 @@ def steps(model: str, cases: list[Case]) -> list[dict[str, Any]]:
             found.append(
                 {"metrics": metrics, "weights": weights, "forwards": stepper.forwards, "states": stepper.states}
             )
-            if case.zero_stage == 3:
+            if case.zero_stage == 3 and not case.engine:
                 put_back(engine, first)
             else:
                 engine.close()
@@ -261,6 +262,9 @@ OBJECTIVE_CASES: list[dict[str, Any]] = [
 ]
 
 
+CHECKPOINTED = {"activation_checkpointing": True}
+
+
 def cases_in_every_layout() -> list[Case]:
     """Every objective in every layout."""
     padded = [Case(loss, tokens) for loss in OBJECTIVE_CASES for tokens in LAYOUTS.values()]
@@ -280,6 +284,18 @@ def corner_cases() -> list[Case]:
         *(Case(loss, 30, examples="even pairs") for loss in OBJECTIVE_CASES),
         Case(MIXTURE, 70, persistent=1_000_000),
         Case({"type": "kldo"}, 70, examples="one"),
+        *(
+            Case(MIXTURE, 70, zero_stage=stage, packing="mask", engine=options)
+            for stage, options in [
+                (0, CHECKPOINTED),
+                (3, CHECKPOINTED),
+                (1, {"offload_optimizer": "cpu"}),
+                (2, {"offload_optimizer": "cpu"}),
+                (3, {"offload_optimizer": "cpu", "offload_parameters": "cpu", **CHECKPOINTED}),
+                (2, {"deepspeed": {"zero_optimization": {"reduce_bucket_size": 1000}}}),
+            ]
+        ),
+        Case(MIXTURE, 70, zero_stage=2, lora=True, packing="mask", engine=CHECKPOINTED),
     ]
 
 

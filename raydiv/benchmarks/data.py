@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from raydiv.benchmarks.work import real_run, steps_alone
 from raydiv.config import Recipe
 from raydiv.config.recipe import Source
 from raydiv.data.index import Index, OpenSource
@@ -26,7 +27,6 @@ from raydiv.data.plan import Epochs, Layout
 from raydiv.data.sets import examples_of
 from raydiv.data.sources import read_examples
 from raydiv.data.tokenize import tokenize
-from raydiv.launch import train
 from raydiv.model.chat import Chat
 from raydiv.model.files import model_directory
 from raydiv.progress import Display
@@ -41,7 +41,11 @@ TRIED_STEPS = 200
 
 
 def bench_data(
-    recipe: Recipe, rows: Sequence[int], repeats: int, steps: int, display: Display | None = None
+    recipe: Recipe,
+    rows: Sequence[int] = (200_000,),
+    repeats: int = 3,
+    steps: int = 20,
+    display: Display | None = None,
 ) -> dict[str, Any]:
     """Prepare ``rows`` examples ``repeats`` times, in turn with a plain multi-process script that does the same work; then
     stream and train on them.
@@ -159,7 +163,9 @@ def _stream(recipe: Recipe, index: Index, repeats: int) -> dict[str, Any]:
     import ray
 
     examples = examples_of([index])
-    share = Share(Layout(recipe.batch.tokens_per_microbatch, recipe.cluster.num_workers, "batch"), 0, True, False)
+    tokens, whole = recipe.batch.tokens_per_microbatch, recipe.batch.examples * recipe.batch.max_length
+    layout = Layout(whole if tokens == "auto" else tokens, recipe.cluster.num_workers, "batch")
+    share = Share(layout, 0, trains=True, scores=False)
     epochs = Epochs(examples.units, recipe.batch.examples, recipe.seed, examples.fingerprint)
     feed = Feed(ExampleSet(examples, np.zeros(len(examples), np.float32)), epochs, share)
     held = ray.put(feed)
@@ -189,15 +195,7 @@ def _intervals(steps: Iterator[Any]) -> list[float]:
 
 def _waits(recipe: Recipe, steps: int) -> dict[str, Any]:
     """Step time and waiting for data, of a real run of ``steps`` updates."""
-    changes: dict[str, Any] = {
-        "optim": recipe.optim.model_copy(update={"steps": steps, "epochs": None, "target_margin": None}),
-        "data": recipe.data.model_copy(update={"eval": None}),
-        "evaluate": recipe.evaluate.model_copy(update={"every": None, "prompts": None}),
-        "separation": recipe.separation.model_copy(update={"prompts": None}),
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        result = train(recipe.model_copy(update=changes | {"output_dir": folder}), Display(quiet=True))
-        records = [record for record in result.run.metrics() if "step_seconds" in record]
+    _, records = real_run(steps_alone(recipe, steps))
     waited, took = (sum(record[name] for record in records[1:]) for name in ("data_seconds", "step_seconds"))
     return {
         "steps": len(records) - 1,
@@ -205,3 +203,18 @@ def _waits(recipe: Recipe, steps: int) -> dict[str, Any]:
         "data_share": waited / took,
         "first_step_data_seconds": records[0]["data_seconds"],
     }
+
+
+def data_table(found: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Header and rows of what ``bench_data`` says of preparing."""
+    header = ["examples", "plain script /s", "raydiv /s", "ratio", "driver MB", "largest worker MB", "together MB"]
+    return header, [
+        (
+            f"{one['examples']:,}",
+            f"{one['plain_examples_per_second']:,.0f}",
+            f"{one['examples_per_second']:,.0f}",
+            f"{one['ratio']:.2f}",
+            *(f"{size / 2**20:,.0f}" for size in one["peak_bytes"].values()),
+        )
+        for one in found["prepare"]
+    ]

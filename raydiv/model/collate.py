@@ -33,10 +33,9 @@ class Inputs:
     examples: Tensor
 
     def to(self, device: torch.device) -> Inputs:
-        moved = {name: getattr(self, name) for name in self.__slots__ if not isinstance(getattr(self, name), Apart)}
-        return replace(
-            self, **{name: tensor if tensor is None else tensor.to(device) for name, tensor in moved.items()}
-        )
+        tensors = {name: getattr(self, name) for name in self.__slots__}
+        moved: dict[str, Any] = {name: one.to(device) for name, one in tensors.items() if type(one) is Tensor}
+        return replace(self, **moved)
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of the model's forward."""

@@ -53,7 +53,9 @@ def export(run: Path, destination: Path, adapter: bool = False) -> Path:
             shutil.copytree(source.model, temporary)
         else:
             recipe = source.read_recipe()
-            replace(ModelSource.of(recipe, source.model), precision="fp32").load().save_pretrained(temporary)
+            replace(ModelSource.of(recipe, source.model), precision="fp32", quantization=None).load().save_pretrained(
+                temporary
+            )
             _finish(temporary, source.model, recipe, adapter=False)
     return destination
 

@@ -72,11 +72,12 @@ class _Projection:
     bias: Tensor | None
     targets: Tensor
     rule: LogitRule
-    buffer: Tensor = field(init=False)
+    buffer: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def __post_init__(self) -> None:
-        rows = min(len(self.targets), chunk_tokens(len(self.weight)))
-        self.buffer = self.hidden.new_empty((rows, len(self.weight)), dtype=torch.float32)
+        if not len(self.buffer):
+            rows = min(len(self.targets), chunk_tokens(len(self.weight)))
+            self.buffer = self.hidden.new_empty((rows, len(self.weight)), dtype=torch.float32)
 
     def chunks(self, part: slice) -> list[slice]:
         """``part`` of the positions, in pieces that the buffer holds."""
@@ -154,7 +155,7 @@ class _Gradients:
 
 
 class _Score(torch.autograd.Function):
-    """Log-probs [t] for when the coefficients come later: the backward makes each piece's logits again.
+    """Log-probs [t] for when the coefficients come later: the backward makes the logits again, but for what is in the buffer.
 
     Where weight and bias are frozen nothing is made again: d logp_t / d hidden_t, found on the way, serves any coefficient.
     """
@@ -164,13 +165,16 @@ class _Score(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rule: LogitRule
     ) -> Tensor:
         projection = _Projection(hidden, weight, bias, targets, rule)
-        ctx.rule, ctx.frozen = rule, not (weight.requires_grad or (bias is not None and bias.requires_grad))
-        if not ctx.frozen:
-            ctx.save_for_backward(hidden, weight, bias, targets)
-            return projection.logps(slice(0, len(targets)))
-        logps, gradients = _visit(projection, lambda part, logps: torch.ones_like(logps), ())
-        ctx.save_for_backward(gradients.finished()[0])
-        return logps
+        ctx.frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+        if ctx.frozen:
+            logps, gradients = _visit(projection, lambda part, logps: torch.ones_like(logps), ())
+            ctx.save_for_backward(gradients.finished()[0])
+            return logps
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.pieces = projection.chunks(slice(0, len(targets)))
+        scored = [projection.scored(piece) for piece in ctx.pieces]
+        ctx.rule, ctx.buffer, ctx.last = rule, projection.buffer, scored[-1]
+        return torch.cat([piece.logps for piece in scored])
 
     @staticmethod
     def backward(ctx: Any, *grad_logps: Tensor) -> tuple[Tensor | None, ...]:
@@ -179,8 +183,12 @@ class _Score(torch.autograd.Function):
             (by_hidden,) = ctx.saved_tensors
             return by_hidden * coefficients[:, None].to(by_hidden.dtype), None, None, None, None
         hidden, weight, bias, targets = ctx.saved_tensors
-        projection = _Projection(hidden, weight, bias, targets, ctx.rule)
-        _, gradients = _visit(projection, lambda part, _: coefficients[part], ())
+        projection = _Projection(hidden, weight, bias, targets, ctx.rule, ctx.buffer)
+        gradients = _Gradients(projection)
+        last, *others = reversed(ctx.pieces)
+        gradients.add(last, ctx.last, coefficients[last])
+        for piece in others:
+            gradients.add(piece, projection.scored(piece), coefficients[piece])
         return *gradients.finished(), None, None
 
 

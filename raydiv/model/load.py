@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,25 +29,37 @@ class ModelSource:
     attention: str = "sdpa"
     trust_remote_code: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
+    quantization: Literal["nf4"] | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, directory: Path) -> ModelSource:
         model = recipe.model
-        return cls(directory, recipe.data.template, model.attention, model.trust_remote_code, recipe.engine.precision)
+        return cls(
+            directory,
+            recipe.data.template,
+            model.attention,
+            model.trust_remote_code,
+            recipe.engine.precision,
+            model.quantization,
+        )
 
     def chat(self) -> Chat:
         return Chat(self.directory, self.template)
 
     def load(self) -> Any:
-        """The causal model, for scoring or generation; an adapter is merged into its base."""
-        dtype = DTYPES[self.precision]
+        """The causal model, for scoring or generation; an adapter is merged into its base, unless that is in 4 bits."""
         if not (self.directory / "adapter_config.json").is_file():
-            return _from_pretrained(self.directory, dtype, self.attention, self.trust_remote_code)
+            return self._pretrained(self.directory)
         from peft import PeftConfig, PeftModel
 
         base = model_directory(PeftConfig.from_pretrained(str(self.directory)).base_model_name_or_path or "")
-        model = _from_pretrained(base, dtype, self.attention, self.trust_remote_code)
-        return PeftModel.from_pretrained(model, str(self.directory)).merge_and_unload()
+        model = PeftModel.from_pretrained(self._pretrained(base), str(self.directory))
+        return model.merge_and_unload() if self.quantization is None else model.get_base_model()
+
+    def _pretrained(self, directory: Path) -> Any:
+        return _from_pretrained(
+            directory, DTYPES[self.precision], self.attention, self.trust_remote_code, self.quantization
+        )
 
     def serve(self) -> Any:
         """The model as a pool's worker uses it: on the worker's device, in evaluation mode, without libraries' chatter."""
@@ -56,7 +69,7 @@ class ModelSource:
 
 def build_policy(directory: Path, section: Model, dtype: Any) -> Any:
     """The model to train: all of its weights, or adapters on it."""
-    model = _from_pretrained(directory, dtype, section.attention, section.trust_remote_code)
+    model = _from_pretrained(directory, dtype, section.attention, section.trust_remote_code, section.quantization)
     if section.lora is None:
         return model
     from peft import get_peft_model
@@ -81,7 +94,9 @@ def lora_config(lora: Lora) -> Any:
     )
 
 
-def _from_pretrained(directory: Path, dtype: Any, attention: str, trust_remote_code: bool) -> Any:
+def _from_pretrained(
+    directory: Path, dtype: Any, attention: str, trust_remote_code: bool, quantization: str | None
+) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
@@ -91,6 +106,25 @@ def _from_pretrained(directory: Path, dtype: Any, attention: str, trust_remote_c
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
+            **(_quantized(quantization, dtype) if quantization else {}),
         )
     except (OSError, ValueError) as error:
         raise UserError(f"model.id: {directory}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+
+
+def _quantized(quantization: str, dtype: Any) -> dict[str, Any]:
+    """Arguments that load the linear layers but the head in 4 bits (QLoRA, arXiv 2305.14314), computing in ``dtype``."""
+    from transformers import BitsAndBytesConfig
+
+    require_quantizer()
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quantization, bnb_4bit_compute_dtype=dtype)
+    placed = {"device_map": {"": torch.cuda.current_device()}} if torch.cuda.is_available() else {}
+    return {"quantization_config": config, **placed}
+
+
+def require_quantizer() -> None:
+    """Raises UserError without the library that quantizes."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "model.quantization: needs bitsandbytes; run: pip install 'bitsandbytes>=0.48' (raydiv[quantized])"
+        )

@@ -51,7 +51,7 @@ def _attend_apart(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Apart, is_causal: bool = False, **options: Any
 ) -> Tensor:
     """Causal attention over each example of a row; query, key and value [1, heads, total, size]."""
-    pieces = (tensor.split(attn_mask.lengths, dim=2) for tensor in (query, key, value))
+    pieces = (torch.split(tensor, attn_mask.lengths, dim=2) for tensor in (query, key, value))
     return torch.cat([_attention(q, k, v, is_causal=True, **options) for q, k, v in zip(*pieces, strict=True)], dim=2)
 
 

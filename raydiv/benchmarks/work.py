@@ -1,0 +1,151 @@
+"""The work that is timed: a real run's steps, and the same steps for scripts that run in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raydiv.config import Recipe
+from raydiv.data.plan import StepPlan
+from raydiv.data.tokens import StoredExamples
+from raydiv.launch import Result, train
+from raydiv.preparation import fill, read
+from raydiv.progress import Display
+from raydiv.run import Metrics
+from raydiv.session import ray_session, threads_per_worker, worker_environment
+from raydiv.training.feed import ExampleSet
+from raydiv.training.worker import epochs_of
+
+
+def steps_alone(recipe: Recipe, steps: int) -> Recipe:
+    """The recipe of a run of ``steps`` updates and nothing else: no evaluation, no separation."""
+    changes: dict[str, Any] = {
+        "optim": recipe.optim.model_copy(update={"steps": steps, "epochs": None, "target_margin": None}),
+        "data": recipe.data.model_copy(update={"eval": None}),
+        "evaluate": recipe.evaluate.model_copy(update={"every": None, "prompts": None}),
+        "separation": recipe.separation.model_copy(update={"prompts": None}),
+    }
+    return recipe.model_copy(update=changes)
+
+
+def real_run(recipe: Recipe) -> tuple[Result, list[Metrics]]:
+    """A run that leaves nothing behind, and the metrics of its steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        track = recipe.track.model_copy(update={"uri": f"sqlite:///{folder}/mlflow.db"})
+        result = train(recipe.model_copy(update={"output_dir": folder, "track": track}), Display(quiet=True))
+        return result, [record for record in result.run.metrics() if "step_seconds" in record]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The steps of a run as ``script`` wants them, and the environment of its process."""
+
+    settings: dict[str, Any]
+    environment: dict[str, str]
+
+    @classmethod
+    def of(cls, recipe: Recipe, directory: Path, given: ExampleSet, steps: int, threads: int) -> Work:
+        """The first steps of a run on the model in ``directory`` and the examples ``given``."""
+        plan = epochs_of(recipe, given.examples)
+        settings = {
+            "model": str(directory),
+            **recipe.model.model_dump(mode="json", include={"attention", "trust_remote_code", "lora"}),
+            **recipe.engine.model_dump(mode="json", include={"precision", "activation_checkpointing"}),
+            "loss": recipe.loss.model_dump(mode="json", by_alias=True),
+            **recipe.optim.model_dump(mode="json", include={"lr", "betas", "eps", "weight_decay", "clip"}),
+            "max_length": recipe.batch.max_length,
+            "use_gpu": recipe.cluster.use_gpu,
+            "seed": recipe.seed,
+            "threads": threads,
+            "steps": [_step(given, plan.step(number)) for number in range(steps)],
+        }
+        return cls(settings, _environment(recipe))
+
+    @property
+    def sizes(self) -> list[int]:
+        """Examples of each step."""
+        return [len(step["examples"]) for step in self.settings["steps"]]
+
+    @property
+    def tokens(self) -> list[int]:
+        """Real tokens of each step: every example once, with its prompt."""
+        return [
+            sum(len(one["prompt_ids"]) + len(one["response_ids"]) for one in step["examples"])
+            for step in self.settings["steps"]
+        ]
+
+    def script(self, name: str, **settings: Any) -> dict[str, Any]:
+        """Run ``raydiv.benchmarks.NAME`` on the work; returns the JSON object that it prints last.
+
+        Its one argument is a JSON file: the model's directory (``model``, with ``attention``, ``trust_remote_code`` and
+        ``precision``), the recipe's sections ``lora`` (or null) and ``loss``, AdamW's ``lr, betas, eps, weight_decay`` and
+        ``clip``, ``max_length``, ``activation_checkpointing``, ``use_gpu`` and ``seed``, ``threads`` for torch, and ``steps``,
+        in order: the ``examples`` of each, with ``prompt_ids, response_ids, aligned, pair`` (-1 without) and
+        ``reference_logp``, and its ``mismatched`` ones. It prints ``seconds`` and ``tokens`` of each step, and ``peak_bytes``.
+
+        Raises RuntimeError when it fails.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "settings.json"
+            path.write_text(json.dumps(self.settings | settings))
+            command = [sys.executable, "-m", f"raydiv.benchmarks.{name}", str(path)]
+            run = subprocess.run(  # noqa: S603 - our own script
+                command, capture_output=True, text=True, check=False, env=os.environ | self.environment
+            )
+        if run.returncode:
+            last = (run.stderr.strip().splitlines() or ["killed, as for want of memory"])[-1]
+            raise RuntimeError(f"{name}: status {run.returncode}: {last[:300]}")
+        answer: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
+        return answer
+
+
+def work_of(recipe: Recipe, steps: int, display: Display) -> Work:
+    """The first ``steps`` steps that a run of the recipe makes, prepared as it would; reference log-probs from the store."""
+    model = recipe.model.model_copy(update={"reference": "store"})
+    recipe = recipe.model_copy(update={"model": model})
+    opened = read(recipe, display)
+    with ray_session(recipe.cluster):
+        prepared = fill(recipe, opened, display)
+        threads = threads_per_worker(recipe.cluster) * recipe.cluster.num_workers
+    return Work.of(recipe, prepared.directory, prepared.train, steps, threads)
+
+
+def _environment(recipe: Recipe) -> dict[str, str]:
+    """What a worker would have, and of several GPUs one: the scripts are single processes."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    one = {"CUDA_VISIBLE_DEVICES": shown} if recipe.cluster.use_gpu else {}
+    return one | worker_environment(recipe.cluster)
+
+
+def _step(given: ExampleSet, plan: StepPlan) -> dict[str, Any]:
+    own = _examples(given.examples, plan.rows, plan.pair, given.reference_logps)
+    others: list[dict[str, Any]] = []
+    if given.mismatched is not None:
+        alone = np.full(len(plan.rows), -1)
+        others = _examples(given.mismatched, plan.rows, alone, given.mismatched_reference_logps)
+    return {"examples": own, "mismatched": others}
+
+
+def _examples(
+    stored: StoredExamples, rows: np.ndarray, pair: np.ndarray, logps: np.ndarray | None
+) -> list[dict[str, Any]]:
+    assert logps is not None, "the reference store was asked for"
+    labels = zip(stored.aligned[rows].tolist(), pair.tolist(), logps[rows].tolist(), strict=True)
+    return [
+        {
+            "prompt_ids": prompt.tolist(),
+            "response_ids": response.tolist(),
+            "aligned": aligned,
+            "pair": number,
+            "reference_logp": logp,
+        }
+        for (prompt, response), (aligned, number, logp) in zip(stored.ids(rows), labels, strict=True)
+    ]
