@@ -43,6 +43,9 @@ class Engine:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         trainable = [p for p in model.parameters() if p.requires_grad]
         self._deepspeed, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=config)
+        if self._stage == 0 and dist.world_size() == 1:
+            # nothing to sum with nobody, which DeepSpeed does all the same, in a copy of all gradients
+            self._deepspeed.enable_backward_allreduce = False
         self.model = model
         self.device: torch.device = self._deepspeed.device
 

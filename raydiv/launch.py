@@ -13,14 +13,16 @@ from raydiv.config import Recipe
 from raydiv.errors import user_error_in
 from raydiv.measure import measure_answers, measure_separation
 from raydiv.model.load import ModelSource
+from raydiv.planning.architecture import architecture_of
+from raydiv.planning.layout import largest_share, settle
 from raydiv.preparation import Prepared, fill, read
 from raydiv.progress import Display, step_note
 from raydiv.report import write_report
 from raydiv.run import Metrics, RunDirectory
-from raydiv.session import cpus_per_worker, ray_session, threads_per_worker
+from raydiv.session import cpus_per_worker, ray_session, threads_per_worker, training_environment, worker_memory
 from raydiv.track import Tracker
 from raydiv.training.metrics import estimate_facts
-from raydiv.training.worker import WorkerInput, worker_entry
+from raydiv.training.worker import WorkerInput, epochs_of, worker_entry
 
 UNBOUNDED = (
     "loss.type {type} has no floor on any one data set, and nothing in this recipe holds it: watch log_ratio/rms, and see "
@@ -53,6 +55,7 @@ def train(recipe: Recipe, display: Display | None = None, show_text: bool = Fals
         display.say(UNBOUNDED.format(type=recipe.loss.type))
     with ray_session(recipe.cluster):
         prepared = fill(recipe, opened, display)
+        recipe = settled(recipe, prepared)
         run.claim(recipe)
         run.note_rows((prepared.data.bad + prepared.data.cut).lines())
         tracker = Tracker(recipe, _tags(recipe, prepared), display.say)
@@ -60,11 +63,19 @@ def train(recipe: Recipe, display: Display | None = None, show_text: bool = Fals
             with run.followed(tracker.metrics):
                 _measure(recipe, prepared, run, "before", display, show_text)
                 _fit(recipe, prepared, run, display)
+                _say_layout(run, display)
                 _measure(recipe, prepared, run, "after", display, show_text)
             return _conclude(recipe, prepared, run, tracker)
         except BaseException:
             tracker.finish("FAILED")
             raise
+
+
+def settled(recipe: Recipe, prepared: Prepared) -> Recipe:
+    """The recipe with the layout that its workers' memory takes; needs a Ray session."""
+    epochs = epochs_of(recipe, prepared.train.examples)
+    share = largest_share(epochs, prepared.steps(recipe), prepared.train.examples.lengths, recipe.cluster.num_workers)
+    return settle(architecture_of(recipe), recipe, share, worker_memory(recipe.cluster))
 
 
 def _measure(
@@ -117,7 +128,9 @@ def _fit(recipe: Recipe, prepared: Prepared, run: RunDirectory, display: Display
                 **({"GPU": 1} if recipe.cluster.use_gpu else {}),
             },
         ),
-        run_config=RunConfig(name=recipe.name, storage_path=str(run.ray)),
+        run_config=RunConfig(
+            name=recipe.name, storage_path=str(run.ray), worker_runtime_env={"env_vars": training_environment(recipe)}
+        ),
     )
     with display.phase("train") as update:
 
@@ -127,6 +140,12 @@ def _fit(recipe: Recipe, prepared: Prepared, run: RunDirectory, display: Display
 
         with run.followed(show):
             _report_failure(trainer.fit)
+
+
+def _say_layout(run: RunDirectory, display: Display) -> None:
+    why = run.layout()["why_not_packed"]
+    if why:
+        display.say(f"micro-batches were padded, not packed: {why}")
 
 
 def _report_failure(fit: Callable[[], Any]) -> None:
@@ -170,6 +189,11 @@ def _conclude(recipe: Recipe, prepared: Prepared, run: RunDirectory, tracker: Tr
         "metrics": metrics,
         "data": prepared.summary(),
         "versions": versions(),
+        "layout": {
+            "zero_stage": recipe.engine.zero_stage,
+            "tokens_per_microbatch": recipe.batch.tokens_per_microbatch,
+            **run.layout(),
+        },
         "paths": {
             "run": str(run.path),
             "model": str(run.model),

@@ -6,9 +6,10 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from raydiv.config import Recipe
 from raydiv.config.recipe import Cluster
 from raydiv.errors import UserError
 
@@ -62,6 +63,34 @@ def threads_per_worker(cluster: Cluster) -> int:
     return max(1, round(cpus_per_worker(cluster)))
 
 
+HOST_SHARE = 0.85
+"""Of a node's memory, what training workers on CPUs may have: the driver, Ray's daemons and its object store are beside them."""
+
+
+def worker_memory(cluster: Cluster) -> int:
+    """Bytes of a training worker's GPU, or its share of a node's memory; ``cluster.worker_memory_gb`` where it is given."""
+    import ray
+
+    if cluster.worker_memory_gb is not None:
+        return round(cluster.worker_memory_gb * 2**30)
+    if cluster.use_gpu:
+        return int(ray.get(ray.remote(num_gpus=1)(_gpu_memory).remote()))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    on_each = -(-cluster.num_workers // max(1, len(nodes)))
+    return round(HOST_SHARE * min(_host_memory(node) for node in nodes) / on_each)
+
+
+def _host_memory(node: Mapping[str, float]) -> float:
+    """All memory of a node: Ray counts the object store's apart."""
+    return node.get("memory", 0.0) + node.get("object_store_memory", 0.0)
+
+
+def _gpu_memory() -> int:
+    import torch
+
+    return int(torch.cuda.get_device_properties(0).total_memory)
+
+
 def require_resources(cluster: Cluster) -> None:
     """Raise UserError when the cluster can never start the training workers."""
     import ray
@@ -74,6 +103,18 @@ def require_resources(cluster: Cluster) -> None:
             f"cluster.num_workers: {cluster.num_workers} workers need {wanted:g} {kind}s, and the cluster has {there:g}; "
             f"lower it{' (or set use_gpu: false)' if cluster.use_gpu else ' or cluster.cpus_per_worker'}, or add nodes"
         )
+
+
+KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**31), "MALLOC_TRIM_THRESHOLD_": str(2**31)}
+"""glibc's allocator keeps what is freed for the next request. ZeRO frees and asks for the same large tensors at every step: with
+pages fresh from the kernel each time, a step of two workers takes a third longer; the price is a quarter more memory.
+"""
+
+
+def training_environment(recipe: Recipe) -> dict[str, str]:
+    """Environment variables of training workers, beside ``worker_environment``; ``cluster.env`` goes over them."""
+    partitioned = recipe.engine.zero_stage != 0 and not recipe.cluster.use_gpu
+    return (KEEPS_MEMORY if partitioned else {}) | recipe.cluster.env
 
 
 @contextmanager
@@ -95,15 +136,9 @@ def _core_log_silenced() -> Iterator[None]:
         os.close(nowhere)
 
 
-KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**31), "MALLOC_TRIM_THRESHOLD_": str(2**31)}
-"""glibc's allocator keeps what is freed for the next request. A step frees and asks for the same large tensors again and again;
-with pages fresh from the kernel each time, it is 8% slower in one worker and 27% in two under ZeRO-3.
-"""
-
-
 def worker_environment(cluster: Cluster) -> dict[str, str]:
     """Environment variables of every process of the session: libraries' settings, the device, and ``cluster.env``."""
-    device = {} if cluster.use_gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", **KEEPS_MEMORY}
+    device = {} if cluster.use_gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     return {"TOKENIZERS_PARALLELISM": "false", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", **device, **cluster.env}
 
 

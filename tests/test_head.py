@@ -272,6 +272,22 @@ def test_logits_of_a_run_that_fits_are_made_once(monkeypatch: pytest.MonkeyPatch
     assert sum(made) == 11  # with the graph kept, too, where the head is frozen
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_a_forward_between_score_and_backward_changes_nothing(architecture: str) -> None:
+    model, inputs = build(architecture), collate(EXAMPLES)
+    weights = coefficients(len(inputs.targets))
+    run_head(model, inputs, weights, push=False)
+    wanted = gradients(model)
+    head = LogProbHead(model)
+    head.aim(inputs.rows, inputs.columns, inputs.targets)
+    out = forward(model, inputs)
+    head.aim(inputs.rows, inputs.columns, inputs.targets.flip(0))
+    with torch.no_grad():
+        forward(model, inputs)
+    (weights * out).sum().backward()  # type: ignore[no-untyped-call]
+    assert_same_gradients(gradients(model), wanted)
+
+
 def probe(model: Any, forward: Callable[..., Any] | None = None) -> Probe:
     return Probe(LogProbHead(model), model, forward or model, torch.device("cpu"))
 

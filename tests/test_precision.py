@@ -1,4 +1,4 @@
-"""bf16 training keeps fp32 master weights and adds micro-batches up in fp32; 4-bit bases are frozen and their adapters learn."""
+"""bf16 keeps fp32 master weights and adds micro-batches up in fp32; 4-bit bases are frozen and their adapters learn."""
 
 from __future__ import annotations
 

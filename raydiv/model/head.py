@@ -11,7 +11,7 @@ nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -63,8 +63,8 @@ Weigh = Callable[[slice, Tensor], Tensor]
 class _Projection:
     """The tensors of one call: hidden [t, d], weight [v, d], bias [v] or None, targets [t].
 
-    Logits of a chunk of positions are written into one buffer, used again for the next: fresh memory for each would cost as
-    much as the products.
+    Logits of a chunk of positions are written into ``buffer`` [chunk, v], used again for the next: fresh memory for each would
+    cost as much as the products.
     """
 
     hidden: Tensor
@@ -72,12 +72,7 @@ class _Projection:
     bias: Tensor | None
     targets: Tensor
     rule: LogitRule
-    buffer: Tensor = field(default_factory=lambda: torch.empty(0))
-
-    def __post_init__(self) -> None:
-        if not len(self.buffer):
-            rows = min(len(self.targets), chunk_tokens(len(self.weight)))
-            self.buffer = self.hidden.new_empty((rows, len(self.weight)), dtype=torch.float32)
+    buffer: Tensor
 
     def chunks(self, part: slice) -> list[slice]:
         """``part`` of the positions, in pieces that the buffer holds."""
@@ -162,9 +157,15 @@ class _Score(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rule: LogitRule
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        rule: LogitRule,
+        buffer: Tensor,
     ) -> Tensor:
-        projection = _Projection(hidden, weight, bias, targets, rule)
+        projection = _Projection(hidden, weight, bias, targets, rule, buffer)
         ctx.frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
         if ctx.frozen:
             logps, gradients = _visit(projection, lambda part, logps: torch.ones_like(logps), ())
@@ -173,7 +174,8 @@ class _Score(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.pieces = projection.chunks(slice(0, len(targets)))
         scored = [projection.scored(piece) for piece in ctx.pieces]
-        ctx.rule, ctx.buffer, ctx.last = rule, projection.buffer, scored[-1]
+        # another forward before the backward would write over what is kept, which its version tells
+        ctx.rule, ctx.buffer, ctx.last, ctx.version = rule, buffer, scored[-1], buffer._version
         return torch.cat([piece.logps for piece in scored])
 
     @staticmethod
@@ -181,15 +183,15 @@ class _Score(torch.autograd.Function):
         (coefficients,) = grad_logps
         if ctx.frozen:
             (by_hidden,) = ctx.saved_tensors
-            return by_hidden * coefficients[:, None].to(by_hidden.dtype), None, None, None, None
+            return by_hidden * coefficients[:, None].to(by_hidden.dtype), None, None, None, None, None
         hidden, weight, bias, targets = ctx.saved_tensors
         projection = _Projection(hidden, weight, bias, targets, ctx.rule, ctx.buffer)
         gradients = _Gradients(projection)
-        last, *others = reversed(ctx.pieces)
-        gradients.add(last, ctx.last, coefficients[last])
-        for piece in others:
-            gradients.add(piece, projection.scored(piece), coefficients[piece])
-        return *gradients.finished(), None, None
+        kept = ctx.last if ctx.buffer._version == ctx.version else None
+        for piece in reversed(ctx.pieces):
+            gradients.add(piece, kept or projection.scored(piece), coefficients[piece])
+            kept = None
+        return *gradients.finished(), None, None, None
 
 
 class _Push(torch.autograd.Function):
@@ -203,6 +205,7 @@ class _Push(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         rule: LogitRule,
+        buffer: Tensor,
         weigh: Weigh,
         runs: Sequence[int],
     ) -> Tensor:
@@ -213,14 +216,15 @@ class _Push(torch.autograd.Function):
             seen.append((coefficients * logps).sum())
             return coefficients
 
-        _, gradients = _visit(_Projection(hidden, weight, bias, targets, rule), noted, runs)
-        ctx.save_for_backward(*gradients.finished())
+        _, gradients = _visit(_Projection(hidden, weight, bias, targets, rule, buffer), noted, runs)
+        ctx.gradients = gradients.finished()
         return torch.stack(seen).sum()
 
     @staticmethod
     def backward(ctx: Any, *grad_total: Tensor) -> tuple[Tensor | None, ...]:
-        grads = (None if grad is None else grad * grad_total[0].to(grad.dtype) for grad in ctx.saved_tensors)
-        return *grads, None, None, None, None
+        # in place: the weight's is as large as the weight
+        grads = (None if grad is None else grad.mul_(grad_total[0].to(grad.dtype)) for grad in ctx.gradients)
+        return *grads, None, None, None, None, None
 
 
 def _visit(projection: _Projection, weigh: Weigh, runs: Sequence[int]) -> tuple[Tensor, _Gradients]:
@@ -267,6 +271,7 @@ class LogProbHead:
         self._config = model.config.get_text_config()
         self._rule = LogitRule.of(self._config)
         self._positions: tuple[Tensor, Tensor] | None = None
+        self._buffer: Tensor | None = None
         # some architectures read the rule from their config at each forward, others keep a copy of their own
         owners = [self._config, *(module for module in model.modules() if self._module in module.children())]
         self._stated = [
@@ -302,9 +307,17 @@ class LogProbHead:
         assert self._positions is not None, "aim() the head before the model's forward"
         selected = hidden[self._positions]
         self._positions = None
-        given = (selected, self._module.weight, getattr(self._module, "bias", None), self._targets, self._rule)
+        weight, bias = self._module.weight, getattr(self._module, "bias", None)
+        given = (selected, weight, bias, self._targets, self._rule, self._room(selected, len(weight)))
         if self._weigh is not None:
             return _Push.apply(*given, self._weigh, self._runs)  # type: ignore[no-any-return, no-untyped-call]
         if torch.is_grad_enabled():
             return _Score.apply(*given)  # type: ignore[no-any-return, no-untyped-call]
         return _Projection(*given).logps(slice(0, len(self._targets)))
+
+    def _room(self, hidden: Tensor, vocabulary: int) -> Tensor:
+        """The buffer for logits, kept from forward to forward."""
+        rows = min(len(hidden), chunk_tokens(vocabulary))
+        if self._buffer is None or len(self._buffer) < rows:
+            self._buffer = hidden.new_empty((rows, vocabulary), dtype=torch.float32)
+        return self._buffer

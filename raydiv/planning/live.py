@@ -1,0 +1,41 @@
+"""Bytes of tensors that are alive while some code runs, on real tensors or on fake ones, which have sizes and no memory."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts what operations in the block allocate, each storage once, until it is freed. ``known`` tensors are not counted."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = [tensor.untyped_storage() for tensor in known]  # kept, so that their addresses stay theirs
+        self._sizes = {storage._cdata: 0 for storage in self._known}
+
+    def __torch_dispatch__(
+        self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(found):
+            if isinstance(leaf, Tensor):
+                self._note(leaf.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return found
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self._sizes:
+            self._sizes[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self._forget, storage._cdata)
+
+    def _forget(self, address: int) -> None:
+        self.now -= self._sizes.pop(address)

@@ -1,0 +1,218 @@
+"""Bytes of one training worker, from a model's sizes and a layout: pure arithmetic.
+
+What DeepSpeed 0.19 holds at each ZeRO stage was read in its source and compared with measurements (tests/test_planning.py). A
+step has several moments that may be its peak; the breakdown is that of the largest. P are trainable parameters, N workers:
+
+- weights: all of them below stage 3, there 1/N and what is gathered at a time.
+- optimizer: two moments in fp32, and an fp32 copy of what they update, under any precision, from stage 1 on: 12 P / N.
+- gradients: fp32; whole below stage 2, then P / N, and a flat copy of those for the update where they were not flat.
+- buffers: the bucket that gradients are reduced in, the copy that is sent, and what is gathered ahead; gloo copies once more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from raydiv.config import Recipe
+from raydiv.engine import deepspeed_config
+from raydiv.planning.architecture import Architecture
+
+Stage = Literal[0, 1, 2, 3]
+
+FP32 = 4
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
+MOMENTS = 2 * FP32
+"""Bytes of AdamW's two moments, a parameter."""
+
+NF4 = 0.55
+"""Bytes of a 4-bit weight with its share of the scales: half a byte, and 32 bits for every block of 64 (QLoRA, section 3)."""
+
+RUNTIME = 600 * 2**20
+"""Python and its libraries in a worker on a CPU, after a first step of a model of no size (measured: 580-590 MiB). On a GPU the
+context and NCCL's buffers are the margin's (see raydiv.planning.layout)."""
+
+UNSENT = 500_000_000
+"""Elements that DeepSpeed reduces at a time where it does not partition gradients."""
+
+DEFAULTS = {
+    "reduce_bucket_size": 500_000_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+    "stage3_max_live_parameters": 1_000_000_000,
+    "sub_group_size": 1_000_000_000,
+}
+"""DeepSpeed's own, where neither raydiv nor the recipe says otherwise; all in elements."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of one worker at the ``moment`` of a step when it has most; ``host`` is what offload puts into the node's memory.
+
+    ``head`` includes what the backward of a layer has beside the activations. Where the worker is on a CPU, its memory is the host's.
+    """
+
+    moment: str
+    weights: float = 0
+    gradients: float = 0
+    optimizer: float = 0
+    activations: float = 0
+    head: float = 0
+    buffers: float = 0
+    runtime: float = 0
+    host: float = 0
+    on_cpu: bool = True
+
+    @property
+    def total(self) -> int:
+        """Bytes that the worker's memory must hold: the GPU's, or the machine's share."""
+        own = (
+            self.weights + self.gradients + self.optimizer + self.activations + self.head + self.buffers + self.runtime
+        )
+        return round(own + (self.host if self.on_cpu else 0))
+
+    def rows(self) -> dict[str, int]:
+        """The parts by name."""
+        parts = {name: round(number) for name, number in asdict(self).items() if name not in ("moment", "on_cpu")}
+        return parts
+
+
+def memory_of(
+    architecture: Architecture, recipe: Recipe, workers: int, stage: Stage, tokens: int, accumulates: bool = True
+) -> Memory:
+    """Memory of one of ``workers`` whose micro-batches have up to ``tokens``; ``accumulates``: several of them in a step."""
+    return max(_Worker(architecture, recipe, workers, stage, tokens, accumulates).moments(), key=lambda one: one.total)
+
+
+class _Worker:
+    """One worker's sizes in bytes."""
+
+    def __init__(
+        self, architecture: Architecture, recipe: Recipe, workers: int, stage: Stage, tokens: int, accumulates: bool
+    ) -> None:
+        engine = recipe.engine
+        zero: dict[str, Any] = DEFAULTS | deepspeed_config(recipe)["zero_optimization"]
+        self.of, self.stage, self.tokens, self.accumulates = architecture, stage, tokens, accumulates
+        self.on_gpu, self.workers = recipe.cluster.use_gpu, workers
+        self.offloads, self.offloads_weights = engine.offload_optimizer != "none", engine.offload_parameters != "none"
+        self.nvme = "nvme" in (engine.offload_optimizer, engine.offload_parameters)
+        self.size = WEIGHT_BYTES[engine.precision]
+        self.half = engine.precision == "bf16"
+        self.trainable, self.part = architecture.trainable, architecture.trainable / workers
+        self.bucket_elements = int(zero["reduce_bucket_size"])
+        self.gathered_ahead = int(zero["stage3_prefetch_bucket_size"])
+        self.live = int(zero["stage3_max_live_parameters"])
+        self.sub_group = int(zero["sub_group_size"])
+        quantized = architecture.linear if recipe.model.quantization else 0
+        self.frozen = NF4 * quantized + self.size * (architecture.frozen - quantized)
+        # gloo sends copies of what it is given; with one worker nothing is sent
+        self.copies = 1 if workers > 1 and not self.on_gpu else 0
+
+    def moments(self) -> list[Memory]:
+        """The moments of a step that may be its peak."""
+        standing = Memory(
+            "", weights=self._weights(), optimizer=self._optimizer(), host=self._host(), on_cpu=not self.on_gpu
+        )
+        standing = replace(standing, runtime=0 if self.on_gpu else RUNTIME)
+        kept, scratch = self.of.kept.at(self.tokens), self.of.scratch.at(self.tokens)
+        found = [
+            replace(
+                standing,
+                moment="backward",
+                gradients=self._gradients_kept(),
+                activations=kept,
+                head=scratch,
+                buffers=self._bucket() + self._gathering() + (self._sent() if self._reduces_on_the_way() else 0),
+            ),
+            replace(
+                standing,
+                moment="reduction",
+                gradients=self._gradients_reduced(),
+                buffers=self._bucket() + self._sent(),
+            ),
+            replace(standing, moment="update", gradients=self._gradients_flat()),
+        ]
+        if self.stage in (1, 2):
+            found.append(replace(standing, moment="gathering", buffers=self.copies * self.size * self.trainable))
+        if self.stage in (1, 2) and not self.on_gpu:
+            building = self.size * self.trainable
+            found.append(replace(standing, moment="building", optimizer=FP32 * self.part, buffers=building))
+        return found
+
+    def _weights(self) -> float:
+        whole = self.size * self.trainable + self.frozen
+        if self.stage < 3:
+            return whole
+        return (0 if self.offloads_weights else whole / self.workers) + self._gathered()
+
+    def _gathered(self) -> float:
+        """Weights that are whole at a time under ZeRO-3."""
+        return self.size * min(self.of.parameters, self.live + self.of.module)
+
+    def _optimizer(self) -> float:
+        if self.offloads:
+            return 0
+        return MOMENTS * self.trainable if self.stage == 0 else (FP32 + MOMENTS) * self.part
+
+    def _gradients_kept(self) -> float:
+        """Gradients beside the activations of a micro-batch: of the micro-batches before it."""
+        if self.stage == 3:
+            return 0 if self.offloads else FP32 * self.part
+        if self.stage == 1 and self.half:
+            return FP32 * self.trainable
+        if not self.accumulates:
+            return 0
+        return FP32 * (self.part if self.stage == 2 else self.trainable)
+
+    def _gradients_reduced(self) -> float:
+        """Gradients once the last micro-batch's are summed."""
+        if self.stage == 3:
+            return 0 if self.offloads else FP32 * self.part
+        if self.stage == 0 or (self.stage == 1 and self.half):
+            return FP32 * self.trainable
+        if self.stage == 1:
+            return FP32 * (self.trainable + self.part)
+        return FP32 * self.part * (2 if self.accumulates and not self.half else 1)
+
+    def _gradients_flat(self) -> float:
+        """Gradients as the optimizer takes them."""
+        if self.stage == 0 or (self.stage == 1 and self.half):
+            return FP32 * self.trainable
+        if self.offloads:
+            return 0
+        if self.stage == 3:
+            return FP32 * (self.part + min(self.part, self.sub_group))
+        return FP32 * self.part * (1 if self.half else 2)
+
+    def _bucket(self) -> float:
+        """Where gradients wait to be reduced; a GPU holds all of it, a CPU what is used."""
+        if self.stage < 2:
+            return 0
+        return self.size * (self.bucket_elements if self.on_gpu else min(self.trainable, self.bucket_elements))
+
+    def _reduces_on_the_way(self) -> bool:
+        return self.stage > 1 and self.trainable > self.bucket_elements
+
+    def _sent(self) -> float:
+        """Copies of gradients on their way."""
+        if self.stage == 0 or (self.stage == 1 and self.half):
+            return FP32 * min(self.trainable, UNSENT)
+        elements = max(min(self.trainable, self.bucket_elements), self.of.largest)
+        return self.size * elements * (1 + (self.copies if self.stage == 3 else 0))
+
+    def _gathering(self) -> float:
+        """Copies of weights on their way under ZeRO-3."""
+        if self.stage < 3 or self.workers == 1:
+            return 0
+        return self.size * min(self.of.parameters, self.gathered_ahead) * (1 + self.copies)
+
+    def _host(self) -> float:
+        """What offload puts into the node's memory."""
+        host = 0.0
+        if self.offloads:
+            host += (FP32 + MOMENTS + FP32) * self.part
+            host += FP32 * self.part if self.stage == 3 else self.size * (self.part + 2 * self.of.largest)
+            if self.stage < 3 and self.accumulates and not self.half:
+                host += self.size * self.trainable
+        if self.offloads_weights:
+            host += (self.size * self.trainable + self.frozen) / self.workers
+        return host
