@@ -18,14 +18,17 @@ if TYPE_CHECKING:
     from raydiv.launch import Result, train
     from raydiv.measure import evaluate, separation
     from raydiv.model.export import export
+    from raydiv.planning.forecast import Plan, plan
     from raydiv.preparation import Prepared, prepare
 
 _WHERE = {
     "Recipe": "raydiv.config",
     "load_recipe": "raydiv.config",
     "UserError": "raydiv.errors",
+    "Plan": "raydiv.planning.forecast",
     "Prepared": "raydiv.preparation",
     "Result": "raydiv.launch",
+    "plan": "raydiv.planning.forecast",
     "prepare": "raydiv.preparation",
     "build_data": "raydiv.construction",
     "check_data": "raydiv.inspection",
@@ -38,6 +41,7 @@ _WHERE = {
 }
 
 __all__ = [
+    "Plan",
     "Prepared",
     "Recipe",
     "Result",
@@ -49,6 +53,7 @@ __all__ = [
     "evaluate",
     "export",
     "load_recipe",
+    "plan",
     "prepare",
     "separation",
     "train",

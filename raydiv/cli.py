@@ -93,6 +93,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     _data_commands(data.add_subparsers(required=True, metavar="COMMAND"))
 
+    plan = _command(commands, "plan", _plan, "checks everything and predicts memory, steps and time; starts nothing")
+    plan.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    plan.add_argument(
+        "--tokens-per-second", type=float, metavar="X", help="of all workers (default: as measured before)"
+    )
+    _reports(plan)
+
     bench = _command(commands, "bench", _bench, "how fast this machine is with a recipe, beside the plain way")
     bench.add_argument("recipe", metavar="RECIPE", help="a YAML file")
     bench.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
@@ -388,6 +396,21 @@ def _export(options: argparse.Namespace) -> int:
     directory = export(options.run, options.destination, options.adapter)
     _print(options, {"model": str(directory)}, lambda: print(directory))
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from raydiv.config import load_recipe
+    from raydiv.planning.forecast import plan
+
+    found = plan(load_recipe(options.recipe, options.overrides), tokens_per_second=options.tokens_per_second)
+
+    def show() -> None:
+        _table(*found.table())
+        for note in found.notes():
+            print(note)
+
+    _print(options, found.facts, show)
+    return 0 if found.fits else 2
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -22,7 +22,8 @@ from raydiv.run import Metrics, RunDirectory
 from raydiv.session import cpus_per_worker, ray_session, threads_per_worker, training_environment, worker_memory
 from raydiv.track import Tracker
 from raydiv.training.metrics import estimate_facts
-from raydiv.training.worker import WorkerInput, epochs_of, worker_entry
+from raydiv.training.order import epochs_of
+from raydiv.training.worker import WorkerInput, worker_entry
 
 UNBOUNDED = (
     "loss.type {type} has no floor on any one data set, and nothing in this recipe holds it: watch log_ratio/rms, and see "

@@ -22,7 +22,7 @@ from raydiv.progress import Display
 from raydiv.reference import reference_logps
 from raydiv.session import ray_session
 from raydiv.training.feed import ExampleSet
-from raydiv.training.worker import epochs_of, total_steps
+from raydiv.training.order import epochs_of, total_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Prepared:
 
     def steps(self, recipe: Recipe) -> int:
         """Optimizer updates of the run."""
-        return total_steps(recipe, epochs_of(recipe, self.train.examples))
+        return total_steps(recipe, epochs_of(recipe, self.train.examples).steps_per_epoch)
 
     def summary(self) -> dict[str, Any]:
         """For ``raydiv prepare`` and result.json."""

@@ -1,8 +1,8 @@
 """The reference, paid once: log-probs kept by content, and the pool of models that finds what is missing.
 
 An entry is known by the model (weights, config, precision, quantization) and by the token ids of one example, which template
-and lengths have already gone into. Nothing else is in the key, so every epoch, trial, loss and learning rate shares the entries, and a
-changed weight or token cannot hit a stale one.
+and lengths have already gone into. Nothing else is in the key, so every epoch, trial, loss and learning rate shares the
+entries, and a changed weight or token cannot hit a stale one.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def threads_per_worker(cluster: Cluster) -> int:
 
 
 HOST_SHARE = 0.85
-"""Of a node's memory, what training workers on CPUs may have: the driver, Ray's daemons and its object store are beside them."""
+"""Of a node's memory, what training workers on CPUs may have, beside the driver, Ray's daemons and its object store."""
 
 
 def worker_memory(cluster: Cluster) -> int:
@@ -106,8 +106,8 @@ def require_resources(cluster: Cluster) -> None:
 
 
 KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**31), "MALLOC_TRIM_THRESHOLD_": str(2**31)}
-"""glibc's allocator keeps what is freed for the next request. ZeRO frees and asks for the same large tensors at every step: with
-pages fresh from the kernel each time, a step of two workers takes a third longer; the price is a quarter more memory.
+"""glibc's allocator keeps what is freed for the next request. ZeRO frees and asks for the same large tensors at every step:
+with pages fresh from the kernel each time, a step of two workers takes a third longer; the price is a quarter more memory.
 """
 
 

@@ -22,7 +22,7 @@ from raydiv.data.sets import Sets, make_sets
 from raydiv.data.tokens import StoredExamples
 from raydiv.errors import UserError
 from raydiv.model.chat import Chat
-from raydiv.training.worker import epochs_of, total_steps
+from raydiv.training.order import epochs_of, total_steps
 
 Row = dict[str, Any]
 Writer = Callable[..., Path]
@@ -408,4 +408,4 @@ def test_weights_are_the_sources_own_after_a_split(tokenizer: Path, chat: Chat, 
     units = sum(2 if examples.source[unit[0]] else 1 for unit in examples.units)
     assert epochs.steps_per_epoch == -(-units // 3)
     recipe.optim = Optim(epochs=1.5)
-    assert total_steps(recipe, epochs) == round(1.5 * epochs.steps_per_epoch)
+    assert total_steps(recipe, epochs.steps_per_epoch) == round(1.5 * epochs.steps_per_epoch)

@@ -22,7 +22,7 @@ from raydiv.progress import Display
 from raydiv.run import Metrics
 from raydiv.session import ray_session, threads_per_worker, worker_environment
 from raydiv.training.feed import ExampleSet
-from raydiv.training.worker import epochs_of
+from raydiv.training.order import epochs_of
 
 
 def steps_alone(recipe: Recipe, steps: int) -> Recipe:

@@ -11,10 +11,11 @@ import transformers
 
 
 def quiet() -> None:
-    """Silence progress bars and advice of transformers, peft and DeepSpeed in this process."""
+    """Silence progress bars and advice of transformers, peft, bitsandbytes and DeepSpeed in this process."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    for name in ("DeepSpeed", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     if not torch.accelerator.is_available():
         # said before DeepSpeed looks for one, and warns that there is none

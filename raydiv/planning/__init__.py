@@ -1,1 +1,1 @@
-"""What a recipe needs, before anything is started: sizes of the model, memory of a worker, the layout that fits, and the plan."""
+"""What a recipe needs, before anything is started: sizes of its model, memory of a worker, the layout that fits, the plan."""

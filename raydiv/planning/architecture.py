@@ -23,9 +23,9 @@ from raydiv.bundled import FOLDER
 from raydiv.config import Recipe
 from raydiv.config.recipe import Model
 from raydiv.errors import UserError
-from raydiv.model.collate import collate
+from raydiv.model.collate import Inputs, collate
 from raydiv.model.files import model_directory
-from raydiv.model.head import LogProbHead
+from raydiv.model.head import LogProbHead, Weigh
 from raydiv.model.load import DTYPES, lora_config
 from raydiv.model.packing import Packing, packing_of
 from raydiv.planning.live import LiveBytes
@@ -34,7 +34,7 @@ SHIPPED = FOLDER / "architectures"
 """Configs of models that are planned for without a hub; README.md beside them says where they are from."""
 
 SHALLOW, DEEP = 2, 4
-"""Layers of the copies that run; even numbers, since some models alternate two kinds of layers."""
+"""Layers of the copies that run, where there are as many; even numbers, since some models alternate two kinds of layers."""
 
 FEW, MANY = 2, 6
 """Examples of their micro-batches."""
@@ -59,12 +59,12 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What memory goes by, in elements but for ``kept`` and ``scratch``.
+    """What memory goes by, in elements but for ``activations`` and ``beside``.
 
-    ``trainable`` of ``parameters`` are trained; ``linear`` are frozen ones in linear layers other than the head, which 4 bits can
-    hold; ``largest`` is the largest trainable parameter, ``module`` the largest of all. ``head`` is the output projection, which shares
-    the embedding's weight where ``tied``. ``kept``: activations that wait for the backward, the head's inputs included;
-    ``scratch``: what is alive beside them at the peak, in the head's chunks or in the backward of a layer.
+    ``trainable`` of ``parameters`` are trained; ``linear`` are frozen ones in linear layers other than the head, which 4 bits
+    can hold; ``largest`` is the largest trainable parameter, ``tensors`` [p] are the sizes of all. ``head`` is the output
+    projection, which shares the embedding's weight where ``tied``. ``activations`` are bytes that the layers keep for the
+    backward; ``beside``, what is alive beside them at the peak: embedding, final norm and head, and what a backward makes.
     """
 
     kind: str
@@ -72,19 +72,23 @@ class Architecture:
     trainable: int
     linear: int
     largest: int
-    module: int
+    tensors: tuple[int, ...]
     layers: int
     hidden: int
     vocabulary: int
     head: int
     tied: bool
     packing: Packing
-    kept: Line
-    scratch: Line
+    activations: Line
+    beside: Line
 
     @property
     def frozen(self) -> int:
         return self.parameters - self.trainable
+
+    def up_to(self, elements: int) -> int:
+        """Elements in parameters that are no larger than ``elements``."""
+        return sum(size for size in self.tensors if size <= elements)
 
 
 def at_hand(model: Model) -> Path | None:
@@ -163,7 +167,7 @@ def _measured(section: str, precision: str, checkpointing: bool, may_pack: bool,
     packing = packing_of(whole, max_length)[0] if may_pack else "none"
     text, head = config.get_text_config(), whole.get_output_embeddings()
     trial = _Trial(config, model, dtype, checkpointing, packing, max_length)
-    kept, scratch = trial.lines(text.num_hidden_layers)
+    activations, beside = trial.lines(text.num_hidden_layers)
     parameters = list(whole.parameters())
     return Architecture(
         kind=config.model_type,
@@ -171,15 +175,15 @@ def _measured(section: str, precision: str, checkpointing: bool, may_pack: bool,
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         linear=sum(p.numel() for p in _frozen_linear(whole, head)),
         largest=max(p.numel() for p in parameters if p.requires_grad),
-        module=max(p.numel() for p in parameters),
+        tensors=tuple(p.numel() for p in parameters),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         vocabulary=text.vocab_size,
         head=head.weight.numel(),
         tied=head.weight is whole.get_input_embeddings().weight,
         packing=packing,
-        kept=kept,
-        scratch=scratch,
+        activations=activations,
+        beside=beside,
     )
 
 
@@ -230,17 +234,14 @@ class _Trial:
     length: int
 
     def lines(self, layers: int) -> tuple[Line, Line]:
-        """Bytes kept for the backward, and beside them at the peak, of all ``layers``."""
-        found = [(examples * self.length, self._of_all(layers, examples)) for examples in (FEW, MANY)]
-        kept, peak = (Line.through(*((tokens, both[which]) for tokens, both in found)) for which in (0, 1))
-        return kept, Line(peak.fixed - kept.fixed, peak.per_token - kept.per_token)
-
-    def _of_all(self, layers: int, examples: int) -> tuple[float, float]:
-        """Bytes kept, and at the peak, of ``layers`` layers, from two runs of few."""
+        """Bytes that ``layers`` layers keep for the backward, and what is alive beside them at the peak."""
         shallow, deep = min(SHALLOW, layers), min(DEEP, layers)
-        first, last = self._run(shallow, examples), self._run(deep, examples)
-        more = (layers - shallow) / max(1, deep - shallow)
-        return first[0] + more * (last[0] - first[0]), first[1] + more * (last[1] - first[1])
+        tokens = (FEW * self.length, MANY * self.length)
+        few, many = (self._run(shallow, examples) for examples in (FEW, MANY))
+        more = self._run(deep, FEW) if deep > shallow else few
+        each = (more[0] - few[0]) / max(1, deep - shallow) / tokens[0]
+        beside = [peak - shallow * each * count for (_, peak), count in zip((few, many), tokens, strict=True)]
+        return Line(0, layers * each), Line.through((tokens[0], beside[0]), (tokens[1], beside[1]))
 
     def _run(self, layers: int, examples: int) -> tuple[int, int]:
         """Bytes alive after a forward, and at the peak of forward and backward, without parameters and their gradients."""
@@ -249,16 +250,27 @@ class _Trial:
             policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         inputs = collate([([0], [0] * (self.length - 1))] * examples, self.packing)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            _fake_parameters(policy)
-            head = LogProbHead(policy.train())
-            positions = (torch.empty_like(tensor) for tensor in (inputs.rows, inputs.columns, inputs.targets))
-            head.aim(*positions, lambda _, logps: torch.ones_like(logps))
-            arguments = {name: _fake_like(value) for name, value in inputs.arguments().items()}
-            with LiveBytes(policy.parameters()) as live:
-                total = policy(**arguments).logits
-                kept = live.now
-                total.backward()
-            return kept, live.peak
+            _fake_parameters(policy.train())
+            found = [_alive(policy, inputs, weigh) for weigh in (None, _ones)]
+        return found[0][0], max(peak for _, peak in found)
+
+
+def _alive(policy: Any, inputs: Inputs, weigh: Weigh | None) -> tuple[int, int]:
+    """``_Trial._run``, of a head that is told the coefficients on the way (``weigh``) or after the forward."""
+    head = LogProbHead(policy)
+    rows, columns, targets = (torch.empty_like(tensor) for tensor in (inputs.rows, inputs.columns, inputs.targets))
+    arguments = {name: _fake_like(value) for name, value in inputs.arguments().items()}
+    head.aim(rows, columns, targets, weigh)
+    with LiveBytes(policy.parameters()) as live:
+        total = policy(**arguments).logits.sum()
+        kept = live.now
+        total.backward()
+    head.remove()
+    return kept, live.peak
+
+
+def _ones(_: slice, logps: Tensor) -> Tensor:
+    return torch.ones_like(logps)
 
 
 def _shallow(config: Any, layers: int) -> Any:
@@ -284,7 +296,7 @@ def _fake_parameters(policy: Any) -> None:
             setattr(module, name, torch.empty_like(buffer, device="cpu"))
     for parameter in made.values():
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(_drop)
+            parameter.register_post_accumulate_grad_hook(_drop)  # type: ignore[no-untyped-call]
 
 
 def _fake_like(argument: Any) -> Any:

@@ -46,9 +46,9 @@ DEFAULTS = {
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes of one worker at the ``moment`` of a step when it has most; ``host`` is what offload puts into the node's memory.
+    """Bytes of one worker at the ``moment`` of a step when it has most; ``host``: what offload puts into the node's memory.
 
-    ``head`` includes what the backward of a layer has beside the activations. Where the worker is on a CPU, its memory is the host's.
+    ``head`` includes embedding, final norm, and what the backward of a layer makes. A worker on a CPU shares the node's memory.
     """
 
     moment: str
@@ -102,51 +102,60 @@ class _Worker:
         self.gathered_ahead = int(zero["stage3_prefetch_bucket_size"])
         self.live = int(zero["stage3_max_live_parameters"])
         self.sub_group = int(zero["sub_group_size"])
+        self.persistent = int(zero["stage3_param_persistence_threshold"])
         quantized = architecture.linear if recipe.model.quantization else 0
         self.frozen = NF4 * quantized + self.size * (architecture.frozen - quantized)
-        # gloo sends copies of what it is given; with one worker nothing is sent
-        self.copies = 1 if workers > 1 and not self.on_gpu else 0
 
     def moments(self) -> list[Memory]:
         """The moments of a step that may be its peak."""
         standing = Memory(
-            "", weights=self._weights(), optimizer=self._optimizer(), host=self._host(), on_cpu=not self.on_gpu
+            "",
+            weights=self._weights(),
+            optimizer=self._optimizer(),
+            runtime=0 if self.on_gpu else RUNTIME,
+            host=self._host(),
+            on_cpu=not self.on_gpu,
         )
-        standing = replace(standing, runtime=0 if self.on_gpu else RUNTIME)
-        kept, scratch = self.of.kept.at(self.tokens), self.of.scratch.at(self.tokens)
+        whole = replace(standing, weights=standing.weights + self._gathered())
+        reduced = whole if self.accumulates else standing
+        gradients = self._gradients_kept()
         found = [
             replace(
-                standing,
+                whole,
                 moment="backward",
-                gradients=self._gradients_kept(),
-                activations=kept,
-                head=scratch,
-                buffers=self._bucket() + self._gathering() + (self._sent() if self._reduces_on_the_way() else 0),
+                gradients=gradients,
+                activations=self.of.activations.at(self.tokens),
+                head=self.of.beside.at(self.tokens),
+                buffers=self._on_the_way(),
             ),
             replace(
-                standing,
+                reduced,
                 moment="reduction",
                 gradients=self._gradients_reduced(),
                 buffers=self._bucket() + self._sent(),
             ),
-            replace(standing, moment="update", gradients=self._gradients_flat()),
+            replace(standing, moment="update", gradients=self._gradients_flat(), buffers=self._kept_bucket()),
+            replace(whole, moment="gathering", gradients=gradients, buffers=self._kept_bucket() + self._arriving()),
         ]
-        if self.stage in (1, 2):
-            found.append(replace(standing, moment="gathering", buffers=self.copies * self.size * self.trainable))
         if self.stage in (1, 2) and not self.on_gpu:
             building = self.size * self.trainable
             found.append(replace(standing, moment="building", optimizer=FP32 * self.part, buffers=building))
         return found
 
     def _weights(self) -> float:
+        """Weights that stand between steps: under ZeRO-3 a part, and small parameters whole."""
         whole = self.size * self.trainable + self.frozen
         if self.stage < 3:
             return whole
-        return (0 if self.offloads_weights else whole / self.workers) + self._gathered()
+        part = 0 if self.offloads_weights else whole / self.workers
+        return part + (self.size * self.of.up_to(self.persistent) if self.workers > 1 else 0)
 
     def _gathered(self) -> float:
-        """Weights that are whole at a time under ZeRO-3."""
-        return self.size * min(self.of.parameters, self.live + self.of.module)
+        """Weights beside those that are whole while ZeRO-3 computes; one worker has them all."""
+        if self.stage < 3 or (self.workers == 1 and not self.offloads_weights):
+            return 0
+        live = min(self.of.parameters, self.live + max(self.of.tensors))
+        return self.size * max(0, live - self.of.up_to(self.persistent))
 
     def _optimizer(self) -> float:
         if self.offloads:
@@ -154,14 +163,14 @@ class _Worker:
         return MOMENTS * self.trainable if self.stage == 0 else (FP32 + MOMENTS) * self.part
 
     def _gradients_kept(self) -> float:
-        """Gradients beside the activations of a micro-batch: of the micro-batches before it."""
+        """Gradients beside a micro-batch's activations: of those before it, and its own where they are reduced on the way."""
         if self.stage == 3:
             return 0 if self.offloads else FP32 * self.part
         if self.stage == 1 and self.half:
             return FP32 * self.trainable
-        if not self.accumulates:
-            return 0
-        return FP32 * (self.part if self.stage == 2 else self.trainable)
+        before = FP32 * (self.part if self.stage == 2 else self.trainable) if self.accumulates else 0
+        own = FP32 * self.part if self.stage == 2 and not self._at_once() and (before == 0 or not self.half) else 0
+        return before + own
 
     def _gradients_reduced(self) -> float:
         """Gradients once the last micro-batch's are summed."""
@@ -185,25 +194,47 @@ class _Worker:
 
     def _bucket(self) -> float:
         """Where gradients wait to be reduced; a GPU holds all of it, a CPU what is used."""
-        if self.stage < 2:
+        if self.stage == 0 or (self.stage == 1 and self.half):
             return 0
+        if self.stage == 1:
+            return 0 if self.trainable <= self.bucket_elements else self.size * self.bucket_elements
         return self.size * (self.bucket_elements if self.on_gpu else min(self.trainable, self.bucket_elements))
 
-    def _reduces_on_the_way(self) -> bool:
-        return self.stage > 1 and self.trainable > self.bucket_elements
+    def _kept_bucket(self) -> float:
+        """The bucket, where it stays from step to step."""
+        return self._bucket() if self.stage == 3 else 0
+
+    def _on_the_way(self) -> float:
+        """What gradients and weights are sent and received in while activations wait.
+
+        On a CPU a bucket that all gradients fit into fills as activations go.
+        """
+        again = self.stage == 3 and self.of.parameters > self.live
+        bucket = self._bucket() if self.on_gpu or not self._at_once() else self._kept_bucket()
+        return bucket + (0 if self._at_once() else self._sent()) + (self._arriving() if again else 0)
+
+    def _at_once(self) -> bool:
+        """Whether gradients are reduced when the backward is done, not on its way."""
+        return self.stage < 2 or self.trainable <= self.bucket_elements
 
     def _sent(self) -> float:
-        """Copies of gradients on their way."""
+        """Copies of gradients that are summed over workers."""
+        if self.stage == 0 and self.workers == 1:
+            return 0
         if self.stage == 0 or (self.stage == 1 and self.half):
             return FP32 * min(self.trainable, UNSENT)
         elements = max(min(self.trainable, self.bucket_elements), self.of.largest)
-        return self.size * elements * (1 + (self.copies if self.stage == 3 else 0))
+        widened = FP32 * min(self.of.largest, self.part) if self.half and self.stage == 2 else 0
+        # gloo scatters a copy of what it is given
+        return self.size * elements * (2 if self.stage == 3 and not self.on_gpu else 1) + widened
 
-    def _gathering(self) -> float:
-        """Copies of weights on their way under ZeRO-3."""
-        if self.stage < 3 or self.workers == 1:
+    def _arriving(self) -> float:
+        """Copies of weights that come from the other workers: for the next layers, or after an update."""
+        if self.workers == 1 or self.stage == 0:
             return 0
-        return self.size * min(self.of.parameters, self.gathered_ahead) * (1 + self.copies)
+        if self.stage == 3:
+            return self.size * min(self.of.parameters, self.gathered_ahead)
+        return 0 if self.on_gpu else self.size * self.trainable
 
     def _host(self) -> float:
         """What offload puts into the node's memory."""

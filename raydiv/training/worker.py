@@ -11,13 +11,13 @@ import torch
 
 from raydiv import dist
 from raydiv.config import Recipe
-from raydiv.data.plan import Epochs, InOrder
-from raydiv.data.tokens import StoredExamples
+from raydiv.data.plan import InOrder
 from raydiv.model.export import write_model
 from raydiv.run import Metrics, RunDirectory
 from raydiv.training.coefficients import judge
 from raydiv.training.feed import ExampleSet, Feed, Share, parts, stream_steps
 from raydiv.training.metrics import Clock, RunningMeans, estimate_facts, step_record
+from raydiv.training.order import epochs_of, total_steps
 from raydiv.training.schedule import learning_rate
 from raydiv.training.step import Stepper, joined
 
@@ -40,20 +40,6 @@ class WorkerInput:
     run_directory: Path
     train: ExampleSet
     eval: ExampleSet | None
-
-
-def total_steps(recipe: Recipe, epochs: Epochs) -> int:
-    """Optimizer updates of the run."""
-    if recipe.optim.steps is not None:
-        return recipe.optim.steps
-    assert recipe.optim.epochs is not None
-    return max(1, round(recipe.optim.epochs * epochs.steps_per_epoch))
-
-
-def epochs_of(recipe: Recipe, examples: StoredExamples) -> Epochs:
-    """The order of the training set."""
-    source, weights = examples.source[examples.units[:, 0]], [source.weight for source in recipe.data.train]
-    return Epochs(examples.units, recipe.batch.examples, recipe.seed, examples.fingerprint, source, weights)
 
 
 def _feed_again(reference: Any, share: Share) -> Feed:
@@ -87,7 +73,7 @@ def run_worker(given: WorkerInput, reference: Any) -> None:
     stepper = Stepper(engine, head, recipe.loss.terms, tokens, packing, recipe.seed)
     share = Share(stepper.layout, dist.rank(), trains=True, scores=given.train.reference_logps is None)
     epochs = epochs_of(recipe, given.train.examples)
-    steps = total_steps(recipe, epochs)
+    steps = total_steps(recipe, epochs.steps_per_epoch)
     stream = stream_steps(Feed(given.train, epochs, share), partial(_feed_again, reference, share), 0, steps)
     means, facts = RunningMeans(), estimate_facts(recipe.loss.terms[0])
     _log(run, _held_out(stepper, given, step=0))
