@@ -14,7 +14,7 @@ from raydiv.errors import user_error_in
 from raydiv.measure import measure_answers, measure_separation
 from raydiv.model.load import ModelSource
 from raydiv.planning.architecture import architecture_of
-from raydiv.planning.layout import largest_share, settle
+from raydiv.planning.layout import best, largest_share, settle
 from raydiv.preparation import Prepared, fill, read
 from raydiv.progress import Display, step_note
 from raydiv.report import write_report
@@ -56,14 +56,14 @@ def train(recipe: Recipe, display: Display | None = None, show_text: bool = Fals
         display.say(UNBOUNDED.format(type=recipe.loss.type))
     with ray_session(recipe.cluster):
         prepared = fill(recipe, opened, display)
-        recipe = settled(recipe, prepared)
+        recipe, roomy = settled(recipe, prepared)
         run.claim(recipe)
         run.note_rows((prepared.data.bad + prepared.data.cut).lines())
         tracker = Tracker(recipe, _tags(recipe, prepared), display.say)
         try:
             with run.followed(tracker.metrics):
                 _measure(recipe, prepared, run, "before", display, show_text)
-                _fit(recipe, prepared, run, display)
+                _fit(recipe, prepared, run, display, training_environment(recipe, roomy))
                 _say_layout(run, display)
                 _measure(recipe, prepared, run, "after", display, show_text)
             return _conclude(recipe, prepared, run, tracker)
@@ -72,11 +72,13 @@ def train(recipe: Recipe, display: Display | None = None, show_text: bool = Fals
             raise
 
 
-def settled(recipe: Recipe, prepared: Prepared) -> Recipe:
-    """The recipe with the layout that its workers' memory takes; needs a Ray session."""
+def settled(recipe: Recipe, prepared: Prepared) -> tuple[Recipe, bool]:
+    """The recipe with the layout that its workers' memory takes, and whether there is twice as much; needs a Ray session."""
     epochs = epochs_of(recipe, prepared.train.examples)
     share = largest_share(epochs, prepared.steps(recipe), prepared.train.examples.lengths, recipe.cluster.num_workers)
-    return settle(architecture_of(recipe), recipe, share, worker_memory(recipe.cluster))
+    architecture, memory = architecture_of(recipe), worker_memory(recipe.cluster)
+    recipe = settle(architecture, recipe, share, memory)
+    return recipe, 2 * best(architecture, recipe, share, memory).memory.total <= memory
 
 
 def _measure(
@@ -108,7 +110,7 @@ def _measure(
     run.log({"step": step, **metrics} if metrics else {})
 
 
-def _fit(recipe: Recipe, prepared: Prepared, run: RunDirectory, display: Display) -> None:
+def _fit(recipe: Recipe, prepared: Prepared, run: RunDirectory, display: Display, environment: dict[str, str]) -> None:
     """Run the workers to the end, with their metrics on the bar."""
     import ray
     from ray.train import RunConfig, ScalingConfig
@@ -129,9 +131,7 @@ def _fit(recipe: Recipe, prepared: Prepared, run: RunDirectory, display: Display
                 **({"GPU": 1} if recipe.cluster.use_gpu else {}),
             },
         ),
-        run_config=RunConfig(
-            name=recipe.name, storage_path=str(run.ray), worker_runtime_env={"env_vars": training_environment(recipe)}
-        ),
+        run_config=RunConfig(name=recipe.name, storage_path=str(run.ray), worker_runtime_env={"env_vars": environment}),
     )
     with display.phase("train") as update:
 

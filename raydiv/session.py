@@ -107,14 +107,17 @@ def require_resources(cluster: Cluster) -> None:
 
 KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**31), "MALLOC_TRIM_THRESHOLD_": str(2**31)}
 """glibc's allocator keeps what is freed for the next request. ZeRO frees and asks for the same large tensors at every step:
-with pages fresh from the kernel each time, a step of two workers takes a third longer; the price is a quarter more memory.
+with pages fresh from the kernel each time, a step of two workers takes a third longer. The price is up to as much memory again.
 """
 
 
-def training_environment(recipe: Recipe) -> dict[str, str]:
-    """Environment variables of training workers, beside ``worker_environment``; ``cluster.env`` goes over them."""
-    partitioned = recipe.engine.zero_stage != 0 and not recipe.cluster.use_gpu
-    return (KEEPS_MEMORY if partitioned else {}) | recipe.cluster.env
+def training_environment(recipe: Recipe, roomy: bool) -> dict[str, str]:
+    """Environment variables of training workers, beside ``worker_environment``; ``cluster.env`` goes over them.
+
+    ``roomy``: they have twice the memory that they need.
+    """
+    gains = roomy and recipe.engine.zero_stage != 0 and not recipe.cluster.use_gpu
+    return (KEEPS_MEMORY if gains else {}) | recipe.cluster.env
 
 
 @contextmanager
