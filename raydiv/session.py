@@ -105,7 +105,11 @@ def require_resources(cluster: Cluster) -> None:
         )
 
 
-KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**31), "MALLOC_TRIM_THRESHOLD_": str(2**31)}
+KEEPS_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**31),
+    "MALLOC_TRIM_THRESHOLD_": str(2**31),
+    "MALLOC_ARENA_MAX": "1",  # Ray runs the loop in a thread, whose own arena would hold no large block
+}
 """glibc's allocator keeps what is freed for the next request. ZeRO frees and asks for the same large tensors at every step:
 with pages fresh from the kernel each time, a step of two workers takes a third longer. The price is up to as much memory again.
 """
