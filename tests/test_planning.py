@@ -198,15 +198,13 @@ MODELS = {
 }
 
 LORA = ("model.lora.r=16",)
-MEASURED = [
-    Measured("deep", 0, ranks=1),
+MEASURED = [Measured("deep", 0, ranks=1), Measured("deep", 2, overrides=LORA), Measured("wide", 3)]
+MEASURED_LONG = [
     Measured("wide", 0),
     Measured("wide", 1),
     Measured("deep", 2),
     Measured("wide", 2, tokens=256),
-    Measured("wide", 3),
     Measured("deep", 3, ranks=1),
-    Measured("deep", 2, overrides=LORA),
     Measured("deep", 3, overrides=LORA),
     Measured("wide", 2, overrides=("engine.precision=bf16",)),
     Measured("wide", 3, overrides=("engine.offload_optimizer=cpu",)),
@@ -281,7 +279,9 @@ def require_memory_as_predicted(case: Measured, path: Path, small: Path, folder:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", MEASURED, ids=str)
+@pytest.mark.parametrize(
+    "case", [*MEASURED, *(pytest.param(case, marks=pytest.mark.long) for case in MEASURED_LONG)], ids=str
+)
 def test_memory_is_as_predicted(
     case: Measured, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
