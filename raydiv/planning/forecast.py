@@ -14,6 +14,7 @@ from raydiv.config import Recipe
 from raydiv.config.recipe import Cluster
 from raydiv.errors import UserError
 from raydiv.model.chat import Chat
+from raydiv.model.quiet import quiet
 from raydiv.planning.amounts import Amounts, amounts_of
 from raydiv.planning.architecture import Architecture, architecture_of, at_hand
 from raydiv.planning.layout import GIB, MARGIN, Fit, layouts, taken_of, what_fits, with_layout
@@ -98,6 +99,7 @@ def plan(recipe: Recipe, *, tokens_per_second: float | None = None, memory_gb: f
         recipe = recipe.model_copy(
             update={"cluster": recipe.cluster.model_copy(update={"worker_memory_gb": memory_gb})}
         )
+    quiet()
     architecture, chat = architecture_of(recipe), _chat(recipe)
     amounts = amounts_of(recipe, chat)
     memory, memory_from = _memory(recipe.cluster)

@@ -7,6 +7,8 @@ step has several moments that may be its peak; the breakdown is that of the larg
 - optimizer: two moments in fp32, and an fp32 copy of what they update, under any precision, from stage 1 on: 12 P / N.
 - gradients: fp32; whole below stage 2, then P / N, and a flat copy of those for the update where they were not flat.
 - buffers: the bucket that gradients are reduced in, the copy that is sent, and what is gathered ahead; gloo copies once more.
+
+This is what is held. On a CPU more shows as resident, since glibc keeps some of what is freed (README, "Speed and memory").
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
 MOMENTS = 2 * FP32
 """Bytes of AdamW's two moments, a parameter."""
 
-NF4 = 0.55
-"""Bytes of a 4-bit weight with its share of the scales: half a byte, and 32 bits for every block of 64 (QLoRA, section 3)."""
+NF4 = 0.5 + FP32 / 64
+"""Bytes of a 4-bit weight: half a byte, and its part of the scale in fp32 that a block of 64 has (QLoRA, section 3)."""
 
 RUNTIME = 600 * 2**20
 """Python and its libraries in a worker on a CPU, after a first step of a model of no size (measured: 580-590 MiB). On a GPU the
