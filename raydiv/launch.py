@@ -14,7 +14,7 @@ from raydiv.errors import user_error_in
 from raydiv.measure import measure_answers, measure_separation
 from raydiv.model.load import ModelSource
 from raydiv.planning.architecture import architecture_of
-from raydiv.planning.layout import best, largest_share, settle
+from raydiv.planning.layout import largest_share, settle, with_layout
 from raydiv.preparation import Prepared, fill, read
 from raydiv.progress import Display, step_note
 from raydiv.report import write_report
@@ -77,8 +77,8 @@ def settled(recipe: Recipe, prepared: Prepared) -> tuple[Recipe, bool]:
     epochs = epochs_of(recipe, prepared.train.examples)
     share = largest_share(epochs, prepared.steps(recipe), prepared.train.examples.lengths, recipe.cluster.num_workers)
     architecture, memory = architecture_of(recipe), worker_memory(recipe.cluster)
-    recipe = settle(architecture, recipe, share, memory)
-    return recipe, 2 * best(architecture, recipe, share, memory).memory.total <= memory
+    found = settle(architecture, recipe, share, memory)
+    return with_layout(recipe, found), 2 * found.memory.total <= memory
 
 
 def _measure(

@@ -16,7 +16,7 @@ from raydiv.data.tokenize import tokenize
 from raydiv.data.tokens import StoredExamples, mismatched
 from raydiv.errors import UserError
 from raydiv.model.chat import Chat
-from raydiv.model.files import fingerprint, model_directory
+from raydiv.model.files import fingerprint, model_directory, require_base
 from raydiv.model.load import require_quantizer
 from raydiv.progress import Display
 from raydiv.reference import reference_logps
@@ -78,8 +78,7 @@ def read(recipe: Recipe, display: Display) -> Opened:
         require_quantizer()
     with display.phase("model and data"):
         directory = model_directory(recipe.model.id, recipe.model.revision)
-        if (directory / "adapter_config.json").is_file():
-            raise UserError(f"model.id: {recipe.model.id}: is a LoRA adapter; merge it first (raydiv export RUN DEST)")
+        require_base(recipe.model.id, directory)
         for prompts in (recipe.separation.prompts, recipe.evaluate.prompts):
             if prompts:
                 read_prompts(prompts)

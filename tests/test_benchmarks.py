@@ -13,11 +13,12 @@ from conftest import make_model
 from safetensors.torch import load_file
 from stored import indices_of, opened, recipe_of
 
-from raydiv.benchmarks import matmul, plain, training, workloads
+from raydiv.benchmarks import matmul, plain, training
 from raydiv.benchmarks.data import FAR, bench_data
 from raydiv.benchmarks.rival import PAIRED, UNPAIRED, counterpart, per_device_sizes, rows_of
 from raydiv.benchmarks.training import Timing, bench_training, summarise, training_notes, training_table
 from raydiv.benchmarks.work import Work, steps_alone
+from raydiv.bundled import w1
 from raydiv.config import Recipe, load_recipe
 from raydiv.config.recipe import Source
 from raydiv.data.sets import examples_of
@@ -81,11 +82,11 @@ def test_bench_of_data_has_every_figure(tiny_model: Path, data: Path, tmp_path: 
 
 
 def test_workload_has_the_lengths_of_compliance_refusal_data() -> None:
-    examples = read_examples(Source(path=workloads.W1))
+    examples = read_examples(Source(path=w1.W1))
     words = [len(str(one.response).split()) for one in examples]
     answers = [n for one, n in zip(examples, words, strict=True) if one.aligned != one.harmful]
     refusals = [n for one, n in zip(examples, words, strict=True) if one.aligned == one.harmful]
-    assert len(answers) == len(refusals) == workloads.PAIRS
+    assert len(answers) == len(refusals) == w1.PAIRS
     assert {one.harmful for one in examples} == {True, False}
     assert (min(refusals), max(refusals)) == (8, 15)
     assert max(answers) == 400
@@ -100,7 +101,7 @@ def test_workload_has_the_lengths_of_compliance_refusal_data() -> None:
 def small_w1(monkeypatch: pytest.MonkeyPatch) -> None:
     """W1 with a model that is made in no time."""
     small = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    monkeypatch.setattr(workloads, "MODEL", workloads.MODEL | small)
+    monkeypatch.setattr(w1, "MODEL", w1.MODEL | small)
 
 
 @pytest.mark.usefixtures("small_w1")
@@ -108,16 +109,16 @@ def test_workload_is_the_same_wherever_it_is_made(tmp_path: Path, monkeypatch: p
     found = []
     for cache in ("a", "b"):
         monkeypatch.setenv("RAYDIV_CACHE", str(tmp_path / cache))
-        directory = model_directory(workloads.W1)
-        assert directory == model_directory(workloads.W1)
+        directory = model_directory(w1.W1)
+        assert directory == model_directory(w1.W1)
         assert str(directory).startswith(str(tmp_path / cache))
-        found.append((fingerprint(directory), Chat(directory).fingerprint, workloads.w1_pairs().read_text()))
+        found.append((fingerprint(directory), Chat(directory).fingerprint, w1.w1_pairs().read_text()))
     assert found[0] == found[1]
 
 
 @pytest.mark.usefixtures("small_w1", "own_cache")
 def test_a_word_of_the_workload_is_a_token() -> None:
-    chat = Chat(model_directory(workloads.W1))
+    chat = Chat(model_directory(w1.W1))
     example = chat.example("w6 w7 w299", "w8 w9", 128, 512)
     assert example.prompt == [4, 6, 7, 299, 5]
     assert example.response == [8, 9, 2]

@@ -30,7 +30,7 @@ from raydiv.model.load import DTYPES, ModelSource, build_policy
 from raydiv.planning.amounts import amounts_of
 from raydiv.planning.architecture import SHIPPED, architecture_of, config_of
 from raydiv.planning.forecast import Plan, plan
-from raydiv.planning.layout import MARGIN, STAGES, Share, best, largest_share, layouts, settle
+from raydiv.planning.layout import MARGIN, STAGES, Share, best, largest_share, layouts, settle, with_layout
 from raydiv.planning.live import LiveBytes
 from raydiv.planning.memory import NF4, RUNTIME, Stage, memory_of
 from raydiv.planning.tested import TESTED, untested
@@ -374,19 +374,19 @@ def test_stage_rises_and_micro_batch_shrinks_with_the_memory(falcon: Recipe) -> 
 def test_lowest_stage_that_fits_is_taken_and_said(falcon: Recipe) -> None:
     architecture = architecture_of(falcon)
     for size in (45, 60, 80, 120):
-        found = settle(architecture, falcon, SHARE, size * GIB)
+        found = with_layout(falcon, settle(architecture, falcon, SHARE, size * GIB))
         at_each = {one.stage: one for one in layouts(architecture, falcon, SHARE, size * GIB)}
         assert list(at_each) == [1, 2, 3]  # bf16 has no stage 0
         assert found.engine.zero_stage == min(stage for stage, one in at_each.items() if one.fits)
         assert found.batch.tokens_per_microbatch == at_each[found.engine.zero_stage].tokens
-        assert settle(architecture, found, SHARE, size * GIB) == found
+        assert with_layout(found, settle(architecture, found, SHARE, size * GIB)) == found
 
 
 def test_what_the_recipe_fixes_is_kept_and_checked(falcon: Recipe) -> None:
     fixed = load_recipe(falcon.model_dump(mode="json", by_alias=True), ["engine.zero_stage=3"])
     fixed = load_recipe(fixed.model_dump(mode="json", by_alias=True), ["batch.tokens_per_microbatch=2048"])
     architecture = architecture_of(fixed)
-    found = settle(architecture, fixed, SHARE, 300 * GIB)
+    found = with_layout(fixed, settle(architecture, fixed, SHARE, 300 * GIB))
     assert (found.engine.zero_stage, found.batch.tokens_per_microbatch) == (3, 2048)
     with pytest.raises(UserError, match="ZeRO stage 3 with micro-batches of 2048 tokens"):
         settle(architecture, fixed, SHARE, 20 * GIB)

@@ -14,8 +14,8 @@ from urllib.parse import quote
 
 from pyarrow import fs
 
-from raydiv.benchmarks.workloads import W1, w1_pairs
 from raydiv.bundled import bundled_file
+from raydiv.bundled.w1 import W1, w1_pairs
 from raydiv.cache import digest, file_digest, shared_dir
 from raydiv.config.recipe import Source
 from raydiv.data.formats import AS_IT_IS, BadRow, Cells, Example, Reading, Record, brief

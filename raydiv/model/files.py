@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from raydiv.benchmarks.workloads import W1, w1_model
+from raydiv.bundled.w1 import W1, w1_model
 from raydiv.cache import cache_dir, digest, file_digest
 from raydiv.errors import UserError
 from raydiv.storage import atomic
@@ -25,11 +25,23 @@ def model_directory(model_id: str, revision: str | None = None) -> Path:
     path = Path(model_id).expanduser()
     if not path.exists():
         path = _from_hub(model_id, revision)
-    if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
-        raise UserError(f"model.id: {model_id}: no config.json in it, so not a Hugging Face model directory")
+    if not (path / "adapter_config.json").is_file():
+        _require_config(model_id, path)
     if not weight_files(path):
         raise UserError(f"model.id: {model_id}: holds no weights (*.safetensors); was it saved or downloaded whole?")
     return path.resolve()
+
+
+def require_base(model_id: str, directory: Path) -> None:
+    """Raises UserError where a directory holds no model to train: none at all, or adapters of one."""
+    if (directory / "adapter_config.json").is_file():
+        raise UserError(f"model.id: {model_id}: is a LoRA adapter; merge it first (raydiv export RUN DEST)")
+    _require_config(model_id, directory)
+
+
+def _require_config(model_id: str, directory: Path) -> None:
+    if not (directory / "config.json").is_file():
+        raise UserError(f"model.id: {model_id}: no config.json in it, so not a Hugging Face model directory")
 
 
 def weight_files(path: Path) -> list[Path]:

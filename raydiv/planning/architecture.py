@@ -24,7 +24,7 @@ from raydiv.config import Recipe
 from raydiv.config.recipe import Model
 from raydiv.errors import UserError
 from raydiv.model.collate import Inputs, collate
-from raydiv.model.files import model_directory
+from raydiv.model.files import model_directory, require_base
 from raydiv.model.head import LogProbHead, Weigh
 from raydiv.model.load import DTYPES, lora_config
 from raydiv.model.packing import Packing, packing_of
@@ -99,10 +99,7 @@ def at_hand(model: Model) -> Path | None:
         return model_directory(model.id)
     path = Path(model.id).expanduser()
     if path.exists():
-        if (path / "adapter_config.json").is_file():
-            raise UserError(f"model.id: {model.id}: is a LoRA adapter; merge it first (raydiv export RUN DEST)")
-        if not (path / "config.json").is_file():
-            raise UserError(f"model.id: {model.id}: no config.json in it, so not a Hugging Face model directory")
+        require_base(model.id, path)
         return path
     try:
         cached = try_to_load_from_cache(model.id, "config.json", revision=model.revision)

@@ -74,16 +74,16 @@ class Fit:
     least: int
 
 
-def settle(architecture: Architecture, recipe: Recipe, share: Share, memory: int) -> Recipe:
-    """The recipe with the lowest ZeRO stage that fits into ``memory`` bytes a worker, and micro-batches as large as fit.
+def settle(architecture: Architecture, recipe: Recipe, share: Share, memory: int) -> Fit:
+    """The lowest ZeRO stage that fits into ``memory`` bytes a worker, with micro-batches as large as fit.
 
     A lower stage sends less, and a micro-batch that is a worker's whole share makes any objective one pass. What the recipe
     fixes is kept, and checked. Raises UserError where nothing fits, with what would.
     """
     found = best(architecture, recipe, share, memory)
     if not found.fits:
-        raise UserError(too_large(architecture, recipe, share, memory))
-    return with_layout(recipe, found)
+        raise UserError(_too_large(recipe, share, memory, found))
+    return found
 
 
 def with_layout(recipe: Recipe, found: Fit) -> Recipe:
@@ -144,9 +144,8 @@ def changed(recipe: Recipe, *overrides: str) -> Recipe | None:
         return None
 
 
-def too_large(architecture: Architecture, recipe: Recipe, share: Share, memory: int) -> str:
-    """What to say where nothing fits: how much is needed, and what would do."""
-    found = best(architecture, recipe, share, memory)
+def _too_large(recipe: Recipe, share: Share, memory: int, found: Fit) -> str:
+    """What to say where nothing fits: how much the layout that needs least does need, and what would do."""
     does = what_fits(recipe, share, memory)
     advice = f"these would fit: {', or '.join(does)}" if does else "no change that raydiv knows would fit"
     return (

@@ -96,9 +96,11 @@ def run_worker(given: WorkerInput, reference: Any) -> None:
 def _packing(recipe: Recipe, probe: Probe, run: RunDirectory) -> Packing:
     """How examples are laid out in a micro-batch; where not packed, why is noted in the run's layout."""
     probe.require_known_logits()
-    packing, why = probe.packing(recipe.batch.max_length)
+    packing: Packing
     if recipe.batch.packing == "never":
         packing, why = "none", "batch.packing: never"
+    else:
+        packing, why = probe.packing(recipe.batch.max_length)
     if dist.rank() == 0:
         run.note_layout({"packing": packing, "why_not_packed": why or None})
     return packing
