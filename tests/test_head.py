@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from ranks import run_on_ranks
 from torch import Tensor
 
 from raydiv.errors import UserError
@@ -125,6 +128,64 @@ def test_values_and_gradients(architecture: str, push: bool) -> None:
     out = run_head(model, inputs, weights, push)
     torch.testing.assert_close(out, (weights * expected).sum() if push else expected, rtol=0, atol=1e-5)
     assert_same_gradients(gradients(model), wanted)
+
+
+def on_ranks(models: Path, stage: int, push: bool) -> dict[str, dict[str, np.ndarray]]:
+    """Each architecture's log-probs of this rank's half of the examples, and gradients summed over ranks; runs on a rank."""
+    from deepspeed.utils import safe_get_full_grad
+
+    import raydiv.engine as engine_module
+    from raydiv import dist
+    from raydiv.config import load_recipe
+    from raydiv.model.load import build_policy
+
+    head_module.chunk_tokens = lambda vocabulary: 4
+    engine_module.PERSISTENT_ELEMENTS = 0  # everything is partitioned, however small
+    recipe = load_recipe(
+        {
+            "model": {"id": "none"},
+            "loss": {"type": "dpo"},
+            "optim": {"steps": 1, "lr": 0.1},
+            "engine": {"zero_stage": stage},
+        }
+    )
+    inputs = collate(EXAMPLES[dist.rank() :: 2])
+    weights = coefficients(len(inputs.targets))
+    found = {}
+    for architecture in ARCHITECTURES:
+        built = partial(build_policy, models / architecture, recipe.model, torch.float32)
+        engine = engine_module.Engine(recipe, built)
+        head = LogProbHead(engine.model)
+        head.aim(inputs.rows, inputs.columns, inputs.targets)
+        with torch.no_grad():
+            logps = engine(**inputs.arguments()).logits
+        head.aim(inputs.rows, inputs.columns, inputs.targets, (lambda part, _: weights[part]) if push else None)
+        out = engine(**inputs.arguments()).logits
+        engine.backward(out if push else (weights * out).sum(), last=True)
+        grads = {name: safe_get_full_grad(parameter) for name, parameter in engine.model.named_parameters()}
+        found[architecture] = {"logps": logps.numpy(), **{name: grad.numpy() for name, grad in grads.items()}}
+        engine.close()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "push"), [(0, True), (3, False), (3, True)])
+def test_values_and_gradients_under_zero(stage: int, push: bool, tmp_path: Path) -> None:
+    for architecture in ARCHITECTURES:
+        build(architecture).save_pretrained(tmp_path / architecture)
+    found = run_on_ranks(on_ranks, 2, tmp_path, tmp_path, stage, push)
+    for architecture in ARCHITECTURES:
+        model = build(architecture)
+        for rank, of_rank in enumerate(found):
+            inputs = collate(EXAMPLES[rank::2])
+            expected = expected_logps(model, inputs)
+            (coefficients(len(inputs.targets)) * expected).sum().backward()  # type: ignore[no-untyped-call]
+            logps = of_rank[architecture]["logps"]
+            np.testing.assert_allclose(logps, expected.detach().numpy(), rtol=0, atol=1e-5, err_msg=architecture)
+        wanted = gradients(model)
+        for of_rank in found:
+            grads = {name: torch.from_numpy(of_rank[architecture][name]) for name in wanted}
+            assert_same_gradients(grads, wanted)
 
 
 @every_architecture

@@ -62,8 +62,7 @@ FALCON = ("engine.precision=bf16", "cluster.use_gpu=true", "cluster.worker_memor
 
 @pytest.mark.parametrize("name", TOTALS)
 def test_parameters_are_as_many_as_published(name: str) -> None:
-    attention = "eager" if "gemma" in name else "sdpa"
-    architecture = architecture_of(recipe_of(name, f"model.attention={attention}"))
+    architecture = architecture_of(recipe_of(name))
     assert architecture.parameters == pytest.approx(TOTALS[name], rel=0.005)
     assert architecture.trainable == architecture.parameters == sum(architecture.tensors)
 
@@ -98,8 +97,8 @@ def test_unknown_model_without_a_hub_lists_what_is_known(monkeypatch: pytest.Mon
 
 
 def test_attention_that_a_model_lacks_is_refused_with_what_it_has() -> None:
-    with pytest.raises(UserError, match=r"model\.attention=eager"):
-        architecture_of(recipe_of("google/gemma-2-2b"))
+    with pytest.raises(UserError, match=r"model\.attention=auto"):
+        architecture_of(recipe_of("google/gemma-2-2b", "model.attention=sdpa"))
 
 
 def test_a_directory_with_its_config_alone_is_enough(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def _trainer(settings: Mapping[str, Any], folder: Path, accumulated: int, data: 
     import trl
 
     from raydiv.config.recipe import Lora
-    from raydiv.model.load import lora_config
+    from raydiv.model.load import implementation, lora_config
 
     kind = "DPO" if settings["loss"]["type"] in PAIRED else "KTO"
     config, trainer = getattr(trl, f"{kind}Config"), getattr(trl, f"{kind}Trainer")
@@ -160,7 +160,7 @@ def _trainer(settings: Mapping[str, Any], folder: Path, accumulated: int, data: 
         # under bf16 the weights that are trained stay in fp32, as raydiv's master weights do
         model_init_kwargs={
             "dtype": "bfloat16" if bf16 and lora else "float32",
-            "attn_implementation": settings["attention"],
+            "attn_implementation": implementation(settings["attention"]),
             "trust_remote_code": settings["trust_remote_code"],
         },
         seed=settings["seed"],

@@ -52,7 +52,9 @@ class Model(Section):
     id: str = Field(description="a Hugging Face directory, a hub id, or bundled:smollm2-135m-instruct")
     revision: str | None = None
     lora: Lora | None = None
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        default="auto", description="auto: sdpa where the architecture has it, else eager (such as Gemma 2)"
+    )
     trust_remote_code: bool = False
     quantization: Literal["nf4"] | None = Field(
         default=None, description="frozen base weights in 4 bits under LoRA (needs the extra: raydiv[quantized])"

@@ -26,7 +26,7 @@ class ModelSource:
 
     directory: Path
     template: str | None = None
-    attention: str = "sdpa"
+    attention: str = "auto"
     trust_remote_code: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
     quantization: Literal["nf4"] | None = None
@@ -81,6 +81,11 @@ def build_policy(directory: Path, section: Model, dtype: Any) -> Any:
         raise UserError(f"model.lora.target_modules: {section.lora.target_modules}: {reason}") from None
 
 
+def implementation(attention: str) -> str | None:
+    """``model.attention`` as transformers takes it, which chooses by itself where nothing is said."""
+    return None if attention == "auto" else attention
+
+
 def lora_config(lora: Lora) -> Any:
     """The section as peft has it."""
     from peft import LoraConfig
@@ -103,7 +108,7 @@ def _from_pretrained(
         return AutoModelForCausalLM.from_pretrained(
             str(directory),
             dtype=dtype,
-            attn_implementation=attention,
+            attn_implementation=implementation(attention),
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             **(_quantized(quantization, dtype) if quantization else {}),

@@ -26,7 +26,7 @@ from raydiv.errors import UserError
 from raydiv.model.collate import Inputs, collate
 from raydiv.model.files import model_directory, require_base
 from raydiv.model.head import LogProbHead, Weigh
-from raydiv.model.load import DTYPES, lora_config
+from raydiv.model.load import DTYPES, implementation, lora_config
 from raydiv.model.packing import Packing, packing_of
 from raydiv.planning.live import LiveBytes
 
@@ -194,11 +194,11 @@ def _on_meta(config: Any, model: Model, dtype: torch.dtype) -> Any:
     try:
         with torch.device("meta"):
             whole = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attention, trust_remote_code=model.trust_remote_code
+                config, dtype=dtype, attn_implementation=implementation(attention), trust_remote_code=model.trust_remote_code
             )
     except (ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
-        hint = "; model.attention=eager may do" if "attention implementation" in reason else ""
+        hint = "; model.attention=auto takes what it has" if "attention implementation" in reason else ""
         raise UserError(
             f"model.id: {model.id}: cannot be made with model.attention {attention}{hint}: {reason}"
         ) from None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from raydiv.config import Recipe
 
 TESTED: dict[tuple[str, ...], set[tuple[object, ...]]] = {
-    ("model.attention",): {("sdpa",), ("eager",)},
+    ("model.attention",): {("auto",), ("sdpa",), ("eager",)},
     ("model.trust_remote_code",): {(False,)},
     ("cluster.use_gpu",): {(False,)},
     ("cluster.num_workers",): {(1,), (2,), (3,), (4,)},
