@@ -104,14 +104,16 @@ def _parser() -> argparse.ArgumentParser:
     bench = _command(commands, "bench", _bench, "how fast this machine is with a recipe, beside the plain way")
     bench.add_argument("recipe", metavar="RECIPE", help="a YAML file")
     bench.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
-    bench.add_argument("--part", choices=["train", "data"], default="train", help="what is timed (default: train)")
+    bench.add_argument(
+        "--part", choices=["train", "data", "start"], default="train", help="what is timed (default: train)"
+    )
     bench.add_argument(
         "--against",
         action="append",
         choices=["loop", "trl"],
         help="train: beside plain PyTorch, which shows what the hardware allows, or TRL; may be repeated (default: loop)",
     )
-    bench.add_argument("--steps", type=int, help="updates that are timed (default: train 6, data 20)")
+    bench.add_argument("--steps", type=int, help="train, data: updates that are timed (default: train 6, data 20)")
     bench.add_argument("--warmup", type=int, help="train: updates before those (default: 2)")
     bench.add_argument("--repeats", type=int, help="how often each is timed, in turn (default: 3)")
     bench.add_argument(
@@ -417,14 +419,20 @@ def _bench(options: argparse.Namespace) -> int:
     from raydiv.config import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
-    for part, names in (("train", ("against", "warmup")), ("data", ("rows",))):
-        for name in names:
-            if part != options.part and getattr(options, name) is not None:
-                raise UserError(f"--{name}: means nothing without --part {part}")
-    given = {name: getattr(options, name) for name in ("steps", "repeats", "rows", "against", "warmup")}
-    given = {name: value for name, value in given.items() if value is not None}
+    apply = {
+        "train": {"repeats", "steps", "against", "warmup"},
+        "data": {"repeats", "steps", "rows"},
+        "start": {"repeats"},
+    }
+    names = ("repeats", "steps", "against", "warmup", "rows")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    for name in given:
+        if name not in apply[options.part]:
+            raise UserError(f"--{name}: means nothing with --part {options.part}")
     if options.part == "data":
         return _bench_data(recipe, given, options)
+    if options.part == "start":
+        return _bench_start(recipe, given, options)
     from raydiv.benchmarks.training import bench_training, training_notes, training_table
 
     found = bench_training(recipe, **given)
@@ -449,6 +457,14 @@ def _bench_data(recipe: Any, given: dict[str, Any], options: argparse.Namespace)
             _table([name, ""], [(key, f"{value:,.4g}") for key, value in found[name].items()])
 
     _print(options, found, show)
+    return 0
+
+
+def _bench_start(recipe: Any, given: dict[str, Any], options: argparse.Namespace) -> int:
+    from raydiv.benchmarks.start import bench_start, start_table
+
+    found = bench_start(recipe, **given)
+    _print(options, found, lambda: _table(*start_table(found)))
     return 0
 
 

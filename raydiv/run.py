@@ -35,7 +35,7 @@ class RunDirectory:
         self.picture = self.separation / "pca.png"
         self.ray = path / "ray"
         self._layout = path / "layout.json"
-        self._metrics = path / "metrics.jsonl"
+        self.metrics_file = path / "metrics.jsonl"
 
     @classmethod
     def of(cls, recipe: Recipe) -> RunDirectory:
@@ -57,7 +57,7 @@ class RunDirectory:
         """Make the directory this recipe's, without what an attempt that never got to train may have left."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._metrics.unlink(missing_ok=True)
+            self.metrics_file.unlink(missing_ok=True)
             save_recipe(recipe, self.recipe)
         except OSError as error:
             raise UserError(f"output_dir: {self.path} cannot be written: {error.strerror}") from None
@@ -83,12 +83,12 @@ class RunDirectory:
     def log(self, record: Metrics) -> None:
         """Append a line to metrics.jsonl; an empty record is none."""
         if record:
-            with self._metrics.open("a") as lines:
+            with self.metrics_file.open("a") as lines:
                 lines.write(json.dumps(record) + "\n")
 
     def metrics(self) -> list[Metrics]:
         """The lines of metrics.jsonl."""
-        return [json.loads(line) for line in self._metrics.read_text().splitlines()]
+        return [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
 
     def steps_taken(self) -> int:
         """Optimizer updates so far."""
@@ -120,8 +120,8 @@ class RunDirectory:
 
     def _lines_from(self, offset: int) -> list[bytes]:
         """Whole lines after byte ``offset``."""
-        if not self._metrics.exists():
+        if not self.metrics_file.exists():
             return []
-        with self._metrics.open("rb") as content:
+        with self.metrics_file.open("rb") as content:
             content.seek(offset)
             return [line for line in content if line.endswith(b"\n")]

@@ -36,7 +36,7 @@ ROOMS = [
 
 LIBRARIES = {
     "ray": {"session", "pool", "launch", "reference", "training.worker", "benchmarks"},
-    "deepspeed": {"engine"},
+    "deepspeed": {"engine", "benchmarks.hello"},
     "mlflow": {"track"},
     "transformers": {"model", "engine", "planning.architecture", "benchmarks", "bundled.w1"},
     "peft": {"model", "planning.architecture"},

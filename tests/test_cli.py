@@ -287,9 +287,10 @@ def test_aligned_examples_alone_are_enough_for_sft_only(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--rows", "1000"], "--rows: means nothing without --part data"),
-        (["--part", "data", "--against", "trl"], "--against: means nothing without --part train"),
-        (["--part", "data", "--warmup", "1"], "--warmup: means nothing without --part train"),
+        (["--rows", "1000"], "--rows: means nothing with --part train"),
+        (["--part", "data", "--against", "trl"], "--against: means nothing with --part data"),
+        (["--part", "data", "--warmup", "1"], "--warmup: means nothing with --part data"),
+        (["--part", "start", "--steps", "1"], "--steps: means nothing with --part start"),
         (["--against", "loop", "--against", "trl"], "no kldo to compare with"),
         (["--steps", "0"], "--steps: 0: must be 1 or more"),
         (["model.id=bundled:w2"], "bundled:w1"),

@@ -194,7 +194,10 @@ def _on_meta(config: Any, model: Model, dtype: torch.dtype) -> Any:
     try:
         with torch.device("meta"):
             whole = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=implementation(attention), trust_remote_code=model.trust_remote_code
+                config,
+                dtype=dtype,
+                attn_implementation=implementation(attention),
+                trust_remote_code=model.trust_remote_code,
             )
     except (ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -1,0 +1,84 @@
+"""``raydiv bench --part start``: seconds from the command to the first step, beside the least that Ray and DeepSpeed take."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from raydiv.benchmarks.hello import STEPPED
+from raydiv.benchmarks.work import steps_alone
+from raydiv.config import Recipe, save_recipe
+from raydiv.launch import versions
+from raydiv.preparation import prepare
+from raydiv.progress import Display
+from raydiv.run import RunDirectory
+from raydiv.session import worker_environment
+
+
+def bench_start(recipe: Recipe, repeats: int = 3, display: Display | None = None) -> dict[str, Any]:
+    """Time ``raydiv train`` from the start of its process to the end of its first step, data and reference being prepared.
+
+    Beside it, in turn, stands a bare ``TorchTrainer`` whose workers, as many, make a DeepSpeed step of one small layer.
+    Returns medians of both in seconds, and ``over``: the median of what raydiv takes more, within a turn.
+    """
+    display = display or Display()
+    recipe = steps_alone(recipe, 1)
+    prepare(recipe, display)
+    turns = []
+    for number in range(repeats):
+        with display.phase(f"turn {number + 1} of {repeats}"):
+            turns.append({"raydiv": _raydiv(recipe), "hello": _hello(recipe)})
+    return {
+        "cpus": os.cpu_count(),
+        "workers": recipe.cluster.num_workers,
+        "repeats": repeats,
+        "versions": versions(),
+        **{f"{name}_seconds": statistics.median(turn[name] for turn in turns) for name in ("raydiv", "hello")},
+        "over_seconds": statistics.median(turn["raydiv"] - turn["hello"] for turn in turns),
+        "turns": turns,
+    }
+
+
+def _raydiv(recipe: Recipe) -> float:
+    """Seconds to the first line of metrics, which a run of one step and no measurement logs when the step is done."""
+    with tempfile.TemporaryDirectory() as folder:
+        track = recipe.track.model_copy(update={"uri": f"sqlite:///{folder}/mlflow.db"})
+        recipe = recipe.model_copy(update={"output_dir": folder, "track": track})
+        path = Path(folder) / "recipe.yaml"
+        save_recipe(recipe, path)
+        return _seconds_until(RunDirectory.of(recipe).metrics_file, ["raydiv", "train", str(path), "--json"], recipe)
+
+
+def _hello(recipe: Recipe) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        given = [str(recipe.cluster.num_workers), str(recipe.cluster.use_gpu), folder]
+        return _seconds_until(Path(folder) / STEPPED, ["raydiv.benchmarks.hello", *given], recipe)
+
+
+def _seconds_until(written: Path, module: Sequence[str], recipe: Recipe) -> float:
+    """Run a module of ours to its end; seconds from its start until it last wrote a file."""
+    environment: Mapping[str, str] = os.environ | worker_environment(recipe.cluster)
+    started = time.time()
+    run = subprocess.run(  # noqa: S603 - our own module
+        [sys.executable, "-m", *module], capture_output=True, text=True, check=False, env=environment
+    )
+    if run.returncode:
+        last = (run.stderr.strip().splitlines() or ["killed, as for want of memory"])[-1]
+        raise RuntimeError(f"{module[0]}: status {run.returncode}: {last[:300]}")
+    return written.stat().st_mtime - started
+
+
+def start_table(found: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Header and rows of what ``bench_start`` returns."""
+    return ["", "s to the first step"], [
+        ("raydiv train", f"{found['raydiv_seconds']:.1f}"),
+        ("bare TorchTrainer and DeepSpeed", f"{found['hello_seconds']:.1f}"),
+        ("more", f"{found['over_seconds']:.1f}"),
+    ]
