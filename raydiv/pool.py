@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -79,9 +81,30 @@ def stream_through(
     return _through(source, worker, arguments, cluster, 1, actors=actors or len(makers), model=model)
 
 
-def stream(makers: Sequence[Callable[[], Iterable[Any]]], ahead: int) -> Generator[Any, None, None]:
-    """Rows that ``makers`` make in tasks of their own, in order, about ``ahead`` of them before they are asked for."""
-    yield from _read(_made(makers, at_once=2), batch_size=1, prefetch_batches=ahead)
+class Stream:
+    """Rows that ``makers`` make in tasks of their own, in order, about ``ahead`` of them before they are asked for.
+
+    Tasks take seconds to start. They do so at once, aside, and not when the first row is asked for.
+    """
+
+    def __init__(self, makers: Sequence[Callable[[], Iterable[Any]]], ahead: int) -> None:
+        self._rows = _ahead(makers, ahead)
+        self._aside = ThreadPoolExecutor(1, thread_name_prefix="stream")
+        self._first = self._aside.submit(lambda: [*islice(self._rows, 1)])
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self._first.result()
+        yield from self._rows
+
+    def close(self) -> None:
+        """Stop making rows."""
+        self._aside.shutdown()
+        self._rows.close()
+
+
+def _ahead(makers: Sequence[Callable[[], Iterable[Any]]], ahead: int) -> Generator[Any, None, None]:
+    if makers:
+        yield from _read(_made(makers, at_once=2), batch_size=1, prefetch_batches=ahead)
 
 
 def _cells(rows: Iterable[Any]) -> pa.Table:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +23,28 @@ def tracking_uri(recipe: Recipe) -> str:
 
 
 class Tracker:
-    """One MLflow run. What could not be sent is kept in order and tried again with the next call, and at the end."""
+    """One MLflow run. What could not be sent is kept in order and tried again with the next call, and at the end.
+
+    A thread of its own does the sending: nothing waits for a server, nor for MLflow to be loaded.
+    """
 
     def __init__(self, recipe: Recipe, tags: Mapping[str, str], warn: Warn) -> None:
-        from mlflow import MlflowClient
-
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         logging.getLogger("alembic").setLevel(logging.ERROR)
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         self.uri = tracking_uri(recipe)
-        self._client = MlflowClient(self.uri)
         self._warn = warn
         self._warned = False
         self._waiting: list[Callable[[], object]] = []
-        self.run_id: str | None = None
+        self._run_id: str | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
         self._submit(lambda: self._start(recipe, tags))
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's name of the run; None while the server is away. Waits until all that was logged has been tried."""
+        return self._thread.submit(lambda: self._run_id).result()
 
     def metrics(self, record: Metrics) -> None:
         """Log one line of metrics.jsonl."""
@@ -50,7 +58,14 @@ class Tracker:
     def finish(self, status: str = "FINISHED") -> bool:
         """End the run; returns whether everything was sent."""
         self._submit(lambda: self._client.set_terminated(self._run(), status))
+        self._thread.shutdown()
         return not self._waiting
+
+    @cached_property
+    def _client(self) -> Any:
+        from mlflow import MlflowClient
+
+        return MlflowClient(self.uri)
 
     def _start(self, recipe: Recipe, tags: Mapping[str, str]) -> None:
         experiment = self._client.get_experiment_by_name(recipe.track.experiment)
@@ -59,7 +74,7 @@ class Tracker:
             if experiment
             else self._client.create_experiment(recipe.track.experiment, artifact_location=self._artifacts(recipe))
         )
-        self.run_id = self._client.create_run(experiment_id, run_name=recipe.name, tags=dict(tags)).info.run_id
+        self._run_id = self._client.create_run(experiment_id, run_name=recipe.name, tags=dict(tags)).info.run_id
         from mlflow.entities import Param
 
         parameters = [
@@ -81,10 +96,13 @@ class Tracker:
         self._client.log_batch(self._run(), metrics=[Metric(name, value, now, step) for name, value in values.items()])
 
     def _run(self) -> str:
-        assert self.run_id is not None
-        return self.run_id
+        assert self._run_id is not None
+        return self._run_id
 
     def _submit(self, call: Callable[[], object]) -> None:
+        self._thread.submit(self._try, call)
+
+    def _try(self, call: Callable[[], object]) -> None:
         self._waiting.append(call)
         while self._waiting:
             try:

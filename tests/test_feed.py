@@ -160,14 +160,23 @@ def test_steps_are_streamed_in_order_from_any_step(examples: ExampleSet, monkeyp
     feed = Feed(examples, order, Share(Layout(30, 2, "pair"), 0, trains=True, scores=False))
     made = []
 
-    def here(makers: Sequence[Callable[[], Iterable[Any]]], ahead: int) -> Iterator[Any]:
-        made.append(len(makers))
-        for maker in makers:
-            yield from maker()
+    class Here:
+        def __init__(self, makers: Sequence[Callable[[], Iterable[Any]]], ahead: int) -> None:
+            made.append(len(makers))
+            self._makers = makers
 
-    monkeypatch.setattr(module, "stream", here)
+        def __iter__(self) -> Iterator[Any]:
+            for maker in self._makers:
+                yield from maker()
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(module, "Stream", Here)
     monkeypatch.setattr(module, "WINDOW", 4)
-    for start, stop, windows in [(0, 4, 1), (0, 9, 3), (3, 12, 3), (11, 12, 1)]:
+    monkeypatch.setattr(module, "AHEAD", 1)
+    # the first step is read by the rank itself
+    for start, stop, windows in [(0, 4, 1), (0, 9, 2), (3, 12, 2), (11, 12, 0)]:
         steps = list(stream_steps(feed, lambda: pickle.loads(pickle.dumps(feed)), start, stop))
         assert [plan.step for plan, _ in steps] == [chosen.number for _, chosen in steps] == list(range(start, stop))
         assert made[-1] == windows

@@ -367,8 +367,9 @@ def test_probe_refuses_logits_that_are_treated_in_an_unknown_way() -> None:
         output.logits = 2 * output.logits
         return output
 
-    with pytest.raises(UserError, match="Llama models treat their logits"):
-        probe(model, doubled).require_known_logits()
+    for ask in (probe(model, doubled).require_known_logits, lambda: probe(model, doubled).packing(8)):
+        with pytest.raises(UserError, match="Llama models treat their logits"):
+            ask()
 
 
 PACKED = [name for name in ARCHITECTURES if name != "gemma2"]
@@ -387,7 +388,7 @@ def test_models_that_cannot_be_packed_say_why() -> None:
     assert probe(build("gemma2")).packing(8) == ("none", "eager attention knows no boundaries within a row")
     blind = build("llama")
     blind.forward = lambda input_ids, attention_mask: None
-    assert probe(blind).packing(8) == ("none", "its forward takes no positions")
+    assert packing_module.packing_of(blind, 8) == ("none", "its forward takes no positions")
 
 
 def test_probe_unmasks_examples_that_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import ray
 
 from raydiv.config.recipe import Cluster
 from raydiv.errors import UserError
-from raydiv.pool import map_rows, stream, stream_through
+from raydiv.pool import Stream, map_rows, stream_through
 from raydiv.session import ray_session
 
 pytestmark = pytest.mark.slow
@@ -62,7 +62,7 @@ def makers(wrong: int | None = None) -> list[Any]:
 def test_rows_come_in_the_order_of_their_makers() -> None:
     through = stream_through(makers(), Doubles, {}, cluster=Cluster(), model=False)
     assert list(through) == [2 * number for number in range(20)]
-    assert list(stream(makers(), ahead=3)) == list(range(20))
+    assert list(Stream(makers(), ahead=3)) == list(range(20))
 
 
 def test_rows_come_back_in_their_own_order_whatever_their_length() -> None:

@@ -38,8 +38,9 @@ def test_the_store_is_the_recipes_then_the_environments_then_sqlite(
 def test_an_outage_delays_metrics_in_order_and_warns_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     warnings: list[str] = []
     tracker = Tracker(recipe(tmp_path), {"data.fingerprint": "f"}, warnings.append)
-    assert tracker.run_id is not None
     tracker.metrics({"step": 1, "loss": 3.0})
+    run_id = tracker.run_id  # all before this was sent
+    assert run_id is not None
     send = MlflowClient.log_batch
 
     def away(*_: Any, **__: Any) -> None:
@@ -48,13 +49,14 @@ def test_an_outage_delays_metrics_in_order_and_warns_once(tmp_path: Path, monkey
     monkeypatch.setattr(MlflowClient, "log_batch", away)
     tracker.metrics({"step": 2, "loss": 2.0})
     tracker.metrics({"step": 3, "loss": 1.0})
+    assert tracker.run_id == run_id
     monkeypatch.setattr(MlflowClient, "log_batch", send)
     assert tracker.finish()
     assert len(warnings) == 1
     client = MlflowClient(tracker.uri)
-    history = client.get_metric_history(tracker.run_id, "loss")
+    history = client.get_metric_history(run_id, "loss")
     assert [(metric.step, metric.value) for metric in history] == [(1, 3.0), (2, 2.0), (3, 1.0)]
-    run = client.get_run(tracker.run_id)
+    run = client.get_run(run_id)
     assert run.data.params["loss.type"] == "dpo"
     assert run.data.tags["data.fingerprint"] == "f"
 

@@ -23,39 +23,54 @@ EXAMPLES = (([3, 4, 5, 6], [7, 8, 9, 10]), ([11], [12, 13]), ([14, 15, 16], [3, 
 
 
 class Probe:
-    """Forwards of ``head``'s model as ``forward`` (the model itself, or its engine) makes them, in evaluation mode."""
+    """Forwards of ``head``'s model as ``forward`` (the model itself, or its engine) makes them, in evaluation mode.
+
+    They are few: under ZeRO-3 each gathers the whole model.
+    """
 
     def __init__(self, head: LogProbHead, model: Any, forward: Callable[..., Any], device: torch.device) -> None:
         self._head, self._model, self._forward, self._device = head, model, forward, device
 
     def require_known_logits(self) -> None:
         """Raises UserError for an architecture that does more to its logits than LogitRule knows."""
-        inputs = collate(EXAMPLES[:1]).to(self._device)
         with self._evaluating():
-            self._head.remove()
-            logits = self._forward(**inputs.arguments()).logits
-            self._head.install()
-            own = logits.float().log_softmax(-1)[inputs.rows, inputs.columns, inputs.targets]
-            found = self._scores(inputs)
-        if not self._close(found, own):
-            raise UserError(
-                f"model.id: {type(self._model.config.get_text_config()).__name__.removesuffix('Config')} models treat their "
-                f"logits in a way that raydiv does not know (log-probs differ by up to {float((found - own).abs().max()):.2g})"
-            )
+            self._require(self._expected())
 
     def packing(self, longest: int) -> tuple[Packing, str]:
-        """How the model takes examples of up to ``longest`` tokens, and why not packed where it is not."""
+        """How the model takes examples of up to ``longest`` tokens, and why not packed where it is not.
+
+        Raises UserError as ``require_known_logits`` does.
+        """
         packing, why = packing_of(self._model, longest)
-        if packing == "none":
-            return packing, why
         with self._evaluating():
-            alone = torch.cat([self._scores(collate([example]).to(self._device)) for example in EXAMPLES])
-            together = self._scores(collate(EXAMPLES, packing).to(self._device))
-        if not self._close(together, alone):
-            return "none", f"packed log-probs differ by up to {float((together - alone).abs().max()):.2g}"
-        return packing, ""
+            expected = self._expected()
+            if packing != "none":
+                packed = self._scores(collate(EXAMPLES, packing))
+                if self._close(packed, expected):
+                    return packing, ""
+                why = f"packed log-probs differ by up to {_farthest(packed, expected)}"
+            self._require(expected)
+        return "none", why
+
+    def _expected(self) -> Tensor:
+        """Log-probs of the examples by the model's own logits."""
+        inputs = collate(EXAMPLES).to(self._device)
+        self._head.remove()
+        logits = self._forward(**inputs.arguments()).logits
+        self._head.install()
+        return logits[inputs.rows, inputs.columns].float().log_softmax(-1).gather(1, inputs.targets[:, None]).squeeze(1)  # type: ignore[no-any-return]
+
+    def _require(self, expected: Tensor) -> None:
+        found = self._scores(collate(EXAMPLES))
+        if not self._close(found, expected):
+            kind = type(self._model.config.get_text_config()).__name__.removesuffix("Config")
+            raise UserError(
+                f"model.id: {kind} models treat their logits in a way that raydiv does not know (log-probs differ by up to "
+                f"{_farthest(found, expected)})"
+            )
 
     def _scores(self, inputs: Inputs) -> Tensor:
+        inputs = inputs.to(self._device)
         self._head.aim(inputs.rows, inputs.columns, inputs.targets)
         return self._forward(**inputs.arguments()).logits  # type: ignore[no-any-return]
 
@@ -72,3 +87,7 @@ class Probe:
                 yield
         finally:
             self._model.train(training)
+
+
+def _farthest(found: Tensor, expected: Tensor) -> str:
+    return f"{float((found - expected).abs().max()):.2g}"

@@ -12,14 +12,17 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from raydiv.bundled import FOLDER
+from raydiv.cache import cache_dir, digest, file_digest
 from raydiv.config import Recipe
 from raydiv.config.recipe import Model
 from raydiv.errors import UserError
@@ -29,6 +32,7 @@ from raydiv.model.head import LogProbHead, Weigh
 from raydiv.model.load import DTYPES, implementation, lora_config
 from raydiv.model.packing import Packing, packing_of
 from raydiv.planning.live import LiveBytes
+from raydiv.storage import atomic
 
 SHIPPED = FOLDER / "architectures"
 """Configs of models that are planned for without a hub; README.md beside them says where they are from."""
@@ -89,6 +93,9 @@ class Architecture:
     def up_to(self, elements: int) -> int:
         """Elements in parameters that are no larger than ``elements``."""
         return sum(size for size in self.tensors if size <= elements)
+
+
+_ARCHITECTURE = TypeAdapter(Architecture)
 
 
 def at_hand(model: Model) -> Path | None:
@@ -157,9 +164,32 @@ def architecture_of(recipe: Recipe) -> Architecture:
 
 @cache
 def _measured(section: str, precision: str, checkpointing: bool, may_pack: bool, max_length: int) -> Architecture:
-    """``architecture_of``, of what it depends on."""
+    """``architecture_of``, of what it depends on; kept on disk, since a run should not wait for it twice."""
     model = Model.model_validate_json(section)
-    config, dtype = config_of(model), DTYPES[precision]
+    config = config_of(model)
+    options = (precision, checkpointing, may_pack, max_length)
+    if model.trust_remote_code:  # code that may be another tomorrow
+        return _tried(config, model, *options)
+    note = cache_dir("architectures") / digest(config.to_dict(), section, options, _code())
+    if not note.exists():
+        found = _tried(config, model, *options)
+        with atomic(note) as temporary:
+            temporary.write_bytes(_ARCHITECTURE.dump_json(found))
+    return _ARCHITECTURE.validate_json(note.read_bytes())
+
+
+def _code() -> list[str]:
+    """What an architecture's sizes depend on beside its config: libraries, and what of raydiv is run."""
+    package = Path(__file__).parents[1]
+    own = [file_digest(path) for room in ("model", "planning") for path in sorted((package / room).glob("*.py"))]
+    return [metadata.version(name) for name in ("torch", "transformers", "peft")] + own
+
+
+def _tried(
+    config: Any, model: Model, precision: str, checkpointing: bool, may_pack: bool, max_length: int
+) -> Architecture:
+    """Make the model on the meta device, and run a few of its layers."""
+    dtype = DTYPES[precision]
     whole = _on_meta(config, model, dtype)
     packing = packing_of(whole, max_length)[0] if may_pack else "none"
     text, head = config.get_text_config(), whole.get_output_embeddings()

@@ -16,7 +16,7 @@ import torch
 
 from raydiv.data.plan import Layout, Plan, StepPlan
 from raydiv.data.tokens import StoredExamples, TokenizedExamples
-from raydiv.pool import stream
+from raydiv.pool import Stream
 from raydiv.training.step import StepExamples
 
 AHEAD = 4
@@ -106,12 +106,17 @@ def parts(feed: Feed, count: int) -> Iterator[StepExamples]:
 def stream_steps(
     feed: Feed, again: Callable[[], Feed], start: int, stop: int
 ) -> Iterator[tuple[StepPlan, StepExamples]]:
-    """Steps ``start`` to ``stop``, read ahead by Ray Data tasks; ``again`` makes the same feed where these run."""
-    makers = [partial(_read_steps, again, first, min(first + WINDOW, stop)) for first in range(start, stop, WINDOW)]
-    with closing(stream(makers, AHEAD)) as rows:
-        for number, held in enumerate(rows, start=start):
+    """Steps ``start`` to ``stop``, read ahead by Ray Data tasks; ``again`` makes the same feed where these run.
+
+    The first few are read here: tasks take seconds to start, and do so meanwhile.
+    """
+    streamed = min(start + AHEAD, stop)
+    makers = [partial(_read_steps, again, first, min(first + WINDOW, stop)) for first in range(streamed, stop, WINDOW)]
+    with closing(Stream(makers, AHEAD)) as stream:
+        rows = iter(stream)
+        for number in range(start, stop):
             plan = feed.plan.step(number)
-            yield plan, feed.step(plan, held)
+            yield plan, feed.step(plan, feed.read(number) if number < streamed else next(rows))
 
 
 def _read_steps(again: Callable[[], Feed], start: int, stop: int) -> Iterator[tuple[Held, Held]]:

@@ -95,9 +95,9 @@ def run_worker(given: WorkerInput, reference: Any) -> None:
 
 def _packing(recipe: Recipe, probe: Probe, run: RunDirectory) -> Packing:
     """How examples are laid out in a micro-batch; where not packed, why is noted in the run's layout."""
-    probe.require_known_logits()
     packing: Packing
     if recipe.batch.packing == "never":
+        probe.require_known_logits()
         packing, why = "none", "batch.packing: never"
     else:
         packing, why = probe.packing(recipe.batch.max_length)
