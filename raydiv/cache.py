@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from importlib import metadata
 from pathlib import Path
 
 from raydiv.storage import Folder, atomic
@@ -32,6 +33,13 @@ def shared_dir(*parts: str) -> Folder:
 def digest(*parts: object) -> str:
     """128-bit hexadecimal digest of the parts' JSON."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def code(*rooms: str) -> list[str]:
+    """What running a model gives depends on this beside the model: libraries, and the source of raydiv's ``rooms``."""
+    package = Path(__file__).parent
+    own = [file_digest(path) for room in rooms for path in sorted((package / room).glob("*.py"))]
+    return [metadata.version(name) for name in ("torch", "transformers", "peft")] + own
 
 
 def file_digest(path: Path) -> str:

@@ -349,6 +349,30 @@ def test_a_forward_between_score_and_backward_changes_nothing(architecture: str)
     assert_same_gradients(gradients(model), wanted)
 
 
+@pytest.mark.usefixtures("own_cache")
+def test_what_a_probe_found_is_kept_for_models_like_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    forwards = 0
+
+    def counted(model: Any) -> Callable[..., Any]:
+        def forward(**inputs: Any) -> Any:
+            nonlocal forwards
+            forwards += 1
+            return model(**inputs)
+
+        return forward
+
+    for architecture, expected in (("llama", 2), ("llama", 2), ("qwen2", 2 + 2), ("llama-tied", 2 + 2 + 2)):
+        model = build(architecture)
+        assert probe(model, counted(model)).packing(4) == ("mask", "")
+        assert forwards == expected, architecture
+    model = build("llama")
+    probe(model, counted(model)).packing(8)
+    assert forwards == 8
+    model.config.auto_map = {"AutoModelForCausalLM": "somebody--modeling.Llama"}
+    probe(model, counted(model)).packing(8)
+    assert forwards == 10
+
+
 def probe(model: Any, forward: Callable[..., Any] | None = None) -> Probe:
     return Probe(LogProbHead(model), model, forward or model, torch.device("cpu"))
 
@@ -358,6 +382,7 @@ def test_probe_passes_the_architectures_that_it_serves(name: str) -> None:
     probe(build(name)).require_known_logits()
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_probe_refuses_logits_that_are_treated_in_an_unknown_way() -> None:
     model = build("llama")
     plain = model.forward
@@ -376,6 +401,7 @@ PACKED = [name for name in ARCHITECTURES if name != "gemma2"]
 """Gemma 2 caps its attention scores, which no fused attention does."""
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_sliding_windows_are_packed_up_to_their_length() -> None:
     model = build("mistral", sliding_window=16)
     assert probe(model).packing(longest=16) == ("mask", "")
@@ -384,6 +410,7 @@ def test_sliding_windows_are_packed_up_to_their_length() -> None:
     assert "window of 16 tokens" in why
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_models_that_cannot_be_packed_say_why() -> None:
     assert probe(build("gemma2")).packing(8) == ("none", "eager attention knows no boundaries within a row")
     blind = build("llama")
@@ -391,6 +418,7 @@ def test_models_that_cannot_be_packed_say_why() -> None:
     assert packing_module.packing_of(blind, 8) == ("none", "its forward takes no positions")
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_probe_unmasks_examples_that_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         packing_module,
@@ -404,6 +432,7 @@ def test_probe_unmasks_examples_that_see_each_other(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("push", [False, True], ids=["score", "push"])
 @pytest.mark.parametrize("architecture", PACKED)
+@pytest.mark.usefixtures("own_cache")
 def test_packed_examples_are_the_padded_ones(architecture: str, push: bool) -> None:
     model = build(architecture, **({"sliding_window": 16} if architecture == "mistral" else {}))
     assert probe(model).packing(16) == ("mask", "")

@@ -45,7 +45,9 @@ def main(workers: str, use_gpu: str, folder: str) -> None:
     trainer = TorchTrainer(
         step,
         train_loop_config={"folder": folder},
-        scaling_config=ScalingConfig(int(workers), use_gpu=use_gpu == "True", resources_per_worker={"CPU": share}),
+        scaling_config=ScalingConfig(
+            num_workers=int(workers), use_gpu=use_gpu == "True", resources_per_worker={"CPU": share}
+        ),
         run_config=RunConfig(storage_path=folder),
     )
     trainer.fit()

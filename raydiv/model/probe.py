@@ -6,17 +6,22 @@ than is known of it is refused, or served the plain way, rather than trained wro
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from raydiv import dist
+from raydiv.cache import cache_dir, code, digest
 from raydiv.errors import UserError
 from raydiv.model.collate import Inputs, collate
 from raydiv.model.head import LogProbHead
 from raydiv.model.packing import Packing, packing_of
+from raydiv.storage import atomic
 
 EXAMPLES = (([3, 4, 5, 6], [7, 8, 9, 10]), ([11], [12, 13]), ([14, 15, 16], [3, 17, 4, 18, 5, 19, 6, 20, 7]))
 """(prompt ids, response ids) that every vocabulary has."""
@@ -25,7 +30,7 @@ EXAMPLES = (([3, 4, 5, 6], [7, 8, 9, 10]), ([11], [12, 13]), ([14, 15, 16], [3, 
 class Probe:
     """Forwards of ``head``'s model as ``forward`` (the model itself, or its engine) makes them, in evaluation mode.
 
-    They are few: under ZeRO-3 each gathers the whole model.
+    They are few, and what was found is kept on disk: under ZeRO-3 a model's first forwards take seconds.
     """
 
     def __init__(self, head: LogProbHead, model: Any, forward: Callable[..., Any], device: torch.device) -> None:
@@ -41,6 +46,27 @@ class Probe:
 
         Raises UserError as ``require_known_logits`` does.
         """
+        note = self._note(longest)
+        # all ranks must make the same forwards
+        if note is not None and not dist.max_over_ranks(float(not note.exists())):
+            packing, why = json.loads(note.read_text())
+            return packing, why
+        found = self._packing(longest)
+        if note is not None:
+            with atomic(note) as temporary:
+                temporary.write_text(json.dumps(found))
+        return found
+
+    def _note(self, longest: int) -> Path | None:
+        """Where what was found of a model like this one is kept; None where its code comes with it and may change."""
+        config = self._model.config.to_dict()
+        if config.get("auto_map"):
+            return None
+        used = (config, self._model.config.get_text_config()._attn_implementation, longest)
+        way = (type(self._model).__name__, str(next(self._model.parameters()).dtype), self._device.type)
+        return cache_dir("probes") / digest(used, way, code("model"))
+
+    def _packing(self, longest: int) -> tuple[Packing, str]:
         packing, why = packing_of(self._model, longest)
         with self._evaluating():
             expected = self._expected()

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from raydiv.bundled import FOLDER
-from raydiv.cache import cache_dir, digest, file_digest
+from raydiv.cache import cache_dir, code, digest
 from raydiv.config import Recipe
 from raydiv.config.recipe import Model
 from raydiv.errors import UserError
@@ -170,19 +169,12 @@ def _measured(section: str, precision: str, checkpointing: bool, may_pack: bool,
     options = (precision, checkpointing, may_pack, max_length)
     if model.trust_remote_code:  # code that may be another tomorrow
         return _tried(config, model, *options)
-    note = cache_dir("architectures") / digest(config.to_dict(), section, options, _code())
+    note = cache_dir("architectures") / digest(config.to_dict(), section, options, code("model", "planning"))
     if not note.exists():
         found = _tried(config, model, *options)
         with atomic(note) as temporary:
             temporary.write_bytes(_ARCHITECTURE.dump_json(found))
     return _ARCHITECTURE.validate_json(note.read_bytes())
-
-
-def _code() -> list[str]:
-    """What an architecture's sizes depend on beside its config: libraries, and what of raydiv is run."""
-    package = Path(__file__).parents[1]
-    own = [file_digest(path) for room in ("model", "planning") for path in sorted((package / room).glob("*.py"))]
-    return [metadata.version(name) for name in ("torch", "transformers", "peft")] + own
 
 
 def _tried(
