@@ -16,6 +16,7 @@ from stored import indices_of, opened, recipe_of
 from raydiv.benchmarks import matmul, plain, training
 from raydiv.benchmarks.data import FAR, bench_data
 from raydiv.benchmarks.rival import PAIRED, UNPAIRED, counterpart, per_device_sizes, rows_of
+from raydiv.benchmarks.start import bench_start, start_table
 from raydiv.benchmarks.training import Timing, bench_training, summarise, training_notes, training_table
 from raydiv.benchmarks.work import Work, steps_alone
 from raydiv.bundled import w1
@@ -78,6 +79,29 @@ def test_bench_of_data_has_every_figure(tiny_model: Path, data: Path, tmp_path: 
     assert {"seconds_to_step_10", f"seconds_to_step_{FAR}"} <= found["stream"].keys()
     assert found["train"]["steps"] == 2
     assert 0 <= found["train"]["data_share"] < 1
+    assert not list(tmp_path.glob("run*"))
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_bench_of_a_start_has_every_figure(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(
+        {
+            "model": {"id": str(tiny_model)},
+            "data": {"train": str(data)},
+            "loss": {"type": "dpo"},
+            "optim": {"epochs": 1},
+            "output_dir": str(tmp_path),
+        }
+    )
+    found = bench_start(recipe, repeats=1, display=Display(quiet=True))
+    (turn,) = found["turns"]
+    assert found["over_seconds"] == pytest.approx(turn["raydiv"] - turn["hello"])
+    assert min(turn["raydiv"], turn["hello"]) > 1
+    assert 0 < turn["first_step"] < turn["raydiv"]
+    assert [row[1] for row in start_table(found)[1]] == [
+        f"{found[f'{name}_seconds']:.1f}" for name in ("raydiv", "hello", "over", "first_step")
+    ]
     assert not list(tmp_path.glob("run*"))
 
 
