@@ -58,8 +58,9 @@ Build = Callable[..., Any]
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """11 scored positions make chunks of 4, 4 and 3."""
+    """11 scored positions make chunks of 4, 4 and 3, or 8 that may be kept for a backward and 3 that were before them."""
     monkeypatch.setattr(head_module, "chunk_tokens", lambda vocabulary: 4)
+    monkeypatch.setattr(head_module, "KEPT_CHUNKS", 2)
 
 
 def build(architecture: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
@@ -445,7 +446,8 @@ def test_packed_examples_are_the_padded_ones(architecture: str, push: bool) -> N
     assert_same_gradients(gradients(model), wanted)
 
 
-def test_low_precision_is_summed_in_fp32() -> None:
+def test_low_precision_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_module, "KEPT_CHUNKS", 1)  # for the same sums
     model, inputs = build("llama", torch.bfloat16), collate(EXAMPLES)
     weights = coefficients(len(inputs.targets))
     with torch.no_grad():

@@ -15,8 +15,8 @@ import torch
 
 from raydiv.data.plan import StepPlan
 from raydiv.data.tokens import TokenizedExamples
-from raydiv.losses import OBJECTIVES, Batch, Term
-from raydiv.training.coefficients import first_states, judge, known_coefficients, widest_scope
+from raydiv.losses import OBJECTIVES, Batch, Term, widest_scope
+from raydiv.training.coefficients import first_states, judge, known_coefficients
 from raydiv.training.metrics import (
     RATE,
     Clock,

@@ -25,7 +25,7 @@ from raydiv.data.tokens import TokenizedExamples
 from raydiv.engine import Engine
 from raydiv.errors import UserError
 from raydiv.model.collate import collate
-from raydiv.model.head import LogProbHead
+from raydiv.model.head import LogProbHead, buffer_bytes
 from raydiv.model.load import DTYPES, ModelSource, build_policy
 from raydiv.planning.amounts import amounts_of
 from raydiv.planning.architecture import SHIPPED, architecture_of, config_of
@@ -141,7 +141,9 @@ def test_activations_of_all_layers_follow_from_those_of_few(tmp_path: Path, over
             policy(**inputs.arguments()).logits.sum().backward()
         peaks.append(live.peak)
     tokens = inputs.ids.numel()
-    assert found.activations.at(tokens) + found.beside.at(tokens) == pytest.approx(max(peaks), rel=0.03)
+    logits = buffer_bytes(2000, len(inputs.targets), later=recipe.model.lora is None)
+    assert logits == head.held_bytes
+    assert logits + found.activations.at(tokens) + found.beside.at(tokens) == pytest.approx(max(peaks), rel=0.03)
 
 
 def random_model(path: Path, layers: int, hidden: int, vocabulary: int, tied: bool = True) -> Path:

@@ -42,9 +42,9 @@ Where the authors' KLDO code (github.com/rhaldarpurdue/KLDO, for arXiv 2502.0065
 import importlib
 import pkgutil
 
-from raydiv.losses.objective import OBJECTIVES, Batch, Objective, Scope, State, Term, Value, named
+from raydiv.losses.objective import OBJECTIVES, Batch, Objective, Scope, State, Term, Value, named, widest_scope
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["OBJECTIVES", "Batch", "Objective", "Scope", "State", "Term", "Value", "named"]
+__all__ = ["OBJECTIVES", "Batch", "Objective", "Scope", "State", "Term", "Value", "named", "widest_scope"]

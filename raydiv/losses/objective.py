@@ -7,7 +7,7 @@ read their signatures (which are their recipe sections) without loading torch.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -131,6 +131,12 @@ Term = tuple[Objective, float, dict[str, Any]]
 """(objective, weight, all of its options). Of several the first is the main one, the others are mixed in."""
 
 OBJECTIVES: dict[str, Objective] = {}
+
+
+def widest_scope(terms: Sequence[Term]) -> Scope:
+    """Whose log-probs a coefficient of the weighted sum depends on."""
+    scopes = {objective.scope(options) for objective, _, options in terms}
+    return "batch" if "batch" in scopes else "pair" if "pair" in scopes else "example"
 
 
 def named(fits: Callable[[Objective], bool]) -> str:

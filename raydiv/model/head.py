@@ -28,6 +28,20 @@ def chunk_tokens(vocabulary: int) -> int:
     return max(1, CHUNK_BYTES // (4 * vocabulary))
 
 
+KEPT_CHUNKS = 4
+"""Chunks whose softmax is kept where the coefficients come after the forward: else a fourth product of the size of logits is
+due (a KLDO step of 1,600 response tokens x 65,024 then takes a fifth longer)."""
+
+
+def buffer_bytes(vocabulary: int, positions: int, later: bool) -> int:
+    """What the head holds for logits of that many positions; ``later``: their coefficients come after the forward."""
+    return 4 * vocabulary * _rows(vocabulary, positions, later)
+
+
+def _rows(vocabulary: int, positions: int, later: bool) -> int:
+    return min(positions, (KEPT_CHUNKS if later else 1) * chunk_tokens(vocabulary))
+
+
 _NEUTRAL = {"logit_scale": 1.0, "logits_scaling": 1.0, "final_logit_softcapping": None}
 """Config keys that say what happens to logits, and the value at which nothing happens."""
 
@@ -291,6 +305,11 @@ class LogProbHead:
             setattr(owner, name, value)
         del self._module.forward
 
+    @property
+    def held_bytes(self) -> int:
+        """Of the buffer."""
+        return 0 if self._buffer is None else self._buffer.nbytes
+
     def aim(
         self, rows: Tensor, columns: Tensor, targets: Tensor, weigh: Weigh | None = None, runs: Sequence[int] = ()
     ) -> None:
@@ -308,16 +327,17 @@ class LogProbHead:
         selected = hidden[self._positions]
         self._positions = None
         weight, bias = self._module.weight, getattr(self._module, "bias", None)
-        given = (selected, weight, bias, self._targets, self._rule, self._room(selected, len(weight)))
+        later = self._weigh is None and torch.is_grad_enabled() and weight.requires_grad
+        given = (selected, weight, bias, self._targets, self._rule, self._room(selected, len(weight), later))
         if self._weigh is not None:
             return _Push.apply(*given, self._weigh, self._runs)  # type: ignore[no-any-return, no-untyped-call]
         if torch.is_grad_enabled():
             return _Score.apply(*given)  # type: ignore[no-any-return, no-untyped-call]
         return _Projection(*given).logps(slice(0, len(self._targets)))
 
-    def _room(self, hidden: Tensor, vocabulary: int) -> Tensor:
+    def _room(self, hidden: Tensor, vocabulary: int, later: bool) -> Tensor:
         """The buffer for logits, kept from forward to forward."""
-        rows = min(len(hidden), chunk_tokens(vocabulary))
+        rows = _rows(vocabulary, len(hidden), later)
         if self._buffer is None or len(self._buffer) < rows:
             self._buffer = hidden.new_empty((rows, vocabulary), dtype=torch.float32)
-        return self._buffer
+        return self._buffer[:rows]

@@ -67,7 +67,8 @@ class Architecture:
     ``trainable`` of ``parameters`` are trained; ``linear`` are frozen ones in linear layers other than the head, which 4 bits
     can hold; ``largest`` is the largest trainable parameter, ``tensors`` [p] are the sizes of all. ``head`` is the output
     projection, which shares the embedding's weight where ``tied``. ``activations`` are bytes that the layers keep for the
-    backward; ``beside``, what is alive beside them at the peak: embedding, final norm and head, and what a backward makes.
+    backward; ``beside``, what is alive beside them at the peak: embedding, final norm and head (without the buffer that it has
+    for logits), and what a backward makes.
     """
 
     kind: str
@@ -278,7 +279,10 @@ class _Trial:
 
 
 def _alive(policy: Any, inputs: Inputs, weigh: Weigh | None) -> tuple[int, int]:
-    """``_Trial._run``, of a head that is told the coefficients on the way (``weigh``) or after the forward."""
+    """``_Trial._run``, of a head that is told the coefficients on the way (``weigh``) or after the forward.
+
+    Without what it holds for logits, which has an end (see raydiv.model.head.buffer_bytes).
+    """
     head = LogProbHead(policy)
     rows, columns, targets = (torch.empty_like(tensor) for tensor in (inputs.rows, inputs.columns, inputs.targets))
     arguments = {name: _fake_like(value) for name, value in inputs.arguments().items()}
@@ -288,7 +292,7 @@ def _alive(policy: Any, inputs: Inputs, weigh: Weigh | None) -> tuple[int, int]:
         kept = live.now
         total.backward()
     head.remove()
-    return kept, live.peak
+    return kept - head.held_bytes, live.peak - head.held_bytes
 
 
 def _ones(_: slice, logps: Tensor) -> Tensor:

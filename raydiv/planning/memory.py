@@ -18,6 +18,8 @@ from typing import Any, Literal
 
 from raydiv.config import Recipe
 from raydiv.engine import deepspeed_config
+from raydiv.losses import widest_scope
+from raydiv.model.head import buffer_bytes
 from raydiv.planning.architecture import Architecture
 
 Stage = Literal[0, 1, 2, 3]
@@ -99,6 +101,8 @@ class _Worker:
         self.nvme = "nvme" in (engine.offload_optimizer, engine.offload_parameters)
         self.size = WEIGHT_BYTES[engine.precision]
         self.half = engine.precision == "bf16"
+        told_later = widest_scope(recipe.loss.terms) == "batch" and not accumulates and recipe.model.lora is None
+        self.logits = buffer_bytes(architecture.vocabulary, tokens, told_later)
         self.trainable, self.part = architecture.trainable, architecture.trainable / workers
         self.bucket_elements = int(zero["reduce_bucket_size"])
         self.gathered_ahead = int(zero["stage3_prefetch_bucket_size"])
@@ -114,6 +118,7 @@ class _Worker:
             "",
             weights=self._weights(),
             optimizer=self._optimizer(),
+            head=self.logits,
             runtime=0 if self.on_gpu else RUNTIME,
             host=self._host(),
             on_cpu=not self.on_gpu,
@@ -127,7 +132,7 @@ class _Worker:
                 moment="backward",
                 gradients=gradients,
                 activations=self.of.activations.at(self.tokens),
-                head=self.of.beside.at(self.tokens),
+                head=self.logits + self.of.beside.at(self.tokens),
                 buffers=self._on_the_way(),
             ),
             replace(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from raydiv.losses import Batch, Scope, State, Term, Value
+from raydiv.losses import Batch, State, Term, Value
 from raydiv.training.metrics import reward_metrics
 
 
@@ -29,12 +29,6 @@ class Verdict:
 def first_states(terms: Sequence[Term]) -> list[State]:
     """The running state of each term before the first step."""
     return [dict(objective.state) for objective, _, _ in terms]
-
-
-def widest_scope(terms: Sequence[Term]) -> Scope:
-    """Whose log-probs a coefficient of the weighted sum depends on."""
-    scopes = {objective.scope(options) for objective, _, options in terms}
-    return "batch" if "batch" in scopes else "pair" if "pair" in scopes else "example"
 
 
 def known_coefficients(terms: Sequence[Term], states: Sequence[State], batch: Batch) -> Tensor:

@@ -21,11 +21,11 @@ from torch import Tensor
 from raydiv import dist
 from raydiv.data.plan import Layout, MicroBatch
 from raydiv.data.tokens import TokenizedExamples
-from raydiv.losses import Batch, State, Term
+from raydiv.losses import Batch, State, Term, widest_scope
 from raydiv.model.collate import Inputs, collate
 from raydiv.model.head import LogProbHead, Weigh
 from raydiv.model.packing import Packing
-from raydiv.training.coefficients import Verdict, first_states, judge, known_coefficients, widest_scope
+from raydiv.training.coefficients import Verdict, first_states, judge, known_coefficients
 from raydiv.training.metrics import state_metrics
 
 
