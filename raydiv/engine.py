@@ -17,7 +17,7 @@ PERSISTENT_ELEMENTS = 1_000_000
 """Parameters up to this size are not partitioned between their uses under ZeRO-3."""
 
 BUCKET_ELEMENTS = 20_000_000
-"""Gradients that are reduced at a time: no slower than DeepSpeed's own 500 million on two CPU workers, in a tenth less memory."""
+"""Gradients that are reduced at a time: no slower than DeepSpeed's own 500,000,000 on two CPU workers, in a tenth less memory."""
 
 
 class Engine:
