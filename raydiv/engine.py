@@ -16,9 +16,6 @@ from raydiv.config import Recipe
 PERSISTENT_ELEMENTS = 1_000_000
 """Parameters up to this size are not partitioned between their uses under ZeRO-3."""
 
-BUCKET_ELEMENTS = 20_000_000
-"""Gradients that are reduced at a time: no slower than DeepSpeed's own 500,000,000 on two CPU workers, in a tenth less memory."""
-
 
 class Engine:
     """A causal model under DeepSpeed at any ZeRO stage.
@@ -114,7 +111,6 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
             "stage": engine.zero_stage,
             # small matrices stay whole: gathering them anew for every forward costs more than the memory that it saves
             "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
-            "reduce_bucket_size": BUCKET_ELEMENTS,
             **_offload("offload_optimizer", engine.offload_optimizer, engine.nvme_path),
             **_offload("offload_param", engine.offload_parameters, engine.nvme_path),
         },
