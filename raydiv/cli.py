@@ -350,9 +350,8 @@ def _separation(options: argparse.Namespace) -> int:
     reports = separation(options.models, options.prompts, template=options.template, cluster=cluster)
 
     def show() -> None:
-        columns = ["d_b", "d_b_length_matched", "d_b_shuffled", "silhouette", "length_auc"]
-        rows = [(r.model, *(_figure(getattr(r.separation, column)) for column in columns)) for r in reports]
-        _table(["model", *columns], rows)
+        for report in reports:
+            _table([report.model, "all prompts", "lengths matched", "labels shuffled"], report.table())
         for report in reports:
             for note in report.as_json()["notes"]:
                 print(f"{report.model}: {note}")
@@ -518,7 +517,3 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     Console().print(table)
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"

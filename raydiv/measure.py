@@ -24,6 +24,20 @@ from raydiv.reference import score
 from raydiv.run import RunDirectory
 from raydiv.session import ray_session
 
+FIGURES = {
+    "d_b": "D_B, paper protocol",
+    "silhouette": "silhouette, same plane",
+    "d_b_full": "D_B, all dimensions, less chance",
+    "frechet": "Frechet distance, squared",
+    "probe_auc": "AUC of a linear probe, held out",
+    "difference_auc": "AUC of the difference of means, held out",
+}
+"""Labels of raydiv.hidden.separation.Figures."""
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
 
 @dataclass(frozen=True, slots=True)
 class SeparationReport:
@@ -36,7 +50,7 @@ class SeparationReport:
     kinds: list[str]
 
     def metrics(self) -> dict[str, float]:
-        return {name: value for name, value in as_row(self.separation).items() if value is not None}
+        return as_row(self.separation)
 
     def as_json(self) -> dict[str, Any]:
         """For files and ``--json``."""
@@ -47,6 +61,20 @@ class SeparationReport:
             **asdict(self.separation),
             "notes": explain(self.separation),
         }
+
+    def table(self) -> list[tuple[str, ...]]:
+        """A row per figure: its label, and its value of all prompts, of the length-matched ones, and by chance."""
+        found = self.separation
+        columns = (found.figures, found.matched, found.shuffled)
+        rows = [(label, *(_figure(getattr(one, name, None)) for one in columns)) for name, label in FIGURES.items()]
+        low_high = found.d_b_interval
+        interval = "-" if low_high is None else f"{low_high[0]:.2f} to {low_high[1]:.2f}"
+        rows.insert(1, ("  its 95% interval", interval, "", ""))
+        rows.insert(2, ("  its permutation p", f"{found.d_b_p:.3f}", "", ""))
+        rows.append(
+            ("AUC of token length alone", _figure(found.length_auc), _figure(0.5) if found.matched else "-", "")
+        )
+        return rows
 
     def write(self, folder: Path, name: str) -> None:
         folder.mkdir(exist_ok=True)

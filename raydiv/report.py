@@ -14,7 +14,10 @@ ROWS: list[tuple[str, str, str]] = [
     ("separation/d_b", "separation D_B (paper protocol)", "{:.2f}"),
     ("separation/d_b_length_matched", "  same, token lengths matched", "{:.2f}"),
     ("separation/d_b_shuffled", "  same, labels shuffled", "{:.2f}"),
-    ("separation/length_auc", "  AUC of token length alone", "{:.2f}"),
+    ("separation/d_b_full", "separation D_B (all dimensions, less chance)", "{:.2f}"),
+    ("separation/probe_auc", "AUC of a linear probe, held out", "{:.2f}"),
+    ("separation/probe_auc_length_matched", "  same, token lengths matched", "{:.2f}"),
+    ("separation/length_auc", "AUC of token length alone", "{:.2f}"),
     ("evaluate/asr", "attack success (ASR)", "{:.0%}"),
     ("evaluate/refused/harmful", "refused: harmful", "{:.0%}"),
     ("evaluate/refused/ordinary", "refused: ordinary harmless", "{:.0%}"),
@@ -143,9 +146,8 @@ def _planes(run: RunDirectory) -> bytes:
         for kind in dict.fromkeys(report["kinds"]):
             points = [xy for xy, mine in zip(report["plane"], report["kinds"], strict=True) if mine == kind]
             axis.scatter(*zip(*points, strict=True), s=14, alpha=0.7, label=kind, color=COLOURS.get(kind))
-        axis.set_title(
-            f"{name}: D_B {report['d_b']:.2f}, length-matched {report['d_b_length_matched'] or 0:.2f}", fontsize=10
-        )
+        matched = f"{report['matched']['d_b']:.2f}" if report["matched"] else "not measured"
+        axis.set_title(f"{name}: D_B {report['figures']['d_b']:.2f}, length-matched {matched}", fontsize=10)
         axis.legend(fontsize=8, frameon=False)
     figure.supxlabel(
         "hidden states of anchor prompts: last layer, last token, first two principal components", fontsize=9

@@ -10,18 +10,30 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy.linalg import sqrtm
+from scipy.stats import norm
 
+from raydiv.hidden import separation as module
 from raydiv.hidden.separation import (
+    Figures,
     Separation,
     as_row,
     bhattacharyya_distance,
     explain,
+    frechet_distance,
     length_matched,
     principal_plane,
     separation_of,
 )
 
 Array = NDArray[np.float64]
+
+
+@pytest.fixture(autouse=True)
+def _fewer_permutations(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, number in {"SHUFFLES": 49, "CHANCE": 5, "CONTROLS": 2}.items():
+        monkeypatch.setattr(module, name, number)
+
 
 generator = np.random.default_rng
 
@@ -160,36 +172,100 @@ def clouds(shift: float, n: int = 80, seed: int = 0) -> tuple[Array, NDArray[np.
 
 def test_well_separated_clouds_are_far_apart_and_chance_is_not() -> None:
     hidden, harmful = clouds(8)
-    lengths = np.full(80, 12)
-    found = separation_of(hidden, harmful, lengths)
-    assert found.d_b > 4
-    assert found.d_b_shuffled < 0.1
-    assert found.bhattacharyya_coefficient == pytest.approx(math.exp(-found.d_b))
+    found = separation_of(hidden, harmful, np.full(80, 12))
+    assert found.figures.d_b > 4
+    assert found.shuffled.d_b < 0.1
+    assert found.d_b_p == 1 / (49 + 1)
+    assert found.d_b_interval is not None
+    low, high = found.d_b_interval
+    assert 2 < low < found.figures.d_b < high
+    assert found.figures.probe_auc == found.figures.difference_auc == 1
     assert found.length_auc == 0.5
     assert found.length_matched == 80
-    assert found.d_b_length_matched == pytest.approx(found.d_b, rel=1e-9)
+    assert found.matched is not None
+    for name in ("d_b", "silhouette", "frechet", "probe_auc", "difference_auc"):
+        assert getattr(found.matched, name) == pytest.approx(getattr(found.figures, name), rel=1e-9), name
     assert explain(found) == []
+
+
+@pytest.mark.parametrize(("n", "d"), [(100, 576), (400, 16)])
+def test_samples_of_one_law_are_not_apart(n: int, d: int) -> None:
+    """With a covariance for each class, 100 points of one law in 576 dimensions are at a distance of 52."""
+    full, p, probes = [], [], []
+    for seed in range(4):
+        hidden, harmful = generator(seed).normal(size=(n, d)), np.arange(n) % 2 == 0
+        found = separation_of(hidden, harmful, np.full(n, 12))
+        full.append(found.figures.d_b_full)
+        p.append(found.d_b_p)
+        probes += [found.figures.probe_auc, found.figures.difference_auc]
+        full.append(found.shuffled.d_b_full)
+        probes += [found.shuffled.probe_auc, found.shuffled.difference_auc]
+    assert np.mean(full) == pytest.approx(0, abs=0.1)
+    assert max(p) > 0.2
+    assert np.mean(probes) == pytest.approx(0.5, abs=0.1)
+
+
+def test_distance_in_all_dimensions_is_the_closed_form() -> None:
+    """An eighth of the squared Mahalanobis distance, from many points."""
+    hidden, harmful = generator(0).normal(size=(4000, 8)), np.arange(4000) % 2 == 0
+    hidden[harmful, 3] += 3
+    found = separation_of(hidden, harmful, np.full(4000, 12))
+    assert found.figures.d_b_full == pytest.approx(9 / 8, rel=0.05)
+    assert found.figures.difference_auc == pytest.approx(norm.cdf(3 / math.sqrt(2)), abs=0.01)
+    assert found.figures.probe_auc == pytest.approx(norm.cdf(3 / math.sqrt(2)), abs=0.01)
+    assert found.figures.frechet == pytest.approx(9, rel=0.1)
+
+
+@pytest.mark.parametrize("d", [1, 3, 40])
+def test_frechet_distance_is_the_textbooks(d: int) -> None:
+    one, two = generator(0).normal(size=(25, d)), 2 * generator(1).normal(size=(33, d)) + 1
+    first, second = (np.atleast_2d(np.cov(points, rowvar=False)) for points in (one, two))
+    root = np.real(sqrtm(first @ second))
+    expected = ((one.mean(0) - two.mean(0)) ** 2).sum() + np.trace(first + second - 2 * root)
+    assert frechet_distance(one, two) == pytest.approx(expected, rel=1e-5)
+    assert frechet_distance(one, one) == pytest.approx(0, abs=1e-9)
+    assert math.isfinite(frechet_distance(one[:1], two))
+
+
+def test_interval_holds_the_distance_of_the_law() -> None:
+    """Most of the time: 95% is asymptotic."""
+    held, widths = 0, {}
+    for n in (60, 240):
+        widths[n] = []
+        for seed in range(20):
+            hidden, harmful = clouds(3, n=n, seed=seed)
+            plane = principal_plane(hidden)
+            whole = bhattacharyya_distance(plane[harmful], plane[~harmful])
+            found = module._interval(hidden, harmful, whole, generator(seed))
+            assert found is not None
+            low, high = found
+            held += low <= 9 / 8 <= high
+            widths[n].append(high - low)
+    assert held >= 32
+    # half as wide with four times the prompts
+    assert np.mean(widths[240]) == pytest.approx(np.mean(widths[60]) / 2, rel=0.3)
+
+
+def test_separation_grows_with_the_shift() -> None:
+    found = [separation_of(*clouds(shift), np.full(80, 12)).figures for shift in (0, 1, 2, 4, 8)]
+    for figure in ("d_b", "silhouette", "d_b_full", "frechet"):
+        values = [getattr(one, figure) for one in found]
+        assert values == sorted(values), figure
 
 
 def test_overlapping_clouds_are_no_further_than_chance() -> None:
     hidden, harmful = clouds(0)
     found = separation_of(hidden, harmful, np.full(80, 12))
-    assert found.d_b < 0.15
-    assert found.d_b < 4 * found.d_b_shuffled
-
-
-def test_separation_grows_with_the_shift() -> None:
-    found = [separation_of(*clouds(shift), np.full(80, 12)) for shift in (0, 1, 2, 4, 8)]
-    for figure in ("d_b", "silhouette"):
-        values = [getattr(one, figure) for one in found]
-        assert values == sorted(values)
+    assert found.figures.d_b < 0.15
+    assert found.figures.d_b < 4 * found.shuffled.d_b
+    assert any("chance" in note for note in explain(found))
 
 
 def test_silhouette_is_sklearns_in_the_plane() -> None:
     from sklearn.metrics import silhouette_score
 
     hidden, harmful = clouds(3)
-    found = separation_of(hidden, harmful, np.full(80, 12))
+    found = separation_of(hidden, harmful, np.full(80, 12)).figures
     centred = hidden - hidden.mean(0)
     plane = centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
     assert found.silhouette == pytest.approx(silhouette_score(plane, harmful), abs=1e-9)
@@ -205,18 +281,31 @@ def test_separation_does_not_follow_the_order_or_the_labels_side() -> None:
         separation_of(hidden[order], harmful[order], lengths[order]),
         separation_of(hidden, ~harmful, lengths),
     ):
-        assert other.d_b == pytest.approx(straight.d_b)
-        assert other.silhouette == pytest.approx(straight.silhouette)
+        assert other.figures.d_b == pytest.approx(straight.figures.d_b)
+        assert other.figures.silhouette == pytest.approx(straight.figures.silhouette)
+        assert other.figures.frechet == pytest.approx(straight.figures.frechet)
         assert other.length_auc == pytest.approx(straight.length_auc)
 
 
-def test_separation_is_repeatable_and_its_seed_only_shuffles() -> None:
+@pytest.mark.parametrize(("scale", "shift"), [(1e-4, 0.0), (1e4, 0.0), (1.0, 1e4)])
+def test_figures_do_not_follow_scale_or_place(scale: float, shift: float) -> None:
+    hidden, harmful = clouds(2)
+    straight, other = (
+        separation_of(points, harmful, np.full(80, 12)).figures for points in (hidden, scale * hidden + shift)
+    )
+    for name in ("d_b", "silhouette", "d_b_full", "probe_auc", "difference_auc"):
+        assert getattr(other, name) == pytest.approx(getattr(straight, name), rel=1e-3), name
+    assert other.frechet == pytest.approx(scale**2 * straight.frechet, rel=1e-3)
+
+
+def test_separation_is_repeatable_and_its_seed_only_resamples() -> None:
     hidden, harmful = clouds(2)
     lengths = np.full(80, 12)
-    assert separation_of(hidden, harmful, lengths) == separation_of(hidden, harmful, lengths)
-    other = separation_of(hidden, harmful, lengths, seed=1)
-    assert other.d_b_shuffled != separation_of(hidden, harmful, lengths).d_b_shuffled
-    assert replace(other, d_b_shuffled=0) == replace(separation_of(hidden, harmful, lengths), d_b_shuffled=0)
+    found, other = separation_of(hidden, harmful, lengths), separation_of(hidden, harmful, lengths, seed=1)
+    assert separation_of(hidden, harmful, lengths) == found
+    assert other.shuffled != found.shuffled
+    assert replace(other.figures, d_b_full=0) == replace(found.figures, d_b_full=0)
+    assert other.figures.d_b_full == pytest.approx(found.figures.d_b_full, rel=0.1)
 
 
 @pytest.mark.parametrize("longer", [True, False])
@@ -226,7 +315,7 @@ def test_length_auc_says_how_well_length_tells_the_classes(longer: bool) -> None
     found = separation_of(hidden, harmful, lengths)
     assert found.length_auc == 1
     assert found.length_matched == 0
-    assert found.d_b_length_matched is None
+    assert found.matched is None
     assert any("length" in note for note in explain(found))
 
 
@@ -236,31 +325,47 @@ def test_states_that_follow_length_alone_are_found_out() -> None:
     hidden = generator(0).normal(size=(120, 8))
     hidden[:, 0] += lengths
     found = separation_of(hidden, harmful, lengths)
-    assert found.d_b > 1
-    assert found.d_b_length_matched is not None
-    assert found.d_b_length_matched < 0.5
+    assert found.figures.d_b > 1
+    assert found.matched is not None
+    assert found.matched.d_b < 0.5
     notes = " ".join(explain(found))
     assert "AUC" in notes
     assert "length explains" in notes
 
 
-def test_few_prompts_are_measured_and_doubted() -> None:
-    hidden, harmful = clouds(1, n=6)
-    found = separation_of(hidden, harmful, np.full(6, 9))
-    figures = [value for value in as_row(found).values() if value is not None]
-    assert all(math.isfinite(value) for value in figures)
-    assert any("chance" in note for note in explain(found))
+@pytest.mark.parametrize("shape", ["few", "one of a class", "constant feature", "constant", "in a line"])
+def test_poor_samples_are_measured_without_a_warning(shape: str) -> None:
+    hidden, harmful = clouds(1, n=4 if shape == "few" else 40)
+    if shape == "one of a class":
+        harmful = np.arange(40) == 0
+    elif shape == "constant feature":
+        hidden[:, 3] = 7
+    elif shape == "constant":
+        hidden[:] = 7
+    elif shape == "in a line":
+        hidden[:, 1:] = hidden[:, :1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = separation_of(hidden, harmful, np.full(len(hidden), 9))
+    assert all(math.isfinite(value) for value in as_row(found).values())
+    if shape in ("few", "one of a class"):
+        assert found.figures.probe_auc is None
+        assert "separation/probe_auc" not in as_row(found)
+    if shape in ("few", "constant", "one of a class"):
+        assert any("chance" in note for note in explain(found))
 
 
-PLAIN = Separation(2.0, math.exp(-2), 0.5, 0.55, 100, 1.8, 0.05)
+FIGURES = Figures(2.0, 0.5, 1.5, 30.0, 0.9, 0.8)
+PLAIN = Separation(FIGURES, 0.55, 100, replace(FIGURES, d_b=1.8), replace(FIGURES, d_b=0.05), 0.005, (1.5, 2.5))
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"length_auc": 0.91}, "0.91"),
-        ({"d_b_length_matched": 0.6}, "length explains"),
-        ({"d_b_shuffled": 1.2}, "chance"),
+        ({"matched": replace(FIGURES, d_b=0.6)}, "length explains"),
+        ({"shuffled": replace(FIGURES, d_b=1.2)}, "chance"),
+        ({"d_b_p": 0.2}, "20.0% of permutations"),
     ],
 )
 def test_each_control_speaks_for_itself(changes: dict[str, Any], words: str) -> None:
@@ -270,13 +375,19 @@ def test_each_control_speaks_for_itself(changes: dict[str, Any], words: str) -> 
 
 
 def test_all_controls_may_speak_at_once() -> None:
-    assert len(explain(replace(PLAIN, length_auc=0.9, d_b_length_matched=0.1, d_b_shuffled=1.5))) == 3
+    apart = {"matched": replace(FIGURES, d_b=0.1), "shuffled": replace(FIGURES, d_b=1.5)}
+    assert len(explain(replace(PLAIN, length_auc=0.9, **apart))) == 3
 
 
 def test_row_names_the_metrics() -> None:
     row = as_row(PLAIN)
     assert row["separation/d_b"] == 2.0
     assert row["separation/d_b_length_matched"] == 1.8
-    assert set(row) == {
-        f"separation/{name}" for name in ("d_b", "d_b_length_matched", "d_b_shuffled", "silhouette", "length_auc")
+    assert row["separation/probe_auc_shuffled"] == 0.9
+    figures = ("d_b", "silhouette", "d_b_full", "frechet", "probe_auc", "difference_auc")
+    endings = ("", "_length_matched", "_shuffled")
+    assert set(row) == {f"separation/{name}{ending}" for name in figures for ending in endings} | {
+        "separation/length_auc",
+        "separation/d_b_p",
     }
+    assert not any("matched" in name for name in as_row(replace(PLAIN, matched=None)))

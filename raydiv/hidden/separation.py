@@ -1,83 +1,221 @@
-"""How far two clouds of hidden states lie apart, and what of it prompt length alone explains. Pure numpy."""
+"""How far two clouds of hidden states lie apart, and what of it prompt length or chance explains. Pure numpy.
+
+Covariances are those of the space that the points span, of r <= n - 1 dimensions: distances and products there are those of all
+d, at a cost that does not grow with the model.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Labels = NDArray[np.bool_]
 
-SHUFFLES = 50
-"""Label permutations behind the shuffled-label control."""
+SHUFFLES = 199
+"""Label permutations behind the p-value."""
+
+CHANCE = 20
+"""Label permutations whose mean is taken off d_b_full."""
+
+CONTROLS = 10
+"""Label permutations behind the other figures of the shuffled-label control."""
+
+HALVES = 200
+"""Halves of the prompts behind an interval."""
+
+FOLDS = 5
+"""Parts of the prompts, each held out once from the probes."""
+
+RIDGE = 1e-9
+"""Of the mean variance, what covariances get on their diagonal, so that flat or tiny samples stay finite."""
+
+SMALLEST = 3
+"""Prompts of a class below which a subset is not measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Separation of harmful from harmless prompts in one layer.
+
+    ``d_b``: Bhattacharyya distance in the plane of the first two principal components, the papers' protocol, and ``silhouette``
+    in the same plane. In all dimensions: ``d_b_full``, the distance under a pooled covariance (Ledoit and Wolf's) less its mean
+    under permuted labels, so that two samples of one law give about 0 however few they are; ``frechet``, the squared Frechet
+    distance, in the states' own units; ``probe_auc`` and ``difference_auc``, held-out AUC of a logistic regression and of the
+    difference of the classes' means (0.5: chance; None where a class has fewer prompts than there are folds).
+    """
+
+    d_b: float
+    silhouette: float
+    d_b_full: float
+    frechet: float
+    probe_auc: float | None
+    difference_auc: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class Separation:
-    """Separation of harmful from harmless prompts by the papers' protocol, with its controls.
+    """Figures of all prompts with their controls, which are the same figures of others.
 
-    ``d_b``: Bhattacharyya distance in the plane of the first two principal components; ``bhattacharyya_coefficient`` =
-    exp(-d_b); ``silhouette`` in the same plane. ``length_auc``: how well token length alone tells the classes apart (0.5
-    not at all); ``d_b_length_matched``: d_b of the ``length_matched`` prompts, as many of each class at every token
-    length, None below 3 a class; ``d_b_shuffled``: mean d_b under permuted labels, what chance gives.
+    ``matched``: of the ``length_matched`` prompts, as many of each class at every token length, None below 3 a class;
+    ``shuffled``: means under permuted labels, what chance gives. ``length_auc``: how well token length alone tells the classes
+    apart (0.5 not at all). ``d_b_p``: share of permutations whose d_b is no smaller, the true labels counted among them;
+    ``d_b_interval``: 95%, by how far halves of the prompts deviate from all (the delete-half jackknife, whose deviations are
+    as large as those of n prompts from their law; a bootstrap's repeated points bias covariances where n < d); None below 4
+    a class.
     """
 
-    d_b: float
-    bhattacharyya_coefficient: float
-    silhouette: float
+    figures: Figures
     length_auc: float
     length_matched: int
-    d_b_length_matched: float | None
-    d_b_shuffled: float
+    matched: Figures | None
+    shuffled: Figures
+    d_b_p: float
+    d_b_interval: tuple[float, float] | None
 
 
-def separation_of(hidden: Array, harmful: NDArray[np.bool_], lengths: NDArray[np.int64], seed: int = 0) -> Separation:
+def separation_of(hidden: Array, harmful: Labels, lengths: NDArray[np.int64], seed: int = 0) -> Separation:
     """Separation of hidden states [n, d] of prompts with labels ``harmful`` [n] and token ``lengths`` [n]."""
-    from sklearn.metrics import roc_auc_score, silhouette_score
+    from sklearn.metrics import roc_auc_score
 
-    plane = principal_plane(hidden)
-    distance = _between(plane, harmful)
-    matched = length_matched(harmful, lengths)
-    enough = min(harmful[matched].sum(), (~harmful[matched]).sum()) >= 3 if len(matched) else False
     generator = np.random.default_rng(seed)
-    shuffled = [_between(plane, generator.permutation(harmful)) for _ in range(SHUFFLES)]
+    cloud = _Cloud.of(hidden)
+    figures = _figures(cloud, harmful, generator)
+    chance = np.array([cloud.distance(generator.permutation(harmful)) for _ in range(SHUFFLES)])
+    shuffled = [_figures(cloud, generator.permutation(harmful), generator) for _ in range(CONTROLS)]
+    rows = length_matched(harmful, lengths)
+    matched = None
+    if len(rows) >= 2 * SMALLEST:
+        matched = _figures(_Cloud.of(hidden[rows]), harmful[rows], generator)
     auc = float(roc_auc_score(harmful, lengths))
     return Separation(
-        d_b=distance,
-        bhattacharyya_coefficient=float(np.exp(-distance)),
-        silhouette=float(silhouette_score(plane, harmful)),
+        figures=figures,
         length_auc=max(auc, 1 - auc),
-        length_matched=len(matched),
-        d_b_length_matched=_between(principal_plane(hidden[matched]), harmful[matched]) if enough else None,
-        d_b_shuffled=float(np.mean(shuffled)),
+        length_matched=len(rows),
+        matched=matched,
+        shuffled=replace(_mean(shuffled), d_b=float(chance.mean())),
+        d_b_p=(1 + int((chance >= figures.d_b).sum())) / (1 + SHUFFLES),
+        d_b_interval=_interval(cloud.points, harmful, figures.d_b, generator),
     )
 
 
-def _between(points: Array, harmful: NDArray[np.bool_]) -> float:
-    return bhattacharyya_distance(points[harmful], points[~harmful])
+@dataclass(frozen=True, slots=True)
+class _Cloud:
+    """Hidden states [n, d], their coordinates ``points`` [n, r] in the space that they span, and ``plane`` [n, 2] of it."""
+
+    hidden: Array
+    points: Array
+    plane: Array
+
+    @classmethod
+    def of(cls, hidden: Array) -> _Cloud:
+        left, sizes, _ = np.linalg.svd(hidden - hidden.mean(0), full_matrices=False)
+        rank = max(1, int((sizes > 1e-10 * sizes[0]).sum()))
+        return cls(hidden, (left * sizes)[:, :rank], principal_plane(hidden))
+
+    def distance(self, labels: Labels) -> float:
+        """D_B in the plane."""
+        return bhattacharyya_distance(self.plane[labels], self.plane[~labels])
+
+    def pooled_distance(self, labels: Labels) -> float:
+        """D_B in all dimensions, of two Gaussians with the covariance of all points around their classes' means."""
+        from sklearn.covariance import LedoitWolf
+
+        spread = float(self.points.var(0).mean())
+        if spread == 0:
+            return 0.0
+        means = [self.points[side].mean(0) for side in (labels, ~labels)]
+        within = self.points - np.where(labels[:, None], *means)
+        covariance = LedoitWolf(assume_centered=True).fit(within).covariance_ + RIDGE * spread * np.eye(len(means[0]))
+        difference = means[0] - means[1]
+        return float(difference @ np.linalg.solve(covariance, difference)) / 8
+
+
+def _figures(cloud: _Cloud, labels: Labels, generator: np.random.Generator) -> Figures:
+    from sklearn.metrics import silhouette_score
+
+    chance = [cloud.pooled_distance(generator.permutation(labels)) for _ in range(CHANCE)]
+    probe_auc, difference_auc = _held_out(cloud.hidden, labels)
+    return Figures(
+        d_b=cloud.distance(labels),
+        silhouette=float(silhouette_score(cloud.plane, labels)),
+        d_b_full=cloud.pooled_distance(labels) - float(np.mean(chance)),
+        frechet=frechet_distance(cloud.points[labels], cloud.points[~labels]),
+        probe_auc=probe_auc,
+        difference_auc=difference_auc,
+    )
+
+
+def _mean(several: Sequence[Figures]) -> Figures:
+    """Of each figure; of figures of permuted labels, which have all of them or lack the same."""
+    columns = zip(*map(astuple, several), strict=True)
+    means: list[Any] = [None if None in column else float(np.mean(column)) for column in columns]
+    return Figures(*means)
+
+
+def _held_out(hidden: Array, labels: Labels) -> tuple[float | None, float | None]:
+    """AUC of a logistic regression and of the difference of means, each mean over the folds that they did not see."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import StratifiedKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    if min(labels.sum(), (~labels).sum()) < FOLDS:
+        return None, None
+    found = []
+    for seen, unseen in StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(hidden, labels):
+        own = labels[seen]
+        probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(hidden[seen], own)
+        difference = hidden[seen][own].mean(0) - hidden[seen][~own].mean(0)
+        scores = (probe.decision_function(hidden[unseen]), hidden[unseen] @ difference)
+        found.append([roc_auc_score(labels[unseen], score) for score in scores])
+    probe_auc, difference_auc = np.mean(found, axis=0)
+    return float(probe_auc), float(difference_auc)
+
+
+def _interval(
+    points: Array, labels: Labels, whole: float, generator: np.random.Generator
+) -> tuple[float, float] | None:
+    """95% interval of d_b, whose value of all points is ``whole``."""
+    classes = [np.flatnonzero(labels), np.flatnonzero(~labels)]
+    if min(map(len, classes)) < 4:
+        return None
+    deviations = []
+    for _ in range(HALVES):
+        rows = np.concatenate([generator.permutation(own)[: len(own) // 2] for own in classes])
+        plane, half = principal_plane(points[rows]), labels[rows]
+        deviations.append(bhattacharyya_distance(plane[half], plane[~half]) - whole)
+    low, high = np.quantile(deviations, [0.025, 0.975])
+    return max(0.0, float(whole - high)), max(0.0, float(whole - low))
 
 
 def principal_plane(hidden: Array) -> Array:
-    """Coordinates [n, 2] along the first two principal components, fitted on both classes together."""
+    """Coordinates [n, 2] along the first two principal components, fitted on both classes together; 0 where there is one."""
     from sklearn.decomposition import PCA
 
-    plane: Array = PCA(n_components=2, svd_solver="full").fit_transform(hidden)
-    return plane
+    if not np.ptp(hidden, axis=0).any():
+        return np.zeros((len(hidden), 2))
+    components = min(2, *hidden.shape)
+    plane: Array = PCA(n_components=components, svd_solver="full").fit_transform(hidden)
+    return np.pad(plane, ((0, 0), (0, 2 - components)))
 
 
-def bhattacharyya_distance(first: Array, second: Array, ridge: float = 1e-9) -> float:
+def bhattacharyya_distance(first: Array, second: Array) -> float:
     """Distance of two Gaussians fitted to samples [n, d] and [m, d] (Haldar et al. 2025, where separation is defined).
 
     1/8 dm' S^-1 dm + 1/2 log(det S / sqrt(det S1 det S2)), S = (S1 + S2)/2. Determinants are taken as logarithms, and each
-    covariance gets a ``ridge`` relative to the mean variance of all points, so that flat or tiny samples stay finite.
+    covariance gets a ridge relative to the mean variance of all points.
     """
     difference = first.mean(0) - second.mean(0)
     spread = float(np.concatenate([first, second]).var(0).mean())
     if spread == 0:
         return 0.0
-    one, two = (_covariance(sample) + np.eye(sample.shape[1]) * (ridge * spread) for sample in (first, second))
+    one, two = (_covariance(sample) + np.eye(sample.shape[1]) * (RIDGE * spread) for sample in (first, second))
     middle = (one + two) / 2
     logs = [np.linalg.slogdet(matrix)[1] for matrix in (middle, one, two)]
     mahalanobis = difference @ np.linalg.solve(middle, difference)
@@ -89,6 +227,19 @@ def _covariance(sample: Array) -> Array:
     if len(sample) < 2:
         return np.zeros((sample.shape[1], sample.shape[1]))
     return np.atleast_2d(np.cov(sample, rowvar=False))
+
+
+def frechet_distance(first: Array, second: Array) -> float:
+    """Squared Frechet distance of two Gaussians fitted to samples [n, d] and [m, d] (Dowson and Landau 1982).
+
+    |dm|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2). The last trace is the sum of the singular values of X1 X2' / sqrt((n - 1)(m - 1)) for
+    centred samples X1 and X2, which needs no matrix of d x d.
+    """
+    one, two = first - first.mean(0), second - second.mean(0)
+    degrees = max(1, len(one) - 1), max(1, len(two) - 1)
+    spreads = (one**2).sum() / degrees[0] + (two**2).sum() / degrees[1]
+    shared = np.linalg.svd(one @ two.T, compute_uv=False).sum() / np.sqrt(degrees[0] * degrees[1])
+    return float(((first.mean(0) - second.mean(0)) ** 2).sum() + spreads - 2 * shared)
 
 
 def length_matched(harmful: NDArray[np.bool_], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -103,24 +254,25 @@ def length_matched(harmful: NDArray[np.bool_], lengths: NDArray[np.int64]) -> ND
 
 def explain(result: Separation) -> list[str]:
     """What the controls say, in words."""
-    words = []
+    words, figures = [], result.figures
     if result.length_auc >= 0.7:
         words.append(
-            f"token length alone separates these prompts with AUC {result.length_auc:.2f}: read the matched figure"
+            f"token length alone separates these prompts with AUC {result.length_auc:.2f}: read the matched figures"
         )
-    if result.d_b_length_matched is not None and result.d_b_length_matched < 0.5 * result.d_b:
+    if result.matched is not None and result.matched.d_b < 0.5 * figures.d_b:
         words.append("matching lengths takes away more than half of the separation: length explains most of it")
-    if result.d_b_shuffled > 0.5 * result.d_b:
-        words.append("shuffled labels separate more than half as far: this is hardly more than chance")
+    if result.shuffled.d_b > 0.5 * figures.d_b or result.d_b_p > 0.05:
+        words.append(
+            f"in the plane shuffled labels are {result.shuffled.d_b:.2f} apart on average, and as far as the true ones in "
+            f"{result.d_b_p:.1%} of permutations: D_B there is hardly more than chance"
+        )
     return words
 
 
-def as_row(result: Separation) -> dict[str, Any]:
-    """The figures under their metric names."""
-    return {
-        "separation/d_b": result.d_b,
-        "separation/d_b_length_matched": result.d_b_length_matched,
-        "separation/d_b_shuffled": result.d_b_shuffled,
-        "separation/silhouette": result.silhouette,
-        "separation/length_auc": result.length_auc,
-    }
+def as_row(result: Separation) -> dict[str, float]:
+    """Figures under their metric names, those of the controls too; without what could not be measured."""
+    found: dict[str, float | None] = {"separation/length_auc": result.length_auc, "separation/d_b_p": result.d_b_p}
+    for ending, figures in (("", result.figures), ("_length_matched", result.matched), ("_shuffled", result.shuffled)):
+        if figures is not None:
+            found |= {f"separation/{name}{ending}": value for name, value in asdict(figures).items()}
+    return {name: value for name, value in found.items() if value is not None}
