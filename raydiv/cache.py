@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -42,6 +43,15 @@ def code(*rooms: str) -> list[str]:
     return [metadata.version(name) for name in ("torch", "transformers", "peft")] + own
 
 
+def kept(note: Path, make: Callable[[], str]) -> str:
+    """The text of ``note``, which is made where it is missing."""
+    if not note.exists():
+        text = make()
+        with atomic(note) as temporary:
+            temporary.write_text(text)
+    return note.read_text()
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file: a hub blob's own name, else computed once per (path, size, modification time)."""
     real = path.resolve()
@@ -49,7 +59,9 @@ def file_digest(path: Path) -> str:
         return real.name
     status = real.stat()
     note = cache_dir("digests") / digest(str(real), status.st_size, status.st_mtime_ns)
-    if not note.exists():
-        with real.open("rb") as content, atomic(note) as temporary:
-            temporary.write_text(hashlib.file_digest(content, "sha256").hexdigest())
-    return note.read_text()
+    return kept(note, lambda: _sha256(real))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -58,8 +58,7 @@ class Tracker:
     def finish(self, status: str = "FINISHED") -> bool:
         """End the run; returns whether everything was sent."""
         self._submit(lambda: self._client.set_terminated(self._run(), status))
-        self._thread.shutdown()
-        return not self._waiting
+        return self._thread.submit(lambda: not self._waiting).result()
 
     @cached_property
     def _client(self) -> Any:

@@ -45,6 +45,18 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
+def short_recipe(model: Path, data: Path, output: Path, loss: dict[str, Any]) -> Recipe:
+    return load_recipe(
+        {
+            "model": {"id": str(model)},
+            "data": {"train": str(data)},
+            "loss": loss,
+            "optim": {"epochs": 1},
+            "output_dir": str(output),
+        }
+    )
+
+
 def test_plain_script_makes_the_same_tokens(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     chat = Chat(tiny_model)
     recipe = recipe_of(tiny_model, str(data), batch={"max_prompt_length": 20, "max_length": 40})
@@ -61,15 +73,7 @@ def test_plain_script_makes_the_same_tokens(tiny_model: Path, data: Path, tmp_pa
 @pytest.mark.long
 @pytest.mark.slow
 def test_bench_of_data_has_every_figure(tiny_model: Path, data: Path, tmp_path: Path) -> None:
-    recipe = load_recipe(
-        {
-            "model": {"id": str(tiny_model)},
-            "data": {"train": str(data)},
-            "loss": {"type": "kldo", "skew": 0.5},
-            "optim": {"epochs": 1},
-            "output_dir": str(tmp_path),
-        }
-    )
+    recipe = short_recipe(tiny_model, data, tmp_path, {"type": "kldo", "skew": 0.5})
     found = bench_data(recipe, [1000, 3000], repeats=1, steps=3, display=Display(quiet=True))
     assert [one["examples"] for one in found["prepare"]] == [1000, 3000]
     for one in found["prepare"]:
@@ -85,15 +89,7 @@ def test_bench_of_data_has_every_figure(tiny_model: Path, data: Path, tmp_path: 
 @pytest.mark.long
 @pytest.mark.slow
 def test_bench_of_a_start_has_every_figure(tiny_model: Path, data: Path, tmp_path: Path) -> None:
-    recipe = load_recipe(
-        {
-            "model": {"id": str(tiny_model)},
-            "data": {"train": str(data)},
-            "loss": {"type": "dpo"},
-            "optim": {"epochs": 1},
-            "output_dir": str(tmp_path),
-        }
-    )
+    recipe = short_recipe(tiny_model, data, tmp_path, {"type": "dpo"})
     found = bench_start(recipe, repeats=1, display=Display(quiet=True))
     (turn,) = found["turns"]
     assert found["over_seconds"] == pytest.approx(turn["raydiv"] - turn["hello"])

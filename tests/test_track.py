@@ -72,5 +72,12 @@ def test_a_store_that_never_comes_is_reported(tmp_path: Path) -> None:
     assert "127.0.0.1:9" in warnings[0]
 
 
+def test_a_run_that_fails_after_its_end_is_failed(tmp_path: Path) -> None:
+    tracker = Tracker(recipe(tmp_path), {}, print)
+    assert tracker.finish()
+    assert tracker.finish("FAILED")
+    assert MlflowClient(tracker.uri).get_run(tracker.run_id).info.status == "FAILED"
+
+
 def test_flatten_keeps_dotted_keys() -> None:
     assert flatten({"a": {"b": 1, "c": {}}, "d": [1]}) == {"a.b": 1, "a.c": {}, "d": [1]}

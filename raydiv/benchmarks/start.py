@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raydiv.benchmarks.hello import STEPPED
-from raydiv.benchmarks.work import steps_alone
+from raydiv.benchmarks.work import inside, run_module, steps_alone
 from raydiv.config import Recipe, save_recipe
 from raydiv.launch import versions
 from raydiv.preparation import prepare
@@ -54,12 +52,11 @@ def bench_start(recipe: Recipe, repeats: int = 3, display: Display | None = None
 def _raydiv(recipe: Recipe) -> dict[str, float]:
     """A run of one step and no measurement: it writes one line of metrics, when the step is done."""
     with tempfile.TemporaryDirectory() as folder:
-        track = recipe.track.model_copy(update={"uri": f"sqlite:///{folder}/mlflow.db"})
-        recipe = recipe.model_copy(update={"output_dir": folder, "track": track})
+        recipe = inside(recipe, folder)
         path = Path(folder) / "recipe.yaml"
         save_recipe(recipe, path)
         run = RunDirectory.of(recipe)
-        done = _seconds_until(run.metrics_file, ["raydiv", "train", str(path), "--json"], recipe)
+        done = _seconds_until(run.metrics_file, recipe, "raydiv", ["train", str(path), "--json"])
         (record,) = run.metrics()
         step = record["step_seconds"] - record["data_seconds"]
         return {"raydiv": done - step, "first_step": step}
@@ -68,19 +65,13 @@ def _raydiv(recipe: Recipe) -> dict[str, float]:
 def _hello(recipe: Recipe) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         given = [str(recipe.cluster.num_workers), str(recipe.cluster.use_gpu), folder]
-        return {"hello": _seconds_until(Path(folder) / STEPPED, ["raydiv.benchmarks.hello", *given], recipe)}
+        return {"hello": _seconds_until(Path(folder) / STEPPED, recipe, "raydiv.benchmarks.hello", given)}
 
 
-def _seconds_until(written: Path, module: Sequence[str], recipe: Recipe) -> float:
+def _seconds_until(written: Path, recipe: Recipe, module: str, arguments: Sequence[str]) -> float:
     """Run a module of ours to its end; seconds from its start until it last wrote a file."""
-    environment: Mapping[str, str] = os.environ | worker_environment(recipe.cluster)
     started = time.time()
-    run = subprocess.run(  # noqa: S603 - our own module
-        [sys.executable, "-m", *module], capture_output=True, text=True, check=False, env=environment
-    )
-    if run.returncode:
-        last = (run.stderr.strip().splitlines() or ["killed, as for want of memory"])[-1]
-        raise RuntimeError(f"{module[0]}: status {run.returncode}: {last[:300]}")
+    run_module(module, arguments, worker_environment(recipe.cluster))
     return written.stat().st_mtime - started
 
 

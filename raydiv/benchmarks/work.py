@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,31 @@ def steps_alone(recipe: Recipe, steps: int) -> Recipe:
     return recipe.model_copy(update=changes)
 
 
+def inside(recipe: Recipe, folder: str) -> Recipe:
+    """The recipe with everything that a run of it leaves in ``folder``."""
+    track = recipe.track.model_copy(update={"uri": f"sqlite:///{folder}/mlflow.db"})
+    return recipe.model_copy(update={"output_dir": folder, "track": track})
+
+
+def run_module(name: str, arguments: Sequence[str], environment: Mapping[str, str]) -> str:
+    """Run a module of ours in a process of its own, to its end; what it prints. Raises RuntimeError when it fails."""
+    run = subprocess.run(  # noqa: S603 - our own module
+        [sys.executable, "-m", name, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | dict(environment),
+    )
+    if run.returncode:
+        last = (run.stderr.strip().splitlines() or ["killed, as for want of memory"])[-1]
+        raise RuntimeError(f"{name.rpartition('.')[2]}: status {run.returncode}: {last[:300]}")
+    return run.stdout
+
+
 def real_run(recipe: Recipe) -> tuple[Result, list[Metrics]]:
     """A run that leaves nothing behind, and the metrics of its steps."""
     with tempfile.TemporaryDirectory() as folder:
-        track = recipe.track.model_copy(update={"uri": f"sqlite:///{folder}/mlflow.db"})
-        result = train(recipe.model_copy(update={"output_dir": folder, "track": track}), Display(quiet=True))
+        result = train(inside(recipe, folder), Display(quiet=True))
         return result, [record for record in result.run.metrics() if "step_seconds" in record]
 
 
@@ -96,14 +117,8 @@ class Work:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "settings.json"
             path.write_text(json.dumps(self.settings | settings))
-            command = [sys.executable, "-m", f"raydiv.benchmarks.{name}", str(path)]
-            run = subprocess.run(  # noqa: S603 - our own script
-                command, capture_output=True, text=True, check=False, env=os.environ | self.environment
-            )
-        if run.returncode:
-            last = (run.stderr.strip().splitlines() or ["killed, as for want of memory"])[-1]
-            raise RuntimeError(f"{name}: status {run.returncode}: {last[:300]}")
-        answer: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
+            printed = run_module(f"raydiv.benchmarks.{name}", [str(path)], self.environment)
+        answer: dict[str, Any] = json.loads(printed.strip().splitlines()[-1])
         return answer
 
 

@@ -113,9 +113,10 @@ class _Cloud:
 
     @classmethod
     def of(cls, hidden: Array) -> _Cloud:
-        left, sizes, _ = np.linalg.svd(hidden - hidden.mean(0), full_matrices=False)
+        components = _components(hidden)
+        sizes = np.linalg.norm(components, axis=0)
         rank = max(1, int((sizes > 1e-10 * sizes[0]).sum()))
-        return cls(hidden, (left * sizes)[:, :rank], principal_plane(hidden))
+        return cls(hidden, components[:, :rank], _plane(components))
 
     def distance(self, labels: Labels) -> float:
         """D_B in the plane."""
@@ -196,13 +197,21 @@ def _interval(
 
 def principal_plane(hidden: Array) -> Array:
     """Coordinates [n, 2] along the first two principal components, fitted on both classes together; 0 where there is one."""
+    return _plane(_components(hidden))
+
+
+def _components(hidden: Array) -> Array:
+    """Coordinates along all principal components, of which there are as many as points or dimensions."""
     from sklearn.decomposition import PCA
 
     if not np.ptp(hidden, axis=0).any():
-        return np.zeros((len(hidden), 2))
-    components = min(2, *hidden.shape)
-    plane: Array = PCA(n_components=components, svd_solver="full").fit_transform(hidden)
-    return np.pad(plane, ((0, 0), (0, 2 - components)))
+        return np.zeros((len(hidden), 1))
+    components: Array = PCA(svd_solver="full").fit_transform(hidden)
+    return components
+
+
+def _plane(components: Array) -> Array:
+    return np.pad(components[:, :2], ((0, 0), (0, max(0, 2 - components.shape[1]))))
 
 
 def bhattacharyya_distance(first: Array, second: Array) -> float:

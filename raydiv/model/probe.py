@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from raydiv import dist
-from raydiv.cache import cache_dir, code, digest
+from raydiv.cache import cache_dir, code, digest, kept
 from raydiv.errors import UserError
 from raydiv.model.collate import Inputs, collate
 from raydiv.model.head import LogProbHead
 from raydiv.model.packing import Packing, packing_of
-from raydiv.storage import atomic
 
 EXAMPLES = (([3, 4, 5, 6], [7, 8, 9, 10]), ([11], [12, 13]), ([14, 15, 16], [3, 17, 4, 18, 5, 19, 6, 20, 7]))
 """(prompt ids, response ids) that every vocabulary has."""
@@ -47,15 +46,13 @@ class Probe:
         Raises UserError as ``require_known_logits`` does.
         """
         note = self._note(longest)
-        # all ranks must make the same forwards
-        if note is not None and not dist.max_over_ranks(float(not note.exists())):
-            packing, why = json.loads(note.read_text())
-            return packing, why
-        found = self._packing(longest)
-        if note is not None:
-            with atomic(note) as temporary:
-                temporary.write_text(json.dumps(found))
-        return found
+        if note is None:
+            return self._packing(longest)
+        if dist.max_over_ranks(float(not note.exists())):  # all ranks must make the same forwards
+            found = self._packing(longest)
+            kept(note, lambda: json.dumps(found))
+        packing, why = json.loads(note.read_text())
+        return packing, why
 
     def _note(self, longest: int) -> Path | None:
         """Where what was found of a model like this one is kept; None where its code comes with it and may change."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from raydiv.bundled import FOLDER
-from raydiv.cache import cache_dir, code, digest
+from raydiv.cache import cache_dir, code, digest, kept
 from raydiv.config import Recipe
 from raydiv.config.recipe import Model
 from raydiv.errors import UserError
@@ -31,7 +31,6 @@ from raydiv.model.head import LogProbHead, Weigh
 from raydiv.model.load import DTYPES, implementation, lora_config
 from raydiv.model.packing import Packing, packing_of
 from raydiv.planning.live import LiveBytes
-from raydiv.storage import atomic
 
 SHIPPED = FOLDER / "architectures"
 """Configs of models that are planned for without a hub; README.md beside them says where they are from."""
@@ -171,11 +170,9 @@ def _measured(section: str, precision: str, checkpointing: bool, may_pack: bool,
     if model.trust_remote_code:  # code that may be another tomorrow
         return _tried(config, model, *options)
     note = cache_dir("architectures") / digest(config.to_dict(), section, options, code("model", "planning"))
-    if not note.exists():
-        found = _tried(config, model, *options)
-        with atomic(note) as temporary:
-            temporary.write_bytes(_ARCHITECTURE.dump_json(found))
-    return _ARCHITECTURE.validate_json(note.read_bytes())
+    return _ARCHITECTURE.validate_json(
+        kept(note, lambda: _ARCHITECTURE.dump_json(_tried(config, model, *options)).decode())
+    )
 
 
 def _tried(
