@@ -10,8 +10,10 @@ from importlib import metadata
 from typing import Any
 
 from raydiv.config import Recipe
+from raydiv.data.prompts import named, read_prompts
 from raydiv.errors import user_error_in
-from raydiv.measure import measure_answers, measure_separation
+from raydiv.measure.evaluations import measure_answers
+from raydiv.measure.separations import HowToSeparate, measure_separation
 from raydiv.model.load import ModelSource
 from raydiv.planning.architecture import architecture_of
 from raydiv.planning.layout import largest_share, settle, with_layout
@@ -89,7 +91,10 @@ def _measure(
     model = base if when == "before" else replace(base, directory=run.model)
     metrics: dict[str, float] = {}
     if recipe.separation.prompts:
-        apart = measure_separation(model, recipe.separation.prompts, recipe.cluster, display, label=when)
+        anchors, how = recipe.separation.prompts, HowToSeparate.of(recipe.separation)
+        apart = measure_separation(
+            model, read_prompts(anchors, both=True), how, recipe.cluster, display, label=when, name=named(anchors)
+        )
         apart.write(run.separation, when)
         metrics |= apart.metrics()
     if recipe.evaluate.prompts:
@@ -97,7 +102,7 @@ def _measure(
         answers = measure_answers(
             model,
             base,
-            recipe.evaluate.prompts,
+            read_prompts(recipe.evaluate.prompts, both=False),
             wanted.max_new_tokens,
             recipe.cluster,
             display,

@@ -311,16 +311,36 @@ class Cluster(Section):
 
 
 class Separation(Section):
-    """Prompts whose hidden states are compared before and after training."""
+    """Prompts whose hidden states are compared before, during and after training."""
 
-    prompts: str | None = "bundled:anchors"
+    prompts: Sources | None = Field(
+        default_factory=lambda: [Source(path="bundled:anchors")],
+        description="harmful and harmless prompts that are not trained on",
+    )
+    every: PositiveInt | None = Field(default=None, description="steps between separations during training")
+    layers: list[int] | Literal["all"] = Field(
+        default=[-1],
+        min_length=1,
+        description="which layers, 0 the embeddings, -1 the last; every reads the last of them",
+    )
+    pooling: Literal["last", "mean"] = Field(default="last", description="the last token's state, or all tokens' mean")
+    sample: Annotated[int, Field(ge=20)] = Field(
+        default=1000,
+        description="most prompts for figures that need all states at once; of the others streamed statistics",
+    )
+
+    @model_validator(mode="after")
+    def _every_needs_prompts(self) -> Separation:
+        if self.every is not None and self.prompts is None:
+            raise ValueError("every needs prompts: there is nothing to separate")
+        return self
 
 
 class Evaluate(Section):
     """Evaluation on held-out examples during training (``every``), and of generated answers after it (``prompts``)."""
 
     every: PositiveInt | None = Field(default=None, description="steps between evaluations on data.eval")
-    prompts: str | None = None
+    prompts: Sources | None = Field(default=None, description="prompts that are answered before and after training")
     max_new_tokens: PositiveInt = 48
     judge: Literal["string"] = Field(default="string", description="how answers are judged")
 

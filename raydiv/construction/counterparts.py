@@ -68,10 +68,9 @@ class Models:
 
 def _model(name: str, template: str | None) -> Any:
     # imported here, since torch comes with them, and most builds ask no model
-    from raydiv.measure import resolve
-    from raydiv.model.load import ModelSource
+    from raydiv.measure.models import sources_of
 
-    source = ModelSource(resolve(name.removeprefix("model:")), template)
+    (source,) = sources_of([name.removeprefix("model:")], template)
     source.chat()
     return source
 
