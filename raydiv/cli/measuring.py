@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raydiv.cli.common import add_command, add_reports, print_report, print_table
 from raydiv.errors import UserError
+
+if TYPE_CHECKING:
+    from raydiv.config.recipe import Attack
 
 
 def add_measuring_commands(commands: Any) -> None:
@@ -27,10 +30,35 @@ def add_measuring_commands(commands: Any) -> None:
     separation.add_argument("--different-models", action="store_true", help="the models need not be of one hidden size")
     add_reports(separation)
 
-    evaluate = add_command(commands, "evaluate", _evaluate, "attack success, over-refusal and degenerate answers")
+    evaluate = add_command(
+        commands,
+        "evaluate",
+        _evaluate,
+        "attack success, over-refusal, safety by category, coherence and drift of answers",
+    )
     _add_models(evaluate, prompts="bundled:heldout")
     evaluate.add_argument("--reference", help="the model that scores the answers (default: the first MODEL)")
     evaluate.add_argument("--max-new-tokens", type=int, default=48)
+    evaluate.add_argument(
+        "--judge",
+        default="string",
+        help="string, harmbench, harmbench-mistral, llama-guard-3, or FORMAT:ID (default: string)",
+    )
+    evaluate.add_argument("--toxicity", metavar="ID", help="a text-classification model whose P(toxic) is averaged")
+    evaluate.add_argument(
+        "--attack",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="prefill[=OPENING], templates=FILE, suffixes=FILE or gcg[=STEPS], beside asking directly; may be repeated",
+    )
+    evaluate.add_argument(
+        "--kl-prompts",
+        type=int,
+        default=50,
+        metavar="N",
+        help="prompts with a sampled answer, for the KL (default: 50)",
+    )
     evaluate.add_argument("--output", type=Path, help="a folder for the rates and a verdict per prompt")
     add_reports(evaluate, shows_text=True)
 
@@ -101,23 +129,46 @@ def _layers(words: str) -> tuple[int, ...] | None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from raydiv.evaluation.judges import JUDGES
-    from raydiv.measure.evaluations import evaluate
+    from raydiv.measure.evaluations import HowToEvaluate, evaluate
 
     if options.show_text and not options.output:
         raise UserError("--show-text: say where to write the answers, with --output FOLDER")
-    reports = evaluate(**_measured(options), reference=options.reference, max_new_tokens=options.max_new_tokens)
+    how = HowToEvaluate(
+        options.max_new_tokens,
+        options.judge,
+        options.toxicity,
+        [_attack(words) for words in options.attack],
+        options.kl_prompts,
+    )
+    reports = evaluate(**_measured(options), reference=options.reference, how=how)
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
         for number, report in enumerate(reports):
             report.write(options.output, f"model-{number}", options.show_text)
 
     def show() -> None:
-        names = list(reports[0].rates)
-        rows = [(name, *(str(report.rates[name]) for report in reports)) for name in names]
-        rows.append(("log-prob per token under the reference", *(f"{report.logp_per_token:.2f}" for report in reports)))
-        print_table(["", *options.models], rows)
-        print(JUDGES[reports[0].judge].errors)
+        from raydiv.report import label_of
+
+        cells = [report.cells() for report in reports]
+        names = dict.fromkeys(name for own in cells for name in own)
+        print_table(["", *options.models], [(label_of(name), *(own.get(name, "-") for own in cells)) for name in names])
+        print(reports[0].judge.errors)
+        for report in reports:
+            for note in report.notes:
+                print(f"{report.model}: {note}")
 
     print_report(options, {"models": [report.as_json() for report in reports]}, show)
     return 0
+
+
+def _attack(words: str) -> Attack:
+    from pydantic import ValidationError
+
+    from raydiv.config.recipe import Attack
+
+    kind, given, value = words.partition("=")
+    content: Any = {"steps": value} if kind == "gcg" else value
+    try:
+        return Attack.model_validate({kind: content} if given else kind)
+    except ValidationError as error:
+        raise UserError(f"--attack: {words}: {error.errors()[0]['msg']}") from None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from raydiv.config import Recipe, source_of
 from raydiv.config.recipe import Source
-from raydiv.data.formats import BadRow, flag, prompt_of
-from raydiv.data.published import published
+from raydiv.data.formats import BadRow, Record, flag, prompt_of
+from raydiv.data.published import instead_of, published
 from raydiv.data.sources import iterate_records
 from raydiv.errors import UserError
 from raydiv.model.chat import Messages
@@ -85,11 +85,9 @@ def labelled(source: Source, harmful: bool) -> Source:
 def _prompts(source: Source) -> list[Prompt]:
     source, reading = published(source)
     found = []
-    for where, record in iterate_records(source):
+    for where, record in _records(source):
         try:
             read = reading(record)
-            if read is None:
-                continue
             if "harmful" not in read:
                 raise BadRow("is not labelled: add a column harmful, or give the set as --harmful or --harmless")
             harmful = flag(read, "harmful")
@@ -99,3 +97,10 @@ def _prompts(source: Source) -> list[Prompt]:
         except BadRow as error:
             raise UserError(f"{where}: {error}") from None
     return found
+
+
+def _records(source: Source) -> Iterator[tuple[str, Record]]:
+    try:
+        yield from iterate_records(source)
+    except UserError as error:
+        raise UserError(f"{error}{instead_of(source)}") from None
