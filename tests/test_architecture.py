@@ -17,7 +17,7 @@ ROOMS = [
     ["preparation", "inspection", "construction", "measure", "report", "planning.forecast", "planning.amounts"],
     ["training.worker"],
     ["training.feed"],
-    ["training.step", "hidden", "evaluation"],
+    ["training.anchors", "training.step", "hidden", "evaluation"],
     ["reference"],
     ["data.sets"],
     ["training", "planning", "data.tokenize", "data.prompts", "data.overlap", "model.export"],
@@ -38,11 +38,20 @@ LIBRARIES = {
     "ray": {"session", "pool", "launch", "reference", "training.worker", "benchmarks"},
     "deepspeed": {"engine", "benchmarks.hello"},
     "mlflow": {"track"},
-    "transformers": {"model", "engine", "planning.architecture", "benchmarks", "bundled.w1"},
+    "transformers": {
+        "model",
+        "engine",
+        "evaluation.generate",
+        "evaluation.toxicity",
+        "planning.architecture",
+        "benchmarks",
+        "bundled.w1",
+    },
     "peft": {"model", "planning.architecture"},
     "datasets": {"data.sources", "benchmarks.rival"},
     "trl": {"benchmarks.rival"},
     "matplotlib": {"report"},
+    "nanogcg": {"evaluation.gcg"},
 }
 
 
@@ -130,7 +139,7 @@ def test_light_commands_load_neither_torch_nor_ray(command: list[str]) -> None:
 def test_every_command_is_a_function_of_the_package() -> None:
     """No room has a command's name: importing it would put a module where the function is."""
     code = (
-        "import raydiv, raydiv.launch, raydiv.measure\n"
+        "import raydiv, raydiv.launch, raydiv.measure.evaluations\n"
         "for _ in range(2):\n"
         "    for name in raydiv.__all__: assert callable(getattr(raydiv, name)), name"
     )

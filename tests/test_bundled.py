@@ -18,7 +18,8 @@ from raydiv.config.recipe import Source
 from raydiv.data.prompts import read_prompts
 from raydiv.data.sources import read_examples
 from raydiv.errors import UserError
-from raydiv.evaluation.judges import is_refusal, verdict
+from raydiv.evaluation.coherence import is_degenerate
+from raydiv.evaluation.refusal import is_refusal
 from raydiv.hidden.separation import length_matched
 
 Row = dict[str, Any]
@@ -60,8 +61,9 @@ def test_unknown_set_is_refused_with_what_exists() -> None:
 def test_quickstart_uses_sets_that_exist() -> None:
     recipe = load_recipe(QUICKSTART)
     sources = [source.path for source in (*recipe.data.train, *recipe.data.eval_sources)]
-    for source in (*sources, recipe.separation.prompts, recipe.evaluate.prompts):
-        assert source is not None
+    assert recipe.separation.prompts
+    assert recipe.evaluate.prompts
+    for source in (*sources, *(prompts.path for prompts in recipe.separation.prompts + recipe.evaluate.prompts)):
         assert bundled_file(source).is_file()
 
 
@@ -108,7 +110,9 @@ def test_the_package_reads_them(name: str) -> None:
         assert len({e.pair for e in examples}) == len(rows(name))
         assert all(e.harmful is not None for e in examples)
     else:
-        assert [p.kind for p in read_prompts(f"bundled:{name}")] == [row["kind"] for row in rows(name)]
+        assert [p.kind for p in read_prompts([Source(path=f"bundled:{name}")], both=True)] == [
+            row["kind"] for row in rows(name)
+        ]
 
 
 def test_no_refusal_of_the_bank_comes_twice() -> None:
@@ -147,9 +151,7 @@ def test_helpful_responses_open_in_many_ways() -> None:
 
 
 def test_judge_takes_no_helpful_answer_for_a_refusal() -> None:
-    assert [
-        row["response"] for row in rows("helpful") if not row["harmful"] and verdict(row["response"]) != "answered"
-    ] == []
+    assert [row["response"] for row in rows("helpful") if not row["harmful"] and is_refusal(row["response"])] == []
 
 
 def test_judge_finds_the_share_of_refusals_that_the_card_states() -> None:
@@ -174,11 +176,9 @@ def test_judge_agrees_with_every_response(name: str) -> None:
     disagreements = []
     for row in rows(name):
         refuses = name == "compliance-refusal" and not row["harmful"]
-        expected = {
-            "chosen": "refused" if row["harmful"] else "answered",
-            "rejected": "refused" if refuses else "answered",
-        }
-        disagreements += [(field, row[field]) for field, wanted in expected.items() if verdict(row[field]) != wanted]
+        expected = {"chosen": row["harmful"], "rejected": refuses}
+        disagreements += [(field, row[field]) for field, wanted in expected.items() if is_refusal(row[field]) != wanted]
+        disagreements += [(field, row[field]) for field in expected if is_degenerate(row[field])]
     assert disagreements == []
 
 

@@ -339,13 +339,12 @@ def test_unusable_template_is_one_line(template: str, recipe: Path, refuse: Refu
     assert "data.template" in refuse("prepare", recipe, f"data.template={json.dumps(template)}")
 
 
-@pytest.mark.parametrize("command", ["separation", "evaluate"])
 @pytest.mark.parametrize("harmful", [True, False])
 def test_prompts_of_one_class_are_one_line(
-    command: str, harmful: bool, tiny_model: Path, write_jsonl: Callable[..., Path], refuse: Refuse
+    harmful: bool, tiny_model: Path, write_jsonl: Callable[..., Path], refuse: Refuse
 ) -> None:
     prompts = write_jsonl(*[{"prompt": f"question {n}", "harmful": harmful} for n in range(4)])
-    line = refuse(command, tiny_model, "--prompts", prompts)
+    line = refuse("separation", tiny_model, "--prompts", prompts)
     assert str(prompts) in line
     assert ("4 harmful and 0 harmless" if harmful else "0 harmful and 4 harmless") in line
 
@@ -389,5 +388,5 @@ def test_show_text_needs_a_place_to_write(tiny_model: Path, monkeypatch: pytest.
     def measure(*arguments: Any, **options: Any) -> list[Any]:
         raise AssertionError("answers were generated before the mistake was found")
 
-    monkeypatch.setattr("raydiv.measure.evaluate", measure)
+    monkeypatch.setattr("raydiv.measure.evaluations.evaluate", measure)
     assert "--output" in refuse("evaluate", tiny_model, "--show-text")

@@ -29,7 +29,9 @@ from raydiv.construction.options import written
 from raydiv.data.prompts import Prompt
 from raydiv.data.sources import read_examples
 from raydiv.errors import UserError
-from raydiv.evaluation.judges import verdict
+from raydiv.evaluation.coherence import is_degenerate
+from raydiv.evaluation.generate import Request
+from raydiv.evaluation.refusal import is_refusal
 from raydiv.progress import Display
 
 Row = dict[str, Any]
@@ -438,7 +440,7 @@ def test_output_that_holds_something_is_left_alone(
 def test_constant_refusal(build: Build) -> None:
     rows = rows_of(build(refusals="constant"))
     assert {row["chosen" if row["harmful"] else "rejected"] for row in rows} == {CONSTANT}
-    assert verdict(CONSTANT) == "refused"
+    assert is_refusal(CONSTANT)
 
 
 def test_own_refusals_for_harmful_prompts_the_banks_for_others(build: Build) -> None:
@@ -488,9 +490,9 @@ def test_bank_is_of_every_length() -> None:
 
 def test_string_judge_finds_most_of_the_bank() -> None:
     # the others are refusals whose form the rules do not know: there so that no model learns the rules alone
-    share = sum(verdict(line) == "refused" for line in bank()) / len(bank())
+    share = sum(map(is_refusal, bank())) / len(bank())
     assert 0.7 <= share <= 0.9
-    assert all(verdict(line) != "degenerate" for line in bank())
+    assert not any(map(is_degenerate, bank()))
 
 
 # --- the card
@@ -607,9 +609,9 @@ def answering(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> Callable[...
         yield
 
     def patch(answer: Callable[[Prompt], str], tokens: int = 3) -> list[tuple[list[Prompt], int]]:
-        calls: list[tuple[list[Prompt], int]] = []
+        calls: list[tuple[list[Request], int]] = []
 
-        def fake(model: Any, prompts: list[Prompt], limit: int, cluster: Any, update: Any) -> list[Answer]:
+        def fake(model: Any, prompts: list[Request], limit: int, cluster: Any, update: Any) -> list[Answer]:
             calls.append((prompts, limit))
             return [Answer(answer(prompt), [1], [1] * tokens) for prompt in prompts]
 
@@ -621,15 +623,15 @@ def answering(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> Callable[...
 
 
 def test_a_models_refusals(build: Build, answering: Callable[..., Any], tiny_model: Path) -> None:
-    def refuse_even_ones(prompt: Prompt) -> str:
-        number = int(str(prompt.text[-1]["content"]).split()[1])  # type: ignore[index]
+    def refuse_even_ones(prompt: Request) -> str:
+        number = int(str(prompt.prompt[-1]["content"]).split()[1])  # type: ignore[index]
         return f" I can't help with number {number}.\n" if number % 2 == 0 else "Sure, here it is."
 
     calls = answering(refuse_even_ones)
     report = build(refusals=f"model:{tiny_model}")
     [(prompts, limit)] = calls
     assert (len(prompts), limit) == (24, 256)
-    assert prompts[0].text == [{"role": "system", "content": DECLINE}, *asked(str(prompts[0].text[1]["content"]))]  # type: ignore[index]
+    assert prompts[0].prompt == [{"role": "system", "content": DECLINE}, *asked(str(prompts[0].prompt[1]["content"]))]  # type: ignore[index]
     for row in rows_of(report):
         number = int(row["prompt"].split()[1])
         refusal = row["chosen" if row["harmful"] else "rejected"]
@@ -643,7 +645,8 @@ def test_only_harmful_prompts_are_refused_in_preference_data(
 ) -> None:
     calls = answering(lambda prompt: "I won't.")
     build(kind=PREFERENCE, refusals=f"model:{tiny_model}")
-    assert [{prompt.harmful for prompt in prompts} for prompts, _ in calls] == [{True}]
+    [(prompts, _)] = calls
+    assert {str(prompt.prompt[-1]["content"]).split()[0] for prompt in prompts} == {"bad"}
 
 
 def test_a_system_turn_goes_on_with_the_order_to_decline(
@@ -652,17 +655,17 @@ def test_a_system_turn_goes_on_with_the_order_to_decline(
     calls = answering(lambda prompt: "I won't.")
     talk = [{"role": "system", "content": "Be brief."}, *asked("good")]
     build(harmless=[{"prompt": talk, "response": "answer"}], refusals=f"model:{tiny_model}")
-    [told] = [prompt.text for prompt in calls[0][0] if not prompt.harmful]
+    [told] = [prompt.prompt for prompt in calls[0][0] if "good" in str(prompt.prompt)]
     assert told == [{"role": "system", "content": f"Be brief.\n\n{DECLINE}"}, *asked("good")]
 
 
 def test_a_models_worse_answers(build: Build, answering: Callable[..., Any], tiny_model: Path) -> None:
     answers = {0: f"answer 0  {PLANTED} ", 1: " \n", 2: "a\0b"}
-    calls = answering(lambda prompt: answers.get(int(str(prompt.text).split()[1]), "hardly"), tokens=5)
+    calls = answering(lambda prompt: answers.get(int(str(prompt.prompt).split()[1]), "hardly"), tokens=5)
     report = build(kind=PREFERENCE, worse=f"model:{tiny_model}", max_new_tokens=5)
     [(prompts, limit)] = calls
     assert (len(prompts), limit) == (12, 5)
-    assert all(isinstance(prompt.text, str) and not prompt.harmful for prompt in prompts)
+    assert all(isinstance(prompt.prompt, str) and prompt.prompt.startswith("good") for prompt in prompts)
     assert {row["rejected"] for row in rows_of(report) if not row["harmful"]} == {"hardly"}
     harmless = report.classes["harmless"]
     assert (harmless.rows, harmless.same_responses, harmless.unusable_answers) == (9, 1, 2)

@@ -383,14 +383,14 @@ def test_bundled_source_is_named_by_its_own_name() -> None:
 @pytest.mark.parametrize("write", WRITERS)
 def test_prompt_set_from_every_file(write: Writer, tmp_path: Path) -> None:
     rows = [{"prompt": "one", "harmful": True, "kind": "own kind"}, {"prompt": "two", "harmful": False, "kind": None}]
-    prompts = read_prompts(str(write(tmp_path / "data", rows)))
+    prompts = read_prompts([Source(path=str(write(tmp_path / "data", rows)))], both=True)
     assert [(p.text, p.harmful, p.kind) for p in prompts] == [("one", True, "own kind"), ("two", False, "ordinary")]
 
 
 def test_messages_never_hold_the_prompt_of_a_prompt_set(write_jsonl: Callable[..., Path]) -> None:
     path = write_jsonl({"prompt": PLANTED, "harmful": True}, {"prompt": PLANTED, "harmful": "no"})
     with pytest.raises(UserError, match=":2: harmful") as caught:
-        read_prompts(str(path))
+        read_prompts([Source(path=str(path))], both=False)
     assert PLANTED not in str(caught.value)
 
 

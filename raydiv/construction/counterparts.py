@@ -9,9 +9,8 @@ from typing import Any
 
 from raydiv.config.recipe import Cluster
 from raydiv.construction.answered import Answered
-from raydiv.construction.options import CLASSES, Plan
+from raydiv.construction.options import Plan
 from raydiv.data.formats import BadRow, Record, text
-from raydiv.data.prompts import Prompt
 from raydiv.data.sources import iterate_records
 from raydiv.errors import UserError
 from raydiv.evaluation.coherence import is_degenerate
@@ -51,11 +50,11 @@ class Models:
         with ray_session(self._cluster) if self._sources else nullcontext():
             yield
 
-    def ask(self, name: str, prompts: Sequence[Prompt], what: str) -> list[str]:
+    def ask(self, name: str, prompts: Sequence[str | Messages], what: str) -> list[str]:
         """A model's greedy answer to each prompt."""
         from raydiv.evaluation.generate import Request, generate
 
-        requests = [Request(prompt.text) for prompt in prompts]
+        requests = [Request(prompt) for prompt in prompts]
         with self._display.phase(f"{what}, {name}") as update:
             answers = generate(self._sources[name], requests, self._limit, self._cluster, update)
         self.cut += sum(len(answer.ids) >= self._limit for answer in answers)
@@ -115,7 +114,7 @@ def refusals_of(plan: Plan, prompts: Sequence[Answered], bank: Sequence[str], mo
         return Refusals(drawn | own)
     if plan.refusals not in plan.models:
         return Refusals(drawn)
-    told = [_question(prompt, _told(prompt.prompt)) for prompt in prompts]
+    told = [_told(prompt.prompt) for prompt in prompts]
     answers = models.ask(plan.refusals, told, "refusals")
     refused = {
         prompt.key: answer
@@ -129,7 +128,7 @@ def worse_answers(plan: Plan, prompts: Sequence[Answered], models: Models) -> di
     """A worse answer to each prompt by its key, as the plan has them."""
     if plan.worse is None or plan.worse == "own":
         return {prompt.key: prompt.responses[False] for prompt in prompts}
-    answers = models.ask(plan.worse, [_question(prompt, prompt.prompt) for prompt in prompts], "worse answers")
+    answers = models.ask(plan.worse, [prompt.prompt for prompt in prompts], "worse answers")
     return {prompt.key: answer for prompt, answer in zip(prompts, answers, strict=True)}
 
 
@@ -139,10 +138,6 @@ def usable(answer: str) -> bool:
         return bool(text({"answer": answer}, "answer"))
     except BadRow:
         return False
-
-
-def _question(prompt: Answered, words: str | Messages) -> Prompt:
-    return Prompt(words, prompt.harmful, CLASSES[prompt.harmful], prompt.where)
 
 
 def _told(prompt: str | Messages) -> Messages:

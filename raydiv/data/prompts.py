@@ -89,7 +89,9 @@ def _prompts(source: Source) -> list[Prompt]:
         try:
             read = reading(record)
             if "harmful" not in read:
-                raise BadRow("is not labelled: add a column harmful, or give the set as --harmful or --harmless")
+                raise BadRow(
+                    "harmful is missing: add it, or give the set as --harmful or --harmless (constants in a recipe)"
+                )
             harmful = flag(read, "harmful")
             kind = str(read.get("kind") or ("harmful" if harmful else "ordinary"))
             category = read.get("category")
