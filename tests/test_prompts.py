@@ -1,0 +1,201 @@
+"""Prompt sets: plain text, labels from outside, published sets as they are published, and what is wrong with one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raydiv.config import source_of
+from raydiv.config.recipe import Source
+from raydiv.data import prompts as module
+from raydiv.data.prompts import Prompt, labelled, read_prompts, sets_of
+from raydiv.data.published import PUBLISHED, published
+from raydiv.errors import UserError
+
+Write = Callable[..., Path]
+
+
+def shown(prompts: list[Prompt]) -> list[tuple[Any, ...]]:
+    return [(prompt.text, prompt.harmful, prompt.kind, prompt.category) for prompt in prompts]
+
+
+def test_plain_text_is_a_prompt_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "bad.txt"
+    path.write_bytes(b"\xef\xbb\xbffirst, with a comma\r\n\n  second \n")
+    prompts = read_prompts([labelled(Source(path=str(path)), True)], both=False)
+    assert shown(prompts) == [("first, with a comma", True, "harmful", None), ("second", True, "harmful", None)]
+    assert [prompt.id for prompt in prompts] == [f"{path}:1", f"{path}:3"]
+
+
+def test_text_without_labels_says_how_to_give_them(tmp_path: Path) -> None:
+    path = tmp_path / "bad.txt"
+    path.write_text("PLANTED\n")
+    with pytest.raises(UserError, match=r"bad.txt:1: harmful is missing: .*--harmful or --harmless") as caught:
+        read_prompts([Source(path=str(path))], both=False)
+    assert "PLANTED" not in str(caught.value)
+
+
+def test_text_beside_data_is_none_of_it(tmp_path: Path) -> None:
+    (tmp_path / "README.txt").write_text("About this folder.\n")
+    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "one", "harmful": True}) + "\n")
+    assert [prompt.text for prompt in read_prompts([Source(path=str(tmp_path))], both=False)] == ["one"]
+
+
+def test_csv_with_categories(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text('prompt,harmful,category\n"one, two",true,theft\nthree,false,\n')
+    assert shown(read_prompts([Source(path=str(path))], both=True)) == [
+        ("one, two", True, "harmful", "theft"),
+        ("three", False, "ordinary", None),
+    ]
+
+
+def test_sets_are_those_named_and_one_of_what_is_labelled_here(tmp_path: Path) -> None:
+    found = sets_of(["a.jsonl", "b.jsonl"], ["c.txt"], ["d.txt", "{path: e.csv, columns: {prompt: q}}"], "bundled:x")
+    assert [[source.path for source in one] for one in found] == [["a.jsonl"], ["b.jsonl"], ["c.txt", "d.txt", "e.csv"]]
+    assert [source.constants for source in found[2]] == [{"harmful": True}, {"harmful": False}, {"harmful": False}]
+    assert [[source.path for source in one] for one in sets_of([], [], [], "bundled:x")] == [["bundled:x"]]
+
+
+@pytest.mark.parametrize(
+    ("records", "both", "message"),
+    [
+        ([], False, "holds no prompts"),
+        (
+            [{"prompt": "a", "harmful": True}],
+            True,
+            "needs harmful and harmless prompts, found 1 harmful and 0 harmless",
+        ),
+        ([{"prompt": " ", "harmful": True}], False, ":1: prompt must be non-empty text"),
+        ([{"prompt": "a", "harmful": "yes"}], False, ":1: harmful must be true or false"),
+    ],
+)
+def test_a_bad_set_is_one_message(records: list[Any], both: bool, message: str, write_jsonl: Write) -> None:
+    with pytest.raises(UserError, match=message):
+        read_prompts([Source(path=str(write_jsonl(*records)))], both=both)
+
+
+ALERT = "### Instruction:\nHow do I do harm?\n### Response:\n"
+RECORDS: list[tuple[str, dict[str, Any], tuple[Any, ...]]] = [
+    ("{path: hf://walledai/AdvBench}", {"prompt": "p", "target": "t"}, ("p", True, "harmful", None)),
+    ("{path: hf://mlabonne/harmful_behaviors}", {"text": "p"}, ("p", True, "harmful", None)),
+    ("{path: hf://walledai/MaliciousInstruct}", {"prompt": "p"}, ("p", True, "harmful", None)),
+    (
+        "{path: hf://Babelscape/ALERT}",
+        {"id": 1, "category": "hate_women", "prompt": ALERT},
+        ("How do I do harm?", True, "harmful", "hate_women"),
+    ),
+    (
+        "{path: hf://Babelscape/ALERT, config: alert_adversarial}",
+        {"category": "crime_cyber", "prompt": f"{ALERT} and more", "attack_type": "suffix"},
+        ("How do I do harm?\nand more", True, "adversarial", "crime_cyber"),
+    ),
+    (
+        "{path: hf://Paul/XSTest}",
+        {"prompt": "p", "label": "safe", "type": "homonyms"},
+        ("p", False, "alarming", "homonyms"),
+    ),
+    (
+        "{path: hf://walledai/XSTest}",
+        {"prompt": "p", "label": "unsafe", "type": "contrast_homonyms"},
+        ("p", True, "harmful", "contrast_homonyms"),
+    ),
+    (
+        "{path: hf://natolambert/xstest-v2-copy}",
+        {"prompt": "p", "type": "contrast_privacy"},
+        ("p", True, "harmful", "contrast_privacy"),
+    ),
+    (
+        "{path: hf://OpenSafetyLab/Salad-Data}",
+        {"question": "p", "1-category": "O1: Representation & Toxicity Harms"},
+        ("p", True, "harmful", "Representation & Toxicity Harms"),
+    ),
+    (
+        "{path: hf://OpenSafetyLab/Salad-Data, config: attack_enhanced_set}",
+        {"augq": "p", "baseq": "q", "1-category": "O5: Malicious Use"},
+        ("p", True, "adversarial", "Malicious Use"),
+    ),
+    (
+        "{path: hf://toxigen/toxigen-data}",
+        {"text": "p", "toxicity_ai": 3.0, "toxicity_human": 2.6, "target_group": "g"},
+        ("p", True, "harmful", "g"),
+    ),
+    (
+        "{path: hf://toxigen/toxigen-data}",
+        {"text": "p", "toxicity_ai": 1, "toxicity_human": 2.0, "target_group": "g"},
+        ("p", False, "ordinary", "g"),
+    ),
+    (
+        "{path: hf://toxigen/toxigen-data, config: train}",
+        {"prompt": "p", "prompt_label": 0, "group": "g"},
+        ("p", False, "ordinary", "g"),
+    ),
+]
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[dict[str, Any]]], list[Source]]:
+    """A hub that has these records whatever is asked for, and what it was asked for."""
+
+    def serve(records: list[dict[str, Any]]) -> list[Source]:
+        asked: list[Source] = []
+
+        def records_of(source: Source) -> Iterator[tuple[str, Any]]:
+            asked.append(source)
+            yield from ((f"{source.path}:{n}", record) for n, record in enumerate(records, start=1))
+
+        monkeypatch.setattr(module, "iterate_records", records_of)
+        return asked
+
+    return serve
+
+
+@pytest.mark.parametrize(("words", "record", "expected"), RECORDS)
+def test_published_sets_are_read_as_they_are_published(
+    words: str, record: dict[str, Any], expected: tuple[Any, ...], hub: Callable[..., list[Source]]
+) -> None:
+    asked = hub([record])
+    source = source_of(words)
+    assert shown(read_prompts([source], both=False)) == [expected]
+    known = PUBLISHED[source.path.removeprefix("hf://")]
+    assert asked[0].split == known.split
+    assert asked[0].config == (source.config or next(iter(known.read)))
+
+
+def test_every_published_set_is_tried() -> None:
+    tried = {(source_of(words).path.removeprefix("hf://"), source_of(words).config) for words, *_ in RECORDS}
+    assert {name for name, _ in tried} | {"skg/toxigen-data"} == PUBLISHED.keys()
+
+
+def test_a_users_own_columns_go_over_what_is_known(hub: Callable[..., list[Source]]) -> None:
+    source = source_of(
+        "{path: hf://walledai/AdvBench, split: test, columns: {prompt: goal}, constants: {harmful: false}}"
+    )
+    assert published(source)[0] == source
+    assert published(source)[1]({"x": 1}) == {"x": 1}
+
+
+def test_a_split_and_a_label_of_the_users_own_are_kept(hub: Callable[..., list[Source]]) -> None:
+    asked = hub([{"prompt": "p"}])
+    source = source_of("{path: hf://walledai/AdvBench, split: test, constants: {kind: mine}}")
+    assert shown(read_prompts([source], both=False)) == [("p", True, "mine", None)]
+    assert asked[0].split == "test"
+
+
+def test_an_unknown_configuration_names_those_that_are_known() -> None:
+    with pytest.raises(UserError, match=r"config base is not known \(known: base_set, attack_enhanced_set\)"):
+        read_prompts([source_of("{path: hf://OpenSafetyLab/Salad-Data, config: base}")], both=False)
+
+
+def test_a_set_that_needs_permission_names_one_that_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(source: Source) -> Iterator[Any]:
+        raise UserError(f"{source.path}: cannot be loaded from the hub: 403")
+        yield
+
+    monkeypatch.setattr(module, "iterate_records", refused)
+    with pytest.raises(UserError, match="hf://Paul/XSTest does not"):
+        read_prompts([source_of("hf://walledai/XSTest")], both=False)
