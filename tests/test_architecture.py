@@ -50,6 +50,7 @@ LIBRARIES = {
     "peft": {"model", "planning.architecture"},
     "datasets": {"data.sources", "benchmarks.rival"},
     "trl": {"benchmarks.rival"},
+    "lm_eval": {"evaluation.capability"},
     "matplotlib": {"report"},
     "nanogcg": {"evaluation.gcg"},
 }
