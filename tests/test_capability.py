@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_model
 from lm_eval.tasks import TaskManager
 
@@ -22,7 +23,7 @@ from raydiv.model.load import ModelSource
 from raydiv.reference import LogProbScorer
 from raydiv.session import ray_session
 
-CHOICES = ["yes", "no way", "I cannot help"]
+CHOICES = ["that", "sorry", "help"]
 QUESTIONS = [
     f"Question {number}: is it {word}"
     for number, word in enumerate(["so", "how", "no", "yes", "a", "not", "us", "we", "an", "at"])
@@ -54,6 +55,16 @@ doc_to_target: answer
 generation_kwargs: {until: ["<never>"], do_sample: false, max_gen_toks: 6}
 metric_list: [{metric: exact_match}]
 """
+SCORING = """\
+task: scoring
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: question
+doc_to_target: "{{choices[1]}}"
+metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false}]
+"""
 BOTH = """\
 group: both
 task: [choosing, writing]
@@ -62,10 +73,22 @@ metadata: {version: 1.0}
 """
 
 
+Ids = Callable[[str, str], tuple[list[int], list[int]]]
+"""From a question and a choice to their tokens."""
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
-    """A random model that does not merely repeat the last token, as one with tied embeddings does."""
-    return ModelSource(make_model(tmp_path_factory.mktemp("untied"), tied=False, seed=3))
+    """A random model with large weights: what it says depends on what it is asked."""
+    from transformers import LlamaForCausalLM
+
+    folder = make_model(tmp_path_factory.mktemp("outspoken"), tied=False, seed=1)
+    model = LlamaForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(10 if weight.ndim > 1 else 1)
+    model.save_pretrained(folder)
+    return ModelSource(folder)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +113,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, written: list[str]) -> Path
         )
     )
     tasks = tmp_path_factory.mktemp("tasks")
-    for name, text in (("choosing", CHOOSING), ("writing", WRITING), ("both", BOTH)):
+    for name, text in (("choosing", CHOOSING), ("writing", WRITING), ("scoring", SCORING), ("both", BOTH)):
         (tasks / f"{name}.yaml").write_text(text.replace("DATA", str(data)))
     return tasks
 
@@ -105,7 +128,7 @@ def own(folder: Path) -> Any:
     return TaskManager(include_path=str(folder), include_defaults=False)
 
 
-def logps(source: ModelSource, ids: Callable[[str, str], tuple[list[int], list[int]]]) -> np.ndarray:
+def logps(source: ModelSource, ids: Ids) -> np.ndarray:
     """Log-probs [questions, choices] by raydiv's own scorer, of what ``ids`` makes of a question and a choice."""
     pairs = [ids(question, choice) for question in QUESTIONS for choice in CHOICES]
     rows = [{"prompt": prompt, "response": response} for prompt, response in pairs]
@@ -113,38 +136,54 @@ def logps(source: ModelSource, ids: Callable[[str, str], tuple[list[int], list[i
     return np.array([row["logp"] for row in scored]).reshape(len(QUESTIONS), len(CHOICES))
 
 
+def ids_of(source: ModelSource, between: str = " ") -> Ids:
+    """Without a template: the choice's tokens are what it adds to the question's."""
+    tokenizer = source.chat().tokenizer
+
+    def ids(question: str, choice: str) -> tuple[list[int], list[int]]:
+        whole, start = tokenizer(f"{question}{between}{choice}").input_ids, len(tokenizer(question).input_ids)
+        return whole[:start], whole[start:]
+
+    return ids
+
+
 def accuracy(values: np.ndarray) -> float:
     return float(np.mean(values.argmax(axis=1) == LABELS))
 
 
+def perplexity(row: dict[str, Any]) -> float:
+    (score,) = row["scores"][0].scores
+    assert score.metric == "perplexity"
+    assert score.stderr is not None
+    return float(score.value)
+
+
 def test_scores_are_what_the_models_own_log_probs_say(source: ModelSource, folder: Path) -> None:
-    tokenizer = source.chat().tokenizer
-
-    def ids(question: str, choice: str) -> tuple[list[int], list[int]]:
-        whole = tokenizer(f"{question} {choice}").input_ids
-        start = len(tokenizer(question).input_ids)
-        return whole[:start], whole[start:]
-
-    values = logps(source, ids)
+    values = logps(source, ids_of(source))
     right, right_by_length = accuracy(values), accuracy(values / [len(choice) for choice in CHOICES])
-    assert 0 < right < 1
+    assert (right, right_by_length) == (0.6, 0.5)
 
     def stderr(share: float) -> float:
         return float(np.sqrt(share * (1 - share) / (len(QUESTIONS) - 1)))
 
-    found = Harness(source, own(folder), None, False)([{"task": "choosing"}])
+    chosen, scored = Harness(source, own(folder), None, False)([{"task": "choosing"}, {"task": "scoring"}])
     scores = [
         Score("acc", "none", right, pytest.approx(stderr(right))),
         Score("acc_norm", "none", right_by_length, pytest.approx(stderr(right_by_length))),
     ]
-    assert found == [{"scores": [TaskScores("choosing", scores, len(QUESTIONS), 0, "2.5")]}]
+    assert chosen == {"scores": [TaskScores("choosing", scores, len(QUESTIONS), 0, "2.5")]}
+    # a task that only scores puts nothing before its target
+    targets = logps(source, ids_of(source, between=""))[:, 1]
+    assert perplexity(scored) == pytest.approx(np.exp(-targets.mean()), rel=1e-4)
 
 
 def test_template_makes_documents_a_users_turns(source: ModelSource, folder: Path) -> None:
     chat = source.chat()
     values = logps(source, lambda question, choice: (chat.prompt(question), chat.tokenizer(choice).input_ids))
-    (found,) = Harness(source, own(folder), None, True)([{"task": "choosing"}])
-    assert found["scores"][0].scores[0].value == pytest.approx(accuracy(values))
+    assert accuracy(values) != accuracy(logps(source, ids_of(source)))
+    chosen, scored = Harness(source, own(folder), None, True)([{"task": "choosing"}, {"task": "scoring"}])
+    assert chosen["scores"][0].scores[0].value == pytest.approx(accuracy(values))
+    assert perplexity(scored) == pytest.approx(np.exp(-values[:, 1].mean()), rel=1e-4)
 
 
 def test_what_is_written_counts_where_it_matches(source: ModelSource, folder: Path, written: list[str]) -> None:
@@ -205,7 +244,7 @@ def test_presets_are_the_harnesss_tasks_and_mix_with_names(everything: Any, fold
 @pytest.mark.parametrize(("name", "near"), [("gsm8kk", "gsm8k"), ("maths", "math"), ("chosing", "choosing")])
 def test_unknown_task_gets_its_neighbours(everything: Any, folder: Path, name: str, near: str) -> None:
     with pytest.raises(
-        UserError, match=rf"no task '{name}' \(did you mean .*\b{near}\b.*\?\); .* has both, choosing, writing"
+        UserError, match=rf"no task '{name}' \(did you mean .*\b{near}\b.*\?\); .* has both, choosing, scoring, writing"
     ):
         capability._named(["gsm8k", name], everything, folder)
 

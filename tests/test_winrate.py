@@ -103,32 +103,48 @@ def test_every_instruction_needs_both_outputs() -> None:
         win_rate(["a", "b"], ["x", "y"], ["x"], lambda questions: ["1"] * len(questions))
 
 
-@pytest.mark.parametrize(
-    "label", ["{}", "Output {}", "output ({})", "**{}**", " {}.", "Answer: {}", "{}\n\nBecause.", "[{}]"]
-)
+LABELS = [
+    "{}",
+    "Output {}",
+    "output ({})",
+    "**{}**",
+    " {}.",
+    "Answer: {}",
+    "{}\n\nBecause.",
+    "[{}]",
+    "The answer is {}.",
+]
+LABELS += ["The better output is {}.", "Output {} is better.", "The output {} is the better one", "{} is better"]
+NO_CHOICES = [
+    "",
+    "1 and 2",
+    "12",
+    "1 or 2",
+    "3",
+    "neither",
+    "Output",
+    "A",
+    "The instruction says 1",
+    "1 2",
+    "untie",
+    "1st",
+]
+NO_CHOICES += [
+    "The answer is not 1",
+    "Output 1 is better than 2, but",
+    "Output 1 is worse",
+    "Output 1 is not better",
+    "not 1",
+]
+
+
+@pytest.mark.parametrize("label", LABELS)
 @pytest.mark.parametrize("identifier", ["1", "2", "tie", "Tie", "TIE"])
 def test_choice_is_read(label: str, identifier: str) -> None:
     assert choice(label.format(identifier)) == identifier.lower()
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        "",
-        "1 and 2",
-        "12",
-        "1 or 2",
-        "3",
-        "neither",
-        "Output",
-        "A",
-        "The instruction says 1",
-        "1 2",
-        "untie",
-        "not 1",
-        "1st",
-    ],
-)
+@pytest.mark.parametrize("answer", NO_CHOICES)
 def test_anything_else_is_no_choice(answer: str) -> None:
     assert choice(answer) is None
 

@@ -35,10 +35,17 @@ the one that follows it more helpfully, correctly and clearly. Neither the order
 # Which output is better?
 Answer with its identifier alone: 1 or 2; or with tie, if neither is better."""
 
-CHOICE_TOKENS = 8
-"""Tokens that a judge may answer with: an identifier, and a label before it."""
+CHOICE_TOKENS = 12
+"""Tokens that a judge may answer with: an identifier, and a few words around it."""
 
-_CHOICE = re.compile(r"\W*(?:(?:output|answer|response)\W*)?(1|2|tie)\W*", re.IGNORECASE)
+_CHOICE = re.compile(
+    r"""
+    \W* (?: (?:the\s+)? (?:better\s+)? (?:output|answer|response) (?:\s+is\b)? )?
+    \W* (1|2|tie) \b
+    (?: \s+is\s+ (?:the\s+)? better (?: \s+(?:one|output|answer|response) )? )? \W*
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +110,7 @@ def win_rate(instructions: Sequence[str], outputs: Sequence[str], baseline: Sequ
 
 
 def choice(answer: str) -> str | None:
-    """``1``, ``2`` or ``tie``, where that is all that the answer's first line says; else None."""
+    """``1``, ``2`` or ``tie``, where the answer's first line says that and nothing else ("Output 1 is better"); else None."""
     said = _CHOICE.fullmatch(answer.strip().partition("\n")[0])
     return said[1].lower() if said else None
 
