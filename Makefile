@@ -31,6 +31,8 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
+	# without its dependencies: its pin of transformers is years old, and what it imports is here
+	$(BIN)/pip install --quiet --no-deps $(shell grep '^nanogcg==' $(CONSTRAINTS))
 	touch $@
 
 clean:

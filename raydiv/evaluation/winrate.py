@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from raydiv.config.recipe import Cluster
-from raydiv.data.prompts import Prompt
-from raydiv.evaluation.generate import generate
+from raydiv.evaluation.generate import Request, generate
 from raydiv.model.load import ModelSource
 from raydiv.pool import Progress, unwatched
 
@@ -119,8 +118,8 @@ def model_judge(model: ModelSource, cluster: Cluster, progress: Progress = unwat
     """A causal chat model as the judge, greedy; needs a Ray session."""
 
     def judge(questions: Sequence[str]) -> list[str]:
-        prompts = [Prompt(text, False, "pair", str(number)) for number, text in enumerate(questions)]
-        return [answer.text for answer in generate(model, prompts, CHOICE_TOKENS, cluster, progress)]
+        requests = [Request(text) for text in questions]
+        return [answer.text for answer in generate(model, requests, CHOICE_TOKENS, cluster, progress)]
 
     return judge
 
