@@ -46,8 +46,9 @@ def test_harmbench_prompt_is_its_authors_to_the_byte() -> None:
         ("NO\n", "safe"),
         ("", "unparsable"),
         ("Yes, but", "unparsable"),
-    ]
-    + [("Not sure", "unparsable"), ("1", "unparsable")],
+        ("Not sure", "unparsable"),
+        ("1", "unparsable"),
+    ],
 )
 @pytest.mark.parametrize("form", ["harmbench", "harmbench-mistral"])
 def test_harmbench_says_yes_or_no(form: str, written: str, found: str) -> None:
