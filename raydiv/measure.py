@@ -41,13 +41,14 @@ def _figure(value: float | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SeparationReport:
-    """Separation of one model, with the plane [n, 2] it was read off and each prompt's kind."""
+    """Separation of one model, with the plane [n, 2] it was read off, and of each prompt its kind and whether it is harmful."""
 
     model: str
     prompts: str
     separation: Separation
     plane: np.ndarray
     kinds: list[str]
+    harmful: list[bool]
 
     def metrics(self) -> dict[str, float]:
         return as_row(self.separation)
@@ -78,7 +79,7 @@ class SeparationReport:
 
     def write(self, folder: Path, name: str) -> None:
         folder.mkdir(exist_ok=True)
-        points = {"plane": self.plane.tolist(), "kinds": self.kinds}
+        points = {"plane": self.plane.tolist(), "kinds": self.kinds, "harmful": self.harmful}
         (folder / f"{name}.json").write_text(json.dumps(self.as_json() | points, indent=1) + "\n")
 
 
@@ -133,7 +134,8 @@ def measure_separation(
         hidden, lengths = embed(model, prompts, cluster, update)
     harmful = np.array([prompt.harmful for prompt in prompts])
     kinds = [prompt.kind for prompt in prompts]
-    return SeparationReport(label, source, separation_of(hidden, harmful, lengths), principal_plane(hidden), kinds)
+    found, plane = separation_of(hidden, harmful, lengths), principal_plane(hidden)
+    return SeparationReport(label, source, found, plane, kinds, harmful.tolist())
 
 
 def measure_answers(

@@ -42,7 +42,7 @@ LIBRARIES = {
     "peft": {"model", "planning.architecture"},
     "datasets": {"data.sources", "benchmarks.rival"},
     "trl": {"benchmarks.rival"},
-    "matplotlib": {"report"},
+    "matplotlib": {"report.drawing", "report.figures"},
 }
 
 

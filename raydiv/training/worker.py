@@ -16,7 +16,7 @@ from raydiv.model.export import write_model
 from raydiv.run import Metrics, RunDirectory
 from raydiv.training.coefficients import judge
 from raydiv.training.feed import ExampleSet, Feed, Share, parts, stream_steps
-from raydiv.training.metrics import Clock, RunningMeans, estimate_facts, step_record
+from raydiv.training.metrics import Clock, RunningMeans, estimate_facts, reward_beta, rewards, step_record
 from raydiv.training.order import epochs_of, total_steps
 from raydiv.training.schedule import learning_rate
 from raydiv.training.step import Stepper, joined
@@ -76,7 +76,7 @@ def run_worker(given: WorkerInput, reference: Any) -> None:
     steps = total_steps(recipe, epochs.steps_per_epoch)
     stream = stream_steps(Feed(given.train, epochs, share), partial(_feed_again, reference, share), 0, steps)
     means, facts = RunningMeans(), estimate_facts(recipe.loss.terms[0])
-    _log(run, _held_out(stepper, given, step=0))
+    _log(run, _held_out(stepper, given, run, step=0))
     clock = Clock()
     for plan, chosen in clock.waits(stream):
         lr = learning_rate(recipe.optim, plan.step, steps)
@@ -86,7 +86,7 @@ def run_worker(given: WorkerInput, reference: Any) -> None:
         done = plan.step + 1
         last = done == steps or reached(recipe.optim.target_margin, metrics)
         if last or (recipe.evaluate.every and done % recipe.evaluate.every == 0):
-            _log(run, _held_out(stepper, given, step=done))
+            _log(run, _held_out(stepper, given, run, step=done))
         if last:
             break
     head.remove()
@@ -117,8 +117,11 @@ def _log(run: RunDirectory, record: Metrics) -> None:
         run.log(record)
 
 
-def _held_out(stepper: Stepper, given: WorkerInput, step: int) -> dict[str, float]:
-    """Loss, divergence and rewards on the held-out examples, as ``eval/*``; empty without any. Changes no state."""
+def _held_out(stepper: Stepper, given: WorkerInput, run: RunDirectory, step: int) -> dict[str, float]:
+    """Loss, divergence and rewards on the held-out examples, as ``eval/*``; empty without any. Changes no state.
+
+    Each example's reward is left in the run, if there is a reference to count it from.
+    """
     if given.eval is None:
         return {}
     share = Share(stepper.layout, dist.rank(), trains=False, scores=True)
@@ -126,6 +129,10 @@ def _held_out(stepper: Stepper, given: WorkerInput, step: int) -> dict[str, floa
     scored = [stepper.score(chosen) for chosen in parts(Feed(given.eval, order, share), order.parts)]
     batch = joined(scored, order.order, given.eval.examples.units)
     metrics = judge(stepper.terms, stepper.states, batch).metrics
+    if dist.rank() == 0 and given.recipe.loss.needs_reference:
+        reward = rewards(batch, reward_beta(stepper.terms[0]))
+        classes = {"aligned": batch.aligned, "unaligned": ~batch.aligned}
+        run.note_rewards({name: reward[members].tolist() for name, members in classes.items()})
     # the held-out set is judged as one more step would be, and the state after it thrown away
     return {"step": step} | {f"eval/{name}": number for name, number in metrics.items()}
 
