@@ -55,9 +55,10 @@ def pictures(run: RunDirectory) -> dict[str, list[Picture]]:
     """By section of the report: training, separation, rewards."""
     records = run.metrics()
     planes = {when: read_json(run.separation / f"{when}.json") for when in ("before", "after")}
+    compared = [log_ratio] if run.read_recipe().loss.needs_reference else []
     with styled():
         drawn = {
-            "training": [draw(records) for draw in (loss, divergence, rewards, margin, log_ratio, gradient)],
+            "training": [draw(records) for draw in (loss, divergence, rewards, margin, *compared, gradient)],
             "separation": [*(plane(found, when) for when, found in planes.items()), separation(records)],
             "rewards": [reward_distribution(run.rewards())],
         }
@@ -89,7 +90,9 @@ def rewards(records: Sequence[Metrics]) -> Picture | None:
         Curve("reward/unaligned", "unaligned", UNALIGNED, SOLID),
         Curve("eval/reward/unaligned", "unaligned, held-out", UNALIGNED, HELD_OUT),
     ]
-    caption = "Mean over each class of beta times log-ratio: above zero, likelier than under the reference."
+    caption = (
+        "Mean of beta times log-ratio (without a reference: log-prob). Above zero: likelier than under the reference."
+    )
     return _over_the_run("rewards", "rewards", caption, records, curves)
 
 
@@ -107,9 +110,7 @@ def log_ratio(records: Sequence[Metrics]) -> Picture | None:
         Curve("log_ratio/rms", "training", BLUE, SOLID),
         Curve("eval/log_ratio/rms", "held-out", AMBER, HELD_OUT),
     ]
-    caption = (
-        "How far the model has moved from the reference, in nats a response; large values come before broken text."
-    )
+    caption = "How far the model has moved from the reference, in nats a response. A broken model has gone far."
     return _over_the_run("log-ratio", "log-ratio, root mean square", caption, records, curves)
 
 
@@ -221,4 +222,5 @@ def _legend(figure: Any, axis: Any) -> None:
     """Below the axis, where it hides nothing; one curve alone needs none."""
     labels = axis.get_legend_handles_labels()[1]
     if len(labels) > 1:
-        figure.legend(loc="outside lower left", ncols=2 if max(map(len, labels)) > 14 else 3)
+        in_a_row = 2 if len(labels) == 4 or max(map(len, labels)) > 16 else 3
+        figure.legend(loc="outside lower left", ncols=in_a_row)

@@ -18,27 +18,28 @@ from raydiv.run import RunDirectory
 STYLE = Path(__file__).with_name("style.css")
 
 GROUPS = {
-    "separation": "Harmful and harmless prompts in the hidden states",
+    "separation": "Separation of harmful and harmless prompts",
     "evaluate": "Answers to the evaluation prompts",
     "eval": "Held-out examples",
 }
 """Headings in the table, by the first word of its metrics."""
 
-TOGETHER = """Smaller figures are 95% intervals. Read separation and refusals only beside over-refusal, degenerate answers and
+TOGETHER = """Read separation and refusals only beside over-refusal, degenerate answers and
 the answers' log-prob under the base model: a broken model separates well and refuses much."""
 
 FALLING = """<strong>Why both rewards may fall while their margin grows.</strong> A response's reward is beta times its
-log-ratio: how much likelier it is than under the reference. The probabilities of all texts that could follow a prompt add up
-to one, and the data name a few of them. An objective that contrasts the classes asks for their difference alone, and the
-easiest way to it is to lower the unaligned responses. The aligned ones share words and weights with them and often sink too,
-only less; what both lose goes to texts of neither class, about which the data say nothing. A growing margin under falling
-rewards therefore shows that the model tells the classes apart, not that it has come to say what is wanted. The log-ratio's
-root mean square says how far it has moved; degenerate answers, and the answers' log-prob under the base model, say whether
-what it writes is still coherent. If the aligned reward keeps falling, mix likelihood in (<code>loss.mix.sft</code>), bound or
-penalise the objective (<code>skew</code>, <code>log-ratio-l2</code>), or stop earlier (<code>optim.target_margin</code>)."""
+log-ratio: how much likelier it has become than it was under the reference. The probabilities of all texts that could follow
+a prompt add up to one, and the data name a few of them. An objective that contrasts the classes asks for their difference
+alone, and the easiest way to it is to lower the unaligned responses. The aligned ones share words and weights with them and
+often sink too, only less; what both lose goes to texts of neither class, about which the data say nothing. A growing margin
+under falling rewards therefore shows that the model tells the classes apart, not that it has come to say what is wanted.
+The log-ratio's root mean square says how far it has moved; degenerate answers, and the answers' log-prob under the base
+model, say whether what it writes is still coherent. If the aligned reward keeps falling, mix likelihood in
+(<code>loss.mix.sft</code>), bound or penalise the objective (<code>skew</code>, <code>log-ratio-l2</code>), or stop earlier
+(<code>optim.target_margin</code>)."""
 
-NOT_MEASURED = """Nothing was measured: the recipe names no <code>separation.prompts</code>, no <code>evaluate.prompts</code> and
-no <code>data.eval</code>."""
+NOT_MEASURED = """Nothing was measured: the recipe names no <code>separation.prompts</code>, no
+<code>evaluate.prompts</code> and no <code>data.eval</code>."""
 NO_ANSWER: dict[str, Any] = {}
 NO_PLANE = "There is none: the recipe names no <code>separation.prompts</code>."
 NO_HELD_OUT = "There are no held-out examples to show rewards of: the recipe has no <code>data.eval</code>."
@@ -51,10 +52,11 @@ def write_report(run: RunDirectory) -> None:
     run.pictures.mkdir(exist_ok=True)
     for picture in (picture for section in drawn.values() for picture in section):
         (run.pictures / f"{picture.name}.png").write_bytes(png(picture.figure))
-    run.report.write_text(_page(run, drawn))
+    run.report.write_text(page(run, drawn))
 
 
-def _page(run: RunDirectory, drawn: Mapping[str, Sequence[Picture]]) -> str:
+def page(run: RunDirectory, drawn: Mapping[str, Sequence[Picture]]) -> str:
+    """The whole of report.html with these pictures, by section."""
     result, recipe = json.loads(run.result.read_text()), run.read_recipe()
     sections = [
         _section("Before and after", _measured(measured(run)), _notes(notes(run))),
@@ -62,7 +64,7 @@ def _page(run: RunDirectory, drawn: Mapping[str, Sequence[Picture]]) -> str:
         _section("Separation", _figures(drawn["separation"]) or _paragraph(NO_PLANE)),
         _section("Rewards of held-out examples", _figures(drawn["rewards"]) or _paragraph(_no_rewards(recipe))),
         _texts(run),
-        _section("Recipe", f'<pre tabindex="0">{escape(run.recipe.read_text())}</pre>'),
+        _section("Recipe", f"<pre>{escape(run.recipe.read_text())}</pre>"),
         _section("Environment and data", _environment(result)),
     ]
     return f"""<!doctype html>
@@ -114,24 +116,27 @@ def _measured(rows: Sequence[Row]) -> str:
         return _paragraph(NOT_MEASURED)
     lines, group = [], ""
     for row in rows:
-        if GROUPS[row.group] != group:
-            group = GROUPS[row.group]
-            lines.append(f'<tr><th scope="rowgroup" colspan="3">{group}</th></tr>')
+        if row.group != group:
+            group = row.group
+            heading = escape(GROUPS.get(group, group))
+            lines.append(f'<tr><th scope="rowgroup" colspan="3">{heading}</th></tr>')
         of = {found.of for found in (row.before, row.after) if found and found.of}
-        count = f"<small>of {of.pop()}</small>" if len(of) == 1 else ""
+        count = f" <small>of {of.pop()}</small>" if len(of) == 1 else ""
         part = ' class="part"' if row.label.startswith(" ") else ""
         cells = _cell(row.before) + _cell(row.after)
         lines.append(f'<tr><th scope="row"{part}>{escape(row.label.strip())}{count}</th>{cells}</tr>')
-    head = '<tr><th scope="col">measure</th><th scope="col">before</th><th scope="col">after</th></tr>'
+    intervals = any(found and found.interval for row in rows for found in (row.before, row.after))
+    beside = " <small>95% interval</small>" if intervals else ""
+    ends = "".join(f'<th scope="col">{when}{beside}</th>' for when in ("before", "after"))
+    head = f'<tr><th scope="col">measure</th>{ends}</tr>'
     body = "\n".join(lines)
     table = f'<table class="measured">\n<caption>{TOGETHER}</caption>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody></table>'
     return _scroll(table, "Before and after")
 
 
 def _cell(found: Measured | None) -> str:
-    if found is None:
-        return "<td>&ndash;</td>"
-    return f"<td>{found}{f'<small>{found.range}</small>' if found.interval else ''}</td>"
+    value, interval = (str(found), found.range) if found else ("&ndash;", "")
+    return f"<td>{value.replace('-', '&minus;')} <small>{interval}</small></td>"
 
 
 def _scroll(table: str, name: str) -> str:

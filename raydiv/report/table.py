@@ -28,6 +28,8 @@ KNOWN: dict[str, tuple[str, str]] = {
     "evaluate/logp_per_token": ("answers' log-prob per token under the base", "{:.2f}"),
     "eval/divergence": ("divergence estimate, held-out examples", "{:.3f}"),
     "eval/reward/margin": ("reward margin, held-out examples", "{:.2f}"),
+    "eval/reward/aligned": ("  reward of aligned ones", "{:.2f}"),
+    "eval/reward/unaligned": ("  reward of unaligned ones", "{:.2f}"),
 }
 """Label and format of a metric, in the order of tables."""
 
