@@ -309,3 +309,30 @@ def write_answers(run: RunDirectory, when: str, answers: list[dict[str, Any]]) -
 
 def test_updates_are_counted(run: RunDirectory) -> None:
     assert f"<dd>{UPDATES} of {UPDATES}</dd>" in run.report.read_text()
+
+
+def test_kinds_that_are_too_many_are_drawn_together() -> None:
+    kinds = [*"abcdefgh"]
+    report = {
+        "figures": {"d_b": 0.5},
+        "plane": [[n, n] for n in range(16)],
+        "kinds": kinds * 2,
+        "harmful": [True] * 8 + [False] * 8,
+    }
+    picture = figures.plane(report, "after")
+    assert picture
+    (legend,) = picture.figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "7 other kinds", "a", "b", "6 other kinds"]
+    assert sum(len(cloud.get_offsets()) for cloud in drawn(picture).collections) == 16
+
+
+def test_a_long_label_is_cut_and_a_long_title_broken() -> None:
+    name = "JS(D+ x D- || D- x D+) of the pairs as they were before labels flipped with probability e"
+    axis = drawn(figures.divergence([{"step": 1, "divergence": 0.3, "divergence/name": name}]))
+    assert axis.get_title(loc="left").count("\n") + axis.get_title().count("\n") == 2
+    report = {"figures": {"d_b": 0.5}, "plane": [[0, 0], [1, 2]], "kinds": ["k" * 90, "b"], "harmful": [True, False]}
+    picture = figures.plane(report, "after")
+    assert picture
+    longest = picture.figure.legends[0].get_texts()[0].get_text()
+    assert len(longest) == figures.LONGEST_LABEL
+    assert longest.endswith("…")

@@ -17,7 +17,7 @@ from raydiv.run import Metrics, RunDirectory
 
 ALIGNED, UNALIGNED = BLUE, RED
 HARMFUL, HARMLESS = (RED, AMBER), (BLUE, TEAL, GREY)
-"""Of the kinds of prompts of a class, in turn."""
+"""Of the kinds of prompts of a class, in turn; the last is of all kinds that are left."""
 
 SOLID = {"linewidth": 1.5}
 FAINT = {"linewidth": 0.9, "alpha": 0.5}
@@ -29,6 +29,9 @@ ELLIPSE = 0.95
 """Share of a Gaussian that an ellipse holds."""
 
 MOST_BINS = 40
+LONGEST_LABEL = 28
+LEGEND_ROW = 0.19
+"""Inches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +141,7 @@ def _over_the_run(
     ceiling: float | None = None,
 ) -> Picture | None:
     """The curves that there are values of, over optimizer updates."""
-    figure, axis = new_axis(textwrap.fill(title, 56), "optimizer update")
+    figure, axis = new_axis(textwrap.fill(title, 46), "optimizer update")
     for curve in curves:
         points = [(record["step"], record[curve.metric]) for record in records if curve.metric in record]
         if points:
@@ -165,10 +168,10 @@ def plane(report: Mapping[str, Any], when: str) -> Picture | None:
     axis.set_aspect("equal", adjustable="datalim")
     points, kinds, harmful = np.array(report["plane"]), np.array(report["kinds"]), np.array(report["harmful"])
     for is_harmful, colours, marker in ((True, HARMFUL, "x"), (False, HARMLESS, "o")):
-        for number, kind in enumerate(dict.fromkeys(kinds[harmful == is_harmful].tolist())):
-            own = points[(harmful == is_harmful) & (kinds == kind)]
-            colour = colours[min(number, len(colours) - 1)]
-            axis.scatter(*own.T, s=16, linewidth=1, marker=marker, alpha=0.75, color=colour, label=kind)
+        groups = _grouped(list(dict.fromkeys(kinds[harmful == is_harmful].tolist())), len(colours))
+        for (label, members), colour in zip(groups.items(), colours, strict=False):
+            own = points[(harmful == is_harmful) & np.isin(kinds, members)]
+            axis.scatter(*own.T, s=16, linewidth=1, marker=marker, alpha=0.75, color=colour, label=label)
         centre, axes, angle = ellipse_around(points[harmful == is_harmful])
         axis.add_patch(
             Ellipse((centre[0], centre[1]), *axes, angle=angle, fill=False, edgecolor=colours[0], linewidth=1.5)
@@ -179,6 +182,14 @@ def plane(report: Mapping[str, Any], when: str) -> Picture | None:
         "with its class's mean and covariance."
     )
     return Picture(f"plane-{when}", title, figure, caption)
+
+
+def _grouped(kinds: list[str], most: int) -> dict[str, list[str]]:
+    """Kinds by label: each by itself, and those that are too many together."""
+    if len(kinds) <= most:
+        return {kind: [kind] for kind in kinds}
+    left = kinds[most - 1 :]
+    return {kind: [kind] for kind in kinds[: most - 1]} | {f"{len(left)} other kinds": left}
 
 
 def ellipse_around(points: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
@@ -219,8 +230,12 @@ def reward_distribution(by_class: Mapping[str, Sequence[float]]) -> Picture | No
 
 
 def _legend(figure: Any, axis: Any) -> None:
-    """Below the axis, where it hides nothing; one curve alone needs none."""
-    labels = axis.get_legend_handles_labels()[1]
-    if len(labels) > 1:
-        in_a_row = 2 if len(labels) == 4 or max(map(len, labels)) > 16 else 3
-        figure.legend(loc="outside lower left", ncols=in_a_row)
+    """Below the axis, where it hides nothing, and of which it takes nothing; one curve alone needs none."""
+    handles, labels = axis.get_legend_handles_labels()
+    if len(labels) < 2:
+        return
+    short = [label if len(label) <= LONGEST_LABEL else f"{label[: LONGEST_LABEL - 1]}…" for label in labels]
+    longest = max(map(len, short))
+    columns = 1 if longest > 22 else 2 if longest > 14 or len(short) == 4 else 3
+    figure.legend(handles, short, loc="outside lower left", ncols=columns)
+    figure.set_figheight(figure.get_figheight() + LEGEND_ROW * (math.ceil(len(short) / columns) - 1))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from html import escape
-from itertools import zip_longest
+from itertools import groupby, zip_longest
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -111,27 +112,30 @@ def _facts(result: Mapping[str, Any], recipe: Recipe) -> str:
 
 
 def _measured(rows: Sequence[Row]) -> str:
-    """The before | after table, a heading for each group of metrics."""
+    """The before | after table, in groups of metrics."""
     if not rows:
         return _paragraph(NOT_MEASURED)
-    lines, group = [], ""
-    for row in rows:
-        if row.group != group:
-            group = row.group
-            heading = escape(GROUPS.get(group, group))
-            lines.append(f'<tr><th scope="rowgroup" colspan="3">{heading}</th></tr>')
-        of = {found.of for found in (row.before, row.after) if found and found.of}
-        count = f" <small>of {of.pop()}</small>" if len(of) == 1 else ""
-        part = ' class="part"' if row.label.startswith(" ") else ""
-        cells = _cell(row.before) + _cell(row.after)
-        lines.append(f'<tr><th scope="row"{part}>{escape(row.label.strip())}{count}</th>{cells}</tr>')
     intervals = any(found and found.interval for row in rows for found in (row.before, row.after))
     beside = " <small>95% interval</small>" if intervals else ""
     ends = "".join(f'<th scope="col">{when}{beside}</th>' for when in ("before", "after"))
-    head = f'<tr><th scope="col">measure</th>{ends}</tr>'
-    body = "\n".join(lines)
-    table = f'<table class="measured">\n<caption>{TOGETHER}</caption>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody></table>'
+    head = f'<thead><tr><th scope="col">measure</th>{ends}</tr></thead>'
+    groups = "\n".join(_group(name, list(own)) for name, own in groupby(rows, key=attrgetter("group")))
+    table = f'<table class="measured">\n<caption>{TOGETHER}</caption>\n{head}\n{groups}\n</table>'
     return _scroll(table, "Before and after")
+
+
+def _group(name: str, rows: Sequence[Row]) -> str:
+    heading = f'<tr><th scope="rowgroup" colspan="3">{escape(GROUPS.get(name, name))}</th></tr>'
+    return "\n".join(["<tbody>", heading, *map(_row, rows), "</tbody>"])
+
+
+def _row(row: Row) -> str:
+    """A rate's label says of how many."""
+    totals = dict.fromkeys(str(found.of) for found in (row.before, row.after) if found and found.of)
+    count = f" <small>of {' and '.join(totals)}</small>" if totals else ""
+    part = ' class="part"' if row.label.startswith(" ") else ""
+    label = f'<th scope="row"{part}>{escape(row.label.strip())}{count}</th>'
+    return f"<tr>{label}{_cell(row.before)}{_cell(row.after)}</tr>"
 
 
 def _cell(found: Measured | None) -> str:
