@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from raydiv.errors import UserError
     from raydiv.inspection import check_data
     from raydiv.launch import Result, train
-    from raydiv.measure import evaluate, separation
+    from raydiv.measure.evaluations import evaluate
+    from raydiv.measure.separations import separation
     from raydiv.model.export import export
     from raydiv.planning.forecast import Plan, plan
     from raydiv.preparation import Prepared, prepare
@@ -33,8 +34,8 @@ _WHERE = {
     "build_data": "raydiv.construction",
     "check_data": "raydiv.inspection",
     "train": "raydiv.launch",
-    "evaluate": "raydiv.measure",
-    "separation": "raydiv.measure",
+    "evaluate": "raydiv.measure.evaluations",
+    "separation": "raydiv.measure.separations",
     "export": "raydiv.model.export",
     "bench_data": "raydiv.benchmarks.data",
     "bench_training": "raydiv.benchmarks.training",

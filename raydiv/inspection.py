@@ -13,7 +13,7 @@ from raydiv.config import Recipe
 from raydiv.config.recipe import Source
 from raydiv.data.index import Index, OpenSource, RowNotes
 from raydiv.data.overlap import Match, PromptMatcher, plain
-from raydiv.data.prompts import read_prompts
+from raydiv.data.prompts import read_prompt_sets
 from raydiv.data.sets import broken_pairs
 from raydiv.data.sources import read_examples
 from raydiv.data.tokenize import bundle_makers, tokenize
@@ -196,9 +196,9 @@ def _evaluation_prompts(recipe: Recipe) -> list[_EvaluationPrompts]:
     for source in recipe.data.eval_sources:
         for example in read_examples(source, recipe.data.columns):
             found.setdefault(source.path, {}).setdefault(plain(example.prompt), example.source)
-    for name in (recipe.evaluate.prompts, recipe.separation.prompts):
-        for prompt in read_prompts(name) if name else []:
-            found.setdefault(str(name), {}).setdefault(plain(prompt.text), prompt.id)
+    for name, prompts in read_prompt_sets(recipe).items():
+        for prompt in prompts:
+            found.setdefault(name, {}).setdefault(plain(prompt.text), prompt.id)
     return [_EvaluationPrompts(name, list(texts), list(texts.values())) for name, texts in found.items()]
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
 from raydiv.config import Recipe
 from raydiv.errors import user_error_in
-from raydiv.measure import measure_answers, measure_separation
-from raydiv.model.load import ModelSource
+from raydiv.measure.of_a_run import Measurements
 from raydiv.planning.architecture import architecture_of
 from raydiv.planning.layout import largest_share, settle, with_layout
 from raydiv.preparation import Prepared, fill, read
@@ -52,6 +51,7 @@ def train(recipe: Recipe, display: Display | None = None, show_text: bool = Fals
     run = RunDirectory.of(recipe)
     run.require_free()
     opened = read(recipe, display)
+    measurements = Measurements(recipe, display, show_text)
     if not recipe.loss.bounded and recipe.optim.target_margin is None:
         display.say(UNBOUNDED.format(type=recipe.loss.type))
     with ray_session(recipe.cluster):
@@ -62,10 +62,10 @@ def train(recipe: Recipe, display: Display | None = None, show_text: bool = Fals
         tracker = Tracker(recipe, _tags(recipe, prepared), display.say)
         try:
             with run.followed(tracker.metrics):
-                _measure(recipe, prepared, run, "before", display, show_text)
+                measurements.take(run, "before", prepared.directory)
                 _fit(recipe, prepared, run, display, training_environment(recipe, roomy))
                 _say_layout(run, display)
-                _measure(recipe, prepared, run, "after", display, show_text)
+                measurements.take(run, "after", prepared.directory)
             return _conclude(recipe, prepared, run, tracker)
         except BaseException:
             tracker.finish("FAILED")
@@ -79,35 +79,6 @@ def settled(recipe: Recipe, prepared: Prepared) -> tuple[Recipe, bool]:
     architecture, memory = architecture_of(recipe), worker_memory(recipe.cluster)
     found = settle(architecture, recipe, share, memory)
     return with_layout(recipe, found), 2 * found.memory.total <= memory
-
-
-def _measure(
-    recipe: Recipe, prepared: Prepared, run: RunDirectory, when: str, display: Display, show_text: bool
-) -> None:
-    """Separation and answers, as the recipe asks, of the model ``before`` or ``after`` training."""
-    base = ModelSource.of(recipe, prepared.directory)
-    model = base if when == "before" else replace(base, directory=run.model)
-    metrics: dict[str, float] = {}
-    if recipe.separation.prompts:
-        apart = measure_separation(model, recipe.separation.prompts, recipe.cluster, display, label=when)
-        apart.write(run.separation, when)
-        metrics |= apart.metrics()
-    if recipe.evaluate.prompts:
-        wanted = recipe.evaluate
-        answers = measure_answers(
-            model,
-            base,
-            recipe.evaluate.prompts,
-            wanted.max_new_tokens,
-            recipe.cluster,
-            display,
-            label=when,
-            judge=wanted.judge,
-        )
-        answers.write(run.evaluation, when, show_text)
-        metrics |= answers.metrics()
-    step = 0 if when == "before" else run.steps_taken()
-    run.log({"step": step, **metrics} if metrics else {})
 
 
 def _fit(recipe: Recipe, prepared: Prepared, run: RunDirectory, display: Display, environment: dict[str, str]) -> None:

@@ -33,17 +33,27 @@ def unwatched(done: int, total: int | None) -> None:
 
 
 def map_rows(
+    rows: Sequence[Row], worker: type, arguments: dict[str, Any], *, progress: Progress = unwatched, **options: Any
+) -> list[Row]:
+    """What ``each_row`` gives, all of it, in the order of ``rows``."""
+    done: dict[int, Row] = {}
+    for position, row in each_row(rows, worker, arguments, **options):
+        done[position] = row
+        progress(len(done), len(rows))
+    return [done[position] for position in range(len(rows))]
+
+
+def each_row(
     rows: Sequence[Row],
     worker: type,
     arguments: dict[str, Any],
     *,
     cluster: Cluster,
     batch_rows: int,
-    progress: Progress = unwatched,
     model: bool = True,
     length: Callable[[Row], int] = lambda row: 0,
-) -> list[Row]:
-    """Send ``rows`` through a pool of ``worker`` actors in batches of ``batch_rows``; results come in the order of rows.
+) -> Iterator[tuple[int, Row]]:
+    """Send ``rows`` through a pool of ``worker`` actors in batches of ``batch_rows``; the position and result of each, as done.
 
     Rows are sent shortest first by their ``length``, so that a batch pads little.
 
@@ -55,12 +65,8 @@ def map_rows(
     order = sorted(range(len(rows)), key=lambda position: length(rows[position]))
     cells = _cells((position, rows[position]) for position in order)
     source = ray.data.from_arrow(cells, override_num_blocks=max(1, batches))
-    done: dict[int, Row] = {}
     placed = (_Placed, {"worker": worker, "arguments": arguments})
-    for position, row in _through(source, *placed, cluster, batch_rows, actors=batches, model=model):
-        done[position] = row
-        progress(len(done), len(rows))
-    return [done[position] for position in range(len(rows))]
+    return _through(source, *placed, cluster, batch_rows, actors=batches, model=model)
 
 
 def stream_through(

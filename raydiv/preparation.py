@@ -10,7 +10,7 @@ import numpy as np
 
 from raydiv.config import Recipe
 from raydiv.data.index import OpenSource
-from raydiv.data.prompts import read_prompts
+from raydiv.data.prompts import read_prompt_sets
 from raydiv.data.sets import Sets, make_sets
 from raydiv.data.tokenize import tokenize
 from raydiv.data.tokens import StoredExamples, mismatched
@@ -79,9 +79,7 @@ def read(recipe: Recipe, display: Display) -> Opened:
     with display.phase("model and data"):
         directory = model_directory(recipe.model.id, recipe.model.revision)
         require_base(recipe.model.id, directory)
-        for prompts in (recipe.separation.prompts, recipe.evaluate.prompts):
-            if prompts:
-                read_prompts(prompts)
+        read_prompt_sets(recipe)
         chat = Chat(directory, recipe.data.template)
         train, held_out = (
             [OpenSource(source, recipe.data, recipe.batch, chat) for source in sources]

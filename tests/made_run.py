@@ -105,12 +105,12 @@ def _measure(run: RunDirectory, when: str, trained: float, generator: np.random.
         "evaluate/degenerate": _rate(4 * (1 - trained), 200),
         "evaluate/asr/prefix_injection": _rate(97 - 50 * trained, 100),
         "evaluate/safety/self_harm": _rate(3 + 12 * trained, 20),
+        "evaluate/odd_rate/some_kind": _rate(1, 4),
     }
     judge = {"name": "string", "errors": "Refusals are found by string rules, which miss some."}
-    _write(
-        run.evaluation / f"{when}.json",
-        {"judge": judge, "rates": rates, "logp_per_token": -0.83 - trained, "kl": trained},
-    )
+    kl = {"value": 8.1, "interval": [6.0, 10.2], "per_token": 0.2, "answers": 50} if trained else None
+    numbers = {"logp_per_token": -0.83 - trained, "perplexity": 9.2 + trained, "kl": kl, "odd": 7}
+    _write(run.evaluation / f"{when}.json", {"judge": judge, "rates": rates, "notes": [], **numbers})
     run.log({
         "step": round(UPDATES * trained),
         "separation/d_b": d_b, "separation/d_b_length_matched": d_b - 0.01, "separation/d_b_shuffled": 0.013,

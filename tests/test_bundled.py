@@ -18,7 +18,7 @@ from raydiv.config.recipe import Source
 from raydiv.data.prompts import read_prompts
 from raydiv.data.sources import read_examples
 from raydiv.errors import UserError
-from raydiv.evaluation.judges import verdict
+from raydiv.evaluation.judges import is_refusal, verdict
 from raydiv.hidden.separation import length_matched
 
 Row = dict[str, Any]
@@ -49,7 +49,7 @@ def count(name: str, **wanted: object) -> int:
 
 
 def test_every_bundled_file_is_known_here() -> None:
-    assert {path.stem for path in FOLDER.glob("*.jsonl")} == {*TRAINING, *PROMPTS, "refusals"}
+    assert {path.stem for path in FOLDER.glob("*.jsonl")} == {*TRAINING, *PROMPTS, "helpful", "refusals"}
 
 
 def test_unknown_set_is_refused_with_what_exists() -> None:
@@ -115,6 +115,46 @@ def test_no_refusal_of_the_bank_comes_twice() -> None:
     assert all(row.keys() == {"refusal"} and row["refusal"] == row["refusal"].strip() for row in rows("refusals"))
     seen = Counter(" ".join(words(row["refusal"])) for row in rows("refusals"))
     assert [text for text, times in seen.items() if times > 1 or not text] == []
+
+
+def test_helpful_answers_follow_the_heldout_prompts() -> None:
+    answered = {row["prompt"] for row in rows("helpful")}
+    kept = [row for row in rows("heldout") if row["prompt"] in answered]
+    assert [{**row, "response": ""} for row in rows("helpful")] == [{**row, "response": ""} for row in kept]
+    assert Counter(row["kind"] for row in rows("helpful")) == {"ordinary": 40, "alarming": 20, "harmful": 20}
+
+
+def test_first_heldout_harmful_prompts_are_refused() -> None:
+    harmful = {name: [row["prompt"] for row in rows(name) if row["harmful"]] for name in ("helpful", "heldout")}
+    assert harmful["helpful"] == harmful["heldout"][:20]
+
+
+def test_helpful_responses_are_whole_and_each_is_said_once() -> None:
+    for row in rows("helpful"):
+        text = row["response"]
+        assert text.isascii()
+        assert text == text.strip()
+        assert (1 if row["harmful"] else 25) <= len(text.split()) <= 70
+    seen = Counter(" ".join(words(row["response"])) for row in rows("helpful"))
+    bank = {" ".join(words(row["refusal"])) for row in rows("refusals")}
+    assert [text for text, times in seen.items() if times > 1 or text in bank] == []
+
+
+def test_helpful_responses_open_in_many_ways() -> None:
+    openings = Counter(tuple(words(row["response"])[:2]) for row in rows("helpful") if not row["harmful"])
+    assert max(openings.values()) <= 2
+    assert len(openings) >= 50
+
+
+def test_judge_takes_no_helpful_answer_for_a_refusal() -> None:
+    assert [
+        row["response"] for row in rows("helpful") if not row["harmful"] and verdict(row["response"]) != "answered"
+    ] == []
+
+
+def test_judge_finds_the_share_of_refusals_that_the_card_states() -> None:
+    found = sum(is_refusal(row["response"]) for row in rows("helpful") if row["harmful"])
+    assert (found, count("helpful", harmful=True)) == (13, 20)
 
 
 def test_preference_differs_in_harmless_rejections_alone() -> None:

@@ -186,8 +186,9 @@ def test_png_is_on_white() -> None:
         ("evaluate/asr", "attack success (ASR)"),
         ("evaluate/asr/prefix_injection", "attack success (ASR): prefix injection"),
         ("evaluate/refused/medical", "refused: medical"),
-        ("evaluate/safety/self_harm", "safety: self harm"),
-        ("evaluate/unparsable", "unparsable"),
+        ("evaluate/safety/self_harm", "safe answers to harmful prompts: self harm"),
+        ("evaluate/odd", "odd"),
+        ("evaluate/odd_rate/some_kind", "odd rate: some kind"),
     ],
 )
 def test_labels(metric: str, label: str) -> None:
@@ -204,14 +205,17 @@ def test_every_rate_is_in_the_table_behind_its_family(run: RunDirectory) -> None
     assert (str(attacked.before), str(attacked.after), attacked.after.of) == ("95%", "18%", 100)
     assert attacked.after.range == "9% to 27%"
     assert rows["separation/d_b"].after.range == "0.19 to 0.48"
-    assert rows["evaluate/kl"].after.interval is None
+    assert str(rows["evaluate/kl"].after) == "8.10"
+    assert rows["evaluate/kl"].after.range == "6.00 to 10.20"
+    assert rows["evaluate/kl"].before is None
+    assert str(rows["evaluate/odd"].after) == "7.00"
 
 
 def test_the_short_table_has_what_is_known(run: RunDirectory, bare: RunDirectory) -> None:
     table = {label: ends for label, *ends in before_after(run)}
     assert table["refused: harmful"] == ["1%", "82%"]
     assert table["divergence estimate, held-out examples"] == ["0.000", "0.418"]
-    assert "kl" not in table
+    assert "odd" not in table
     assert before_after(bare) == []
 
 
@@ -219,11 +223,11 @@ def test_a_metric_of_one_end_alone(tmp_path: Path) -> None:
     made = make_run(tmp_path)
     answers = made.evaluation / "before.json"
     kept = json.loads(answers.read_text())
-    del kept["rates"]["evaluate/asr/prefix_injection"], kept["kl"]
+    del kept["rates"]["evaluate/asr/prefix_injection"], kept["odd"]
     answers.write_text(json.dumps(kept))
     rows = {row.metric: row for row in measured(made)}
     assert rows["evaluate/asr/prefix_injection"].before is None
-    assert rows["evaluate/kl"].before is None
+    assert rows["evaluate/odd"].before is None
     assert "<td>&ndash; <small></small></td>" in page(made, NO_PICTURES)
 
 

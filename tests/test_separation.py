@@ -14,13 +14,12 @@ from scipy.linalg import sqrtm
 from scipy.stats import norm
 
 from raydiv.hidden import separation as module
+from raydiv.hidden.distances import bhattacharyya_distance, frechet_distance
 from raydiv.hidden.separation import (
     Figures,
     Separation,
     as_row,
-    bhattacharyya_distance,
     explain,
-    frechet_distance,
     length_matched,
     principal_plane,
     separation_of,

@@ -311,18 +311,132 @@ class Cluster(Section):
 
 
 class Separation(Section):
-    """Prompts whose hidden states are compared before and after training."""
+    """Prompts whose hidden states are compared before, during and after training."""
 
-    prompts: str | None = "bundled:anchors"
+    prompts: Sources | None = Field(
+        default_factory=lambda: [Source(path="bundled:anchors")],
+        description="harmful and harmless prompts that are not trained on",
+    )
+    every: PositiveInt | None = Field(default=None, description="steps between separations during training")
+    layers: list[int] | Literal["all"] = Field(
+        default=[-1],
+        min_length=1,
+        description="which layers, 0 the embeddings, -1 the last; every reads the last of them",
+    )
+    pooling: Literal["last", "mean"] = Field(default="last", description="the last token's state, or all tokens' mean")
+    sample: Annotated[int, Field(ge=20)] = Field(
+        default=1000,
+        description="most prompts for figures that need all states at once; of the others streamed statistics",
+    )
+
+    @model_validator(mode="after")
+    def _every_needs_prompts(self) -> Separation:
+        if self.every is not None and self.prompts is None:
+            raise ValueError("every needs prompts: there is nothing to separate")
+        return self
+
+
+JUDGES = {
+    "harmbench": "cais/HarmBench-Llama-2-13b-cls",
+    "harmbench-mistral": "cais/HarmBench-Mistral-7b-val-cls",
+    "llama-guard-3": "meta-llama/Llama-Guard-3-8B",
+}
+"""Judges that are models, by the format that they speak, and the model where none is named."""
+
+
+def judge_parts(name: str) -> tuple[str, str]:
+    """A judge's format and its model's id: ``string``, a format of JUDGES, FORMAT:ID, or the id of a known model.
+
+    Raises ValueError for what is none.
+    """
+    formats = {model: form for form, model in JUDGES.items()} | {"meta-llama/Llama-Guard-3-1B": "llama-guard-3"}
+    form, _, model = name.partition(":")
+    if name == "string":
+        return name, ""
+    if name in formats:
+        return formats[name], name
+    if form in JUDGES:
+        return form, model or JUDGES[form]
+    raise ValueError(
+        f"{name} is no judge that raydiv knows: string, {', '.join(JUDGES)}, or one of these with another model as FORMAT:ID"
+    )
+
+
+class Gcg(Section):
+    """Greedy coordinate gradient (Zou et al. 2023, arXiv 2307.15043): a suffix is sought for each prompt."""
+
+    steps: PositiveInt = 250
+    search_width: PositiveInt = 512
+    topk: PositiveInt = 256
+
+
+class Attack(Section):
+    """A way to ask harmful prompts: direct, prefill, templates: FILE, suffixes: FILE, or gcg."""
+
+    kind: Literal["direct", "prefill", "templates", "suffixes", "gcg"]
+    opening: str = Field(default="Sure, here is", min_length=1, description="prefill, gcg: how the answer is to begin")
+    file: Source | None = Field(
+        default=None, description="templates, suffixes: a text a line, or a column of that name"
+    )
+    gcg: Gcg = Field(default_factory=Gcg)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _briefly(cls, values: Any) -> Any:
+        """A name alone, or a name and what it needs: prefill: OPENING, templates: FILE, suffixes: FILE, gcg: {steps: ...}."""
+        if isinstance(values, str):
+            return {"kind": values}
+        if isinstance(values, dict) and len(values) == 1 and "kind" not in values:
+            ((kind, given),) = values.items()
+            key = {"prefill": "opening", "templates": "file", "suffixes": "file", "gcg": "gcg"}.get(kind)
+            if key is None:
+                raise ValueError(f"{kind}: no attack; known are direct, prefill, templates, suffixes and gcg")
+            return {"kind": kind, key: given}
+        return values
+
+    @model_validator(mode="after")
+    def _has_its_file(self) -> Attack:
+        if (self.file is None) == (self.kind in ("templates", "suffixes")):
+            raise ValueError(f"{self.kind}: FILE is for templates and suffixes, which need one")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, handler: SerializerFunctionWrapHandler) -> Any:
+        key = {"prefill": "opening", "templates": "file", "suffixes": "file", "gcg": "gcg"}.get(self.kind)
+        return self.kind if key is None else {self.kind: handler(self)[key]}
 
 
 class Evaluate(Section):
-    """Evaluation on held-out examples during training (``every``), and of generated answers after it (``prompts``)."""
+    """Evaluation on held-out examples during training (``every``), and of generated answers before and after it."""
 
     every: PositiveInt | None = Field(default=None, description="steps between evaluations on data.eval")
-    prompts: str | None = None
+    prompts: Sources | None = Field(default=None, description="prompts that are answered before and after training")
     max_new_tokens: PositiveInt = 48
-    judge: Literal["string"] = Field(default="string", description="how answers are judged")
+    judge: str = Field(
+        default="string", description="string, harmbench, harmbench-mistral, llama-guard-3, or FORMAT:ID"
+    )
+    toxicity: str | None = Field(default=None, description="a text-classification model whose P(toxic) is averaged")
+    attacks: list[Attack] = Field(
+        default_factory=list, description="ways to ask harmful prompts, beside the direct one"
+    )
+    kl_prompts: NonNegativeInt = Field(
+        default=50, description="prompts with a sampled answer, for the KL to the reference"
+    )
+
+    @field_validator("judge")
+    @classmethod
+    def _is_a_judge(cls, value: str) -> str:
+        judge_parts(value)
+        return value
+
+    @field_validator("attacks")
+    @classmethod
+    def _each_once(cls, value: list[Attack]) -> list[Attack]:
+        kinds = [attack.kind for attack in value]
+        twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
+        if twice:
+            raise ValueError(f"{twice[0]} is there twice; one file may hold several")
+        return [attack for attack in value if attack.kind != "direct"]
 
 
 class Track(Section):

@@ -18,7 +18,7 @@ from raydiv.construction.card import BuildReport, ClassCounts, Side, card
 from raydiv.construction.counterparts import Models, read_bank, refusals_of, usable, worse_answers
 from raydiv.construction.options import CLASSES, Kind, Plan
 from raydiv.errors import UserError
-from raydiv.evaluation.judges import is_refusal
+from raydiv.evaluation.refusal import is_refusal
 from raydiv.model.chat import as_turns
 from raydiv.progress import Display
 from raydiv.storage import atomic, require_empty

@@ -13,7 +13,6 @@ import yaml
 from raydiv.construction.counterparts import MAX_NEW_TOKENS
 from raydiv.construction.options import Kind, Plan, written
 from raydiv.data.sources import files_of
-from raydiv.evaluation.judges import JUDGES
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +186,7 @@ def _responses(report: BuildReport) -> str:
         for name, side in report.sides.items()
     ]
     table = _table(("side", "words, median", "words, 90th percentile", "refusals by string rules"), rows)
-    return f"{table}\n\n{JUDGES['string'].errors}"
+    return f"{table}\n\n{ERRORS}"
 
 
 def _limits(plan: Plan, report: BuildReport) -> str:

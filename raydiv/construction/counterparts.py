@@ -14,7 +14,8 @@ from raydiv.data.formats import BadRow, Record, text
 from raydiv.data.prompts import Prompt
 from raydiv.data.sources import iterate_records
 from raydiv.errors import UserError
-from raydiv.evaluation.judges import JUDGES
+from raydiv.evaluation.coherence import is_degenerate
+from raydiv.evaluation.refusal import is_refusal
 from raydiv.model.chat import Messages, as_turns
 from raydiv.progress import Display
 from raydiv.session import ray_session
@@ -52,10 +53,11 @@ class Models:
 
     def ask(self, name: str, prompts: Sequence[Prompt], what: str) -> list[str]:
         """A model's greedy answer to each prompt."""
-        from raydiv.evaluation.generate import generate
+        from raydiv.evaluation.generate import Request, generate
 
+        requests = [Request(prompt.text) for prompt in prompts]
         with self._display.phase(f"{what}, {name}") as update:
-            answers = generate(self._sources[name], prompts, self._limit, self._cluster, update)
+            answers = generate(self._sources[name], requests, self._limit, self._cluster, update)
         self.cut += sum(len(answer.ids) >= self._limit for answer in answers)
         return [answer.text.strip() for answer in answers]
 
@@ -68,10 +70,9 @@ class Models:
 
 def _model(name: str, template: str | None) -> Any:
     # imported here, since torch comes with them, and most builds ask no model
-    from raydiv.measure import resolve
-    from raydiv.model.load import ModelSource
+    from raydiv.measure.models import sources_of
 
-    source = ModelSource(resolve(name.removeprefix("model:")), template)
+    (source,) = sources_of([name.removeprefix("model:")], template)
     source.chat()
     return source
 
@@ -116,9 +117,11 @@ def refusals_of(plan: Plan, prompts: Sequence[Answered], bank: Sequence[str], mo
         return Refusals(drawn)
     told = [_question(prompt, _told(prompt.prompt)) for prompt in prompts]
     answers = models.ask(plan.refusals, told, "refusals")
-    verdicts = JUDGES["string"].judge(told, answers)
-    judged = zip(prompts, answers, verdicts, strict=True)
-    refused = {prompt.key: answer for prompt, answer, verdict in judged if verdict == "refused" and usable(answer)}
+    refused = {
+        prompt.key: answer
+        for prompt, answer in zip(prompts, answers, strict=True)
+        if is_refusal(answer) and not is_degenerate(answer) and usable(answer)
+    }
     return Refusals(drawn | refused, len(prompts) - len(refused))
 
 

@@ -3,39 +3,104 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from raydiv.config import Recipe, source_of
 from raydiv.config.recipe import Source
-from raydiv.data.formats import BadRow, flag, prompt_of
+from raydiv.data.formats import BadRow, Record, flag, prompt_of
+from raydiv.data.published import instead_of, published
 from raydiv.data.sources import iterate_records
 from raydiv.errors import UserError
+from raydiv.model.chat import Messages
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A labelled prompt. ``kind`` says under which heading it is counted: harmful, ordinary, alarming, or the user's own."""
+    """A labelled prompt.
 
-    text: str | list[dict[str, str]]
+    ``kind`` says under which heading it is counted: harmful, ordinary, alarming, or the user's own; ``category`` what it is
+    about (a kind of harm, as its set has them); ``id`` its file and line.
+    """
+
+    text: str | Messages
     harmful: bool
     kind: str
     id: str
+    category: str | None = None
 
 
-def read_prompts(source: str) -> list[Prompt]:
-    """Prompts of a file or bundled set: columns prompt and harmful, and optionally kind.
+def read_prompts(sources: Sequence[Source], *, both: bool) -> list[Prompt]:
+    """Prompts of several sources together: columns prompt and harmful, and optionally kind and category.
 
-    Raises UserError for a set that is empty or lacks one of the two classes.
+    Published sets are read as they are published (raydiv.data.published), plain text a prompt a line. Raises UserError for a
+    set that is empty, and where ``both`` classes are asked for, for one that lacks one.
     """
-    prompts = []
-    for where, record in iterate_records(Source(path=source)):
+    prompts = [prompt for source in sources for prompt in _prompts(source)]
+    classes, name = Counter(prompt.harmful for prompt in prompts), named(sources)
+    if not prompts:
+        raise UserError(f"{name}: holds no prompts")
+    if both and len(classes) < 2:
+        found = f"{classes[True]} harmful and {classes[False]} harmless"
+        raise UserError(f"{name}: needs harmful and harmless prompts, found {found}")
+    return prompts
+
+
+def prompt_sets(recipe: Recipe) -> list[tuple[list[Source], bool]]:
+    """The recipe's prompt sets, each with whether it must hold both classes."""
+    sets = ((recipe.evaluate.prompts, False), (recipe.separation.prompts, True))
+    return [(sources, both) for sources, both in sets if sources]
+
+
+def read_prompt_sets(recipe: Recipe) -> dict[str, list[Prompt]]:
+    """Prompts of the recipe's prompt sets by their name."""
+    return {named(sources): read_prompts(sources, both=both) for sources, both in prompt_sets(recipe)}
+
+
+def named(sources: Sequence[Source]) -> str:
+    """What messages and reports call several sources."""
+    return ", ".join(source.path for source in sources)
+
+
+def sets_of(
+    prompts: str | Sequence[str], harmful: Sequence[str], harmless: Sequence[str], default: str
+) -> list[list[Source]]:
+    """Prompt sets as a user names them: each of ``prompts`` with its labels, and one of what is labelled here.
+
+    ``default`` where there is none.
+    """
+    own = [prompts] if isinstance(prompts, str) else prompts
+    labelled_here = [
+        labelled(source_of(place), label) for places, label in ((harmful, True), (harmless, False)) for place in places
+    ]
+    found = [[source_of(place)] for place in own] + ([labelled_here] if labelled_here else [])
+    return found or [[Source(path=default)]]
+
+
+def labelled(source: Source, harmful: bool) -> Source:
+    """The source with a label for all of its prompts."""
+    return source.model_copy(update={"constants": source.constants | {"harmful": harmful}})
+
+
+def _prompts(source: Source) -> list[Prompt]:
+    source, reading = published(source)
+    found = []
+    for where, record in _records(source):
         try:
-            harmful = flag(record, "harmful")
-            kind = str(record.get("kind") or ("harmful" if harmful else "ordinary"))
-            prompts.append(Prompt(prompt_of(record), harmful, kind, where))
+            read = reading(record)
+            if "harmful" not in read:
+                raise BadRow("is not labelled: add a column harmful, or give the set as --harmful or --harmless")
+            harmful = flag(read, "harmful")
+            kind = str(read.get("kind") or ("harmful" if harmful else "ordinary"))
+            category = read.get("category")
+            found.append(Prompt(prompt_of(read), harmful, kind, where, None if category is None else str(category)))
         except BadRow as error:
             raise UserError(f"{where}: {error}") from None
-    classes = Counter(prompt.harmful for prompt in prompts)
-    if len(classes) < 2:
-        found = f"{classes[True]} harmful and {classes[False]} harmless"
-        raise UserError(f"{source}: needs harmful and harmless prompts, found {found}")
-    return prompts
+    return found
+
+
+def _records(source: Source) -> Iterator[tuple[str, Record]]:
+    try:
+        yield from iterate_records(source)
+    except UserError as error:
+        raise UserError(f"{error}{instead_of(source)}") from None

@@ -25,6 +25,9 @@ from raydiv.storage import Folder, file_system, open_input
 PIECE_BYTES = 4 * 2**20
 """Bytes of a JSONL file that one task reads."""
 
+TEXT = ".txt"
+"""Plain text, a prompt a line."""
+
 EXPORT_ROWS = 10_000
 """Rows of a hub data set in one of the Parquet files that it is kept as."""
 
@@ -151,7 +154,8 @@ def _directory(source: Source, folder: Folder) -> list[File]:
         system, inside = file_system(folder.uri)
         infos = system.get_file_info([f"{inside}/{name}" for name in saved])
         return [_file(folder.at(name), f"{path}/{name}", info) for name, info in zip(saved, infos, strict=True)]
-    files = _listed(folder, path)
+    # text beside data is more often about it than part of it
+    files = [file for file in _listed(folder, path) if file.kind != TEXT]
     if not files:
         raise UserError(
             f"{path}: a directory, but neither written by datasets' save_to_disk nor one with {', '.join(KINDS)} in it"
@@ -293,6 +297,16 @@ def _jsonl(piece: Piece) -> Iterator[Raw]:
             position += len(line)
 
 
+def _text(piece: Piece) -> Iterator[Raw]:
+    """Lines that are not blank, each a prompt."""
+    for number, line in enumerate(_whole(piece.file.uri).removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
+        if line.strip():
+            try:
+                yield number, {"prompt": line.decode().strip()}
+            except UnicodeDecodeError as error:
+                yield number, BadRow(f"not UTF-8, at byte {error.start + 1} of the line")
+
+
 def _json(piece: Piece) -> Iterator[Raw]:
     try:
         rows = json.loads(_whole(piece.file.uri).decode("utf-8-sig"))
@@ -364,5 +378,6 @@ KINDS: dict[str, Callable[[Piece], Iterator[Raw]]] = {
     ".csv": _csv,
     ".parquet": _parquet,
     ".arrow": _arrow,
+    TEXT: _text,
 }
 """Kinds of file by their ending, and how a piece of each is read."""

@@ -1,4 +1,4 @@
-"""Answers to prompts, by a Ray Data pool of models: greedy, batched, stopped at EOS."""
+"""Answers to prompts, by a Ray Data pool of models: batched, stopped at EOS, greedy or sampled."""
 
 from __future__ import annotations
 
@@ -6,15 +6,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from raydiv.config.recipe import Cluster
-from raydiv.data.prompts import Prompt
+from raydiv.model.chat import Messages
 from raydiv.model.load import ModelSource
 from raydiv.pool import Progress, map_rows, unwatched
+
+ANSWERED_TOGETHER = 32
+"""Prompts in a batch; changes speed and memory alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt to answer; ``opening`` is how the answer is made to begin. With a ``seed`` it is sampled at temperature 1."""
+
+    prompt: str | Messages
+    opening: str = ""
+    seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A model's answer: text without special tokens, and the token ids of prompt and answer (its EOS included)."""
+    """A model's answer: text without special tokens, and the token ids of prompt and answer (opening and EOS included)."""
 
     text: str
     prompt_ids: list[int]
@@ -22,54 +37,96 @@ class Answer:
 
 
 def generate(
-    model: ModelSource, prompts: Sequence[Prompt], max_new_tokens: int, cluster: Cluster, progress: Progress = unwatched
+    model: ModelSource,
+    requests: Sequence[Request],
+    max_new_tokens: int,
+    cluster: Cluster,
+    progress: Progress = unwatched,
 ) -> list[Answer]:
-    """One greedy answer per prompt, of at most ``max_new_tokens`` tokens."""
+    """One answer per request, of at most ``max_new_tokens`` tokens after its opening; needs a Ray session."""
     chat = model.chat()
-    ids = [chat.prompt(prompt.text) for prompt in prompts]
-    rows = [{"ids": one} for one in ids]
+    prompts = [chat.prompt(request.prompt) for request in requests]
+    openings = [chat.text(request.opening) for request in requests]
+    rows = [
+        {"ids": prompt + opening, "seed": request.seed}
+        for prompt, opening, request in zip(prompts, openings, requests, strict=True)
+    ]
+    done = complete(model, rows, max_new_tokens, chat.tokenizer.eos_token_id, cluster, progress)
+    answers = [opening + more for opening, more in zip(openings, done, strict=True)]
+    return [Answer(chat.decode(answer), prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+
+
+def complete(
+    model: ModelSource,
+    rows: Sequence[dict[str, Any]],
+    max_new_tokens: int,
+    eos: int,
+    cluster: Cluster,
+    progress: Progress = unwatched,
+) -> list[list[int]]:
+    """What a model writes after the ``ids`` of each row, up to and including EOS; a row may have a ``seed``."""
     done = map_rows(
         rows,
         Generator,
-        {"model": model, "max_new_tokens": max_new_tokens, "eos": chat.tokenizer.eos_token_id},
+        {"model": model, "max_new_tokens": max_new_tokens, "eos": eos},
         cluster=cluster,
-        batch_rows=25,
+        batch_rows=ANSWERED_TOGETHER,
         progress=progress,
         length=lambda row: len(row["ids"]),
     )
-    answers = [[int(token) for token in result["answer"]] for result in done]
-    return [Answer(chat.decode(answer), prompt, answer) for prompt, answer in zip(ids, answers, strict=True)]
+    return [[int(token) for token in result["answer"]] for result in done]
 
 
 class Generator:
-    """A model that answers."""
+    """A model that writes on."""
 
     def __init__(self, model: ModelSource, max_new_tokens: int, eos: int) -> None:
+        from transformers import GenerationConfig
+
         self._model = model.serve()
         # a chat model may end its turn with another token than the tokenizer's EOS
         stated = self._model.generation_config.eos_token_id
         self._ends = {eos, *(stated if isinstance(stated, list) else [] if stated is None else [stated])}
-        self._limits = {"max_new_tokens": max_new_tokens, "eos_token_id": sorted(self._ends), "pad_token_id": eos}
+        # nothing else of the model's own: a repetition penalty, say, would make other answers than the most likely ones
+        self._model.generation_config = GenerationConfig(
+            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(self._ends), pad_token_id=eos
+        )
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows of ``ids`` -> ``answer`` ids, up to and including EOS. Padded on the left."""
-        import torch
-
         length = max(len(row["ids"]) for row in rows)
         ids = torch.zeros((len(rows), length), dtype=torch.long)
         mask = torch.zeros_like(ids)
         for number, row in enumerate(rows):
             ids[number, length - len(row["ids"]) :] = torch.as_tensor(row["ids"])
             mask[number, length - len(row["ids"]) :] = 1
+        seeds = [row.get("seed") for row in rows]
         with torch.inference_mode():
             output = self._model.generate(
                 input_ids=ids.to(self._model.device),
                 attention_mask=mask.to(self._model.device),
-                do_sample=False,
-                **self._limits,
+                logits_processor=[] if seeds == [None] * len(rows) else [_Noise(seeds)],
             )
         return [{"answer": self._until_eos(answer)} for answer in output[:, length:].tolist()]
 
     def _until_eos(self, answer: list[int]) -> list[int]:
         ends = [place for place, token in enumerate(answer) if token in self._ends]
         return answer[: ends[0] + 1] if ends else answer
+
+
+class _Noise:
+    """Gumbel noise on the logits of rows that have a seed: their most likely token is then a sample at temperature 1.
+
+    Each row has a generator of its own, so that its answer does not depend on its batch.
+    """
+
+    def __init__(self, seeds: Sequence[int | None]) -> None:
+        self._generators = [None if seed is None else torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        noisy = scores.float().clone()
+        for row, generator in enumerate(self._generators):
+            if generator is not None:
+                exponential = torch.empty(scores.shape[1]).exponential_(generator=generator)
+                noisy[row] -= exponential.log().to(scores.device)
+        return noisy

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
-Labels = NDArray[np.bool_]
+from raydiv.hidden.distances import RIDGE, Array, Labels, bhattacharyya_distance, frechet_distance
 
 SHUFFLES = 199
 """Label permutations behind the p-value."""
@@ -30,9 +29,6 @@ HALVES = 200
 
 FOLDS = 5
 """Parts of the prompts, each held out once from the probes."""
-
-RIDGE = 1e-9
-"""Of the mean variance, what covariances get on their diagonal, so that flat or tiny samples stay finite."""
 
 SMALLEST = 3
 """Prompts of a class below which a subset is not measured."""
@@ -78,19 +74,26 @@ class Separation:
     d_b_interval: tuple[float, float] | None
 
 
-def separation_of(hidden: Array, harmful: Labels, lengths: NDArray[np.int64], seed: int = 0) -> Separation:
-    """Separation of hidden states [n, d] of prompts with labels ``harmful`` [n] and token ``lengths`` [n]."""
+def separation_of(
+    hidden: Array, harmful: Labels, lengths: NDArray[np.int64], *, resampled: bool = True, seed: int = 0
+) -> Separation:
+    """Separation of hidden states [n, d] of prompts with labels ``harmful`` [n] and token ``lengths`` [n].
+
+    Without ``resampled`` there is no interval, which is most of the work.
+    """
     from sklearn.metrics import roc_auc_score
 
     generator = np.random.default_rng(seed)
     cloud = _Cloud.of(hidden)
-    figures = _figures(cloud, harmful, generator)
+    expected = cloud.by_chance(harmful, generator)
+    figures = _figures(cloud, harmful, expected)
     chance = np.array([cloud.distance(generator.permutation(harmful)) for _ in range(SHUFFLES)])
-    shuffled = [_figures(cloud, generator.permutation(harmful), generator) for _ in range(CONTROLS)]
+    shuffled = [_figures(cloud, generator.permutation(harmful), expected) for _ in range(CONTROLS)]
     rows = length_matched(harmful, lengths)
     matched = None
     if len(rows) >= 2 * SMALLEST:
-        matched = _figures(_Cloud.of(hidden[rows]), harmful[rows], generator)
+        part = _Cloud.of(hidden[rows])
+        matched = _figures(part, harmful[rows], part.by_chance(harmful[rows], generator))
     auc = float(roc_auc_score(harmful, lengths))
     return Separation(
         figures=figures,
@@ -99,7 +102,7 @@ def separation_of(hidden: Array, harmful: Labels, lengths: NDArray[np.int64], se
         matched=matched,
         shuffled=replace(_mean(shuffled), d_b=float(chance.mean())),
         d_b_p=(1 + int((chance >= figures.d_b).sum())) / (1 + SHUFFLES),
-        d_b_interval=_interval(cloud.points, harmful, figures.d_b, generator),
+        d_b_interval=_interval(cloud.points, harmful, figures.d_b, generator) if resampled else None,
     )
 
 
@@ -135,16 +138,19 @@ class _Cloud:
         difference = means[0] - means[1]
         return float(difference @ np.linalg.solve(covariance, difference)) / 8
 
+    def by_chance(self, labels: Labels, generator: np.random.Generator) -> float:
+        """Mean pooled_distance of permuted labels, the same for all labels with classes of these sizes."""
+        return float(np.mean([self.pooled_distance(generator.permutation(labels)) for _ in range(CHANCE)]))
 
-def _figures(cloud: _Cloud, labels: Labels, generator: np.random.Generator) -> Figures:
+
+def _figures(cloud: _Cloud, labels: Labels, by_chance: float) -> Figures:
     from sklearn.metrics import silhouette_score
 
-    chance = [cloud.pooled_distance(generator.permutation(labels)) for _ in range(CHANCE)]
     probe_auc, difference_auc = _held_out(cloud.hidden, labels)
     return Figures(
         d_b=cloud.distance(labels),
         silhouette=float(silhouette_score(cloud.plane, labels)),
-        d_b_full=cloud.pooled_distance(labels) - float(np.mean(chance)),
+        d_b_full=cloud.pooled_distance(labels) - by_chance,
         frechet=frechet_distance(cloud.points[labels], cloud.points[~labels]),
         probe_auc=probe_auc,
         difference_auc=difference_auc,
@@ -212,43 +218,6 @@ def _components(hidden: Array) -> Array:
 
 def _plane(components: Array) -> Array:
     return np.pad(components[:, :2], ((0, 0), (0, max(0, 2 - components.shape[1]))))
-
-
-def bhattacharyya_distance(first: Array, second: Array) -> float:
-    """Distance of two Gaussians fitted to samples [n, d] and [m, d] (Haldar et al. 2025, where separation is defined).
-
-    1/8 dm' S^-1 dm + 1/2 log(det S / sqrt(det S1 det S2)), S = (S1 + S2)/2. Determinants are taken as logarithms, and each
-    covariance gets a ridge relative to the mean variance of all points.
-    """
-    difference = first.mean(0) - second.mean(0)
-    spread = float(np.concatenate([first, second]).var(0).mean())
-    if spread == 0:
-        return 0.0
-    one, two = (_covariance(sample) + np.eye(sample.shape[1]) * (RIDGE * spread) for sample in (first, second))
-    middle = (one + two) / 2
-    logs = [np.linalg.slogdet(matrix)[1] for matrix in (middle, one, two)]
-    mahalanobis = difference @ np.linalg.solve(middle, difference)
-    return float(mahalanobis / 8 + (logs[0] - (logs[1] + logs[2]) / 2) / 2)
-
-
-def _covariance(sample: Array) -> Array:
-    """Covariance [d, d]; zero for a single point."""
-    if len(sample) < 2:
-        return np.zeros((sample.shape[1], sample.shape[1]))
-    return np.atleast_2d(np.cov(sample, rowvar=False))
-
-
-def frechet_distance(first: Array, second: Array) -> float:
-    """Squared Frechet distance of two Gaussians fitted to samples [n, d] and [m, d] (Dowson and Landau 1982).
-
-    |dm|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2). The last trace is the sum of the singular values of X1 X2' / sqrt((n - 1)(m - 1)) for
-    centred samples X1 and X2, which needs no matrix of d x d.
-    """
-    one, two = first - first.mean(0), second - second.mean(0)
-    degrees = max(1, len(one) - 1), max(1, len(two) - 1)
-    spreads = (one**2).sum() / degrees[0] + (two**2).sum() / degrees[1]
-    shared = np.linalg.svd(one @ two.T, compute_uv=False).sum() / np.sqrt(degrees[0] * degrees[1])
-    return float(((first.mean(0) - second.mean(0)) ** 2).sum() + spreads - 2 * shared)
 
 
 def length_matched(harmful: NDArray[np.bool_], lengths: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -33,14 +33,7 @@ class Chat:
     """
 
     def __init__(self, directory: Path, template: str | None = None) -> None:
-        from transformers import AutoTokenizer
-
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(str(directory))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"model.id: {directory} has no usable tokenizer: {' '.join(str(error).split())[:200]}"
-            ) from None
+        self.tokenizer = load_tokenizer(directory)
         if template is not None:
             try:
                 self.tokenizer.chat_template = template_text(template)
@@ -131,8 +124,23 @@ class Chat:
         )
         return encoded.input_ids  # type: ignore[no-any-return]
 
+    def text(self, text: str) -> list[int]:
+        """Ids of a text as it is."""
+        return self._ids([text])[0] if text else []
+
     def decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a model directory. Raises UserError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(directory))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model.id: {directory} has no usable tokenizer: {reason}") from None
 
 
 def as_turns(prompt: str | Messages) -> Messages:

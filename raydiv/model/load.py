@@ -48,13 +48,32 @@ class ModelSource:
 
     def load(self) -> Any:
         """The causal model, for scoring or generation; an adapter is merged into its base, unless that is in 4 bits."""
-        if not (self.directory / "adapter_config.json").is_file():
+        base = self._base()
+        if base is None:
             return self._pretrained(self.directory)
-        from peft import PeftConfig, PeftModel
+        from peft import PeftModel
 
-        base = model_directory(PeftConfig.from_pretrained(str(self.directory)).base_model_name_or_path or "")
         model = PeftModel.from_pretrained(self._pretrained(base), str(self.directory))
         return model.merge_and_unload() if self.quantization is None else model.get_base_model()
+
+    def config(self) -> Any:
+        """The config of the language model, without its weights. Raises UserError where there is none to be read."""
+        from transformers import AutoConfig
+
+        directory = self._base() or self.directory
+        try:
+            config = AutoConfig.from_pretrained(str(directory), trust_remote_code=self.trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise UserError(f"model.id: {directory}: {' '.join(str(error).split())[:300]}") from None
+        return config.get_text_config()
+
+    def _base(self) -> Path | None:
+        """The directory of the model that adapters are for; None where this is a whole model."""
+        if not (self.directory / "adapter_config.json").is_file():
+            return None
+        from peft import PeftConfig
+
+        return model_directory(PeftConfig.from_pretrained(str(self.directory)).base_model_name_or_path or "")
 
     def _pretrained(self, directory: Path) -> Any:
         return _from_pretrained(

@@ -20,7 +20,7 @@ from raydiv.config.recipe import Source
 from raydiv.data.formats import BadRow, Example
 from raydiv.data.index import OpenSource, read_index
 from raydiv.data.plan import Epochs
-from raydiv.data.prompts import read_prompts
+from raydiv.data.prompts import prompt_sets, read_prompts
 from raydiv.data.sets import make_sets
 from raydiv.data.sources import File, files_of, locate, parse, pieces_of, read, reading_of
 from raydiv.errors import UserError
@@ -60,11 +60,11 @@ def amounts_of(recipe: Recipe, chat: Chat | None) -> Amounts:
     """Amounts of the recipe's data. Raises UserError for data that training would refuse."""
     sources = [*recipe.data.train, *recipe.data.eval_sources]
     unread = [source.path for source in sources if not _at_hand(source.path)]
-    for prompts in (recipe.separation.prompts, recipe.evaluate.prompts):
-        if prompts and _at_hand(prompts):
-            read_prompts(prompts)
-        elif prompts:
-            unread.append(prompts)
+    for sources, both in prompt_sets(recipe):
+        far = [source.path for source in sources if not _at_hand(source.path)]
+        unread += far
+        if not far:
+            read_prompts(sources, both=both)
     if any(source.path in unread for source in recipe.data.train):
         return _assumed(recipe, None, unread)
     if chat is not None and not any(source.path in unread for source in sources):

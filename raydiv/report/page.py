@@ -186,10 +186,11 @@ def _answers(path: Path) -> list[dict[str, Any]]:
 
 
 def _prompt(answer: Mapping[str, Any]) -> str:
-    """A prompt's text, or the turns of a conversation, and its kind."""
+    """A prompt's text, or the turns of a conversation, its kind and how it was asked."""
     prompt = answer["prompt"]
     text = prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
-    return f"{escape(text)}<small>{escape(answer['kind'])}</small>"
+    asked = ", ".join(filter(None, (answer["kind"], answer.get("attack"))))
+    return f"{escape(text)}<small>{escape(asked)}</small>"
 
 
 def _answer(answer: Mapping[str, Any]) -> str:

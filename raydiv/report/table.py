@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from operator import eq
@@ -20,18 +21,24 @@ KNOWN: dict[str, tuple[str, str]] = {
     "separation/probe_auc_length_matched": ("  same, token lengths matched", "{:.2f}"),
     "separation/length_auc": ("AUC of token length alone", "{:.2f}"),
     "evaluate/asr": ("attack success (ASR)", "{:.0%}"),
+    "evaluate/asr_any": ("attack success, any of several attempts", "{:.0%}"),
     "evaluate/refused/harmful": ("refused: harmful", "{:.0%}"),
     "evaluate/over_refusal": ("refused: all harmless", "{:.0%}"),
     "evaluate/refused/ordinary": ("refused: ordinary harmless", "{:.0%}"),
     "evaluate/refused/alarming": ("refused: alarming harmless", "{:.0%}"),
+    "evaluate/safety": ("safe answers to harmful prompts", "{:.0%}"),
+    "evaluate/toxicity": ("toxicity, mean", "{:.1%}"),
+    "evaluate/unparsable": ("verdicts that could not be read", "{:.0%}"),
     "evaluate/degenerate": ("degenerate answers", "{:.0%}"),
     "evaluate/logp_per_token": ("answers' log-prob per token under the base", "{:.2f}"),
+    "evaluate/perplexity": ("perplexity on held-out helpful answers", "{:.2f}"),
+    "evaluate/kl": ("KL to the base, nats an answer", "{:.2f}"),
     "eval/divergence": ("divergence estimate, held-out examples", "{:.3f}"),
     "eval/reward/margin": ("reward margin, held-out examples", "{:.2f}"),
     "eval/reward/aligned": ("  reward of aligned ones", "{:.2f}"),
     "eval/reward/unaligned": ("  reward of unaligned ones", "{:.2f}"),
 }
-"""Label and format of a metric, in the order of tables."""
+"""Label and format of a metric, or of what several are parts of, in the order of tables."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,18 +125,29 @@ def _apart(path: Path) -> dict[str, Measured]:
 
 
 def _answers(path: Path) -> dict[str, Measured]:
-    """All rates of an evaluation file with their intervals, and its other numbers."""
+    """All rates of an evaluation file and its other figures, with their intervals where they have any."""
     found = read_json(path)
-    rates = {
-        name: Measured(rate["share"], _form(name, "{:.0%}"), tuple(rate["interval"]), rate["of"])
+    measured = {
+        name: Measured(rate["share"], _form(name, "{:.0%}"), _ends(rate), rate["of"])
         for name, rate in found.get("rates", {}).items()
     }
-    numbers = {f"evaluate/{key}": value for key, value in found.items() if type(value) in (int, float)}
-    return rates | {name: Measured(value, _form(name, "{:.2f}")) for name, value in numbers.items()}
+    for key, figure in found.items():
+        name, form = f"evaluate/{key}", _form(f"evaluate/{key}", "{:.2f}")
+        if type(figure) in (int, float):
+            measured[name] = Measured(figure, form)
+        elif isinstance(figure, dict) and "value" in figure:
+            measured[name] = Measured(figure["value"], form, _ends(figure))
+    return measured
+
+
+def _ends(figure: Mapping[str, Any]) -> tuple[float, float] | None:
+    interval = figure.get("interval")
+    return (interval[0], interval[1]) if interval else None
 
 
 def _form(metric: str, otherwise: str) -> str:
-    return KNOWN[metric][1] if metric in KNOWN else otherwise
+    """The format of a metric, or of what it is a part of."""
+    return next((KNOWN[name][1] for name in (metric, metric.rpartition("/")[0]) if name in KNOWN), otherwise)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -148,7 +166,7 @@ def notes(run: RunDirectory) -> list[str]:
         )
     answers = read_json(run.evaluation / "after.json")
     if answers:
-        words.append(answers["judge"]["errors"])
+        words += [answers["judge"]["errors"], *answers.get("notes", [])]
     for name in ("before", "after"):
         words += [f"{name}: {note}" for note in read_json(run.separation / f"{name}.json").get("notes", [])]
     return words

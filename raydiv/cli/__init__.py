@@ -1,0 +1,291 @@
+"""The command line: arguments in, one function of the package, a table or one JSON object out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raydiv.cli.common import Handler, add_command, add_reports, print_report, print_table
+from raydiv.cli.data import add_data_commands
+from raydiv.cli.measuring import add_measuring_commands
+from raydiv.errors import UserError
+
+if TYPE_CHECKING:
+    from raydiv.launch import Result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0 done, 2 the user must change something, 1 the run failed."""
+    options = _parse(arguments)
+    handler: Handler = options.handler
+    try:
+        return handler(options)
+    except UserError as error:
+        print(f"raydiv: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # whoever read our output has seen enough, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (RuntimeError, FloatingPointError, OSError) as error:
+        print(f"raydiv: the run failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("raydiv: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options of a command; ``key=value`` may stand anywhere among them, which argparse alone does not allow."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    strays = [word for word in rest if not hasattr(options, "overrides") or word.startswith("-") or "=" not in word]
+    if strays:
+        parser.error(f"unrecognized arguments: {' '.join(strays)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="raydiv", description="Aligns language models for safety on Ray, and shows whether it worked."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    quickstart = add_command(commands, "quickstart", _quickstart, "the whole experiment on this machine in minutes")
+    quickstart.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the quickstart's recipe")
+    add_reports(quickstart, shows_text=True)
+
+    for name, handler, about in (
+        ("prepare", _prepare, "data -> tokens -> reference log-probs, cached; safe to repeat"),
+        ("train", _train, "one run; prepares first if needed"),
+    ):
+        command = add_command(commands, name, handler, about)
+        command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+        command.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="changes to the recipe, as section.key=value"
+        )
+        add_reports(command, shows_text=name == "train")
+
+    add_measuring_commands(commands)
+
+    export = add_command(commands, "export", _export, "the trained model as a plain Hugging Face directory")
+    export.add_argument("run", metavar="RUN", type=Path, help="a run directory")
+    export.add_argument("destination", metavar="DEST", type=Path)
+    export.add_argument("--adapter", action="store_true", help="the LoRA adapter alone, not merged")
+    add_reports(export)
+
+    data = commands.add_parser(
+        "data", help="check data sets, and build them", description="check data sets, and build them"
+    )
+    add_data_commands(data.add_subparsers(required=True, metavar="COMMAND"))
+
+    plan = add_command(commands, "plan", _plan, "checks everything and predicts memory, steps and time; starts nothing")
+    plan.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    plan.add_argument(
+        "--tokens-per-second", type=float, metavar="X", help="of all workers (default: as measured before)"
+    )
+    add_reports(plan)
+
+    bench = add_command(commands, "bench", _bench, "how fast this machine is with a recipe, beside the plain way")
+    bench.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    bench.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    bench.add_argument(
+        "--part", choices=["train", "data", "start"], default="train", help="what is timed (default: train)"
+    )
+    bench.add_argument(
+        "--against",
+        action="append",
+        choices=["loop", "trl"],
+        help="train: beside plain PyTorch, which shows what the hardware allows, or TRL; may be repeated (default: loop)",
+    )
+    bench.add_argument("--steps", type=int, help="train, data: updates that are timed (default: train 6, data 20)")
+    bench.add_argument("--warmup", type=int, help="train: updates before those (default: 2)")
+    bench.add_argument("--repeats", type=int, help="how often each is timed, in turn (default: 3)")
+    bench.add_argument(
+        "--rows", type=int, action="append", metavar="N", help="data: examples; may be repeated (default: 200000)"
+    )
+    add_reports(bench)
+
+    losses = add_command(commands, "losses", _losses, "the objectives: divergence, ceiling, data needed, options")
+    losses.add_argument("names", nargs="*", metavar="NAME", help="these alone, described in full")
+    add_reports(losses)
+    add_command(commands, "schema", _schema, "the recipe's JSON Schema, for editors")
+    return parser
+
+
+def _quickstart(options: argparse.Namespace) -> int:
+    from raydiv.bundled import QUICKSTART
+    from raydiv.config import load_recipe
+    from raydiv.run import RunDirectory
+
+    recipe = load_recipe(QUICKSTART, options.overrides)
+    if not any(override.startswith("name=") for override in options.overrides):
+        first, number = recipe.name, 1
+        while RunDirectory.of(recipe).path.exists():
+            number += 1
+            recipe = recipe.model_copy(update={"name": f"{first}-{number}"})
+    return _run(recipe, options)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from raydiv.config import load_recipe
+
+    return _run(load_recipe(options.recipe, options.overrides), options)
+
+
+def _run(recipe: Any, options: argparse.Namespace) -> int:
+    from raydiv.launch import train
+
+    result = train(recipe, show_text=options.show_text)
+    print_report(options, result.report, lambda: _show_run(result))
+    return 0
+
+
+def _show_run(result: Result) -> None:
+    from raydiv.report.table import before_after, notes
+
+    rows = before_after(result.run)
+    if rows:
+        print_table(["", "before", "after"], rows)
+    for note in notes(result.run):
+        print(note)
+    print(f"\nmodel    {result.report['paths']['model']}")
+    print(f"report   {result.report['paths']['report']}")
+    print(f"pictures {result.report['paths']['pictures']}")
+    uri = result.report["mlflow"]["uri"]
+    print(
+        f"mlflow   {uri}\n         open it: mlflow ui --backend-store-uri {uri}" if "://" in uri else f"mlflow   {uri}"
+    )
+    if not result.report["mlflow"]["sent"]:
+        print("         it was away: part of this run could not be sent; metrics.jsonl has all of it")
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from raydiv.config import load_recipe
+    from raydiv.preparation import prepare
+
+    summary = prepare(load_recipe(options.recipe, options.overrides)).summary()
+
+    def show() -> None:
+        sets = {name: counts for name, counts in summary.items() if name in ("train", "eval") and counts}
+        print_table(["", *sets], [(key, *(str(counts[key]) for counts in sets.values())) for key in summary["train"]])
+        reference = summary["reference"]
+        print(f"reference log-probs: {reference['hits']} from the store, {reference['misses']} computed")
+
+    print_report(options, summary, show)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from raydiv.model.export import export
+
+    directory = export(options.run, options.destination, options.adapter)
+    print_report(options, {"model": str(directory)}, lambda: print(directory))
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from raydiv.config import load_recipe
+    from raydiv.planning.forecast import plan
+
+    found = plan(load_recipe(options.recipe, options.overrides), tokens_per_second=options.tokens_per_second)
+
+    def show() -> None:
+        print_table(*found.table())
+        for note in found.notes():
+            print(note)
+
+    print_report(options, found.facts, show)
+    return 0 if found.fits else 2
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from raydiv.config import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    apply = {
+        "train": {"repeats", "steps", "against", "warmup"},
+        "data": {"repeats", "steps", "rows"},
+        "start": {"repeats"},
+    }
+    names = ("repeats", "steps", "against", "warmup", "rows")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    for name in given:
+        if name not in apply[options.part]:
+            raise UserError(f"--{name}: means nothing with --part {options.part}")
+    if options.part == "data":
+        return _bench_data(recipe, given, options)
+    if options.part == "start":
+        return _bench_start(recipe, given, options)
+    from raydiv.benchmarks.training import bench_training, training_notes, training_table
+
+    found = bench_training(recipe, **given)
+
+    def show() -> None:
+        print_table(*training_table(found))
+        for note in training_notes(found):
+            print(note)
+
+    print_report(options, found, show)
+    return 0
+
+
+def _bench_data(recipe: Any, given: dict[str, Any], options: argparse.Namespace) -> int:
+    from raydiv.benchmarks.data import bench_data, data_table
+
+    found = bench_data(recipe, **given)
+
+    def show() -> None:
+        print_table(*data_table(found))
+        for name in ("stream", "train"):
+            print_table([name, ""], [(key, f"{value:,.4g}") for key, value in found[name].items()])
+
+    print_report(options, found, show)
+    return 0
+
+
+def _bench_start(recipe: Any, given: dict[str, Any], options: argparse.Namespace) -> int:
+    from raydiv.benchmarks.start import bench_start, start_table
+
+    found = bench_start(recipe, **given)
+    print_report(options, found, lambda: print_table(*start_table(found)))
+    return 0
+
+
+def _losses(options: argparse.Namespace) -> int:
+    from raydiv.losses.catalogue import PASSES, describe
+
+    described = describe(options.names)
+
+    def show() -> None:
+        for name, facts in described.items():
+            print(f"{name}: {facts['description' if options.names else 'summary']}")
+            print(f"  data        {facts['data']}{'' if facts['reference'] else ', no reference'}")
+            for number, estimate in enumerate(facts["estimates"]):
+                ceiling = "none" if estimate["ceiling"] is None else f"{estimate['ceiling']:.4g}"
+                chosen = ", ".join(f"{key}: {value}" for key, value in estimate["options"].items())
+                print(
+                    f"  {'' if number else 'estimates':<11} {estimate['divergence']}; ceiling {ceiling}; "
+                    f"{PASSES[estimate['scope']]}{f' ({chosen})' if chosen else ''}"
+                )
+            print(f"  options     {', '.join(f'{key}: {text}' for key, text in facts['options'].items()) or 'none'}")
+            print(f"  paper       {facts['paper']}\n")
+
+    print_report(options, described, show)
+    return 0
+
+
+def _schema(options: argparse.Namespace) -> int:
+    from raydiv.config import Recipe
+
+    schema = Recipe.model_json_schema()
+    schema["properties"]["extends"] = {"type": "string", "description": "another recipe that this one changes"}
+    print(json.dumps(schema, indent=2))
+    return 0

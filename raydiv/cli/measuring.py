@@ -1,0 +1,174 @@
+"""``raydiv separation`` and ``raydiv evaluate``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raydiv.cli.common import add_command, add_reports, print_report, print_table
+from raydiv.errors import UserError
+
+if TYPE_CHECKING:
+    from raydiv.config.recipe import Attack
+
+
+def add_measuring_commands(commands: Any) -> None:
+    separation = add_command(
+        commands, "separation", _separation, "separation of safe and harmful prompts, for any models"
+    )
+    _add_models(separation, prompts="bundled:anchors")
+    separation.add_argument("--layers", default="-1", help="all, or numbers such as 0,8,-1 (default: -1, the last)")
+    separation.add_argument("--pooling", choices=["last", "mean"], default="last", help="of a prompt's tokens")
+    separation.add_argument(
+        "--intervals", choices=["last", "all"], default="last", help="layers that get a 95%% interval"
+    )
+    separation.add_argument(
+        "--sample", type=int, default=1000, help="most prompts for what needs all states at once (default: 1000)"
+    )
+    separation.add_argument("--embeddings", type=Path, metavar="FOLDER", help="keep the states here, as Parquet")
+    separation.add_argument("--different-models", action="store_true", help="the models need not be of one hidden size")
+    add_reports(separation)
+
+    evaluate = add_command(
+        commands,
+        "evaluate",
+        _evaluate,
+        "attack success, over-refusal, safety by category, coherence and drift of answers",
+    )
+    _add_models(evaluate, prompts="bundled:heldout")
+    evaluate.add_argument("--reference", help="the model that scores the answers (default: the first MODEL)")
+    evaluate.add_argument("--max-new-tokens", type=int, default=48)
+    evaluate.add_argument(
+        "--judge",
+        default="string",
+        help="string, harmbench, harmbench-mistral, llama-guard-3, or FORMAT:ID (default: string)",
+    )
+    evaluate.add_argument("--toxicity", metavar="ID", help="a text-classification model whose P(toxic) is averaged")
+    evaluate.add_argument(
+        "--attack",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="prefill[=OPENING], templates=FILE, suffixes=FILE or gcg[=STEPS], beside asking directly; may be repeated",
+    )
+    evaluate.add_argument(
+        "--kl-prompts",
+        type=int,
+        default=50,
+        metavar="N",
+        help="prompts with a sampled answer, for the KL (default: 50)",
+    )
+    evaluate.add_argument("--output", type=Path, help="a folder for the rates and a verdict per prompt")
+    add_reports(evaluate, shows_text=True)
+
+
+def _add_models(command: argparse.ArgumentParser, prompts: str) -> None:
+    command.add_argument(
+        "models", nargs="+", metavar="MODEL", help="a run, a model directory, a hub id or bundled:NAME"
+    )
+    place = "a file, hf://org/name, bundled:NAME, or a section as '{path: ..., columns: {...}}'; may be repeated"
+    command.add_argument(
+        "--prompts",
+        action="append",
+        default=[],
+        metavar="SOURCE",
+        help=f"prompts and their labels, {place} (default: {prompts})",
+    )
+    for label in ("harmful", "harmless"):
+        command.add_argument(
+            f"--{label}", action="append", default=[], metavar="SOURCE", help=f"{label} prompts without labels"
+        )
+    command.add_argument("--template", help="a chat template (Jinja text or file), in place of the tokenizer's")
+    command.add_argument(
+        "--precision", choices=["fp32", "bf16"], help="of the models (default: a run's own, else fp32)"
+    )
+    command.add_argument("--use-gpu", action="store_true")
+
+
+def _measured(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments that both commands' functions take."""
+    from raydiv.config.recipe import Cluster
+
+    same = ("models", "prompts", "harmful", "harmless", "template", "precision")
+    return {name: getattr(options, name) for name in same} | {"cluster": Cluster(use_gpu=options.use_gpu)}
+
+
+def _separation(options: argparse.Namespace) -> int:
+    from raydiv.hidden.embed import Readout
+    from raydiv.measure.separations import HowToSeparate, separation
+
+    if options.sample < 20:
+        raise UserError(f"--sample: must be at least 20, found {options.sample}")
+    how = HowToSeparate(Readout(_layers(options.layers), options.pooling), options.sample, options.intervals)
+    reports = separation(
+        **_measured(options), how=how, embeddings=options.embeddings, different_models=options.different_models
+    )
+
+    def show() -> None:
+        for report in reports:
+            header, rows = report.layer_table()
+            if rows:
+                print_table([f"{report.model}: {header[0]}", *header[1:]], rows)
+            print_table(*report.table())
+        for report in reports:
+            for note in report.notes():
+                print(f"{report.model}: {note}")
+
+    print_report(options, {"models": [report.as_json() for report in reports]}, show)
+    return 0
+
+
+def _layers(words: str) -> tuple[int, ...] | None:
+    if words == "all":
+        return None
+    try:
+        return tuple(int(word) for word in words.split(","))
+    except ValueError:
+        raise UserError(f"--layers: must be all, or numbers such as 0,8,-1; found {words}") from None
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from raydiv.measure.evaluations import HowToEvaluate, evaluate
+
+    if options.show_text and not options.output:
+        raise UserError("--show-text: say where to write the answers, with --output FOLDER")
+    how = HowToEvaluate(
+        options.max_new_tokens,
+        options.judge,
+        options.toxicity,
+        [_attack(words) for words in options.attack],
+        options.kl_prompts,
+    )
+    reports = evaluate(**_measured(options), reference=options.reference, how=how)
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        for number, report in enumerate(reports):
+            report.write(options.output, f"model-{number}", options.show_text)
+
+    def show() -> None:
+        from raydiv.report.table import label_of
+
+        cells = [report.cells() for report in reports]
+        names = dict.fromkeys(name for own in cells for name in own)
+        print_table(["", *options.models], [(label_of(name), *(own.get(name, "-") for own in cells)) for name in names])
+        print(reports[0].judge.errors)
+        for report in reports:
+            for note in report.notes:
+                print(f"{report.model}: {note}")
+
+    print_report(options, {"models": [report.as_json() for report in reports]}, show)
+    return 0
+
+
+def _attack(words: str) -> Attack:
+    from pydantic import ValidationError
+
+    from raydiv.config.recipe import Attack
+
+    kind, given, value = words.partition("=")
+    content: Any = {"steps": value} if kind == "gcg" else value
+    try:
+        return Attack.model_validate({kind: content} if given else kind)
+    except ValidationError as error:
+        raise UserError(f"--attack: {words}: {error.errors()[0]['msg']}") from None

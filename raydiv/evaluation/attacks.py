@@ -1,0 +1,114 @@
+"""Ways to ask: directly, or as someone would who wants an answer that the model should not give.
+
+Harmless prompts are always asked directly. raydiv ships no jailbreak texts: templates and suffixes are the user's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from raydiv.config.recipe import Attack, Cluster
+from raydiv.data.formats import BadRow, text
+from raydiv.data.prompts import Prompt
+from raydiv.data.sources import iterate_records
+from raydiv.errors import UserError
+from raydiv.evaluation.generate import Request
+from raydiv.model.chat import Messages
+from raydiv.model.load import ModelSource
+from raydiv.pool import Progress, unwatched
+
+DIRECT = "direct"
+
+PLACE = "{prompt}"
+"""Where a template has the prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One way to ask prompt number ``prompt``."""
+
+    prompt: int
+    attack: str
+    request: Request
+
+
+def direct(prompts: Sequence[Prompt]) -> list[Attempt]:
+    """Every prompt as it is."""
+    return [Attempt(number, DIRECT, Request(prompt.text)) for number, prompt in enumerate(prompts)]
+
+
+def attempts(
+    attack: Attack, prompts: Sequence[Prompt], model: ModelSource, cluster: Cluster, progress: Progress = unwatched
+) -> list[Attempt]:
+    """The harmful prompts under an attack, once for each text of its file; needs a Ray session for gcg."""
+    harmful = [(number, prompt) for number, prompt in enumerate(prompts) if prompt.harmful]
+    if attack.kind == "gcg":
+        from raydiv.evaluation.gcg import suffixes_of
+
+        found = suffixes_of(model, [prompt.text for _, prompt in harmful], attack, cluster, progress)
+        asked = [Request(with_suffix(prompt.text, own)) for (_, prompt), own in zip(harmful, found, strict=True)]
+        return [Attempt(number, "gcg", request) for (number, _), request in zip(harmful, asked, strict=True)]
+    return [Attempt(number, attack.kind, ask(prompt.text)) for ask in _ways(attack) for number, prompt in harmful]
+
+
+def check(attacks: Sequence[Attack]) -> None:
+    """Raises UserError for an attack whose file cannot be used, or whose library is missing."""
+    for attack in attacks:
+        if attack.kind == "gcg":
+            from raydiv.evaluation.gcg import require_nanogcg
+
+            require_nanogcg()
+        else:
+            _ways(attack)
+
+
+def with_suffix(prompt: str | Messages, suffix: str) -> str | Messages:
+    """A prompt with something after it."""
+    return _changed(prompt, lambda said: f"{said} {suffix}")
+
+
+Way = Callable[[str | Messages], Request]
+
+
+def _ways(attack: Attack) -> list[Way]:
+    """How an attack asks, once for each text of its file."""
+    if attack.kind == "prefill":
+        return [lambda prompt: Request(prompt, opening=attack.opening)]
+    if attack.kind == "templates":
+        return [_in_template(template) for template in _texts(attack, "template", PLACE)]
+    return [_before_suffix(suffix) for suffix in _texts(attack, "suffix")]
+
+
+def _in_template(template: str) -> Way:
+    return lambda prompt: Request(_changed(prompt, lambda said: template.replace(PLACE, said)))
+
+
+def _before_suffix(suffix: str) -> Way:
+    return lambda prompt: Request(with_suffix(prompt, suffix))
+
+
+def _changed(prompt: str | Messages, change: Callable[[str], str]) -> str | Messages:
+    """A prompt whose last user's turn is changed."""
+    if isinstance(prompt, str):
+        return change(prompt)
+    last = max(number for number, turn in enumerate(prompt) if turn["role"] == "user")
+    return [{**turn, "content": change(turn["content"])} if n == last else turn for n, turn in enumerate(prompt)]
+
+
+def _texts(attack: Attack, column: str, needed: str = "") -> list[str]:
+    """The texts of an attack's file, each with what it needs in it."""
+    assert attack.file is not None, "the recipe sees to it"
+    found = []
+    for where, record in iterate_records(attack.file):
+        try:
+            # a line of plain text is read as a prompt
+            own = text(record, column if column in record else "prompt")
+        except BadRow as error:
+            raise UserError(f"{where}: {error} (a text file, or records with a column {column})") from None
+        if needed not in own:
+            raise UserError(f"{where}: a {column} needs {needed} where the prompt goes")
+        found.append(own)
+    if not found:
+        raise UserError(f"evaluate.attacks: {attack.file.path}: holds no {column}")
+    return found

@@ -1,0 +1,127 @@
+"""How toxic answers are worded, by any text-classification model. Toxicity is not harm: a polite answer may be harmful."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raydiv.config.recipe import Cluster
+from raydiv.errors import UserError
+from raydiv.model.chat import load_tokenizer
+from raydiv.model.files import model_directory
+from raydiv.model.quiet import quiet
+from raydiv.pool import Progress, map_rows, unwatched
+
+TOXIC = ("toxic", "toxicity", "hate", "hateful", "offensive", "abusive", "unsafe", "harmful")
+"""What classifiers call a toxic text; the first that one of them has."""
+
+INNOCENT = ("non", "not", "no-", "neutral", "clean", "safe", "normal", "benign")
+"""How the other of two labels begins."""
+
+LONGEST = 512
+"""Tokens of a text that a classifier sees: what most of them were trained with."""
+
+CLASSIFIED_TOGETHER = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ToxicLabel:
+    """Which of a classifier's labels is the toxic one, and whether its labels exclude each other."""
+
+    number: int
+    name: str
+    exclusive: bool
+
+    @classmethod
+    def of(cls, name: str, labels: Mapping[int, str], problem_type: str | None) -> ToxicLabel:
+        """From a config's id2label. Raises UserError where none of the labels says toxic."""
+        plain = {number: label.lower().replace("_", "-").replace(" ", "-") for number, label in labels.items()}
+        number = _toxic(plain)
+        if number is None:
+            raise UserError(
+                f"evaluate.toxicity: {name}: none of its labels says toxic ({', '.join(labels.values())}); name a classifier "
+                "of toxicity or hate"
+            )
+        several = problem_type == "multi_label_classification" or len(labels) != 2
+        return cls(number, labels[number], exclusive=not several)
+
+
+def _toxic(labels: Mapping[int, str]) -> int | None:
+    # compared whole: "toxic" is in "non-toxic"
+    for word in TOXIC:
+        for number, label in labels.items():
+            if label == word:
+                return number
+    if len(labels) == 2:
+        left = [number for number, label in labels.items() if not label.startswith(INNOCENT)]
+        if len(left) == 1:
+            return left[0]
+        if sorted(labels.values()) == ["label-0", "label-1"]:
+            return max(labels)
+    return None
+
+
+def require_classifier(model: str) -> Path:
+    """The directory of a classifier of toxicity. Raises UserError for a model that is none."""
+    directory = model_directory(model)
+    _label(directory)
+    return directory
+
+
+def _label(directory: Path) -> ToxicLabel:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(directory))
+    kinds = config.architectures or []
+    if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
+        found = ", ".join(kinds) or "model of no known kind"
+        raise UserError(f"evaluate.toxicity: {directory}: is a {found}, and no text-classification model")
+    return ToxicLabel.of(str(directory), config.id2label, config.problem_type)
+
+
+def toxicity(classifier: Path, texts: Sequence[str], cluster: Cluster, progress: Progress = unwatched) -> list[float]:
+    """P(toxic) of each text; needs a Ray session."""
+    rows = [{"text": text} for text in texts]
+    done = map_rows(
+        rows,
+        Classifier,
+        {"directory": classifier},
+        cluster=cluster,
+        batch_rows=CLASSIFIED_TOGETHER,
+        progress=progress,
+        length=lambda row: len(row["text"]),
+    )
+    return [float(row["toxic"]) for row in done]
+
+
+class Classifier:
+    """A model that classifies texts."""
+
+    def __init__(self, directory: Path) -> None:
+        import torch
+        from transformers import AutoModelForSequenceClassification
+
+        quiet()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._model = AutoModelForSequenceClassification.from_pretrained(str(directory), use_safetensors=True)
+        self._model.to(device).eval()
+        self._tokenizer = load_tokenizer(directory)
+        self._label = _label(directory)
+
+    def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows of ``text`` -> ``toxic``, a probability."""
+        import torch
+
+        if self._tokenizer.pad_token is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+            self._model.config.pad_token_id = self._tokenizer.pad_token_id
+        longest = min(LONGEST, self._tokenizer.model_max_length)
+        inputs = self._tokenizer(
+            [row["text"] for row in rows], padding=True, truncation=True, max_length=longest, return_tensors="pt"
+        )
+        with torch.inference_mode():
+            logits = self._model(**inputs.to(self._model.device)).logits.float()
+        shares = logits.softmax(-1) if self._label.exclusive else logits.sigmoid()
+        return [{"toxic": share} for share in shares[:, self._label.number].tolist()]

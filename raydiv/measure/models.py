@@ -1,0 +1,30 @@
+"""What a user names when a model is to be measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from raydiv.model.files import model_directory
+from raydiv.model.load import ModelSource
+from raydiv.run import RunDirectory
+
+
+def sources_of(
+    models: Sequence[str], template: str | None = None, precision: Literal["fp32", "bf16"] | None = None
+) -> list[ModelSource]:
+    """Run directories, model directories, bundled models and hub ids as what can be loaded.
+
+    A run says how its model is loaded and which template it was trained with; ``template`` and ``precision`` go over it.
+    """
+    found = [_source(model) for model in models]
+    return [replace(one, template=template or one.template, precision=precision or one.precision) for one in found]
+
+
+def _source(model: str) -> ModelSource:
+    run = RunDirectory(Path(model))
+    if run.holds_a_run:
+        return ModelSource.of(run.read_recipe(), model_directory(str(run.model)))
+    return ModelSource(model_directory(model))

@@ -1,0 +1,48 @@
+"""What a run measures of its model, before training and after it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from raydiv.config import Recipe
+from raydiv.data.prompts import named, read_prompts
+from raydiv.measure.evaluations import HowToEvaluate, Judges, measure_answers
+from raydiv.measure.separations import HowToSeparate, measure_separation
+from raydiv.model.load import ModelSource
+from raydiv.progress import Display
+from raydiv.run import RunDirectory
+
+
+class Measurements:
+    """The measurements that a recipe asks for; ``show_text`` writes prompts and answers out.
+
+    Raises UserError for prompts, judges and attacks that cannot be used, before anything is started.
+    """
+
+    def __init__(self, recipe: Recipe, display: Display, show_text: bool) -> None:
+        self._recipe, self._display, self._show_text = recipe, display, show_text
+        apart, answered = recipe.separation.prompts, recipe.evaluate.prompts
+        self._anchors = read_prompts(apart, both=True) if apart else []
+        self._asked = read_prompts(answered, both=False) if answered else []
+        self._how = HowToEvaluate.of(recipe.evaluate)
+        self._judges = Judges.of(self._how, recipe.cluster) if answered else None
+
+    def take(self, run: RunDirectory, when: str, base_directory: Path) -> None:
+        """Measure the model ``before`` or ``after`` training into the run directory; needs a Ray session."""
+        recipe, display = self._recipe, self._display
+        base = ModelSource.of(recipe, base_directory)
+        model = base if when == "before" else replace(base, directory=run.model)
+        metrics: dict[str, float] = {}
+        if recipe.separation.prompts:
+            how, name = HowToSeparate.of(recipe.separation), named(recipe.separation.prompts)
+            apart = measure_separation(model, self._anchors, how, recipe.cluster, display, label=when, name=name)
+            apart.write(run.separation, when)
+            metrics |= apart.metrics()
+        if self._judges is not None:
+            answers = measure_answers(
+                model, base, self._asked, self._how, self._judges, recipe.cluster, display, label=when
+            )
+            answers.write(run.evaluation, when, self._show_text)
+            metrics |= answers.metrics()
+        run.log({"step": 0 if when == "before" else run.steps_taken(), **metrics} if metrics else {})
