@@ -20,6 +20,7 @@ from raydiv.report.page import write_report
 from raydiv.run import Metrics, RunDirectory
 from raydiv.session import cpus_per_worker, ray_session, threads_per_worker, training_environment, worker_memory
 from raydiv.track import Tracker
+from raydiv.training.anchors import Anchors
 from raydiv.training.metrics import estimate_facts
 from raydiv.training.order import epochs_of
 from raydiv.training.worker import WorkerInput, worker_entry
@@ -87,7 +88,8 @@ def _fit(recipe: Recipe, prepared: Prepared, run: RunDirectory, display: Display
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    given = WorkerInput(recipe, prepared.directory, run.path, prepared.train, prepared.eval)
+    anchors = Anchors.of(recipe, prepared.directory)
+    given = WorkerInput(recipe, prepared.directory, run.path, prepared.train, prepared.eval, anchors)
     trainer = TorchTrainer(
         worker_entry,
         train_loop_config={"given": ray.put(given), "threads": threads_per_worker(recipe.cluster)},

@@ -13,6 +13,7 @@ import yaml
 from raydiv.construction.counterparts import MAX_NEW_TOKENS
 from raydiv.construction.options import Kind, Plan, written
 from raydiv.data.sources import files_of
+from raydiv.evaluation.refusal import ERRORS
 
 
 @dataclass(frozen=True, slots=True)

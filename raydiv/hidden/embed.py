@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raydiv.config.recipe import Cluster
+from raydiv.config.recipe import Cluster, Separation
 from raydiv.data.plan import micro_batches
 from raydiv.data.prompts import Prompt
 from raydiv.errors import UserError
@@ -38,6 +38,11 @@ class Readout:
     layers: tuple[int, ...] | None = (-1,)
     pooling: Literal["last", "mean"] = "last"
 
+    @classmethod
+    def of(cls, section: Separation) -> Readout:
+        """As a recipe has it."""
+        return cls(None if section.layers == "all" else tuple(section.layers), section.pooling)
+
     def numbers(self, blocks: int) -> list[int]:
         """The layers, from 0 to ``blocks``, in their order. Raises UserError for one that the model does not have."""
         wanted = range(blocks + 1) if self.layers is None else self.layers
@@ -45,6 +50,13 @@ class Readout:
             if not -blocks - 1 <= layer <= blocks:
                 raise UserError(f"layers: {layer} is none of this model's, which are 0 to {blocks} (or -1, -2, ...)")
         return sorted({layer % (blocks + 1) for layer in wanted})
+
+
+def drawn(count: int, sample: int) -> list[int]:
+    """Positions of at most ``sample`` among ``count`` prompts, in order; always the same ones."""
+    if count <= sample:
+        return list(range(count))
+    return sorted(np.random.default_rng(0).choice(count, sample, replace=False).tolist())
 
 
 Read = tuple[int, np.ndarray, int]

@@ -16,7 +16,7 @@ from raydiv.config.recipe import Cluster
 from raydiv.config.recipe import Separation as SeparationSection
 from raydiv.data.prompts import Prompt, named, read_prompts, sets_of
 from raydiv.errors import UserError
-from raydiv.hidden.embed import Read, Readout, embed
+from raydiv.hidden.embed import Read, Readout, drawn, embed
 from raydiv.hidden.moments import StreamedFigures, Streams
 from raydiv.hidden.separation import Separation, as_row, explain, principal_plane, separation_of
 from raydiv.hidden.store import EmbeddingFile
@@ -53,14 +53,7 @@ class HowToSeparate:
 
     @classmethod
     def of(cls, section: SeparationSection) -> HowToSeparate:
-        layers = None if section.layers == "all" else tuple(section.layers)
-        return cls(Readout(layers, section.pooling), section.sample)
-
-    def drawn(self, count: int) -> list[int]:
-        """Positions of the sample among ``count`` prompts, in order; always the same ones."""
-        if count <= self.sample:
-            return list(range(count))
-        return sorted(np.random.default_rng(0).choice(count, self.sample, replace=False).tolist())
+        return cls(Readout.of(section), section.sample)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +67,7 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class SeparationReport:
-    """Separation of one model in each layer read, the headline last, whose plane [n, 2] is here with the prompts' kinds and labels."""
+    """Separation of one model in each layer read, the headline last, whose plane [n, 2] is here with prompts' kinds and labels."""
 
     model: str
     prompts: str
@@ -206,7 +199,7 @@ class _States:
     def __init__(self, prompts: Sequence[Prompt], how: HowToSeparate) -> None:
         self._prompts, self._how = prompts, how
         self._harmful = np.array([prompt.harmful for prompt in prompts])
-        self._order = how.drawn(len(prompts))
+        self._order = drawn(len(prompts), how.sample)
         self._sample: dict[int, tuple[np.ndarray, int]] = {}
         self._wanted = frozenset(self._order)
         self._streams = Streams() if len(self._order) < len(prompts) else None

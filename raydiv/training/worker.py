@@ -14,6 +14,7 @@ from raydiv.config import Recipe
 from raydiv.data.plan import InOrder
 from raydiv.model.export import write_model
 from raydiv.run import Metrics, RunDirectory
+from raydiv.training.anchors import Anchors, policy_separation
 from raydiv.training.coefficients import judge
 from raydiv.training.feed import ExampleSet, Feed, Share, parts, stream_steps
 from raydiv.training.metrics import Clock, RunningMeans, estimate_facts, reward_beta, rewards, step_record
@@ -40,6 +41,7 @@ class WorkerInput:
     run_directory: Path
     train: ExampleSet
     eval: ExampleSet | None
+    anchors: Anchors | None = None
 
 
 def _feed_again(reference: Any, share: Share) -> Feed:
@@ -85,7 +87,9 @@ def run_worker(given: WorkerInput, reference: Any) -> None:
         _log(run, step_record(plan, chosen.examples, metrics, lr, clock))
         done = plan.step + 1
         last = done == steps or reached(recipe.optim.target_margin, metrics)
-        if last or (recipe.evaluate.every and done % recipe.evaluate.every == 0):
+        if given.anchors is not None and _due(recipe.separation.every, done) and not last:
+            _log(run, {"step": done, **policy_separation(stepper, given.anchors)})
+        if last or _due(recipe.evaluate.every, done):
             _log(run, _held_out(stepper, given, run, step=done))
         if last:
             break
@@ -109,6 +113,10 @@ def _packing(recipe: Recipe, probe: Probe, run: RunDirectory) -> Packing:
 def reached(target_margin: float | None, metrics: dict[str, float]) -> bool:
     """Whether the running reward margin is where the recipe wants training to stop."""
     return target_margin is not None and metrics.get("reward/margin/ema", 0.0) >= target_margin
+
+
+def _due(every: int | None, done: int) -> bool:
+    return every is not None and done % every == 0
 
 
 def _log(run: RunDirectory, record: Metrics) -> None:
