@@ -67,7 +67,7 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class SeparationReport:
-    """Separation of one model in each layer read, the headline last, with its plane [n, 2] and the prompts' kinds and labels."""
+    """Separation of one model in each layer read, the headline last, with its plane [n, 2], kinds and labels of prompts."""
 
     model: str
     prompts: str
