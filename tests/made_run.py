@@ -117,6 +117,7 @@ def _measure(run: RunDirectory, when: str, trained: float, generator: np.random.
         "separation/length_auc": 0.5,
         **{name: rate["share"] for name, rate in rates.items()},
         "evaluate/logp_per_token": -0.83 - trained,
+        **({"evaluate/kl": kl["value"]} if kl else {}),
     })  # fmt: skip
 
 

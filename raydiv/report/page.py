@@ -140,7 +140,7 @@ def _row(row: Row) -> str:
 
 def _cell(found: Measured | None) -> str:
     value, interval = (str(found), found.range) if found else ("&ndash;", "")
-    return f"<td>{value.replace('-', '&minus;')} <small>{interval}</small></td>"
+    return f"<td>{value} <small>{interval}</small></td>".replace("-", "&minus;")
 
 
 def _scroll(table: str, name: str) -> str:

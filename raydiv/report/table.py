@@ -112,7 +112,9 @@ def _place(metric: str) -> int:
 
 
 def _plain(metrics: Metrics) -> dict[str, Measured]:
-    return {name: Measured(metrics[name], form) for name, (_, form) in KNOWN.items() if name in metrics}
+    """What metrics.jsonl alone has; answers have files of their own, which say at which end each figure was measured."""
+    known = {name: form for name, (_, form) in KNOWN.items() if not name.startswith("evaluate/")}
+    return {name: Measured(metrics[name], form) for name, form in known.items() if name in metrics}
 
 
 def _apart(path: Path) -> dict[str, Measured]:
