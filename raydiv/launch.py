@@ -16,7 +16,7 @@ from raydiv.planning.architecture import architecture_of
 from raydiv.planning.layout import largest_share, settle, with_layout
 from raydiv.preparation import Prepared, fill, read
 from raydiv.progress import Display, step_note
-from raydiv.report import write_report
+from raydiv.report.page import write_report
 from raydiv.run import Metrics, RunDirectory
 from raydiv.session import cpus_per_worker, ray_session, threads_per_worker, training_environment, worker_memory
 from raydiv.track import Tracker
@@ -172,13 +172,13 @@ def _conclude(recipe: Recipe, prepared: Prepared, run: RunDirectory, tracker: Tr
             "run": str(run.path),
             "model": str(run.model),
             "report": str(run.report),
-            "picture": str(run.picture),
+            "pictures": str(run.pictures),
         },
         "mlflow": {"uri": tracker.uri, "run_id": tracker.run_id, "sent": True},
     }
     run.result.write_text(json.dumps(report, indent=2) + "\n")
     write_report(run)
-    for path in (run.recipe, run.result, run.report, run.picture, run.rows):
+    for path in (run.recipe, run.result, run.report, *sorted(run.pictures.glob("*.png")), run.rows):
         if path.exists():
             tracker.artifact(path)
     if not tracker.finish():

@@ -32,9 +32,10 @@ class RunDirectory:
         self.model = path / "model"
         self.separation = path / "separation"
         self.evaluation = path / "evaluation"
-        self.picture = self.separation / "pca.png"
+        self.pictures = path / "pictures"
         self.ray = path / "ray"
         self._layout = path / "layout.json"
+        self._rewards = path / "rewards.json"
         self.metrics_file = path / "metrics.jsonl"
 
     @classmethod
@@ -76,6 +77,15 @@ class RunDirectory:
         """What ``note_layout`` wrote."""
         facts: dict[str, Any] = json.loads(self._layout.read_text())
         return facts
+
+    def note_rewards(self, by_class: dict[str, list[float]]) -> None:
+        """Write down the held-out examples' rewards, ``aligned`` and ``unaligned``, over an earlier evaluation's."""
+        self._rewards.write_text(json.dumps(by_class) + "\n")
+
+    def rewards(self) -> dict[str, list[float]]:
+        """What ``note_rewards`` wrote last; empty without held-out examples, or without a reference to count from."""
+        by_class: dict[str, list[float]] = json.loads(self._rewards.read_text()) if self._rewards.exists() else {}
+        return by_class
 
     def read_recipe(self) -> Recipe:
         return load_recipe(self.recipe)

@@ -51,7 +51,7 @@ LIBRARIES = {
     "datasets": {"data.sources", "benchmarks.rival"},
     "trl": {"benchmarks.rival"},
     "lm_eval": {"evaluation.capability"},
-    "matplotlib": {"report"},
+    "matplotlib": {"report.drawing", "report.figures"},
     "nanogcg": {"evaluation.gcg"},
 }
 

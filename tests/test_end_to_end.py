@@ -101,7 +101,8 @@ def records(run_directory: Path) -> list[dict[str, float]]:
 def test_run_directory_is_complete(run: Result) -> None:
     for name in ("recipe.yaml", "metrics.jsonl", "result.json", "report.html", "model/config.json", "model/README.md"):
         assert (run.run.path / name).is_file(), name
-    assert (run.run.path / "separation" / "pca.png").read_bytes().startswith(b"\x89PNG")
+    assert (run.run.pictures / "plane-after.png").read_bytes().startswith(b"\x89PNG")
+    assert {name: len(found) for name, found in run.run.rewards().items()} == {"aligned": 3, "unaligned": 3}
     result = json.loads((run.run.path / "result.json").read_text())
     assert {"raydiv", "ray", "torch", "deepspeed", "python"} <= result["versions"].keys()
     assert result["data"]["train"]["pairs"] == 12
@@ -125,6 +126,8 @@ def test_training_separates_the_classes(run: Result) -> None:
     margins = [record["eval/reward/margin"] for record in records(run.run.path) if "eval/loss" in record]
     assert margins[0] == pytest.approx(0, abs=1e-4)
     assert margins[-1] > 0
+    means = {name: np.mean(found) for name, found in run.run.rewards().items()}
+    assert means["aligned"] - means["unaligned"] == pytest.approx(margins[-1], abs=1e-5)
 
 
 def test_recipe_in_the_run_reloads_exactly(run: Result) -> None:
@@ -135,7 +138,7 @@ def test_recipe_in_the_run_reloads_exactly(run: Result) -> None:
 
 def test_report_is_self_contained_and_shows_no_prompt(run: Result) -> None:
     page = (run.run.path / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("<figure>") == len(list(run.run.pictures.iterdir())) == 10
     assert "http://" not in page
     assert "https://" not in page
     assert "Hurt someone" not in page
@@ -157,7 +160,9 @@ def test_mlflow_has_parameters_metrics_tags_and_artifacts(run: Result) -> None:
     assert found.data.tags["divergence.name"] == "KL(D+ || 0.5 D+ + 0.5 D-)"
     assert [metric.step for metric in client.get_metric_history(where["run_id"], "loss")] == [1, 2, 3, 4]
     assert {metric.step for metric in client.get_metric_history(where["run_id"], "separation/d_b")} == {0, 4}
-    assert {file.path for file in client.list_artifacts(where["run_id"])} >= {"report.html", "result.json", "pca.png"}
+    pictures = {path.name for path in run.run.pictures.iterdir()}
+    kept = {file.path for file in client.list_artifacts(where["run_id"])}
+    assert kept >= {"report.html", "result.json", "plane-before.png", *pictures}
 
 
 def test_exported_model_loads_and_generates(run: Result, tmp_path: Path, tiny_model: Path) -> None:

@@ -37,4 +37,4 @@ def test_quickstart_cut_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     lines = [json.loads(line) for line in (Path(result["paths"]["run"]) / "metrics.jsonl").read_text().splitlines()]
     base = next(line for line in lines if "evaluate/asr" in line)
     assert base["evaluate/refused/harmful"] <= 0.1
-    assert Path(result["paths"]["picture"]).is_file()
+    assert (Path(result["paths"]["pictures"]) / "plane-after.png").is_file()

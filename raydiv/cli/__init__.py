@@ -149,7 +149,7 @@ def _run(recipe: Any, options: argparse.Namespace) -> int:
 
 
 def _show_run(result: Result) -> None:
-    from raydiv.report import before_after, notes
+    from raydiv.report.table import before_after, notes
 
     rows = before_after(result.run)
     if rows:
@@ -158,8 +158,7 @@ def _show_run(result: Result) -> None:
         print(note)
     print(f"\nmodel    {result.report['paths']['model']}")
     print(f"report   {result.report['paths']['report']}")
-    if result.run.picture.exists():
-        print(f"picture  {result.run.picture}")
+    print(f"pictures {result.report['paths']['pictures']}")
     uri = result.report["mlflow"]["uri"]
     print(
         f"mlflow   {uri}\n         open it: mlflow ui --backend-store-uri {uri}" if "://" in uri else f"mlflow   {uri}"

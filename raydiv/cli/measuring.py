@@ -147,7 +147,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             report.write(options.output, f"model-{number}", options.show_text)
 
     def show() -> None:
-        from raydiv.report import label_of
+        from raydiv.report.table import label_of
 
         cells = [report.cells() for report in reports]
         names = dict.fromkeys(name for own in cells for name in own)

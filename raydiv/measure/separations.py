@@ -67,7 +67,7 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class SeparationReport:
-    """Separation of one model in each layer read, the headline last, whose plane [n, 2] is here with each prompt's kind."""
+    """Separation of one model in each layer read, the headline last, with its plane [n, 2], kinds and labels of prompts."""
 
     model: str
     prompts: str
@@ -76,6 +76,7 @@ class SeparationReport:
     layers: list[LayerReport]
     plane: np.ndarray
     kinds: list[str]
+    harmful: list[bool]
 
     @property
     def separation(self) -> Separation:
@@ -151,7 +152,7 @@ class SeparationReport:
 
     def write(self, folder: Path, name: str) -> None:
         folder.mkdir(exist_ok=True)
-        points = {"plane": self.plane.tolist(), "kinds": self.kinds}
+        points = {"plane": self.plane.tolist(), "kinds": self.kinds, "harmful": self.harmful}
         (folder / f"{name}.json").write_text(json.dumps(self.as_json() | points, indent=1) + "\n")
 
 
@@ -225,7 +226,7 @@ class _States:
             found.append(LayerReport(layer, apart, None if self._streams is None else self._streams.figures(at)))
         kinds = [self._prompts[position].kind for position in self._order]
         plane = principal_plane(points[:, last])
-        return SeparationReport(label, name, self.count, self._how.readout, found, plane, kinds)
+        return SeparationReport(label, name, self.count, self._how.readout, found, plane, kinds, harmful.tolist())
 
 
 def _columns(rows: Sequence[Read]) -> tuple[np.ndarray, list[int]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from raydiv.losses import Batch, State, Term, Value
-from raydiv.training.metrics import reward_metrics
+from raydiv.training.metrics import reward_beta, reward_metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def judge(terms: Sequence[Term], states: Sequence[State], batch: Batch) -> Verdi
     if values[0].divergence is not None:
         metrics["divergence"] = float(values[0].divergence.detach()) + 0.0  # -0.0 becomes 0.0
     metrics |= _objective_shares(terms, [float(value.loss.detach()) for value in values])
-    metrics |= reward_metrics(batch, beta=float(terms[0][2].get("beta", 1.0)))
+    metrics |= reward_metrics(batch, reward_beta(terms[0]))
     return Verdict(metrics["loss"], coefficients, [value.state for value in values], metrics)
 
 

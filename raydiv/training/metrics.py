@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from raydiv import dist
 from raydiv.data.plan import StepPlan
@@ -103,6 +104,16 @@ def state_metrics(terms: Sequence[Term], states: Sequence[State]) -> dict[str, f
     }
 
 
+def reward_beta(main: Term) -> float:
+    """What a log-ratio is multiplied with to be a reward: the main objective's beta, 1 where it has none."""
+    return float(main[2].get("beta", 1.0))
+
+
+def rewards(batch: Batch, beta: float) -> Tensor:
+    """Beta * log-ratio of each example [n], without graph."""
+    return beta * batch.log_ratios.detach()
+
+
 def reward_metrics(batch: Batch, beta: float) -> dict[str, float]:
     """What the step's log-probs say, over the global batch; a class that is absent leaves its metrics out.
 
@@ -113,22 +124,22 @@ def reward_metrics(batch: Batch, beta: float) -> dict[str, float]:
     step, where the policy is the reference, they are the noise of the numbers that the reference was scored in.
     """
     log_ratios = batch.log_ratios.detach()
-    rewards, aligned = beta * log_ratios, batch.aligned
+    reward, aligned = rewards(batch, beta), batch.aligned
     metrics = {
         "log_ratio/rms": float(log_ratios.square().mean().sqrt()),
         "log_ratio/max": float(log_ratios.abs().max()),
     }
     for name, members in (("aligned", aligned), ("unaligned", ~aligned)):
         if members.any():
-            metrics[f"reward/{name}"] = float(rewards[members].mean())
+            metrics[f"reward/{name}"] = float(reward[members].mean())
             metrics[f"logp/{name}"] = float(batch.logps.detach()[members].mean())
     if aligned.any() and not aligned.all():
         metrics["reward/margin"] = metrics["reward/aligned"] - metrics["reward/unaligned"]
     if len(batch.pairs):
-        better, worse = batch.paired(rewards)
+        better, worse = batch.paired(reward)
         metrics["reward/accuracy"] = float((better > worse).float().mean())
     else:
-        metrics["reward/accuracy"] = float((rewards * (2.0 * aligned - 1) > 0).float().mean())
+        metrics["reward/accuracy"] = float((reward * (2.0 * aligned - 1) > 0).float().mean())
     return metrics
 
 

@@ -17,7 +17,7 @@ from raydiv.run import Metrics, RunDirectory
 from raydiv.training.anchors import Anchors, policy_separation
 from raydiv.training.coefficients import judge
 from raydiv.training.feed import ExampleSet, Feed, Share, parts, stream_steps
-from raydiv.training.metrics import Clock, RunningMeans, estimate_facts, step_record
+from raydiv.training.metrics import Clock, RunningMeans, estimate_facts, reward_beta, rewards, step_record
 from raydiv.training.order import epochs_of, total_steps
 from raydiv.training.schedule import learning_rate
 from raydiv.training.step import Stepper, joined
@@ -78,7 +78,7 @@ def run_worker(given: WorkerInput, reference: Any) -> None:
     steps = total_steps(recipe, epochs.steps_per_epoch)
     stream = stream_steps(Feed(given.train, epochs, share), partial(_feed_again, reference, share), 0, steps)
     means, facts = RunningMeans(), estimate_facts(recipe.loss.terms[0])
-    _log(run, _held_out(stepper, given, step=0))
+    _log(run, _held_out(stepper, given, run, step=0))
     clock = Clock()
     for plan, chosen in clock.waits(stream):
         lr = learning_rate(recipe.optim, plan.step, steps)
@@ -90,7 +90,7 @@ def run_worker(given: WorkerInput, reference: Any) -> None:
         if given.anchors is not None and _due(recipe.separation.every, done) and not last:
             _log(run, {"step": done, **policy_separation(stepper, given.anchors)})
         if last or _due(recipe.evaluate.every, done):
-            _log(run, _held_out(stepper, given, step=done))
+            _log(run, _held_out(stepper, given, run, step=done))
         if last:
             break
     head.remove()
@@ -125,8 +125,11 @@ def _log(run: RunDirectory, record: Metrics) -> None:
         run.log(record)
 
 
-def _held_out(stepper: Stepper, given: WorkerInput, step: int) -> dict[str, float]:
-    """Loss, divergence and rewards on the held-out examples, as ``eval/*``; empty without any. Changes no state."""
+def _held_out(stepper: Stepper, given: WorkerInput, run: RunDirectory, step: int) -> dict[str, float]:
+    """Loss, divergence and rewards on the held-out examples, as ``eval/*``; empty without any. Changes no state.
+
+    Each example's reward is left in the run, if there is a reference to count it from.
+    """
     if given.eval is None:
         return {}
     share = Share(stepper.layout, dist.rank(), trains=False, scores=True)
@@ -134,6 +137,10 @@ def _held_out(stepper: Stepper, given: WorkerInput, step: int) -> dict[str, floa
     scored = [stepper.score(chosen) for chosen in parts(Feed(given.eval, order, share), order.parts)]
     batch = joined(scored, order.order, given.eval.examples.units)
     metrics = judge(stepper.terms, stepper.states, batch).metrics
+    if dist.rank() == 0 and given.recipe.loss.needs_reference:
+        reward = rewards(batch, reward_beta(stepper.terms[0]))
+        classes = {"aligned": batch.aligned, "unaligned": ~batch.aligned}
+        run.note_rewards({name: reward[members].tolist() for name, members in classes.items()})
     # the held-out set is judged as one more step would be, and the state after it thrown away
     return {"step": step} | {f"eval/{name}": number for name, number in metrics.items()}
 
