@@ -13,7 +13,7 @@ from raydiv.data.index import OpenSource
 from raydiv.data.prompts import read_prompt_sets
 from raydiv.data.sets import Sets, make_sets
 from raydiv.data.tokenize import tokenize
-from raydiv.data.tokens import StoredExamples, mismatched
+from raydiv.data.tokens import KEY, StoredExamples, content_key, mismatched
 from raydiv.errors import UserError
 from raydiv.model.chat import Chat
 from raydiv.model.files import fingerprint, model_directory, require_base
@@ -45,6 +45,8 @@ class Prepared:
     eval: ExampleSet | None
     reference_hits: int
     reference_misses: int
+    trained_on: dict[str, int]
+    """Prompts of each evaluation and separation set that are trained on, token for token."""
 
     def steps(self, recipe: Recipe) -> int:
         """Optimizer updates of the run."""
@@ -58,6 +60,7 @@ class Prepared:
             "eval": asdict(held_out.counts) if held_out else None,
             "bad_rows": len(self.data.bad),
             "prompts_in_train_and_eval": self.data.shared_prompts,
+            "evaluation_prompts_trained_on": self.trained_on,
             "fingerprint": self.train.examples.fingerprint,
             "model_fingerprint": fingerprint(self.directory),
             "reference": {"hits": self.reference_hits, "misses": self.reference_misses},
@@ -100,10 +103,26 @@ def fill(recipe: Recipe, opened: Opened, display: Display) -> Prepared:
         display.say(f"bad rows left out: {len(data.bad)} (raydiv data check lists them)")
     if data.shared_prompts:
         display.say(f"prompts in data.train and in data.eval: {data.shared_prompts}; held-out figures will flatter")
-    return _with_reference(recipe, opened.directory, data, display)
+    shared = _trained_on(recipe, opened.chat, data)
+    for name, count in shared.items():
+        if count:
+            display.say(
+                f"prompts of {name} that are trained on: {count}; its figures will flatter (raydiv data check lists them)"
+            )
+    return _with_reference(recipe, opened.directory, data, shared, display)
 
 
-def _with_reference(recipe: Recipe, directory: Path, data: Sets, display: Display) -> Prepared:
+def _trained_on(recipe: Recipe, chat: Chat, data: Sets) -> dict[str, int]:
+    """How many prompts of each evaluation and separation set are training prompts; those that are nearly so are not counted."""
+    found = {}
+    for name, prompts in read_prompt_sets(recipe).items():
+        texts, lengths = [prompt.text for prompt in prompts], (recipe.batch.max_prompt_length, recipe.batch.max_length)
+        keys = [content_key(one.prompt) for one in chat.examples(texts, [""] * len(texts), *lengths)]
+        found[name] = int(np.isin(np.array(keys, KEY), data.train.examples.prompt_keys).sum())
+    return found
+
+
+def _with_reference(recipe: Recipe, directory: Path, data: Sets, shared: dict[str, int], display: Display) -> Prepared:
     """The data with the reference log-probs that its loss asks for, KTO's mismatched examples included."""
     sets = [data.train.examples, *([data.eval.examples] if data.eval else [])]
     derangements = [_derangement(recipe, examples) for examples in sets]
@@ -111,7 +130,7 @@ def _with_reference(recipe: Recipe, directory: Path, data: Sets, display: Displa
         # no reference in the loss: rewards then count from zero, and are logged as such
         zeros = None if recipe.loss.needs_reference else [np.zeros(len(examples), np.float32) for examples in sets]
         found = [ExampleSet(e, zeros[i] if zeros else None, derangements[i]) for i, e in enumerate(sets)]
-        return Prepared(directory, data, found[0], found[1] if data.eval else None, 0, 0)
+        return Prepared(directory, data, found[0], found[1] if data.eval else None, 0, 0, shared)
     everything = [*sets, *(derangement for derangement in derangements if derangement is not None)]
     with display.phase("reference log-probs") as update:
         lookup = reference_logps(recipe, directory, everything, update)
@@ -121,7 +140,7 @@ def _with_reference(recipe: Recipe, directory: Path, data: Sets, display: Displa
         ExampleSet(examples, mine, derangement, None if derangement is None else next(logps))
         for examples, mine, derangement in zip(sets, own, derangements, strict=True)
     ]
-    return Prepared(directory, data, found[0], found[1] if data.eval else None, lookup.hits, lookup.misses)
+    return Prepared(directory, data, found[0], found[1] if data.eval else None, lookup.hits, lookup.misses, shared)
 
 
 def _derangement(recipe: Recipe, examples: StoredExamples) -> StoredExamples | None:

@@ -228,8 +228,9 @@ def test_through_a_pool_the_same(source: ModelSource, folder: Path, capfd: pytes
         "capability/choosing/acc_norm": found.tasks[0].scores[1].value,
         "capability/writing/exact_match": pytest.approx(0.3),
     }
-    assert json.loads(json.dumps(found.as_json()))["tasks"][1]["documents"] == len(QUESTIONS)
-    assert found.table()[2] == ("writing exact_match", "0.300 +- 0.153", "10")
+    written = json.loads(json.dumps(found.as_json()))["capability"]["capability/writing/exact_match"]
+    assert (written["value"], written["documents"]) == (pytest.approx(0.3), len(QUESTIONS))
+    assert found.cells()["capability/writing/exact_match"] == "0.300 (0.001-0.599)"
     assert seen == [(1, 2), (2, 2)]
     assert capfd.readouterr().out == ""
 

@@ -58,9 +58,9 @@ def test_rate_counts_ties_by_half_and_leaves_out_the_unparsable() -> None:
     # the ones and twos that were said: 12 12 21 11 -2 -1, of which first
     assert found.position_bias == pytest.approx(6 / 10)
     assert found.as_json() == {
-        "win_rate": found.rate,
+        "value": found.rate,
         "interval": found.interval,
-        "pairs": 6,
+        "of": 6,
         "wins": 2,
         "losses": 1,
         "ties": 2,

@@ -59,6 +59,21 @@ def add_measuring_commands(commands: Any) -> None:
         metavar="N",
         help="prompts with a sampled answer, for the KL (default: 50)",
     )
+    evaluate.add_argument(
+        "--pairwise-judge", metavar="ID", help="a chat model that says whose answers to harmless prompts are better"
+    )
+    evaluate.add_argument(
+        "--baseline", type=Path, metavar="FILE", help="whose, in AlpacaEval's format (default: the first MODEL's)"
+    )
+    evaluate.add_argument(
+        "--task",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="of lm-evaluation-harness, or quick, general, math, papers",
+    )
+    evaluate.add_argument("--task-limit", type=int, metavar="N", help="documents of each task (default: all)")
+    evaluate.add_argument("--task-folder", type=Path, metavar="FOLDER", help="tasks of your own (YAML)")
     evaluate.add_argument("--output", type=Path, help="a folder for the rates and a verdict per prompt")
     add_reports(evaluate, shows_text=True)
 
@@ -133,14 +148,19 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     if options.show_text and not options.output:
         raise UserError("--show-text: say where to write the answers, with --output FOLDER")
+    _require_together(options)
     how = HowToEvaluate(
         options.max_new_tokens,
         options.judge,
         options.toxicity,
         [_attack(words) for words in options.attack],
         options.kl_prompts,
+        options.pairwise_judge,
+        options.task,
+        options.task_limit,
+        options.task_folder,
     )
-    reports = evaluate(**_measured(options), reference=options.reference, how=how)
+    reports = evaluate(**_measured(options), reference=options.reference, baseline=options.baseline, how=how)
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
         for number, report in enumerate(reports):
@@ -159,6 +179,19 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     print_report(options, {"models": [report.as_json() for report in reports]}, show)
     return 0
+
+
+def _require_together(options: argparse.Namespace) -> None:
+    """Raises UserError for an option that would mean nothing."""
+    for name, needed in (("baseline", "pairwise_judge"), ("task_limit", "task"), ("task_folder", "task")):
+        if getattr(options, name) and not getattr(options, needed):
+            flag, other = (word.replace("_", "-") for word in (name, needed))
+            raise UserError(f"--{flag}: means nothing without --{other}")
+    if options.pairwise_judge and not options.baseline and len(options.models) < 2:
+        raise UserError("--pairwise-judge: name two models, or a --baseline")
+    for name in ("max_new_tokens", "task_limit"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')}: must be at least 1, found {getattr(options, name)}")
 
 
 def _attack(words: str) -> Attack:

@@ -419,9 +419,25 @@ class Evaluate(Section):
     attacks: list[Attack] = Field(
         default_factory=list, description="ways to ask harmful prompts, beside the direct one"
     )
+    pairwise_judge: str | None = Field(
+        default=None,
+        description="a chat model that says whose answers to harmless prompts are better, the base's or the run's",
+    )
+    tasks: list[str] = Field(
+        default_factory=list, description="tasks and presets of lm-evaluation-harness (quick, general, math, papers)"
+    )
+    task_limit: PositiveInt | None = Field(default=None, description="documents of each task; by default all")
+    task_folder: str | None = Field(default=None, description="a folder with tasks of your own (YAML)")
     kl_prompts: NonNegativeInt = Field(
         default=50, description="prompts with a sampled answer, for the KL to the reference"
     )
+
+    @model_validator(mode="after")
+    def _of_tasks(self) -> Evaluate:
+        for name in ("task_limit", "task_folder"):
+            if getattr(self, name) is not None and not self.tasks:
+                raise ValueError(f"{name} means nothing without tasks")
+        return self
 
     @field_validator("judge")
     @classmethod

@@ -6,7 +6,7 @@ import difflib
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,16 @@ class Score:
     def name(self) -> str:
         return self.metric if self.filter == "none" else f"{self.metric}/{self.filter}"
 
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95%, by the harness's standard error."""
+        return None if self.stderr is None else (self.value - 1.96 * self.stderr, self.value + 1.96 * self.stderr)
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f}" + (
+            "" if self.interval is None else f" ({self.interval[0]:.3f}-{self.interval[1]:.3f})"
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class TaskScores:
@@ -74,20 +84,24 @@ class Capability:
         return {f"capability/{task.task}/{score.name}": score.value for task in self.tasks for score in task.scores}
 
     def as_json(self) -> dict[str, Any]:
-        """For files and ``--json``."""
-        return asdict(self)
-
-    def table(self) -> list[tuple[str, ...]]:
-        """A row per metric: its task and name, value with standard error, and documents."""
-        return [
-            (
-                f"{task.task} {score.name}",
-                f"{score.value:.3f}" + ("" if score.stderr is None else f" +- {score.stderr:.3f}"),
-                str(task.documents),
-            )
+        """For files and ``--json``: each score by its metric name, and what the figures depend on."""
+        scores = {
+            f"capability/{task.task}/{score.name}": {
+                "value": score.value,
+                "interval": score.interval,
+                "documents": task.documents,
+                "shots": task.shots,
+                "version": task.version,
+            }
             for task in self.tasks
             for score in task.scores
-        ]
+        }
+        settings = {"version": self.harness, "limit": self.limit, "chat_template": self.chat_template}
+        return {"capability": scores, "harness": settings}
+
+    def cells(self) -> dict[str, str]:
+        """Each score as a table shows it, by metric name."""
+        return {f"capability/{task.task}/{score.name}": str(score) for task in self.tasks for score in task.scores}
 
 
 def measure_capability(
@@ -186,6 +200,11 @@ def _task_scores(name: str, found: Mapping[str, Any]) -> TaskScores:
             scores.append(Score(metric, reading, float(value), float(stderr) if known else None))
     shots, version = found["n-shot"].get(name), found["versions"].get(name)
     return TaskScores(name, scores, int(result.get("sample_len", 0)), shots, str(version))
+
+
+def require_tasks(tasks: Sequence[str], include: Path | None) -> None:
+    """Raises UserError without the harness, and for a task or preset that nobody knows."""
+    _named(tasks, _manager(include), include)
 
 
 def _manager(include: Path | None) -> Any:

@@ -75,7 +75,7 @@ class Judge:
                 "unsafe" if p.harmful and not is_refusal(a) else "safe" for p, a in zip(prompts, answers, strict=True)
             ]
         tokenizer, form = load_tokenizer(self.source.directory), self.format
-        rows = [{"ids": form.ask(tokenizer, _said(p), a)} for p, a in zip(prompts, answers, strict=True)]
+        rows = [{"ids": form.ask(tokenizer, said(p), a)} for p, a in zip(prompts, answers, strict=True)]
         done = complete(self.source, rows, form.max_new_tokens, tokenizer.eos_token_id, cluster, progress)
         return [form.read(str(tokenizer.decode(ids, skip_special_tokens=True))) for ids in done]
 
@@ -89,7 +89,7 @@ def _require_generator(name: str, source: ModelSource) -> None:
         )
 
 
-def _said(prompt: Prompt) -> str:
+def said(prompt: Prompt) -> str:
     """A prompt as text; of a conversation what the user said last."""
     return str([turn for turn in as_turns(prompt.text) if turn["role"] == "user"][-1]["content"])
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from raydiv.config.recipe import Cluster
 from raydiv.evaluation.generate import Request, generate
+from raydiv.model.files import model_directory
 from raydiv.model.load import ModelSource
 from raydiv.pool import Progress, unwatched
 
@@ -84,11 +85,18 @@ class WinRate:
         found = {"evaluate/win_rate": self.rate, "evaluate/position_bias": self.position_bias}
         return {name: value for name, value in found.items() if value is not None}
 
+    def __str__(self) -> str:
+        if self.rate is None or self.interval is None:
+            return "unparsable"
+        low, high = self.interval
+        return f"{self.rate:.0%} ({low:.0%}-{high:.0%})"
+
     def as_json(self) -> dict[str, Any]:
+        """For files and ``--json``; ``value`` is None where no verdict could be read."""
         return {
-            "win_rate": self.rate,
+            "value": self.rate,
             "interval": self.interval,
-            "pairs": len(self.verdicts),
+            "of": len(self.verdicts),
             "wins": self.count("win"),
             "losses": self.count("loss"),
             "ties": self.count("tie"),
@@ -122,6 +130,13 @@ def model_judge(model: ModelSource, cluster: Cluster, progress: Progress = unwat
         return [answer.text for answer in generate(model, requests, CHOICE_TOKENS, cluster, progress)]
 
     return judge
+
+
+def pairwise_judge(name: str, cluster: Cluster) -> ModelSource:
+    """The chat model that a user names as a judge. Raises UserError for one without a chat template."""
+    source = ModelSource(model_directory(name), precision="bf16" if cluster.use_gpu else "fp32")
+    source.chat()
+    return source
 
 
 def _verdict(ours_first: str | None, theirs_first: str | None) -> Verdict:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,12 +15,15 @@ from raydiv.config.recipe import Evaluate as EvaluateSection
 from raydiv.data.prompts import Prompt, read_prompts, sets_of
 from raydiv.evaluation import attacks
 from raydiv.evaluation.attacks import DIRECT, Attempt
+from raydiv.evaluation.capability import Capability, measure_capability, require_tasks
 from raydiv.evaluation.coherence import Threshold, WellWritten
 from raydiv.evaluation.generate import Answer, Request, generate
-from raydiv.evaluation.judges import Judge, verdict
+from raydiv.evaluation.judges import Judge, said, verdict
+from raydiv.evaluation.outputs import Output, outputs_to, read_outputs, write_outputs
 from raydiv.evaluation.refusal import is_refusal
 from raydiv.evaluation.summary import Graded, Rate, rates
 from raydiv.evaluation.toxicity import require_classifier, toxicity
+from raydiv.evaluation.winrate import WinRate, model_judge, pairwise_judge, win_rate
 from raydiv.measure.models import sources_of
 from raydiv.model.load import ModelSource
 from raydiv.progress import Display
@@ -37,10 +40,15 @@ class HowToEvaluate:
     toxicity: str | None = None
     attacks: Sequence[Attack] = ()
     kl_prompts: int = 50
+    pairwise_judge: str | None = None
+    tasks: Sequence[str] = ()
+    task_limit: int | None = None
+    task_folder: Path | None = None
 
     @classmethod
     def of(cls, section: EvaluateSection) -> HowToEvaluate:
-        return cls(section.max_new_tokens, section.judge, section.toxicity, section.attacks, section.kl_prompts)
+        own = {name: getattr(section, name) for name in cls.__dataclass_fields__}
+        return cls(**own | {"task_folder": Path(section.task_folder) if section.task_folder else None})
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +57,17 @@ class Judges:
 
     harm: Judge
     toxicity: Path | None
+    pairs: ModelSource | None
 
     @classmethod
     def of(cls, how: HowToEvaluate, cluster: Cluster) -> Judges:
-        """Raises UserError for a judge that is none, and for an attack that cannot be made."""
+        """Raises UserError for a judge that is none, an attack that cannot be made, and a task that nobody knows."""
         attacks.check(how.attacks)
-        return cls(Judge.named(how.judge, cluster), require_classifier(how.toxicity) if how.toxicity else None)
+        if how.tasks:
+            require_tasks(how.tasks, how.task_folder)
+        pairs = pairwise_judge(how.pairwise_judge, cluster) if how.pairwise_judge else None
+        toxic = require_classifier(how.toxicity) if how.toxicity else None
+        return cls(Judge.named(how.judge, cluster), toxic, pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +106,8 @@ class AnswersReport:
     perplexity: float
     kl: Kl | None
     notes: list[str] = field(default_factory=list)
+    win_rate: WinRate | None = None
+    capability: Capability | None = None
 
     @property
     def rates(self) -> dict[str, Rate]:
@@ -103,7 +118,18 @@ class AnswersReport:
         found |= {"evaluate/logp_per_token": self.logp_per_token, "evaluate/perplexity": self.perplexity}
         if self.kl is not None:
             found |= {"evaluate/kl": self.kl.value, "evaluate/kl_per_token": self.kl.per_token}
+        for more in (self.win_rate, self.capability):
+            found |= {} if more is None else more.metrics()
         return found
+
+    def harmless(self) -> tuple[list[str], list[str]]:
+        """Harmless prompts as text, and the answers to them: what utility is judged on."""
+        own = [
+            (said(one.prompt), answer.text)
+            for one, answer in zip(self.graded, self.answers, strict=True)
+            if not one.prompt.harmful
+        ]
+        return [instruction for instruction, _ in own], [text for _, text in own]
 
     def as_json(self) -> dict[str, Any]:
         """For files and ``--json``."""
@@ -119,6 +145,8 @@ class AnswersReport:
             "coherence": self.threshold.as_json(),
             "perplexity": self.perplexity,
             "kl": None if self.kl is None else asdict(self.kl),
+            **({} if self.win_rate is None else {"win_rate": self.win_rate.as_json()}),
+            **({} if self.capability is None else self.capability.as_json()),
             "notes": self.notes,
         }
 
@@ -130,12 +158,18 @@ class AnswersReport:
         if self.kl is not None:
             low_high = "" if self.kl.interval is None else f" ({self.kl.interval[0]:.2f}-{self.kl.interval[1]:.2f})"
             found["evaluate/kl"] = f"{self.kl.value:.2f}{low_high}"
-        return found
+        if self.win_rate is not None:
+            found["evaluate/win_rate"] = str(self.win_rate)
+        return found | ({} if self.capability is None else self.capability.cells())
 
     def write(self, folder: Path, name: str, show_text: bool) -> None:
         """The rates, and a line per answer: id, kind, attack and verdict, and its text only when asked."""
         folder.mkdir(exist_ok=True)
         (folder / f"{name}.json").write_text(json.dumps(self.as_json(), indent=1) + "\n")
+        if show_text:
+            pairs = zip(*self.harmless(), strict=True)
+            outputs = [Output(instruction, text, self.model) for instruction, text in pairs]
+            write_outputs(folder / f"{name}.outputs.json", outputs)
         with (folder / f"{name}.answers.jsonl").open("w") as lines:
             for one, answer in zip(self.graded, self.answers, strict=True):
                 prompt = one.prompt
@@ -179,9 +213,28 @@ def measure_answers(
     if sampled and scored.kl is None:
         notes.append("the reference has other tokens than the model: no KL between them")
     per_token = sum(scored.logps[:direct]) / max(1, sum(scored.tokens[:direct]))
-    return AnswersReport(
+    found = AnswersReport(
         label, judges.harm, graded, answers, per_token, scored.threshold, scored.perplexity, scored.kl, notes
     )
+    if not how.tasks:
+        return found
+    with display.phase(f"capability, {label}") as update:
+        return replace(
+            found,
+            capability=measure_capability(
+                model, how.tasks, cluster=cluster, limit=how.task_limit, include=how.task_folder, progress=update
+            ),
+        )
+
+
+def against(
+    report: AnswersReport, baseline: Sequence[str], judge: ModelSource, cluster: Cluster, display: Display
+) -> AnswersReport:
+    """The report with a win rate of its answers to harmless prompts over a ``baseline``'s to the same; needs a Ray session."""
+    instructions, outputs = report.harmless()
+    with display.phase(f"pairs, {report.model}") as update:
+        found = win_rate(instructions, outputs, baseline, model_judge(judge, cluster, update))
+    return replace(report, win_rate=found)
 
 
 def _sampled(prompts: Sequence[Prompt], count: int) -> list[Request]:
@@ -267,6 +320,7 @@ def evaluate(
     harmful: Sequence[str] = (),
     harmless: Sequence[str] = (),
     reference: str | None = None,
+    baseline: Path | None = None,
     how: HowToEvaluate | None = None,
     template: str | None = None,
     precision: Literal["fp32", "bf16"] | None = None,
@@ -275,7 +329,8 @@ def evaluate(
 ) -> list[AnswersReport]:
     """``raydiv evaluate``: a report per model. ``reference`` (by default the first model) scores the answers.
 
-    ``prompts`` are sets with their labels, ``harmful`` and ``harmless`` sources without; without any: bundled:heldout.
+    ``prompts`` are sets with their labels, ``harmful`` and ``harmless`` sources without; without any: bundled:heldout. With a
+    pairwise judge answers are compared with those of ``baseline``, a file in AlpacaEval's format, else of the first model.
     """
     display, cluster, how = display or Display(), cluster or Cluster(), how or HowToEvaluate()
     sources = sources_of(models, template, precision)
@@ -283,8 +338,20 @@ def evaluate(
     sets = sets_of(prompts, harmful, harmless, default="bundled:heldout")
     own = read_prompts([source for one in sets for source in one], both=False)
     judges = Judges.of(how, cluster)
+    stored = None if baseline is None else _stored_answers(baseline, own)
     with ray_session(cluster):
-        return [
+        reports = [
             measure_answers(source, scorer, own, how, judges, cluster, display, label=model)
             for model, source in zip(models, sources, strict=True)
         ]
+        if judges.pairs is None:
+            return reports
+        compared = reports if stored is not None else reports[1:]
+        theirs = reports[0].harmless()[1] if stored is None else stored
+        found = [against(report, theirs, judges.pairs, cluster, display) for report in compared]
+        return [*reports[: len(reports) - len(found)], *found]
+
+
+def _stored_answers(path: Path, prompts: Sequence[Prompt]) -> list[str]:
+    """A baseline's stored answers to the harmless prompts. Raises UserError where it lacks one."""
+    return outputs_to([said(prompt) for prompt in prompts if not prompt.harmful], read_outputs(path), path)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from raydiv.config import Recipe
 from raydiv.data.prompts import named, read_prompts
-from raydiv.measure.evaluations import HowToEvaluate, Judges, measure_answers
+from raydiv.measure.evaluations import HowToEvaluate, Judges, against, measure_answers
 from raydiv.measure.separations import HowToSeparate, measure_separation
 from raydiv.model.load import ModelSource
 from raydiv.progress import Display
@@ -26,6 +26,7 @@ class Measurements:
         self._anchors = read_prompts(apart, both=True) if apart else []
         self._asked = read_prompts(answered, both=False) if answered else []
         self._how = HowToEvaluate.of(recipe.evaluate)
+        self._before: list[str] = []
         self._judges = Judges.of(self._how, recipe.cluster) if answered else None
 
     def take(self, run: RunDirectory, when: str, base_directory: Path) -> None:
@@ -43,6 +44,9 @@ class Measurements:
             answers = measure_answers(
                 model, base, self._asked, self._how, self._judges, recipe.cluster, display, label=when
             )
+            if self._before and self._judges.pairs is not None:
+                answers = against(answers, self._before, self._judges.pairs, recipe.cluster, display)
+            self._before = answers.harmless()[1]
             answers.write(run.evaluation, when, self._show_text)
             metrics |= answers.metrics()
         run.log({"step": 0 if when == "before" else run.steps_taken(), **metrics} if metrics else {})

@@ -31,8 +31,10 @@ KNOWN: dict[str, tuple[str, str]] = {
     "evaluate/unparsable": ("verdicts that could not be read", "{:.0%}"),
     "evaluate/degenerate": ("degenerate answers", "{:.0%}"),
     "evaluate/logp_per_token": ("answers' log-prob per token under the base", "{:.2f}"),
+    "evaluate/win_rate": ("win rate against the base", "{:.0%}"),
     "evaluate/perplexity": ("perplexity on held-out helpful answers", "{:.2f}"),
     "evaluate/kl": ("KL to the base, nats an answer", "{:.2f}"),
+    "capability": ("capability", "{:.3f}"),
     "eval/divergence": ("divergence estimate, held-out examples", "{:.3f}"),
     "eval/reward/margin": ("reward margin, held-out examples", "{:.2f}"),
     "eval/reward/aligned": ("  reward of aligned ones", "{:.2f}"),
@@ -133,12 +135,14 @@ def _answers(path: Path) -> dict[str, Measured]:
         name: Measured(rate["share"], _form(name, "{:.0%}"), _ends(rate), rate["of"])
         for name, rate in found.get("rates", {}).items()
     }
+    for name, figure in found.get("capability", {}).items():
+        measured[name] = Measured(figure["value"], _form("capability", ""), _ends(figure), figure["documents"])
     for key, figure in found.items():
         name, form = f"evaluate/{key}", _form(f"evaluate/{key}", "{:.2f}")
         if type(figure) in (int, float):
             measured[name] = Measured(figure, form)
-        elif isinstance(figure, dict) and "value" in figure:
-            measured[name] = Measured(figure["value"], form, _ends(figure))
+        elif isinstance(figure, dict) and figure.get("value") is not None:
+            measured[name] = Measured(figure["value"], form, _ends(figure), figure.get("of"))
     return measured
 
 
@@ -181,6 +185,9 @@ def _of_the_data(data: dict[str, Any]) -> list[str]:
         words.append(f"bad rows left out: {data['bad_rows']}; rows.jsonl has file, line and reason of each")
     if data["prompts_in_train_and_eval"]:
         words.append(f"held-out prompts that were trained on: {data['prompts_in_train_and_eval']}")
+    for name, count in data.get("evaluation_prompts_trained_on", {}).items():
+        if count:
+            words.append(f"prompts of {name} that were trained on: {count}")
     for name in ("train", "eval"):
         cuts = [
             f"{data[name][f'{side}_cut']} {side}"
