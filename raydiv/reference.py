@@ -24,7 +24,7 @@ from raydiv.cache import digest, shared_dir
 from raydiv.config import Recipe
 from raydiv.config.recipe import Cluster
 from raydiv.data.plan import micro_batches
-from raydiv.data.tokens import StoredExamples
+from raydiv.data.tokens import StoredExamples, content_keys
 from raydiv.model.collate import Ids, collate
 from raydiv.model.files import fingerprint
 from raydiv.model.head import LogProbHead
@@ -207,6 +207,24 @@ def score(
         length=lambda row: len(row["prompt"]) + len(row["response"]),
     )
     return [float(result["logp"]) for result in scored]
+
+
+def score_once(
+    model: ModelSource,
+    examples: Sequence[tuple[Ids, Ids]],
+    cluster: Cluster,
+    progress: Progress = unwatched,
+) -> list[float]:
+    """What ``score`` gives, from the store where it has it: for a model that will be asked again."""
+    store = ReferenceStore(fingerprint(model.directory), model.precision, model.quantization)
+    keys = content_keys(examples)
+    logps = store.look_up(keys)
+    missing = np.flatnonzero(np.isnan(logps))
+    if len(missing):
+        logps[missing] = score(model, [examples[place] for place in missing.tolist()], cluster, progress)
+        left = keys.take(pa.array(missing))
+        store.add(digest(left.to_pylist()), left, logps[missing].tolist())
+    return [float(logp) for logp in logps]
 
 
 TOKENS_PER_FORWARD = 4096

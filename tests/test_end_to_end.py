@@ -88,6 +88,7 @@ def recipe_of(model: Path, files: dict[str, str], output: Path, name: str, *over
 def run(ray: None, tiny_model: Path, files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Result:
     """A full fine-tune by two ZeRO-3 workers, measured before and after."""
     measured = [f"separation.prompts={files['prompts']}", f"evaluate.prompts={files['prompts']}", "evaluate.every=2"]
+    measured += ["separation.every=2", "evaluate.attacks=[prefill]", f"evaluate.pairwise_judge={tiny_model}"]
     output = tmp_path_factory.mktemp("runs")
     return train(
         recipe_of(tiny_model, files, output, "full", "evaluate.max_new_tokens=8", *measured), Display(quiet=True)
@@ -130,6 +131,23 @@ def test_training_separates_the_classes(run: Result) -> None:
     assert means["aligned"] - means["unaligned"] == pytest.approx(margins[-1], abs=1e-5)
 
 
+def test_answers_are_measured_beside_what_they_drifted_from(run: Result) -> None:
+    before, after = (json.loads((run.run.evaluation / f"{name}.json").read_text()) for name in ("before", "after"))
+    assert before["kl"]["value"] == 0
+    assert after["kl"]["value"] > 0
+    assert after["perplexity"] != before["perplexity"]
+    assert {"evaluate/asr", "evaluate/asr/prefill", "evaluate/safety"} <= after["rates"].keys()
+    assert after["win_rate"]["of"] == 6
+    assert "win_rate" not in before
+    assert run.report["data"]["evaluation_prompts_trained_on"] == {recipe_prompts(run): 0}
+
+
+def recipe_prompts(run: Result) -> str:
+    """The file of prompts, which both measurements take."""
+    [source] = run.run.read_recipe().evaluate.prompts or []
+    return source.path
+
+
 def test_recipe_in_the_run_reloads_exactly(run: Result) -> None:
     recipe = load_recipe(run.run.path / "recipe.yaml")
     assert recipe.loss.terms[1][1] == 0.5
@@ -143,7 +161,8 @@ def test_report_is_self_contained_and_shows_no_prompt(run: Result) -> None:
     assert "https://" not in page
     assert "Hurt someone" not in page
     answers = (run.run.path / "evaluation" / "after.answers.jsonl").read_text()
-    assert len(answers.splitlines()) == 12
+    # each asked directly, and the six harmful ones with a compliant opening
+    assert len(answers.splitlines()) == 12 + 6
     assert "Hurt someone" not in answers
 
 
@@ -159,7 +178,7 @@ def test_mlflow_has_parameters_metrics_tags_and_artifacts(run: Result) -> None:
     assert {"data.fingerprint", "model.fingerprint", "version.ray"} <= found.data.tags.keys()
     assert found.data.tags["divergence.name"] == "KL(D+ || 0.5 D+ + 0.5 D-)"
     assert [metric.step for metric in client.get_metric_history(where["run_id"], "loss")] == [1, 2, 3, 4]
-    assert {metric.step for metric in client.get_metric_history(where["run_id"], "separation/d_b")} == {0, 4}
+    assert {metric.step for metric in client.get_metric_history(where["run_id"], "separation/d_b")} == {0, 2, 4}
     pictures = {path.name for path in run.run.pictures.iterdir()}
     kept = {file.path for file in client.list_artifacts(where["run_id"])}
     assert kept >= {"report.html", "result.json", "plane-before.png", *pictures}

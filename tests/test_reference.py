@@ -507,3 +507,28 @@ def test_two_processes_at_once_share_the_work(first: Prepared, model: Path, data
     assert sum(summary["reference"]["misses"] for summary in summaries) >= EXAMPLES
     rows = [pq.read_metadata(path).num_rows for path in parts(tmp_path / "cache")]
     assert sum(rows) == EXAMPLES  # a unit that both scored is one part
+
+
+def test_texts_beside_the_data_are_scored_once_too(
+    tiny_model: Path, own_cache: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raydiv import reference
+    from raydiv.data.tokens import content_keys
+    from raydiv.model.load import ModelSource
+
+    asked: list[int] = []
+
+    def score(model: Any, examples: Any, cluster: Any, progress: Any) -> list[float]:
+        asked.append(len(examples))
+        return [-float(len(response)) for _, response in examples]
+
+    monkeypatch.setattr(reference, "score", score)
+    model, first = ModelSource(tiny_model), [([3, 4], [5, 6]), ([3], [4]), ([3, 4], [5])]
+    once = lambda examples, of=model: reference.score_once(of, examples, Cluster())  # noqa: E731
+    assert once(first) == [-2, -1, -1]
+    assert once([([9], [9, 9, 9]), *first]) == [-3, -2, -1, -1]
+    assert once(first[::-1]) == [-1, -1, -2]
+    assert once(first, ModelSource(tiny_model, precision="bf16")) == [-2, -1, -1]
+    assert asked == [3, 1, 3]
+    # the same entries as those of the data
+    assert len(set(content_keys(first).to_pylist())) == 3

@@ -29,6 +29,23 @@ def content_key(ids: Ids) -> bytes:
     return hashlib.blake2b(np.asarray(ids, dtype=np.int32).tobytes(), digest_size=16).digest()
 
 
+def content_keys(examples: Sequence[tuple[Ids, Ids]]) -> pa.FixedSizeBinaryArray:
+    """Content of (prompt ids, response ids) examples, as StoredExamples.keys has it."""
+    prompts, responses = (np.array([content_key(example[side]) for example in examples], KEY) for side in (0, 1))
+    return _joined_keys(prompts, responses, np.array([len(response) for _, response in examples], np.int32))
+
+
+def _joined_keys(prompts: np.ndarray, responses: np.ndarray, lengths: np.ndarray) -> pa.FixedSizeBinaryArray:
+    """[n] of 36 bytes, from the digests of ids and how many tokens of each response are scored."""
+    count = len(prompts)
+    parts = [
+        np.frombuffer(column.tobytes(), np.uint8).reshape(count, column.itemsize)
+        for column in (prompts, responses, lengths.astype("<i4"))
+    ]
+    joined = np.ascontiguousarray(np.concatenate(parts, axis=1)) if count else np.zeros(0, np.uint8)
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(36), count, [None, pa.py_buffer(joined)])
+
+
 @dataclass(frozen=True)
 class TokenizedExamples:
     """n examples in memory, in example order: lengths and labels of all of them, token ids of those that are here.
@@ -181,12 +198,7 @@ class StoredExamples:
     @cached_property
     def keys(self) -> pa.FixedSizeBinaryArray:
         """Content of each example: the digests of its ids, and how many tokens of the response are scored; [n] of 36 bytes."""
-        parts = [
-            np.frombuffer(column.tobytes(), np.uint8).reshape(len(self), column.itemsize)
-            for column in (self.prompt_keys, self.response_keys, self.response_lengths.astype("<i4"))
-        ]
-        joined = np.ascontiguousarray(np.concatenate(parts, axis=1)) if len(self) else np.zeros(0, np.uint8)
-        return pa.FixedSizeBinaryArray.from_buffers(pa.binary(36), len(self), [None, pa.py_buffer(joined)])
+        return _joined_keys(self.prompt_keys, self.response_keys, self.response_lengths)
 
     @cached_property
     def units(self) -> np.ndarray:

@@ -82,8 +82,9 @@ def _label(directory: Path) -> ToxicLabel:
 
 
 def toxicity(classifier: Path, texts: Sequence[str], cluster: Cluster, progress: Progress = unwatched) -> list[float]:
-    """P(toxic) of each text; needs a Ray session."""
-    rows = [{"text": text} for text in texts]
+    """P(toxic) of each text, 0 of a blank one, which a classifier cannot read; needs a Ray session."""
+    said = [number for number, text in enumerate(texts) if text.strip()]
+    rows = [{"text": texts[number]} for number in said]
     done = map_rows(
         rows,
         Classifier,
@@ -93,7 +94,10 @@ def toxicity(classifier: Path, texts: Sequence[str], cluster: Cluster, progress:
         progress=progress,
         length=lambda row: len(row["text"]),
     )
-    return [float(row["toxic"]) for row in done]
+    found = [0.0] * len(texts)
+    for number, row in zip(said, done, strict=True):
+        found[number] = float(row["toxic"])
+    return found
 
 
 class Classifier:

@@ -27,7 +27,7 @@ from raydiv.evaluation.winrate import WinRate, model_judge, pairwise_judge, win_
 from raydiv.measure.models import sources_of
 from raydiv.model.load import ModelSource
 from raydiv.progress import Display
-from raydiv.reference import score
+from raydiv.reference import score, score_once
 from raydiv.session import ray_session
 
 
@@ -272,7 +272,7 @@ def _scored(
         said = [(request.prompt, answer.text) for request, answer in zip(requests, answers, strict=True)]
         seen = [(chat.prompt(prompt), chat.text(text)) for prompt, text in said]
     written = WellWritten.read(chat)
-    logps = score(reference, [*written.examples, *seen], cluster, update)
+    logps = score_once(reference, [*written.examples, *seen], cluster, update)
     known, logps = logps[: len(written.examples)], logps[len(written.examples) :]
     if model == reference:
         perplexity, kl = written.perplexity(known), Kl(0.0, None, 0.0, 0)
