@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from raydiv.config import Recipe
 from raydiv.config.recipe import Source
 from raydiv.data.index import Index, OpenSource, RowNotes
 from raydiv.data.overlap import Match, PromptMatcher, plain
-from raydiv.data.prompts import read_prompt_sets
+from raydiv.data.prompts import Prompt, read_prompt_sets
 from raydiv.data.sets import broken_pairs
 from raydiv.data.sources import read_examples
 from raydiv.data.tokenize import bundle_makers, tokenize
@@ -79,6 +80,20 @@ def check_data(
                 overlaps = list(_overlaps(index.opened, evaluated, recipe))
             reports.append(DataReport(_facts(index, overlaps, recipe)))
     return reports
+
+
+def overlap_with_training(recipe: Recipe, directory: Path, prompts: Mapping[str, Sequence[Prompt]]) -> list[Overlap]:
+    """What prompt sets share with each of the recipe's training sources; needs a Ray session.
+
+    ``directory`` has the recipe's tokenizer. Raises UserError for a source that is not there any more.
+    """
+    chat = Chat(directory, recipe.data.template)
+    opened = [OpenSource(source, recipe.data, recipe.batch, chat) for source in recipe.data.train]
+    evaluated = [
+        _EvaluationPrompts.of(name, {plain(prompt.text): prompt.id for prompt in reversed(own)})
+        for name, own in prompts.items()
+    ]
+    return [overlap for one in opened for overlap in _overlaps(one, evaluated, recipe)]
 
 
 def _facts(index: Index, overlaps: Sequence[Overlap], recipe: Recipe) -> dict[str, Any]:
@@ -190,6 +205,11 @@ class _EvaluationPrompts:
     texts: list[str]
     where: list[str]
 
+    @classmethod
+    def of(cls, name: str, where: Mapping[str, str]) -> _EvaluationPrompts:
+        """From where each text stands."""
+        return cls(name, list(where), list(where.values()))
+
 
 def _evaluation_prompts(recipe: Recipe) -> list[_EvaluationPrompts]:
     found: dict[str, dict[str, str]] = {}
@@ -199,7 +219,7 @@ def _evaluation_prompts(recipe: Recipe) -> list[_EvaluationPrompts]:
     for name, prompts in read_prompt_sets(recipe).items():
         for prompt in prompts:
             found.setdefault(name, {}).setdefault(plain(prompt.text), prompt.id)
-    return [_EvaluationPrompts(name, list(texts), list(texts.values())) for name, texts in found.items()]
+    return [_EvaluationPrompts.of(name, texts) for name, texts in found.items()]
 
 
 def _overlaps(opened: OpenSource, evaluated: Sequence[_EvaluationPrompts], recipe: Recipe) -> Iterator[Overlap]:

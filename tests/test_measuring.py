@@ -80,7 +80,7 @@ def test_separation_by_layer_with_a_sample_and_states_kept(
         assert layer["streamed"]["d_b"] == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("_ray")
 def test_several_models_and_prompt_sets_are_each_reported(
     prompts: dict[str, Path], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -97,7 +97,7 @@ def test_several_models_and_prompt_sets_are_each_reported(
     assert found[0]["protocol"] == "other"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("_ray")
 def test_everything_that_can_be_evaluated(
     prompts: dict[str, Path], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -121,9 +121,9 @@ def test_everything_that_can_be_evaluated(
     )
     for found in (first, second):
         rates = found["rates"]
-        # a random model says neither yes nor no
-        assert rates["evaluate/unparsable"]["share"] + rates["evaluate/degenerate"]["share"] > 0.9
-        assert rates["evaluate/safety"]["count"] == 0
+        # a random model says neither yes nor no, and is called neither safe nor unsafe
+        assert rates["evaluate/asr"]["count"] == rates["evaluate/safety"]["count"] == 0
+        assert rates["evaluate/unparsable"]["count"] > 0
         assert rates["evaluate/safety/c0"]["of"] == 15
         assert (rates["evaluate/asr/templates"]["of"], rates["evaluate/asr_any/templates"]["of"]) == (60, 30)
         assert 0 < rates["evaluate/toxicity/harmful"]["share"] < 1

@@ -12,7 +12,7 @@ import numpy as np
 
 from raydiv.config.recipe import Attack, Cluster
 from raydiv.config.recipe import Evaluate as EvaluateSection
-from raydiv.data.prompts import Prompt, read_prompts, sets_of
+from raydiv.data.prompts import Prompt, named, read_prompts, sets_of
 from raydiv.evaluation import attacks
 from raydiv.evaluation.attacks import DIRECT, Attempt
 from raydiv.evaluation.capability import Capability, measure_capability, require_tasks
@@ -25,6 +25,7 @@ from raydiv.evaluation.summary import Graded, Rate, rates
 from raydiv.evaluation.toxicity import require_classifier, toxicity
 from raydiv.evaluation.winrate import WinRate, model_judge, pairwise_judge, win_rate
 from raydiv.measure.models import sources_of
+from raydiv.measure.overlap import trained_on
 from raydiv.model.load import ModelSource
 from raydiv.progress import Display
 from raydiv.reference import score, score_once
@@ -340,16 +341,17 @@ def evaluate(
     judges = Judges.of(how, cluster)
     stored = None if baseline is None else _stored_answers(baseline, own)
     with ray_session(cluster):
-        reports = [
-            measure_answers(source, scorer, own, how, judges, cluster, display, label=model)
-            for model, source in zip(models, sources, strict=True)
-        ]
+        reports = []
+        for model, source in zip(models, sources, strict=True):
+            shared = trained_on(model, {named([place for one in sets for place in one]): own}, display)
+            found = measure_answers(source, scorer, own, how, judges, cluster, display, label=model)
+            reports.append(replace(found, notes=[*shared, *found.notes]))
         if judges.pairs is None:
             return reports
         compared = reports if stored is not None else reports[1:]
         theirs = reports[0].harmless()[1] if stored is None else stored
-        found = [against(report, theirs, judges.pairs, cluster, display) for report in compared]
-        return [*reports[: len(reports) - len(found)], *found]
+        rated = [against(report, theirs, judges.pairs, cluster, display) for report in compared]
+        return [*reports[: len(reports) - len(rated)], *rated]
 
 
 def _stored_answers(path: Path, prompts: Sequence[Prompt]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from raydiv.hidden.moments import StreamedFigures, Streams
 from raydiv.hidden.separation import Separation, as_row, explain, principal_plane, separation_of
 from raydiv.hidden.store import EmbeddingFile
 from raydiv.measure.models import sources_of
+from raydiv.measure.overlap import trained_on
 from raydiv.model.load import ModelSource
 from raydiv.progress import Display
 from raydiv.session import ray_session
@@ -77,6 +78,7 @@ class SeparationReport:
     plane: np.ndarray
     kinds: list[str]
     harmful: list[bool]
+    overlap: list[str] = field(default_factory=list)
 
     @property
     def separation(self) -> Separation:
@@ -87,7 +89,7 @@ class SeparationReport:
 
     def notes(self) -> list[str]:
         """What the controls say, and what was measured of how many, in words."""
-        words = explain(self.separation)
+        words = [*self.overlap, *explain(self.separation)]
         if self.layers[-1].streamed is not None:
             words.insert(
                 0, f"of {self.count} prompts a sample of {len(self.kinds)}; streamed figures are of all of them"
@@ -262,12 +264,15 @@ def separation(
     }
     _require_comparable(models, sources, how.readout, different_models)
     files = _files(embeddings, len(models), len(sets))
+    reports = []
     with ray_session(cluster):
-        return [
-            measure_separation(source, own, how, cluster, display, label=model, name=name, keep=files.get((m, s)))
-            for m, (model, source) in enumerate(zip(models, sources, strict=True))
-            for s, (name, own) in enumerate(sets.items())
-        ]
+        for m, (model, source) in enumerate(zip(models, sources, strict=True)):
+            for s, (name, own) in enumerate(sets.items()):
+                shared = trained_on(model, {name: own}, display)
+                keep = files.get((m, s))
+                found = measure_separation(source, own, how, cluster, display, label=model, name=name, keep=keep)
+                reports.append(replace(found, overlap=shared))
+    return reports
 
 
 def _require_comparable(
