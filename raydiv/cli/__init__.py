@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("recipe", metavar="RECIPE", help="a YAML file")
     bench.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
     bench.add_argument(
-        "--part", choices=["train", "data", "start"], default="train", help="what is timed (default: train)"
+        "--part", choices=["train", "data", "embed", "start"], default="train", help="what is timed (default: train)"
     )
     bench.add_argument(
         "--against",
@@ -109,7 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--warmup", type=int, help="train: updates before those (default: 2)")
     bench.add_argument("--repeats", type=int, help="how often each is timed, in turn (default: 3)")
     bench.add_argument(
-        "--rows", type=int, action="append", metavar="N", help="data: examples; may be repeated (default: 200000)"
+        "--rows",
+        type=int,
+        action="append",
+        metavar="N",
+        help="data: examples, may be repeated (default: 200000); embed: prompts (default: 800)",
     )
     add_reports(bench)
 
@@ -213,6 +217,7 @@ def _bench(options: argparse.Namespace) -> int:
     apply = {
         "train": {"repeats", "steps", "against", "warmup"},
         "data": {"repeats", "steps", "rows"},
+        "embed": {"repeats", "rows"},
         "start": {"repeats"},
     }
     names = ("repeats", "steps", "against", "warmup", "rows")
@@ -222,6 +227,8 @@ def _bench(options: argparse.Namespace) -> int:
             raise UserError(f"--{name}: means nothing with --part {options.part}")
     if options.part == "data":
         return _bench_data(recipe, given, options)
+    if options.part == "embed":
+        return _bench_embed(recipe, given, options)
     if options.part == "start":
         return _bench_start(recipe, given, options)
     from raydiv.benchmarks.training import bench_training, training_notes, training_table
@@ -248,6 +255,16 @@ def _bench_data(recipe: Any, given: dict[str, Any], options: argparse.Namespace)
             print_table([name, ""], [(key, f"{value:,.4g}") for key, value in found[name].items()])
 
     print_report(options, found, show)
+    return 0
+
+
+def _bench_embed(recipe: Any, given: dict[str, Any], options: argparse.Namespace) -> int:
+    from raydiv.benchmarks.embed import bench_embed, embed_table
+
+    if len(given.get("rows", [1])) > 1:
+        raise UserError("--rows: means one number with --part embed")
+    found = bench_embed(recipe, **given | ({"rows": given["rows"][0]} if "rows" in given else {}))
+    print_report(options, found, lambda: print_table(*embed_table(found)))
     return 0
 
 
