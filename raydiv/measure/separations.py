@@ -1,14 +1,13 @@
-"""Separation of harmful from harmless prompts in the hidden states of models, and what is reported of it."""
+"""Separation of harmful from harmless prompts in the hidden states of models."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -17,24 +16,15 @@ from raydiv.config.recipe import Separation as SeparationSection
 from raydiv.data.prompts import Prompt, named, read_prompts, sets_of
 from raydiv.errors import UserError
 from raydiv.hidden.embed import Read, Readout, drawn, embed
-from raydiv.hidden.moments import StreamedFigures, Streams
-from raydiv.hidden.separation import Separation, as_row, explain, principal_plane, separation_of
+from raydiv.hidden.moments import Streams
+from raydiv.hidden.separation import principal_plane, separation_of
 from raydiv.hidden.store import EmbeddingFile
 from raydiv.measure.models import sources_of
 from raydiv.measure.overlap import trained_on
+from raydiv.measure.separation_report import LayerReport, SeparationReport
 from raydiv.model.load import ModelSource
 from raydiv.progress import Display
 from raydiv.session import ray_session
-
-FIGURES = {
-    "d_b": "D_B, paper protocol",
-    "silhouette": "silhouette, same plane",
-    "d_b_full": "D_B, all dimensions, less chance",
-    "frechet": "Frechet distance, squared",
-    "probe_auc": "AUC of a linear probe, held out",
-    "difference_auc": "AUC of the difference of means, held out",
-}
-"""Labels of raydiv.hidden.separation.Figures."""
 
 TAKEN_IN = 256
 """Prompts whose states are added to streamed statistics together."""
@@ -55,116 +45,6 @@ class HowToSeparate:
     @classmethod
     def of(cls, section: SeparationSection) -> HowToSeparate:
         return cls(Readout.of(section), section.sample)
-
-
-@dataclass(frozen=True, slots=True)
-class LayerReport:
-    """Separation in one layer; ``streamed`` over all prompts where ``separation`` is of a sample of them."""
-
-    layer: int
-    separation: Separation
-    streamed: StreamedFigures | None
-
-
-@dataclass(frozen=True, slots=True)
-class SeparationReport:
-    """Separation of one model in each layer read, the headline last, with its plane [n, 2], kinds and labels of prompts."""
-
-    model: str
-    prompts: str
-    count: int
-    readout: Readout
-    layers: list[LayerReport]
-    plane: np.ndarray
-    kinds: list[str]
-    harmful: list[bool]
-    overlap: list[str] = field(default_factory=list)
-
-    @property
-    def separation(self) -> Separation:
-        return self.layers[-1].separation
-
-    def metrics(self) -> dict[str, float]:
-        return as_row(self.separation)
-
-    def notes(self) -> list[str]:
-        """What the controls say, and what was measured of how many, in words."""
-        words = [*self.overlap, *explain(self.separation)]
-        if self.layers[-1].streamed is not None:
-            words.insert(
-                0, f"of {self.count} prompts a sample of {len(self.kinds)}; streamed figures are of all of them"
-            )
-        return words
-
-    def as_json(self) -> dict[str, Any]:
-        """For files and ``--json``."""
-        last = self.layers[-1]
-        layers = [{"layer": one.layer, **_figures_of(one)} for one in self.layers]
-        return {
-            "model": self.model,
-            "prompts": self.prompts,
-            "count": self.count,
-            "sampled": len(self.kinds),
-            "protocol": "paper" if (self.readout.pooling, self.readout.layers) == ("last", (-1,)) else "other",
-            "pooling": self.readout.pooling,
-            "layer": last.layer,
-            **_figures_of(last),
-            **({"layers": layers} if len(layers) > 1 else {}),
-            "notes": self.notes(),
-        }
-
-    def table(self) -> tuple[list[str], list[tuple[str, ...]]]:
-        """Header and a row per figure of the last layer: of all prompts, of the length-matched ones, and by chance."""
-        found, streamed = self.separation, self.layers[-1].streamed
-        columns = (found.figures, found.matched, found.shuffled, *([] if streamed is None else [streamed]))
-        rows = [(label, *(_shown(getattr(one, name, None)) for one in columns)) for name, label in FIGURES.items()]
-        low_high = found.d_b_interval
-        interval = "-" if low_high is None else f"{low_high[0]:.2f} to {low_high[1]:.2f}"
-        empty = [""] * (len(columns) - 1)
-        rows.insert(1, ("  its 95% interval", interval, *empty))
-        rows.insert(2, ("  its permutation p", f"{found.d_b_p:.3f}", *empty))
-        rows.append(
-            (
-                "AUC of token length alone",
-                _shown(found.length_auc),
-                _shown(0.5) if found.matched else "-",
-                "",
-                *([] if streamed is None else [_shown(streamed.length_auc)]),
-            )
-        )
-        which = "all prompts" if streamed is None else f"sample of {len(self.kinds)}"
-        header = [self.model, which, "lengths matched", "labels shuffled"]
-        return header + ([] if streamed is None else [f"all {self.count}, streamed"]), rows
-
-    def layer_table(self) -> tuple[list[str], list[tuple[str, ...]]]:
-        """Header and a row per layer; empty rows where one layer was read."""
-        header = ["layer", "D_B", "95%", "p", "matched", "shuffled", "D_B, all dim.", "matched", "probe AUC", "matched"]
-        if len(self.layers) == 1:
-            return header, []
-        rows: list[tuple[str, ...]] = []
-        for one in self.layers:
-            found = one.separation
-            figures, matched, interval = found.figures, found.matched, found.d_b_interval
-            of_matched = [_shown(getattr(matched, name, None)) for name in ("d_b", "d_b_full", "probe_auc")]
-            between = "" if interval is None else f"{interval[0]:.2f}-{interval[1]:.2f}"
-            in_plane = (_shown(figures.d_b), between, f"{found.d_b_p:.3f}", of_matched[0], _shown(found.shuffled.d_b))
-            full = (_shown(figures.d_b_full), of_matched[1], _shown(figures.probe_auc), of_matched[2])
-            rows.append((str(one.layer), *in_plane, *full))
-        return header, rows
-
-    def write(self, folder: Path, name: str) -> None:
-        folder.mkdir(exist_ok=True)
-        points = {"plane": self.plane.tolist(), "kinds": self.kinds, "harmful": self.harmful}
-        (folder / f"{name}.json").write_text(json.dumps(self.as_json() | points, indent=1) + "\n")
-
-
-def _figures_of(layer: LayerReport) -> dict[str, Any]:
-    streamed = {} if layer.streamed is None else {"streamed": asdict(layer.streamed)}
-    return asdict(layer.separation) | streamed
-
-
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 def measure_separation(
