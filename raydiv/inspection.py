@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from raydiv.config import Recipe
-from raydiv.config.recipe import Source
+from raydiv.config.source import Source
 from raydiv.data.index import Index, OpenSource, RowNotes
 from raydiv.data.overlap import Match, PromptMatcher, plain
 from raydiv.data.prompts import Prompt, read_prompt_sets

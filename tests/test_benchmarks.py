@@ -21,7 +21,7 @@ from raydiv.benchmarks.training import Timing, bench_training, summarise, traini
 from raydiv.benchmarks.work import Work, steps_alone
 from raydiv.bundled import w1
 from raydiv.config import Recipe, load_recipe
-from raydiv.config.recipe import Source
+from raydiv.config.source import Source
 from raydiv.data.sets import examples_of
 from raydiv.data.sources import read_examples
 from raydiv.data.tokens import mismatched

@@ -14,7 +14,7 @@ import pytest
 
 from raydiv.bundled import FOLDER, QUICKSTART, bundled_file
 from raydiv.config import load_recipe
-from raydiv.config.recipe import Source
+from raydiv.config.source import Source
 from raydiv.data.prompts import read_prompts
 from raydiv.data.sources import read_examples
 from raydiv.errors import UserError

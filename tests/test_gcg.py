@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from raydiv.config.recipe import Attack
+from raydiv.config.evaluate import Attack
 from raydiv.errors import UserError
 from raydiv.evaluation import gcg as module
 from raydiv.evaluation.attacks import check, with_suffix

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from raydiv.config import source_of
-from raydiv.config.recipe import Source
+from raydiv.config.source import Source
 from raydiv.data import prompts as module
 from raydiv.data.prompts import Prompt, labelled, read_prompts, sets_of
 from raydiv.data.published import PUBLISHED, published

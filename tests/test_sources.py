@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from raydiv.config.recipe import Source
+from raydiv.config.source import Source
 from raydiv.data.formats import Example
 from raydiv.data.prompts import read_prompts
 from raydiv.data.sources import files_of, pieces_of, read

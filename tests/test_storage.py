@@ -21,7 +21,8 @@ from stored import stream_here
 from raydiv import storage
 from raydiv.cache import cache_dir, shared_dir
 from raydiv.config import Recipe, load_recipe
-from raydiv.config.recipe import Cluster, Source
+from raydiv.config.recipe import Cluster
+from raydiv.config.source import Source
 from raydiv.data.sources import PIECE_BYTES, files_of, pieces_of, read_examples
 from raydiv.errors import UserError
 from raydiv.preparation import Prepared, prepare

@@ -21,7 +21,7 @@ import numpy as np
 
 from raydiv.benchmarks.work import real_run, steps_alone
 from raydiv.config import Recipe
-from raydiv.config.recipe import Source
+from raydiv.config.source import Source
 from raydiv.data.index import Index, OpenSource
 from raydiv.data.plan import Epochs, Layout
 from raydiv.data.sets import examples_of

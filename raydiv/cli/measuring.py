@@ -10,7 +10,7 @@ from raydiv.cli.common import add_command, add_reports, print_report, print_tabl
 from raydiv.errors import UserError
 
 if TYPE_CHECKING:
-    from raydiv.config.recipe import Attack
+    from raydiv.config.evaluate import Attack
 
 
 def add_measuring_commands(commands: Any) -> None:
@@ -197,7 +197,7 @@ def _require_together(options: argparse.Namespace) -> None:
 def _attack(words: str) -> Attack:
     from pydantic import ValidationError
 
-    from raydiv.config.recipe import Attack
+    from raydiv.config.evaluate import Attack
 
     kind, given, value = words.partition("=")
     content: Any = {"steps": value} if kind == "gcg" else value

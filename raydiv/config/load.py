@@ -11,7 +11,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from raydiv.config.loss import TYPES
-from raydiv.config.recipe import SHARE_OR_SOURCES, Recipe, Source
+from raydiv.config.recipe import SHARE_OR_SOURCES, Recipe
+from raydiv.config.source import Source
 from raydiv.errors import UserError
 from raydiv.losses import OBJECTIVES
 

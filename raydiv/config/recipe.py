@@ -6,23 +6,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BeforeValidator,
     Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    SerializerFunctionWrapHandler,
-    StrictBool,
     Tag,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
+from raydiv.config.evaluate import Evaluate
 from raydiv.config.loss import LossSection
 from raydiv.config.section import Section
+from raydiv.config.source import Source, Sources
 from raydiv.losses import named
 
 REFERENCED = named(lambda objective: objective.reference and not objective.penalty)
@@ -78,62 +76,6 @@ class Model(Section):
             raise ValueError("quantization needs model.lora: 4-bit weights are not trained")
         return self
 
-
-class Source(Section):
-    """One source of examples, where its place alone does not say enough."""
-
-    path: str = Field(
-        description="a file, folder, pattern or saved datasets directory, also on s3:// or gs://; hf://org/name; bundled:NAME"
-    )
-    config: str | None = Field(default=None, description="configuration of an hf:// data set")
-    split: str | None = Field(default=None, description="split of an hf:// or saved data set; train by default")
-    revision: str | None = Field(default=None, description="commit, branch or tag of an hf:// data set")
-    columns: dict[str, str] | None = Field(
-        default=None, description="names of a known format's columns, and what this source calls them"
-    )
-    constants: dict[str, StrictBool | str] = Field(
-        default_factory=dict, description="values of columns that this source lacks, such as aligned: true"
-    )
-    weight: PositiveFloat = Field(
-        default=1.0, description="passes over this source in an epoch; 0.5 takes another half of it every epoch"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _place_alone(cls, values: Any) -> Any:
-        if not isinstance(values, str | dict | Source):
-            raise ValueError("a source is a place, or a section with its path")
-        return {"path": values} if isinstance(values, str) else values
-
-    @model_validator(mode="after")
-    def _fits_its_place(self) -> Source:
-        if not self.path.startswith("hf://"):
-            for key in ("config", "revision"):
-                if getattr(self, key) is not None:
-                    raise ValueError(f"{key} means nothing for {self.path}, which is not on the hub (hf://org/name)")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _briefly(self, handler: SerializerFunctionWrapHandler) -> Any:
-        """As it would be written: the place alone where that says everything."""
-        fields = Source.model_fields
-        written = {
-            key: value
-            for key, value in handler(self).items()
-            if value != fields[key].get_default(call_default_factory=True)
-        }
-        return written["path"] if written.keys() == {"path"} else written
-
-
-Sources = Annotated[
-    list[Source],
-    BeforeValidator(
-        lambda value: value if isinstance(value, list) else [value],
-        json_schema_input_type=str | Source | list[str | Source],
-    ),
-    Field(min_length=1),
-]
-"""One source or several, each a place or a section."""
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -334,125 +276,6 @@ class Separation(Section):
         if self.every is not None and self.prompts is None:
             raise ValueError("every needs prompts: there is nothing to separate")
         return self
-
-
-JUDGES = {
-    "harmbench": "cais/HarmBench-Llama-2-13b-cls",
-    "harmbench-mistral": "cais/HarmBench-Mistral-7b-val-cls",
-    "llama-guard-3": "meta-llama/Llama-Guard-3-8B",
-}
-"""Judges that are models, by the format that they speak, and the model where none is named."""
-
-
-def judge_parts(name: str) -> tuple[str, str]:
-    """A judge's format and its model's id: ``string``, a format of JUDGES, FORMAT:ID, or the id of a known model.
-
-    Raises ValueError for what is none.
-    """
-    formats = {model: form for form, model in JUDGES.items()} | {"meta-llama/Llama-Guard-3-1B": "llama-guard-3"}
-    form, _, model = name.partition(":")
-    if name == "string":
-        return name, ""
-    if name in formats:
-        return formats[name], name
-    if form in JUDGES:
-        return form, model or JUDGES[form]
-    raise ValueError(
-        f"{name} is no judge that raydiv knows: string, {', '.join(JUDGES)}, or one of these with another model as FORMAT:ID"
-    )
-
-
-class Gcg(Section):
-    """Greedy coordinate gradient (Zou et al. 2023, arXiv 2307.15043): a suffix is sought for each prompt."""
-
-    steps: PositiveInt = 250
-    search_width: PositiveInt = 512
-    topk: PositiveInt = 256
-
-
-class Attack(Section):
-    """A way to ask harmful prompts: direct, prefill, templates: FILE, suffixes: FILE, or gcg."""
-
-    kind: Literal["direct", "prefill", "templates", "suffixes", "gcg"]
-    opening: str = Field(default="Sure, here is", min_length=1, description="prefill, gcg: how the answer is to begin")
-    file: Source | None = Field(
-        default=None, description="templates, suffixes: a text a line, or a column of that name"
-    )
-    gcg: Gcg = Field(default_factory=Gcg)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _briefly(cls, values: Any) -> Any:
-        """A name alone, or a name and what it needs: prefill: OPENING, templates: FILE, suffixes: FILE, gcg: {steps: ...}."""
-        if isinstance(values, str):
-            return {"kind": values}
-        if isinstance(values, dict) and len(values) == 1 and "kind" not in values:
-            ((kind, given),) = values.items()
-            key = {"prefill": "opening", "templates": "file", "suffixes": "file", "gcg": "gcg"}.get(kind)
-            if key is None:
-                raise ValueError(f"{kind}: no attack; known are direct, prefill, templates, suffixes and gcg")
-            return {"kind": kind, key: given}
-        return values
-
-    @model_validator(mode="after")
-    def _has_its_file(self) -> Attack:
-        if (self.file is None) == (self.kind in ("templates", "suffixes")):
-            raise ValueError(f"{self.kind}: FILE is for templates and suffixes, which need one")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _as_written(self, handler: SerializerFunctionWrapHandler) -> Any:
-        key = {"prefill": "opening", "templates": "file", "suffixes": "file", "gcg": "gcg"}.get(self.kind)
-        return self.kind if key is None else {self.kind: handler(self)[key]}
-
-
-class Evaluate(Section):
-    """Evaluation on held-out examples during training (``every``), and of generated answers before and after it."""
-
-    every: PositiveInt | None = Field(default=None, description="steps between evaluations on data.eval")
-    prompts: Sources | None = Field(default=None, description="prompts that are answered before and after training")
-    max_new_tokens: PositiveInt = 48
-    judge: str = Field(
-        default="string", description="string, harmbench, harmbench-mistral, llama-guard-3, or FORMAT:ID"
-    )
-    toxicity: str | None = Field(default=None, description="a text-classification model whose P(toxic) is averaged")
-    attacks: list[Attack] = Field(
-        default_factory=list, description="ways to ask harmful prompts, beside the direct one"
-    )
-    pairwise_judge: str | None = Field(
-        default=None,
-        description="a chat model that says whose answers to harmless prompts are better, the base's or the run's",
-    )
-    tasks: list[str] = Field(
-        default_factory=list, description="tasks and presets of lm-evaluation-harness (quick, general, math, papers)"
-    )
-    task_limit: PositiveInt | None = Field(default=None, description="documents of each task; by default all")
-    task_folder: str | None = Field(default=None, description="a folder with tasks of your own (YAML)")
-    kl_prompts: NonNegativeInt = Field(
-        default=50, description="prompts with a sampled answer, for the KL to the reference"
-    )
-
-    @model_validator(mode="after")
-    def _of_tasks(self) -> Evaluate:
-        for name in ("task_limit", "task_folder"):
-            if getattr(self, name) is not None and not self.tasks:
-                raise ValueError(f"{name} means nothing without tasks")
-        return self
-
-    @field_validator("judge")
-    @classmethod
-    def _is_a_judge(cls, value: str) -> str:
-        judge_parts(value)
-        return value
-
-    @field_validator("attacks")
-    @classmethod
-    def _each_once(cls, value: list[Attack]) -> list[Attack]:
-        kinds = [attack.kind for attack in value]
-        twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
-        if twice:
-            raise ValueError(f"{twice[0]} is there twice; one file may hold several")
-        return [attack for attack in value if attack.kind != "direct"]
 
 
 class Track(Section):

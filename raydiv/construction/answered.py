@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from raydiv.cache import digest
-from raydiv.config.recipe import Source
+from raydiv.config.source import Source
 from raydiv.data.formats import AS_IT_IS, FORMATS, BadRow, Example, Record, format_of, text
 from raydiv.data.sources import iterate_records
 from raydiv.errors import UserError

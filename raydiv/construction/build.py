@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from raydiv.config.recipe import Cluster, Source
+from raydiv.config.recipe import Cluster
+from raydiv.config.source import Source
 from raydiv.construction.answered import Answered, Collected, collect
 from raydiv.construction.card import BuildReport, ClassCounts, Side, card
 from raydiv.construction.counterparts import Models, read_bank, refusals_of, usable, worse_answers

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from raydiv.cache import digest
-from raydiv.config.recipe import Source
+from raydiv.config.source import Source
 from raydiv.construction.answered import Answered
 from raydiv.errors import UserError
 

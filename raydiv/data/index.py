@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydiv.cache import digest, shared_dir
-from raydiv.config.recipe import Batch, Data, Source
+from raydiv.config.recipe import Batch, Data
+from raydiv.config.source import Source
 from raydiv.data.formats import BadRow
 from raydiv.data.sources import File, files_of, locate, parse, pieces_of, read, reading_of
 from raydiv.data.tokens import Shards

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from raydiv.config import Recipe, source_of
-from raydiv.config.recipe import Source
+from raydiv.config.source import Source
 from raydiv.data.formats import BadRow, Record, flag, prompt_of
 from raydiv.data.published import instead_of, published
 from raydiv.data.sources import iterate_records

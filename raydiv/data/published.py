@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from raydiv.config.recipe import Source
+from raydiv.config.source import Source
 from raydiv.data.formats import BadRow, Record, brief
 from raydiv.errors import UserError
 

@@ -17,7 +17,7 @@ from pyarrow import fs
 from raydiv.bundled import bundled_file
 from raydiv.bundled.w1 import W1, w1_pairs
 from raydiv.cache import digest, file_digest, shared_dir
-from raydiv.config.recipe import Source
+from raydiv.config.source import Source
 from raydiv.data.formats import AS_IT_IS, BadRow, Cells, Example, Reading, Record, brief
 from raydiv.errors import UserError
 from raydiv.storage import Folder, file_system, open_input

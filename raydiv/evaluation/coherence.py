@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from raydiv.config.recipe import Source
+from raydiv.config.source import Source
 from raydiv.data.formats import text
 from raydiv.data.sources import iterate_records
 from raydiv.model.chat import Chat

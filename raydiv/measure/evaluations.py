@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from raydiv.config.recipe import Attack, Cluster
-from raydiv.config.recipe import Evaluate as EvaluateSection
+from raydiv.config.evaluate import Attack
+from raydiv.config.evaluate import Evaluate as EvaluateSection
+from raydiv.config.recipe import Cluster
 from raydiv.data.prompts import Prompt, named, read_prompts, sets_of
 from raydiv.evaluation import attacks
 from raydiv.evaluation.attacks import DIRECT, Attempt

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from raydiv.config import Recipe
-from raydiv.config.recipe import Source
+from raydiv.config.source import Source
 from raydiv.data.formats import BadRow, Example
 from raydiv.data.index import OpenSource, read_index
 from raydiv.data.plan import Epochs

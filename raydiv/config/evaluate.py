@@ -1,0 +1,136 @@
+"""The section ``evaluate``: what a model is asked, how it is attacked, and who judges."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from raydiv.config.section import Section
+from raydiv.config.source import Source, Sources
+
+JUDGES = {
+    "harmbench": "cais/HarmBench-Llama-2-13b-cls",
+    "harmbench-mistral": "cais/HarmBench-Mistral-7b-val-cls",
+    "llama-guard-3": "meta-llama/Llama-Guard-3-8B",
+}
+"""Judges that are models, by the format that they speak, and the model where none is named."""
+
+
+def judge_parts(name: str) -> tuple[str, str]:
+    """A judge's format and its model's id: ``string``, a format of JUDGES, FORMAT:ID, or the id of a known model.
+
+    Raises ValueError for what is none.
+    """
+    formats = {model: form for form, model in JUDGES.items()} | {"meta-llama/Llama-Guard-3-1B": "llama-guard-3"}
+    form, _, model = name.partition(":")
+    if name == "string":
+        return name, ""
+    if name in formats:
+        return formats[name], name
+    if form in JUDGES:
+        return form, model or JUDGES[form]
+    raise ValueError(
+        f"{name} is no judge that raydiv knows: string, {', '.join(JUDGES)}, or one of these with another model as FORMAT:ID"
+    )
+
+
+class Gcg(Section):
+    """Greedy coordinate gradient (Zou et al. 2023, arXiv 2307.15043): a suffix is sought for each prompt."""
+
+    steps: PositiveInt = 250
+    search_width: PositiveInt = 512
+    topk: PositiveInt = 256
+
+
+class Attack(Section):
+    """A way to ask harmful prompts: direct, prefill, templates: FILE, suffixes: FILE, or gcg."""
+
+    kind: Literal["direct", "prefill", "templates", "suffixes", "gcg"]
+    opening: str = Field(default="Sure, here is", min_length=1, description="prefill, gcg: how the answer is to begin")
+    file: Source | None = Field(
+        default=None, description="templates, suffixes: a text a line, or a column of that name"
+    )
+    gcg: Gcg = Field(default_factory=Gcg)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _briefly(cls, values: Any) -> Any:
+        """A name alone, or a name and what it needs: prefill: OPENING, templates: FILE, suffixes: FILE, gcg: {steps: ...}."""
+        if isinstance(values, str):
+            return {"kind": values}
+        if isinstance(values, dict) and len(values) == 1 and "kind" not in values:
+            ((kind, given),) = values.items()
+            key = {"prefill": "opening", "templates": "file", "suffixes": "file", "gcg": "gcg"}.get(kind)
+            if key is None:
+                raise ValueError(f"{kind}: no attack; known are direct, prefill, templates, suffixes and gcg")
+            return {"kind": kind, key: given}
+        return values
+
+    @model_validator(mode="after")
+    def _has_its_file(self) -> Attack:
+        if (self.file is None) == (self.kind in ("templates", "suffixes")):
+            raise ValueError(f"{self.kind}: FILE is for templates and suffixes, which need one")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, handler: SerializerFunctionWrapHandler) -> Any:
+        key = {"prefill": "opening", "templates": "file", "suffixes": "file", "gcg": "gcg"}.get(self.kind)
+        return self.kind if key is None else {self.kind: handler(self)[key]}
+
+
+class Evaluate(Section):
+    """Evaluation on held-out examples during training (``every``), and of generated answers before and after it."""
+
+    every: PositiveInt | None = Field(default=None, description="steps between evaluations on data.eval")
+    prompts: Sources | None = Field(default=None, description="prompts that are answered before and after training")
+    max_new_tokens: PositiveInt = 48
+    judge: str = Field(
+        default="string", description="string, harmbench, harmbench-mistral, llama-guard-3, or FORMAT:ID"
+    )
+    toxicity: str | None = Field(default=None, description="a text-classification model whose P(toxic) is averaged")
+    attacks: list[Attack] = Field(
+        default_factory=list, description="ways to ask harmful prompts, beside the direct one"
+    )
+    pairwise_judge: str | None = Field(
+        default=None,
+        description="a chat model that says whose answers to harmless prompts are better, the base's or the run's",
+    )
+    tasks: list[str] = Field(
+        default_factory=list, description="tasks and presets of lm-evaluation-harness (quick, general, math, papers)"
+    )
+    task_limit: PositiveInt | None = Field(default=None, description="documents of each task; by default all")
+    task_folder: str | None = Field(default=None, description="a folder with tasks of your own (YAML)")
+    kl_prompts: NonNegativeInt = Field(
+        default=50, description="prompts with a sampled answer, for the KL to the reference"
+    )
+
+    @model_validator(mode="after")
+    def _of_tasks(self) -> Evaluate:
+        for name in ("task_limit", "task_folder"):
+            if getattr(self, name) is not None and not self.tasks:
+                raise ValueError(f"{name} means nothing without tasks")
+        return self
+
+    @field_validator("judge")
+    @classmethod
+    def _is_a_judge(cls, value: str) -> str:
+        judge_parts(value)
+        return value
+
+    @field_validator("attacks")
+    @classmethod
+    def _each_once(cls, value: list[Attack]) -> list[Attack]:
+        kinds = [attack.kind for attack in value]
+        twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
+        if twice:
+            raise ValueError(f"{twice[0]} is there twice; one file may hold several")
+        return [attack for attack in value if attack.kind != "direct"]

@@ -1,0 +1,74 @@
+"""Where examples and prompts come from, as a recipe says it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PositiveFloat,
+    SerializerFunctionWrapHandler,
+    StrictBool,
+    model_serializer,
+    model_validator,
+)
+
+from raydiv.config.section import Section
+
+
+class Source(Section):
+    """One source of examples, where its place alone does not say enough."""
+
+    path: str = Field(
+        description="a file, folder, pattern or saved datasets directory, also on s3:// or gs://; hf://org/name; bundled:NAME"
+    )
+    config: str | None = Field(default=None, description="configuration of an hf:// data set")
+    split: str | None = Field(default=None, description="split of an hf:// or saved data set; train by default")
+    revision: str | None = Field(default=None, description="commit, branch or tag of an hf:// data set")
+    columns: dict[str, str] | None = Field(
+        default=None, description="names of a known format's columns, and what this source calls them"
+    )
+    constants: dict[str, StrictBool | str] = Field(
+        default_factory=dict, description="values of columns that this source lacks, such as aligned: true"
+    )
+    weight: PositiveFloat = Field(
+        default=1.0, description="passes over this source in an epoch; 0.5 takes another half of it every epoch"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _place_alone(cls, values: Any) -> Any:
+        if not isinstance(values, str | dict | Source):
+            raise ValueError("a source is a place, or a section with its path")
+        return {"path": values} if isinstance(values, str) else values
+
+    @model_validator(mode="after")
+    def _fits_its_place(self) -> Source:
+        if not self.path.startswith("hf://"):
+            for key in ("config", "revision"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key} means nothing for {self.path}, which is not on the hub (hf://org/name)")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _briefly(self, handler: SerializerFunctionWrapHandler) -> Any:
+        """As it would be written: the place alone where that says everything."""
+        fields = Source.model_fields
+        written = {
+            key: value
+            for key, value in handler(self).items()
+            if value != fields[key].get_default(call_default_factory=True)
+        }
+        return written["path"] if written.keys() == {"path"} else written
+
+
+Sources = Annotated[
+    list[Source],
+    BeforeValidator(
+        lambda value: value if isinstance(value, list) else [value],
+        json_schema_input_type=str | Source | list[str | Source],
+    ),
+    Field(min_length=1),
+]
+"""One source or several, each a place or a section."""
