@@ -122,13 +122,13 @@ def _separation(options: argparse.Namespace) -> int:
 
     def show() -> None:
         for report in reports:
+            print(f"{report.model}, {report.count} prompts of {report.prompts}")
             header, rows = report.layer_table()
             if rows:
-                print_table([f"{report.model}: {header[0]}", *header[1:]], rows)
+                print_table(header, rows)
             print_table(*report.table())
-        for report in reports:
             for note in report.notes():
-                print(f"{report.model}: {note}")
+                print(note)
 
     print_report(options, {"models": [report.as_json() for report in reports]}, show)
     return 0

@@ -32,6 +32,15 @@ class LayerReport:
     separation: Separation
     streamed: StreamedFigures | None
 
+    def row(self, interval: bool) -> tuple[str, ...]:
+        """Of a table of layers: D_B in the plane and in all dimensions and the probe's AUC, each with its controls."""
+        found, low_high = self.separation, self.separation.d_b_interval
+        between = [f"{low_high[0]:.2f}-{low_high[1]:.2f}"] if interval and low_high else []
+        matched = [_shown(getattr(found.matched, name, None)) for name in ("d_b", "d_b_full", "probe_auc")]
+        in_plane = [_shown(found.figures.d_b), *between, f"{found.d_b_p:.3f}", matched[0], _shown(found.shuffled.d_b)]
+        full = [_shown(found.figures.d_b_full), matched[1], _shown(found.figures.probe_auc), matched[2]]
+        return (str(self.layer), *in_plane, *full)
+
 
 @dataclass(frozen=True, slots=True)
 class SeparationReport:
@@ -100,24 +109,15 @@ class SeparationReport:
             )
         )
         which = "all prompts" if streamed is None else f"sample of {len(self.kinds)}"
-        header = [self.model, which, "lengths matched", "labels shuffled"]
+        header = [f"layer {self.layers[-1].layer}", which, "lengths matched", "labels shuffled"]
         return header + ([] if streamed is None else [f"all {self.count}, streamed"]), rows
 
     def layer_table(self) -> tuple[list[str], list[tuple[str, ...]]]:
-        """Header and a row per layer; empty rows where one layer was read."""
-        header = ["layer", "D_B", "95%", "p", "matched", "shuffled", "D_B, all dim.", "matched", "probe AUC", "matched"]
-        if len(self.layers) == 1:
-            return header, []
-        rows: list[tuple[str, ...]] = []
-        for one in self.layers:
-            found = one.separation
-            figures, matched, interval = found.figures, found.matched, found.d_b_interval
-            of_matched = [_shown(getattr(matched, name, None)) for name in ("d_b", "d_b_full", "probe_auc")]
-            between = "" if interval is None else f"{interval[0]:.2f}-{interval[1]:.2f}"
-            in_plane = (_shown(figures.d_b), between, f"{found.d_b_p:.3f}", of_matched[0], _shown(found.shuffled.d_b))
-            full = (_shown(figures.d_b_full), of_matched[1], _shown(figures.probe_auc), of_matched[2])
-            rows.append((str(one.layer), *in_plane, *full))
-        return header, rows
+        """Header and a row per layer, with intervals where every layer has one; no rows where one layer was read."""
+        intervals = all(one.separation.d_b_interval for one in self.layers)
+        header = ["layer", "D_B", *(["95%"] if intervals else []), "p", "matched", "shuffled"]
+        header += ["full D_B", "matched", "probe AUC", "matched"]
+        return header, [one.row(intervals) for one in self.layers] if len(self.layers) > 1 else []
 
     def write(self, folder: Path, name: str) -> None:
         folder.mkdir(exist_ok=True)
