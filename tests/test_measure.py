@@ -16,6 +16,7 @@ from raydiv.config import load_recipe, save_recipe
 from raydiv.data.prompts import Prompt
 from raydiv.evaluation.capability import Capability, Score, TaskScores
 from raydiv.evaluation.coherence import Threshold
+from raydiv.evaluation.drift import Kl
 from raydiv.evaluation.generate import Answer
 from raydiv.evaluation.judges import Judge
 from raydiv.evaluation.summary import Graded
@@ -23,9 +24,9 @@ from raydiv.evaluation.winrate import WinRate
 from raydiv.hidden.embed import Readout
 from raydiv.hidden.moments import StreamedFigures
 from raydiv.hidden.separation import separation_of
-from raydiv.measure.answers_report import AnswersReport, Kl
-from raydiv.measure.overlap import trained_on
+from raydiv.measure.answers_report import AnswersReport
 from raydiv.measure.separation_report import LayerReport, SeparationReport
+from raydiv.measure.trained_on import trained_on
 from raydiv.progress import Display
 from raydiv.report.table import label_of
 

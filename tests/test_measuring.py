@@ -150,15 +150,15 @@ def test_everything_that_can_be_evaluated(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--judge", "gpt2"], "no judge that raydiv knows"),
-        (["--attack", "templates"], "--attack: templates: "),
+        (["--judge", "gpt2"], "--judge: gpt2 is no judge that raydiv knows"),
+        (["--attack", "templates"], "--attacks: templates: FILE"),
         (["--attack", "templates=gone.txt"], "gone.txt: no such file"),
-        (["--attack", "dance"], "--attack: dance"),
+        (["--attack", "dance"], "--attacks: "),
         (["--baseline", "x.json"], "--baseline: means nothing without --pairwise-judge"),
         (["--pairwise-judge", "m"], "--pairwise-judge: name two models, or a --baseline"),
-        (["--task-limit", "3"], "--task-limit: means nothing without --task"),
+        (["--task-limit", "3"], "task_limit means nothing without tasks"),
         (["--task", "no_such_task"], "no task 'no_such_task'"),
-        (["--max-new-tokens", "0"], "--max-new-tokens: must be at least 1"),
+        (["--max-new-tokens", "0"], "--max-new-tokens: Input should be greater than 0"),
         (["--harmful", "gone.txt"], "gone.txt: no such file"),
     ],
 )
@@ -176,7 +176,7 @@ def test_what_cannot_be_evaluated_is_one_line(
     [
         (["--layers", "x"], "--layers: must be all, or numbers"),
         (["--layers", "7"], "layers: 7 is none of this model's, which are 0 to 2"),
-        (["--sample", "5"], "--sample: must be at least 20"),
+        (["--sample", "5"], "--sample: Input should be greater than or equal to 20"),
     ],
 )
 def test_what_cannot_be_separated_is_one_line(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from raydiv.cli.common import add_command, add_reports, print_report, print_table
 from raydiv.errors import UserError
 
 if TYPE_CHECKING:
-    from raydiv.config.evaluate import Attack
+    from raydiv.config.section import Section
+
+S = TypeVar("S", bound="Section")
+"""A section of the recipe."""
 
 
 def add_measuring_commands(commands: Any) -> None:
@@ -73,7 +76,7 @@ def add_measuring_commands(commands: Any) -> None:
         help="of lm-evaluation-harness, or quick, general, math, papers",
     )
     evaluate.add_argument("--task-limit", type=int, metavar="N", help="documents of each task (default: all)")
-    evaluate.add_argument("--task-folder", type=Path, metavar="FOLDER", help="tasks of your own (YAML)")
+    evaluate.add_argument("--task-folder", metavar="FOLDER", help="tasks of your own (YAML)")
     evaluate.add_argument("--output", type=Path, help="a folder for the rates and a verdict per prompt")
     add_reports(evaluate, shows_text=True)
 
@@ -110,12 +113,16 @@ def _measured(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _separation(options: argparse.Namespace) -> int:
-    from raydiv.hidden.embed import Readout
-    from raydiv.measure.separations import HowToSeparate, separation
+    from raydiv.config.recipe import Separation
+    from raydiv.measure.separations import separation
 
-    if options.sample < 20:
-        raise UserError(f"--sample: must be at least 20, found {options.sample}")
-    how = HowToSeparate(Readout(_layers(options.layers), options.pooling), options.sample, options.intervals)
+    how = _section(
+        Separation,
+        layers=_layers(options.layers),
+        pooling=options.pooling,
+        sample=options.sample,
+        intervals=options.intervals,
+    )
     reports = separation(
         **_measured(options), how=how, embeddings=options.embeddings, different_models=options.different_models
     )
@@ -134,31 +141,43 @@ def _separation(options: argparse.Namespace) -> int:
     return 0
 
 
-def _layers(words: str) -> tuple[int, ...] | None:
+def _layers(words: str) -> list[int] | str:
     if words == "all":
-        return None
+        return words
     try:
-        return tuple(int(word) for word in words.split(","))
+        return [int(word) for word in words.split(",")]
     except ValueError:
         raise UserError(f"--layers: must be all, or numbers such as 0,8,-1; found {words}") from None
 
 
+def _section(section: type[S], **values: Any) -> S:
+    """A section of the recipe from options of the same names. Raises UserError for the first that is wrong."""
+    from pydantic import ValidationError
+
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        option = f"--{str(problem['loc'][0]).replace('_', '-')}: " if problem["loc"] else ""
+        raise UserError(f"{option}{problem['msg'].removeprefix('Value error, ')}") from None
+
+
 def _evaluate(options: argparse.Namespace) -> int:
-    from raydiv.measure.evaluations import HowToEvaluate, evaluate
+    from raydiv.config.evaluate import Evaluate
+    from raydiv.measure.evaluations import evaluate
 
     if options.show_text and not options.output:
         raise UserError("--show-text: say where to write the answers, with --output FOLDER")
-    _require_together(options)
-    how = HowToEvaluate(
-        options.max_new_tokens,
-        options.judge,
-        options.toxicity,
-        [_attack(words) for words in options.attack],
-        options.kl_prompts,
-        options.pairwise_judge,
-        options.task,
-        options.task_limit,
-        options.task_folder,
+    if options.baseline and not options.pairwise_judge:
+        raise UserError("--baseline: means nothing without --pairwise-judge")
+    if options.pairwise_judge and not options.baseline and len(options.models) < 2:
+        raise UserError("--pairwise-judge: name two models, or a --baseline")
+    same = ("max_new_tokens", "judge", "toxicity", "kl_prompts", "pairwise_judge", "task_limit", "task_folder")
+    how = _section(
+        Evaluate,
+        attacks=[_attack(words) for words in options.attack],
+        tasks=options.task,
+        **{name: getattr(options, name) for name in same},
     )
     reports = evaluate(**_measured(options), reference=options.reference, baseline=options.baseline, how=how)
     if options.output:
@@ -181,27 +200,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _require_together(options: argparse.Namespace) -> None:
-    """Raises UserError for an option that would mean nothing."""
-    for name, needed in (("baseline", "pairwise_judge"), ("task_limit", "task"), ("task_folder", "task")):
-        if getattr(options, name) and not getattr(options, needed):
-            flag, other = (word.replace("_", "-") for word in (name, needed))
-            raise UserError(f"--{flag}: means nothing without --{other}")
-    if options.pairwise_judge and not options.baseline and len(options.models) < 2:
-        raise UserError("--pairwise-judge: name two models, or a --baseline")
-    for name in ("max_new_tokens", "task_limit"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')}: must be at least 1, found {getattr(options, name)}")
-
-
-def _attack(words: str) -> Attack:
-    from pydantic import ValidationError
-
-    from raydiv.config.evaluate import Attack
-
+def _attack(words: str) -> Any:
+    """An attack as a recipe has it."""
     kind, given, value = words.partition("=")
-    content: Any = {"steps": value} if kind == "gcg" else value
-    try:
-        return Attack.model_validate({kind: content} if given else kind)
-    except ValidationError as error:
-        raise UserError(f"--attack: {words}: {error.errors()[0]['msg']}") from None
+    return {kind: {"steps": value} if kind == "gcg" else value} if given else kind

@@ -268,8 +268,9 @@ class Separation(Section):
     pooling: Literal["last", "mean"] = Field(default="last", description="the last token's state, or all tokens' mean")
     sample: Annotated[int, Field(ge=20)] = Field(
         default=1000,
-        description="most prompts for figures that need all states at once; of the others streamed statistics",
+        description="most prompts for figures that need all states at once; of a larger set a sample, and streamed statistics",
     )
+    intervals: Literal["last", "all"] = Field(default="last", description="layers whose D_B gets a 95% interval")
 
     @model_validator(mode="after")
     def _every_needs_prompts(self) -> Separation:

@@ -78,7 +78,9 @@ def _ways(attack: Attack) -> list[Way]:
         return [lambda prompt: Request(prompt, opening=attack.opening)]
     if attack.kind == "templates":
         return [_in_template(template) for template in _texts(attack, "template", PLACE)]
-    return [_before_suffix(suffix) for suffix in _texts(attack, "suffix")]
+    if attack.kind == "suffixes":
+        return [_before_suffix(suffix) for suffix in _texts(attack, "suffix")]
+    raise AssertionError(f"nobody knows how to make the attack {attack.kind}")
 
 
 def _in_template(template: str) -> Way:

@@ -8,34 +8,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from raydiv.evaluation.capability import Capability
 from raydiv.evaluation.coherence import Threshold
+from raydiv.evaluation.drift import Kl
 from raydiv.evaluation.generate import Answer
 from raydiv.evaluation.judges import Judge, said
 from raydiv.evaluation.outputs import Output, write_outputs
 from raydiv.evaluation.summary import Graded, Rate, rates
 from raydiv.evaluation.winrate import WinRate
-
-
-@dataclass(frozen=True, slots=True)
-class Kl:
-    """KL(model || reference) of sampled answers, in nats an answer, with its 95% interval, and in nats a token."""
-
-    value: float
-    interval: tuple[float, float] | None
-    per_token: float
-    answers: int
-
-    @classmethod
-    def of(cls, own: Sequence[float], reference: Sequence[float], tokens: int) -> Kl:
-        """From both models' log-probs [n] of answers that the first one sampled, of ``tokens`` tokens in all."""
-        differences = np.array(own) - np.array(reference)
-        mean, count = float(differences.mean()), len(differences)
-        half = 1.96 * float(differences.std(ddof=1)) / count**0.5 if count > 1 else None
-        interval = None if half is None else (mean - half, mean + half)
-        return cls(mean, interval, float(differences.sum()) / max(1, tokens), count)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
-from raydiv.config.evaluate import Attack
 from raydiv.config.evaluate import Evaluate as EvaluateSection
 from raydiv.config.recipe import Cluster
 from raydiv.data.prompts import Prompt, named, read_prompts, sets_of
@@ -17,6 +14,7 @@ from raydiv.evaluation import attacks
 from raydiv.evaluation.attacks import DIRECT, Attempt
 from raydiv.evaluation.capability import measure_capability, require_tasks
 from raydiv.evaluation.coherence import Threshold, WellWritten
+from raydiv.evaluation.drift import Kl, sampled_requests
 from raydiv.evaluation.generate import Answer, Request, generate
 from raydiv.evaluation.judges import Judge, said, verdict
 from raydiv.evaluation.outputs import outputs_to, read_outputs
@@ -24,33 +22,13 @@ from raydiv.evaluation.refusal import is_refusal
 from raydiv.evaluation.summary import Graded
 from raydiv.evaluation.toxicity import require_classifier, toxicity
 from raydiv.evaluation.winrate import model_judge, pairwise_judge, win_rate
-from raydiv.measure.answers_report import AnswersReport, Kl
+from raydiv.measure.answers_report import AnswersReport
 from raydiv.measure.models import sources_of
-from raydiv.measure.overlap import trained_on
+from raydiv.measure.trained_on import trained_on
 from raydiv.model.load import ModelSource
 from raydiv.progress import Display
 from raydiv.reference import score, score_once
 from raydiv.session import ray_session
-
-
-@dataclass(frozen=True, slots=True)
-class HowToEvaluate:
-    """What is asked, and who judges: see the recipe's ``evaluate``."""
-
-    max_new_tokens: int = 48
-    judge: str = "string"
-    toxicity: str | None = None
-    attacks: Sequence[Attack] = ()
-    kl_prompts: int = 50
-    pairwise_judge: str | None = None
-    tasks: Sequence[str] = ()
-    task_limit: int | None = None
-    task_folder: Path | None = None
-
-    @classmethod
-    def of(cls, section: EvaluateSection) -> HowToEvaluate:
-        own = {name: getattr(section, name) for name in cls.__dataclass_fields__}
-        return cls(**own | {"task_folder": Path(section.task_folder) if section.task_folder else None})
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +40,11 @@ class Judges:
     pairs: ModelSource | None
 
     @classmethod
-    def of(cls, how: HowToEvaluate, cluster: Cluster) -> Judges:
+    def of(cls, how: EvaluateSection, cluster: Cluster) -> Judges:
         """Raises UserError for a judge that is none, an attack that cannot be made, and a task that nobody knows."""
         attacks.check(how.attacks)
         if how.tasks:
-            require_tasks(how.tasks, how.task_folder)
+            require_tasks(how.tasks, _folder(how))
         pairs = pairwise_judge(how.pairwise_judge, cluster) if how.pairwise_judge else None
         toxic = require_classifier(how.toxicity) if how.toxicity else None
         return cls(Judge.named(how.judge, cluster), toxic, pairs)
@@ -76,7 +54,7 @@ def measure_answers(
     model: ModelSource,
     reference: ModelSource,
     prompts: Sequence[Prompt],
-    how: HowToEvaluate,
+    how: EvaluateSection,
     judges: Judges,
     cluster: Cluster,
     display: Display,
@@ -88,7 +66,7 @@ def measure_answers(
     for attack in how.attacks:
         with display.phase(f"{attack.kind}, {label}") as update:
             asked += attacks.attempts(attack, prompts, model, cluster, update)
-    sampled = [] if model == reference else _sampled(prompts, how.kl_prompts)
+    sampled = [] if model == reference else sampled_requests(prompts, how.kl_prompts)
     with display.phase(f"answers, {label}") as update:
         requests = [*(attempt.request for attempt in asked), *sampled]
         everything = generate(model, requests, how.max_new_tokens, cluster, update)
@@ -115,9 +93,13 @@ def measure_answers(
         return replace(
             found,
             capability=measure_capability(
-                model, how.tasks, cluster=cluster, limit=how.task_limit, include=how.task_folder, progress=update
+                model, how.tasks, cluster=cluster, limit=how.task_limit, include=_folder(how), progress=update
             ),
         )
+
+
+def _folder(how: EvaluateSection) -> Path | None:
+    return None if how.task_folder is None else Path(how.task_folder)
 
 
 def against(
@@ -128,12 +110,6 @@ def against(
     with display.phase(f"pairs, {report.model}") as update:
         found = win_rate(instructions, outputs, baseline, model_judge(judge, cluster, update))
     return replace(report, win_rate=found)
-
-
-def _sampled(prompts: Sequence[Prompt], count: int) -> list[Request]:
-    """Requests for sampled answers to some of the prompts, always the same ones."""
-    chosen = np.random.default_rng(0).permutation(len(prompts))[:count]
-    return [Request(prompts[number].text, seed=int(number)) for number in sorted(chosen.tolist())]
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +190,7 @@ def evaluate(
     harmless: Sequence[str] = (),
     reference: str | None = None,
     baseline: Path | None = None,
-    how: HowToEvaluate | None = None,
+    how: EvaluateSection | None = None,
     template: str | None = None,
     precision: Literal["fp32", "bf16"] | None = None,
     cluster: Cluster | None = None,
@@ -225,7 +201,7 @@ def evaluate(
     ``prompts`` are sets with their labels, ``harmful`` and ``harmless`` sources without; without any: bundled:heldout. With a
     pairwise judge answers are compared with those of ``baseline``, a file in AlpacaEval's format, else of the first model.
     """
-    display, cluster, how = display or Display(), cluster or Cluster(), how or HowToEvaluate()
+    display, cluster, how = display or Display(), cluster or Cluster(), how or EvaluateSection()
     sources = sources_of(models, template, precision)
     scorer = sources_of([reference], template, precision)[0] if reference else sources[0]
     sets = sets_of(prompts, harmful, harmless, default="bundled:heldout")

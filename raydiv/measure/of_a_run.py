@@ -7,8 +7,8 @@ from pathlib import Path
 
 from raydiv.config import Recipe
 from raydiv.data.prompts import named, read_prompts
-from raydiv.measure.evaluations import HowToEvaluate, Judges, against, measure_answers
-from raydiv.measure.separations import HowToSeparate, measure_separation
+from raydiv.measure.evaluations import Judges, against, measure_answers
+from raydiv.measure.separations import measure_separation
 from raydiv.model.load import ModelSource
 from raydiv.progress import Display
 from raydiv.run import RunDirectory
@@ -25,9 +25,8 @@ class Measurements:
         apart, answered = recipe.separation.prompts, recipe.evaluate.prompts
         self._anchors = read_prompts(apart, both=True) if apart else []
         self._asked = read_prompts(answered, both=False) if answered else []
-        self._how = HowToEvaluate.of(recipe.evaluate)
         self._before: list[str] = []
-        self._judges = Judges.of(self._how, recipe.cluster) if answered else None
+        self._judges = Judges.of(recipe.evaluate, recipe.cluster) if answered else None
 
     def take(self, run: RunDirectory, when: str, base_directory: Path) -> None:
         """Measure the model ``before`` or ``after`` training into the run directory; needs a Ray session."""
@@ -36,13 +35,13 @@ class Measurements:
         model = base if when == "before" else replace(base, directory=run.model)
         metrics: dict[str, float] = {}
         if recipe.separation.prompts:
-            how, name = HowToSeparate.of(recipe.separation), named(recipe.separation.prompts)
+            how, name = recipe.separation, named(recipe.separation.prompts)
             apart = measure_separation(model, self._anchors, how, recipe.cluster, display, label=when, name=name)
             apart.write(run.separation, when)
             metrics |= apart.metrics()
         if self._judges is not None:
             answers = measure_answers(
-                model, base, self._asked, self._how, self._judges, recipe.cluster, display, label=when
+                model, base, self._asked, recipe.evaluate, self._judges, recipe.cluster, display, label=when
             )
             if self._before and self._judges.pairs is not None:
                 answers = against(answers, self._before, self._judges.pairs, recipe.cluster, display)

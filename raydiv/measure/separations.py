@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -20,8 +20,8 @@ from raydiv.hidden.moments import Streams
 from raydiv.hidden.separation import principal_plane, separation_of
 from raydiv.hidden.store import EmbeddingFile
 from raydiv.measure.models import sources_of
-from raydiv.measure.overlap import trained_on
 from raydiv.measure.separation_report import LayerReport, SeparationReport
+from raydiv.measure.trained_on import trained_on
 from raydiv.model.load import ModelSource
 from raydiv.progress import Display
 from raydiv.session import ray_session
@@ -30,27 +30,10 @@ TAKEN_IN = 256
 """Prompts whose states are added to streamed statistics together."""
 
 
-@dataclass(frozen=True, slots=True)
-class HowToSeparate:
-    """What is read, and how much is asked of it.
-
-    ``sample``: most prompts for figures that need all states at once; of a larger set that many are drawn, and of all of it
-    there are streamed statistics. ``intervals``: for the last layer read, or for all.
-    """
-
-    readout: Readout = field(default_factory=Readout)
-    sample: int = 1000
-    intervals: Literal["last", "all"] = "last"
-
-    @classmethod
-    def of(cls, section: SeparationSection) -> HowToSeparate:
-        return cls(Readout.of(section), section.sample)
-
-
 def measure_separation(
     model: ModelSource,
     prompts: Sequence[Prompt],
-    how: HowToSeparate,
+    how: SeparationSection,
     cluster: Cluster,
     display: Display,
     *,
@@ -62,11 +45,11 @@ def measure_separation(
 
     ``label`` and ``name`` are what the model and its prompts are called, ``keep`` a file for the states of all of them.
     """
-    layers = how.readout.numbers(model.config().num_hidden_layers)
+    layers = Readout.of(how).numbers(model.config().num_hidden_layers)
     kept = EmbeddingFile(keep, layers) if keep else nullcontext()
     with display.phase(f"separation, {label}") as update, kept as file:
         states = _States(prompts, how)
-        rows = embed(model, prompts, cluster, how.readout)
+        rows = embed(model, prompts, cluster, Readout.of(how))
         while some := list(islice(rows, TAKEN_IN)):
             states.add(some)
             if file is not None:
@@ -78,7 +61,7 @@ def measure_separation(
 class _States:
     """What is kept of the states of ``prompts`` as they are read."""
 
-    def __init__(self, prompts: Sequence[Prompt], how: HowToSeparate) -> None:
+    def __init__(self, prompts: Sequence[Prompt], how: SeparationSection) -> None:
         self._prompts, self._how = prompts, how
         self._harmful = np.array([prompt.harmful for prompt in prompts])
         self._order = drawn(len(prompts), how.sample)
@@ -108,7 +91,7 @@ class _States:
             found.append(LayerReport(layer, apart, None if self._streams is None else self._streams.figures(at)))
         kinds = [self._prompts[position].kind for position in self._order]
         plane = principal_plane(points[:, last])
-        return SeparationReport(label, name, self.count, self._how.readout, found, plane, kinds, harmful.tolist())
+        return SeparationReport(label, name, self.count, Readout.of(self._how), found, plane, kinds, harmful.tolist())
 
 
 def _columns(rows: Sequence[Read]) -> tuple[np.ndarray, list[int]]:
@@ -122,7 +105,7 @@ def separation(
     *,
     harmful: Sequence[str] = (),
     harmless: Sequence[str] = (),
-    how: HowToSeparate | None = None,
+    how: SeparationSection | None = None,
     embeddings: Path | None = None,
     different_models: bool = False,
     template: str | None = None,
@@ -136,13 +119,13 @@ def separation(
     bundled:anchors. States are kept as Parquet under ``embeddings``. Raises UserError for models of different hidden sizes,
     unless they are ``different_models``: a Frechet distance is in the units of its own model.
     """
-    display, cluster, how = display or Display(), cluster or Cluster(), how or HowToSeparate()
+    display, cluster, how = display or Display(), cluster or Cluster(), how or SeparationSection()
     sources = sources_of(models, template, precision)
     sets = {
         named(one): read_prompts(one, both=True)
         for one in sets_of(prompts, harmful, harmless, default="bundled:anchors")
     }
-    _require_comparable(models, sources, how.readout, different_models)
+    _require_comparable(models, sources, Readout.of(how), different_models)
     files = _files(embeddings, len(models), len(sets))
     reports = []
     with ray_session(cluster):
