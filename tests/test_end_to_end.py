@@ -134,7 +134,9 @@ def test_training_separates_the_classes(run: Result) -> None:
 def test_answers_are_measured_beside_what_they_drifted_from(run: Result) -> None:
     before, after = (json.loads((run.run.evaluation / f"{name}.json").read_text()) for name in ("before", "after"))
     assert before["kl"]["value"] == 0
-    assert after["kl"]["value"] > 0
+    # an estimate of something near 0, which may fall below it
+    assert after["kl"]["value"] != 0
+    assert after["kl"]["answers"] == 12
     assert after["perplexity"] != before["perplexity"]
     assert {"evaluate/asr", "evaluate/asr/prefill", "evaluate/safety"} <= after["rates"].keys()
     assert after["win_rate"]["of"] == 6
