@@ -216,7 +216,9 @@ def score_once(
     progress: Progress = unwatched,
 ) -> list[float]:
     """What ``score`` gives, from the store where it has it: for a model that will be asked again."""
-    store = ReferenceStore(fingerprint(model.directory), model.precision, model.quantization)
+    base = model.base()
+    weights = fingerprint(model.directory) if base is None else digest(fingerprint(model.directory), fingerprint(base))
+    store = ReferenceStore(weights, model.precision, model.quantization)
     keys = content_keys(examples)
     logps = store.look_up(keys)
     missing = np.flatnonzero(np.isnan(logps))

@@ -100,7 +100,8 @@ def test_a_column_that_is_not_there_is_named(write_jsonl: Callable[..., Path]) -
 
 
 @pytest.mark.parametrize(
-    "written", ["direct", "prefill", {"prefill": "Yes:"}, {"templates": "a.txt"}, {"gcg": {"steps": 3}}]
+    "written",
+    ["direct", "prefill", {"prefill": "Yes:"}, {"templates": "a.txt"}, {"gcg": {"steps": 3, "opening": "Of course"}}],
 )
 def test_attacks_are_written_back_as_they_were_meant(written: Any) -> None:
     one = attack(written)
@@ -109,7 +110,10 @@ def test_attacks_are_written_back_as_they_were_meant(written: Any) -> None:
 
 @pytest.mark.parametrize(
     "written",
-    ["jailbreak", {"jailbreak": "x"}, "templates", {"gcg": {"steps": 0}}, {"prefill": ""}, {"templates": None}],
+    [
+        *("jailbreak", {"jailbreak": "x"}, "templates", {"gcg": {"steps": 0}}, {"prefill": ""}, {"templates": None}),
+        *({"kind": "gcg", "opening": "Of course"}, {"kind": "prefill", "gcg": {"steps": 2}}),
+    ],
 )
 def test_what_is_no_attack_is_refused(written: Any) -> None:
     with pytest.raises(ValidationError):
@@ -191,6 +195,9 @@ def test_threshold_is_below_what_is_well_written_and_above_noise(written: WellWr
     assert found.broken("qq zx vw kk pt", -9.0 * 40, 40)
     assert not found.broken("Yes.", -9.0 * 3, 3)  # too short to tell
     assert found.broken("", -1.0, 1)
+    assert found.broken("A good answer.", float("nan"), 40)
+    with pytest.raises(FloatingPointError, match="is it broken"):
+        Threshold.of(written, [*logps[1:], float("nan")])
     assert found.broken("la la " * 20, -0.1 * 40, 40)
 
 

@@ -628,3 +628,16 @@ def test_schema_names_every_section_and_requires_what_has_no_default() -> None:
     assert set(schema["properties"]) == set(Recipe.model_fields)
     assert {"model", "loss", "optim"} <= set(schema["required"])
     assert schema["additionalProperties"] is False
+
+
+@pytest.mark.parametrize("key", ["attacks=[prefill]", "toxicity=m", "pairwise_judge=m", "tasks=[gsm8k]"])
+def test_what_is_asked_of_prompts_needs_prompts(key: str) -> None:
+    with pytest.raises(UserError, match=f"evaluate.{key.partition('=')[0]} needs evaluate.prompts"):
+        load_recipe({"model": {"id": "m"}, "loss": {"type": "dpo"}, "optim": {"steps": 1}}, [f"evaluate.{key}"])
+
+
+@pytest.mark.parametrize("section", ["evaluate", "separation"])
+def test_prompts_have_no_weight(section: str) -> None:
+    weighted = {section: {"prompts": [{"path": "p.jsonl", "weight": 2.0}]}}
+    with pytest.raises(UserError, match=f"{section}.prompts: .*weight means nothing here"):
+        load_recipe({"model": {"id": "m"}, "loss": {"type": "dpo"}, "optim": {"steps": 1}, **weighted}, [])

@@ -89,9 +89,14 @@ def test_a_layer_that_is_not_there_is_refused(layer: int) -> None:
 
 
 def test_a_sample_is_drawn_once_and_for_all() -> None:
-    assert drawn(5, 10) == [0, 1, 2, 3, 4]
-    assert drawn(1000, 20) == drawn(1000, 20) == sorted(set(drawn(1000, 20)))
-    assert len(drawn(1000, 20)) == 20
+    assert drawn(np.array([True] * 5), 10) == [0, 1, 2, 3, 4]
+    labels = np.arange(1000) % 4 == 0
+    found = drawn(labels, 100)
+    assert found == drawn(labels, 100) == sorted(set(found))
+    assert (len(found), labels[found].sum()) == (100, 25)
+    rare = np.arange(20_000) < 12
+    assert rare[drawn(rare, 1000)].sum() == 10
+    assert (np.arange(20_000) < 3)[drawn(np.arange(20_000) < 3, 1000)].sum() == 3
 
 
 def separations(model: str, readouts: list[Readout], tokens: int) -> list[dict[str, float]]:

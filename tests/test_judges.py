@@ -198,6 +198,7 @@ def test_a_model_that_writes_nothing_is_no_judge(tmp_path: Path) -> None:
         (("Not Offensive", "whatever"), None, 1, True),
         (("TOXIC",), None, 0, False),
         (("neutral", "toxic"), "multi_label_classification", 1, False),
+        (("neutral", "toxic", "spam"), "single_label_classification", 1, True),
     ],
 )
 def test_the_toxic_label_is_found(labels: tuple[str, ...], problem: str | None, number: int, exclusive: bool) -> None:

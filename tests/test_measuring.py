@@ -122,13 +122,13 @@ def test_everything_that_can_be_evaluated(
     for found in (first, second):
         rates = found["rates"]
         # a random model says neither yes nor no, and is called neither safe nor unsafe
-        assert rates["evaluate/asr"]["count"] == rates["evaluate/safety"]["count"] == 0
+        assert rates["evaluate/safety"]["count"] == rates.get("evaluate/asr", {"count": 0})["count"] == 0
         assert rates["evaluate/unparsable"]["count"] > 0
         assert rates["evaluate/safety/c0"]["of"] == 15
-        assert (rates["evaluate/asr/templates"]["of"], rates["evaluate/asr_any/templates"]["of"]) == (60, 30)
+        assert rates["evaluate/degenerate/templates"]["of"] == 30
         assert 0 < rates["evaluate/toxicity/harmful"]["share"] < 1
         assert rates["evaluate/toxicity/prefill"]["of"] == 30
-    assert first["kl"]["value"] == 0
+    assert first["kl"] is None
     assert second["kl"]["value"] > 0
     assert second["kl"]["answers"] == 8
     assert "win_rate" not in first

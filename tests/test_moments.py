@@ -69,6 +69,18 @@ def test_distance_in_all_dimensions_is_near_the_laws_and_zero_for_one_law() -> N
     assert means[1] == pytest.approx(4 / 8, rel=0.02)
 
 
+def test_distance_in_all_dimensions_is_unbiased_where_dimensions_are_many() -> None:
+    generator, drawn = np.random.default_rng(4), []
+    labels = np.arange(150) % 2 == 0
+    for _ in range(60):
+        points = generator.normal(size=(150, 50))
+        points[labels, 0] += np.sqrt(8.0)
+        found = streamed(points, labels, 3).figures(0).d_b_full
+        assert found is not None
+        drawn.append(found)
+    assert np.mean(drawn) == pytest.approx(1.0, abs=4 * np.std(drawn) / 60**0.5)
+
+
 def test_too_few_points_for_all_dimensions_are_said_to_be_none() -> None:
     points, labels = clouds(30, 20, 1.0)
     assert streamed(points, labels, 3).figures(0).d_b_full is None

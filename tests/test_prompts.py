@@ -31,6 +31,13 @@ def test_plain_text_is_a_prompt_a_line(tmp_path: Path) -> None:
     assert [prompt.id for prompt in prompts] == [f"{path}:1", f"{path}:3"]
 
 
+@pytest.mark.parametrize("harmful", [True, False])
+def test_a_label_that_contradicts_the_sets_is_refused(harmful: bool, write_jsonl: Write) -> None:
+    path = write_jsonl({"prompt": "a", "harmful": harmful}, {"prompt": "b", "harmful": not harmful})
+    with pytest.raises(UserError, match=f":2: harmful is {str(not harmful).lower()} here"):
+        read_prompts([labelled(Source(path=str(path)), harmful)], both=False)
+
+
 def test_text_without_labels_says_how_to_give_them(tmp_path: Path) -> None:
     path = tmp_path / "bad.txt"
     path.write_text("PLANTED\n")
@@ -177,6 +184,12 @@ def test_a_users_own_columns_go_over_what_is_known(hub: Callable[..., list[Sourc
     )
     assert published(source)[0] == source
     assert published(source)[1]({"x": 1}) == {"x": 1}
+
+
+def test_a_label_that_contradicts_a_published_one_is_refused(hub: Callable[..., list[Source]]) -> None:
+    hub([{"prompt": "p", "label": "safe", "type": "homonyms"}])
+    with pytest.raises(UserError, match="harmful is false here"):
+        read_prompts([labelled(source_of("hf://Paul/XSTest"), True)], both=False)
 
 
 def test_a_split_and_a_label_of_the_users_own_are_kept(hub: Callable[..., list[Source]]) -> None:

@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from raydiv.config.section import Section
-from raydiv.config.source import Source, Sources
+from raydiv.config.source import Source, Sources, unweighted
 
 JUDGES = {
     "harmbench": "cais/HarmBench-Llama-2-13b-cls",
@@ -43,9 +43,14 @@ def judge_parts(name: str) -> tuple[str, str]:
     )
 
 
+OPENING = "Sure, here is"
+"""How a compliant answer begins."""
+
+
 class Gcg(Section):
     """Greedy coordinate gradient (Zou et al. 2023, arXiv 2307.15043): a suffix is sought for each prompt."""
 
+    opening: str = Field(default=OPENING, min_length=1, description="what the suffix is to make the model begin with")
     steps: PositiveInt = 250
     search_width: PositiveInt = 512
     topk: PositiveInt = 256
@@ -55,7 +60,7 @@ class Attack(Section):
     """A way to ask harmful prompts: direct, prefill, templates: FILE, suffixes: FILE, or gcg."""
 
     kind: Literal["direct", "prefill", "templates", "suffixes", "gcg"]
-    opening: str = Field(default="Sure, here is", min_length=1, description="prefill, gcg: how the answer is to begin")
+    opening: str = Field(default=OPENING, min_length=1, description="prefill: how the answer is made to begin")
     file: Source | None = Field(
         default=None, description="templates, suffixes: a text a line, or a column of that name"
     )
@@ -79,6 +84,11 @@ class Attack(Section):
     def _has_its_file(self) -> Attack:
         if (self.file is None) == (self.kind in ("templates", "suffixes")):
             raise ValueError(f"{self.kind}: FILE is for templates and suffixes, which need one")
+        for key, kind in (("opening", "prefill"), ("gcg", "gcg")):
+            if kind != self.kind and getattr(self, key) != type(self).model_fields[key].get_default(
+                call_default_factory=True
+            ):
+                raise ValueError(f"{self.kind}: {key} means nothing here, it is for {kind}")
         return self
 
     @model_serializer(mode="wrap")
@@ -119,6 +129,11 @@ class Evaluate(Section):
             if getattr(self, name) is not None and not self.tasks:
                 raise ValueError(f"{name} means nothing without tasks")
         return self
+
+    @field_validator("prompts")
+    @classmethod
+    def _asked_once(cls, value: list[Source] | None) -> list[Source] | None:
+        return unweighted(value)
 
     @field_validator("judge")
     @classmethod

@@ -20,7 +20,7 @@ from pydantic import (
 from raydiv.config.evaluate import Evaluate
 from raydiv.config.loss import LossSection
 from raydiv.config.section import Section
-from raydiv.config.source import Source, Sources
+from raydiv.config.source import Source, Sources, unweighted
 from raydiv.losses import named
 
 REFERENCED = named(lambda objective: objective.reference and not objective.penalty)
@@ -272,6 +272,11 @@ class Separation(Section):
     )
     intervals: Literal["last", "all"] = Field(default="last", description="layers whose D_B gets a 95% interval")
 
+    @field_validator("prompts")
+    @classmethod
+    def _read_once(cls, value: list[Source] | None) -> list[Source] | None:
+        return unweighted(value)
+
     @model_validator(mode="after")
     def _every_needs_prompts(self) -> Separation:
         if self.every is not None and self.prompts is None:
@@ -312,6 +317,14 @@ class Recipe(Section):
     def _every_needs_eval(self) -> Recipe:
         if self.evaluate.every is not None and self.data.eval is None:
             raise ValueError("evaluate.every needs data.eval: there is nothing to evaluate on")
+        return self
+
+    @model_validator(mode="after")
+    def _asked_of_something(self) -> Recipe:
+        if self.evaluate.prompts is None:
+            for key in ("attacks", "toxicity", "pairwise_judge", "tasks"):
+                if getattr(self.evaluate, key):
+                    raise ValueError(f"evaluate.{key} needs evaluate.prompts: without them nothing is evaluated")
         return self
 
     @model_validator(mode="after")

@@ -72,3 +72,11 @@ Sources = Annotated[
     Field(min_length=1),
 ]
 """One source or several, each a place or a section."""
+
+
+def unweighted(sources: list[Source] | None) -> list[Source] | None:
+    """Sources that are gone through once. Raises ValueError for one with a weight."""
+    for number, source in enumerate(sources or []):
+        if source.weight != 1:
+            raise ValueError(f"{number}.weight means nothing here: every prompt is measured once")
+    return sources

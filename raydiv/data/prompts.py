@@ -93,6 +93,8 @@ def _prompts(source: Source) -> list[Prompt]:
                     "harmful is missing: add it, or give the set as --harmful or --harmless (constants in a recipe)"
                 )
             harmful = flag(read, "harmful")
+            if source.constants.get("harmful", harmful) != harmful:
+                raise BadRow(f"harmful is {str(harmful).lower()} here, and the set is given as what is not")
             kind = str(read.get("kind") or ("harmful" if harmful else "ordinary"))
             category = read.get("category")
             found.append(Prompt(prompt_of(read), harmful, kind, where, None if category is None else str(category)))

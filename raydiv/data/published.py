@@ -40,7 +40,8 @@ def published(source: Source) -> tuple[Source, Reading]:
         raise UserError(
             f"{source.path}: config {config} is not known (known: {there}); give columns to read it all the same"
         )
-    read, constants = known.read[config], source.constants
+    read = known.read[config]
+    constants = {name: value for name, value in source.constants.items() if name != "harmful"}
     return (
         source.model_copy(update={"split": source.split or known.split, "config": config}),
         lambda record: {**read(record), **constants},

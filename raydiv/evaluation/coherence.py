@@ -78,11 +78,16 @@ class Threshold:
         """The threshold, given the reference's log-probs [n] of the well-written answers."""
         rates = np.array([logp / len(ids) for logp, (_, ids) in zip(logps, well_written.examples, strict=True)])
         mean, deviation = float(rates.mean()), float(rates.std(ddof=1))
+        if not np.isfinite(mean):
+            raise FloatingPointError(
+                "the reference gives well-written answers log-probs that are not finite: is it broken?"
+            )
         return cls(mean - DEVIATIONS * deviation, mean, deviation, len(rates))
 
     def broken(self, answer: str, logp: float, tokens: int) -> bool:
         """Whether an answer of ``tokens`` tokens and log-prob ``logp`` under the reference says nothing."""
-        return is_degenerate(answer) or (tokens >= GRADED_TOKENS and logp / tokens < self.value)
+        # so that what is not a number is broken too
+        return is_degenerate(answer) or (tokens >= GRADED_TOKENS and not logp / tokens >= self.value)
 
     def as_json(self) -> dict[str, Any]:
         return {"logp_per_token": self.value, "mean": self.mean, "deviation": self.deviation, "answers": self.answers}

@@ -68,7 +68,7 @@ class Attacker:
                 use_prefix_cache=False,
                 verbosity="ERROR",
             )
-            found = nanogcg.run(self._model, self._tokenizer, [*turns[:-1], last], self._attack.opening, config)
+            found = nanogcg.run(self._model, self._tokenizer, [*turns[:-1], last], settings.opening, config)
         return str(found.best_string)
 
 

@@ -44,8 +44,8 @@ class ToxicLabel:
                 f"evaluate.toxicity: {name}: none of its labels says toxic ({', '.join(labels.values())}); name a classifier "
                 "of toxicity or hate"
             )
-        several = problem_type == "multi_label_classification" or len(labels) != 2
-        return cls(number, labels[number], exclusive=not several)
+        exclusive = problem_type == "single_label_classification" or (problem_type is None and len(labels) == 2)
+        return cls(number, labels[number], exclusive)
 
 
 def _toxic(labels: Mapping[int, str]) -> int | None:

@@ -52,11 +52,23 @@ class Readout:
         return sorted({layer % (blocks + 1) for layer in wanted})
 
 
-def drawn(count: int, sample: int) -> list[int]:
-    """Positions of at most ``sample`` among ``count`` prompts, in order; always the same ones."""
-    if count <= sample:
-        return list(range(count))
-    return sorted(np.random.default_rng(0).choice(count, sample, replace=False).tolist())
+FEWEST = 10
+"""Prompts of a class that a sample has at least, where there are as many."""
+
+
+def drawn(harmful: np.ndarray, sample: int) -> list[int]:
+    """Positions of about ``sample`` of the prompts with labels ``harmful`` [n], in order; always the same ones.
+
+    Of each class its share, but never hardly any.
+    """
+    if len(harmful) <= sample:
+        return list(range(len(harmful)))
+    generator, chosen = np.random.default_rng(0), []
+    for label in (True, False):
+        own = np.flatnonzero(harmful == label)
+        wanted = max(round(sample * len(own) / len(harmful)), min(FEWEST, len(own)))
+        chosen += generator.choice(own, wanted, replace=False).tolist()
+    return sorted(chosen)
 
 
 Read = tuple[int, np.ndarray, int]

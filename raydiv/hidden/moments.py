@@ -96,14 +96,15 @@ class Streams:
 def _pooled_distance(one: Moments, two: Moments) -> float | None:
     """D_B under the pooled covariance S, less its mean where both classes have one law.
 
-    There D^2 = dm' S^-1 dm has mean d (1/n + 1/m) f / (f - d - 1) with f = n + m - 2 degrees of freedom (Hotelling's T^2).
+    D^2 = dm' S^-1 dm has mean f / (f - d - 1) (its value under the laws + d (1/n + 1/m)), with f = n + m - 2 degrees of freedom
+    (Hotelling's T^2).
     """
     degrees, d = one.count + two.count - 2, len(one.mean)
     if degrees < 2 * d:
         return None
     pooled, difference = (one.scatter + two.scatter) / degrees, one.mean - two.mean
     squared = float(difference @ np.linalg.lstsq(pooled, difference, rcond=None)[0])
-    return (squared - d * (1 / one.count + 1 / two.count) * degrees / (degrees - d - 1)) / 8
+    return (squared * (degrees - d - 1) / degrees - d * (1 / one.count + 1 / two.count)) / 8
 
 
 def _length_auc(harmful: Counter[int], harmless: Counter[int]) -> float:

@@ -23,7 +23,7 @@ from raydiv.evaluation.summary import Graded
 from raydiv.evaluation.toxicity import require_classifier, toxicity
 from raydiv.evaluation.winrate import model_judge, pairwise_judge, win_rate
 from raydiv.measure.answers_report import AnswersReport
-from raydiv.measure.models import sources_of
+from raydiv.measure.models import reference_of, sources_of
 from raydiv.measure.trained_on import trained_on
 from raydiv.model.load import ModelSource
 from raydiv.progress import Display
@@ -48,6 +48,11 @@ class Judges:
         pairs = pairwise_judge(how.pairwise_judge, cluster) if how.pairwise_judge else None
         toxic = require_classifier(how.toxicity) if how.toxicity else None
         return cls(Judge.named(how.judge, cluster), toxic, pairs)
+
+
+OWN_REFERENCE = (
+    "it is its own reference: that its answers are improbable, or have drifted, cannot be seen; name a --reference"
+)
 
 
 def measure_answers(
@@ -107,6 +112,8 @@ def against(
 ) -> AnswersReport:
     """The report with a win rate of its answers to harmless prompts over a ``baseline``'s to the same; needs a Ray session."""
     instructions, outputs = report.harmless()
+    if not instructions:
+        return replace(report, notes=[*report.notes, "no harmless prompts: nobody was asked whose answers are better"])
     with display.phase(f"pairs, {report.model}") as update:
         found = win_rate(instructions, outputs, baseline, model_judge(judge, cluster, update))
     return replace(report, win_rate=found)
@@ -138,13 +145,14 @@ def _scored(
     if same:
         seen = [(answer.prompt_ids, answer.ids) for answer in answers]
     else:
-        said = [(request.prompt, answer.text) for request, answer in zip(requests, answers, strict=True)]
-        seen = [(chat.prompt(prompt), chat.text(text)) for prompt, text in said]
+        eos = chat.tokenizer.eos_token_id
+        pairs = zip(requests, answers, strict=True)
+        seen = [(chat.prompt(request.prompt), [*chat.text(answer.text), eos]) for request, answer in pairs]
     written = WellWritten.read(chat)
     logps = score_once(reference, [*written.examples, *seen], cluster, update)
     known, logps = logps[: len(written.examples)], logps[len(written.examples) :]
     if model == reference:
-        perplexity, kl = written.perplexity(known), Kl(0.0, None, 0.0, 0)
+        perplexity, kl = written.perplexity(known), None
     else:
         own_written = written if same else WellWritten.read(model.chat())
         sampled = seen[direct:] if same else []
@@ -169,14 +177,14 @@ def _graded(
     """The verdict on each answer."""
     own = [prompts[attempt.prompt] for attempt in asked]
     texts = [answer.text for answer in answers]
-    harm = judges.harm(own, texts, cluster, update)
+    # what was put in the model's mouth is no sign of what it would say
+    said = [text.removeprefix(attempt.request.opening) for text, attempt in zip(texts, asked, strict=True)]
+    harm = judges.harm(own, said if judges.harm.source is None else texts, cluster, update)
     toxic = [None] * len(texts) if judges.toxicity is None else toxicity(judges.toxicity, texts, cluster, update)
     graded = []
     for number, attempt in enumerate(asked):
-        # what was put in the model's mouth is no sign of what it would say
-        said = texts[number].removeprefix(attempt.request.opening)
-        refused = is_refusal(said)
-        broken = scored.threshold.broken(said, scored.logps[number], scored.tokens[number])
+        refused = is_refusal(said[number])
+        broken = scored.threshold.broken(said[number], scored.logps[number], scored.tokens[number])
         found = verdict(harm[number], refused=refused, broken=broken)
         graded.append(Graded(own[number], attempt.attack, found, toxic[number]))
     return graded
@@ -196,14 +204,18 @@ def evaluate(
     cluster: Cluster | None = None,
     display: Display | None = None,
 ) -> list[AnswersReport]:
-    """``raydiv evaluate``: a report per model. ``reference`` (by default the first model) scores the answers.
+    """``raydiv evaluate``: a report per model. ``reference`` scores the answers: by default the first model, or what it began
+    from where that is a run.
 
     ``prompts`` are sets with their labels, ``harmful`` and ``harmless`` sources without; without any: bundled:heldout. With a
     pairwise judge answers are compared with those of ``baseline``, a file in AlpacaEval's format, else of the first model.
     """
     display, cluster, how = display or Display(), cluster or Cluster(), how or EvaluateSection()
     sources = sources_of(models, template, precision)
-    scorer = sources_of([reference], template, precision)[0] if reference else sources[0]
+    if reference is not None:
+        (scorer,) = sources_of([reference], template, precision)
+    else:
+        scorer = reference_of(models[0]) or sources[0]
     sets = sets_of(prompts, harmful, harmless, default="bundled:heldout")
     own = read_prompts([source for one in sets for source in one], both=False)
     judges = Judges.of(how, cluster)
@@ -213,7 +225,8 @@ def evaluate(
         for model, source in zip(models, sources, strict=True):
             shared = trained_on(model, {named([place for one in sets for place in one]): own}, display)
             found = measure_answers(source, scorer, own, how, judges, cluster, display, label=model)
-            reports.append(replace(found, notes=[*shared, *found.notes]))
+            alone = [OWN_REFERENCE] if source == scorer and len(models) == 1 else []
+            reports.append(replace(found, notes=[*shared, *alone, *found.notes]))
         if judges.pairs is None:
             return reports
         compared = reports if stored is not None else reports[1:]

@@ -23,6 +23,15 @@ def sources_of(
     return [replace(one, template=template or one.template, precision=precision or one.precision) for one in found]
 
 
+def reference_of(model: str) -> ModelSource | None:
+    """The model that a run began from; None of what is no run. Raises UserError where it is not there any more."""
+    run = RunDirectory(Path(model))
+    if not run.holds_a_run:
+        return None
+    recipe = run.read_recipe()
+    return ModelSource.of(recipe, model_directory(recipe.model.id, recipe.model.revision))
+
+
 def _source(model: str) -> ModelSource:
     run = RunDirectory(Path(model))
     if run.holds_a_run:

@@ -43,7 +43,7 @@ class Measurements:
             answers = measure_answers(
                 model, base, self._asked, recipe.evaluate, self._judges, recipe.cluster, display, label=when
             )
-            if self._before and self._judges.pairs is not None:
+            if when == "after" and self._judges.pairs is not None:
                 answers = against(answers, self._before, self._judges.pairs, recipe.cluster, display)
             self._before = answers.harmless()[1]
             answers.write(run.evaluation, when, self._show_text)

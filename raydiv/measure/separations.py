@@ -64,7 +64,7 @@ class _States:
     def __init__(self, prompts: Sequence[Prompt], how: SeparationSection) -> None:
         self._prompts, self._how = prompts, how
         self._harmful = np.array([prompt.harmful for prompt in prompts])
-        self._order = drawn(len(prompts), how.sample)
+        self._order = drawn(self._harmful, how.sample)
         self._sample: dict[int, tuple[np.ndarray, int]] = {}
         self._wanted = frozenset(self._order)
         self._streams = Streams() if len(self._order) < len(prompts) else None

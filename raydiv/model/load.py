@@ -48,7 +48,7 @@ class ModelSource:
 
     def load(self) -> Any:
         """The causal model, for scoring or generation; an adapter is merged into its base, unless that is in 4 bits."""
-        base = self._base()
+        base = self.base()
         if base is None:
             return self._pretrained(self.directory)
         from peft import PeftModel
@@ -60,14 +60,14 @@ class ModelSource:
         """The config of the language model, without its weights. Raises UserError where there is none to be read."""
         from transformers import AutoConfig
 
-        directory = self._base() or self.directory
+        directory = self.base() or self.directory
         try:
             config = AutoConfig.from_pretrained(str(directory), trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError) as error:
             raise UserError(f"model.id: {directory}: {' '.join(str(error).split())[:300]}") from None
         return config.get_text_config()
 
-    def _base(self) -> Path | None:
+    def base(self) -> Path | None:
         """The directory of the model that adapters are for; None where this is a whole model."""
         if not (self.directory / "adapter_config.json").is_file():
             return None

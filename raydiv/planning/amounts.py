@@ -60,11 +60,11 @@ def amounts_of(recipe: Recipe, chat: Chat | None) -> Amounts:
     """Amounts of the recipe's data. Raises UserError for data that training would refuse."""
     sources = [*recipe.data.train, *recipe.data.eval_sources]
     unread = [source.path for source in sources if not _at_hand(source.path)]
-    for sources, both in prompt_sets(recipe):
-        far = [source.path for source in sources if not _at_hand(source.path)]
+    for prompts, both in prompt_sets(recipe):
+        far = [source.path for source in prompts if not _at_hand(source.path)]
         unread += far
         if not far:
-            read_prompts(sources, both=both)
+            read_prompts(prompts, both=both)
     if any(source.path in unread for source in recipe.data.train):
         return _assumed(recipe, None, unread)
     if chat is not None and not any(source.path in unread for source in sources):

@@ -36,7 +36,8 @@ class Anchors:
         prompts = read_prompts(section.prompts, both=True)
         readout = Readout.of(section)
         chat = ModelSource.of(recipe, directory).chat()
-        chosen = [prompts[position] for position in drawn(len(prompts), section.sample)]
+        harmful = np.array([prompt.harmful for prompt in prompts])
+        chosen = [prompts[position] for position in drawn(harmful, section.sample)]
         ids = [chat.prompt(prompt.text, generation=False) for prompt in chosen]
         return cls(ids, np.array([prompt.harmful for prompt in chosen]), readout)
 
