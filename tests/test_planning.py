@@ -497,6 +497,22 @@ def test_time_is_from_a_given_speed_else_from_the_last_run_alike(planned: Callab
     assert planned("engine.activation_checkpointing=true").facts["speed"] is None
 
 
+def test_prepared_data_is_counted(tiny_model: Path, own_cache: None, write_jsonl: Callable[..., Path]) -> None:
+    from stored import indices_of, opened
+
+    from raydiv.model.chat import Chat
+
+    rows = [{"prompt": f"Question {n}", "response": "y " * n + "z", "aligned": n % 2 == 0} for n in range(20)]
+    sets = {"separation": {"prompts": "bundled:anchors"}, "evaluate": {"prompts": "bundled:heldout"}}
+    recipe = recipe_of(tiny_model, data={"train": str(write_jsonl(*rows))}, optim={"epochs": 1}, **sets)
+    chat = Chat(tiny_model)
+    before = amounts_of(recipe, chat)
+    indices_of(opened(recipe, chat)[0], recipe, chat)
+    after = amounts_of(recipe, chat)
+    assert (before.how, after.how) == ("sampled", "counted")
+    assert (before.examples, before.tokens) == (after.examples, after.tokens) == (20, before.tokens)
+
+
 def test_a_mixture_counts_as_often_as_its_weights_and_held_out_prompts_do_not(
     tiny_model: Path, write_jsonl: Callable[..., Path]
 ) -> None:
