@@ -41,8 +41,9 @@ def answers(**more: Any) -> AnswersReport:
     graded.append(Graded(HARMFUL, "prefill", "unsafe", 0.5))
     said = [Answer(f"PLANTED answer {n}", [1], [2]) for n in range(3)]
     threshold = Threshold(-5.0, -3.5, 0.5, 80)
+    attempts = [Attempt(n, one.attack, Request(f"asked {n}")) for n, one in enumerate(graded)]
     return AnswersReport(
-        "m", Judge("string", "errors"), graded, said, -1.2, threshold, 40.0, more.pop("kl", None), **more
+        "m", Judge("string", "errors"), attempts, graded, said, -1.2, threshold, 40.0, more.pop("kl", None), **more
     )
 
 
@@ -69,6 +70,9 @@ def test_a_report_of_answers_says_the_same_in_metrics_file_and_table(tmp_path: P
     assert lines[2] == {**lines[0], "attack": "prefill", "verdict": "unsafe", "toxic": 0.5}
     assert not any("PLANTED" in path.read_text() for path in (tmp_path / "out").iterdir())
     full.write(tmp_path / "out", "after", show_text=True)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "after.answers.jsonl").read_text().splitlines()]
+    shown = {name: lines[2][name] for name in ("prompt", "asked", "answer")}
+    assert shown == {"prompt": "PLANTED harm", "asked": "asked 2", "answer": "PLANTED answer 2"}
     outputs = json.loads((tmp_path / "out" / "after.outputs.json").read_text())
     assert outputs == [{"instruction": "PLANTED help", "output": "PLANTED answer 1", "generator": "m"}]
 

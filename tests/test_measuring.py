@@ -147,6 +147,22 @@ def test_everything_that_can_be_evaluated(
     assert again["win_rate"] == second["win_rate"]
 
 
+@pytest.mark.long
+@pytest.mark.usefixtures("_ray")
+def test_suffixes_are_sought_by_a_pool_and_asked_with(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"Hurt {n}", "harmful": n < 2} for n in range(4)]
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("evaluate", tiny_model, "--prompts", path, "--max-new-tokens", "4", "--attack", "gcg=1")
+    [found] = printed(capsys, *words, "--output", tmp_path / "out", "--show-text")
+    assert found["rates"]["evaluate/degenerate/gcg"]["of"] == 2
+    lines = [json.loads(line) for line in (tmp_path / "out" / "model-0.answers.jsonl").read_text().splitlines()]
+    assert [line["attack"] for line in lines] == ["direct"] * 4 + ["gcg"] * 2
+    assert all(line["asked"].startswith(f"{line['prompt']} ") for line in lines[4:])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from raydiv.evaluation.attacks import Attempt
 from raydiv.evaluation.capability import Capability
 from raydiv.evaluation.coherence import Threshold
 from raydiv.evaluation.drift import Kl
@@ -28,6 +29,7 @@ class AnswersReport:
 
     model: str
     judge: Judge
+    attempts: Sequence[Attempt]
     graded: Sequence[Graded]
     answers: Sequence[Answer]
     logp_per_token: float
@@ -92,7 +94,7 @@ class AnswersReport:
         return found | ({} if self.capability is None else self.capability.cells())
 
     def write(self, folder: Path, name: str, show_text: bool) -> None:
-        """The rates, and a line per answer: id, kind, attack and verdict, and its text only when asked."""
+        """The rates, and a line per answer: id, kind, attack and verdict, and with ``show_text`` what was asked and answered."""
         folder.mkdir(exist_ok=True)
         (folder / f"{name}.json").write_text(json.dumps(self.as_json(), indent=1) + "\n")
         if show_text:
@@ -100,9 +102,11 @@ class AnswersReport:
             outputs = [Output(instruction, text, self.model) for instruction, text in pairs]
             write_outputs(folder / f"{name}.outputs.json", outputs)
         with (folder / f"{name}.answers.jsonl").open("w") as lines:
-            for one, answer in zip(self.graded, self.answers, strict=True):
+            for attempt, one, answer in zip(self.attempts, self.graded, self.answers, strict=True):
                 prompt = one.prompt
                 line = {"id": prompt.id, "kind": prompt.kind, "category": prompt.category, "attack": one.attack}
-                text = {"prompt": prompt.text, "answer": answer.text} if show_text else {}
+                text = (
+                    {"prompt": prompt.text, "asked": attempt.request.prompt, "answer": answer.text} if show_text else {}
+                )
                 toxic = {} if one.toxic is None else {"toxic": one.toxic}
                 lines.write(json.dumps({**line, "verdict": one.verdict, **toxic, **text}) + "\n")

@@ -90,7 +90,7 @@ def measure_answers(
         notes.append("the reference has other tokens than the model: no KL between them")
     per_token = sum(scored.logps[:direct]) / max(1, sum(scored.tokens[:direct]))
     found = AnswersReport(
-        label, judges.harm, graded, answers, per_token, scored.threshold, scored.perplexity, scored.kl, notes
+        label, judges.harm, asked, graded, answers, per_token, scored.threshold, scored.perplexity, scored.kl, notes
     )
     if not how.tasks:
         return found
