@@ -16,10 +16,11 @@ from raydiv.config import load_recipe, save_recipe
 from raydiv.config.evaluate import Attack
 from raydiv.config.recipe import Cluster
 from raydiv.data.prompts import Prompt
+from raydiv.evaluation.attacks import Attempt
 from raydiv.evaluation.capability import Capability, Score, TaskScores
 from raydiv.evaluation.coherence import Threshold
 from raydiv.evaluation.drift import Kl
-from raydiv.evaluation.generate import Answer
+from raydiv.evaluation.generate import Answer, Request
 from raydiv.evaluation.judges import Judge
 from raydiv.evaluation.summary import Graded
 from raydiv.evaluation.winrate import WinRate

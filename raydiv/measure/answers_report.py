@@ -94,7 +94,7 @@ class AnswersReport:
         return found | ({} if self.capability is None else self.capability.cells())
 
     def write(self, folder: Path, name: str, show_text: bool) -> None:
-        """The rates, and a line per answer: id, kind, attack and verdict, and with ``show_text`` what was asked and answered."""
+        """The rates, and a line per answer: id, kind, attack, verdict, and with ``show_text`` what was asked and answered."""
         folder.mkdir(exist_ok=True)
         (folder / f"{name}.json").write_text(json.dumps(self.as_json(), indent=1) + "\n")
         if show_text:
