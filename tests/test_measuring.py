@@ -126,7 +126,9 @@ def test_everything_that_can_be_evaluated(
         assert rates["evaluate/unparsable"]["count"] > 0
         assert rates["evaluate/safety/c0"]["of"] == 15
         assert rates["evaluate/degenerate/templates"]["of"] == 30
-        assert 0 < rates["evaluate/toxicity/harmful"]["share"] < 1
+        # a random model's own answers may be blank, which is not toxic
+        assert 0 <= rates["evaluate/toxicity/harmful"]["share"] < 1
+        assert 0 < rates["evaluate/toxicity/prefill"]["share"] < 1
         assert rates["evaluate/toxicity/prefill"]["of"] == 30
     assert first["kl"] is None
     assert second["kl"]["value"] > 0
