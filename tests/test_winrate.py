@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, bootstrap
 
 from raydiv.config.recipe import Cluster
-from raydiv.data.prompts import Prompt
 from raydiv.errors import UserError
 from raydiv.evaluation.generate import Generator, generate
 from raydiv.evaluation.outputs import Output, outputs_to, read_outputs, write_outputs
@@ -273,7 +272,7 @@ def test_a_model_judges(tiny_model: Path) -> None:
         asked = [QUESTION.format(instruction="Say hi.", first="Hi.", second="Hello there.")]
         answers = judge(asked)
         found = win_rate(instructions, ours, theirs, judge)
-        direct = generate(source, [Prompt(asked[0], False, "pair", "0")], CHOICE_TOKENS, Cluster())
+        direct = generate(source, [Request(asked[0])], CHOICE_TOKENS, Cluster())
     chat = source.chat()
     here = Generator(source, CHOICE_TOKENS, chat.tokenizer.eos_token_id)([{"ids": chat.prompt(asked[0])}])
     assert answers == [direct[0].text] == [chat.decode(here[0]["answer"])]
