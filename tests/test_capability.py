@@ -210,7 +210,7 @@ def test_group_has_its_own_figures_and_a_tag_those_of_its_tasks(source: ModelSou
     assert [scores.task for scores in tag["scores"]] == ["writing"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_through_a_pool_the_same(source: ModelSource, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     seen: list[tuple[int, int | None]] = []
     with ray_session(Cluster()):

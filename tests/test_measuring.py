@@ -131,7 +131,8 @@ def test_everything_that_can_be_evaluated(
         assert 0 < rates["evaluate/toxicity/prefill"]["share"] < 1
         assert rates["evaluate/toxicity/prefill"]["of"] == 30
     assert first["kl"] is None
-    assert second["kl"]["value"] > 0
+    # an estimate, of two models that are both near chance
+    assert second["kl"]["value"] != 0
     assert second["kl"]["answers"] == 8
     assert "win_rate" not in first
     assert second["win_rate"]["of"] == 30

@@ -16,7 +16,7 @@ from scipy.stats import binomtest, bootstrap
 
 from raydiv.config.recipe import Cluster
 from raydiv.errors import UserError
-from raydiv.evaluation.generate import Generator, generate
+from raydiv.evaluation.generate import Generator, Request, generate
 from raydiv.evaluation.outputs import Output, outputs_to, read_outputs, write_outputs
 from raydiv.evaluation.winrate import CHOICE_TOKENS, QUESTION, WinRate, choice, model_judge, win_rate
 from raydiv.model.load import ModelSource
@@ -263,7 +263,7 @@ def test_stored_outputs_find_their_prompts_in_any_order() -> None:
     assert "zzz" not in str(caught.value)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_model_judges(tiny_model: Path) -> None:
     instructions, ours, theirs = ["Say hi.", "Say no."], ["Hi.", "No."], ["Hello there.", "Never."]
     source = ModelSource(tiny_model)
