@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ from raydiv.config import Recipe
 from raydiv.config.source import Source
 from raydiv.data.index import Index, OpenSource, RowNotes
 from raydiv.data.overlap import Match, PromptMatcher, plain
-from raydiv.data.prompts import Prompt, read_prompt_sets
+from raydiv.data.prompts import Prompt, PromptSets
 from raydiv.data.sets import broken_pairs
 from raydiv.data.sources import read_examples
 from raydiv.data.tokenize import bundle_makers, tokenize
 from raydiv.data.tokens import KEY
-from raydiv.model.chat import Chat
+from raydiv.model.chat import Chat, Messages
 from raydiv.model.files import model_directory
 from raydiv.pool import stream_through
 from raydiv.progress import Display
@@ -90,8 +90,7 @@ def overlap_with_training(recipe: Recipe, directory: Path, prompts: Mapping[str,
     chat = Chat(directory, recipe.data.template)
     opened = [OpenSource(source, recipe.data, recipe.batch, chat) for source in recipe.data.train]
     evaluated = [
-        _EvaluationPrompts.of(name, {plain(prompt.text): prompt.id for prompt in reversed(own)})
-        for name, own in prompts.items()
+        _EvaluationPrompts.of(name, [(prompt.text, prompt.id) for prompt in own]) for name, own in prompts.items()
     ]
     return [overlap for one in opened for overlap in _overlaps(one, evaluated, recipe)]
 
@@ -206,20 +205,22 @@ class _EvaluationPrompts:
     where: list[str]
 
     @classmethod
-    def of(cls, name: str, where: Mapping[str, str]) -> _EvaluationPrompts:
-        """From where each text stands."""
+    def of(cls, name: str, prompts: Iterable[tuple[str | Messages, str]]) -> _EvaluationPrompts:
+        """From prompts and where they stand, the first of those that are alike."""
+        where: dict[str, str] = {}
+        for prompt, place in prompts:
+            where.setdefault(plain(prompt), place)
         return cls(name, list(where), list(where.values()))
 
 
 def _evaluation_prompts(recipe: Recipe) -> list[_EvaluationPrompts]:
-    found: dict[str, dict[str, str]] = {}
+    found: dict[str, list[tuple[str | Messages, str]]] = {}
     for source in recipe.data.eval_sources:
-        for example in read_examples(source, recipe.data.columns):
-            found.setdefault(source.path, {}).setdefault(plain(example.prompt), example.source)
-    for name, prompts in read_prompt_sets(recipe).items():
-        for prompt in prompts:
-            found.setdefault(name, {}).setdefault(plain(prompt.text), prompt.id)
-    return [_EvaluationPrompts.of(name, texts) for name, texts in found.items()]
+        examples = read_examples(source, recipe.data.columns)
+        found.setdefault(source.path, []).extend((example.prompt, example.source) for example in examples)
+    for name, prompts in PromptSets.of(recipe).by_name(recipe).items():
+        found.setdefault(name, []).extend((prompt.text, prompt.id) for prompt in prompts)
+    return [_EvaluationPrompts.of(name, own) for name, own in found.items()]
 
 
 def _overlaps(opened: OpenSource, evaluated: Sequence[_EvaluationPrompts], recipe: Recipe) -> Iterator[Overlap]:

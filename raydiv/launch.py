@@ -14,7 +14,7 @@ from raydiv.errors import user_error_in
 from raydiv.measure.of_a_run import Measurements
 from raydiv.planning.architecture import architecture_of
 from raydiv.planning.layout import largest_share, settle, with_layout
-from raydiv.preparation import Prepared, fill, read
+from raydiv.preparation import Opened, Prepared, fill, read
 from raydiv.progress import Display, step_note
 from raydiv.report.page import write_report
 from raydiv.run import Metrics, RunDirectory
@@ -52,7 +52,7 @@ def train(recipe: Recipe, display: Display | None = None, show_text: bool = Fals
     run = RunDirectory.of(recipe)
     run.require_free()
     opened = read(recipe, display)
-    measurements = Measurements(recipe, display, show_text)
+    measurements = Measurements(recipe, opened.prompts, display, show_text)
     if not recipe.loss.bounded and recipe.optim.target_margin is None:
         display.say(UNBOUNDED.format(type=recipe.loss.type))
     with ray_session(recipe.cluster):
@@ -64,7 +64,7 @@ def train(recipe: Recipe, display: Display | None = None, show_text: bool = Fals
         try:
             with run.followed(tracker.metrics):
                 measurements.take(run, "before", prepared.directory)
-                _fit(recipe, prepared, run, display, training_environment(recipe, roomy))
+                _fit(recipe, opened, prepared, run, display, training_environment(recipe, roomy))
                 _say_layout(run, display)
                 measurements.take(run, "after", prepared.directory)
             return _conclude(recipe, prepared, run, tracker)
@@ -82,13 +82,15 @@ def settled(recipe: Recipe, prepared: Prepared) -> tuple[Recipe, bool]:
     return with_layout(recipe, found), 2 * found.memory.total <= memory
 
 
-def _fit(recipe: Recipe, prepared: Prepared, run: RunDirectory, display: Display, environment: dict[str, str]) -> None:
+def _fit(
+    recipe: Recipe, opened: Opened, prepared: Prepared, run: RunDirectory, display: Display, environment: dict[str, str]
+) -> None:
     """Run the workers to the end, with their metrics on the bar."""
     import ray
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    anchors = Anchors.of(recipe, prepared.directory)
+    anchors = Anchors.of(recipe, opened.chat, opened.prompts.separation)
     given = WorkerInput(recipe, prepared.directory, run.path, prepared.train, prepared.eval, anchors)
     trainer = TorchTrainer(
         worker_entry,

@@ -10,7 +10,7 @@ import numpy as np
 
 from raydiv.config import Recipe
 from raydiv.data.index import OpenSource
-from raydiv.data.prompts import read_prompt_sets
+from raydiv.data.prompts import PromptSets
 from raydiv.data.sets import Sets, make_sets
 from raydiv.data.tokenize import tokenize
 from raydiv.data.tokens import KEY, StoredExamples, content_key, mismatched
@@ -27,12 +27,13 @@ from raydiv.training.order import epochs_of, total_steps
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """What a recipe names, found and opened: its model's directory and tokenizer, and its sources."""
+    """What a recipe names, found and opened: its model's directory and tokenizer, its sources, and its prompt sets."""
 
     directory: Path
     chat: Chat
     train: list[OpenSource]
     eval: list[OpenSource]
+    prompts: PromptSets
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ def read(recipe: Recipe, display: Display) -> Opened:
     with display.phase("model and data"):
         directory = model_directory(recipe.model.id, recipe.model.revision)
         require_base(recipe.model.id, directory)
-        read_prompt_sets(recipe)
+        prompts = PromptSets.of(recipe)
         chat = Chat(directory, recipe.data.template)
         train, held_out = (
             [OpenSource(source, recipe.data, recipe.batch, chat) for source in sources]
@@ -90,7 +91,7 @@ def read(recipe: Recipe, display: Display) -> Opened:
         )
         for opened in (*train, *held_out):
             opened.peek(tolerant=recipe.data.on_bad_row == "quarantine")
-        return Opened(directory, chat, train, held_out)
+        return Opened(directory, chat, train, held_out, prompts)
 
 
 def fill(recipe: Recipe, opened: Opened, display: Display) -> Prepared:
@@ -103,7 +104,7 @@ def fill(recipe: Recipe, opened: Opened, display: Display) -> Prepared:
         display.say(f"bad rows left out: {len(data.bad)} (raydiv data check lists them)")
     if data.shared_prompts:
         display.say(f"prompts in data.train and in data.eval: {data.shared_prompts}; held-out figures will flatter")
-    shared = _trained_on(recipe, opened.chat, data)
+    shared = _trained_on(recipe, opened, data)
     for name, count in shared.items():
         if count:
             display.say(
@@ -112,12 +113,12 @@ def fill(recipe: Recipe, opened: Opened, display: Display) -> Prepared:
     return _with_reference(recipe, opened.directory, data, shared, display)
 
 
-def _trained_on(recipe: Recipe, chat: Chat, data: Sets) -> dict[str, int]:
+def _trained_on(recipe: Recipe, opened: Opened, data: Sets) -> dict[str, int]:
     """How many prompts of each evaluation and separation set are training prompts; those that are nearly so are not counted."""
     found = {}
-    for name, prompts in read_prompt_sets(recipe).items():
+    for name, prompts in opened.prompts.by_name(recipe).items():
         texts, lengths = [prompt.text for prompt in prompts], (recipe.batch.max_prompt_length, recipe.batch.max_length)
-        keys = [content_key(one.prompt) for one in chat.examples(texts, [""] * len(texts), *lengths)]
+        keys = [content_key(one.prompt) for one in opened.chat.examples(texts, [""] * len(texts), *lengths)]
         found[name] = int(np.isin(np.array(keys, KEY), data.train.examples.prompt_keys).sum())
     return found
 

@@ -48,6 +48,12 @@ class ReferenceStore:
         computed = (precision, *([] if quantization is None else [quantization]))
         self._folder = shared_dir("reference", digest(VERSION, model_fingerprint, *computed))
 
+    @classmethod
+    def of(cls, model: ModelSource) -> ReferenceStore:
+        """A model's store; of adapters their base's weights are in its name too."""
+        own, base = fingerprint(model.directory), model.base()
+        return cls(own if base is None else digest(own, fingerprint(base)), model.precision, model.quantization)
+
     def look_up(self, keys: pa.Array) -> np.ndarray:
         """Log-probs [n] of ``keys`` (see StoredExamples.keys), NaN where the store has none."""
         parts = [pq.read_table(open_input(self._folder.at(name))) for name in self._folder.names(".parquet")]
@@ -86,7 +92,7 @@ def reference_logps(
     Each unit of work is kept as soon as it is done: an interrupted pass goes on where it stopped, and of two at once each
     finds the other's units done.
     """
-    store = ReferenceStore(fingerprint(directory), recipe.engine.precision, recipe.model.quantization)
+    store = ReferenceStore.of(ModelSource.of(recipe, directory))
     keys = pa.concat_arrays([examples.keys for examples in sets])
     logps = store.look_up(keys)
     _, first = np.unique(keys.dictionary_encode().indices.to_numpy(), return_index=True)
@@ -216,9 +222,7 @@ def score_once(
     progress: Progress = unwatched,
 ) -> list[float]:
     """What ``score`` gives, from the store where it has it: for a model that will be asked again."""
-    base = model.base()
-    weights = fingerprint(model.directory) if base is None else digest(fingerprint(model.directory), fingerprint(base))
-    store = ReferenceStore(weights, model.precision, model.quantization)
+    store = ReferenceStore.of(model)
     keys = content_keys(examples)
     logps = store.look_up(keys)
     missing = np.flatnonzero(np.isnan(logps))

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raydiv.benchmarks.work import run_module
+from raydiv.benchmarks.work import run_script
 from raydiv.config import Recipe
 from raydiv.data.prompts import Prompt
 from raydiv.data.sources import read_examples
@@ -79,11 +78,7 @@ def _plain(recipe: Recipe, model: ModelSource, prompts: Sequence[Prompt]) -> flo
         "use_gpu": recipe.cluster.use_gpu,
         "ids": [chat.prompt(prompt.text, generation=False) for prompt in prompts],
     }
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "settings.json"
-        path.write_text(json.dumps(settings))
-        printed = run_module("raydiv.benchmarks.embed", [str(path)], worker_environment(recipe.cluster))
-    return float(json.loads(printed.strip().splitlines()[-1])["rate"])
+    return float(run_script("embed", settings, worker_environment(recipe.cluster))["rate"])
 
 
 BATCH = 32

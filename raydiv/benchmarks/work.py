@@ -58,6 +58,16 @@ def run_module(name: str, arguments: Sequence[str], environment: Mapping[str, st
     return run.stdout
 
 
+def run_script(name: str, settings: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
+    """Run ``raydiv.benchmarks.NAME`` on a JSON file of ``settings``; the JSON object that it prints last."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "settings.json"
+        path.write_text(json.dumps(settings))
+        printed = run_module(f"raydiv.benchmarks.{name}", [str(path)], environment)
+    answer: dict[str, Any] = json.loads(printed.strip().splitlines()[-1])
+    return answer
+
+
 def real_run(recipe: Recipe) -> tuple[Result, list[Metrics]]:
     """A run that leaves nothing behind, and the metrics of its steps."""
     with tempfile.TemporaryDirectory() as folder:
@@ -114,12 +124,7 @@ class Work:
 
         Raises RuntimeError when it fails.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "settings.json"
-            path.write_text(json.dumps(self.settings | settings))
-            printed = run_module(f"raydiv.benchmarks.{name}", [str(path)], self.environment)
-        answer: dict[str, Any] = json.loads(printed.strip().splitlines()[-1])
-        return answer
+        return run_script(name, self.settings | settings, self.environment)
 
 
 def work_of(recipe: Recipe, steps: int, display: Display) -> Work:

@@ -56,6 +56,10 @@ class Gcg(Section):
     topk: PositiveInt = 256
 
 
+GIVEN = {"prefill": "opening", "templates": "file", "suffixes": "file", "gcg": "gcg"}
+"""The key that each attack has beside its kind."""
+
+
 class Attack(Section):
     """A way to ask harmful prompts: direct, prefill, templates: FILE, suffixes: FILE, or gcg."""
 
@@ -74,7 +78,7 @@ class Attack(Section):
             return {"kind": values}
         if isinstance(values, dict) and len(values) == 1 and "kind" not in values:
             ((kind, given),) = values.items()
-            key = {"prefill": "opening", "templates": "file", "suffixes": "file", "gcg": "gcg"}.get(kind)
+            key = GIVEN.get(kind)
             if key is None:
                 raise ValueError(f"{kind}: no attack; known are direct, prefill, templates, suffixes and gcg")
             return {"kind": kind, key: given}
@@ -93,7 +97,7 @@ class Attack(Section):
 
     @model_serializer(mode="wrap")
     def _as_written(self, handler: SerializerFunctionWrapHandler) -> Any:
-        key = {"prefill": "opening", "templates": "file", "suffixes": "file", "gcg": "gcg"}.get(self.kind)
+        key = GIVEN.get(self.kind)
         return self.kind if key is None else {self.kind: handler(self)[key]}
 
 

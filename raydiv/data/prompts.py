@@ -52,9 +52,25 @@ def prompt_sets(recipe: Recipe) -> list[tuple[list[Source], bool]]:
     return [(sources, both) for sources, both in sets if sources]
 
 
-def read_prompt_sets(recipe: Recipe) -> dict[str, list[Prompt]]:
-    """Prompts of the recipe's prompt sets by their name."""
-    return {named(sources): read_prompts(sources, both=both) for sources, both in prompt_sets(recipe)}
+@dataclass(frozen=True, slots=True)
+class PromptSets:
+    """The prompts that a recipe names; none where it names no set."""
+
+    evaluate: list[Prompt]
+    separation: list[Prompt]
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> PromptSets:
+        """Read them. Raises UserError as ``read_prompts`` does."""
+        answered, apart = recipe.evaluate.prompts, recipe.separation.prompts
+        return cls(
+            read_prompts(answered, both=False) if answered else [], read_prompts(apart, both=True) if apart else []
+        )
+
+    def by_name(self, recipe: Recipe) -> dict[str, list[Prompt]]:
+        """The sets that there are, by what reports call them."""
+        sets = ((recipe.evaluate.prompts, self.evaluate), (recipe.separation.prompts, self.separation))
+        return {named(sources): prompts for sources, prompts in sets if sources}
 
 
 def named(sources: Sequence[Source]) -> str:

@@ -48,8 +48,10 @@ def attempts(
         from raydiv.evaluation.gcg import suffixes_of
 
         found = suffixes_of(model, [prompt.text for _, prompt in harmful], attack, cluster, progress)
-        asked = [Request(with_suffix(prompt.text, own)) for (_, prompt), own in zip(harmful, found, strict=True)]
-        return [Attempt(number, "gcg", request) for (number, _), request in zip(harmful, asked, strict=True)]
+        return [
+            Attempt(number, "gcg", Request(with_suffix(prompt.text, suffix)))
+            for (number, prompt), suffix in zip(harmful, found, strict=True)
+        ]
     return [Attempt(number, attack.kind, ask(prompt.text)) for ask in _ways(attack) for number, prompt in harmful]
 
 

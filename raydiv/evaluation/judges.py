@@ -63,7 +63,7 @@ class Judge:
             raise UserError(f"evaluate.judge: {error}") from None
         if kind == "string":
             return cls(name, ERRORS)
-        source = ModelSource(model_directory(model), precision="bf16" if cluster.use_gpu else "fp32")
+        source = judge_source(model, cluster)
         _require_generator(name, source)
         return cls(name, JUDGES[kind].errors, JUDGES[kind], source)
 
@@ -79,6 +79,11 @@ class Judge:
         rows = [{"ids": form.ask(tokenizer, said(p), a)} for p, a in zip(prompts, answers, strict=True)]
         done = complete(self.source, rows, form.max_new_tokens, tokenizer.eos_token_id, cluster, progress)
         return [form.read(str(tokenizer.decode(ids, skip_special_tokens=True))) for ids in done]
+
+
+def judge_source(model: str, cluster: Cluster) -> ModelSource:
+    """A model that judges, by its id; in half precision on GPUs."""
+    return ModelSource(model_directory(model), precision="bf16" if cluster.use_gpu else "fp32")
 
 
 def _require_generator(name: str, source: ModelSource) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from raydiv.config.recipe import Cluster
 from raydiv.evaluation.generate import Request, generate
-from raydiv.model.files import model_directory
+from raydiv.evaluation.judges import judge_source
 from raydiv.model.load import ModelSource
 from raydiv.pool import Progress, unwatched
 
@@ -134,7 +134,7 @@ def model_judge(model: ModelSource, cluster: Cluster, progress: Progress = unwat
 
 def pairwise_judge(name: str, cluster: Cluster) -> ModelSource:
     """The chat model that a user names as a judge. Raises UserError for one without a chat template."""
-    source = ModelSource(model_directory(name), precision="bf16" if cluster.use_gpu else "fp32")
+    source = judge_source(name, cluster)
     source.chat()
     return source
 

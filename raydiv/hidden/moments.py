@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from raydiv.hidden.distances import Array, Labels, bhattacharyya_of, frechet_of
+from raydiv.hidden.separation import length_auc
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +89,13 @@ class Streams:
             bhattacharyya_of(axes.T @ difference, first, second, in_plane),
             _pooled_distance(one, two) if spread else 0.0,
             frechet_of(difference, one.covariance, two.covariance),
-            _length_auc(self.lengths[True], self.lengths[False]),
+            self._length_auc(),
         )
+
+    def _length_auc(self) -> float:
+        harmful, harmless = self.lengths[True], self.lengths[False]
+        labels = np.arange(len(harmful) + len(harmless)) < len(harmful)
+        return length_auc(labels, np.array([*harmful, *harmless]), [*harmful.values(), *harmless.values()])
 
 
 def _pooled_distance(one: Moments, two: Moments) -> float | None:
@@ -105,13 +110,3 @@ def _pooled_distance(one: Moments, two: Moments) -> float | None:
     pooled, difference = (one.scatter + two.scatter) / degrees, one.mean - two.mean
     squared = float(difference @ np.linalg.lstsq(pooled, difference, rcond=None)[0])
     return (squared * (degrees - d - 1) / degrees - d * (1 / one.count + 1 / two.count)) / 8
-
-
-def _length_auc(harmful: Counter[int], harmless: Counter[int]) -> float:
-    """How well length alone tells the classes apart, from how often each length occurs; 0.5 not at all."""
-    from sklearn.metrics import roc_auc_score
-
-    lengths = [*harmful, *harmless]
-    labels: NDArray[np.bool_] = np.arange(len(lengths)) < len(harmful)
-    auc = float(roc_auc_score(labels, lengths, sample_weight=[*harmful.values(), *harmless.values()]))
-    return max(auc, 1 - auc)

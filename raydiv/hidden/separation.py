@@ -79,10 +79,8 @@ def separation_of(
 ) -> Separation:
     """Separation of hidden states [n, d] of prompts with labels ``harmful`` [n] and token ``lengths`` [n].
 
-    Without ``resampled`` there is no interval, which is most of the work.
+    Without ``resampled`` there is no interval.
     """
-    from sklearn.metrics import roc_auc_score
-
     generator = np.random.default_rng(seed)
     cloud = _Cloud.of(hidden)
     expected = cloud.by_chance(harmful, generator)
@@ -94,10 +92,9 @@ def separation_of(
     if len(rows) >= 2 * SMALLEST:
         part = _Cloud.of(hidden[rows])
         matched = _figures(part, harmful[rows], part.by_chance(harmful[rows], generator))
-    auc = float(roc_auc_score(harmful, lengths))
     return Separation(
         figures=figures,
-        length_auc=max(auc, 1 - auc),
+        length_auc=length_auc(harmful, lengths),
         length_matched=len(rows),
         matched=matched,
         shuffled=replace(_mean(shuffled), d_b=float(chance.mean())),
@@ -218,6 +215,14 @@ def _components(hidden: Array) -> Array:
 
 def _plane(components: Array) -> Array:
     return np.pad(components[:, :2], ((0, 0), (0, max(0, 2 - components.shape[1]))))
+
+
+def length_auc(harmful: Labels, lengths: NDArray[np.int64], counts: Sequence[int] | None = None) -> float:
+    """How well token length alone tells the classes apart, 0.5 not at all; ``counts``: how often each row occurs."""
+    from sklearn.metrics import roc_auc_score
+
+    auc = float(roc_auc_score(harmful, lengths, sample_weight=counts))
+    return max(auc, 1 - auc)
 
 
 def length_matched(harmful: NDArray[np.bool_], lengths: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from raydiv.config import Recipe
-from raydiv.data.prompts import named, read_prompts
+from raydiv.data.prompts import PromptSets, named
 from raydiv.measure.evaluations import Judges, against, measure_answers
 from raydiv.measure.separations import measure_separation
 from raydiv.model.load import ModelSource
@@ -17,16 +17,13 @@ from raydiv.run import RunDirectory
 class Measurements:
     """The measurements that a recipe asks for; ``show_text`` writes prompts and answers out.
 
-    Raises UserError for prompts, judges and attacks that cannot be used, before anything is started.
+    Raises UserError for judges and attacks that cannot be used, before anything is started.
     """
 
-    def __init__(self, recipe: Recipe, display: Display, show_text: bool) -> None:
-        self._recipe, self._display, self._show_text = recipe, display, show_text
-        apart, answered = recipe.separation.prompts, recipe.evaluate.prompts
-        self._anchors = read_prompts(apart, both=True) if apart else []
-        self._asked = read_prompts(answered, both=False) if answered else []
+    def __init__(self, recipe: Recipe, prompts: PromptSets, display: Display, show_text: bool) -> None:
+        self._recipe, self._prompts, self._display, self._show_text = recipe, prompts, display, show_text
         self._before: list[str] = []
-        self._judges = Judges.of(recipe.evaluate, recipe.cluster) if answered else None
+        self._judges = Judges.of(recipe.evaluate, recipe.cluster) if prompts.evaluate else None
 
     def take(self, run: RunDirectory, when: str, base_directory: Path) -> None:
         """Measure the model ``before`` or ``after`` training into the run directory; needs a Ray session."""
@@ -36,12 +33,14 @@ class Measurements:
         metrics: dict[str, float] = {}
         if recipe.separation.prompts:
             how, name = recipe.separation, named(recipe.separation.prompts)
-            apart = measure_separation(model, self._anchors, how, recipe.cluster, display, label=when, name=name)
+            apart = measure_separation(
+                model, self._prompts.separation, how, recipe.cluster, display, label=when, name=name
+            )
             apart.write(run.separation, when)
             metrics |= apart.metrics()
         if self._judges is not None:
             answers = measure_answers(
-                model, base, self._asked, recipe.evaluate, self._judges, recipe.cluster, display, label=when
+                model, base, self._prompts.evaluate, recipe.evaluate, self._judges, recipe.cluster, display, label=when
             )
             if when == "after" and self._judges.pairs is not None:
                 answers = against(answers, self._before, self._judges.pairs, recipe.cluster, display)

@@ -91,8 +91,9 @@ class SeparationReport:
 
     def table(self) -> tuple[list[str], list[tuple[str, ...]]]:
         """Header and a row per figure of the last layer: of all prompts, of the length-matched ones, and by chance."""
-        found, streamed = self.separation, self.layers[-1].streamed
-        columns = (found.figures, found.matched, found.shuffled, *([] if streamed is None else [streamed]))
+        found, last = self.separation, self.layers[-1]
+        streamed = [] if last.streamed is None else [last.streamed]
+        columns = (found.figures, found.matched, found.shuffled, *streamed)
         rows = [(label, *(_shown(getattr(one, name, None)) for one in columns)) for name, label in FIGURES.items()]
         low_high = found.d_b_interval
         interval = "-" if low_high is None else f"{low_high[0]:.2f} to {low_high[1]:.2f}"
@@ -105,12 +106,12 @@ class SeparationReport:
                 _shown(found.length_auc),
                 _shown(0.5) if found.matched else "-",
                 "",
-                *([] if streamed is None else [_shown(streamed.length_auc)]),
+                *(_shown(one.length_auc) for one in streamed),
             )
         )
-        which = "all prompts" if streamed is None else f"sample of {len(self.kinds)}"
-        header = [f"layer {self.layers[-1].layer}", which, "lengths matched", "labels shuffled"]
-        return header + ([] if streamed is None else [f"all {self.count}, streamed"]), rows
+        which = f"sample of {len(self.kinds)}" if streamed else "all prompts"
+        header = [f"layer {last.layer}", which, "lengths matched", "labels shuffled"]
+        return [*header, *(f"all {self.count}, streamed" for _ in streamed)], rows
 
     def layer_table(self) -> tuple[list[str], list[tuple[str, ...]]]:
         """Header and a row per layer, with intervals where every layer has one; no rows where one layer was read."""

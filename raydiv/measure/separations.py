@@ -15,7 +15,7 @@ from raydiv.config.recipe import Cluster
 from raydiv.config.recipe import Separation as SeparationSection
 from raydiv.data.prompts import Prompt, named, read_prompts, sets_of
 from raydiv.errors import UserError
-from raydiv.hidden.embed import Read, Readout, drawn, embed
+from raydiv.hidden.embed import Readout, drawn, embed
 from raydiv.hidden.moments import Streams
 from raydiv.hidden.separation import principal_plane, separation_of
 from raydiv.hidden.store import EmbeddingFile
@@ -51,9 +51,11 @@ def measure_separation(
         states = _States(prompts, how)
         rows = embed(model, prompts, cluster, Readout.of(how))
         while some := list(islice(rows, TAKEN_IN)):
-            states.add(some)
+            positions = [position for position, _, _ in some]
+            hidden, lengths = np.stack([state for _, state, _ in some]), [length for _, _, length in some]
+            states.add(positions, hidden, lengths)
             if file is not None:
-                file.write([prompts[position] for position, _, _ in some], *_columns(some))
+                file.write([prompts[position] for position in positions], hidden, lengths)
             update(states.count, len(prompts))
     return states.report(layers, label=label, name=name)
 
@@ -70,14 +72,14 @@ class _States:
         self._streams = Streams() if len(self._order) < len(prompts) else None
         self.count = 0
 
-    def add(self, rows: Sequence[Read]) -> None:
-        """Take in what was read of some prompts."""
-        self.count += len(rows)
+    def add(self, positions: Sequence[int], hidden: np.ndarray, lengths: Sequence[int]) -> None:
+        """Take in states [n, layers, d] and token lengths [n] of the prompts at ``positions``."""
+        self.count += len(positions)
         if self._streams is not None:
-            self._streams.add(
-                _columns(rows)[0], self._harmful[[position for position, _, _ in rows]], _columns(rows)[1]
-            )
-        self._sample |= {position: (state, length) for position, state, length in rows if position in self._wanted}
+            self._streams.add(hidden, self._harmful[positions], lengths)
+        for position, state, length in zip(positions, hidden, lengths, strict=True):
+            if position in self._wanted:
+                self._sample[position] = (state.copy(), length)
 
     def report(self, layers: Sequence[int], *, label: str, name: str) -> SeparationReport:
         """Figures of all ``layers`` that were read."""
@@ -92,11 +94,6 @@ class _States:
         kinds = [self._prompts[position].kind for position in self._order]
         plane = principal_plane(points[:, last])
         return SeparationReport(label, name, self.count, Readout.of(self._how), found, plane, kinds, harmful.tolist())
-
-
-def _columns(rows: Sequence[Read]) -> tuple[np.ndarray, list[int]]:
-    """States [n, layers, d] and token lengths [n] of rows."""
-    return np.stack([state for _, state, _ in rows]), [length for _, _, length in rows]
 
 
 def separation(
@@ -121,16 +118,15 @@ def separation(
     """
     display, cluster, how = display or Display(), cluster or Cluster(), how or SeparationSection()
     sources = sources_of(models, template, precision)
-    sets = {
-        named(one): read_prompts(one, both=True)
-        for one in sets_of(prompts, harmful, harmless, default="bundled:anchors")
-    }
+    asked = sets_of(prompts, harmful, harmless, default="bundled:anchors")
+    # not by name: configurations of one published set are called the same
+    sets = [(named(one), read_prompts(one, both=True)) for one in asked]
     _require_comparable(models, sources, Readout.of(how), different_models)
     files = _files(embeddings, len(models), len(sets))
     reports = []
     with ray_session(cluster):
         for m, (model, source) in enumerate(zip(models, sources, strict=True)):
-            for s, (name, own) in enumerate(sets.items()):
+            for s, (name, own) in enumerate(sets):
                 shared = trained_on(model, {name: own}, display)
                 keep = files.get((m, s))
                 found = measure_separation(source, own, how, cluster, display, label=model, name=name, keep=keep)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from raydiv import dist
 from raydiv.config import Recipe
-from raydiv.data.prompts import read_prompts
+from raydiv.data.prompts import Prompt
 from raydiv.hidden.embed import Readout, collated, drawn, pooled
 from raydiv.hidden.separation import as_row, separation_of
+from raydiv.model.chat import Chat
 from raydiv.model.collate import Ids, Inputs, collate
-from raydiv.model.load import ModelSource
-from raydiv.training.step import Stepper
+from raydiv.training.step import Stepper, gathered
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,18 +27,15 @@ class Anchors:
     readout: Readout
 
     @classmethod
-    def of(cls, recipe: Recipe, directory: Path) -> Anchors | None:
-        """The recipe's separation prompts (a sample of many), where they are measured during training."""
+    def of(cls, recipe: Recipe, chat: Chat, prompts: Sequence[Prompt]) -> Anchors | None:
+        """The recipe's separation ``prompts`` (a sample of many), where they are measured during training."""
         section = recipe.separation
-        if section.every is None or section.prompts is None:
+        if section.every is None:
             return None
-        prompts = read_prompts(section.prompts, both=True)
-        readout = Readout.of(section)
-        chat = ModelSource.of(recipe, directory).chat()
         harmful = np.array([prompt.harmful for prompt in prompts])
-        chosen = [prompts[position] for position in drawn(harmful, section.sample)]
-        ids = [chat.prompt(prompt.text, generation=False) for prompt in chosen]
-        return cls(ids, np.array([prompt.harmful for prompt in chosen]), readout)
+        chosen = drawn(harmful, section.sample)
+        ids = [chat.prompt(prompts[position].text, generation=False) for position in chosen]
+        return cls(ids, harmful[chosen], Readout.of(section))
 
 
 def policy_separation(stepper: Stepper, anchors: Anchors) -> dict[str, float]:
@@ -47,26 +43,16 @@ def policy_separation(stepper: Stepper, anchors: Anchors) -> dict[str, float]:
 
     All ranks must call it; rank 0 has the figures.
     """
-    lengths = [len(ids) for ids in anchors.ids]
-    model = stepper.engine.model
+    lengths, model = [len(ids) for ids in anchors.ids], stepper.engine.model
     model.eval()
     layer = anchors.readout.numbers(model.config.get_text_config().num_hidden_layers)[-1]
-    found: list[tuple[list[int], torch.Tensor]] = []
-    for micro_batch in stepper.layout.scoring(lengths)[dist.rank()]:
-        own = [anchors.ids[position] for position in micro_batch]
-        states = _states(stepper, own, layer, anchors.readout.pooling)
-        found += [(micro_batch, states)] if micro_batch else []
-    hidden = torch.zeros((len(lengths), _width(model)), device=stepper.engine.device)
-    for positions, states in found:
-        hidden[positions] = states
-    points = dist.sum_over_ranks(hidden).cpu().numpy().astype(np.float64)
+    mine = stepper.layout.scoring(lengths)[dist.rank()]
+    prompts = [[anchors.ids[position] for position in micro_batch] for micro_batch in mine]
+    states = [_states(stepper, own, layer, anchors.readout.pooling) for own in prompts]
+    points = gathered(len(lengths), mine, states, stepper.engine.device).numpy().astype(np.float64)
     if dist.rank():
         return {}
     return as_row(separation_of(points, anchors.harmful, np.array(lengths), resampled=False))
-
-
-def _width(model: torch.nn.Module) -> int:
-    return int(model.config.get_text_config().hidden_size)  # type: ignore[union-attr, operator]
 
 
 def _states(stepper: Stepper, prompts: Sequence[Ids], layer: int, pooling: str) -> torch.Tensor:

@@ -108,7 +108,7 @@ class Stepper:
     def _keep_graph(self, chosen: StepExamples, given: Batch, micro_batch: MicroBatch) -> Verdict:
         """One pass for any objective: a rank's only micro-batch keeps its graph until the coefficients are known."""
         score = self._score(chosen.number, chosen.examples, micro_batch, grad=True)
-        logps = self._gather(chosen.examples, [micro_batch], [score])
+        logps = gathered(len(chosen.examples), [micro_batch], [score], self.engine.device)
         verdict = judge(self.terms, self.states, replace(given, logps=logps))
         self.engine.backward((self._own(verdict.coefficients, micro_batch) * score).sum(), last=True)
         return verdict
@@ -124,7 +124,9 @@ class Stepper:
                 self._forward(chosen.number, micro_batch, inputs, weigh, runs), last=count == len(mine)
             )
         own = [logps[micro_batch] for micro_batch in mine]
-        return judge(self.terms, self.states, replace(given, logps=self._gather(chosen.examples, mine, own)))
+        return judge(
+            self.terms, self.states, replace(given, logps=gathered(len(chosen.examples), mine, own, self.engine.device))
+        )
 
     def _weigh_known(
         self, batch: Batch, micro_batch: MicroBatch, inputs: Inputs, part: slice, token_logps: Tensor
@@ -175,7 +177,7 @@ class Stepper:
     def _score_layout(self, step: int, examples: TokenizedExamples, mine: list[MicroBatch]) -> Tensor:
         """Log-probs [n] of ``examples``, of which this rank scores ``mine``, without graph."""
         scores = [self._score(step, examples, micro_batch, grad=False) for micro_batch in mine]
-        return self._gather(examples, mine, scores)
+        return gathered(len(examples), mine, scores, self.engine.device)
 
     def _forward(
         self,
@@ -192,14 +194,6 @@ class Stepper:
         self.head.aim(inputs.rows, inputs.columns, inputs.targets, weigh, runs)
         return self.engine(**inputs.arguments()).logits  # type: ignore[no-any-return]
 
-    def _gather(self, examples: TokenizedExamples, mine: list[MicroBatch], scores: list[Tensor]) -> Tensor:
-        """All ranks' log-probs [n], fp32 on the CPU, in example order."""
-        logps = torch.zeros(len(examples), device=self.engine.device)
-        for micro_batch, score in zip(mine, scores, strict=True):
-            if micro_batch:
-                logps[micro_batch] = score.detach().float()
-        return dist.sum_over_ranks(logps).cpu()
-
     def _adapter_off(self, chosen: StepExamples) -> tuple[Tensor, Tensor]:
         """Reference log-probs [n] and [m] of the step from the policy without its adapters, and without dropout."""
         model = self.engine.model
@@ -209,6 +203,19 @@ class Stepper:
             logps = (self._score_all(chosen.number, chosen.examples), self._score_all(chosen.number, chosen.mismatched))
         model.train(training)
         return logps
+
+
+def gathered(count: int, mine: Sequence[MicroBatch], values: Sequence[Tensor], device: torch.device) -> Tensor:
+    """All ranks' values [count, ...] of ``count`` examples, fp32 on the CPU, in example order.
+
+    ``values[i]`` [m, ...] are this rank's of micro-batch ``mine[i]``; those of an empty one count for nothing. ``device`` is
+    where the ranks' collectives are.
+    """
+    whole = torch.zeros((count, *values[0].shape[1:]), device=device)
+    for micro_batch, own in zip(mine, values, strict=True):
+        if micro_batch:
+            whole[micro_batch] = own.detach().float()
+    return dist.sum_over_ranks(whole).cpu()
 
 
 def joined(scored: Sequence[Batch], order: np.ndarray, units: np.ndarray) -> Batch:
