@@ -15,13 +15,13 @@ from matplotlib.image import imread
 from scipy.stats import chi2
 
 from raydiv.report import figures
-from raydiv.report.drawing import INK, png, styled, svg
+from raydiv.report.drawing import INK, Picture, png, styled, svg
 from raydiv.report.page import page, write_report
 from raydiv.report.table import before_after, label_of, measured
 from raydiv.run import RunDirectory
 
 TV = {"divergence/name": "TV(D+ || D-)", "divergence/ceiling": 1.0}
-NO_PICTURES: dict[str, list[figures.Picture]] = {"training": [], "separation": [], "rewards": []}
+NO_PICTURES: dict[str, list[Picture]] = {"training": [], "separation": [], "rewards": []}
 PICTURES = {
     *("loss", "divergence", "rewards", "margin", "log-ratio", "gradient", "reward-distribution"),
     *("plane-before", "plane-after", "separation"),
@@ -64,7 +64,7 @@ class Reader(HTMLParser):
         assert self.open.pop() == tag
 
 
-def drawn(picture: figures.Picture | None) -> Any:
+def drawn(picture: Picture | None) -> Any:
     """The picture's only axis."""
     assert picture
     (axis,) = picture.figure.axes

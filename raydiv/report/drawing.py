@@ -5,7 +5,10 @@ from __future__ import annotations
 import html
 import io
 import re
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 INK = "#010203"
@@ -55,6 +58,16 @@ STYLE: dict[str, Any] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A figure, the name of its file, and what to see in it."""
+
+    name: str
+    title: str
+    figure: Any
+    caption: str
+
+
 def styled() -> AbstractContextManager[None]:
     """Whatever is drawn within looks as STYLE says."""
     from matplotlib import rc_context
@@ -78,6 +91,13 @@ def png(figure: Any) -> bytes:
     with styled():
         figure.savefig(buffer, format="png", dpi=200, facecolor="white")
     return buffer.getvalue()
+
+
+def write_pictures(folder: Path, drawn: Iterable[Picture]) -> None:
+    """Leave a PNG of each in ``folder``."""
+    folder.mkdir(exist_ok=True)
+    for picture in drawn:
+        (folder / f"{picture.name}.png").write_bytes(png(picture.figure))
 
 
 def svg(figure: Any, name: str, described: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raydiv.report.drawing import AMBER, BLUE, GREY, INK, RED, TEAL, new_axis, styled
+from raydiv.report.drawing import AMBER, BLUE, GREY, INK, RED, TEAL, Picture, new_axis, styled
 from raydiv.report.table import read_json
 from raydiv.run import Metrics, RunDirectory
 
@@ -32,16 +32,6 @@ MOST_BINS = 40
 LONGEST_LABEL = 28
 LEGEND_ROW = 0.19
 """Inches."""
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A figure, the name of its file, and what to see in it."""
-
-    name: str
-    title: str
-    figure: Any
-    caption: str
 
 
 @dataclass(frozen=True, slots=True)

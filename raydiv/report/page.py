@@ -1,4 +1,4 @@
-"""report.html: one file that asks for no other, read on a screen, on a phone and on paper."""
+"""report.html of a run."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from raydiv.config import Recipe
-from raydiv.report.drawing import png, svg
-from raydiv.report.figures import Picture, pictures
+from raydiv.report.drawing import Picture, write_pictures
+from raydiv.report.figures import pictures
+from raydiv.report.html import document, figures, note_list, paragraph, scroll, section, table
 from raydiv.report.table import Measured, Row, measured, notes
 from raydiv.run import RunDirectory
-
-STYLE = Path(__file__).with_name("style.css")
 
 GROUPS = {
     "separation": "Separation of harmful and harmless prompts",
@@ -50,9 +49,7 @@ NO_REFERENCE = "There are none: the objective has no reference to count rewards 
 def write_report(run: RunDirectory) -> None:
     """Leave a PNG of each picture in the run, and report.html, which holds them all."""
     drawn = pictures(run)
-    run.pictures.mkdir(exist_ok=True)
-    for picture in (picture for section in drawn.values() for picture in section):
-        (run.pictures / f"{picture.name}.png").write_bytes(png(picture.figure))
+    write_pictures(run.pictures, [picture for several in drawn.values() for picture in several])
     run.report.write_text(page(run, drawn))
 
 
@@ -60,68 +57,40 @@ def page(run: RunDirectory, drawn: Mapping[str, Sequence[Picture]]) -> str:
     """The whole of report.html with these pictures, by section."""
     result, recipe = json.loads(run.result.read_text()), run.read_recipe()
     sections = [
-        _section("Before and after", _measured(measured(run)), _notes(notes(run))),
-        _section("Training", _figures(drawn["training"]), _paragraph(FALLING)),
-        _section("Separation", _figures(drawn["separation"]) or _paragraph(NO_PLANE)),
-        _section("Rewards of held-out examples", _figures(drawn["rewards"]) or _paragraph(_no_rewards(recipe))),
+        section("Before and after", _measured(measured(run)), note_list(notes(run))),
+        section("Training", figures(drawn["training"]), paragraph(FALLING)),
+        section("Separation", figures(drawn["separation"]) or paragraph(NO_PLANE)),
+        section("Rewards of held-out examples", figures(drawn["rewards"]) or paragraph(_no_rewards(recipe))),
         _texts(run),
-        _section("Recipe", f"<pre>{escape(run.recipe.read_text())}</pre>"),
-        _section("Environment and data", _environment(result)),
+        section("Recipe", f"<pre>{escape(run.recipe.read_text())}</pre>"),
+        section("Environment and data", _environment(result)),
     ]
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>raydiv: {escape(result["name"])}</title>
-<style>
-{STYLE.read_text()}</style>
-</head>
-<body>
-<header>
-<h1>{escape(result["name"])}</h1>
-{_facts(result, recipe)}
-</header>
-<main>
-{"".join(sections)}</main>
-</body>
-</html>
-"""
+    return document(result["name"], _facts(result, recipe), sections)
 
 
-def _section(heading: str, *parts: str) -> str:
-    return "\n".join(["<section>", f"<h2>{heading}</h2>", *filter(None, parts), "</section>", ""])
-
-
-def _paragraph(text: str) -> str:
-    return f"<p>{text}</p>"
-
-
-def _facts(result: Mapping[str, Any], recipe: Recipe) -> str:
-    """What the run was, in a line."""
+def _facts(result: Mapping[str, Any], recipe: Recipe) -> dict[str, str]:
+    """What the run was."""
     mixed = [f"{weight:g} {objective.name}" for objective, weight, _ in recipe.loss.terms[1:]]
-    facts = {
+    return {
         "Model": recipe.model.id + (f", LoRA r {recipe.model.lora.r}" if recipe.model.lora else ""),
         "Objective": " + ".join([recipe.loss.type, *mixed]),
         "Estimates": result["metrics"].get("divergence/name", "no divergence"),
         "Updates": f"{result['steps']['taken']} of {result['steps']['planned']}",
         "Workers": str(recipe.cluster.num_workers),
     }
-    pairs = "".join(f"<div><dt>{name}</dt><dd>{escape(fact)}</dd></div>\n" for name, fact in facts.items())
-    return f'<dl class="facts">\n{pairs}</dl>'
 
 
 def _measured(rows: Sequence[Row]) -> str:
     """The before | after table, in groups of metrics."""
     if not rows:
-        return _paragraph(NOT_MEASURED)
+        return paragraph(NOT_MEASURED)
     intervals = any(found and found.interval for row in rows for found in (row.before, row.after))
     beside = " <small>95% interval</small>" if intervals else ""
     ends = "".join(f'<th scope="col">{when}{beside}</th>' for when in ("before", "after"))
     head = f'<thead><tr><th scope="col">measure</th>{ends}</tr></thead>'
     groups = "\n".join(_group(name, list(own)) for name, own in groupby(rows, key=attrgetter("group")))
-    table = f'<table class="measured">\n<caption>{TOGETHER}</caption>\n{head}\n{groups}\n</table>'
-    return _scroll(table, "Before and after")
+    whole = f'<table class="measured">\n<caption>{TOGETHER}</caption>\n{head}\n{groups}\n</table>'
+    return scroll(whole, "Before and after")
 
 
 def _group(name: str, rows: Sequence[Row]) -> str:
@@ -143,25 +112,6 @@ def _cell(found: Measured | None) -> str:
     return f"<td>{value} <small>{interval}</small></td>".replace("-", "&minus;")
 
 
-def _scroll(table: str, name: str) -> str:
-    """A box in which a wide table moves by itself."""
-    return f'<div class="scroll" role="region" tabindex="0" aria-label="{name}">\n{table}\n</div>'
-
-
-def _notes(words: Sequence[str]) -> str:
-    items = "\n".join(f"<li>{escape(note)}</li>" for note in words)
-    return f'<ul class="notes">\n{items}\n</ul>' if words else ""
-
-
-def _figures(drawn: Sequence[Picture]) -> str:
-    return '<div class="pictures">\n' + "\n".join(map(_figure, drawn)) + "\n</div>" if drawn else ""
-
-
-def _figure(picture: Picture) -> str:
-    image = svg(picture.figure, picture.name, picture.title)
-    return f"<figure>\n{image}\n<figcaption>{escape(picture.caption)}</figcaption>\n</figure>"
-
-
 def _no_rewards(recipe: Recipe) -> str:
     return NO_HELD_OUT if recipe.data.eval is None else NO_REFERENCE
 
@@ -178,7 +128,7 @@ def _texts(run: RunDirectory) -> str:
     head = '<tr><th scope="col">prompt</th><th scope="col">before</th><th scope="col">after</th></tr>'
     table = f'<table class="texts">\n<thead>{head}</thead>\n<tbody>\n{rows}\n</tbody></table>'
     opening = f"<summary>{len(after)} prompts, written out because of --show-text</summary>"
-    return _section("Answers", f"<details>\n{opening}\n{_scroll(table, 'Answers')}\n</details>")
+    return section("Answers", f"<details>\n{opening}\n{scroll(table, 'Answers')}\n</details>")
 
 
 def _answers(path: Path) -> list[dict[str, Any]]:
@@ -207,10 +157,10 @@ def _environment(result: Mapping[str, Any]) -> str:
     reference = {f"reference log-probs, {name}": count for name, count in data["reference"].items()}
     counts = [(_words(key), *(str(found[key]) for found in sets.values())) for key in data["train"]]
     tables = [
-        _table("Versions", [], list(result["versions"].items())),
-        _table("Layout", [], _pairs(result["layout"])),
-        _table("Examples", list(sets), counts),
-        _table("Data", [], _pairs(others | reference)),
+        table("Versions", [], list(result["versions"].items())),
+        table("Layout", [], _pairs(result["layout"])),
+        table("Examples", list(sets), counts),
+        table("Data", [], _pairs(others | reference)),
     ]
     return '<div class="tables">\n' + "\n".join(tables) + "\n</div>"
 
@@ -221,14 +171,3 @@ def _pairs(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _words(key: str) -> str:
     return key.replace("_", " ")
-
-
-def _table(caption: str, columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> str:
-    """A table with a heading for each row, and for each column where ``columns`` names them."""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
-    body = "\n".join(
-        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(value)}</td>" for value in values)}</tr>'
-        for name, *values in rows
-    )
-    top = f"<thead><tr><td></td>{head}</tr></thead>\n" if columns else ""
-    return _scroll(f"<table>\n<caption>{caption}</caption>\n{top}<tbody>\n{body}\n</tbody></table>", caption)
