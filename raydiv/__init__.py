@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from raydiv.model.export import export
     from raydiv.planning.forecast import Plan, plan
     from raydiv.preparation import Prepared, prepare
+    from raydiv.studies.study import StudyResult, study
+    from raydiv.sweeps.sweep import SweepResult, sweep
 
 _WHERE = {
     "Recipe": "raydiv.config",
@@ -36,6 +38,10 @@ _WHERE = {
     "train": "raydiv.launch",
     "evaluate": "raydiv.measure.evaluations",
     "separation": "raydiv.measure.separations",
+    "StudyResult": "raydiv.studies.study",
+    "study": "raydiv.studies.study",
+    "SweepResult": "raydiv.sweeps.sweep",
+    "sweep": "raydiv.sweeps.sweep",
     "export": "raydiv.model.export",
     "bench_data": "raydiv.benchmarks.data",
     "bench_training": "raydiv.benchmarks.training",
@@ -46,6 +52,8 @@ __all__ = [
     "Prepared",
     "Recipe",
     "Result",
+    "StudyResult",
+    "SweepResult",
     "UserError",
     "bench_data",
     "bench_training",
@@ -57,6 +65,8 @@ __all__ = [
     "plan",
     "prepare",
     "separation",
+    "study",
+    "sweep",
     "train",
 ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -17,7 +18,7 @@ from raydiv.planning.layout import largest_share, settle, with_layout
 from raydiv.preparation import Opened, Prepared, fill, read
 from raydiv.progress import Display, step_note
 from raydiv.report.page import write_report
-from raydiv.run import Metrics, RunDirectory
+from raydiv.run import Metrics, RunDirectory, last_values
 from raydiv.session import cpus_per_worker, ray_session, threads_per_worker, training_environment, worker_memory
 from raydiv.track import Tracker
 from raydiv.training.anchors import Anchors
@@ -41,10 +42,17 @@ class Result:
     report: dict[str, Any]
 
 
-def train(recipe: Recipe, display: Display | None = None, show_text: bool = False) -> Result:
+def train(
+    recipe: Recipe,
+    display: Display | None = None,
+    show_text: bool = False,
+    *,
+    watch: Callable[[Metrics], None] | None = None,
+) -> Result:
     """One run: prepares what is missing, measures the model, trains, measures again, and leaves a complete run directory.
 
-    ``show_text`` writes prompts and answers into evaluation/; without it there are ids and verdicts only.
+    ``show_text`` writes prompts and answers into evaluation/; without it there are ids and verdicts only. ``watch`` is called
+    with each line of metrics.jsonl as it is written.
 
     Raises UserError for what the user must change (a run that is already there included), RuntimeError when training fails.
     """
@@ -62,7 +70,7 @@ def train(recipe: Recipe, display: Display | None = None, show_text: bool = Fals
         run.note_rows((prepared.data.bad + prepared.data.cut).lines())
         tracker = Tracker(recipe, _tags(recipe, prepared), display.say)
         try:
-            with run.followed(tracker.metrics):
+            with run.followed(tracker.metrics), run.followed(watch) if watch else nullcontext():
                 measurements.take(run, "before", prepared.directory)
                 _fit(recipe, opened, prepared, run, display, training_environment(recipe, roomy))
                 _say_layout(run, display)
@@ -156,9 +164,7 @@ def _tags(recipe: Recipe, prepared: Prepared) -> dict[str, str]:
 
 def _conclude(recipe: Recipe, prepared: Prepared, run: RunDirectory, tracker: Tracker) -> Result:
     """Write result.json and the report, and send them to MLflow."""
-    metrics: Metrics = {}
-    for record in run.metrics():
-        metrics |= record
+    metrics = last_values(run.metrics())
     report: dict[str, Any] = {
         "name": recipe.name,
         "steps": {"planned": prepared.steps(recipe), "taken": run.steps_taken()},
@@ -180,7 +186,7 @@ def _conclude(recipe: Recipe, prepared: Prepared, run: RunDirectory, tracker: Tr
     }
     run.result.write_text(json.dumps(report, indent=2) + "\n")
     write_report(run)
-    for path in (run.recipe, run.result, run.report, *sorted(run.pictures.glob("*.png")), run.rows):
+    for path in (run.recipe, run.result, run.metrics_file, run.report, *sorted(run.pictures.glob("*.png")), run.rows):
         if path.exists():
             tracker.artifact(path)
     if not tracker.finish():

@@ -19,6 +19,7 @@ from ray.data.block import BlockMetadata
 
 from raydiv.config.recipe import Cluster
 from raydiv.errors import UserError
+from raydiv.session import cpus
 
 Row = dict[str, Any]
 Progress = Callable[[int, int | None], None]
@@ -122,9 +123,9 @@ def _objects(cells: pa.Table) -> list[Any]:
 
 
 def _devices(cluster: Cluster, model: bool) -> int:
-    """CPUs of the cluster, or its GPUs where these hold the models."""
-    kind = "GPU" if model and cluster.use_gpu else "CPU"
-    return max(1, int(ray.cluster_resources().get(kind, 1)))
+    """CPUs of the run, or the cluster's GPUs where these hold the models."""
+    on_gpus = model and cluster.use_gpu
+    return max(1, int(ray.cluster_resources().get("GPU", 1) if on_gpus else cpus(cluster)))
 
 
 def _through(

@@ -20,6 +20,18 @@ Metrics = dict[str, Any]
 """A line of metrics.jsonl: numbers by name, and the name of the divergence."""
 
 
+def last_values(records: Iterable[Metrics]) -> Metrics:
+    """The last value of every metric."""
+    found: Metrics = {}
+    for record in records:
+        found |= record
+    return found
+
+
+SEPARATION, EVALUATION = "separation", "evaluation"
+"""Folders of a run."""
+
+
 class RunDirectory:
     """``OUTPUT_DIR/NAME``. metrics.jsonl is the record that progress, MLflow and the report are read from."""
 
@@ -30,8 +42,8 @@ class RunDirectory:
         self.report = path / "report.html"
         self.rows = path / "rows.jsonl"
         self.model = path / "model"
-        self.separation = path / "separation"
-        self.evaluation = path / "evaluation"
+        self.separation = path / SEPARATION
+        self.evaluation = path / EVALUATION
         self.pictures = path / "pictures"
         self.ray = path / "ray"
         self._layout = path / "layout.json"

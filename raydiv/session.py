@@ -15,8 +15,10 @@ from raydiv.errors import UserError
 
 
 @contextmanager
-def ray_session(cluster: Cluster) -> Iterator[None]:
+def ray_session(cluster: Cluster, *, dashboard: bool = False) -> Iterator[None]:
     """Connect to Ray, quietly, and check that the recipe's workers fit; a Ray that was running before is left running.
+
+    A local one has a ``dashboard``, which Ray jobs need, if it is asked for; none but this machine reaches it.
 
     Every process of the session gets ``cluster.env``, and DeepSpeed's word for the device.
     """
@@ -33,7 +35,7 @@ def ray_session(cluster: Cluster) -> Iterator[None]:
             with _core_log_silenced():
                 ray.init(
                     address=address,
-                    include_dashboard=None if address else False,
+                    **({} if address else {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}),
                     log_to_driver=False,
                     logging_level=logging.ERROR,
                     runtime_env={"env_vars": worker_environment(cluster)},
@@ -49,18 +51,47 @@ def ray_session(cluster: Cluster) -> Iterator[None]:
             ray.shutdown()
 
 
-def cpus_per_worker(cluster: Cluster) -> float:
-    """CPUs that a training worker reserves; by default an equal share of nine tenths, so that others can still start."""
+def cpus(cluster: Cluster) -> float:
+    """CPUs that a run may take: the cluster's, unless the recipe says fewer."""
     import ray
 
+    return cluster.cpus or float(ray.cluster_resources().get("CPU", 1))
+
+
+def cpus_per_worker(cluster: Cluster) -> float:
+    """CPUs that a training worker reserves; by default an equal share of nine tenths, so that others can still start."""
     if cluster.cpus_per_worker is not None:
         return cluster.cpus_per_worker
-    return round(0.9 * float(ray.cluster_resources().get("CPU", 1)) / cluster.num_workers, 3)
+    return round(0.9 * cpus(cluster) / cluster.num_workers, 3)
 
 
 def threads_per_worker(cluster: Cluster) -> int:
     """Threads of a training worker: its share of the CPUs, rounded to whole ones."""
     return max(1, round(cpus_per_worker(cluster)))
+
+
+def side_by_side(cluster: Cluster, at_most: int | None) -> tuple[int, Cluster]:
+    """How many runs there is room for, ``at_most`` so many, and the part of the cluster that each then gets.
+
+    The parts never add up to more than there is: no run waits for what another holds, its pools' actors included.
+    """
+    import ray
+
+    have = ray.cluster_resources()
+    if cluster.use_gpu:
+        room = have.get("GPU", 0.0) // cluster.num_workers
+    else:
+        # a worker takes a whole CPU where the recipe does not say
+        room = cpus(cluster) // (cluster.num_workers * (cluster.cpus_per_worker or 1.0))
+    runs = max(1, min(int(room), at_most or int(room)))
+    pool = min(cluster.pool_actors or cluster.num_workers, cluster.num_workers) if cluster.use_gpu else None
+    memory = worker_memory(cluster) / 2**30 / (1 if cluster.use_gpu else runs)
+    part = {
+        "cpus": round(cpus(cluster) / runs, 3),
+        "worker_memory_gb": round(memory, 3),
+        "pool_actors": pool or cluster.pool_actors,
+    }
+    return runs, cluster.model_copy(update=part)
 
 
 HOST_SHARE = 0.85
@@ -98,11 +129,31 @@ def require_resources(cluster: Cluster) -> None:
     have = ray.cluster_resources()
     kind, each = ("GPU", 1.0) if cluster.use_gpu else ("CPU", cluster.cpus_per_worker or 1.0)
     wanted, there = cluster.num_workers * each, have.get(kind, 0.0)
+    if cluster.cpus is not None and cluster.cpus > have.get("CPU", 0.0):
+        raise UserError(f"cluster.cpus: {cluster.cpus:g}, and the cluster has {have.get('CPU', 0.0):g}")
+    if kind == "CPU":
+        there = cpus(cluster)
     if wanted > there:
+        owner = "the cluster has" if cluster.use_gpu or cluster.cpus is None else "cluster.cpus is"
+        less = "(or set use_gpu: false)" if cluster.use_gpu else "or cluster.cpus_per_worker"
         raise UserError(
-            f"cluster.num_workers: {cluster.num_workers} workers need {wanted:g} {kind}s, and the cluster has {there:g}; "
-            f"lower it{' (or set use_gpu: false)' if cluster.use_gpu else ' or cluster.cpus_per_worker'}, or add nodes"
+            f"cluster.num_workers: {cluster.num_workers} workers need {wanted:g} {kind}s, and {owner} {there:g}; "
+            f"lower it {less}, or add nodes"
         )
+
+
+def require_dashboard(wanted_by: str) -> None:
+    """Raise UserError when nothing answers of a cluster's dashboard, which a local Ray has where it is asked for."""
+    from ray.util.state import list_nodes
+    from ray.util.state.exception import RayStateApiException
+
+    try:
+        list_nodes(limit=1, timeout=20)
+    except (RayStateApiException, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{wanted_by} needs the dashboard of the Ray cluster, which does not answer: {reason}"
+        ) from None
 
 
 KEEPS_MEMORY = {

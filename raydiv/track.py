@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from raydiv.config import Recipe
+from raydiv.errors import UserError
 from raydiv.run import Metrics
+
+SENT = {"recipe.yaml", "metrics.jsonl", "result.json"}
+"""The files of a finished run that say all of it in numbers, as MLflow has them."""
 
 Warn = Callable[[str], None]
 
@@ -23,12 +27,13 @@ def tracking_uri(recipe: Recipe) -> str:
 
 
 class Tracker:
-    """One MLflow run. What could not be sent is kept in order and tried again with the next call, and at the end.
+    """One MLflow run, a new one unless it goes on with ``run_id``.
 
-    A thread of its own does the sending: nothing waits for a server, nor for MLflow to be loaded.
+    What could not be sent is kept in order and tried again with the next call, and at the end. A thread of its own does the
+    sending: nothing waits for a server, nor for MLflow to be loaded.
     """
 
-    def __init__(self, recipe: Recipe, tags: Mapping[str, str], warn: Warn) -> None:
+    def __init__(self, recipe: Recipe, tags: Mapping[str, str], warn: Warn, run_id: str | None = None) -> None:
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         logging.getLogger("alembic").setLevel(logging.ERROR)
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -39,7 +44,7 @@ class Tracker:
         self._waiting: list[Callable[[], object]] = []
         self._run_id: str | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
-        self._submit(lambda: self._start(recipe, tags))
+        self._submit(lambda: self._start(recipe, tags) if run_id is None else self._go_on(run_id))
 
     @property
     def run_id(self) -> str | None:
@@ -54,6 +59,13 @@ class Tracker:
 
     def artifact(self, path: Path) -> None:
         self._submit(lambda: self._client.log_artifact(self._run(), str(path)))
+
+    def tag_children(self, tag: str, tags: Mapping[str, Mapping[str, str]]) -> None:
+        """Give each run that is nested in this one the ``tags`` of the value that its own ``tag`` has.
+
+        Those that still seem to run are ended as killed: their processes could not say so.
+        """
+        self._submit(lambda: self._tag_children(tag, tags))
 
     def finish(self, status: str = "FINISHED") -> bool:
         """End the run; returns whether everything was sent."""
@@ -73,7 +85,9 @@ class Tracker:
             if experiment
             else self._client.create_experiment(recipe.track.experiment, artifact_location=self._artifacts(recipe))
         )
-        self._run_id = self._client.create_run(experiment_id, run_name=recipe.name, tags=dict(tags)).info.run_id
+        self._run_id = self._client.create_run(
+            experiment_id, run_name=recipe.name, tags={**tags, **recipe.track.tags}
+        ).info.run_id
         from mlflow.entities import Param
 
         parameters = [
@@ -81,6 +95,19 @@ class Tracker:
             for key, value in flatten(recipe.model_dump(mode="json", by_alias=True)).items()
         ]
         self._client.log_batch(self._run(), params=parameters)
+
+    def _go_on(self, run_id: str) -> None:
+        """With a run that an earlier attempt began."""
+        self._client.update_run(run_id, "RUNNING")
+        self._run_id = run_id
+
+    def _tag_children(self, tag: str, tags: Mapping[str, Mapping[str, str]]) -> None:
+        experiment = self._client.get_run(self._run()).info.experiment_id
+        for child in self._client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{self._run()}'"):
+            for name, value in tags.get(child.data.tags.get(tag, ""), {}).items():
+                self._client.set_tag(child.info.run_id, name, value)
+            if child.info.status == "RUNNING":
+                self._client.set_terminated(child.info.run_id, "KILLED")
 
     def _artifacts(self, recipe: Recipe) -> str | None:
         """Beside a SQLite store, artifacts go into its folder and not into the working directory."""
@@ -114,6 +141,35 @@ class Tracker:
                     )
                 return
             self._waiting.pop(0)
+
+
+def downloaded_runs(uri: str, experiment: str, folder: Path) -> Iterator[tuple[Path, str]]:
+    """Finished runs of an experiment, each as a directory with what it sent, and its id.
+
+    Raises UserError where there is no such experiment, or no server.
+    """
+    import mlflow
+    from mlflow import MlflowClient
+
+    try:
+        client = MlflowClient(uri)
+        found = client.get_experiment_by_name(experiment)
+        runs = client.search_runs([found.experiment_id], "attributes.status = 'FINISHED'") if found else []
+        if found is None:
+            raise UserError(f"MLflow at {uri}: has no experiment {experiment}")
+        for run in runs:
+            names = {file.path for file in client.list_artifacts(run.info.run_id)}
+            if names >= SENT:
+                for name in sorted(SENT):
+                    mlflow.artifacts.download_artifacts(
+                        run_id=run.info.run_id,
+                        artifact_path=name,
+                        dst_path=str(folder / run.info.run_id),
+                        tracking_uri=uri,
+                    )
+                yield folder / run.info.run_id, run.info.run_id
+    except mlflow.exceptions.MlflowException as error:
+        raise UserError(f"MLflow at {uri}: {' '.join(str(error).split())[:200]}") from None
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "raydiv"
 
 ROOMS = [
     ["cli", "__main__", "__init__", "benchmarks"],
+    ["sweeps"],
     ["launch"],
     ["preparation", "inspection", "construction", "measure", "report", "planning.forecast", "planning.amounts"],
     ["training.worker"],
@@ -35,7 +36,7 @@ ROOMS = [
 """From the door to the foundations: a module imports its own room and what is below. Submodules may be named apart."""
 
 LIBRARIES = {
-    "ray": {"session", "pool", "launch", "reference", "training.worker", "benchmarks"},
+    "ray": {"session", "pool", "launch", "reference", "training.worker", "sweeps", "benchmarks"},
     "deepspeed": {"engine", "benchmarks.hello"},
     "mlflow": {"track"},
     "transformers": {

@@ -17,7 +17,7 @@ from scipy.stats import binomtest, bootstrap
 from raydiv.config.recipe import Cluster
 from raydiv.errors import UserError
 from raydiv.evaluation.generate import Generator, Request, generate
-from raydiv.evaluation.outputs import Output, outputs_to, read_outputs, write_outputs
+from raydiv.evaluation.outputs import Output, outputs_text, outputs_to, read_outputs
 from raydiv.evaluation.winrate import CHOICE_TOKENS, QUESTION, WinRate, choice, model_judge, win_rate
 from raydiv.model.load import ModelSource
 from raydiv.session import ray_session
@@ -211,7 +211,7 @@ RECORDS = [Output("Say hi.", "Hi!", "ours"), Output("Добрый день?", "�
 
 def test_outputs_come_back_as_they_were_written(tmp_path: Path) -> None:
     path = tmp_path / "outputs.json"
-    write_outputs(path, RECORDS)
+    path.write_text(outputs_text(RECORDS))
     assert read_outputs(path) == RECORDS
     assert json.loads(path.read_text())[0] == {"instruction": "Say hi.", "output": "Hi!", "generator": "ours"}
 

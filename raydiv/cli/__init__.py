@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydiv.cli.common import Handler, add_command, add_reports, print_report, print_table
+from raydiv.cli.comparing import add_comparing_commands
 from raydiv.cli.data import add_data_commands
 from raydiv.cli.measuring import add_measuring_commands
 from raydiv.errors import UserError
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         add_reports(command, shows_text=name == "train")
 
+    add_comparing_commands(commands)
     add_measuring_commands(commands)
 
     export = add_command(commands, "export", _export, "the trained model as a plain Hugging Face directory")

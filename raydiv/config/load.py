@@ -42,6 +42,19 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
         raise UserError(where + "; ".join(lines)) from None
 
 
+def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with dotted keys at other values, checked as if it had been written so.
+
+    What was never said stays at its default: another ``loss.type`` is not held to the former one's options. The sections
+    ``sweep`` and ``study`` are left out. Raises UserError as ``load_recipe`` does.
+    """
+    tree = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={"sweep", "study"})
+    wanted: dict[str, Any] = {}
+    for key, value in changes.items():
+        wanted = _merge(wanted, _nested(key, value))
+    return load_recipe(_merge(tree, wanted))
+
+
 def source_of(words: str) -> Source:
     """A source as the command line has it: its place, or a section such as ``{path: ..., columns: {...}}``.
 
@@ -90,6 +103,12 @@ def _parse_override(text: str) -> dict[str, Any]:
         tree: Any = yaml.safe_load(value)
     except yaml.YAMLError:
         raise UserError(f"{key}: {value!r} is not a YAML value") from None
+    return _nested(key, tree)
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    """A dotted key as the tree that it stands in."""
+    tree = value
     for part in reversed(key.split(".")):
         tree = {part: tree}
     return tree  # type: ignore[no-any-return]

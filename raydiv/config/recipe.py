@@ -21,6 +21,8 @@ from raydiv.config.evaluate import Evaluate
 from raydiv.config.loss import LossSection
 from raydiv.config.section import Section
 from raydiv.config.source import Source, Sources, unweighted
+from raydiv.config.study import Study
+from raydiv.config.sweep import Sweep
 from raydiv.losses import named
 
 REFERENCED = named(lambda objective: objective.reference and not objective.penalty)
@@ -238,8 +240,11 @@ class Cluster(Section):
 
     num_workers: PositiveInt = 1
     use_gpu: bool = False
+    cpus: PositiveFloat | None = Field(
+        default=None, description="CPUs that a run may take in all; by default the cluster's"
+    )
     cpus_per_worker: PositiveFloat | None = Field(
-        default=None, description="CPUs of a training worker; by default nine tenths of the cluster's, in equal shares"
+        default=None, description="CPUs of a training worker; by default nine tenths of the run's, in equal shares"
     )
     pool_actors: PositiveInt | None = Field(
         default=None,
@@ -289,6 +294,7 @@ class Track(Section):
 
     uri: str | None = None
     experiment: str = "raydiv"
+    tags: dict[str, str] = Field(default_factory=dict, description="more tags of the run")
 
 
 class Recipe(Section):
@@ -307,6 +313,8 @@ class Recipe(Section):
     separation: Separation = Field(default_factory=Separation)
     evaluate: Evaluate = Field(default_factory=Evaluate)
     track: Track = Field(default_factory=Track)
+    sweep: Sweep | None = None
+    study: Study | None = None
 
     @property
     def output_path(self) -> Path:

@@ -63,6 +63,14 @@ class Source(Section):
         return written["path"] if written.keys() == {"path"} else written
 
 
+def named_after(place: str) -> str:
+    """A short name for a place or an id: its last part, without the kind of file."""
+    last = place.rstrip("/").rpartition("/")[2].rpartition(":")[2]
+    for ending in (".jsonl", ".json", ".csv", ".parquet", ".txt"):
+        last = last.removesuffix(ending)
+    return last
+
+
 Sources = Annotated[
     list[Source],
     BeforeValidator(

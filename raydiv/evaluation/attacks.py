@@ -24,6 +24,9 @@ DIRECT = "direct"
 PLACE = "{prompt}"
 """Where a template has the prompt."""
 
+FILED = {"templates": ("template", PLACE), "suffixes": ("suffix", "")}
+"""The attacks that have a file: its column, and what each of its texts needs."""
+
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
@@ -66,6 +69,11 @@ def check(attacks: Sequence[Attack]) -> None:
             _ways(attack)
 
 
+def texts_of(attacks: Sequence[Attack]) -> list[list[str]]:
+    """The texts of each attack's file, as they are now; none of an attack without a file."""
+    return [_texts(attack, *FILED[attack.kind]) if attack.kind in FILED else [] for attack in attacks]
+
+
 def with_suffix(prompt: str | Messages, suffix: str) -> str | Messages:
     """A prompt with something after it."""
     return _changed(prompt, lambda said: f"{said} {suffix}")
@@ -79,9 +87,9 @@ def _ways(attack: Attack) -> list[Way]:
     if attack.kind == "prefill":
         return [lambda prompt: Request(prompt, opening=attack.opening)]
     if attack.kind == "templates":
-        return [_in_template(template) for template in _texts(attack, "template", PLACE)]
+        return [_in_template(template) for template in _texts(attack, *FILED[attack.kind])]
     if attack.kind == "suffixes":
-        return [_before_suffix(suffix) for suffix in _texts(attack, "suffix")]
+        return [_before_suffix(suffix) for suffix in _texts(attack, *FILED[attack.kind])]
     raise AssertionError(f"nobody knows how to make the attack {attack.kind}")
 
 
@@ -101,7 +109,7 @@ def _changed(prompt: str | Messages, change: Callable[[str], str]) -> str | Mess
     return [{**turn, "content": change(turn["content"])} if n == last else turn for n, turn in enumerate(prompt)]
 
 
-def _texts(attack: Attack, column: str, needed: str = "") -> list[str]:
+def _texts(attack: Attack, column: str, needed: str) -> list[str]:
     """The texts of an attack's file, each with what it needs in it."""
     assert attack.file is not None, "the recipe sees to it"
     found = []

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from raydiv.errors import UserError
-from raydiv.storage import atomic
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +37,9 @@ def read_outputs(path: Path) -> list[Output]:
     return [_output(record, f"{path}: record {number}", path.stem) for number, record in enumerate(records, start=1)]
 
 
-def write_outputs(path: Path, outputs: Sequence[Output]) -> None:
-    """Write a file in AlpacaEval's format, which ``read_outputs`` gives back."""
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps([asdict(one) for one in outputs], indent=1, ensure_ascii=False) + "\n")
+def outputs_text(outputs: Sequence[Output]) -> str:
+    """The content of a file in AlpacaEval's format, which ``read_outputs`` gives back."""
+    return json.dumps([asdict(one) for one in outputs], indent=1, ensure_ascii=False) + "\n"
 
 
 def outputs_to(instructions: Sequence[str], outputs: Sequence[Output], path: Path) -> list[str]:

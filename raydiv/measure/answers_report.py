@@ -14,7 +14,7 @@ from raydiv.evaluation.coherence import Threshold
 from raydiv.evaluation.drift import Kl
 from raydiv.evaluation.generate import Answer
 from raydiv.evaluation.judges import Judge, said
-from raydiv.evaluation.outputs import Output, write_outputs
+from raydiv.evaluation.outputs import Output, outputs_text
 from raydiv.evaluation.summary import Graded, Rate, rates
 from raydiv.evaluation.winrate import WinRate
 
@@ -93,20 +93,29 @@ class AnswersReport:
             found["evaluate/win_rate"] = str(self.win_rate)
         return found | ({} if self.capability is None else self.capability.cells())
 
-    def write(self, folder: Path, name: str, show_text: bool) -> None:
+    def files(self, name: str, show_text: bool) -> dict[str, str]:
         """The rates, and a line per answer: id, kind, attack, verdict, and with ``show_text`` what was asked and answered."""
-        folder.mkdir(exist_ok=True)
-        (folder / f"{name}.json").write_text(json.dumps(self.as_json(), indent=1) + "\n")
+        lines = map(self._line, self.attempts, self.graded, self.answers, [show_text] * len(self.graded))
+        found = {
+            f"{name}.json": json.dumps(self.as_json(), indent=1) + "\n",
+            f"{name}.answers.jsonl": "".join(json.dumps(line) + "\n" for line in lines),
+        }
         if show_text:
             pairs = zip(*self.harmless(), strict=True)
             outputs = [Output(instruction, text, self.model) for instruction, text in pairs]
-            write_outputs(folder / f"{name}.outputs.json", outputs)
-        with (folder / f"{name}.answers.jsonl").open("w") as lines:
-            for attempt, one, answer in zip(self.attempts, self.graded, self.answers, strict=True):
-                prompt = one.prompt
-                line = {"id": prompt.id, "kind": prompt.kind, "category": prompt.category, "attack": one.attack}
-                text = (
-                    {"prompt": prompt.text, "asked": attempt.request.prompt, "answer": answer.text} if show_text else {}
-                )
-                toxic = {} if one.toxic is None else {"toxic": one.toxic}
-                lines.write(json.dumps({**line, "verdict": one.verdict, **toxic, **text}) + "\n")
+            found[f"{name}.outputs.json"] = outputs_text(outputs)
+        return found
+
+    @staticmethod
+    def _line(attempt: Attempt, one: Graded, answer: Answer, show_text: bool) -> dict[str, Any]:
+        prompt = one.prompt
+        line = {"id": prompt.id, "kind": prompt.kind, "category": prompt.category, "attack": one.attack}
+        text = {"prompt": prompt.text, "asked": attempt.request.prompt, "answer": answer.text} if show_text else {}
+        toxic = {} if one.toxic is None else {"toxic": one.toxic}
+        return {**line, "verdict": one.verdict, **toxic, **text}
+
+    def write(self, folder: Path, name: str, show_text: bool) -> None:
+        """Write ``files`` into a folder."""
+        folder.mkdir(exist_ok=True)
+        for file, content in self.files(name, show_text).items():
+            (folder / file).write_text(content)

@@ -8,10 +8,11 @@ from pathlib import Path
 from raydiv.config import Recipe
 from raydiv.data.prompts import PromptSets, named
 from raydiv.measure.evaluations import Judges, against, measure_answers
+from raydiv.measure.kept import KeptMeasurement, Taken
 from raydiv.measure.separations import measure_separation
 from raydiv.model.load import ModelSource
 from raydiv.progress import Display
-from raydiv.run import RunDirectory
+from raydiv.run import EVALUATION, SEPARATION, RunDirectory
 
 
 class Measurements:
@@ -26,25 +27,50 @@ class Measurements:
         self._judges = Judges.of(recipe.evaluate, recipe.cluster) if prompts.evaluate else None
 
     def take(self, run: RunDirectory, when: str, base_directory: Path) -> None:
-        """Measure the model ``before`` or ``after`` training into the run directory; needs a Ray session."""
+        """Measure the model ``before`` or ``after`` training into the run directory; needs a Ray session.
+
+        Before training it is the model as it came, of which an earlier run may have left the same measurement.
+        """
+        base = ModelSource.of(self._recipe, base_directory)
+        before = when == "before"
+        taken = self.of_base(base) if before else self._measure(replace(base, directory=run.model), base, when)
+        taken.into(run.path)
+        run.log({"step": 0 if before else run.steps_taken(), **taken.metrics} if taken.metrics else {})
+
+    def of_base(self, base: ModelSource) -> Taken:
+        """The measurement before training, from what earlier runs kept where it is there; needs a Ray session."""
+        if not self._recipe.separation.prompts and self._judges is None:
+            return Taken({}, {}, [])
+        place = KeptMeasurement(self._recipe, base, self._prompts, self._judges, self._show_text)
+        taken = place.find()
+        if taken is None:
+            taken = self._measure(base, base, "before")
+            place.keep(taken)
+        else:
+            self._display.say("the model before training: measured earlier, and kept")
+        self._before = taken.harmless
+        return taken
+
+    def _measure(self, model: ModelSource, base: ModelSource, when: str) -> Taken:
         recipe, display = self._recipe, self._display
-        base = ModelSource.of(recipe, base_directory)
-        model = base if when == "before" else replace(base, directory=run.model)
         metrics: dict[str, float] = {}
+        files: dict[str, str] = {}
+        harmless: list[str] = []
         if recipe.separation.prompts:
             how, name = recipe.separation, named(recipe.separation.prompts)
             apart = measure_separation(
                 model, self._prompts.separation, how, recipe.cluster, display, label=when, name=name
             )
-            apart.write(run.separation, when)
+            files |= {f"{SEPARATION}/{name}": content for name, content in apart.files(when).items()}
             metrics |= apart.metrics()
         if self._judges is not None:
             answers = measure_answers(
                 model, base, self._prompts.evaluate, recipe.evaluate, self._judges, recipe.cluster, display, label=when
             )
-            if when == "after" and self._judges.pairs is not None:
-                answers = against(answers, self._before, self._judges.pairs, recipe.cluster, display)
-            self._before = answers.harmless()[1]
-            answers.write(run.evaluation, when, self._show_text)
+            if self._judges.pairs is not None:
+                harmless = answers.harmless()[1]
+                if when == "after":
+                    answers = against(answers, self._before, self._judges.pairs, recipe.cluster, display)
+            files |= {f"{EVALUATION}/{name}": content for name, content in answers.files(when, self._show_text).items()}
             metrics |= answers.metrics()
-        run.log({"step": 0 if when == "before" else run.steps_taken(), **metrics} if metrics else {})
+        return Taken(metrics, files, harmless)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -120,10 +119,10 @@ class SeparationReport:
         header += ["full D_B", "matched", "probe AUC", "matched"]
         return header, [one.row(intervals) for one in self.layers] if len(self.layers) > 1 else []
 
-    def write(self, folder: Path, name: str) -> None:
-        folder.mkdir(exist_ok=True)
+    def files(self, name: str) -> dict[str, str]:
+        """The figures, with the plane and what lies in it."""
         points = {"plane": self.plane.tolist(), "kinds": self.kinds, "harmful": self.harmful}
-        (folder / f"{name}.json").write_text(json.dumps(self.as_json() | points, indent=1) + "\n")
+        return {f"{name}.json": json.dumps(self.as_json() | points, indent=1) + "\n"}
 
 
 def _figures_of(layer: LayerReport) -> dict[str, Any]:

@@ -67,6 +67,9 @@ def step_record(plan: StepPlan, examples: TokenizedExamples, metrics: Metrics, l
     }
 
 
+OF_A_STEP = ("grad_norm", "lr", "tokens", "tokens_per_second", "step_seconds", "data_seconds", "peak_memory_bytes")
+"""What ``step_record`` has besides the objective's metrics, where step and epoch stand."""
+
 MEANS = ("divergence", "reward/margin")
 """Step metrics that are logged as running means too, as ``NAME/ema``: one step's examples are few."""
 RATE = 0.1

@@ -1,0 +1,67 @@
+"""``raydiv sweep`` and ``raydiv study``: many runs, and what they say together."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from raydiv.cli.common import add_command, add_reports, print_report, print_table
+
+
+def add_comparing_commands(commands: Any) -> None:
+    sweep = add_command(commands, "sweep", _sweep, "Ray Tune over the recipe's section sweep")
+    _add_recipe(sweep)
+    sweep.add_argument("--resume", action="store_true", help="go on with a sweep that was stopped")
+    add_reports(sweep)
+
+    study = add_command(commands, "study", _study, "grid of models x data x losses -> the papers' tables and plots")
+    _add_recipe(study)
+    study.add_argument(
+        "--resume", action="store_true", help="go on with a study that was stopped, or has more cells now"
+    )
+    add_reports(study)
+
+
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    command.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="changes to the recipe, as section.key=value"
+    )
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from raydiv.config import load_recipe
+    from raydiv.report.sweep_page import sweep_notes, sweep_table
+    from raydiv.sweeps.sweep import sweep
+
+    found = sweep(load_recipe(options.recipe, options.overrides), resume=options.resume)
+
+    def show() -> None:
+        print_table(*sweep_table(found.report))
+        for note in sweep_notes(found.report):
+            print(note)
+        print(f"\nreport   {found.directory.report}")
+
+    print_report(options, found.report, show)
+    return 0
+
+
+def _study(options: argparse.Namespace) -> int:
+    from raydiv.config import load_recipe
+    from raydiv.studies.claim import claim_table
+    from raydiv.studies.study import study
+
+    found = study(load_recipe(options.recipe, options.overrides), resume=options.resume)
+
+    def show() -> None:
+        for table in (*found.tables, claim_table(found.claims)):
+            print(table.title)
+            print_table(table.header, [(*row.words, *map(str, row.figures)) for row in table.rows])
+            for note in table.notes:
+                print(note)
+        for name, error in found.failures.items():
+            print(f"the cell {name} failed and is left out: {error}")
+        print(f"\ntables   {found.directory.tables}\nreport   {found.directory.report}")
+
+    print_report(options, found.as_json(), show)
+    return 0

@@ -1,0 +1,81 @@
+"""Runs that belong together, as a sweep's trials or a study's cells: what they share is done once, before any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raydiv.config import Recipe
+from raydiv.config.recipe import Cluster
+from raydiv.measure.of_a_run import Measurements
+from raydiv.model.load import ModelSource
+from raydiv.preparation import Opened, fill, read
+from raydiv.progress import Display
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Where the runs are kept, the part of the cluster that each has, and MLflow's place and run that they are nested in."""
+
+    folder: Path
+    cluster: Cluster
+    tracking_uri: str
+    parent: str | None
+
+    def member(self, recipe: Recipe, name: str, tags: Mapping[str, str]) -> Recipe:
+        """The recipe of one of the runs."""
+        nested = {} if self.parent is None else {"mlflow.parentRunId": self.parent}
+        track = {"uri": self.tracking_uri, "tags": {**recipe.track.tags, **nested, **tags}}
+        changes = {
+            "name": name,
+            "output_dir": str(self.folder),
+            "cluster": self.cluster,
+            "track": recipe.track.model_copy(update=track),
+        }
+        return recipe.model_copy(update=changes)
+
+
+TRAINING: Any = {
+    "optim": {"lr", "betas", "eps", "weight_decay", "clip", "schedule", "warmup"},
+    "loss": True,
+    "seed": True,
+}
+"""What changes neither data, nor reference, nor base, nor the number of updates."""
+
+
+def distinct(recipes: Sequence[Recipe]) -> list[Recipe]:
+    """One recipe for each way in which they differ in what is shared, or in the names of their metrics."""
+    found: dict[str, Recipe] = {}
+    for recipe in recipes:
+        tree = recipe.model_dump(mode="json", by_alias=True, exclude=TRAINING)
+        terms = [
+            (objective.name, objective.divergence(options) == "none") for objective, _, options in recipe.loss.terms
+        ]
+        found.setdefault(repr((tree, terms)), recipe)
+    return list(found.values())
+
+
+def prepare_all(recipes: Sequence[Recipe], display: Display) -> tuple[int, set[str]]:
+    """Prepare every recipe and measure its base, through caches; needs a Ray session.
+
+    Returns the most updates that one of them makes, and the names of what was measured of all bases.
+    """
+    steps: list[int] = []
+    measured: list[set[str]] = []
+    for recipe in recipes:
+        opened = read(recipe, display)
+        steps.append(fill(recipe, opened, display).steps(recipe))
+        measured.append(set(_of_base(recipe, opened, display)))
+    return max(steps), set.intersection(*measured)
+
+
+def measure_base(recipe: Recipe, display: Display) -> dict[str, float]:
+    """The metrics of a recipe's model as it comes; needs a Ray session."""
+    return _of_base(recipe, read(recipe, display), display)
+
+
+def _of_base(recipe: Recipe, opened: Opened, display: Display) -> dict[str, float]:
+    measurements = Measurements(recipe, opened.prompts, display, show_text=False)
+    return measurements.of_base(ModelSource.of(recipe, opened.directory)).metrics

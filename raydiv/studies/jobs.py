@@ -1,0 +1,100 @@
+"""Runs as Ray jobs: each a process of its own on the cluster, of which so many run at once."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PASSED = ("RAYDIV_CACHE", "HF_HOME")
+"""Environment variables that a job needs as they are here; no secret, since whoever sees the cluster's jobs sees them."""
+
+POLL = 1.0
+"""Seconds between looks at the jobs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A run that is to be trained from a recipe file, and where what it prints is kept."""
+
+    name: str
+    recipe: Path
+    run: Path
+    log: Path
+
+
+Ended = Callable[[Job, str | None], None]
+"""Told of each job that ended, with what it failed with, or None."""
+
+
+def run_jobs(jobs: Sequence[Job], at_once: int, ended: Ended) -> None:
+    """Run the jobs in order, ``at_once`` of them at a time, until all have ended; needs a Ray session with its dashboard.
+
+    One that the cluster still runs for an earlier attempt is followed, not started again. Interrupted, those that were started
+    here are stopped.
+    """
+    import ray
+    from ray.job_submission import JobSubmissionClient
+
+    client = JobSubmissionClient(ray.get_runtime_context().gcs_address)
+    already = _running(client)
+    waiting = sorted(jobs, key=lambda job: str(job.run) not in already)
+    with _stopped_at_the_end(client) as active:
+        while waiting or active:
+            while waiting and len(active) < at_once:
+                job = waiting.pop(0)
+                active[already.get(str(job.run)) or _submit(client, job)] = job
+            time.sleep(POLL)
+            for submission, job in list(active.items()):
+                status = client.get_job_status(submission)
+                if status.is_terminal():
+                    del active[submission]
+                    log = client.get_job_logs(submission)
+                    job.log.write_text(log)
+                    ended(job, None if status == "SUCCEEDED" else _reason(log, str(status)))
+
+
+def _submit(client: Any, job: Job) -> str:
+    shutil.rmtree(job.run, ignore_errors=True)  # what an attempt that was not finished left of it
+    passed = {key: value for key, value in os.environ.items() if key in PASSED}
+    command = [sys.executable, "-m", "raydiv", "train", str(job.recipe), "--json"]
+    return str(
+        client.submit_job(
+            entrypoint=shlex.join(command),
+            runtime_env={"env_vars": passed},
+            metadata={"raydiv.run": str(job.run), "name": job.name},
+        )
+    )
+
+
+def _running(client: Any) -> dict[str, str]:
+    """Jobs that have not ended, by the run that they train."""
+    jobs = [info for info in client.list_jobs() if not info.status.is_terminal() and info.metadata]
+    return {info.metadata["raydiv.run"]: info.submission_id for info in jobs if "raydiv.run" in info.metadata}
+
+
+@contextmanager
+def _stopped_at_the_end(client: Any) -> Iterator[dict[str, Job]]:
+    """Jobs by submission id; those that are left when the block ends are stopped."""
+    active: dict[str, Job] = {}
+    try:
+        yield active
+    finally:
+        for submission in active:
+            client.stop_job(submission)
+
+
+def _reason(log: str, status: str) -> str:
+    """What a job failed with: the line that raydiv says it in, else the last one."""
+    lines = [line for line in log.splitlines() if line.strip()]
+    own = [
+        line.removeprefix("raydiv: ").removeprefix("the run failed: ") for line in lines if line.startswith("raydiv: ")
+    ]
+    return (own or lines or [status.lower()])[-1]

@@ -1,0 +1,187 @@
+"""``raydiv study``: run the cells of a grid as Ray jobs, and print the papers' tables of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from raydiv.report.study_page import write_study_report
+from raydiv.studies.cells import BASE, NO_DATA, Cell, bases, trained
+from raydiv.studies.claim import Claim, claim_table, claims_of
+from raydiv.studies.tables import tables_of
+from raydiv.studies.written import Table, write_tables
+
+from raydiv.config import Recipe, save_recipe
+from raydiv.errors import UserError
+from raydiv.families import Family, distinct, measure_base, prepare_all
+from raydiv.launch import versions
+from raydiv.progress import Display
+from raydiv.run import RunDirectory
+from raydiv.session import ray_session, side_by_side
+from raydiv.storage import atomic
+from raydiv.studies.found import cell_of, included, require_same
+from raydiv.studies.grid import Plan, baselines, plans
+from raydiv.studies.jobs import Job, run_jobs
+from raydiv.track import Tracker, tracking_uri
+
+
+class StudyDirectory:
+    """``OUTPUT_DIR/NAME`` of a study; its cells are runs under ``cells/``, with the recipe and the log of each beside it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.record = path / "study.json"
+        self.report = path / "report.html"
+        self.pictures = path / "pictures"
+        self.tables = path / "tables"
+        self.cells = path / "cells"
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> StudyDirectory:
+        return cls(recipe.output_path / recipe.name)
+
+    def claim(self, recipe: Recipe, resume: bool) -> None:
+        """Make the directory this study's. Raises UserError where something else is there, or no study to be resumed."""
+        if resume:
+            if not self.cells.is_dir():
+                raise UserError(f"{self.path}: holds no study to resume; start it without --resume")
+        else:
+            RunDirectory(self.path).require_free()
+        self.cells.mkdir(parents=True, exist_ok=True)
+        save_recipe(recipe, self.recipe)
+
+    def run(self, plan: Plan) -> RunDirectory:
+        return RunDirectory(self.cells / plan.name)
+
+
+@dataclass(frozen=True, slots=True)
+class StudyResult:
+    """A finished study: its directory, its cells, their tables and the test of the claim, and why cells failed, by name."""
+
+    directory: StudyDirectory
+    cells: list[Cell]
+    tables: list[Table]
+    claims: list[Claim]
+    failures: Mapping[str, str]
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of study.json."""
+        return {
+            "cells": [asdict(cell) for cell in self.cells],
+            "tables": [asdict(table) for table in self.tables],
+            "claims": [asdict(claim) for claim in self.claims],
+            "failures": dict(self.failures),
+            "versions": versions(),
+        }
+
+
+def study(recipe: Recipe, *, resume: bool = False, display: Display | None = None) -> StudyResult:
+    """Run the cells of the recipe's study that are not finished, and compare all of them.
+
+    ``resume`` goes on with a study that was stopped, or that has more cells now; finished ones are not run again. A cell that
+    fails is left out, and said. Raises UserError for what the user must change, before any cell starts; RuntimeError when there
+    is no cell to compare.
+    """
+    display = display or Display()
+    if recipe.study is None:
+        raise UserError("the recipe has no section study: it says which models, data and losses are compared")
+    grid, plain = plans(recipe), baselines(recipe)
+    directory = StudyDirectory.of(recipe)
+    directory.claim(recipe, resume)
+    there = included(recipe)
+    finished = [plan for plan in grid if directory.run(plan).result.is_file()]
+    for plan in finished:
+        require_same(plan.recipe, directory.run(plan))
+    missing = [plan for plan in grid if plan not in finished]
+    failures: dict[str, str] = {}
+    measured: list[Cell] = []
+    if missing or plain:
+        with ray_session(recipe.cluster, dashboard=True):
+            measured = [_baseline(name, own, display) for name, own in plain.items()]
+            if missing:
+                failures = _run(recipe, directory, missing, display)
+    cells = [cell_of(directory.run(plan), plan) for plan in grid if directory.run(plan).result.is_file()]
+    return _conclude(directory, [*measured, *cells, *there], failures)
+
+
+def _baseline(name: str, recipe: Recipe, display: Display) -> Cell:
+    """A model that is measured and not trained."""
+    metrics = measure_base(recipe, display)
+    return Cell(name, NO_DATA, BASE, 0, metrics, metrics, recipe.model.id)
+
+
+def _run(recipe: Recipe, directory: StudyDirectory, missing: Sequence[Plan], display: Display) -> dict[str, str]:
+    """Run cells; why those that failed did, by name."""
+    section = recipe.study
+    assert section is not None
+    prepare_all(distinct([plan.recipe for plan in missing]), display)
+    room, part = side_by_side(recipe.cluster, section.max_concurrent)
+    tracker = Tracker(recipe, {"raydiv.kind": "study"}, display.say)
+    failures: dict[str, str] = {}
+    try:
+        family = Family(directory.cells, part, tracking_uri(recipe), tracker.run_id)
+        jobs = [_job(plan, directory, family) for plan in missing]
+        with display.phase("cells") as update:
+            update(0, len(jobs))
+            over: list[str] = []
+
+            def ended(job: Job, error: str | None) -> None:
+                over.append(job.name)
+                if error is not None:
+                    failures[job.name] = error
+                    display.say(f"cell {job.name} failed: {error} ({job.log})")
+                elif not section.keep_models:
+                    shutil.rmtree(RunDirectory(job.run).model, ignore_errors=True)
+                update(len(over), len(jobs), job.name)
+
+            run_jobs(jobs, room, ended)
+    except BaseException:
+        tracker.finish("FAILED")
+        raise
+    tracker.finish()
+    return failures
+
+
+def _job(plan: Plan, directory: StudyDirectory, family: Family) -> Job:
+    """A cell as a job."""
+    run = directory.run(plan)
+    tags = {"raydiv.model": plan.model, "raydiv.data": plan.data, "raydiv.loss": plan.loss}
+    path = directory.cells / f"{plan.name}.yaml"
+    save_recipe(family.member(plan.recipe, plan.name, tags), path)
+    return Job(plan.name, path, run.path, directory.cells / f"{plan.name}.log")
+
+
+def _conclude(directory: StudyDirectory, cells: Sequence[Cell], failures: Mapping[str, str]) -> StudyResult:
+    """Write tables, report and study.json. Raises RuntimeError where there is nothing to compare."""
+    if not cells:
+        first = next(iter(failures.items()))
+        raise RuntimeError(f"every cell failed, the first ({first[0]}) with: {first[1]}")
+    named = {cell.model for cell in cells if cell.is_base}
+    whole = [*(base for base in bases(trained(cells)) if base.model not in named), *cells]
+    tables, claims = tables_of(whole), claims_of(whole)
+    found = StudyResult(directory, whole, tables, claims, failures)
+    write_tables(directory.tables, [*tables, claim_table(claims)])
+    with atomic(directory.record) as temporary:
+        temporary.write_text(json.dumps(found.as_json(), indent=1) + "\n")
+    own = trained(whole)
+    axes = {"Models": "model", "Data": "data", "Losses": "loss", "Seeds": "seed"}
+    facts = {label: ", ".join(dict.fromkeys(str(getattr(cell, axis)) for cell in own)) for label, axis in axes.items()}
+    notes = [f"the cell {name} failed and is left out: {error}" for name, error in failures.items()]
+    write_study_report(
+        directory.report,
+        directory.pictures,
+        {
+            "name": directory.path.name,
+            "facts": facts,
+            "cells": whole,
+            "tables": tables,
+            "claims": claims,
+            "notes": notes,
+        },
+    )
+    return found

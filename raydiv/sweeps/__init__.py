@@ -1,0 +1,1 @@
+"""``raydiv sweep``: Ray Tune over values of the recipe's keys."""

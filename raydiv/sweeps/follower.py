@@ -1,0 +1,53 @@
+"""What is written down as Ray Tune's trials come and go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.tune import Callback
+
+from raydiv.progress import Update
+from raydiv.sweeps.record import FAILED, FINISHED, OVER, RUNNING, STOPPED, Record, Trial
+from raydiv.sweeps.trial import ERROR, SECONDS
+
+
+class Follower(Callback):  # type: ignore[misc]
+    """Keeps the record, and the disk: of trials that are over only the ``keep`` best have their weights."""
+
+    def __init__(self, record: Record, keep: int, count: int, update: Update) -> None:
+        self._record, self._keep, self._count, self._update = record, keep, count, update
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Ray Tune keeps copies of what it is given, and a sweep goes on from its own record."""
+        return {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        number = int(trial.config["number"])
+        mine = self._record.trials.setdefault(number, Trial(number, dict(trial.config["values"])))
+        if mine.status not in OVER:
+            mine.status = RUNNING
+        self._note()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Of a trial that was stopped no run is finished."""
+        mine = self._record.trials[int(trial.config["number"])]
+        self._over(mine, FINISHED if self._record.directory.run(mine).result.is_file() else STOPPED)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        mine = self._record.trials[int(trial.config["number"])]
+        said = self._record.directory.run(mine).path / ERROR
+        lines = str(trial.get_error()).strip().splitlines() or ["its process ended"]
+        self._over(mine, FAILED, mine.error or (said.read_text() if said.is_file() else lines[-1]))
+
+    def _over(self, trial: Trial, status: str, error: str | None = None) -> None:
+        took = self._record.directory.run(trial).path / SECONDS
+        trial.seconds = round(float(took.read_text()), 1) if took.is_file() else trial.seconds
+        self._record.settle(trial, status, error)
+        self._record.forget_weights(self._keep)
+        self._note()
+
+    def _note(self) -> None:
+        self._record.write()
+        over = sum(trial.status in OVER for trial in self._record.trials.values())
+        best, first = self._record.best, self._record.objectives[0].metric
+        self._update(over, self._count, f"best {first} {best[0].metrics[first]:.4g}" if best else "")

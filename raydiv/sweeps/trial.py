@@ -1,0 +1,71 @@
+"""A trial: what Ray Tune runs in an actor of its own. It is an ordinary run, whose metrics Tune is told of."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from raydiv.config import Recipe, changed
+from raydiv.families import Family
+from raydiv.launch import train
+from raydiv.progress import Display
+from raydiv.run import Metrics, RunDirectory, last_values
+from raydiv.sweeps.record import FAILED, OVER, Trial
+
+ERROR = "error.txt"
+"""Why a run failed, in its directory."""
+
+SECONDS = "seconds.txt"
+"""How long a trial took, in its run's directory."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrialInput:
+    """What all trials of a sweep share, and what became of those of an earlier attempt."""
+
+    recipe: Recipe
+    family: Family
+    earlier: Mapping[int, Trial]
+
+
+def run_trial(config: Mapping[str, Any], given: TrialInput) -> None:
+    """Run a trial and tell Tune every line of its metrics; of one that is over, tell them again and do nothing else."""
+    from ray import tune
+
+    number = int(config["number"])
+    name, tags = Trial(number, config["values"]).name, {"raydiv.trial": str(number)}
+    recipe = given.family.member(changed(given.recipe, config["values"]), name, tags)
+    run, earlier = RunDirectory.of(recipe), given.earlier.get(number)
+    if earlier is not None and earlier.status in OVER:
+        for record in run.metrics() if run.metrics_file.exists() else []:
+            tune.report(_numbers(record))
+        if earlier.status == FAILED:
+            raise RuntimeError(earlier.error)
+    else:
+        _train(recipe, run)
+    # a searcher reads the last report alone
+    tune.report(_numbers(last_values(run.metrics())))
+
+
+def _train(recipe: Recipe, run: RunDirectory) -> None:
+    from ray import tune
+
+    shutil.rmtree(run.path, ignore_errors=True)  # of an attempt that was not finished
+    started = time.monotonic()
+    try:
+        train(recipe, Display(quiet=True), watch=lambda record: tune.report(_numbers(record)))
+    except Exception as error:
+        run.path.mkdir(parents=True, exist_ok=True)
+        (run.path / ERROR).write_text(str(error))
+        raise
+    finally:
+        if run.path.exists():
+            (run.path / SECONDS).write_text(str(time.monotonic() - started))
+
+
+def _numbers(record: Metrics) -> Metrics:
+    """Without texts, which no scheduler reads."""
+    return {name: value for name, value in record.items() if isinstance(value, int | float)}
