@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import re
+import textwrap
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,6 +21,13 @@ BLUE, RED, AMBER, TEAL, GREY = "#2f7ed8", "#d64545", "#c47a0a", "#1f9483", "#808
 
 SIZE = (4.6, 3.2)
 """Inches: at the width of a phone its text is as large as the page's small print."""
+
+TITLE_WIDTH = 46
+LONGEST_LABEL = 28
+"""Characters."""
+
+LEGEND_ROW = 0.19
+"""Inches."""
 
 STYLE: dict[str, Any] = {
     "figure.figsize": SIZE,
@@ -81,9 +90,25 @@ def new_axis(title: str, below: str) -> tuple[Any, Any]:
 
     figure = Figure()
     axis = figure.subplots()
-    axis.set_title(title)
+    axis.set_title(textwrap.fill(title, TITLE_WIDTH))
     axis.set_xlabel(below)
     return figure, axis
+
+
+def legend(figure: Any, axis: Any) -> None:
+    """Below the axis, where it hides nothing, and of which it takes nothing; one curve alone needs none."""
+    handles, labels = axis.get_legend_handles_labels()
+    if len(labels) < 2:
+        return
+    short = [shortened(label) for label in labels]
+    longest = max(map(len, short))
+    columns = 1 if longest > 22 else 2 if longest > 14 or len(short) == 4 else 3
+    figure.legend(handles, short, loc="outside lower left", ncols=columns)
+    figure.set_figheight(figure.get_figheight() + LEGEND_ROW * (math.ceil(len(short) / columns) - 1))
+
+
+def shortened(label: str, most: int = LONGEST_LABEL) -> str:
+    return label if len(label) <= most else f"{label[: most - 1]}…"
 
 
 def png(figure: Any) -> bytes:
