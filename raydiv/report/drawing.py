@@ -16,8 +16,14 @@ from typing import Any
 INK = "#010203"
 """Of text and axes. No other thing has this colour, so that in SVG it can stand for the colour of the page's text."""
 
+PAPER = "#fefefe"
+"""Behind words that lie on lines: in SVG it stands for the colour of the page."""
+
 BLUE, RED, AMBER, TEAL, GREY = "#2f7ed8", "#d64545", "#c47a0a", "#1f9483", "#808080"
 """Legible on white and on the dark page alike."""
+
+RAMP = ("#5158de", "#9449ce", "#c43ea4", "#e23f67", "#e75b03", "#c78709")
+"""From violet to amber in equal steps of lightness and hue, and as legible as the colours above from end to end."""
 
 SIZE = (4.6, 3.2)
 """Inches: at the width of a phone its text is as large as the page's small print."""
@@ -111,6 +117,11 @@ def shortened(label: str, most: int = LONGEST_LABEL) -> str:
     return label if len(label) <= most else f"{label[: most - 1]}…"
 
 
+def broken(words: str, width: int, most: int) -> str:
+    """In lines of ``width`` characters, cut after ``most`` of them."""
+    return "\n".join(textwrap.wrap(words, width, max_lines=most, placeholder="…"))
+
+
 def png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     with styled():
@@ -141,4 +152,4 @@ def svg(figure: Any, name: str, described: str) -> str:
     (box,) = re.findall(r'viewBox="[^"]*"', opening)
     drawn = f'<svg {box} role="img" aria-label="{html.escape(described)}">{rest}'
     drawn = re.sub(r'(\bid="|\bhref="#|url\(#)', rf"\g<1>{name}-", drawn)
-    return re.sub(r"\n\s*", "\n", drawn).replace(INK, "currentColor").strip()
+    return re.sub(r"\n\s*", "\n", drawn).replace(INK, "currentColor").replace(PAPER, "var(--page)").strip()
