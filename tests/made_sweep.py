@@ -21,12 +21,12 @@ SPACE: dict[str, Any] = {
 def make_sweep(count: int = 24, **changed: Any) -> dict[str, Any]:
     """A search of ``count`` finished trials, with one that was stopped and one that failed; ``changed`` are other entries."""
     generator = np.random.default_rng(0)
-    trials = [_trial(number, generator) for number in range(1, count + 1)]
-    trials += [
-        unfinished(count + 1, "stopped", values=trials[0]["values"], steps=16, seconds=20.4),
-        unfinished(
-            count + 2, "failed", values=trials[1]["values"], error="the loss is not finite at update 7\nTraceback"
-        ),
+    *made, stopped, failed = (_trial(number, generator) for number in range(1, count + 3))
+    unmeasured = {"metrics": {}, "feasible": None}
+    trials = [
+        *made,
+        stopped | unmeasured | {"status": "stopped", "steps": 16, "seconds": 20.4},
+        failed | unmeasured | {"status": "failed", "error": "the loss is not finite at update 7\nTraceback"},
     ]
     record = {
         "name": "beta",

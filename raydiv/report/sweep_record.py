@@ -66,12 +66,12 @@ class Aim:
         return in_percent(self.metric)
 
     def value(self, trial: Trial) -> float:
-        """What the trial reached; NaN where it was not measured."""
+        """What the trial reached; NaN where that was not measured, or is not finite."""
         value = trial["metrics"].get(self.metric)
-        return math.nan if value is None else float(value)
+        return math.nan if value is None or not math.isfinite(value) else float(value)
 
     def cost(self, trial: Trial) -> float:
-        """What less of is better; infinite where it was not measured."""
+        """What less of is better; infinite where there is no value."""
         value = self.value(trial)
         return math.inf if math.isnan(value) else -value if self.higher else value
 
@@ -137,7 +137,7 @@ def measures(record: Record) -> list[Aim]:
 def finished(record: Record, *measured: Aim) -> list[Trial]:
     """Trials that came to their end and have a figure for each of these."""
     done = [trial for trial in record["trials"] if trial["status"] == "finished"]
-    return [trial for trial in done if all(math.isfinite(aim.value(trial)) for aim in measured)]
+    return [trial for trial in done if not any(math.isnan(aim.value(trial)) for aim in measured)]
 
 
 def in_order(record: Record) -> list[Trial]:
