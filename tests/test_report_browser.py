@@ -1,4 +1,4 @@
-"""The reports of a run and of a sweep as a browser renders them: headless Chromium, on a phone, on a desk and on paper, light and dark."""
+"""The reports of a run and of a sweep in a browser: headless Chromium, on a phone, a desk and paper, light and dark."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from made_run import make_run
 from made_sweep import make_sweep
 from matplotlib.image import imread
 
-from raydiv.report.drawing import AMBER, BLUE, GREY, RED, TEAL
+from raydiv.report.drawing import AMBER, BLUE, GREY, RAMP, RED, TEAL
 from raydiv.report.page import write_report
 from raydiv.report.sweep_page import write_sweep_report
 from raydiv.run import RunDirectory
@@ -145,7 +145,7 @@ def test_pictures_are_whole_and_their_text_is_large_enough(light: dict[str, dict
         assert picture["texts"]
         for text, *(x, y, beyond, below) in picture["texts"]:
             # across or up: its height is the smaller extent
-            assert min(beyond - x, below - y) > (4 if len(text) == 1 else 9), text
+            assert min(beyond - x, below - y) > min(3 * len(text), 9), text
             assert left - 1 <= x <= beyond <= right + 1, f"{picture['name']}: {text} is cut"
             assert top - 1 <= y <= below <= bottom + 1, f"{picture['name']}: {text} is cut"
 
@@ -174,12 +174,12 @@ def test_recipe_is_read_whole(light: dict[str, dict[str, Any]], run: RunDirector
 
 
 def test_light_and_dark_are_legible(light: dict[str, dict[str, Any]], dark: dict[str, dict[str, Any]]) -> None:
-    for found in (light["desk"], dark["desk"]):
+    for found in (light["desk"], dark["desk"], light["sweep, desk"], dark["sweep, desk"]):
         page = rgb(found["page"])
         assert contrast(page, rgb(found["ink"])) > 10
         assert contrast(page, rgb(found["soft"])) > 4.5
         assert found["drawn"] == found["ink"]
-        for colour in (BLUE, RED, AMBER, TEAL, GREY):
+        for colour in (BLUE, RED, AMBER, TEAL, GREY, *RAMP):
             assert contrast(page, hexadecimal(colour)) > 3
     assert luminance(rgb(light["desk"]["page"])) > 0.9
     assert luminance(rgb(dark["desk"]["page"])) < 0.02
