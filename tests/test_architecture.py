@@ -52,7 +52,7 @@ LIBRARIES = {
     "datasets": {"data.sources", "benchmarks.rival"},
     "trl": {"benchmarks.rival"},
     "lm_eval": {"evaluation.capability"},
-    "matplotlib": {"report.drawing", "report.figures"},
+    "matplotlib": {"report.drawing", "report.figures", "report.sweep_figures", "report.sweep_parallel"},
     "nanogcg": {"evaluation.gcg"},
 }
 

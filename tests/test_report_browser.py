@@ -1,4 +1,4 @@
-"""The report as a browser renders it: headless Chromium, on a phone, on a desk and on paper, light and dark."""
+"""The reports of a run and of a sweep in a browser: headless Chromium, on a phone, a desk and paper, light and dark."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 from made_run import make_run
+from made_sweep import make_sweep
 from matplotlib.image import imread
 
-from raydiv.report.drawing import AMBER, BLUE, GREY, RED, TEAL
+from raydiv.report.drawing import AMBER, BLUE, GREY, RAMP, RED, TEAL
 from raydiv.report.page import write_report
+from raydiv.report.sweep_page import write_sweep_report
 from raydiv.run import RunDirectory
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -29,6 +31,9 @@ pytestmark = [
 
 PHONE, DESK, PAPER = 390, 1280, 688
 """Widths in CSS pixels; PAPER is A4 without its margins."""
+
+PICTURES = {"phone": 10, "desk": 10, "paper": 10, "bare": 6, "sweep, phone": 8, "sweep, desk": 8, "sweep, paper": 8}
+"""How many each page has, by its medium."""
 
 DARK = "--blink-settings=preferredColorScheme=0"
 
@@ -97,23 +102,31 @@ def run(folder: Path) -> RunDirectory:
 
 
 @pytest.fixture(scope="module")
-def light(run: RunDirectory, folder: Path) -> dict[str, dict[str, Any]]:
+def sweep(folder: Path) -> Path:
+    path = folder / "sweep.html"
+    write_sweep_report(path, folder / "pictures", make_sweep())
+    return path
+
+
+@pytest.fixture(scope="module")
+def light(run: RunDirectory, sweep: Path, folder: Path) -> dict[str, dict[str, Any]]:
     """The report on each medium, and one with nothing in it but the updates."""
     bare = make_run(folder, measured=False, name="bare")
     write_report(bare)
-    full, little = run.report.read_text(), bare.report.read_text()
+    full, little, search = run.report.read_text(), bare.report.read_text(), sweep.read_text()
     pages = {"phone": (full, PHONE), "desk": (full, DESK), "paper": (on_paper(full), PAPER), "bare": (little, PHONE)}
+    pages |= {"sweep, phone": (search, PHONE), "sweep, desk": (search, DESK), "sweep, paper": (on_paper(search), PAPER)}
     return dict(zip(pages, seen(folder, list(pages.values())), strict=True))
 
 
 @pytest.fixture(scope="module")
-def dark(run: RunDirectory, folder: Path) -> dict[str, dict[str, Any]]:
-    full = run.report.read_text()
-    pages = {"desk": (full, DESK), "paper": (on_paper(full), PAPER)}
+def dark(run: RunDirectory, sweep: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    full, search = run.report.read_text(), sweep.read_text()
+    pages = {"desk": (full, DESK), "paper": (on_paper(full), PAPER), "sweep, desk": (search, DESK)}
     return dict(zip(pages, seen(folder, list(pages.values()), DARK), strict=True))
 
 
-@pytest.mark.parametrize("medium", ["phone", "desk", "paper", "bare"])
+@pytest.mark.parametrize("medium", PICTURES)
 def test_nothing_is_wider_than_the_page(light: dict[str, dict[str, Any]], medium: str) -> None:
     found = light[medium]
     assert found["scrolls"] <= found["width"]
@@ -121,10 +134,10 @@ def test_nothing_is_wider_than_the_page(light: dict[str, dict[str, Any]], medium
     assert found["requests"] == []
 
 
-@pytest.mark.parametrize("medium", ["phone", "desk", "paper", "bare"])
+@pytest.mark.parametrize("medium", PICTURES)
 def test_pictures_are_whole_and_their_text_is_large_enough(light: dict[str, dict[str, Any]], medium: str) -> None:
     found = light[medium]
-    assert len(found["pictures"]) == (6 if medium == "bare" else 10)
+    assert len(found["pictures"]) == PICTURES[medium]
     for picture in found["pictures"]:
         left, top, right, bottom = picture["box"]
         assert right - left > 250
@@ -132,14 +145,16 @@ def test_pictures_are_whole_and_their_text_is_large_enough(light: dict[str, dict
         assert picture["texts"]
         for text, *(x, y, beyond, below) in picture["texts"]:
             # across or up: its height is the smaller extent
-            assert min(beyond - x, below - y) > (4 if len(text) == 1 else 9), text
+            assert min(beyond - x, below - y) > min(3 * len(text), 9), text
             assert left - 1 <= x <= beyond <= right + 1, f"{picture['name']}: {text} is cut"
             assert top - 1 <= y <= below <= bottom + 1, f"{picture['name']}: {text} is cut"
 
 
 def test_pictures_stand_in_one_column_on_a_phone_and_in_two_elsewhere(light: dict[str, dict[str, Any]]) -> None:
     columns = {medium: {picture["box"][0] for picture in light[medium]["pictures"]} for medium in light}
-    assert {medium: len(lefts) for medium, lefts in columns.items()} == {"phone": 1, "bare": 1, "desk": 2, "paper": 2}
+    assert {medium: len(lefts) for medium, lefts in columns.items()} == {
+        medium: 1 if medium == "bare" or medium.endswith("phone") else 2 for medium in PICTURES
+    }
 
 
 def test_table_reads_as_it_was_measured(light: dict[str, dict[str, Any]]) -> None:
@@ -159,12 +174,12 @@ def test_recipe_is_read_whole(light: dict[str, dict[str, Any]], run: RunDirector
 
 
 def test_light_and_dark_are_legible(light: dict[str, dict[str, Any]], dark: dict[str, dict[str, Any]]) -> None:
-    for found in (light["desk"], dark["desk"]):
+    for found in (light["desk"], dark["desk"], light["sweep, desk"], dark["sweep, desk"]):
         page = rgb(found["page"])
         assert contrast(page, rgb(found["ink"])) > 10
         assert contrast(page, rgb(found["soft"])) > 4.5
         assert found["drawn"] == found["ink"]
-        for colour in (BLUE, RED, AMBER, TEAL, GREY):
+        for colour in (BLUE, RED, AMBER, TEAL, GREY, *RAMP):
             assert contrast(page, hexadecimal(colour)) > 3
     assert luminance(rgb(light["desk"]["page"])) > 0.9
     assert luminance(rgb(dark["desk"]["page"])) < 0.02

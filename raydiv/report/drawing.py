@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import re
+import textwrap
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,11 +16,24 @@ from typing import Any
 INK = "#010203"
 """Of text and axes. No other thing has this colour, so that in SVG it can stand for the colour of the page's text."""
 
+PAPER = "#fefefe"
+"""Behind words that lie on lines: in SVG it stands for the colour of the page."""
+
 BLUE, RED, AMBER, TEAL, GREY = "#2f7ed8", "#d64545", "#c47a0a", "#1f9483", "#808080"
 """Legible on white and on the dark page alike."""
 
+RAMP = ("#5158de", "#9449ce", "#c43ea4", "#e23f67", "#e75b03", "#c78709")
+"""From violet to amber in equal steps of lightness and hue, and as legible as the colours above from end to end."""
+
 SIZE = (4.6, 3.2)
 """Inches: at the width of a phone its text is as large as the page's small print."""
+
+TITLE_WIDTH = 46
+LONGEST_LABEL = 28
+"""Characters."""
+
+LEGEND_ROW = 0.19
+"""Inches."""
 
 STYLE: dict[str, Any] = {
     "figure.figsize": SIZE,
@@ -81,9 +96,30 @@ def new_axis(title: str, below: str) -> tuple[Any, Any]:
 
     figure = Figure()
     axis = figure.subplots()
-    axis.set_title(title)
+    axis.set_title(textwrap.fill(title, TITLE_WIDTH))
     axis.set_xlabel(below)
     return figure, axis
+
+
+def legend(figure: Any, axis: Any) -> None:
+    """Below the axis, where it hides nothing, and of which it takes nothing; one curve alone needs none."""
+    handles, labels = axis.get_legend_handles_labels()
+    if len(labels) < 2:
+        return
+    short = [shortened(label) for label in labels]
+    longest = max(map(len, short))
+    columns = 1 if longest > 22 else 2 if longest > 14 or len(short) == 4 else 3
+    figure.legend(handles, short, loc="outside lower left", ncols=columns)
+    figure.set_figheight(figure.get_figheight() + LEGEND_ROW * (math.ceil(len(short) / columns) - 1))
+
+
+def shortened(label: str, most: int = LONGEST_LABEL) -> str:
+    return label if len(label) <= most else f"{label[: most - 1]}…"
+
+
+def broken(words: str, width: int, most: int) -> str:
+    """In lines of ``width`` characters, cut after ``most`` of them."""
+    return "\n".join(textwrap.wrap(words, width, max_lines=most, placeholder="…"))
 
 
 def png(figure: Any) -> bytes:
@@ -116,4 +152,4 @@ def svg(figure: Any, name: str, described: str) -> str:
     (box,) = re.findall(r'viewBox="[^"]*"', opening)
     drawn = f'<svg {box} role="img" aria-label="{html.escape(described)}">{rest}'
     drawn = re.sub(r'(\bid="|\bhref="#|url\(#)', rf"\g<1>{name}-", drawn)
-    return re.sub(r"\n\s*", "\n", drawn).replace(INK, "currentColor").strip()
+    return re.sub(r"\n\s*", "\n", drawn).replace(INK, "currentColor").replace(PAPER, "var(--page)").strip()

@@ -63,12 +63,13 @@ def figure(picture: Picture) -> str:
     return f"<figure>\n{image}\n<figcaption>{escape(picture.caption)}</figcaption>\n</figure>"
 
 
-def table(caption: str, columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> str:
-    """A table with a heading for each row, and for each column where ``columns`` names them."""
+def table(caption: str, columns: Sequence[str], rows: Sequence[tuple[str, ...]], kind: str = "") -> str:
+    """A table with a heading for each row, and for each column where ``columns`` names them; ``kind`` is its CSS class."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
     body = "\n".join(
         f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(value)}</td>" for value in values)}</tr>'
         for name, *values in rows
     )
     top = f"<thead><tr><td></td>{head}</tr></thead>\n" if columns else ""
-    return scroll(f"<table>\n<caption>{caption}</caption>\n{top}<tbody>\n{body}\n</tbody></table>", caption)
+    named = f' class="{kind}"' if kind else ""
+    return scroll(f"<table{named}>\n<caption>{caption}</caption>\n{top}<tbody>\n{body}\n</tbody></table>", caption)

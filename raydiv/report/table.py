@@ -42,6 +42,9 @@ KNOWN: dict[str, tuple[str, str]] = {
 }
 """Label and format of a metric, or of what several are parts of, in the order of tables."""
 
+SAME = "  same, "
+"""Begins the label of a metric that is the one above, measured in another way."""
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:
@@ -87,6 +90,19 @@ def label_of(metric: str) -> str:
     head, _, rest = metric.rpartition("/")
     words = rest.replace("_", " ")
     return words if "/" not in head else f"{label_of(head)}: {words}"
+
+
+def label_alone(metric: str) -> str:
+    """A metric's label where it does not stand below the one whose label it goes on from."""
+    label = label_of(metric)
+    if not label.startswith(SAME):
+        return label.strip()
+    above = [known for known, _ in list(KNOWN.values())[: _place(metric)] if not known.startswith(" ")]
+    return f"{above[-1]}, {label.removeprefix(SAME)}"
+
+
+def in_percent(metric: str) -> bool:
+    return _form(metric, "").endswith("%}")
 
 
 def before_after(run: RunDirectory) -> list[tuple[str, str, str]]:
