@@ -94,7 +94,7 @@ class AnswersReport:
         return found | ({} if self.capability is None else self.capability.cells())
 
     def write(self, folder: Path, name: str, show_text: bool) -> None:
-        """The rates, and a line per answer: id, kind, attack, verdict, and with ``show_text`` what was asked and answered."""
+        """The rates, and a line per answer: id, set, kind, category, attack and verdict, and with ``show_text`` the texts."""
         folder.mkdir(exist_ok=True)
         (folder / f"{name}.json").write_text(json.dumps(self.as_json(), indent=1) + "\n")
         if show_text:
@@ -104,9 +104,9 @@ class AnswersReport:
         with (folder / f"{name}.answers.jsonl").open("w") as lines:
             for attempt, one, answer in zip(self.attempts, self.graded, self.answers, strict=True):
                 prompt = one.prompt
-                line = {"id": prompt.id, "kind": prompt.kind, "category": prompt.category, "attack": one.attack}
+                line = {"id": prompt.id, "set": prompt.set, "kind": prompt.kind, "category": prompt.category}
                 text = (
                     {"prompt": prompt.text, "asked": attempt.request.prompt, "answer": answer.text} if show_text else {}
                 )
                 toxic = {} if one.toxic is None else {"toxic": one.toxic}
-                lines.write(json.dumps({**line, "verdict": one.verdict, **toxic, **text}) + "\n")
+                lines.write(json.dumps({**line, "attack": one.attack, "verdict": one.verdict, **toxic, **text}) + "\n")
