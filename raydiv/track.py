@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -49,7 +50,11 @@ class Tracker:
     def metrics(self, record: Metrics) -> None:
         """Log one line of metrics.jsonl."""
         step = int(record["step"])
-        values = {name: float(value) for name, value in record.items() if name != "step" and not isinstance(value, str)}
+        values = {
+            _allowed(name): float(value)
+            for name, value in record.items()
+            if name != "step" and not isinstance(value, str)
+        }
         self._submit(lambda: self._log_metrics(values, step))
 
     def artifact(self, path: Path) -> None:
@@ -114,6 +119,11 @@ class Tracker:
                     )
                 return
             self._waiting.pop(0)
+
+
+def _allowed(name: str) -> str:
+    """A metric's name in characters that MLflow takes; those of categories and of sets are the user's."""
+    return re.sub(r"[^\w\-. :/]", "_", name)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
