@@ -27,6 +27,7 @@ ROOMS = [
     ["dist"],
     ["config"],
     ["losses"],
+    ["studies"],
     ["bundled.w1"],
     ["cache"],
     ["storage"],
@@ -123,6 +124,13 @@ def test_objectives_use_no_torch_at_run_time() -> None:
     for module, path in modules().items():
         if module.startswith("losses"):
             assert not any(name.split(".")[0] == "torch" for name in imports(path)), module
+
+
+def test_studies_are_of_numbers_alone() -> None:
+    allowed = {"raydiv", "numpy", "scipy", *sys.stdlib_module_names}
+    for module, path in modules().items():
+        if module.startswith("studies"):
+            assert {name.split(".")[0] for name in imports(path)} <= allowed, module
 
 
 @pytest.mark.parametrize("command", [["--help"], ["schema"], ["losses"]])
