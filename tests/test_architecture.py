@@ -52,7 +52,7 @@ LIBRARIES = {
     "datasets": {"data.sources", "benchmarks.rival"},
     "trl": {"benchmarks.rival"},
     "lm_eval": {"evaluation.capability"},
-    "matplotlib": {"report.drawing", "report.figures"},
+    "matplotlib": {"report.drawing", "report.figures", "report.study_figures"},
     "nanogcg": {"evaluation.gcg"},
 }
 

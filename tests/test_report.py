@@ -15,7 +15,7 @@ from matplotlib.image import imread
 from scipy.stats import chi2
 
 from raydiv.report import figures
-from raydiv.report.drawing import INK, Picture, png, styled, svg
+from raydiv.report.drawing import INK, LONGEST_LABEL, Picture, png, styled, svg
 from raydiv.report.page import page, write_report
 from raydiv.report.table import before_after, label_of, measured
 from raydiv.run import RunDirectory
@@ -341,5 +341,5 @@ def test_a_long_label_is_cut_and_a_long_title_broken() -> None:
     picture = figures.plane(report, "after")
     assert picture
     longest = picture.figure.legends[0].get_texts()[0].get_text()
-    assert len(longest) == figures.LONGEST_LABEL
+    assert len(longest) == LONGEST_LABEL
     assert longest.endswith("…")

@@ -376,7 +376,15 @@ def test_table_of_claims() -> None:
     assert table.rows[0].words == ("ASR", "D_B")
     few = claim_table(claims_of(study()[:3]))
     assert {str(figure) for row in few.rows for figure in row.figures} == {"3", "-"}
-    assert few.notes[1] == "ASR on D_B: no estimate: 3 cells, and for an intercept of each model 4 are needed"
+    why = "no estimate: 3 cells, and for an intercept of each model 4 are needed"
+    assert few.notes[1:] == (why,)
+    one = study()[0]
+    lacking = replace(one, metrics={name: value for name, value in one.metrics.items() if name != D_B.metric})
+    assert claim_table([claim([lacking], D_B, ASR), claim([one], D_B_LENGTH_MATCHED, ASR)]).notes[1:] == (
+        "ASR on D_B: left out, D_B missing or not above 0: 1 of 1 cells",
+        "ASR on D_B: no estimate: 0 cells, and for an intercept of each model 4 are needed",
+        "ASR on D_B length-matched: no estimate: 1 cells, and for an intercept of each model 4 are needed",
+    )
     assert claim_table([]).rows == ()
 
 
@@ -399,16 +407,16 @@ def test_csv_has_every_digit_and_comes_back(tmp_path: Path) -> None:
 
 def test_names_mean_nothing_in_markdown_and_in_csv(tmp_path: Path) -> None:
     odd = 'a|b_c*d<e>,"f"\ng'
-    table = Table("Of a|b", ("model", odd), (Row((odd,), (Figure(0.5, "{:.0%}", best=True),)),), ("a_note",))
+    table = Table("Of a|b", ("model", odd), (Row((odd,), (Figure(0.5, "{:.0%}", best=True),)),), ("a_note_",))
     lines = markdown(table).splitlines()
     assert lines == [
         r"## Of a\|b",
         "",
-        r'| model | a\|b\_c\*d\<e\>,"f" g |',
+        r'| model | a\|b_c\*d\<e\>,"f" g |',
         "| --- | ---: |",
-        r'| a\|b\_c\*d\<e\>,"f" g | **50%** |',
+        r'| a\|b_c\*d\<e\>,"f" g | **50%** |',
         "",
-        r"- a\_note",
+        r"- a_note\_",
     ]
     write_tables(tmp_path, [table])
     with (tmp_path / "of-a-b.csv").open(newline="") as content:

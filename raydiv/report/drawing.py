@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -19,6 +20,10 @@ BLUE, RED, AMBER, TEAL, GREY = "#2f7ed8", "#d64545", "#c47a0a", "#1f9483", "#808
 
 SIZE = (4.6, 3.2)
 """Inches: at the width of a phone its text is as large as the page's small print."""
+
+LONGEST_LABEL = 28
+LEGEND_ROW = 0.19
+"""Inches."""
 
 STYLE: dict[str, Any] = {
     "figure.figsize": SIZE,
@@ -84,6 +89,18 @@ def new_axis(title: str, below: str) -> tuple[Any, Any]:
     axis.set_title(title)
     axis.set_xlabel(below)
     return figure, axis
+
+
+def legend_below(figure: Any, axis: Any) -> None:
+    """Below the axis, where it hides nothing, and of which it takes nothing; one curve alone needs none."""
+    handles, labels = axis.get_legend_handles_labels()
+    if len(labels) < 2:
+        return
+    short = [label if len(label) <= LONGEST_LABEL else f"{label[: LONGEST_LABEL - 1]}…" for label in labels]
+    longest = max(map(len, short))
+    columns = 1 if longest > 22 else 2 if longest > 14 or len(short) == 4 else 3
+    figure.legend(handles, short, loc="outside lower left", ncols=columns)
+    figure.set_figheight(figure.get_figheight() + LEGEND_ROW * (math.ceil(len(short) / columns) - 1))
 
 
 def png(figure: Any) -> bytes:

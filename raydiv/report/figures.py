@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raydiv.report.drawing import AMBER, BLUE, GREY, INK, RED, TEAL, Picture, new_axis, styled
+from raydiv.report.drawing import AMBER, BLUE, GREY, INK, RED, TEAL, Picture, legend_below, new_axis, styled
 from raydiv.report.table import read_json
 from raydiv.run import Metrics, RunDirectory
 
@@ -29,9 +29,6 @@ ELLIPSE = 0.95
 """Share of a Gaussian that an ellipse holds."""
 
 MOST_BINS = 40
-LONGEST_LABEL = 28
-LEGEND_ROW = 0.19
-"""Inches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +139,7 @@ def _over_the_run(
     if ceiling is not None:
         axis.axhline(ceiling, linestyle=(0, (1, 2)), color=INK, linewidth=1.2, label=f"ceiling {ceiling:.3g}")
     axis.xaxis.get_major_locator().set_params(integer=True)
-    _legend(figure, axis)
+    legend_below(figure, axis)
     return Picture(name, title, figure, caption)
 
 
@@ -166,7 +163,7 @@ def plane(report: Mapping[str, Any], when: str) -> Picture | None:
         axis.add_patch(
             Ellipse((centre[0], centre[1]), *axes, angle=angle, fill=False, edgecolor=colours[0], linewidth=1.5)
         )
-    _legend(figure, axis)
+    legend_below(figure, axis)
     caption = (
         f"Hidden states of the prompts {when} training: last layer, last token. An ellipse holds {ELLIPSE:.0%} of a Gaussian "
         "with its class's mean and covariance."
@@ -214,18 +211,6 @@ def reward_distribution(by_class: Mapping[str, Sequence[float]]) -> Picture | No
             axis.hist(found, edges, histtype="step", color=colour, linewidth=1.2)
             axis.axvline(float(np.mean(found)), color=colour, linewidth=1.2, linestyle="--")
     axis.yaxis.get_major_locator().set_params(integer=True)
-    _legend(figure, axis)
+    legend_below(figure, axis)
     caption = "At the end of training; dashed: each class's mean. The less the classes overlap, the better they are told apart."
     return Picture("reward-distribution", title, figure, caption)
-
-
-def _legend(figure: Any, axis: Any) -> None:
-    """Below the axis, where it hides nothing, and of which it takes nothing; one curve alone needs none."""
-    handles, labels = axis.get_legend_handles_labels()
-    if len(labels) < 2:
-        return
-    short = [label if len(label) <= LONGEST_LABEL else f"{label[: LONGEST_LABEL - 1]}…" for label in labels]
-    longest = max(map(len, short))
-    columns = 1 if longest > 22 else 2 if longest > 14 or len(short) == 4 else 3
-    figure.legend(handles, short, loc="outside lower left", ncols=columns)
-    figure.set_figheight(figure.get_figheight() + LEGEND_ROW * (math.ceil(len(short) / columns) - 1))

@@ -212,8 +212,16 @@ def claim_table(claims: Sequence[Claim]) -> Table:
     estimates = ("cells", "slope", "SE", "slope low", "slope high", "p", "r", "r low", "r high")
     header = ("attack success", "on the log of", *estimates, "r least", "r greatest", "unbroken r", "unbroken cells")
     rows = tuple(Row((one.asr.label, one.separation.label), _figures(one)) for one in claims)
-    notes = dict.fromkeys(f"{one.asr.label} on {one.separation.label}: {note}" for one in claims for note in one.notes)
-    return Table("Attack success and separation", header, rows, (MEANING, *notes) if rows else ())
+    return Table("Attack success and separation", header, rows, (MEANING, *_notes(claims)) if rows else ())
+
+
+def _notes(claims: Sequence[Claim]) -> list[str]:
+    """Each note once, with the claims that it is of where these are not all."""
+    notes: dict[str, list[str]] = {}
+    for one in claims:
+        for note in one.notes:
+            notes.setdefault(note, []).append(f"{one.asr.label} on {one.separation.label}")
+    return [note if len(own) == len(claims) else f"{', '.join(own)}: {note}" for note, own in notes.items()]
 
 
 def _figures(one: Claim) -> tuple[Figure, ...]:

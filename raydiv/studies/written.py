@@ -47,12 +47,17 @@ class Table:
     @property
     def slug(self) -> str:
         """Its title as the name of a file."""
-        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
+        return slug(self.title)
 
     @property
     def keys(self) -> int:
         """How many columns are of words."""
         return len(self.rows[0].words) if self.rows else 0
+
+
+def slug(words: str) -> str:
+    """Words as the name of a file."""
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 
 def write_tables(folder: Path, tables: Sequence[Table]) -> None:
@@ -78,8 +83,8 @@ def _marked(figure: Figure) -> str:
 
 
 def _plain(words: str) -> str:
-    r"""In Markdown nothing of a name has a meaning: Qwen2_5 and a|b are Qwen2\_5 and a\|b."""
-    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", " ".join(words.split()))
+    r"""In Markdown nothing of a name has a meaning: a|b is a\|b. An underscore between letters has none anyway."""
+    return re.sub(r"([\\`*|<>\[\]]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(words.split()))
 
 
 def _in_full(table: Table) -> list[list[str | float]]:
