@@ -132,6 +132,16 @@ def test_cells_are_means_and_spreads_over_seeds_with_the_best_marked() -> None:
     assert cell_table(study()).notes == ()
 
 
+def test_a_broken_model_is_never_marked() -> None:
+    cells = [cell("m", "CR", "dpo", asr=0.3, d_b=1.0, degenerate=0.0), cell("m", "CR", "kto", asr=0.4, d_b=2.0)]
+    table = cell_table([*cells, cell("m", "CR", "plain", asr=0.0, d_b=9.0, degenerate=0.5)])
+    assert best(table, "ASR") == [("m", "CR", "dpo")]
+    assert best(table, "D_B") == [("m", "CR", "kto")]
+    assert table.notes == (
+        "never marked as best: broken models (more than 20% degenerate answers), of which there are 1",
+    )
+
+
 def test_drift_is_never_marked() -> None:
     table = cell_table(study())
     assert {name for name in table.header[3:] if not best(table, name)} == {

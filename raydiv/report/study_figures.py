@@ -12,8 +12,8 @@ import numpy as np
 
 from raydiv.report.drawing import AMBER, BLUE, GREY, INK, RED, TEAL, Picture, legend_below, new_axis, styled
 from raydiv.studies.cells import NO_DATA, Cell, in_order, trained
-from raydiv.studies.claim import BROKEN, Claim, Correlation, Point, Slope
-from raydiv.studies.measures import ASR, D_B, DEGENERATE, Measure
+from raydiv.studies.claim import Claim, Correlation, Point, Slope
+from raydiv.studies.measures import ASR, BROKEN, D_B, Measure, is_broken
 from raydiv.studies.written import slug
 
 COLOURS = (BLUE, RED, AMBER, TEAL, "#8d62c9", GREY)
@@ -49,7 +49,7 @@ def scatter(claim: Claim, name: str) -> Picture:
     Lines are the fit: one slope, an intercept for each model. Broken models are hollow.
     """
     title = f"{claim.asr.label} and {claim.separation.label}"
-    figure, axis = new_axis(textwrap.fill(title, 46), claim.separation.label)
+    figure, axis = new_axis(textwrap.fill(title, 40), claim.separation.label)
     figure.set_figheight(3.9)
     axis.set_ylabel(claim.asr.label)
     _log(axis)
@@ -160,7 +160,7 @@ def dots(cells: Sequence[Cell], measure: Measure) -> Picture | None:
         if len(own) > 1:
             values = [value for cell in own if (value := measure.of(cell)) is not None]
             axis.plot(values, [height] * len(values), markersize=3, alpha=0.4, **style)
-        hollow = {"markerfacecolor": "none"} if (DEGENERATE.mean(own) or 0.0) > BROKEN else {}
+        hollow = {"markerfacecolor": "none"} if is_broken(own) else {}
         axis.plot(measure.mean(own), height, markersize=5, **style, **hollow)
     for data, marker in markers.items():
         axis.plot([], [], marker, color=INK, markersize=5, label=data)

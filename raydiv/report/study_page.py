@@ -24,8 +24,8 @@ RANKS = (
     """Of the losses on one model and data the best by a measure has rank 1; ranks are averaged over models and data."""
 )
 
-BEST = """Bold: the best of the losses on one model and data. KL and perplexity say how far a model has drifted; neither end of
-them is good by itself."""
+BEST = """Bold: the best of the losses on one model and data, broken models apart. KL and perplexity say how far a model
+has drifted; neither end of them is good by itself."""
 
 NOTHING = "There are no cells to test it on."
 

@@ -12,6 +12,9 @@ BASE = "none"
 NO_DATA = "-"
 """Its data."""
 
+Key = tuple[str, str, str]
+"""Model, data and loss."""
+
 
 @dataclass(frozen=True, slots=True)
 class Cell:
@@ -34,8 +37,8 @@ class Cell:
         return self.loss == BASE
 
     @property
-    def key(self) -> tuple[str, str, str]:
-        """Model, data and loss: what runs of several seeds share."""
+    def key(self) -> Key:
+        """What runs of several seeds share."""
         return self.model, self.data, self.loss
 
 
@@ -55,10 +58,10 @@ def bases(cells: Sequence[Cell]) -> list[Cell]:
     return found
 
 
-def in_order(cells: Sequence[Cell]) -> dict[tuple[str, str, str], list[Cell]]:
+def in_order(cells: Sequence[Cell]) -> dict[Key, list[Cell]]:
     """The cells of each model, data and loss: all in the order of first appearance, a model's base before the rest."""
     places = [list(dict.fromkeys(names)) for names in zip(*(cell.key for cell in cells), strict=True)]
-    found: dict[tuple[str, str, str], list[Cell]] = {}
+    found: dict[Key, list[Cell]] = {}
     for cell in sorted(
         cells,
         key=lambda one: (

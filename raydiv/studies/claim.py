@@ -21,11 +21,8 @@ from numpy.typing import NDArray
 from scipy.stats import norm, t
 
 from raydiv.studies.cells import Cell, trained
-from raydiv.studies.measures import D_B, D_B_LENGTH_MATCHED, DEGENERATE, Measure, attack_success
+from raydiv.studies.measures import BROKEN, D_B, D_B_LENGTH_MATCHED, Measure, attack_success, is_broken
 from raydiv.studies.written import Figure, Row, Table
-
-BROKEN = 0.2
-"""Share of degenerate answers above which a model is broken: it separates, and is not safe."""
 
 COUNT = "{:.0f}"
 
@@ -129,8 +126,7 @@ def _points(cells: Sequence[Cell], separation: Measure, asr: Measure) -> tuple[t
         elif success is None:
             no_asr += 1
         else:
-            broken = (DEGENERATE.of(cell) or 0.0) > BROKEN
-            points.append(Point(cell.model, cell.data, cell.loss, d_b, success, broken))
+            points.append(Point(cell.model, cell.data, cell.loss, d_b, success, is_broken([cell])))
     notes = []
     if no_log:
         notes.append(f"left out, {separation.label} missing or not above 0: {no_log} of {len(cells)} cells")

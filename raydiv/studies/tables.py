@@ -11,8 +11,8 @@ from statistics import fmean, stdev
 import numpy as np
 from scipy.stats import rankdata, t, wilcoxon
 
-from raydiv.studies.cells import Cell, in_order, trained
-from raydiv.studies.measures import Measure, measures
+from raydiv.studies.cells import Cell, Key, in_order, trained
+from raydiv.studies.measures import BROKEN, Measure, is_broken, measures
 from raydiv.studies.written import Figure, Row, Table
 
 RANK = "{:.2f}"
@@ -36,21 +36,24 @@ def tables_of(cells: Sequence[Cell]) -> list[Table]:
 def cell_table(cells: Sequence[Cell]) -> Table:
     """A row for each model, data and loss: means over seeds, and their sample standard deviation.
 
-    The best of the losses on one model and data are marked, where they differ and a measure has a good end.
+    The best of the losses on one model and data are marked, where they differ and a measure has a good end; no broken model is.
     """
     known, groups = measures(cells), in_order(cells)
     rows = {key: [measure.figure(own) for measure in known] for key, own in groups.items()}
-    marked = [Row(key, tuple(row)) for key, row in _best_of_blocks(rows, known).items()]
-    return Table("Cells", ("model", "data", "loss", *_labels(known)), tuple(marked), _of_seeds(groups))
+    whole = [key for key, own in groups.items() if not is_broken(own)]
+    marked = [Row(key, tuple(row)) for key, row in _best_of_blocks(rows, whole, known).items()]
+    broken = f"never marked as best: broken models (more than {BROKEN:.0%} degenerate answers), of which there are"
+    notes = [*_of_seeds(groups), *([f"{broken} {len(rows) - len(whole)}"] if len(whole) < len(rows) else [])]
+    return Table("Cells", ("model", "data", "loss", *_labels(known)), tuple(marked), tuple(notes))
 
 
 def _best_of_blocks(
-    rows: Mapping[tuple[str, str, str], list[Figure]], known: Sequence[Measure]
-) -> dict[tuple[str, str, str], list[Figure]]:
-    """The rows with the best figure of each (model, data) marked."""
+    rows: Mapping[Key, list[Figure]], rivals: Sequence[Key], known: Sequence[Measure]
+) -> dict[Key, list[Figure]]:
+    """The rows with the best figure of the rivals of each (model, data) marked."""
     found = {key: list(row) for key, row in rows.items()}
     for block in dict.fromkeys(key[:2] for key in rows):
-        own = [found[key] for key in rows if key[:2] == block]
+        own = [found[key] for key in rivals if key[:2] == block]
         for column, measure in enumerate(known):
             for row, figure in zip(own, _best([row[column] for row in own], measure.better), strict=True):
                 row[column] = figure
@@ -67,7 +70,8 @@ def _best(figures: Sequence[Figure], better: int) -> list[Figure]:
     ]
 
 
-def _of_seeds(groups: Mapping[tuple[str, str, str], Sequence[Cell]]) -> tuple[str, ...]:
+def _of_seeds(groups: Mapping[Key, Sequence[Cell]]) -> tuple[str, ...]:
+    """That there are several seeds, and how many."""
     counts = sorted({len(own) for own in groups.values() if not own[0].is_base})
     if not counts or counts[-1] < 2:
         return ()
