@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -54,7 +55,11 @@ class Tracker:
     def metrics(self, record: Metrics) -> None:
         """Log one line of metrics.jsonl."""
         step = int(record["step"])
-        values = {name: float(value) for name, value in record.items() if name != "step" and not isinstance(value, str)}
+        values = {
+            _allowed(name): float(value)
+            for name, value in record.items()
+            if name != "step" and not isinstance(value, str)
+        }
         self._submit(lambda: self._log_metrics(values, step))
 
     def artifact(self, path: Path) -> None:
@@ -170,6 +175,11 @@ def downloaded_runs(uri: str, experiment: str, folder: Path) -> Iterator[tuple[P
                 yield folder / run.info.run_id, run.info.run_id
     except mlflow.exceptions.MlflowException as error:
         raise UserError(f"MLflow at {uri}: {' '.join(str(error).split())[:200]}") from None
+
+
+def _allowed(name: str) -> str:
+    """A metric's name in characters that MLflow takes; those of categories and of sets are the user's."""
+    return re.sub(r"[^\w\-. :/]", "_", name)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

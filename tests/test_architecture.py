@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "raydiv"
 
 ROOMS = [
     ["cli", "__main__", "__init__", "benchmarks"],
-    ["sweeps"],
+    ["sweeps", "studies"],
+    ["families"],
     ["launch"],
     ["preparation", "inspection", "construction", "measure", "report", "planning.forecast", "planning.amounts"],
     ["training.worker"],
@@ -28,6 +29,7 @@ ROOMS = [
     ["dist"],
     ["config"],
     ["losses"],
+    ["comparison"],
     ["bundled.w1"],
     ["cache"],
     ["storage"],
@@ -36,7 +38,7 @@ ROOMS = [
 """From the door to the foundations: a module imports its own room and what is below. Submodules may be named apart."""
 
 LIBRARIES = {
-    "ray": {"session", "pool", "launch", "reference", "training.worker", "sweeps", "benchmarks"},
+    "ray": {"session", "pool", "launch", "reference", "training.worker", "sweeps", "studies.jobs", "benchmarks"},
     "deepspeed": {"engine", "benchmarks.hello"},
     "mlflow": {"track"},
     "transformers": {
@@ -52,8 +54,15 @@ LIBRARIES = {
     "datasets": {"data.sources", "benchmarks.rival"},
     "trl": {"benchmarks.rival"},
     "lm_eval": {"evaluation.capability"},
-    "matplotlib": {"report.drawing", "report.figures", "report.sweep_figures", "report.sweep_parallel"},
+    "matplotlib": {
+        "report.drawing",
+        "report.figures",
+        "report.sweep_figures",
+        "report.sweep_parallel",
+        "report.study_figures",
+    },
     "nanogcg": {"evaluation.gcg"},
+    "optuna": {"sweeps"},
 }
 
 
@@ -124,6 +133,13 @@ def test_objectives_use_no_torch_at_run_time() -> None:
     for module, path in modules().items():
         if module.startswith("losses"):
             assert not any(name.split(".")[0] == "torch" for name in imports(path)), module
+
+
+def test_comparison_is_of_numbers_alone() -> None:
+    allowed = {"raydiv", "numpy", "scipy", *sys.stdlib_module_names}
+    for module, path in modules().items():
+        if module.startswith("comparison"):
+            assert {name.split(".")[0] for name in imports(path)} <= allowed, module
 
 
 @pytest.mark.parametrize("command", [["--help"], ["schema"], ["losses"]])

@@ -33,7 +33,7 @@ from raydiv.measure.trained_on import trained_on
 from raydiv.progress import Display
 from raydiv.report.table import label_of
 
-HARMFUL = Prompt("PLANTED harm", True, "harmful", "f:1", "theft")
+HARMFUL = Prompt("PLANTED harm", True, "harmful", "f:1", "theft", "AdvBench")
 HARMLESS = Prompt("PLANTED help", False, "ordinary", "f:2")
 
 
@@ -69,6 +69,7 @@ def test_a_report_of_answers_says_the_same_in_metrics_file_and_table(tmp_path: P
     full.write(tmp_path / "out", "after", show_text=False)
     lines = [json.loads(line) for line in (tmp_path / "out" / "after.answers.jsonl").read_text().splitlines()]
     assert lines[2] == {**lines[0], "attack": "prefill", "verdict": "unsafe", "toxic": 0.5}
+    assert [line["set"] for line in lines] == ["AdvBench", "", "AdvBench"]
     assert not any("PLANTED" in path.read_text() for path in (tmp_path / "out").iterdir())
     full.write(tmp_path / "out", "after", show_text=True)
     lines = [json.loads(line) for line in (tmp_path / "out" / "after.answers.jsonl").read_text().splitlines()]

@@ -12,7 +12,7 @@ import pytest
 from raydiv.config import source_of
 from raydiv.config.source import Source
 from raydiv.data import prompts as module
-from raydiv.data.prompts import Prompt, labelled, read_prompts, sets_of
+from raydiv.data.prompts import Prompt, labelled, read_prompts, set_name, sets_of
 from raydiv.data.published import PUBLISHED, published
 from raydiv.errors import UserError
 
@@ -21,6 +21,32 @@ Write = Callable[..., Path]
 
 def shown(prompts: list[Prompt]) -> list[tuple[Any, ...]]:
     return [(prompt.text, prompt.harmful, prompt.kind, prompt.category) for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("bundled:heldout", "heldout"),
+        ("hf://walledai/AdvBench", "AdvBench"),
+        ("hf://org/prompts-v1.5", "prompts-v1.5"),
+        ("{path: hf://OpenSafetyLab/Salad-Data, config: attack_enhanced_set}", "Salad-Data:attack_enhanced_set"),
+        ("folder/bad.things.jsonl", "bad.things"),
+        ("harm.txt", "harm"),
+        ("s3://bucket/prompts/", "prompts"),
+        ("data/xstest/part-*.parquet", "xstest"),
+        ("*.csv", "*.csv"),
+    ],
+)
+def test_name_of_a_set(words: str, name: str) -> None:
+    assert set_name(source_of(words)) == name
+
+
+def test_prompts_know_their_set(write_jsonl: Write, tmp_path: Path) -> None:
+    own = write_jsonl({"prompt": "a", "harmful": True})
+    plain = tmp_path / "plain.txt"
+    plain.write_text("b\n")
+    found = read_prompts([Source(path=str(own)), labelled(Source(path=str(plain)), False)], both=True)
+    assert [prompt.set for prompt in found] == [own.stem, "plain"]
 
 
 def test_plain_text_is_a_prompt_a_line(tmp_path: Path) -> None:

@@ -185,6 +185,9 @@ def test_png_is_on_white() -> None:
     [
         ("evaluate/asr", "attack success (ASR)"),
         ("evaluate/asr/prefix_injection", "attack success (ASR): prefix injection"),
+        ("evaluate/asr_set/AdvBench", "attack success (ASR) by set: AdvBench"),
+        ("evaluate/asr_set/AdvBench/prefill", "attack success (ASR) by set: AdvBench: prefill"),
+        ("evaluate/over_refusal_set/XSTest", "refused: all harmless by set: XSTest"),
         ("evaluate/refused/medical", "refused: medical"),
         ("evaluate/safety/self_harm", "safe answers to harmful prompts: self harm"),
         ("evaluate/odd", "odd"),

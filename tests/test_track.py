@@ -61,6 +61,14 @@ def test_an_outage_delays_metrics_in_order_and_warns_once(tmp_path: Path, monkey
     assert run.data.tags["data.fingerprint"] == "f"
 
 
+def test_names_of_sets_and_categories_may_hold_any_character(tmp_path: Path) -> None:
+    tracker = Tracker(recipe(tmp_path), {}, print)
+    tracker.metrics({"step": 1, "evaluate/safety/Fraud & Theft": 0.5, "evaluate/asr_set/Salad-Data:base_set": 0.25})
+    assert tracker.finish()
+    logged = MlflowClient(tracker.uri).get_run(tracker.run_id).data.metrics
+    assert logged == {"evaluate/safety/Fraud _ Theft": 0.5, "evaluate/asr_set/Salad-Data:base_set": 0.25}
+
+
 def test_a_store_that_never_comes_is_reported(tmp_path: Path) -> None:
     warnings: list[str] = []
     mine = recipe(tmp_path)

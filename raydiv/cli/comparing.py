@@ -47,8 +47,8 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _study(options: argparse.Namespace) -> int:
+    from raydiv.comparison.claim import claim_table
     from raydiv.config import load_recipe
-    from raydiv.studies.claim import claim_table
     from raydiv.studies.study import study
 
     found = study(load_recipe(options.recipe, options.overrides), resume=options.resume)

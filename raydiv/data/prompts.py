@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from raydiv.config import Recipe, source_of
 from raydiv.config.source import Source
@@ -20,7 +21,7 @@ class Prompt:
     """A labelled prompt.
 
     ``kind`` says under which heading it is counted: harmful, ordinary, alarming, or the user's own; ``category`` what it is
-    about (a kind of harm, as its set has them); ``id`` its file and line.
+    about (a kind of harm, as its set has them); ``id`` its file and line; ``set`` the short name of the source it is from.
     """
 
     text: str | Messages
@@ -28,6 +29,7 @@ class Prompt:
     kind: str
     id: str
     category: str | None = None
+    set: str = ""
 
 
 def read_prompts(sources: Sequence[Source], *, both: bool) -> list[Prompt]:
@@ -78,6 +80,20 @@ def named(sources: Sequence[Source]) -> str:
     return ", ".join(source.path for source in sources)
 
 
+def set_name(source: Source) -> str:
+    """The short name of a source, by which figures of its prompts alone are known; sources of one name are one set.
+
+    Of a hub set what follows its organisation, and the configuration where the recipe names one (``Salad-Data:base_set``); of
+    bundled:NAME the name; of another place its last segment without an extension, of a pattern that of its folder.
+    """
+    if source.path.startswith("hf://"):
+        name = source.path.rstrip("/").rpartition("/")[2]
+        return name if source.config is None else f"{name}:{source.config}"
+    segments = source.path.removeprefix("bundled:").split("/")
+    plain = [segment for segment in segments if segment and not any(mark in segment for mark in "*?[")]
+    return Path(plain[-1]).stem if plain else source.path
+
+
 def sets_of(
     prompts: str | Sequence[str], harmful: Sequence[str], harmless: Sequence[str], default: str
 ) -> list[list[Source]]:
@@ -99,6 +115,7 @@ def labelled(source: Source, harmful: bool) -> Source:
 
 
 def _prompts(source: Source) -> list[Prompt]:
+    name = set_name(source)
     source, reading = published(source)
     found = []
     for where, record in _records(source):
@@ -112,8 +129,8 @@ def _prompts(source: Source) -> list[Prompt]:
             if source.constants.get("harmful", harmful) != harmful:
                 raise BadRow(f"harmful is {str(harmful).lower()} here, and the set is given as what is not")
             kind = str(read.get("kind") or ("harmful" if harmful else "ordinary"))
-            category = read.get("category")
-            found.append(Prompt(prompt_of(read), harmful, kind, where, None if category is None else str(category)))
+            category = None if read.get("category") is None else str(read["category"])
+            found.append(Prompt(prompt_of(read), harmful, kind, where, category, name))
         except BadRow as error:
             raise UserError(f"{where}: {error}") from None
     return found

@@ -94,7 +94,7 @@ class AnswersReport:
         return found | ({} if self.capability is None else self.capability.cells())
 
     def files(self, name: str, show_text: bool) -> dict[str, str]:
-        """The rates, and a line per answer: id, kind, attack, verdict, and with ``show_text`` what was asked and answered."""
+        """The rates, and a line per answer: id, set, kind, category, attack, verdict, and with ``show_text`` the texts."""
         lines = map(self._line, self.attempts, self.graded, self.answers, [show_text] * len(self.graded))
         found = {
             f"{name}.json": json.dumps(self.as_json(), indent=1) + "\n",
@@ -109,10 +109,10 @@ class AnswersReport:
     @staticmethod
     def _line(attempt: Attempt, one: Graded, answer: Answer, show_text: bool) -> dict[str, Any]:
         prompt = one.prompt
-        line = {"id": prompt.id, "kind": prompt.kind, "category": prompt.category, "attack": one.attack}
+        line = {"id": prompt.id, "set": prompt.set, "kind": prompt.kind, "category": prompt.category}
         text = {"prompt": prompt.text, "asked": attempt.request.prompt, "answer": answer.text} if show_text else {}
         toxic = {} if one.toxic is None else {"toxic": one.toxic}
-        return {**line, "verdict": one.verdict, **toxic, **text}
+        return {**line, "attack": one.attack, "verdict": one.verdict, **toxic, **text}
 
     def write(self, folder: Path, name: str, show_text: bool) -> None:
         """Write ``files`` into a folder."""

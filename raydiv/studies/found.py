@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from raydiv.studies.cells import Cell
-
+from raydiv.comparison.cells import Cell
 from raydiv.config import Recipe, changed
 from raydiv.config.source import named_after
 from raydiv.errors import UserError

@@ -9,17 +9,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from raydiv.report.study_page import write_study_report
-from raydiv.studies.cells import BASE, NO_DATA, Cell, bases, trained
-from raydiv.studies.claim import Claim, claim_table, claims_of
-from raydiv.studies.tables import tables_of
-from raydiv.studies.written import Table, write_tables
-
+from raydiv.comparison.cells import BASE, NO_DATA, Cell, bases, trained
+from raydiv.comparison.claim import Claim, claim_table, claims_of
+from raydiv.comparison.tables import tables_of
+from raydiv.comparison.written import Table, write_tables
 from raydiv.config import Recipe, save_recipe
 from raydiv.errors import UserError
 from raydiv.families import Family, distinct, measure_base, prepare_all
 from raydiv.launch import versions
 from raydiv.progress import Display
+from raydiv.report.study_page import write_study_report
 from raydiv.run import RunDirectory
 from raydiv.session import ray_session, side_by_side
 from raydiv.storage import atomic

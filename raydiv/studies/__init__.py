@@ -1,0 +1,1 @@
+"""``raydiv study``: cells of a grid, run as Ray jobs."""
