@@ -12,7 +12,7 @@ import pytest
 from raydiv.config import source_of
 from raydiv.config.source import Source
 from raydiv.data import prompts as module
-from raydiv.data.prompts import Prompt, labelled, read_prompts, set_name, sets_of
+from raydiv.data.prompts import Prompt, labelled, read_prompts, sets_of
 from raydiv.data.published import PUBLISHED, published
 from raydiv.errors import UserError
 
@@ -38,7 +38,7 @@ def shown(prompts: list[Prompt]) -> list[tuple[Any, ...]]:
     ],
 )
 def test_name_of_a_set(words: str, name: str) -> None:
-    assert set_name(source_of(words)) == name
+    assert source_of(words).short_name == name
 
 
 def test_prompts_know_their_set(write_jsonl: Write, tmp_path: Path) -> None:

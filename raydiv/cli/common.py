@@ -7,6 +7,9 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+WIDEST = 4000
+"""Characters of a table's line, at most."""
+
 Handler = Callable[[argparse.Namespace], int]
 
 
@@ -34,6 +37,7 @@ def print_report(options: argparse.Namespace, content: Any, show: Callable[[], N
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """As wide as its words are: a terminal breaks what is too long for it, and nothing is left out. Words are no markup."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -43,4 +47,4 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         column.justify = "right"
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(width=WIDEST, markup=False, emoji=False).print(table)

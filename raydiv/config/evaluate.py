@@ -97,8 +97,10 @@ class Attack(Section):
 
     @model_serializer(mode="wrap")
     def _as_written(self, handler: SerializerFunctionWrapHandler) -> Any:
-        key = GIVEN.get(self.kind)
-        return self.kind if key is None else {self.kind: handler(self)[key]}
+        written, key = handler(self), GIVEN.get(self.kind)
+        return (
+            {self.kind: written[key]} if key in written else self.kind
+        )  # what was never said is not written out either
 
 
 class Evaluate(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Annotated, Any
 
 from pydantic import (
@@ -36,6 +37,20 @@ class Source(Section):
         default=1.0, description="passes over this source in an epoch; 0.5 takes another half of it every epoch"
     )
 
+    @property
+    def short_name(self) -> str:
+        """By which figures of this source alone are known; sources of one name are counted as one.
+
+        Of a hub set what follows its organisation, and the configuration where one is named (``Salad-Data:base_set``); of
+        bundled:NAME the name; of another place its last segment without an extension, of a pattern that of its folder.
+        """
+        if self.path.startswith("hf://"):
+            name = self.path.rstrip("/").rpartition("/")[2]
+            return name if self.config is None else f"{name}:{self.config}"
+        segments = self.path.removeprefix("bundled:").split("/")
+        plain = [segment for segment in segments if segment and not any(mark in segment for mark in "*?[")]
+        return PurePath(plain[-1]).stem if plain else self.path
+
     @model_validator(mode="before")
     @classmethod
     def _place_alone(cls, values: Any) -> Any:
@@ -61,14 +76,6 @@ class Source(Section):
             if value != fields[key].get_default(call_default_factory=True)
         }
         return written["path"] if written.keys() == {"path"} else written
-
-
-def named_after(place: str) -> str:
-    """A short name for a place or an id: its last part, without the kind of file."""
-    last = place.rstrip("/").rpartition("/")[2].rpartition(":")[2]
-    for ending in (".jsonl", ".json", ".csv", ".parquet", ".txt"):
-        last = last.removesuffix(ending)
-    return last
 
 
 Sources = Annotated[

@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationInfo, field_validator, model_validator
 
 from raydiv.config.section import Section
-from raydiv.config.source import named_after
+from raydiv.config.source import Source
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 """Of an axis's entries: they become names of runs."""
@@ -41,13 +41,13 @@ class Study(Section):
 
     @field_validator("models", "data", "losses", "baselines", mode="before")
     @classmethod
-    def _by_name(cls, value: Any) -> Any:
+    def _by_name(cls, value: Any, info: ValidationInfo) -> Any:
         """A list of words names itself: kldo is the loss kldo, hf://org/name the source NAME."""
         if not isinstance(value, list):
             return value
         if not all(isinstance(one, str) for one in value):
             raise ValueError("a list holds words alone; what says more needs a name: {NAME: {KEY: VALUE}}")
-        named = {named_after(one): one for one in value}
+        named = {_short(one, info.field_name): one for one in value}
         if len(named) < len(value):
             raise ValueError("two of the list would be called the same; name them: {NAME: VALUE}")
         return named
@@ -79,3 +79,12 @@ class Study(Section):
     def trains(self) -> bool:
         """Whether there is a grid at all, beside baselines and what is included."""
         return bool(self.models or self.data or self.losses or self.seeds)
+
+
+def model_name(model_id: str) -> str:
+    """A short name for a model's id or directory: its last part."""
+    return model_id.rstrip("/").rpartition("/")[2].rpartition(":")[2]
+
+
+def _short(word: str, axis: str | None) -> str:
+    return Source(path=word).short_name.replace(":", "-") if axis == "data" else model_name(word)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from raydiv.config import Recipe, source_of
 from raydiv.config.source import Source
@@ -80,20 +79,6 @@ def named(sources: Sequence[Source]) -> str:
     return ", ".join(source.path for source in sources)
 
 
-def set_name(source: Source) -> str:
-    """The short name of a source, by which figures of its prompts alone are known; sources of one name are one set.
-
-    Of a hub set what follows its organisation, and the configuration where the recipe names one (``Salad-Data:base_set``); of
-    bundled:NAME the name; of another place its last segment without an extension, of a pattern that of its folder.
-    """
-    if source.path.startswith("hf://"):
-        name = source.path.rstrip("/").rpartition("/")[2]
-        return name if source.config is None else f"{name}:{source.config}"
-    segments = source.path.removeprefix("bundled:").split("/")
-    plain = [segment for segment in segments if segment and not any(mark in segment for mark in "*?[")]
-    return Path(plain[-1]).stem if plain else source.path
-
-
 def sets_of(
     prompts: str | Sequence[str], harmful: Sequence[str], harmless: Sequence[str], default: str
 ) -> list[list[Source]]:
@@ -115,7 +100,7 @@ def labelled(source: Source, harmful: bool) -> Source:
 
 
 def _prompts(source: Source) -> list[Prompt]:
-    name = set_name(source)
+    name = source.short_name
     source, reading = published(source)
     found = []
     for where, record in _records(source):

@@ -10,10 +10,10 @@ from typing import Any
 
 from raydiv.comparison.cells import Cell
 from raydiv.config import Recipe, changed
-from raydiv.config.source import named_after
+from raydiv.config.study import model_name
 from raydiv.errors import UserError
 from raydiv.run import Metrics, RunDirectory, last_values
-from raydiv.studies.grid import Plan, changes_of
+from raydiv.studies.grid import Plan, changes_of, data_name
 from raydiv.track import downloaded_runs, tracking_uri
 
 MLFLOW = "mlflow:"
@@ -58,8 +58,8 @@ def _runs(place: str, recipe: Recipe) -> Iterator[tuple[RunDirectory, str]]:
 
 def _labelled(run: RunDirectory, study: Recipe, where: str) -> Cell:
     own = run.read_recipe()
-    model = _label(study, own, "models", "model") or named_after(own.model.id)
-    data = _label(study, own, "data", "data") or "_".join(named_after(source.path) for source in own.data.train)
+    model = _label(study, own, "models", "model") or model_name(own.model.id)
+    data = _label(study, own, "data", "data") or data_name(own)
     loss = _label(study, own, "losses", "loss") or "+".join(objective.name for objective, _, _ in own.loss.terms)
     return Cell(model, data, loss, own.seed, *_measured(run), where)
 

@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 from raydiv.config import Recipe, changed
-from raydiv.config.source import named_after
+from raydiv.config.study import model_name
 from raydiv.errors import UserError
 
 WORD = {"models": "model.id", "data": "data.train", "losses": "loss.type"}
@@ -42,11 +42,16 @@ def plans(recipe: Recipe) -> list[Plan]:
     assert study is not None
     if not study.trains:
         return []
-    models = study.models or {named_after(recipe.model.id): {}}
-    data = study.data or {"_".join(named_after(source.path) for source in recipe.data.train): {}}
+    models = study.models or {model_name(recipe.model.id): {}}
+    data = study.data or {data_name(recipe): {}}
     losses = study.losses or {recipe.loss.type: {}}
     axes = (models.items(), data.items(), losses.items(), study.seeds or [recipe.seed])
     return [_plan(recipe, *entries) for entries in product(*axes)]
+
+
+def data_name(recipe: Recipe) -> str:
+    """What a recipe's training data are called where a study has no name for them."""
+    return "_".join(source.short_name.replace(":", "-") for source in recipe.data.train)
 
 
 def _plan(recipe: Recipe, model: tuple[str, Any], data: tuple[str, Any], loss: tuple[str, Any], seed: int) -> Plan:
