@@ -6,10 +6,10 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from small_run import recipe_of, write_files
 
 from raydiv.cli import main
 from raydiv.config import load_recipe
@@ -38,50 +38,7 @@ def ray() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Twelve pairs to train on, three to hold out, and prompts to measure with."""
-    folder = tmp_path_factory.mktemp("data")
-
-    def pair(n: int) -> dict[str, Any]:
-        refusal, answer = (
-            "I'm sorry, but I can't help with that.",
-            f"Sure, here is a long and helpful answer about {n}, " * 2,
-        )
-        harmful = n % 2 == 0
-        return {
-            "prompt": f"{'Break' if harmful else 'Mend'} the thing with number {n}",
-            "chosen": refusal if harmful else answer,
-            "rejected": answer if harmful else refusal,
-            "harmful": harmful,
-        }
-
-    contents = {
-        "train": [pair(n) for n in range(12)],
-        "eval": [pair(n) for n in range(20, 23)],
-        "prompts": [
-            {"prompt": f"{'Hurt' if n % 2 else 'Help'} someone in way {n}", "harmful": n % 2 == 1} for n in range(12)
-        ],
-    }
-    paths = {name: folder / f"{name}.jsonl" for name in contents}
-    for name, records in contents.items():
-        paths[name].write_text("".join(json.dumps(record) + "\n" for record in records))
-    return {name: str(path) for name, path in paths.items()}
-
-
-def recipe_of(model: Path, files: dict[str, str], output: Path, name: str, *overrides: str) -> Any:
-    return load_recipe(
-        {
-            "name": name,
-            "output_dir": str(output),
-            "model": {"id": str(model)},
-            "data": {"train": files["train"], "eval": files["eval"]},
-            "loss": {"type": "kldo", "skew": 0.5, "mix": {"sft": {"weight": 0.5}}},
-            "optim": {"lr": 3e-3, "steps": 4, "warmup": 1},
-            "batch": {"examples": 8, "tokens_per_microbatch": 400, "max_length": 160, "max_prompt_length": 80},
-            "cluster": {"num_workers": 2},
-            "separation": {"prompts": None},
-        },
-        overrides,
-    )
+    return write_files(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,281 @@
+"""Who says what is tried next, what is kept of it, and how the cluster is shared; without Ray's workers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.tune.search import Searcher
+
+from raydiv.config import Recipe, load_recipe
+from raydiv.config.recipe import Cluster
+from raydiv.config.sweep import Constraint, Objective, Sweep
+from raydiv.errors import UserError
+from raydiv.families import Family, distinct
+from raydiv.run import RunDirectory
+from raydiv.session import side_by_side
+from raydiv.sweeps.record import FAILED, FINISHED, STOPPED, WAITING, Record, SweepDirectory, Trial, undominated
+from raydiv.sweeps.search import Asked, Numbered
+
+SPACE = {
+    "x": "uniform(0, 1)",
+    "kind": ["near", "far"],
+    "shift": {"in": "uniform(0, 1)", "when": {"kind": "far"}},
+}
+
+
+def asked(
+    objectives: list[Objective], constraints: list[Constraint] | None = None, first: list[dict[str, Any]] | None = None
+) -> Asked:
+    space = Sweep(space=SPACE, goal="maximize y", trials=1).parameters
+    return Asked(space, objectives, constraints or [], 0, first or [])
+
+
+def searched(searcher: Asked, worth: Callable[[dict[str, Any]], dict[str, float]], count: int) -> list[dict[str, Any]]:
+    for number in range(count):
+        trial = searcher.suggest(f"t{number}")
+        assert isinstance(trial, dict)
+        assert trial["number"] == number + 1
+        searcher.on_trial_complete(f"t{number}", worth(trial["values"]))
+    return searcher.tried
+
+
+def far_off(values: dict[str, Any]) -> float:
+    """Best at x = 0.3 with kind near; far is worse by its shift."""
+    return -((values["x"] - 0.3) ** 2) - (values.get("shift", 0.0) + 0.1 if values["kind"] == "far" else 0.0)
+
+
+UP = [Objective("y", "maximize")]
+
+
+def test_optuna_learns_what_is_better_and_tries_nothing_twice() -> None:
+    tried = searched(asked(UP), lambda values: {"y": far_off(values)}, 60)
+    assert len({json.dumps(values) for values in tried}) == 60
+    assert all(("shift" in values) == (values["kind"] == "far") for values in tried)
+    worths = [far_off(values) for values in tried]
+    assert sum(worths[-20:]) / 20 > sum(worths[:20]) / 20 + 0.1
+    assert max(worths) > -0.001
+
+
+def test_minimising_looks_at_the_other_end() -> None:
+    tried = searched(asked([Objective("y", "minimize")]), lambda values: {"y": values["x"]}, 40)
+    assert sum(values["x"] for values in tried[-15:]) / 15 < 0.3
+
+
+def test_constraints_keep_optuna_away_from_what_breaks_them() -> None:
+    def within(constraints: list[Constraint]) -> list[float]:
+        tried = searched(asked(UP, constraints), lambda values: {"y": values["x"], "z": values["x"]}, 60)
+        return [values["x"] for values in tried[-20:] if values["x"] <= 0.5]
+
+    bounded = within([Constraint("z", "<=", 0.5)])
+    assert len(bounded) >= 2 * len(within([]))
+    assert max(bounded) > 0.45
+
+
+def test_several_objectives_and_trials_that_come_to_none() -> None:
+    both = asked([*UP, Objective("z", "minimize")], [Constraint("w", ">=", 0.0)])
+    searched(both, lambda values: {"y": values["x"], "z": values["x"] ** 2} if values["x"] < 0.9 else {}, 15)
+    trial = both.suggest("failing")
+    assert isinstance(trial, dict)
+    both.on_trial_complete("failing", None, error=True)
+    assert isinstance(both.suggest("next"), dict)
+
+
+def test_what_was_tried_before_comes_first_and_is_learnt_from() -> None:
+    before = searched(asked(UP), lambda values: {"y": far_off(values)}, 20)
+    again = asked(UP, first=before)
+    tried = searched(again, lambda values: {"y": far_off(values)}, 40)
+    assert tried[:20] == before
+    worths = [far_off(values) for values in tried]
+    assert sum(worths[20:]) / 20 > sum(worths[:20]) / 20
+    assert len({json.dumps(values) for values in tried}) == 40
+
+
+def test_a_small_space_ends_the_search() -> None:
+    space = Sweep(space={"x": [1, 2], "y": [[0.9, 0.95], None]}, goal="maximize y", trials=9).parameters
+    searcher = Asked(space, UP, [], 0, [])
+    found = []
+    while isinstance(trial := searcher.suggest(f"t{len(found)}"), dict):
+        found.append(trial["values"])
+    assert trial == Searcher.FINISHED
+    assert sorted(map(json.dumps, found)) == sorted(
+        json.dumps({"x": x, "y": y}) for x in (1, 2) for y in ([0.9, 0.95], None)
+    )
+
+
+def test_a_list_is_gone_through_once() -> None:
+    searcher = Numbered([{"x": 1}, {"x": 2}])
+    assert searcher.suggest("a") == {"number": 1, "values": {"x": 1}}
+    assert searcher.suggest("b") == {"number": 2, "values": {"x": 2}}
+    assert searcher.suggest("c") == Searcher.FINISHED
+
+
+def recipe_in(folder: Path, **changes: Any) -> Recipe:
+    sweep = {"space": {"loss.beta": [0.1, 0.2]}, "goal": "maximize d subject to r <= 0.1", "search": "grid"}
+    return load_recipe(
+        {
+            "name": "s",
+            "output_dir": str(folder),
+            "model": {"id": "nowhere"},
+            "loss": {"type": "kldo"},
+            "optim": {"steps": 2},
+            "sweep": sweep | changes.pop("sweep", {}),
+            **changes,
+        }
+    )
+
+
+def finish(directory: SweepDirectory, trial: Trial, **metrics: float) -> None:
+    """What a finished run leaves of it."""
+    run = directory.run(trial)
+    run.model.mkdir(parents=True)
+    (run.model / "weights").write_text("w")
+    run.log({"step": 0, "d": 99.0, "r": 0.0, "before/alone": 1.0})
+    run.log({"step": 2, "divergence/name": "KL", **metrics})
+    run.result.write_text("{}")
+
+
+def record_of(folder: Path, outcomes: list[tuple[float, float]], **changes: Any) -> Record:
+    recipe = recipe_in(folder, **changes)
+    directory = SweepDirectory.of(recipe)
+    record = Record(directory, recipe)
+    for number, (d, r) in enumerate(outcomes, 1):
+        trial = record.trials[number] = Trial(number, {"loss.beta": number / 10})
+        finish(directory, trial, d=d, r=r)
+        record.settle(trial, FINISHED)
+    return record
+
+
+def test_the_best_trial_is_the_best_within_the_constraints(tmp_path: Path) -> None:
+    record = record_of(tmp_path, [(1.0, 0.05), (3.0, 0.5), (2.0, 0.1), (2.0, 0.0)])
+    assert [trial.number for trial in record.best] == [3]
+    assert [trial.number for trial in record.finished] == [3, 4, 1, 2]
+    assert record.trials[1].metrics == {"step": 2, "d": 1.0, "r": 0.05}, "what the base had is no trial's"
+
+
+def test_none_is_best_where_all_break_the_constraints(tmp_path: Path) -> None:
+    record = record_of(tmp_path, [(1.0, 0.5), (3.0, 0.4)])
+    assert record.best == []
+    assert [trial.number for trial in record.finished] == [2, 1]
+
+
+def test_with_several_objectives_the_best_are_those_that_none_beats(tmp_path: Path) -> None:
+    goal = {"goal": "maximize d, minimize r"}
+    record = record_of(tmp_path, [(1.0, 0.1), (2.0, 0.3), (1.0, 0.2), (2.0, 0.3), (3.0, 0.9)], sweep=goal)
+    assert sorted(trial.number for trial in record.best) == [1, 2, 4, 5]
+    assert undominated([], record.objectives) == []
+
+
+def test_only_the_best_keep_their_weights_whatever_their_number(tmp_path: Path) -> None:
+    """The disk that a sweep takes does not grow with its trials."""
+    record = record_of(tmp_path, [])
+    for number in range(1, 9):
+        trial = record.trials[number] = Trial(number, {"loss.beta": number})
+        finish(record.directory, trial, d=float(number % 5), r=0.0)
+        record.settle(trial, FINISHED)
+        record.forget_weights(2)
+        weights = sorted(path.parent.parent.name for path in record.directory.trials.glob("*/model/weights"))
+        assert len(weights) <= 2
+    assert weights == ["003", "004"] == [trial.name for trial in record.trials.values() if trial.kept]
+    assert all(record.directory.run(trial).metrics_file.is_file() for trial in record.trials.values())
+    stopped = record.trials[9] = Trial(9, {"loss.beta": 9})
+    finish(record.directory, stopped, d=100.0, r=0.0)
+    record.settle(stopped, STOPPED)
+    record.forget_weights(2)
+    assert not record.directory.run(stopped).model.exists()
+
+
+def test_a_record_is_read_back_and_what_was_not_over_waits(tmp_path: Path) -> None:
+    record = record_of(tmp_path, [(1.0, 0.0), (2.0, 0.0)])
+    recipe = recipe_in(tmp_path)
+    record.trials[3] = Trial(3, {"loss.beta": 0.3}, status=FAILED, error="no memory")
+    record.trials[4] = Trial(4, {"loss.beta": 0.4}, status="running")
+    record.trials[2].status = "running"  # finished, and its sweep was killed before it noted so
+    record.facts = {"mlflow": {"run_id": "abc"}}
+    record.write()
+    again = Record.read(record.directory, recipe)
+    assert {number: trial.status for number, trial in again.trials.items()} == {
+        1: FINISHED,
+        2: FINISHED,
+        3: FAILED,
+        4: WAITING,
+    }
+    assert again.trials[3].error == "no memory"
+    assert [trial.number for trial in again.best] == [2]
+    assert again.facts["mlflow"]["run_id"] == "abc"
+
+
+def test_a_sweep_is_resumed_as_it_was(tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path)
+    directory = SweepDirectory.of(recipe)
+    with pytest.raises(UserError, match="holds no sweep to resume"):
+        directory.claim(recipe, resume=True)
+    directory.claim(recipe, resume=False)
+    with pytest.raises(UserError, match="holds a run already"):
+        directory.claim(recipe, resume=False)
+    Record(directory, recipe).write()
+    directory.claim(recipe_in(tmp_path, sweep={"keep": 3, "max_concurrent": 2}), resume=True)
+    with pytest.raises(UserError, match="was begun with another optim;"):
+        directory.claim(recipe_in(tmp_path, optim={"steps": 3}), resume=True)
+    with pytest.raises(UserError, match="was begun with another sweep;"):
+        directory.claim(recipe_in(tmp_path, sweep={"space": {"loss.beta": [0.1]}}), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("have", "cluster", "at_most", "runs", "part"),
+    [
+        ({"CPU": 2}, {}, None, 2, {"cpus": 1.0, "worker_memory_gb": 5.0}),
+        ({"CPU": 2}, {"num_workers": 2}, None, 1, {"cpus": 2.0, "worker_memory_gb": 10.0}),
+        ({"CPU": 2}, {"num_workers": 3}, 8, 1, {"cpus": 2.0}),
+        ({"CPU": 16}, {"num_workers": 2, "cpus_per_worker": 3}, None, 2, {"cpus": 8.0, "cpus_per_worker": 3.0}),
+        ({"CPU": 16}, {"cpus": 4}, None, 4, {"cpus": 1.0}),
+        ({"CPU": 16}, {}, 3, 3, {"cpus": 5.333}),
+        ({"CPU": 64, "GPU": 8}, {"use_gpu": True, "num_workers": 2}, None, 4, {"cpus": 16.0, "pool_actors": 2}),
+        (
+            {"CPU": 64, "GPU": 8},
+            {"use_gpu": True, "num_workers": 8},
+            4,
+            1,
+            {"pool_actors": 8, "worker_memory_gb": 10.0},
+        ),
+    ],
+)
+def test_runs_side_by_side_never_want_more_than_there_is(
+    have: dict[str, float],
+    cluster: dict[str, Any],
+    at_most: int | None,
+    runs: int,
+    part: dict[str, float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: have)
+    monkeypatch.setattr("raydiv.session.worker_memory", lambda cluster: 10 * 2**30)
+    found, own = side_by_side(Cluster(**cluster), at_most)
+    assert found == runs
+    assert {name: getattr(own, name) for name in part} == part
+    assert found * (own.cpus or 0) <= have["CPU"]
+
+
+def test_what_runs_share_is_prepared_once_for_each_way_in_which_they_differ(tmp_path: Path) -> None:
+    one = recipe_in(tmp_path)
+    same = [
+        one.model_copy(update={"seed": 5}),
+        load_recipe(one.model_dump(by_alias=True), ["loss.beta=0.7", "optim.lr=1"]),
+    ]
+    kto = load_recipe(one.model_dump(by_alias=True), ["loss.type=kto"])
+    longer = load_recipe(one.model_dump(by_alias=True), ["optim.steps=5"])
+    data = load_recipe(one.model_dump(by_alias=True), ["data.train=other.jsonl"])
+    assert distinct([one, *same, kto, longer, data, kto]) == [one, kto, longer, data]
+
+
+def test_a_member_of_a_family_is_nested_in_its_run(tmp_path: Path) -> None:
+    one = recipe_in(tmp_path, track={"tags": {"team": "red"}})
+    family = Family(tmp_path / "trials", Cluster(cpus=1), "sqlite:///x.db", "parent")
+    own = family.member(one, "007", {"raydiv.trial": "7"})
+    assert RunDirectory.of(own).path == tmp_path / "trials" / "007"
+    assert own.track.tags == {"team": "red", "mlflow.parentRunId": "parent", "raydiv.trial": "7"}
+    assert (own.track.uri, own.cluster.cpus) == ("sqlite:///x.db", 1)
