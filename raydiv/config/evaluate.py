@@ -69,19 +69,26 @@ class Attack(Section):
         default=None, description="templates, suffixes: a text a line, or a column of that name"
     )
     gcg: Gcg = Field(default_factory=Gcg)
+    only: list[str] | None = Field(
+        default=None, min_length=1, description="short names of the prompt sets that are attacked so; by default all"
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _briefly(cls, values: Any) -> Any:
-        """A name alone, or a name and what it needs: prefill: OPENING, templates: FILE, suffixes: FILE, gcg: {steps: ...}."""
+        """A name alone, or a name and what it needs: prefill: OPENING, templates: FILE, suffixes: FILE, gcg: {steps: ...}.
+
+        ``only`` may stand beside either.
+        """
         if isinstance(values, str):
             return {"kind": values}
-        if isinstance(values, dict) and len(values) == 1 and "kind" not in values:
-            ((kind, given),) = values.items()
+        said = {key: value for key, value in values.items() if key != "only"} if isinstance(values, dict) else {}
+        if len(said) == 1 and "kind" not in said:
+            ((kind, given),) = said.items()
             key = GIVEN.get(kind)
             if key is None:
                 raise ValueError(f"{kind}: no attack; known are direct, prefill, templates, suffixes and gcg")
-            return {"kind": kind, key: given}
+            return {key: value for key, value in values.items() if key == "only"} | {"kind": kind, key: given}
         return values
 
     @model_validator(mode="after")
@@ -98,9 +105,11 @@ class Attack(Section):
     @model_serializer(mode="wrap")
     def _as_written(self, handler: SerializerFunctionWrapHandler) -> Any:
         written, key = handler(self), GIVEN.get(self.kind)
-        return (
-            {self.kind: written[key]} if key in written else self.kind
-        )  # what was never said is not written out either
+        if self.only is not None:
+            given = {self.kind: written[key]} if key in written else {"kind": self.kind}
+            return {**given, "only": self.only}
+        # without a key nothing was said of it, and only what was is wanted
+        return {self.kind: written[key]} if key in written else self.kind
 
 
 class Evaluate(Section):

@@ -22,7 +22,7 @@ class Study(Section):
 
     models: Axis = Field(
         default_factory=dict,
-        description="name: model id, or keys of the section model and dotted ones; default: its own",
+        description="name: model id, or keys of the section model and of others (optim.lr)",
     )
     data: Axis = Field(
         default_factory=dict, description="name: source of training examples, or keys of the section data"

@@ -46,7 +46,11 @@ def attempts(
     attack: Attack, prompts: Sequence[Prompt], model: ModelSource, cluster: Cluster, progress: Progress = unwatched
 ) -> list[Attempt]:
     """The harmful prompts under an attack, once for each text of its file; needs a Ray session for gcg."""
-    harmful = [(number, prompt) for number, prompt in enumerate(prompts) if prompt.harmful]
+    harmful = [
+        (number, prompt)
+        for number, prompt in enumerate(prompts)
+        if prompt.harmful and (attack.only is None or prompt.set in attack.only)
+    ]
     if attack.kind == "gcg":
         from raydiv.evaluation.gcg import suffixes_of
 
@@ -58,9 +62,16 @@ def attempts(
     return [Attempt(number, attack.kind, ask(prompt.text)) for ask in _ways(attack) for number, prompt in harmful]
 
 
-def check(attacks: Sequence[Attack]) -> None:
-    """Raises UserError for an attack whose file cannot be used, or whose library is missing."""
+def check(attacks: Sequence[Attack], prompts: Sequence[Prompt]) -> None:
+    """Raises UserError for an attack whose file cannot be used, whose library is missing, or that would attack nothing."""
+    harmful = dict.fromkeys(prompt.set for prompt in prompts if prompt.harmful)
     for attack in attacks:
+        for name in attack.only or []:
+            if name not in harmful:
+                raise UserError(
+                    f"evaluate.attacks: {attack.kind}: only: {name} is no set with harmful prompts (those that are: "
+                    f"{', '.join(harmful) or 'none'})"
+                )
         if attack.kind == "gcg":
             from raydiv.evaluation.gcg import require_nanogcg
 

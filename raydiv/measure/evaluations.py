@@ -40,9 +40,9 @@ class Judges:
     pairs: ModelSource | None
 
     @classmethod
-    def of(cls, how: EvaluateSection, cluster: Cluster) -> Judges:
+    def of(cls, how: EvaluateSection, prompts: Sequence[Prompt], cluster: Cluster) -> Judges:
         """Raises UserError for a judge that is none, an attack that cannot be made, and a task that nobody knows."""
-        attacks.check(how.attacks)
+        attacks.check(how.attacks, prompts)
         if how.tasks:
             require_tasks(how.tasks, _folder(how))
         pairs = pairwise_judge(how.pairwise_judge, cluster) if how.pairwise_judge else None
@@ -218,7 +218,7 @@ def evaluate(
         scorer = reference_of(models[0]) or sources[0]
     sets = sets_of(prompts, harmful, harmless, default="bundled:heldout")
     own = read_prompts([source for one in sets for source in one], both=False)
-    judges = Judges.of(how, cluster)
+    judges = Judges.of(how, own, cluster)
     stored = None if baseline is None else _stored_answers(baseline, own)
     with ray_session(cluster):
         reports = []

@@ -78,7 +78,7 @@ def _model(source: ModelSource) -> list[Any]:
 
 
 def _prompts(prompts: Sequence[Prompt]) -> list[Any]:
-    return [(one.text, one.harmful, one.kind, one.id, one.category) for one in prompts]
+    return [(one.text, one.harmful, one.kind, one.id, one.category, one.set) for one in prompts]
 
 
 def _apart(recipe: Recipe, prompts: Sequence[Prompt]) -> list[Any]:

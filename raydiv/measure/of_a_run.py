@@ -24,7 +24,8 @@ class Measurements:
     def __init__(self, recipe: Recipe, prompts: PromptSets, display: Display, show_text: bool) -> None:
         self._recipe, self._prompts, self._display, self._show_text = recipe, prompts, display, show_text
         self._before: list[str] = []
-        self._judges = Judges.of(recipe.evaluate, recipe.cluster) if prompts.evaluate else None
+        asked = prompts.evaluate
+        self._judges = Judges.of(recipe.evaluate, asked, recipe.cluster) if asked else None
 
     def take(self, run: RunDirectory, when: str, base_directory: Path) -> None:
         """Measure the model ``before`` or ``after`` training into the run directory; needs a Ray session.

@@ -15,7 +15,7 @@ WORD = {"models": "model.id", "data": "data.train", "losses": "loss.type"}
 """The key that an entry which is a word alone says."""
 
 SECTION = {"models": "model", "data": "data", "losses": "loss"}
-"""The section whose keys an entry names; a dotted key is of any section."""
+"""The section whose keys an entry names; a key that begins with a section (optim.lr) is of that one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,11 @@ def changes_of(axis: str, said: str | Mapping[str, Any]) -> dict[str, Any]:
     """What an entry changes of the recipe, as dotted keys."""
     if isinstance(said, str):
         return {WORD[axis]: said}
-    return {key if "." in key else f"{SECTION[axis]}.{key}": value for key, value in said.items()}
+    return {key if _of_the_recipe(key) else f"{SECTION[axis]}.{key}": value for key, value in said.items()}
+
+
+def _of_the_recipe(key: str) -> bool:
+    return key.partition(".")[0] in Recipe.model_fields
 
 
 def baselines(recipe: Recipe) -> dict[str, Recipe]:
