@@ -99,7 +99,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("recipe", metavar="RECIPE", help="a YAML file")
     bench.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
     bench.add_argument(
-        "--part", choices=["train", "data", "embed", "start"], default="train", help="what is timed (default: train)"
+        "--part",
+        choices=["train", "data", "embed", "start", "trials"],
+        default="train",
+        help="what is timed (default: train)",
     )
     bench.add_argument(
         "--against",
@@ -107,7 +110,11 @@ def _parser() -> argparse.ArgumentParser:
         choices=["loop", "trl"],
         help="train: beside plain PyTorch, which shows what the hardware allows, or TRL; may be repeated (default: loop)",
     )
-    bench.add_argument("--steps", type=int, help="train, data: updates that are timed (default: train 6, data 20)")
+    bench.add_argument(
+        "--steps",
+        type=int,
+        help="train, data: updates that are timed; trials: of each (default: train 6, data 20, trials 4)",
+    )
     bench.add_argument("--warmup", type=int, help="train: updates before those (default: 2)")
     bench.add_argument("--repeats", type=int, help="how often each is timed, in turn (default: 3)")
     bench.add_argument(
@@ -221,6 +228,7 @@ def _bench(options: argparse.Namespace) -> int:
         "data": {"repeats", "steps", "rows"},
         "embed": {"repeats", "rows"},
         "start": {"repeats"},
+        "trials": {"repeats", "steps"},
     }
     names = ("repeats", "steps", "against", "warmup", "rows")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
@@ -233,6 +241,8 @@ def _bench(options: argparse.Namespace) -> int:
         return _bench_embed(recipe, given, options)
     if options.part == "start":
         return _bench_start(recipe, given, options)
+    if options.part == "trials":
+        return _bench_trials(recipe, given, options)
     from raydiv.benchmarks.training import bench_training, training_notes, training_table
 
     found = bench_training(recipe, **given)
@@ -275,6 +285,14 @@ def _bench_start(recipe: Any, given: dict[str, Any], options: argparse.Namespace
 
     found = bench_start(recipe, **given)
     print_report(options, found, lambda: print_table(*start_table(found)))
+    return 0
+
+
+def _bench_trials(recipe: Any, given: dict[str, Any], options: argparse.Namespace) -> int:
+    from raydiv.benchmarks.trials import bench_trials, trials_table
+
+    found = bench_trials(recipe, **given)
+    print_report(options, found, lambda: print_table(*trials_table(found)))
     return 0
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from ray.tune import Callback
 
 from raydiv.progress import Update
 from raydiv.sweeps.record import FAILED, FINISHED, OVER, RUNNING, STOPPED, Record, Trial
-from raydiv.sweeps.trial import ERROR, SECONDS
+from raydiv.sweeps.trial import ERROR
 
 
 class Follower(Callback):  # type: ignore[misc]
@@ -16,6 +17,7 @@ class Follower(Callback):  # type: ignore[misc]
 
     def __init__(self, record: Record, keep: int, count: int, update: Update) -> None:
         self._record, self._keep, self._count, self._update = record, keep, count, update
+        self._started: dict[int, float] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Ray Tune keeps copies of what it is given, and a sweep goes on from its own record."""
@@ -26,6 +28,7 @@ class Follower(Callback):  # type: ignore[misc]
         mine = self._record.trials.setdefault(number, Trial(number, dict(trial.config["values"])))
         if mine.status not in OVER:
             mine.status = RUNNING
+            self._started[number] = time.monotonic()
         self._note()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -40,8 +43,8 @@ class Follower(Callback):  # type: ignore[misc]
         self._over(mine, FAILED, mine.error or (said.read_text() if said.is_file() else lines[-1]))
 
     def _over(self, trial: Trial, status: str, error: str | None = None) -> None:
-        took = self._record.directory.run(trial).path / SECONDS
-        trial.seconds = round(float(took.read_text()), 1) if took.is_file() else trial.seconds
+        started = self._started.pop(trial.number, None)
+        trial.seconds = trial.seconds if started is None else round(time.monotonic() - started, 1)
         self._record.settle(trial, status, error)
         self._record.forget_weights(self._keep)
         self._note()

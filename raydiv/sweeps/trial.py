@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +16,6 @@ from raydiv.sweeps.record import FAILED, OVER, Trial
 
 ERROR = "error.txt"
 """Why a run failed, in its directory."""
-
-SECONDS = "seconds.txt"
-"""How long a trial took, in its run's directory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +50,12 @@ def _train(recipe: Recipe, run: RunDirectory) -> None:
     from ray import tune
 
     shutil.rmtree(run.path, ignore_errors=True)  # of an attempt that was not finished
-    started = time.monotonic()
     try:
         train(recipe, Display(quiet=True), watch=lambda record: tune.report(_numbers(record)))
     except Exception as error:
         run.path.mkdir(parents=True, exist_ok=True)
         (run.path / ERROR).write_text(str(error))
         raise
-    finally:
-        if run.path.exists():
-            (run.path / SECONDS).write_text(str(time.monotonic() - started))
 
 
 def _numbers(record: Metrics) -> Metrics:
