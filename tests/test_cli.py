@@ -390,3 +390,20 @@ def test_show_text_needs_a_place_to_write(tiny_model: Path, monkeypatch: pytest.
 
     monkeypatch.setattr("raydiv.measure.evaluations.evaluate", measure)
     assert "--output" in refuse("evaluate", tiny_model, "--show-text")
+
+
+def test_what_a_library_prints_is_no_result(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Ray prints its raylet's warnings on standard output: ``--json`` has one object there and nothing else."""
+    from raydiv.losses import catalogue
+
+    described = catalogue.describe
+
+    def noisy(names: list[str]) -> dict[str, Any]:
+        print("(raylet) a warning")
+        return described(names)
+
+    monkeypatch.setattr(catalogue, "describe", noisy)
+    assert main(["losses", "kldo", "--json"]) == 0
+    out, err = capfd.readouterr()
+    assert list(json.loads(out)) == ["kldo"]
+    assert "(raylet) a warning" in err

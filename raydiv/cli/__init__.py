@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raydiv.cli.common import Handler, add_command, add_reports, print_report, print_table
+from raydiv.cli.common import Handler, add_command, add_reports, print_report, print_table, results_alone
 from raydiv.cli.comparing import add_comparing_commands
 from raydiv.cli.data import add_data_commands
 from raydiv.cli.measuring import add_measuring_commands
@@ -25,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     handler: Handler = options.handler
     try:
-        return handler(options)
+        with results_alone():
+            return handler(options)
     except UserError as error:
         print(f"raydiv: {error}", file=sys.stderr)
         return 2
@@ -324,5 +324,5 @@ def _schema(options: argparse.Namespace) -> int:
 
     schema = Recipe.model_json_schema()
     schema["properties"]["extends"] = {"type": "string", "description": "another recipe that this one changes"}
-    print(json.dumps(schema, indent=2))
+    print_report(argparse.Namespace(json=True), schema, lambda: None)
     return 0

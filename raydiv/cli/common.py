@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
-from typing import Any
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, TextIO
 
 WIDEST = 4000
 """Characters of a table's line, at most."""
@@ -29,11 +31,29 @@ def add_reports(command: argparse.ArgumentParser, shows_text: bool = False) -> N
         )
 
 
+_results: list[TextIO] = []
+"""Where results are printed, while a command runs."""
+
+
+@contextmanager
+def results_alone() -> Iterator[None]:
+    """Standard output for results, and for nothing that a library prints: that goes to standard error."""
+    _results.append(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _results.pop()
+
+
 def print_report(options: argparse.Namespace, content: Any, show: Callable[[], None]) -> None:
-    if options.json:
-        print(json.dumps(content, indent=2))
-    else:
-        show()
+    """Print one JSON object, or what ``show`` prints."""
+    with redirect_stdout(_results[-1]):
+        if options.json:
+            print(json.dumps(content, indent=2))
+        else:
+            show()
+        sys.stdout.flush()  # where nobody reads it any more is known here
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
