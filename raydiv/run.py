@@ -112,6 +112,10 @@ class RunDirectory:
         """The lines of metrics.jsonl."""
         return [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
 
+    def trained(self) -> Metrics:
+        """The last value of every metric since training began: what was measured before says nothing of the trained model."""
+        return last_values(record for record in self.metrics() if record["step"] > 0)
+
     def steps_taken(self) -> int:
         """Optimizer updates so far."""
         return max((int(record["step"]) for record in self.metrics()), default=0)

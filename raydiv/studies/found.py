@@ -80,9 +80,8 @@ def _dumped(recipe: Recipe, section: str) -> Any:
 
 def _measured(run: RunDirectory) -> tuple[dict[str, float], dict[str, float]]:
     """Metrics after training, and those of the model before it."""
-    records = run.metrics()
-    trained = _numbers(last_values(record for record in records if record["step"] > 0))
-    return trained, _numbers(last_values(record for record in records if record["step"] == 0))
+    before = last_values(record for record in run.metrics() if record["step"] == 0)
+    return _numbers(run.trained()), _numbers(before)
 
 
 def _numbers(metrics: Metrics) -> dict[str, float]:

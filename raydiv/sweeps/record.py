@@ -14,7 +14,7 @@ import yaml
 from raydiv.config import Recipe, load_recipe, save_recipe
 from raydiv.config.sweep import Constraint, Objective
 from raydiv.errors import UserError
-from raydiv.run import RunDirectory, last_values
+from raydiv.run import RunDirectory
 from raydiv.storage import atomic
 from raydiv.sweeps.space import Values
 
@@ -132,9 +132,7 @@ class Record:
         run = self.directory.run(trial)
         trial.status, trial.error = status, error
         if run.metrics_file.exists():
-            # what was measured before training says nothing of the trial
-            trained = last_values(record for record in run.metrics() if record["step"] > 0)
-            trial.metrics = {name: value for name, value in trained.items() if isinstance(value, int | float)}
+            trial.metrics = {name: value for name, value in run.trained().items() if isinstance(value, int | float)}
             trial.steps = run.steps_taken()
         trial.feasible = status == FINISHED and all(
             one.metric in trial.metrics and one.violation(trial.metrics[one.metric]) <= 0 for one in self.constraints

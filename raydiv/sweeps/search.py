@@ -89,7 +89,9 @@ class Asked(Numbered):
         """Tell Optuna what came out; of a trial that failed, or came to no objective, that it did."""
         from optuna.trial import TrialState
 
-        trial, found = self._trials.pop(trial_id), result or {}
+        trial, found = self._trials.pop(trial_id, None), result or {}
+        if trial is None:
+            return
         violations = [one.violation(found[one.metric]) if one.metric in found else UNKNOWN for one in self._constraints]
         trial.set_user_attr("violations", violations)
         if error or any(one.metric not in found for one in self._objectives):

@@ -18,7 +18,7 @@ from raydiv.report.sweep_page import write_sweep_report
 from raydiv.session import ray_session, require_dashboard, side_by_side
 from raydiv.sweeps.follower import Follower
 from raydiv.sweeps.goal import whole_names
-from raydiv.sweeps.record import FAILED, OVER, Record, SweepDirectory
+from raydiv.sweeps.record import FAILED, Record, SweepDirectory
 from raydiv.sweeps.search import Asked, Numbered
 from raydiv.sweeps.space import Values, recipes_of, representatives
 from raydiv.sweeps.trial import TrialInput, run_trial
@@ -80,10 +80,12 @@ DRIVER = {"cpu": 0, "memory": 1}
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # Tune's would end the search as if it were done
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
     # a line of metrics has what was measured then: not all of them have the goal's
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
 }
-"""Ray Tune's own tables, log files and checks, which raydiv has its own of."""
+"""Ray Tune's own tables, log files, signals and checks, which raydiv has its own of."""
 
 
 def _search(recipe: Recipe, record: Record, tried: Sequence[Values], scheduler: Any, display: Display) -> None:
@@ -114,8 +116,6 @@ def _search(recipe: Recipe, record: Record, tried: Sequence[Values], scheduler: 
                 name="tune", storage_path=str(record.directory.path), callbacks=[follower], verbose=0
             ),
         ).fit()
-    if any(trial.status not in OVER for trial in record.trials.values()):
-        raise KeyboardInterrupt  # Ray Tune takes the signal itself, and ends its trials
 
 
 def _searcher(recipe: Recipe, record: Record, tried: Sequence[Values]) -> tuple[Numbered, int]:

@@ -11,7 +11,7 @@ from raydiv.config import Recipe, changed
 from raydiv.families import Family
 from raydiv.launch import train
 from raydiv.progress import Display
-from raydiv.run import Metrics, RunDirectory, last_values
+from raydiv.run import Metrics, RunDirectory
 from raydiv.sweeps.record import FAILED, OVER, Trial
 
 ERROR = "error.txt"
@@ -43,7 +43,7 @@ def run_trial(config: Mapping[str, Any], given: TrialInput) -> None:
     else:
         _train(recipe, run)
     # a searcher reads the last report alone
-    tune.report(_numbers(last_values(run.metrics())))
+    tune.report(_numbers(run.trained()))
 
 
 def _train(recipe: Recipe, run: RunDirectory) -> None:
