@@ -44,15 +44,24 @@ class StudyDirectory:
     def of(cls, recipe: Recipe) -> StudyDirectory:
         return cls(recipe.output_path / recipe.name)
 
-    def claim(self, recipe: Recipe, resume: bool) -> None:
-        """Make the directory this study's. Raises UserError where something else is there, or no study to be resumed."""
-        if resume:
-            if not self.cells.is_dir():
-                raise UserError(f"{self.path}: holds no study to resume; start it without --resume")
-        else:
+    def claim(self, recipe: Recipe, resume: bool) -> str | None:
+        """Make the directory this study's; the MLflow run that an earlier attempt began.
+
+        Raises UserError where something else is there, or no study to be resumed.
+        """
+        if resume and not self.record.is_file():
+            raise UserError(f"{self.path}: holds no study to resume; start it without --resume")
+        if not resume:
             RunDirectory(self.path).require_free()
         self.cells.mkdir(parents=True, exist_ok=True)
         save_recipe(recipe, self.recipe)
+        earlier: str | None = json.loads(self.record.read_text())["mlflow"]["run_id"] if resume else None
+        return earlier
+
+    def write(self, content: Mapping[str, Any]) -> None:
+        """Write study.json."""
+        with atomic(self.record) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
 
     def run(self, plan: Plan) -> RunDirectory:
         return RunDirectory(self.cells / plan.name)
@@ -67,6 +76,7 @@ class StudyResult:
     tables: list[Table]
     claims: list[Claim]
     failures: Mapping[str, str]
+    mlflow: Mapping[str, str | None]
 
     def as_json(self) -> dict[str, Any]:
         """The content of study.json."""
@@ -75,6 +85,7 @@ class StudyResult:
             "tables": [asdict(table) for table in self.tables],
             "claims": [asdict(claim) for claim in self.claims],
             "failures": dict(self.failures),
+            "mlflow": dict(self.mlflow),
             "versions": versions(),
         }
 
@@ -89,23 +100,51 @@ def study(recipe: Recipe, *, resume: bool = False, display: Display | None = Non
     display = display or Display()
     if recipe.study is None:
         raise UserError("the recipe has no section study: it says which models, data and losses are compared")
-    grid, plain = plans(recipe), baselines(recipe)
+    grid, plain, there = plans(recipe), baselines(recipe), included(recipe)
     directory = StudyDirectory.of(recipe)
-    directory.claim(recipe, resume)
-    there = included(recipe)
-    finished = [plan for plan in grid if directory.run(plan).result.is_file()]
-    for plan in finished:
-        require_same(plan.recipe, directory.run(plan))
-    missing = [plan for plan in grid if plan not in finished]
-    failures: dict[str, str] = {}
-    measured: list[Cell] = []
-    if missing or plain:
-        with ray_session(recipe.cluster, dashboard=True):
-            measured = [_baseline(name, own, display) for name, own in plain.items()]
-            if missing:
-                failures = _run(recipe, directory, missing, display)
-    cells = [cell_of(directory.run(plan), plan) for plan in grid if directory.run(plan).result.is_file()]
-    return _conclude(directory, [*measured, *cells, *there], failures)
+    for plan in grid:
+        if resume and directory.run(plan).result.is_file():
+            require_same(plan.recipe, directory.run(plan))
+    tracker = Tracker(recipe, {"raydiv.kind": "study"}, display.say, directory.claim(recipe, resume))
+    mlflow = {"uri": tracker.uri, "run_id": tracker.run_id}
+    directory.write({"mlflow": mlflow})
+    missing = [plan for plan in grid if not directory.run(plan).result.is_file()]
+    try:
+        measured, failures = _run(recipe, directory, missing, plain, tracker.run_id, display)
+        finished = [plan for plan in grid if directory.run(plan).result.is_file()]
+        cells = [*measured, *(cell_of(directory.run(plan), plan) for plan in finished), *there]
+        found = _conclude(directory, cells, failures, mlflow)
+        for path in (directory.record, directory.recipe, directory.report, *sorted(directory.tables.iterdir())):
+            tracker.artifact(path)
+    except BaseException:
+        tracker.finish("FAILED")
+        raise
+    tracker.finish()
+    return found
+
+
+def _run(
+    recipe: Recipe,
+    directory: StudyDirectory,
+    missing: Sequence[Plan],
+    plain: Mapping[str, Recipe],
+    parent: str | None,
+    display: Display,
+) -> tuple[list[Cell], dict[str, str]]:
+    """Measure the baselines and run the cells; the former as cells, and why those that failed did, by name."""
+    if not missing and not plain:
+        return [], {}
+    section = recipe.study
+    assert section is not None
+    with ray_session(recipe.cluster, dashboard=True):
+        measured = [_baseline(name, own, display) for name, own in plain.items()]
+        if not missing:
+            return measured, {}
+        prepare_all(distinct([plan.recipe for plan in missing]), display)
+        room, part = side_by_side(recipe.cluster, section.max_concurrent)
+        family = Family(directory.cells, part, tracking_uri(recipe), parent)
+        jobs = [_job(plan, directory, family) for plan in missing]
+        return measured, _run_all(jobs, room, section.keep_models, display)
 
 
 def _baseline(name: str, recipe: Recipe, display: Display) -> Cell:
@@ -114,35 +153,22 @@ def _baseline(name: str, recipe: Recipe, display: Display) -> Cell:
     return Cell(name, NO_DATA, BASE, 0, metrics, metrics, recipe.model.id)
 
 
-def _run(recipe: Recipe, directory: StudyDirectory, missing: Sequence[Plan], display: Display) -> dict[str, str]:
-    """Run cells; why those that failed did, by name."""
-    section = recipe.study
-    assert section is not None
-    prepare_all(distinct([plan.recipe for plan in missing]), display)
-    room, part = side_by_side(recipe.cluster, section.max_concurrent)
-    tracker = Tracker(recipe, {"raydiv.kind": "study"}, display.say)
+def _run_all(jobs: Sequence[Job], room: int, keep_models: bool, display: Display) -> dict[str, str]:
     failures: dict[str, str] = {}
-    try:
-        family = Family(directory.cells, part, tracking_uri(recipe), tracker.run_id)
-        jobs = [_job(plan, directory, family) for plan in missing]
-        with display.phase("cells") as update:
-            update(0, len(jobs))
-            over: list[str] = []
+    over: list[str] = []
+    with display.phase("cells") as update:
+        update(0, len(jobs))
 
-            def ended(job: Job, error: str | None) -> None:
-                over.append(job.name)
-                if error is not None:
-                    failures[job.name] = error
-                    display.say(f"cell {job.name} failed: {error} ({job.log})")
-                elif not section.keep_models:
-                    shutil.rmtree(RunDirectory(job.run).model, ignore_errors=True)
-                update(len(over), len(jobs), job.name)
+        def ended(job: Job, error: str | None) -> None:
+            over.append(job.name)
+            if error is not None:
+                failures[job.name] = error
+                display.say(f"cell {job.name} failed: {error} ({job.log})")
+            elif not keep_models:
+                shutil.rmtree(RunDirectory(job.run).model, ignore_errors=True)
+            update(len(over), len(jobs), job.name)
 
-            run_jobs(jobs, room, ended)
-    except BaseException:
-        tracker.finish("FAILED")
-        raise
-    tracker.finish()
+        run_jobs(jobs, room, ended)
     return failures
 
 
@@ -155,7 +181,9 @@ def _job(plan: Plan, directory: StudyDirectory, family: Family) -> Job:
     return Job(plan.name, path, run.path, directory.cells / f"{plan.name}.log")
 
 
-def _conclude(directory: StudyDirectory, cells: Sequence[Cell], failures: Mapping[str, str]) -> StudyResult:
+def _conclude(
+    directory: StudyDirectory, cells: Sequence[Cell], failures: Mapping[str, str], mlflow: Mapping[str, str | None]
+) -> StudyResult:
     """Write tables, report and study.json. Raises RuntimeError where there is nothing to compare."""
     if not cells:
         first = next(iter(failures.items()))
@@ -163,10 +191,9 @@ def _conclude(directory: StudyDirectory, cells: Sequence[Cell], failures: Mappin
     named = {cell.model for cell in cells if cell.is_base}
     whole = [*(base for base in bases(trained(cells)) if base.model not in named), *cells]
     tables, claims = tables_of(whole), claims_of(whole)
-    found = StudyResult(directory, whole, tables, claims, failures)
+    found = StudyResult(directory, whole, tables, claims, failures, mlflow)
     write_tables(directory.tables, [*tables, claim_table(claims)])
-    with atomic(directory.record) as temporary:
-        temporary.write_text(json.dumps(found.as_json(), indent=1) + "\n")
+    directory.write(found.as_json())
     own = trained(whole)
     axes = {"Models": "model", "Data": "data", "Losses": "loss", "Seeds": "seed"}
     facts = {label: ", ".join(dict.fromkeys(str(getattr(cell, axis)) for cell in own)) for label, axis in axes.items()}
