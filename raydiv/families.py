@@ -37,19 +37,16 @@ class Family:
         return recipe.model_copy(update=changes)
 
 
-TRAINING: Any = {
-    "optim": {"lr", "betas", "eps", "weight_decay", "clip", "schedule", "warmup"},
-    "loss": True,
-    "seed": True,
-}
-"""What changes neither data, nor reference, nor base, nor the number of updates."""
+TRAINING: Any = {"optim": {"lr", "betas", "eps", "weight_decay", "clip", "schedule", "warmup"}, "loss": True}
+"""What changes neither data, reference and base, nor the number of updates; a seed that draws no ``data.eval`` neither."""
 
 
 def distinct(recipes: Sequence[Recipe]) -> list[Recipe]:
     """One recipe for each way in which they differ in what is shared, or in the names of their metrics."""
     found: dict[str, Recipe] = {}
     for recipe in recipes:
-        tree = recipe.model_dump(mode="json", by_alias=True, exclude=TRAINING)
+        drawn = isinstance(recipe.data.eval, float)
+        tree = recipe.model_dump(mode="json", by_alias=True, exclude=TRAINING if drawn else TRAINING | {"seed": True})
         terms = [
             (objective.name, objective.divergence(options) == "none") for objective, _, options in recipe.loss.terms
         ]

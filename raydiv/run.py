@@ -28,6 +28,11 @@ def last_values(records: Iterable[Metrics]) -> Metrics:
     return found
 
 
+def numbers(record: Metrics) -> Metrics:
+    """A record without its texts, such as the name of the divergence."""
+    return {name: value for name, value in record.items() if isinstance(value, int | float)}
+
+
 SEPARATION, EVALUATION = "separation", "evaluation"
 """Folders of a run."""
 

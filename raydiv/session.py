@@ -85,7 +85,8 @@ def side_by_side(cluster: Cluster, at_most: int | None) -> tuple[int, Cluster]:
         room = cpus(cluster) // (cluster.num_workers * (cluster.cpus_per_worker or 1.0))
     runs = max(1, min(int(room), at_most or int(room)))
     pool = min(cluster.pool_actors or cluster.num_workers, cluster.num_workers) if cluster.use_gpu else None
-    memory = worker_memory(cluster) / 2**30 / (1 if cluster.use_gpu else runs)
+    all_workers = cluster.num_workers if cluster.use_gpu else runs * cluster.num_workers
+    memory = worker_memory(cluster.model_copy(update={"num_workers": all_workers})) / 2**30
     part = {
         "cpus": round(cpus(cluster) / runs, 3),
         "worker_memory_gb": round(memory, 3),

@@ -28,13 +28,15 @@ def tracking_uri(recipe: Recipe) -> str:
 
 
 class Tracker:
-    """One MLflow run, a new one unless it goes on with ``run_id``.
+    """One MLflow run, a new one unless it goes on with an ``earlier`` one (``uri`` and ``run_id``) of the same server.
 
     What could not be sent is kept in order and tried again with the next call, and at the end. A thread of its own does the
     sending: nothing waits for a server, nor for MLflow to be loaded.
     """
 
-    def __init__(self, recipe: Recipe, tags: Mapping[str, str], warn: Warn, run_id: str | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, tags: Mapping[str, str], warn: Warn, earlier: Mapping[str, str | None] | None = None
+    ) -> None:
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         logging.getLogger("alembic").setLevel(logging.ERROR)
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
@@ -46,6 +48,7 @@ class Tracker:
         self._waiting: list[Callable[[], object]] = []
         self._run_id: str | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
+        run_id = (earlier or {}).get("run_id") if (earlier or {}).get("uri") == self.uri else None
         self._submit(lambda: self._start(recipe, tags) if run_id is None else self._go_on(run_id))
 
     @property
@@ -109,8 +112,10 @@ class Tracker:
 
     def _tag_children(self, tag: str, tags: Mapping[str, Mapping[str, str]]) -> None:
         experiment = self._client.get_run(self._run()).info.experiment_id
-        for child in self._client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{self._run()}'"):
-            for name, value in tags.get(child.data.tags.get(tag, ""), {}).items():
+        left = dict(tags)
+        # newest first: an earlier attempt's is another run under the same tag
+        for child in _all_runs(self._client, experiment, f"tags.`mlflow.parentRunId` = '{self._run()}'"):
+            for name, value in left.pop(child.data.tags.get(tag, ""), {}).items():
                 self._client.set_tag(child.info.run_id, name, value)
             if child.info.status == "RUNNING":
                 self._client.set_terminated(child.info.run_id, "KILLED")
@@ -149,6 +154,17 @@ class Tracker:
             self._waiting.pop(0)
 
 
+def _all_runs(client: Any, experiment_id: str, wanted: str) -> Iterator[Any]:
+    """The runs of an experiment, page by page, the newest first."""
+    token: str | None = ""
+    while token is not None:
+        page = client.search_runs(
+            [experiment_id], wanted, order_by=["attributes.start_time DESC"], page_token=token or None
+        )
+        yield from page
+        token = page.token or None
+
+
 def downloaded_runs(uri: str, experiment: str, folder: Path) -> Iterator[tuple[Path, str]]:
     """Finished runs of an experiment, each as a directory with what it sent, and its id.
 
@@ -160,10 +176,9 @@ def downloaded_runs(uri: str, experiment: str, folder: Path) -> Iterator[tuple[P
     try:
         client = MlflowClient(uri)
         found = client.get_experiment_by_name(experiment)
-        runs = client.search_runs([found.experiment_id], "attributes.status = 'FINISHED'") if found else []
         if found is None:
             raise UserError(f"MLflow at {uri}: has no experiment {experiment}")
-        for run in runs:
+        for run in _all_runs(client, found.experiment_id, "attributes.status = 'FINISHED'"):
             names = {file.path for file in client.list_artifacts(run.info.run_id)}
             if names >= SENT:
                 for name in sorted(SENT):

@@ -84,6 +84,12 @@ def test_bad_studies_are_refused(study: dict[str, Any], said: str) -> None:
 def test_a_cell_that_no_run_could_be_is_refused_by_name() -> None:
     with pytest.raises(UserError, match=r"study: the cell Base-1B, compliance-refusal, bad: loss.skw: unknown key"):
         plans(recipe_with({"losses": {"bad": {"type": "kldo", "skw": 1}}}))
+    with pytest.raises(UserError, match=r"cluster.num_workers: is the same for all cells of a study"):
+        plans(recipe_with({"models": {"x": {"id": "y", "cluster.num_workers": 2}}}))
+    with pytest.raises(UserError, match=r"seed: is the same for all cells of a study but for seeds"):
+        plans(recipe_with({"losses": {"x": {"type": "dpo", "seed": 2}}}))
+    with pytest.raises(UserError, match=r"two cells would be called a-b-c-kldo-0"):
+        plans(recipe_with({"models": {"a": "m", "a-b": "n"}, "data": {"b-c": "x.jsonl", "c": "y.jsonl"}}))
     with pytest.raises(UserError, match=r"study.baselines.x: model.idd: unknown key"):
         baselines(recipe_with({"baselines": {"x": {"idd": "y"}}}))
 
@@ -127,7 +133,7 @@ def test_included_runs_have_the_names_that_the_study_has_for_their_like(tmp_path
     (tmp_path / "runs" / "unfinished").mkdir()
     save_recipe(ours, tmp_path / "runs" / "unfinished" / "recipe.yaml")
     wider = recipe_with({**(recipe.study.model_dump() if recipe.study else {}), "include": [str(tmp_path / "runs")]})
-    found = included(wider)
+    found = list(included(wider).values())
     assert [(cell.model, cell.data, cell.loss, cell.seed) for cell in found] == [
         ("Base-1B", "CR", "OURS", 0),
         ("Base-1B", "CR", "dpo", 7),
@@ -152,11 +158,15 @@ class FakeClient:
     def __init__(self, there: list[Any]) -> None:
         self.there, self.looks, self.submitted, self.stopped = there, dict[str, int](), [], []
         self.most = 0
+        self.runs: dict[str, Path] = {}
 
     def list_jobs(self) -> list[Any]:
         return self.there
 
-    def submit_job(self, *, entrypoint: str, metadata: dict[str, str], **_: Any) -> str:
+    def submit_job(self, *, entrypoint: str, metadata: dict[str, str], runtime_env: dict[str, Any]) -> str:
+        assert entrypoint.startswith(f"cd {Path.cwd()} && ")
+        assert runtime_env == {"env_vars": {"A": "b"}}
+        self.runs[metadata["name"]] = Path(metadata["raydiv.run"])
         self.submitted.append(metadata["name"])
         self.looks[metadata["name"]] = 0
         self.most = max(self.most, len(self.looks))
@@ -167,6 +177,9 @@ class FakeClient:
         if self.looks[name] < int(name[0]):
             return JobStatus.RUNNING
         del self.looks[name]
+        if name in self.runs and "u" not in name:
+            self.runs[name].mkdir(parents=True, exist_ok=True)
+            (self.runs[name] / "result.json").write_text("{}")
         return JobStatus.FAILED if "x" in name else JobStatus.SUCCEEDED
 
     def get_job_logs(self, name: str) -> str:
@@ -186,15 +199,16 @@ def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeClient]:
 
 
 def jobs_of(folder: Path, *names: str) -> list[Job]:
-    return [Job(name, folder / f"{name}.yaml", folder / name, folder / f"{name}.log") for name in names]
+    return [Job(name, folder / f"{name}.yaml", folder / name, folder / f"{name}.log", {"A": "b"}) for name in names]
 
 
 def test_so_many_jobs_run_at_once_and_one_that_fails_stops_no_other(client: FakeClient, tmp_path: Path) -> None:
     ended: dict[str, str | None] = {}
-    names = ["3a", "1b", "2x", "1c", "2d"]
+    names = ["3a", "1b", "2x", "1c", "2d", "1u"]
     run_jobs(jobs_of(tmp_path, *names), 2, lambda job, error: ended.__setitem__(job.name, error))
     assert client.submitted == names
     assert client.most == 2
+    assert "output_dir must be on shared storage" in (ended.pop("1u") or "")
     assert ended == {"1b": None, "2x": "out of memory", "3a": None, "1c": None, "2d": None}
     assert "out of memory" in (tmp_path / "2x.log").read_text()
     assert client.stopped == []
@@ -203,6 +217,8 @@ def test_so_many_jobs_run_at_once_and_one_that_fails_stops_no_other(client: Fake
 def test_a_job_that_still_runs_is_followed_and_what_it_writes_is_left(client: FakeClient, tmp_path: Path) -> None:
     for name in ("1a", "1b"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "left").write_text("")
+    (tmp_path / "1b" / "result.json").write_text("{}")
     running = SimpleNamespace(
         status=JobStatus.RUNNING, metadata={"raydiv.run": str(tmp_path / "1b")}, submission_id="1b"
     )
@@ -212,7 +228,9 @@ def test_a_job_that_still_runs_is_followed_and_what_it_writes_is_left(client: Fa
     assert client.submitted == ["1a"]
     assert ended == ["1b", "1a"]
     assert (tmp_path / "1b").is_dir()
-    assert not (tmp_path / "1a").exists(), "what an unfinished attempt left of it"
+    assert [path.name for path in (tmp_path / "1a").iterdir()] == ["result.json"], (
+        "and nothing of an unfinished attempt"
+    )
 
 
 def test_interrupted_it_stops_the_jobs_that_it_started(client: FakeClient, tmp_path: Path) -> None:
@@ -255,7 +273,7 @@ def test_a_small_study_is_run_extended_and_read_from_mlflow(
         (first,) = directory.cells.glob("*KLDO-0/result.json")
         trained = first.stat().st_mtime_ns
         assert main(command) == 2
-        assert "holds a run already" in capsys.readouterr().err
+        assert "holds a study already" in capsys.readouterr().err
         wider = "study.losses={KLDO: {type: kldo, skew: 0.5}, DPO: dpo}"
         assert main([*command, "--resume", wider]) == 0
         again = json.loads(capsys.readouterr().out)
@@ -270,5 +288,5 @@ def test_a_small_study_is_run_extended_and_read_from_mlflow(
     )  # fmt: skip
     cells = {cell.loss: cell for cell in study(by_mlflow).cells}
     own = {cell["loss"]: cell for cell in again["cells"]}
-    assert cells["dpo+sft"].metrics == own["DPO"]["metrics"]
-    assert cells["kldo+sft"].before == own["KLDO"]["before"]
+    assert cells["dpo_sft"].metrics == own["DPO"]["metrics"]
+    assert cells["kldo_sft"].before == own["KLDO"]["before"]

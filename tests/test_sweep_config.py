@@ -12,7 +12,7 @@ from raydiv.config import Recipe, changed, load_recipe, save_recipe
 from raydiv.config.sweep import Constraint, Interval, Objective, Parameter
 from raydiv.errors import UserError
 from raydiv.sweeps.goal import whole_names
-from raydiv.sweeps.space import draw, encoded, grid, recipes_of, representatives
+from raydiv.sweeps.space import MOST_CHECKED, draw, encoded, grid, recipes_of, representatives
 
 SPACE = {
     "loss.divergence": ["kl", "alpha"],
@@ -83,6 +83,14 @@ def test_intervals_have_the_names_and_ends_of_ray_tune(said: str, ends: tuple[fl
         ({"space": {"name": ["a", "b"]}}, "name: is the same for all trials"),
         ({"space": {"cluster.num_workers": [1, 2]}}, "cluster.num_workers: is the same for all trials"),
         ({"space": {"loss.alpha": {"in": [0.5], "when": {"loss.divergence": "alpha"}}}}, "must stand in the space too"),
+        (
+            {"space": {"loss.type": ["dpo", "kto"], "loss.beta": {"in": [0.5], "when": {"loss.type": "dpoo"}}}},
+            "loss.beta: when: loss.type is never 'dpoo': the space has 'dpo', 'kto'",
+        ),
+        (
+            {"space": {"loss.beta": "uniform(0, 1)", "optim.lr": {"in": [1], "when": {"loss.beta": 0.5}}}},
+            "optim.lr: when: loss.beta must be a list of choices in the space, and is uniform(0, 1)",
+        ),
         ({"space": {"loss.alpha": {"in": [0.5]}}}, "is {in: VALUES, when: {KEY: CHOICES}}"),
         ({"search": "grid", "trials": None}, "grid needs lists; loss.alpha is uniform(0.2, 0.8)"),
         ({"search": "grid", "space": {"loss.beta": [1, 2]}}, "trials means nothing with search: grid"),
@@ -265,3 +273,31 @@ def test_asha_needs_its_metric_during_training() -> None:
     assert names_of("maximize d_b", sweep=asha, separation={"every": 5}) == {"d_b": "separation/d_b"}
     named = names_of("maximize d_b, maximize evaluate/asr", sweep={**asha, "stop_on": "minimize grad_norm"})
     assert named["grad_norm"] == "grad_norm"
+
+
+def test_of_a_large_space_every_choice_and_end_is_checked() -> None:
+    space: dict[str, Any] = {"loss.type": ["kldo", "nonsense"]}
+    space |= {f"optim.{name}": "uniform(0.1, 0.9)" for name in ("lr", "weight_decay", "clip", "eps", "target_margin")}
+    space |= {f"model.lora.{name}": ["a", "b", "c", "d", "e", "f"] for name in ("r", "alpha", "dropout")}
+    tried = representatives(recipe_with({"space": space}))
+    assert MOST_CHECKED <= len(tried) <= MOST_CHECKED + 40
+    for key, said in space.items():
+        wanted = said if isinstance(said, list) else [0.1, 0.9]
+        assert {one[key] for one in tried} == set(wanted), key
+
+
+def test_numbers_are_written_whole() -> None:
+    sweep = recipe_with(
+        {"space": {"optim.steps": "randint(1, 1234568)", "optim.lr": "uniform(1.00000001e-5, 0.1)"}}
+    ).sweep
+    assert sweep is not None
+    assert [parameter.written() for parameter in sweep.parameters] == [
+        "randint(1, 1234568)",
+        "uniform(1.00000001e-05, 0.1)",
+    ]
+
+
+def test_a_step_is_kept_to() -> None:
+    sweep = recipe_with({"space": {"loss.beta": "quniform(0, 1, 0.03125)"}}).sweep
+    assert sweep is not None
+    assert all((one["loss.beta"] / 0.03125).is_integer() for one in draw(sweep.parameters, 20, seed=1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from raydiv.config.sweep import Constraint, Objective, Sweep
 from raydiv.errors import UserError
 from raydiv.families import Family, distinct
 from raydiv.run import RunDirectory
-from raydiv.session import side_by_side
+from raydiv.session import HOST_SHARE, side_by_side
+from raydiv.sweeps.halving import Halving
 from raydiv.sweeps.record import FAILED, FINISHED, STOPPED, WAITING, Record, SweepDirectory, Trial, undominated
 from raydiv.sweeps.search import Asked, Numbered
 
@@ -29,10 +31,12 @@ SPACE = {
 
 
 def asked(
-    objectives: list[Objective], constraints: list[Constraint] | None = None, first: list[dict[str, Any]] | None = None
+    objectives: list[Objective],
+    constraints: list[Constraint] | None = None,
+    given: dict[int, dict[str, Any]] | None = None,
 ) -> Asked:
     space = Sweep(space=SPACE, goal="maximize y", trials=1).parameters
-    return Asked(space, objectives, constraints or [], 0, first or [])
+    return Asked(space, objectives, constraints or [], 0, given or {})
 
 
 def searched(searcher: Asked, worth: Callable[[dict[str, Any]], dict[str, float]], count: int) -> list[dict[str, Any]]:
@@ -87,7 +91,7 @@ def test_several_objectives_and_trials_that_come_to_none() -> None:
 
 def test_what_was_tried_before_comes_first_and_is_learnt_from() -> None:
     before = searched(asked(UP), lambda values: {"y": far_off(values)}, 20)
-    again = asked(UP, first=before)
+    again = asked(UP, given=dict(enumerate(before, 1)))
     tried = searched(again, lambda values: {"y": far_off(values)}, 40)
     assert tried[:20] == before
     worths = [far_off(values) for values in tried]
@@ -97,7 +101,7 @@ def test_what_was_tried_before_comes_first_and_is_learnt_from() -> None:
 
 def test_a_small_space_ends_the_search() -> None:
     space = Sweep(space={"x": [1, 2], "y": [[0.9, 0.95], None]}, goal="maximize y", trials=9).parameters
-    searcher = Asked(space, UP, [], 0, [])
+    searcher = Asked(space, UP, [], 0, {})
     found = []
     while isinstance(trial := searcher.suggest(f"t{len(found)}"), dict):
         found.append(trial["values"])
@@ -108,7 +112,7 @@ def test_a_small_space_ends_the_search() -> None:
 
 
 def test_a_list_is_gone_through_once() -> None:
-    searcher = Numbered([{"x": 1}, {"x": 2}])
+    searcher = Numbered({1: {"x": 1}, 2: {"x": 2}})
     assert searcher.suggest("a") == {"number": 1, "values": {"x": 1}}
     assert searcher.suggest("b") == {"number": 2, "values": {"x": 2}}
     assert searcher.suggest("c") == Searcher.FINISHED
@@ -213,23 +217,97 @@ def test_a_sweep_is_resumed_as_it_was(tmp_path: Path) -> None:
     recipe = recipe_in(tmp_path)
     directory = SweepDirectory.of(recipe)
     with pytest.raises(UserError, match="holds no sweep to resume"):
-        directory.claim(recipe, resume=True)
-    directory.claim(recipe, resume=False)
+        directory.require(recipe, resume=True)
+    directory.require(recipe, resume=False)
+    directory.claim(recipe)
     with pytest.raises(UserError, match="holds a run already"):
-        directory.claim(recipe, resume=False)
+        directory.require(recipe, resume=False)
     Record(directory, recipe).write()
-    directory.claim(recipe_in(tmp_path, sweep={"keep": 3, "max_concurrent": 2}), resume=True)
+    with pytest.raises(UserError, match=r"holds a sweep already; go on with it \(--resume\)"):
+        directory.require(recipe, resume=False)
+    directory.require(recipe_in(tmp_path, sweep={"keep": 3, "max_concurrent": 2}), resume=True)
     with pytest.raises(UserError, match="was begun with another optim;"):
-        directory.claim(recipe_in(tmp_path, optim={"steps": 3}), resume=True)
+        directory.require(recipe_in(tmp_path, optim={"steps": 3}), resume=True)
     with pytest.raises(UserError, match="was begun with another sweep;"):
-        directory.claim(recipe_in(tmp_path, sweep={"space": {"loss.beta": [0.1]}}), resume=True)
+        directory.require(recipe_in(tmp_path, sweep={"space": {"loss.beta": [0.1]}}), resume=True)
+
+
+def test_resumed_with_short_names_the_best_keeps_its_weights(tmp_path: Path) -> None:
+    """What is feasible is known again once the goal's metrics have their whole names."""
+    goal = {"goal": "maximize d subject to r <= 0.1", "keep": 1}
+    record = record_of(tmp_path, [], sweep=goal)
+    for number, (d, r) in enumerate([(1.0, 0.0), (3.0, 0.0), (9.0, 0.5)], 1):
+        trial = record.trials[number] = Trial(number, {"loss.beta": number})
+        finish(record.directory, trial, **{"a/d": d, "b/r": r})
+        record.settle(trial, FINISHED)
+    record.write()
+    again = Record.read(record.directory, recipe_in(tmp_path, sweep=goal))
+    again.named({"d": "a/d", "r": "b/r"})
+    for trial in again.trials.values():
+        again.settle(trial, FINISHED)
+        again.forget_weights(1)
+    assert [trial.number for trial in again.best] == [2]
+    assert [path.parent.name for path in again.directory.trials.glob("*/model")] == ["002"]
+
+
+def test_what_is_not_finite_is_no_best(tmp_path: Path) -> None:
+    record = record_of(tmp_path, [(float("nan"), 0.0), (float("inf"), 0.0), (1.0, 0.0)])
+    assert [trial.number for trial in record.finished] == [3]
+
+
+def test_the_front_of_those_within_the_constraints_keeps_its_weights(tmp_path: Path) -> None:
+    goal = {"goal": "maximize d, minimize e subject to r <= 0.1"}
+    record = record_of(tmp_path, [], sweep=goal)
+    for number, (d, e, r) in enumerate([(1.0, 5.0, 0.0), (3.0, 4.0, 0.0), (2.0, 1.0, 0.0), (9.0, 0.5, 0.9)], 1):
+        trial = record.trials[number] = Trial(number, {"loss.beta": number})
+        finish(record.directory, trial, d=d, e=e, r=r)
+        record.settle(trial, FINISHED)
+    assert [trial.number for trial in record.best] == [2, 3]
+    assert [trial.number for trial in record.finished] == [2, 3, 1, 4]
+
+
+def test_a_space_of_lists_is_searched_to_its_end() -> None:
+    """Optuna soon suggests its favourite again and again: then one that was not tried is drawn."""
+    space = Sweep(space={"x": [1, 2, 3, 4], "y": [1, 2, 3, 4]}, goal="maximize y", trials=16).parameters
+    searcher = Asked(space, UP, [], 0, {})
+    tried = searched(searcher, lambda values: {"y": float(values["x"] * values["y"])}, 16)
+    assert len({json.dumps(values) for values in tried}) == 16
+    assert searcher.suggest("more") == Searcher.FINISHED
+
+
+def test_numbers_of_an_earlier_attempt_stay_whatever_is_missing_between_them() -> None:
+    given = {1: {"x": 0.1, "kind": "near"}, 3: {"x": 0.3, "kind": "near"}}
+    searcher = asked(UP, given=given)
+    tried = searched(searcher, lambda values: {"y": far_off(values)}, 4)
+    assert (tried[0], tried[2]) == (given[1], given[3])
+    assert tried[1] not in given.values()
+
+
+class Told:
+    """A trial of Tune's, as its schedulers read it."""
+
+    def __init__(self, number: int) -> None:
+        self.trial_id, self.status = str(number), "RUNNING"
+
+
+def test_asha_stops_those_that_fall_behind_and_none_whose_training_is_over() -> None:
+    halving = Halving("y", "maximize", steps=8, grace=2, reduction=2)
+    trials = [Told(number) for number in range(4)]
+    for trial in trials:
+        halving.on_trial_add(None, trial)
+    early = [halving.on_trial_result(None, trial, {"step": 2, "y": 3.0 - n}) for n, trial in enumerate(trials)]
+    assert early[0] == "CONTINUE"
+    assert early[-1] == "STOP"
+    assert halving.on_trial_result(None, trials[0], {"step": 4, "loss": 1.0}) == "CONTINUE", "a line without the metric"
+    ends = [halving.on_trial_result(None, trial, {"step": 8, "y": -float(n)}) for n, trial in enumerate(trials)]
+    assert ends == ["CONTINUE"] * 4
 
 
 @pytest.mark.parametrize(
     ("have", "cluster", "at_most", "runs", "part"),
     [
         ({"CPU": 2}, {}, None, 2, {"cpus": 1.0, "worker_memory_gb": 5.0}),
-        ({"CPU": 2}, {"num_workers": 2}, None, 1, {"cpus": 2.0, "worker_memory_gb": 10.0}),
+        ({"CPU": 2}, {"num_workers": 2}, None, 1, {"cpus": 2.0, "worker_memory_gb": 5.0}),
         ({"CPU": 2}, {"num_workers": 3}, 8, 1, {"cpus": 2.0}),
         ({"CPU": 16}, {"num_workers": 2, "cpus_per_worker": 3}, None, 2, {"cpus": 8.0, "cpus_per_worker": 3.0}),
         ({"CPU": 16}, {"cpus": 4}, None, 4, {"cpus": 1.0}),
@@ -240,7 +318,7 @@ def test_a_sweep_is_resumed_as_it_was(tmp_path: Path) -> None:
             {"use_gpu": True, "num_workers": 8},
             4,
             1,
-            {"pool_actors": 8, "worker_memory_gb": 10.0},
+            {"pool_actors": 8, "worker_memory_gb": 80.0},
         ),
     ],
 )
@@ -253,7 +331,10 @@ def test_runs_side_by_side_never_want_more_than_there_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: have)
-    monkeypatch.setattr("raydiv.session.worker_memory", lambda cluster: 10 * 2**30)
+    nodes = [{"Alive": True, "Resources": {"CPU": have["CPU"], "memory": 2**30 * 10 / HOST_SHARE}}]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "remote", lambda **_: lambda function: SimpleNamespace(remote=lambda: 80 * 2**30))
+    monkeypatch.setattr(ray, "get", lambda value: value)
     found, own = side_by_side(Cluster(**cluster), at_most)
     assert found == runs
     assert {name: getattr(own, name) for name in part} == part
@@ -270,6 +351,9 @@ def test_what_runs_share_is_prepared_once_for_each_way_in_which_they_differ(tmp_
     longer = load_recipe(one.model_dump(by_alias=True), ["optim.steps=5"])
     data = load_recipe(one.model_dump(by_alias=True), ["data.train=other.jsonl"])
     assert distinct([one, *same, kto, longer, data, kto]) == [one, kto, longer, data]
+    drawn = load_recipe(one.model_dump(by_alias=True), ["data.eval=0.1"])
+    others = [drawn.model_copy(update={"seed": seed}) for seed in (1, 2)]
+    assert distinct([drawn, *others]) == [drawn, *others], "what is held out is drawn by the seed"
 
 
 def test_a_member_of_a_family_is_nested_in_its_run(tmp_path: Path) -> None:

@@ -81,10 +81,10 @@ class Study(Section):
         return bool(self.models or self.data or self.losses or self.seeds)
 
 
-def model_name(model_id: str) -> str:
+def short_id(model_id: str) -> str:
     """A short name for a model's id or directory: its last part."""
     return model_id.rstrip("/").rpartition("/")[2].rpartition(":")[2]
 
 
 def _short(word: str, axis: str | None) -> str:
-    return Source(path=word).short_name.replace(":", "-") if axis == "data" else model_name(word)
+    return Source(path=word).short_name.replace(":", "-") if axis == "data" else short_id(word)

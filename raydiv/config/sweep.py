@@ -36,8 +36,8 @@ class Interval:
         return (int(self.low), int(self.high) - 1) if self.integer else (self.low, self.high)
 
     def __str__(self) -> str:
-        step = "" if self.step is None else f", {self.step:g}"
-        return f"{self.kind}({self.low:g}, {self.high:g}{step})"
+        numbers = [number for number in (self.low, self.high, self.step) if number is not None]
+        return f"{self.kind}({', '.join(str(int(n)) if n.is_integer() else repr(n) for n in numbers)})"
 
 
 KINDS = {"uniform": 2, "loguniform": 2, "quniform": 3, "randint": 2, "lograndint": 2}
@@ -146,8 +146,7 @@ class Sweep(Section):
         for number, parameter in enumerate(parameters):
             before = {one.key: one for one in parameters[:number]}
             for key in parameter.when:
-                if key not in before:
-                    raise ValueError(f"{parameter.key}: when: {key} must stand in the space too, and before it")
+                _require_choices(parameter, key, before.get(key))
         return space
 
     @field_serializer("space")
@@ -190,6 +189,18 @@ class Sweep(Section):
                 "scheduler: asha compares trials by one metric; with several objectives say which, as stop_on"
             )
         return self
+
+
+def _require_choices(parameter: Parameter, key: str, other: Parameter | None) -> None:
+    """Raises ValueError where a parameter would never apply, or not as it is said."""
+    where = f"{parameter.key}: when: {key}"
+    if other is None:
+        raise ValueError(f"{where} must stand in the space too, and before it")
+    if isinstance(other.values, Interval):
+        raise ValueError(f"{where} must be a list of choices in the space, and is {other.values}")
+    for value in parameter.when[key]:
+        if value not in other.values:
+            raise ValueError(f"{where} is never {value!r}: the space has {', '.join(map(repr, other.values))}")
 
 
 def _parameter(key: str, said: Any) -> Parameter:

@@ -24,6 +24,11 @@ VERSION = 1
 ROOMS = ("hidden", "evaluation", "measure", "model", "data")
 """Whose code a measurement depends on."""
 
+FILES = ("reference.py", "bundled/helpful.jsonl")
+"""Of raydiv, what it depends on beside rooms."""
+
+PACKAGE = Path(__file__).parents[1]
+
 
 @dataclass(frozen=True, slots=True)
 class Taken:
@@ -54,6 +59,7 @@ class KeptMeasurement:
         key = digest(
             VERSION,
             *code(*ROOMS),
+            [file_digest(PACKAGE / name) for name in FILES],
             _model(base),
             _apart(recipe, prompts.separation),
             None if judges is None else _asked(recipe, prompts.evaluate, judges),
@@ -94,6 +100,7 @@ def _asked(recipe: Recipe, prompts: Sequence[Prompt], judges: Judges) -> list[An
         _prompts(prompts),
         texts_of(how.attacks),
         [None if directory is None else fingerprint(directory) for directory in models],
-        {path.name: file_digest(path) for path in tasks if path.is_file()},
+        {str(path): file_digest(path) for path in tasks if path.is_file()},
         metadata.version("lm_eval") if how.tasks else None,
+        metadata.version("nanogcg") if any(attack.kind == "gcg" for attack in how.attacks) else None,
     ]

@@ -10,10 +10,9 @@ from typing import Any
 
 from raydiv.comparison.cells import Cell
 from raydiv.config import Recipe, changed
-from raydiv.config.study import model_name
 from raydiv.errors import UserError
-from raydiv.run import Metrics, RunDirectory, last_values
-from raydiv.studies.grid import Plan, changes_of, data_name
+from raydiv.run import Metrics, RunDirectory, last_values, numbers
+from raydiv.studies.grid import Plan, changes_of, data_name, loss_name, model_name
 from raydiv.track import downloaded_runs, tracking_uri
 
 MLFLOW = "mlflow:"
@@ -25,19 +24,26 @@ def cell_of(run: RunDirectory, plan: Plan) -> Cell:
     return Cell(plan.model, plan.data, plan.loss, plan.seed, *_measured(run), str(run.path))
 
 
-def included(recipe: Recipe) -> list[Cell]:
-    """The cells that the study names as there already, labelled as its own entries are where they are of the same recipe.
+def identity(run: RunDirectory) -> str:
+    """What a finished run is known by wherever it is found: its id in MLflow, which it always has unless a server was away."""
+    noted = json.loads(run.result.read_text()).get("mlflow") or {}
+    return str(noted.get("run_id") or run.path.resolve())
 
-    Raises UserError for a place without a finished run.
+
+def included(recipe: Recipe) -> dict[str, Cell]:
+    """The cells that the study names as there already, by their runs' ``identity``: found in two places it is one.
+
+    They are labelled as the study's own entries are where they are of the same recipe. Raises UserError for a place without a
+    finished run.
     """
     study = recipe.study
     assert study is not None
-    cells: list[Cell] = []
+    cells: dict[str, Cell] = {}
     for place in study.include:
-        found = [_labelled(run, recipe, where) for run, where in _runs(place, recipe)]
+        found = {identity(run): _labelled(run, recipe, where) for run, where in _runs(place, recipe)}
         if not found:
             raise UserError(f"study.include: {place}: holds no finished run")
-        cells += found
+        cells = found | cells
     return cells
 
 
@@ -58,9 +64,9 @@ def _runs(place: str, recipe: Recipe) -> Iterator[tuple[RunDirectory, str]]:
 
 def _labelled(run: RunDirectory, study: Recipe, where: str) -> Cell:
     own = run.read_recipe()
-    model = _label(study, own, "models", "model") or model_name(own.model.id)
+    model = _label(study, own, "models", "model") or model_name(own)
     data = _label(study, own, "data", "data") or data_name(own)
-    loss = _label(study, own, "losses", "loss") or "+".join(objective.name for objective, _, _ in own.loss.terms)
+    loss = _label(study, own, "losses", "loss") or loss_name(own)
     return Cell(model, data, loss, own.seed, *_measured(run), where)
 
 
@@ -81,11 +87,11 @@ def _dumped(recipe: Recipe, section: str) -> Any:
 def _measured(run: RunDirectory) -> tuple[dict[str, float], dict[str, float]]:
     """Metrics after training, and those of the model before it."""
     before = last_values(record for record in run.metrics() if record["step"] == 0)
-    return _numbers(run.trained()), _numbers(before)
+    return _figures(run.trained()), _figures(before)
 
 
-def _numbers(metrics: Metrics) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float) and name != "step"}
+def _figures(metrics: Metrics) -> dict[str, float]:
+    return {name: float(value) for name, value in numbers(metrics).items() if name != "step"}
 
 
 def require_same(recipe: Recipe, run: RunDirectory) -> None:

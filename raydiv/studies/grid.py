@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 from raydiv.config import Recipe, changed
-from raydiv.config.study import model_name
+from raydiv.config.study import short_id
+from raydiv.config.sweep import OWN
 from raydiv.errors import UserError
 
 WORD = {"models": "model.id", "data": "data.train", "losses": "loss.type"}
@@ -42,24 +45,43 @@ def plans(recipe: Recipe) -> list[Plan]:
     assert study is not None
     if not study.trains:
         return []
-    models = study.models or {model_name(recipe.model.id): {}}
+    models = study.models or {model_name(recipe): {}}
     data = study.data or {data_name(recipe): {}}
-    losses = study.losses or {recipe.loss.type: {}}
+    losses = study.losses or {loss_name(recipe): {}}
     axes = (models.items(), data.items(), losses.items(), study.seeds or [recipe.seed])
-    return [_plan(recipe, *entries) for entries in product(*axes)]
+    found = [_plan(recipe, *entries) for entries in product(*axes)]
+    twice = [name for name, count in Counter(plan.name for plan in found).items() if count > 1]
+    if twice:
+        raise UserError(f"study: two cells would be called {twice[0]}; give their entries other names")
+    return found
+
+
+def model_name(recipe: Recipe) -> str:
+    """What a recipe's model is called where a study has no name for it."""
+    return _named(short_id(recipe.model.id))
 
 
 def data_name(recipe: Recipe) -> str:
     """What a recipe's training data are called where a study has no name for them."""
-    return "_".join(source.short_name.replace(":", "-") for source in recipe.data.train)
+    return _named("_".join(source.short_name for source in recipe.data.train))
+
+
+def loss_name(recipe: Recipe) -> str:
+    """What a recipe's loss is called where a study has no name for it."""
+    return "_".join(objective.name for objective, _, _ in recipe.loss.terms)
+
+
+def _named(words: str) -> str:
+    """Words in the characters that a run's name may have."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", words).strip("-._") or "unnamed"
 
 
 def _plan(recipe: Recipe, model: tuple[str, Any], data: tuple[str, Any], loss: tuple[str, Any], seed: int) -> Plan:
     names = {"models": model[0], "data": data[0], "losses": loss[0]}
     changes: dict[str, Any] = {"seed": seed}
-    for axis, (_, said) in zip(names, (model, data, loss), strict=True):
-        changes |= changes_of(axis, said)
     try:
+        for axis, (_, said) in zip(names, (model, data, loss), strict=True):
+            changes |= changes_of(axis, said)
         return Plan(model[0], data[0], loss[0], seed, changed(recipe, changes))
     except UserError as error:
         raise UserError(f"study: the cell {', '.join(names.values())}: {error}") from None
@@ -69,6 +91,9 @@ def changes_of(axis: str, said: str | Mapping[str, Any]) -> dict[str, Any]:
     """What an entry changes of the recipe, as dotted keys."""
     if isinstance(said, str):
         return {WORD[axis]: said}
+    own = [key for key in said if key.partition(".")[0] in (*OWN, "seed")]
+    if own:
+        raise UserError(f"{own[0]}: is the same for all cells of a study{' but for seeds' if own[0] == 'seed' else ''}")
     return {key if _of_the_recipe(key) else f"{SECTION[axis]}.{key}": value for key, value in said.items()}
 
 

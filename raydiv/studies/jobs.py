@@ -7,14 +7,13 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PASSED = ("RAYDIV_CACHE", "HF_HOME")
-"""Environment variables that a job needs as they are here; no secret, since whoever sees the cluster's jobs sees them."""
+from raydiv.run import RunDirectory
 
 POLL = 1.0
 """Seconds between looks at the jobs."""
@@ -22,12 +21,13 @@ POLL = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A run that is to be trained from a recipe file, and where what it prints is kept."""
+    """A run that is to be trained from a recipe file, where what it prints is kept, and environment variables it needs."""
 
     name: str
     recipe: Path
     run: Path
     log: Path
+    environment: Mapping[str, str]
 
 
 Ended = Callable[[Job, str | None], None]
@@ -37,8 +37,8 @@ Ended = Callable[[Job, str | None], None]
 def run_jobs(jobs: Sequence[Job], at_once: int, ended: Ended) -> None:
     """Run the jobs in order, ``at_once`` of them at a time, until all have ended; needs a Ray session with its dashboard.
 
-    One that the cluster still runs for an earlier attempt is followed, not started again. Interrupted, those that were started
-    here are stopped.
+    One that the cluster still runs for an earlier attempt is followed, not started again. Interrupted, those that run are
+    stopped. A job that ends well and leaves no result where it is looked for has failed too.
     """
     import ray
     from ray.job_submission import JobSubmissionClient
@@ -58,20 +58,25 @@ def run_jobs(jobs: Sequence[Job], at_once: int, ended: Ended) -> None:
                     del active[submission]
                     log = client.get_job_logs(submission)
                     job.log.write_text(log)
-                    ended(job, None if status == "SUCCEEDED" else _reason(log, str(status)))
+                    ended(job, _reason(log, str(status)) if status != "SUCCEEDED" else _unseen(job))
 
 
 def _submit(client: Any, job: Job) -> str:
     shutil.rmtree(job.run, ignore_errors=True)  # what an attempt that was not finished left of it
-    passed = {key: value for key, value in os.environ.items() if key in PASSED}
     command = [sys.executable, "-m", "raydiv", "train", str(job.recipe), "--json"]
     return str(
         client.submit_job(
-            entrypoint=shlex.join(command),
-            runtime_env={"env_vars": passed},
+            # relative paths of a recipe are of where the study was started
+            entrypoint=f"cd {shlex.quote(os.getcwd())} && {shlex.join(command)}",
+            runtime_env={"env_vars": dict(job.environment)},
             metadata={"raydiv.run": str(job.run), "name": job.name},
         )
     )
+
+
+def _unseen(job: Job) -> str | None:
+    there = RunDirectory(job.run).result.is_file()
+    return None if there else f"it ended well, and left nothing at {job.run}: output_dir must be on shared storage"
 
 
 def _running(client: Any) -> dict[str, str]:

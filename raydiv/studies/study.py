@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,12 +21,15 @@ from raydiv.launch import versions
 from raydiv.progress import Display
 from raydiv.report.study_page import write_study_report
 from raydiv.run import RunDirectory
-from raydiv.session import ray_session, side_by_side
+from raydiv.session import ray_session, require_dashboard, side_by_side
 from raydiv.storage import atomic
-from raydiv.studies.found import cell_of, included, require_same
+from raydiv.studies.found import cell_of, identity, included, require_same
 from raydiv.studies.grid import Plan, baselines, plans
 from raydiv.studies.jobs import Job, run_jobs
 from raydiv.track import Tracker, tracking_uri
+
+PASSED = ("RAYDIV_CACHE", "HF_HOME")
+"""Environment variables that a cell needs as they are here; no secret, since whoever sees the cluster's jobs sees them."""
 
 
 class StudyDirectory:
@@ -44,18 +48,22 @@ class StudyDirectory:
     def of(cls, recipe: Recipe) -> StudyDirectory:
         return cls(recipe.output_path / recipe.name)
 
-    def claim(self, recipe: Recipe, resume: bool) -> str | None:
-        """Make the directory this study's; the MLflow run that an earlier attempt began.
+    def claim(self, recipe: Recipe, resume: bool) -> Mapping[str, str | None] | None:
+        """Make the directory this study's; server and id of the MLflow run that an earlier attempt began.
 
         Raises UserError where something else is there, or no study to be resumed.
         """
+        if self.record.is_file() and not resume:
+            raise UserError(
+                f"{self.path}: holds a study already; go on with it (--resume), or give this one another name=..."
+            )
         if resume and not self.record.is_file():
             raise UserError(f"{self.path}: holds no study to resume; start it without --resume")
         if not resume:
             RunDirectory(self.path).require_free()
         self.cells.mkdir(parents=True, exist_ok=True)
         save_recipe(recipe, self.recipe)
-        earlier: str | None = json.loads(self.record.read_text())["mlflow"]["run_id"] if resume else None
+        earlier: Mapping[str, str | None] | None = json.loads(self.record.read_text())["mlflow"] if resume else None
         return earlier
 
     def write(self, content: Mapping[str, Any]) -> None:
@@ -112,7 +120,13 @@ def study(recipe: Recipe, *, resume: bool = False, display: Display | None = Non
     try:
         measured, failures = _run(recipe, directory, missing, plain, tracker.run_id, display)
         finished = [plan for plan in grid if directory.run(plan).result.is_file()]
-        cells = [*measured, *(cell_of(directory.run(plan), plan) for plan in finished), *there]
+        own = {identity(directory.run(plan)): cell_of(directory.run(plan), plan) for plan in finished}
+        others = [cell for run, cell in there.items() if run not in own]
+        if len(others) < len(there):
+            display.say(
+                f"included runs that are cells of the study itself: {len(there) - len(others)}; each counts once"
+            )
+        cells = [*measured, *own.values(), *others]
         found = _conclude(directory, cells, failures, mlflow)
         for path in (directory.record, directory.recipe, directory.report, *sorted(directory.tables.iterdir())):
             tracker.artifact(path)
@@ -137,6 +151,7 @@ def _run(
     section = recipe.study
     assert section is not None
     with ray_session(recipe.cluster, dashboard=True):
+        require_dashboard("raydiv study")
         measured = [_baseline(name, own, display) for name, own in plain.items()]
         if not missing:
             return measured, {}
@@ -178,7 +193,10 @@ def _job(plan: Plan, directory: StudyDirectory, family: Family) -> Job:
     tags = {"raydiv.model": plan.model, "raydiv.data": plan.data, "raydiv.loss": plan.loss}
     path = directory.cells / f"{plan.name}.yaml"
     save_recipe(family.member(plan.recipe, plan.name, tags), path)
-    return Job(plan.name, path, run.path, directory.cells / f"{plan.name}.log")
+    # Ray refuses a variable that the run's own environment names too
+    own = plan.recipe.cluster.env
+    passed = {key: os.environ[key] for key in PASSED if key in os.environ and key not in own}
+    return Job(plan.name, path, run.path, directory.cells / f"{plan.name}.log", passed)
 
 
 def _conclude(

@@ -23,21 +23,25 @@ class Follower(Callback):  # type: ignore[misc]
         """Nothing: Ray Tune keeps copies of what it is given, and a sweep goes on from its own record."""
         return {}
 
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def _mine(self, trial: Any) -> Trial:
+        """A trial of Tune's in the record; one that fails before it starts is new here."""
         number = int(trial.config["number"])
-        mine = self._record.trials.setdefault(number, Trial(number, dict(trial.config["values"])))
+        return self._record.trials.setdefault(number, Trial(number, dict(trial.config["values"])))
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        mine = self._mine(trial)
         if mine.status not in OVER:
             mine.status = RUNNING
-            self._started[number] = time.monotonic()
+            self._started[mine.number] = time.monotonic()
         self._note()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Of a trial that was stopped no run is finished."""
-        mine = self._record.trials[int(trial.config["number"])]
+        mine = self._mine(trial)
         self._over(mine, FINISHED if self._record.directory.run(mine).result.is_file() else STOPPED)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        mine = self._record.trials[int(trial.config["number"])]
+        mine = self._mine(trial)
         said = self._record.directory.run(mine).path / ERROR
         lines = str(trial.get_error()).strip().splitlines() or ["its process ended"]
         self._over(mine, FAILED, mine.error or (said.read_text() if said.is_file() else lines[-1]))

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import yaml
 from raydiv.config import Recipe, load_recipe, save_recipe
 from raydiv.config.sweep import Constraint, Objective
 from raydiv.errors import UserError
-from raydiv.run import RunDirectory
+from raydiv.run import RunDirectory, numbers
 from raydiv.storage import atomic
 from raydiv.sweeps.space import Values
 
@@ -59,16 +60,22 @@ class SweepDirectory:
     def of(cls, recipe: Recipe) -> SweepDirectory:
         return cls(recipe.output_path / recipe.name)
 
-    def claim(self, recipe: Recipe, resume: bool) -> None:
-        """Make the directory this sweep's. Raises UserError where another is there, or none is to be resumed."""
+    def require(self, recipe: Recipe, resume: bool) -> None:
+        """Raises UserError where something else is there, or no such sweep is to be resumed."""
+        if self.record.is_file() and not resume:
+            raise UserError(
+                f"{self.path}: holds a sweep already; go on with it (--resume), or give this one another name=..."
+            )
         if not resume:
             RunDirectory(self.path).require_free()
-            self.path.mkdir(parents=True, exist_ok=True)
-            save_recipe(recipe, self.recipe)
-            return
-        if not self.record.is_file():
+        elif not self.record.is_file():
             raise UserError(f"{self.path}: holds no sweep to resume; start it without --resume")
-        _require_same(load_recipe(self.recipe), recipe, self.path)
+        else:
+            _require_same(load_recipe(self.recipe), recipe, self.path)
+
+    def claim(self, recipe: Recipe) -> None:
+        """Make the directory this sweep's."""
+        self.path.mkdir(parents=True, exist_ok=True)
         save_recipe(recipe, self.recipe)
 
     def run(self, trial: Trial) -> RunDirectory:
@@ -126,18 +133,24 @@ class Record:
         """Give the goal's metrics their whole names (see raydiv.sweeps.goal)."""
         self.objectives = [Objective(metrics[one.metric], one.direction) for one in self.objectives]
         self.constraints = [Constraint(metrics[one.metric], one.relation, one.bound) for one in self.constraints]
+        for trial in self.trials.values():
+            trial.feasible = self._within(trial)
 
     def settle(self, trial: Trial, status: str, error: str | None = None) -> None:
         """Note what became of a trial, read from its run."""
         run = self.directory.run(trial)
         trial.status, trial.error = status, error
         if run.metrics_file.exists():
-            trial.metrics = {name: value for name, value in run.trained().items() if isinstance(value, int | float)}
+            trial.metrics = numbers(run.trained())
             trial.steps = run.steps_taken()
-        trial.feasible = status == FINISHED and all(
+        trial.feasible = self._within(trial)
+        trial.kept = run.model.is_dir()
+
+    def _within(self, trial: Trial) -> bool:
+        """Whether a finished trial keeps every constraint."""
+        return trial.status == FINISHED and all(
             one.metric in trial.metrics and one.violation(trial.metrics[one.metric]) <= 0 for one in self.constraints
         )
-        trial.kept = run.model.is_dir()
 
     @property
     def finished(self) -> list[Trial]:
@@ -145,9 +158,12 @@ class Record:
         whole = [
             trial
             for trial in self.trials.values()
-            if trial.status == FINISHED and all(one.metric in trial.metrics for one in self.objectives)
+            if trial.status == FINISHED and all(isfinite(trial.metrics.get(one.metric, nan)) for one in self.objectives)
         ]
-        front = {trial.number for trial in undominated(whole, self.objectives)} if len(self.objectives) > 1 else set()
+        feasible = [trial for trial in whole if trial.feasible]
+        front = (
+            {trial.number for trial in undominated(feasible, self.objectives)} if len(self.objectives) > 1 else set()
+        )
         first = self.objectives[0]
         return sorted(
             whole,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -17,6 +18,9 @@ Values = dict[str, Any]
 MOST_CHECKED = 2000
 """Corners of a space that are checked; of more, so many at random."""
 
+DRAWN_AGAIN = 200
+"""How often a combination is drawn for each that is wanted: of a small space most may be there already."""
+
 DIGITS = 4
 """Significant digits of a value from an interval: what a recipe is readable with."""
 
@@ -26,20 +30,20 @@ def grid(space: Sequence[Parameter]) -> list[Values]:
     return list(_walk(space, _listed))
 
 
-def _walk(space: Sequence[Parameter], options: Callable[[Interval | Choices], Sequence[Any]]) -> Iterator[Values]:
-    """Combinations of ``options``; a parameter that does not apply beside the others has no value."""
-    partial: list[Values] = [{}]
-    for parameter in space:
-        partial = [
-            longer
-            for chosen in partial
-            for longer in (
-                [chosen | {parameter.key: value} for value in options(parameter.values)]
-                if parameter.applies(chosen)
-                else [chosen]
-            )
-        ]
-    yield from partial
+def _walk(
+    space: Sequence[Parameter], options: Callable[[Interval | Choices], Sequence[Any]], chosen: Values | None = None
+) -> Iterator[Values]:
+    """Combinations of ``options``, one at a time; a parameter that does not apply beside the others has no value."""
+    chosen = chosen or {}
+    if not space:
+        yield chosen
+        return
+    first, rest = space[0], space[1:]
+    if not first.applies(chosen):
+        yield from _walk(rest, options, chosen)
+        return
+    for value in options(first.values):
+        yield from _walk(rest, options, chosen | {first.key: value})
 
 
 def _listed(values: Interval | Choices) -> Sequence[Any]:
@@ -68,6 +72,8 @@ def _suggested(parameter: Parameter, trial: Any) -> Any:
     if values.integer:
         return trial.suggest_int(key, low, high, log=values.log)
     found = trial.suggest_float(key, low, high, log=values.log, step=values.step)
+    if values.step is not None:
+        return found
     return min(max(float(f"{found:.{DIGITS}g}"), low), high)
 
 
@@ -85,20 +91,28 @@ def _position(choices: Interval | Choices, value: Any) -> int:
     return choices.index(value)
 
 
-def draw(space: Sequence[Parameter], count: int, seed: int) -> list[Values]:
-    """``count`` different combinations at random; fewer where there are not so many."""
+def draw(space: Sequence[Parameter], count: int, seed: int, tried: Sequence[Values] = ()) -> list[Values]:
+    """``count`` different combinations at random, none of them ``tried``; fewer where there are not so many."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
     found: list[Values] = []
-    for _ in range(20 * count):
+    for _ in range(DRAWN_AGAIN * count):
         chosen = suggest(space, study.ask())
-        if chosen not in found:
+        if chosen not in found and chosen not in tried:
             found.append(chosen)
         if len(found) == count:
             break
     return found
+
+
+def untried(space: Sequence[Parameter], tried: Sequence[Values], seed: int) -> Values | None:
+    """A combination at random that was not tried; None where there is none."""
+    if all(not isinstance(parameter.values, Interval) for parameter in space):
+        left = [values for values in islice(_walk(space, _listed), MOST_CHECKED) if values not in tried]
+        return random.Random(seed).choice(left) if left else None  # noqa: S311
+    return next(iter(draw(space, 1, seed, tried)), None)
 
 
 def representatives(recipe: Recipe, seed: int = 0) -> list[Values]:
@@ -110,8 +124,20 @@ def representatives(recipe: Recipe, seed: int = 0) -> list[Values]:
     if sweep.search == "random":
         assert sweep.trials is not None, "the recipe sees to it"
         return draw(sweep.parameters, sweep.trials, recipe.seed)
-    corners = list(islice(_walk(sweep.parameters, _ends), 100 * MOST_CHECKED))
-    return corners if len(corners) <= MOST_CHECKED else random.Random(seed).sample(corners, MOST_CHECKED)  # noqa: S311
+    corners = list(islice(_walk(sweep.parameters, _ends), MOST_CHECKED + 1))
+    return corners if len(corners) <= MOST_CHECKED else _some_corners(sweep.parameters, seed)
+
+
+def _some_corners(space: Sequence[Parameter], seed: int) -> list[Values]:
+    """As many as are checked: every choice and end at least once beside random others, wherever it applies."""
+    rng = random.Random(seed)  # noqa: S311
+    drawn = [next(_walk(space, lambda values: [rng.choice(_ends(values))])) for _ in range(MOST_CHECKED)]
+    for parameter in space:
+        for value in _ends(parameter.values):
+            beside = {key: list(values) for key, values in parameter.when.items()} | {parameter.key: [value]}
+            wanted = [one if one.key not in beside else replace(one, values=tuple(beside[one.key])) for one in space]
+            drawn.append(next(_walk(wanted, lambda values: [rng.choice(_ends(values))])))
+    return drawn
 
 
 def recipes_of(recipe: Recipe, several: Sequence[Values]) -> list[Recipe]:

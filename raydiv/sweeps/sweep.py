@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from raydiv.config import Recipe
@@ -49,9 +50,8 @@ def sweep(recipe: Recipe, *, resume: bool = False, display: Display | None = Non
     tried = representatives(recipe)
     variants = distinct(recipes_of(recipe, tried))
     directory = SweepDirectory.of(recipe)
-    directory.claim(recipe, resume)
+    directory.require(recipe, resume)
     record = Record.read(directory, recipe) if resume else Record(directory, recipe)
-    record.write()
     started = time.monotonic()
     # Ray Train asks the dashboard whether a stopped trial's controller is gone, and only then frees its workers
     with ray_session(recipe.cluster, dashboard=True):
@@ -60,8 +60,10 @@ def sweep(recipe: Recipe, *, resume: bool = False, display: Display | None = Non
         steps, measured = prepare_all(variants, display)
         names = whole_names(recipe, variants, measured)
         record.named(names)
+        directory.claim(recipe)
+        record.write()
         tags = {"raydiv.kind": "sweep", "raydiv.goal": recipe.sweep.goal}
-        tracker = Tracker(recipe, tags, display.say, record.facts.get("mlflow", {}).get("run_id"))
+        tracker = Tracker(recipe, tags, display.say, record.facts.get("mlflow"))
         try:
             record.facts = {"mlflow": {"uri": tracker.uri, "run_id": tracker.run_id}, "versions": versions()}
             _search(recipe, record, tried, _scheduler(recipe.sweep, names, steps), display)
@@ -80,12 +82,14 @@ DRIVER = {"cpu": 0, "memory": 1}
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # a recipe's relative paths are of where the command was given
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
     # Tune's would end the search as if it were done
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     # a line of metrics has what was measured then: not all of them have the goal's
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
 }
-"""Ray Tune's own tables, log files, signals and checks, which raydiv has its own of."""
+"""Ray Tune's own tables, log files, folders, signals and checks: raydiv has its own."""
 
 
 def _search(recipe: Recipe, record: Record, tried: Sequence[Values], scheduler: Any, display: Display) -> None:
@@ -98,7 +102,7 @@ def _search(recipe: Recipe, record: Record, tried: Sequence[Values], scheduler: 
     assert section is not None
     room, part = side_by_side(recipe.cluster, section.max_concurrent)
     family = Family(record.directory.trials, part, tracking_uri(recipe), record.facts["mlflow"]["run_id"])
-    given = TrialInput(recipe, family, dict(record.trials))
+    given = TrialInput(recipe, family, Path.cwd(), dict(record.trials))
     searcher, count = _searcher(recipe, record, tried)
     with display.phase("trials") as update:
         follower = Follower(record, section.keep, count, update)
@@ -123,28 +127,24 @@ def _searcher(recipe: Recipe, record: Record, tried: Sequence[Values]) -> tuple[
     section = recipe.sweep
     assert section is not None
     if section.search != "tpe":
-        return Numbered(tried), len(tried)
+        return Numbered(dict(enumerate(tried, 1))), len(tried)
     assert section.trials is not None, "the recipe sees to it"
-    earlier = [record.trials[number].values for number in sorted(record.trials)]
+    earlier = {number: trial.values for number, trial in record.trials.items()}
     asked = Asked(section.parameters, record.objectives, record.constraints, recipe.seed, earlier)
-    return asked, max(section.trials, len(earlier))
+    return asked, max(section.trials, *earlier, 1)
 
 
 def _scheduler(section: SweepSection, names: Mapping[str, str], steps: int) -> Any | None:
     """Asynchronous successive halving (Li et al. 2018, arXiv 1810.05934) by optimizer updates, or nothing."""
     if section.scheduler == "none":
         return None
-    from ray.tune.schedulers import AsyncHyperBandScheduler
+    from raydiv.sweeps.halving import Halving
 
-    return AsyncHyperBandScheduler(
-        time_attr="step",
-        metric=names[section.compared.metric],
-        mode=section.compared.direction[:3],
-        max_t=steps,
-        grace_period=min(section.grace or GRACE, steps),
-        reduction_factor=section.reduction or REDUCTION,
-        stop_last_trials=False,
-    )
+    grace = section.grace or GRACE
+    if grace >= steps:
+        raise UserError(f"sweep.grace: {grace} of {steps} updates leave asha nothing to stop; give fewer")
+    compared = section.compared
+    return Halving(names[compared.metric], compared.direction, steps, grace, section.reduction or REDUCTION)
 
 
 def _conclude(record: Record, tracker: Tracker) -> None:

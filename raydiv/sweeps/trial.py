@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from raydiv.config import Recipe, changed
 from raydiv.families import Family
 from raydiv.launch import train
 from raydiv.progress import Display
-from raydiv.run import Metrics, RunDirectory
+from raydiv.run import RunDirectory, numbers
 from raydiv.sweeps.record import FAILED, OVER, Trial
 
 ERROR = "error.txt"
@@ -20,10 +22,14 @@ ERROR = "error.txt"
 
 @dataclass(frozen=True, slots=True)
 class TrialInput:
-    """What all trials of a sweep share, and what became of those of an earlier attempt."""
+    """What all trials of a sweep share, and what became of those of an earlier attempt.
+
+    ``cwd``: where the command was given, which relative paths of the recipe begin at.
+    """
 
     recipe: Recipe
     family: Family
+    cwd: Path
     earlier: Mapping[int, Trial]
 
 
@@ -31,19 +37,20 @@ def run_trial(config: Mapping[str, Any], given: TrialInput) -> None:
     """Run a trial and tell Tune every line of its metrics; of one that is over, tell them again and do nothing else."""
     from ray import tune
 
+    os.chdir(given.cwd)
     number = int(config["number"])
     name, tags = Trial(number, config["values"]).name, {"raydiv.trial": str(number)}
     recipe = given.family.member(changed(given.recipe, config["values"]), name, tags)
     run, earlier = RunDirectory.of(recipe), given.earlier.get(number)
     if earlier is not None and earlier.status in OVER:
         for record in run.metrics() if run.metrics_file.exists() else []:
-            tune.report(_numbers(record))
+            tune.report(numbers(record))
         if earlier.status == FAILED:
             raise RuntimeError(earlier.error)
     else:
         _train(recipe, run)
     # a searcher reads the last report alone
-    tune.report(_numbers(run.trained()))
+    tune.report(numbers(run.trained()))
 
 
 def _train(recipe: Recipe, run: RunDirectory) -> None:
@@ -51,13 +58,8 @@ def _train(recipe: Recipe, run: RunDirectory) -> None:
 
     shutil.rmtree(run.path, ignore_errors=True)  # of an attempt that was not finished
     try:
-        train(recipe, Display(quiet=True), watch=lambda record: tune.report(_numbers(record)))
+        train(recipe, Display(quiet=True), watch=lambda record: tune.report(numbers(record)))
     except Exception as error:
         run.path.mkdir(parents=True, exist_ok=True)
         (run.path / ERROR).write_text(str(error))
         raise
-
-
-def _numbers(record: Metrics) -> Metrics:
-    """Without texts, which no scheduler reads."""
-    return {name: value for name, value in record.items() if isinstance(value, int | float)}
