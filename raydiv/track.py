@@ -13,7 +13,7 @@ from typing import Any
 
 from raydiv.config import Recipe
 from raydiv.errors import UserError
-from raydiv.run import Metrics
+from raydiv.run import Metrics, numbers
 
 SENT = {"recipe.yaml", "metrics.jsonl", "result.json"}
 """The files of a finished run that say all of it in numbers, as MLflow has them."""
@@ -59,11 +59,7 @@ class Tracker:
     def metrics(self, record: Metrics) -> None:
         """Log one line of metrics.jsonl."""
         step = int(record["step"])
-        values = {
-            _allowed(name): float(value)
-            for name, value in record.items()
-            if name != "step" and not isinstance(value, str)
-        }
+        values = {_allowed(name): float(value) for name, value in numbers(record).items() if name != "step"}
         self._submit(lambda: self._log_metrics(values, step))
 
     def artifact(self, path: Path) -> None:

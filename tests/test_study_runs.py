@@ -253,11 +253,17 @@ def test_a_study_without_its_section_or_to_be_resumed_where_none_is(tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.long
 def test_a_small_study_is_run_extended_and_read_from_mlflow(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = write_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
     more = [f"separation.prompts={files['prompts']}", f"evaluate.prompts={files['prompts']}", "optim.steps=2"]
-    more += ["evaluate.max_new_tokens=4", "cluster.num_workers=1", "batch.tokens_per_microbatch=auto"]
+    more += [
+        "evaluate.max_new_tokens=4",
+        "cluster.num_workers=1",
+        "batch.tokens_per_microbatch=auto",
+        "data.train=train.jsonl",
+    ]
     more += ["study.losses={KLDO: {type: kldo, skew: 0.5}, FATAL: {type: dpo, optim.lr: 1.0e+20}}"]
     recipe = recipe_of(tiny_model, files, tmp_path / "out", "grid", *more)
     save_recipe(recipe, tmp_path / "recipe.yaml")

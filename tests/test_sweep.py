@@ -52,12 +52,18 @@ def sweep_of(
 def grid(
     ray: None, tiny_model: Path, files: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Recipe, SweepResult]:
-    """Three trials of one worker each, as many at once as there is room for; one of them cannot go on."""
+    """Three trials of one worker each, as many at once as there is room for; one of them cannot go on.
+
+    Its data are named relative to where it is started.
+    """
     space = {"optim.lr": [1e-3, FATAL], "loss.beta": {"in": [0.1, 0.3], "when": {"optim.lr": 1e-3}}}
     section = {"space": space, "search": "grid", "goal": "maximize eval/reward/margin subject to eval/loss <= 100"}
     output = tmp_path_factory.mktemp("sweeps")
-    recipe = sweep_of(tiny_model, files, output, "grid", section, "cluster.num_workers=1", "optim.steps=3")
-    return recipe, sweep(recipe, display=Display(quiet=True))
+    more = ["cluster.num_workers=1", "optim.steps=3", "data.train=train.jsonl", "data.eval=eval.jsonl"]
+    recipe = sweep_of(tiny_model, files, output, "grid", section, *more)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(Path(files["train"]).parent)
+        return recipe, sweep(recipe, display=Display(quiet=True))
 
 
 def test_a_failing_trial_is_recorded_and_the_others_go_on(grid: tuple[Recipe, SweepResult]) -> None:
@@ -116,7 +122,11 @@ def test_report_has_every_trial_and_asks_for_no_other_file(grid: tuple[Recipe, S
 
 
 def test_resumed_it_repeats_no_finished_trial(
-    grid: tuple[Recipe, SweepResult], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    grid: tuple[Recipe, SweepResult],
+    files: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One trial looks as if the sweep had been killed in it: it alone is trained again."""
     recipe, found = grid
@@ -127,6 +137,7 @@ def test_resumed_it_repeats_no_finished_trial(
     (found.directory.path / victim["run"] / "result.json").unlink()
     before = {trial["number"]: _trained_at(found, trial) for trial in others}
     save_recipe(recipe, tmp_path / "recipe.yaml")
+    monkeypatch.chdir(Path(files["train"]).parent)
     assert main(["sweep", str(tmp_path / "recipe.yaml"), "--resume", "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert [trial["status"] for trial in again["trials"]] == [trial["status"] for trial in found.report["trials"]]
