@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "raydiv"
 ROOMS = [
     ["cli", "__main__", "__init__", "benchmarks"],
     ["sweeps", "studies"],
-    ["families"],
+    ["together"],
     ["launch"],
     ["preparation", "inspection", "construction", "measure", "report", "planning.forecast", "planning.amounts"],
     ["training.worker"],

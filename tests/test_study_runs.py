@@ -165,7 +165,7 @@ class FakeClient:
 
     def submit_job(self, *, entrypoint: str, metadata: dict[str, str], runtime_env: dict[str, Any]) -> str:
         assert entrypoint.startswith(f"cd {Path.cwd()} && ")
-        assert runtime_env == {"env_vars": {"A": "b"}}
+        assert runtime_env["env_vars"].keys() == {"RAYDIV_CACHE"}, "what the run sets itself is not set twice"
         self.runs[metadata["name"]] = Path(metadata["raydiv.run"])
         self.submitted.append(metadata["name"])
         self.looks[metadata["name"]] = 0
@@ -195,11 +195,16 @@ def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeClient]:
     monkeypatch.setattr("ray.job_submission.JobSubmissionClient", lambda address: fake)
     monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(gcs_address="here"))
     monkeypatch.setattr("raydiv.studies.jobs.POLL", 0.0)
+    monkeypatch.setenv("HF_HOME", "here")
+    monkeypatch.setenv("HF_TOKEN", "secret")
     return fake
 
 
 def jobs_of(folder: Path, *names: str) -> list[Job]:
-    return [Job(name, folder / f"{name}.yaml", folder / name, folder / f"{name}.log", {"A": "b"}) for name in names]
+    return [
+        Job(name, folder / f"{name}.yaml", folder / name, folder / f"{name}.log", frozenset({"HF_HOME"}))
+        for name in names
+    ]
 
 
 def test_so_many_jobs_run_at_once_and_one_that_fails_stops_no_other(client: FakeClient, tmp_path: Path) -> None:

@@ -16,12 +16,12 @@ from raydiv.config import Recipe, load_recipe
 from raydiv.config.recipe import Cluster
 from raydiv.config.sweep import Constraint, Objective, Sweep
 from raydiv.errors import UserError
-from raydiv.families import Family, distinct
 from raydiv.run import RunDirectory
 from raydiv.session import HOST_SHARE, side_by_side
-from raydiv.sweeps.halving import Halving
+from raydiv.sweeps.asha import Halving
 from raydiv.sweeps.record import FAILED, FINISHED, STOPPED, WAITING, Record, SweepDirectory, Trial, undominated
 from raydiv.sweeps.search import Asked, Numbered
+from raydiv.together import Family, distinct
 
 SPACE = {
     "x": "uniform(0, 1)",

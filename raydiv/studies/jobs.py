@@ -7,7 +7,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +15,22 @@ from typing import Any
 
 from raydiv.run import RunDirectory
 
+PASSED = ("RAYDIV_CACHE", "HF_HOME")
+"""Environment variables that a run needs as they are here; no secret, since whoever sees the cluster's jobs sees them."""
+
 POLL = 1.0
 """Seconds between looks at the jobs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A run that is to be trained from a recipe file, where what it prints is kept, and environment variables it needs."""
+    """A run that is to be trained from a recipe file, where what it prints is kept, and which environment it sets itself."""
 
     name: str
     recipe: Path
     run: Path
     log: Path
-    environment: Mapping[str, str]
+    own_environment: frozenset[str]
 
 
 Ended = Callable[[Job, str | None], None]
@@ -68,10 +71,15 @@ def _submit(client: Any, job: Job) -> str:
         client.submit_job(
             # relative paths of a recipe are of where the study was started
             entrypoint=f"cd {shlex.quote(os.getcwd())} && {shlex.join(command)}",
-            runtime_env={"env_vars": dict(job.environment)},
+            runtime_env={"env_vars": _environment(job)},
             metadata={"raydiv.run": str(job.run), "name": job.name},
         )
     )
+
+
+def _environment(job: Job) -> dict[str, str]:
+    """Ray refuses a variable that the run's own environment names too."""
+    return {name: os.environ[name] for name in PASSED if name in os.environ and name not in job.own_environment}
 
 
 def _unseen(job: Job) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,6 @@ from raydiv.comparison.tables import tables_of
 from raydiv.comparison.written import Table, write_tables
 from raydiv.config import Recipe, save_recipe
 from raydiv.errors import UserError
-from raydiv.families import Family, distinct, measure_base, prepare_all
 from raydiv.launch import versions
 from raydiv.progress import Display
 from raydiv.report.study_page import write_study_report
@@ -26,10 +24,8 @@ from raydiv.storage import atomic
 from raydiv.studies.found import cell_of, identity, included, require_same
 from raydiv.studies.grid import Plan, baselines, plans
 from raydiv.studies.jobs import Job, run_jobs
+from raydiv.together import Family, distinct, measure_base, prepare_all
 from raydiv.track import Tracker, tracking_uri
-
-PASSED = ("RAYDIV_CACHE", "HF_HOME")
-"""Environment variables that a cell needs as they are here; no secret, since whoever sees the cluster's jobs sees them."""
 
 
 class StudyDirectory:
@@ -193,10 +189,8 @@ def _job(plan: Plan, directory: StudyDirectory, family: Family) -> Job:
     tags = {"raydiv.model": plan.model, "raydiv.data": plan.data, "raydiv.loss": plan.loss}
     path = directory.cells / f"{plan.name}.yaml"
     save_recipe(family.member(plan.recipe, plan.name, tags), path)
-    # Ray refuses a variable that the run's own environment names too
-    own = plan.recipe.cluster.env
-    passed = {key: os.environ[key] for key in PASSED if key in os.environ and key not in own}
-    return Job(plan.name, path, run.path, directory.cells / f"{plan.name}.log", passed)
+    log = directory.cells / f"{plan.name}.log"
+    return Job(plan.name, path, run.path, log, frozenset(plan.recipe.cluster.env))
 
 
 def _conclude(

@@ -12,7 +12,6 @@ from typing import Any
 from raydiv.config import Recipe
 from raydiv.config.sweep import Sweep as SweepSection
 from raydiv.errors import UserError
-from raydiv.families import Family, distinct, prepare_all
 from raydiv.launch import versions
 from raydiv.progress import Display
 from raydiv.report.sweep_page import write_sweep_report
@@ -23,6 +22,7 @@ from raydiv.sweeps.record import FAILED, Record, SweepDirectory
 from raydiv.sweeps.search import Asked, Numbered
 from raydiv.sweeps.space import Values, recipes_of, representatives
 from raydiv.sweeps.trial import TrialInput, run_trial
+from raydiv.together import Family, distinct, prepare_all
 from raydiv.track import Tracker, tracking_uri
 
 GRACE, REDUCTION = 10, 3
@@ -138,7 +138,7 @@ def _scheduler(section: SweepSection, names: Mapping[str, str], steps: int) -> A
     """Asynchronous successive halving (Li et al. 2018, arXiv 1810.05934) by optimizer updates, or nothing."""
     if section.scheduler == "none":
         return None
-    from raydiv.sweeps.halving import Halving
+    from raydiv.sweeps.asha import Halving
 
     grace = section.grace or GRACE
     if grace >= steps:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from raydiv.config import Recipe, changed
-from raydiv.families import Family
 from raydiv.launch import train
 from raydiv.progress import Display
 from raydiv.run import RunDirectory, numbers
 from raydiv.sweeps.record import FAILED, OVER, Trial
+from raydiv.together import Family
 
 ERROR = "error.txt"
 """Why a run failed, in its directory."""
