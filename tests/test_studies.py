@@ -124,7 +124,7 @@ def test_cells_are_means_and_spreads_over_seeds_with_the_best_marked() -> None:
         ("m", "Pref", "kto"),
     ]
     assert column(table, "ASR") == ["90.0%", "20.0% ± 10.0%", "40.0% ± 0.0%", "50.0%", "50.0%"]
-    assert column(table, "D_B") == ["-", "1.00 ± 0.00", "2.00", "-", "-"]
+    assert column(table, "D_B") == ["-", "1.000 ± 0.000", "2.000", "-", "-"]
     # of Pref both are alike, and a base has no rival
     assert best(table, "ASR") == [("m", "CR", "dpo")]
     assert best(table, "D_B") == [("m", "CR", "kto")]
@@ -206,7 +206,7 @@ def test_kinds_of_data_against_each_other() -> None:
         *(("kto", "CR"), ("kto", "Pref"), ("kto", "difference")),
     ]
     assert column(table, "ASR") == ["20.0% ± 14.1%", "50.0%", "-30.0%", "50.0%", "40.0%", "+10.0%"]
-    assert column(table, "D_B") == ["-", "-", "-", "2.00", "-", "-"]
+    assert column(table, "D_B") == ["-", "-", "-", "2.000", "-", "-"]
     (asr,) = paired(cells, "CR", "Pref").rows
     assert asr.words == ("ASR",)
     expected = ttest_rel([0.2, 0.5], [0.5, 0.4]).confidence_interval()
@@ -455,3 +455,18 @@ def test_figures_in_words(figure: Figure, words: str) -> None:
 def test_what_runs_log_beside_is_no_column() -> None:
     assert {"separation/length_auc", "reward/margin"} < metrics_of(1.0, 0.1).keys()
     assert not {measure.metric for measure in measures(study())} & {"separation/length_auc", "reward/margin"}
+
+
+def test_the_claim_is_tested_on_all_dimensions_too_where_they_were_measured() -> None:
+    plain = study(noise=0.02)
+    fuller = [
+        replace(one, metrics={**one.metrics, "separation/d_b_full": one.metrics["separation/d_b"] ** 2})
+        for one in plain
+    ]
+    labels = [found.separation.label for found in claims_of(fuller)]
+    assert labels[:3] == ["D_B", "D_B length-matched", "D_B all dimensions"]
+    assert len(labels) == 3 * len(claims_of(plain)) // 2
+    first, _, full = claims_of(fuller)[:3]
+    assert first.slope is not None
+    assert full.slope is not None
+    assert full.slope.value == pytest.approx(first.slope.value / 2)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.stats import norm, t
 
 from raydiv.comparison.cells import Cell, trained
-from raydiv.comparison.measures import BROKEN, D_B, D_B_LENGTH_MATCHED, Measure, attack_success, is_broken
+from raydiv.comparison.measures import BROKEN, D_B, D_B_FULL, D_B_LENGTH_MATCHED, Measure, attack_success, is_broken
 from raydiv.comparison.written import Figure, Row, Table
 
 COUNT = "{:.0f}"
@@ -87,9 +87,15 @@ class Claim:
 
 
 def claims_of(cells: Sequence[Cell]) -> list[Claim]:
-    """One for each measure of attack success and each of D_B and its length-matched figure; base cells are no part of them."""
+    """Each measure of attack success on D_B, on its length-matched figure, and on that of all dimensions where measured.
+
+    Base cells are no part of them.
+    """
     own = trained(cells)
-    return [claim(own, separation, asr) for asr in attack_success(own) for separation in (D_B, D_B_LENGTH_MATCHED)]
+    full = [D_B_FULL] if D_B_FULL.mean(own) is not None else []
+    return [
+        claim(own, separation, asr) for asr in attack_success(own) for separation in (D_B, D_B_LENGTH_MATCHED, *full)
+    ]
 
 
 def claim(cells: Sequence[Cell], separation: Measure, asr: Measure) -> Claim:

@@ -47,11 +47,12 @@ class Measure:
         return [value for cell in cells if (value := self.of(cell)) is not None]
 
 
-NUMBER, SHARE = "{:.2f}", "{:.1%}"
+NUMBER, FINE, SHARE = "{:.2f}", "{:.3f}", "{:.1%}"
 CAPABILITY = "capability/"
 
-D_B = Measure("separation/d_b", "D_B", NUMBER, 1)
-D_B_LENGTH_MATCHED = Measure("separation/d_b_length_matched", "D_B length-matched", NUMBER, 1)
+D_B = Measure("separation/d_b", "D_B", FINE, 1)
+D_B_LENGTH_MATCHED = Measure("separation/d_b_length_matched", "D_B length-matched", FINE, 1)
+D_B_FULL = Measure("separation/d_b_full", "D_B all dimensions", NUMBER, 1)
 ASR = Measure("evaluate/asr", "ASR", SHARE, -1, safety=True)
 DEGENERATE = Measure("evaluate/degenerate", "degenerate", SHARE, -1, safety=True)
 
@@ -61,8 +62,9 @@ BROKEN = 0.2
 COLUMNS = (
     D_B,
     D_B_LENGTH_MATCHED,
-    Measure("separation/d_b_shuffled", "D_B shuffled", NUMBER, 0),
+    Measure("separation/d_b_shuffled", "D_B shuffled", FINE, 0),
     Measure("separation/silhouette", "silhouette", NUMBER, 1),
+    D_B_FULL,
     ASR,
     Measure("evaluate/asr/", "ASR", SHARE, -1, safety=True),
     # their prompts are among those of ASR and of over-refusal: as measures of safety they would count twice
@@ -75,7 +77,7 @@ COLUMNS = (
     Measure("evaluate/win_rate", "win rate", SHARE, 1),
     Measure("evaluate/kl", "KL", NUMBER, 0),
     Measure("evaluate/perplexity", "perplexity", NUMBER, 0),
-    Measure(CAPABILITY, "", "{:.3f}", 1),
+    Measure(CAPABILITY, "", FINE, 1),
 )
 """In the order of tables. A metric that ends with a slash is a family: each of its metrics is a measure."""
 
