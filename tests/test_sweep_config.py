@@ -301,3 +301,15 @@ def test_a_step_is_kept_to() -> None:
     sweep = recipe_with({"space": {"loss.beta": "quniform(0, 1, 0.03125)"}}).sweep
     assert sweep is not None
     assert all((one["loss.beta"] / 0.03125).is_integer() for one in draw(sweep.parameters, 20, seed=1))
+
+
+def test_a_number_with_an_exponent_alone_is_a_number(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "model: {id: x}\nloss: {type: dpo}\noptim: {steps: 1}\nsweep:\n  space:\n    optim.lr: [1e-3, 1E-4, 0.5]\n"
+        "    loss.beta: {in: [0.1, 0.2], when: {optim.lr: 1e-3}}\n  search: grid\n  goal: minimize loss\n"
+    )
+    sweep = load_recipe(path).sweep
+    assert sweep is not None
+    assert [one.values for one in sweep.parameters] == [(0.001, 0.0001, 0.5), (0.1, 0.2)]
+    assert len(grid(sweep.parameters)) == 4

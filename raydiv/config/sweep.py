@@ -210,7 +210,7 @@ def _parameter(key: str, said: Any) -> Parameter:
     if isinstance(said, Mapping):
         if said.keys() != {"in", "when"} or not isinstance(said["when"], Mapping) or not said["when"]:
             raise ValueError(f"{key}: a parameter that depends on others is {{in: VALUES, when: {{KEY: CHOICES}}}}")
-        when = {name: tuple(own) if isinstance(own, list) else (own,) for name, own in said["when"].items()}
+        when = {name: _choices(own if isinstance(own, list) else [own]) for name, own in said["when"].items()}
         return Parameter(key, _values(key, said["in"]), when)
     return Parameter(key, _values(key, said), {})
 
@@ -219,13 +219,20 @@ def _values(key: str, said: Any) -> Interval | Choices:
     if isinstance(said, list):
         if not said:
             raise ValueError(f"{key}: an empty list has nothing to choose from")
-        if any(said.count(one) > 1 for one in said):
+        choices = _choices(said)
+        if any(choices.count(one) > 1 for one in choices):
             raise ValueError(f"{key}: a choice is there twice")
-        return tuple(said)
+        return choices
     found = re.fullmatch(r"\s*([a-z]+)\s*\(([^()]*)\)\s*", said) if isinstance(said, str) else None
     if found is None or found[1] not in KINDS:
         raise ValueError(f"{key}: must be a list of choices or one of {', '.join(KINDS)} with its ends, found {said!r}")
     return _interval(key, found[1], found[2])
+
+
+def _choices(said: list[Any]) -> Choices:
+    """YAML takes 1e-3 for a text, since it has no point: here it is the number that is meant."""
+    exponent = re.compile(r"[-+]?\d+[eE][-+]?\d+")
+    return tuple(float(one) if isinstance(one, str) and exponent.fullmatch(one) else one for one in said)
 
 
 def _interval(key: str, kind: str, inside: str) -> Interval:
