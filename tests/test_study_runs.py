@@ -57,6 +57,16 @@ def test_the_grid_is_every_combination_and_its_cells_are_recipes() -> None:
     assert found[0].recipe.loss.options["skew"] == 0.25
 
 
+def test_an_override_adds_an_entry_or_takes_it_away_and_a_list_replaces_all() -> None:
+    tree = recipe_with({"losses": {"KLDO": {"type": "kldo", "skew": 0.25}, "DPO": "dpo"}}).model_dump(by_alias=True)
+
+    def losses(*overrides: str) -> list[str]:
+        return [plan.loss for plan in plans(load_recipe(tree, overrides))]
+
+    assert losses("study.losses={KTO: kto, DPO: null}") == ["KLDO", "KTO"]
+    assert losses("study.losses=[kto]") == ["kto"]
+
+
 def test_an_axis_that_is_not_named_has_the_recipes_own_entry() -> None:
     (one, other) = plans(recipe_with({"losses": ["kldo", "dpo"]}))
     assert (one.name, other.name) == ("Base-1B-compliance-refusal-kldo-0", "Base-1B-compliance-refusal-dpo-0")
@@ -285,7 +295,7 @@ def test_a_small_study_is_run_extended_and_read_from_mlflow(
         trained = first.stat().st_mtime_ns
         assert main(command) == 2
         assert "holds a study already" in capsys.readouterr().err
-        wider = "study.losses={KLDO: {type: kldo, skew: 0.5}, DPO: dpo}"
+        wider = "study.losses={FATAL: null, DPO: dpo}"
         assert main([*command, "--resume", wider]) == 0
         again = json.loads(capsys.readouterr().out)
     assert [cell["loss"] for cell in again["cells"]] == ["none", "KLDO", "DPO"]

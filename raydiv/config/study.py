@@ -42,7 +42,9 @@ class Study(Section):
     @field_validator("models", "data", "losses", "baselines", mode="before")
     @classmethod
     def _by_name(cls, value: Any, info: ValidationInfo) -> Any:
-        """A list of words names itself: kldo is the loss kldo, hf://org/name the source NAME."""
+        """A list of words names itself: kldo is the loss kldo, hf://org/name the source NAME. An entry that is null is none."""
+        if isinstance(value, dict):
+            return {name: said for name, said in value.items() if said is not None}
         if not isinstance(value, list):
             return value
         if not all(isinstance(one, str) for one in value):
