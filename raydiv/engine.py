@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -17,6 +18,19 @@ PERSISTENT_ELEMENTS = 1_000_000
 """Parameters up to this size are not partitioned between their uses under ZeRO-3."""
 
 
+def _imported() -> Any:
+    """DeepSpeed without MLflow, which its autotuner, of no use here, would load for more than a second if it is installed."""
+    absent = "mlflow" not in sys.modules
+    if absent:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
+        import deepspeed
+    finally:
+        if absent:
+            del sys.modules["mlflow"]
+    return deepspeed
+
+
 class Engine:
     """A causal model under DeepSpeed at any ZeRO stage.
 
@@ -24,7 +38,7 @@ class Engine:
     """
 
     def __init__(self, recipe: Recipe, build: Callable[[], Any]) -> None:
-        import deepspeed
+        deepspeed = _imported()
         from transformers.integrations import HfDeepSpeedConfig
 
         # DeepSpeed would compile a shared-memory all-reduce for a minute, which ZeRO does not use: gloo serves it all
