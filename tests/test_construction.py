@@ -685,6 +685,7 @@ def test_a_model_without_template_is_found_out_before_sources_are_read(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_gibberish_of_a_real_model_is_replaced_and_counted(build: Build, tiny_model: Path) -> None:
     model = f"model:{tiny_model}"
     # such a model repeats the last token: of a turn's text, rather than of a template's

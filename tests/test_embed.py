@@ -133,6 +133,7 @@ def separations(model: str, readouts: list[Readout], tokens: int) -> list[dict[s
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_policy_under_zero3_is_read_alike_on_any_ranks(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
     readouts = [Readout(), Readout((-1,), "mean"), Readout((1,))]

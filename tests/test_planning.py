@@ -199,8 +199,10 @@ MODELS = {
 }
 
 LORA = ("model.lora.r=16",)
-MEASURED = [Measured("deep", 0, ranks=1), Measured("deep", 2, overrides=LORA), Measured("wide", 3)]
+MEASURED = [Measured("wide", 3)]
 MEASURED_LONG = [
+    Measured("deep", 0, ranks=1),
+    Measured("deep", 2, overrides=LORA),
     Measured("wide", 0),
     Measured("wide", 1),
     Measured("deep", 2),

@@ -90,6 +90,7 @@ def quantized_step(model: str, stage: int, tokens: int) -> dict[str, torch.Tenso
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_adapters_on_a_4_bit_base_learn_alike_in_every_layout(quantizable: Path, tmp_path: Path) -> None:
     (expected,) = run_on_ranks(quantized_step, 1, tmp_path / "one", str(quantizable), 0, 10_000)
     assert any(weight.abs().max() > 0 for name, weight in expected.items() if "lora_B" in name)
