@@ -9,10 +9,26 @@ from typing import Any
 
 from raydiv.config import Recipe
 from raydiv.config.recipe import Cluster
+from raydiv.errors import UserError
 from raydiv.measure.of_a_run import Measurements
 from raydiv.model.load import ModelSource
 from raydiv.preparation import Opened, fill, read
 from raydiv.progress import Display
+from raydiv.run import RunDirectory
+
+
+def require_begun(path: Path, record: Path, what: str, resume: bool) -> None:
+    """Raises UserError where ``what`` (a sweep, a study) is to begin and something is at ``path``, or to go on and none is.
+
+    ``record`` is the file that there is once it has begun.
+    """
+    if resume:
+        if not record.is_file():
+            raise UserError(f"{path}: holds no {what} to resume; start it without --resume")
+        return
+    if record.is_file():
+        raise UserError(f"{path}: holds a {what} already; go on with it (--resume), or give this one another name=...")
+    RunDirectory(path).require_free()
 
 
 @dataclass(frozen=True, slots=True)

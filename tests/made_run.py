@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from raydiv.config import load_recipe, save_recipe
-from raydiv.run import RunDirectory
+from raydiv.run import RunDirectory, last_values
 
 UPDATES = 72
 NAME = "KL(D+ || 0.5 D+ + 0.5 D-)"
@@ -134,9 +134,7 @@ def _rate(count: float, of: int) -> dict[str, Any]:
 
 
 def _result(name: str, measured: bool, run: RunDirectory) -> dict[str, Any]:
-    metrics: dict[str, Any] = {}
-    for record in run.metrics():
-        metrics |= record
+    metrics = last_values(run.metrics())
     return {
         "name": name,
         "steps": {"planned": UPDATES, "taken": UPDATES},

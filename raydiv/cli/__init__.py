@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raydiv.cli.common import Handler, add_command, add_reports, print_report, print_table, results_alone
+from raydiv.cli.common import Handler, add_command, add_recipe, add_reports, print_report, print_table, results_alone
 from raydiv.cli.comparing import add_comparing_commands
 from raydiv.cli.data import add_data_commands
 from raydiv.cli.measuring import add_measuring_commands
@@ -67,10 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         ("train", _train, "one run; prepares first if needed"),
     ):
         command = add_command(commands, name, handler, about)
-        command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
-        command.add_argument(
-            "overrides", nargs="*", metavar="key=value", help="changes to the recipe, as section.key=value"
-        )
+        add_recipe(command)
         add_reports(command, shows_text=name == "train")
 
     add_comparing_commands(commands)
@@ -88,16 +85,14 @@ def _parser() -> argparse.ArgumentParser:
     add_data_commands(data.add_subparsers(required=True, metavar="COMMAND"))
 
     plan = add_command(commands, "plan", _plan, "checks everything and predicts memory, steps and time; starts nothing")
-    plan.add_argument("recipe", metavar="RECIPE", help="a YAML file")
-    plan.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    add_recipe(plan)
     plan.add_argument(
         "--tokens-per-second", type=float, metavar="X", help="of all workers (default: as measured before)"
     )
     add_reports(plan)
 
     bench = add_command(commands, "bench", _bench, "how fast this machine is with a recipe, beside the plain way")
-    bench.add_argument("recipe", metavar="RECIPE", help="a YAML file")
-    bench.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    add_recipe(bench)
     bench.add_argument(
         "--part",
         choices=["train", "data", "embed", "start", "trials"],

@@ -21,6 +21,13 @@ def add_command(commands: Any, name: str, handler: Handler, about: str) -> argpa
     return command
 
 
+def add_recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    command.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="changes to the recipe, as section.key=value"
+    )
+
+
 def add_reports(command: argparse.ArgumentParser, shows_text: bool = False) -> None:
     command.add_argument(
         "--json", action="store_true", help="print one JSON object on standard output and nothing else there"

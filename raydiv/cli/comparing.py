@@ -5,28 +5,21 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from raydiv.cli.common import add_command, add_reports, print_report, print_table
+from raydiv.cli.common import add_command, add_recipe, add_reports, print_report, print_table
 
 
 def add_comparing_commands(commands: Any) -> None:
     sweep = add_command(commands, "sweep", _sweep, "Ray Tune over the recipe's section sweep")
-    _add_recipe(sweep)
+    add_recipe(sweep)
     sweep.add_argument("--resume", action="store_true", help="go on with a sweep that was stopped")
     add_reports(sweep)
 
     study = add_command(commands, "study", _study, "grid of models x data x losses -> the papers' tables and plots")
-    _add_recipe(study)
+    add_recipe(study)
     study.add_argument(
         "--resume", action="store_true", help="go on with a study that was stopped, or has more cells now"
     )
     add_reports(study)
-
-
-def _add_recipe(command: argparse.ArgumentParser) -> None:
-    command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
-    command.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="changes to the recipe, as section.key=value"
-    )
 
 
 def _sweep(options: argparse.Namespace) -> int:

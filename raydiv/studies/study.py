@@ -24,7 +24,7 @@ from raydiv.storage import atomic
 from raydiv.studies.found import cell_of, identity, included, require_same
 from raydiv.studies.grid import Plan, baselines, plans
 from raydiv.studies.jobs import Job, run_jobs
-from raydiv.together import Family, distinct, measure_base, prepare_all
+from raydiv.together import Family, distinct, measure_base, prepare_all, require_begun
 from raydiv.track import Tracker, tracking_uri
 
 
@@ -49,14 +49,7 @@ class StudyDirectory:
 
         Raises UserError where something else is there, or no study to be resumed.
         """
-        if self.record.is_file() and not resume:
-            raise UserError(
-                f"{self.path}: holds a study already; go on with it (--resume), or give this one another name=..."
-            )
-        if resume and not self.record.is_file():
-            raise UserError(f"{self.path}: holds no study to resume; start it without --resume")
-        if not resume:
-            RunDirectory(self.path).require_free()
+        require_begun(self.path, self.record, "study", resume)
         self.cells.mkdir(parents=True, exist_ok=True)
         save_recipe(recipe, self.recipe)
         earlier: Mapping[str, str | None] | None = json.loads(self.record.read_text())["mlflow"] if resume else None

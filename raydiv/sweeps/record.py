@@ -18,6 +18,7 @@ from raydiv.errors import UserError
 from raydiv.run import RunDirectory, numbers
 from raydiv.storage import atomic
 from raydiv.sweeps.space import Values
+from raydiv.together import require_begun
 
 FINISHED, STOPPED, FAILED, RUNNING, WAITING = "finished", "stopped", "failed", "running", "waiting"
 """What became of a trial; ``stopped``: by the scheduler."""
@@ -54,7 +55,6 @@ class SweepDirectory:
         self.report = path / "report.html"
         self.pictures = path / "pictures"
         self.trials = path / "trials"
-        self.tune = path / "tune"
 
     @classmethod
     def of(cls, recipe: Recipe) -> SweepDirectory:
@@ -62,15 +62,8 @@ class SweepDirectory:
 
     def require(self, recipe: Recipe, resume: bool) -> None:
         """Raises UserError where something else is there, or no such sweep is to be resumed."""
-        if self.record.is_file() and not resume:
-            raise UserError(
-                f"{self.path}: holds a sweep already; go on with it (--resume), or give this one another name=..."
-            )
-        if not resume:
-            RunDirectory(self.path).require_free()
-        elif not self.record.is_file():
-            raise UserError(f"{self.path}: holds no sweep to resume; start it without --resume")
-        else:
+        require_begun(self.path, self.record, "sweep", resume)
+        if resume:
             _require_same(load_recipe(self.recipe), recipe, self.path)
 
     def claim(self, recipe: Recipe) -> None:
