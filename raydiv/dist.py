@@ -5,8 +5,12 @@ DeepSpeed's own gathers and reductions happen inside ``raydiv.engine``; nothing 
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -26,11 +30,25 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 def max_over_ranks(value: float) -> float:
     """The largest of the ranks' values."""
+    return max(gathered(value))
+
+
+def gathered(value: T) -> list[T]:
+    """Every rank's value, which can be pickled, by rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(value: T) -> T:
+    """Rank 0's value, on every rank."""
     if world_size() == 1:
         return value
-    largest = [0.0] * world_size()
-    dist.all_gather_object(largest, value)
-    return max(largest)
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]
 
 
 def barrier() -> None:

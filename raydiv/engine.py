@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from raydiv import dist
 from raydiv.config import Recipe
+from raydiv.partitions import Partitions, Read, Snapshot, partitions_of, restore, snapshot, updates
 
 PERSISTENT_ELEMENTS = 1_000_000
 """Parameters up to this size are not partitioned between their uses under ZeRO-3."""
@@ -62,6 +64,7 @@ class Engine:
             self._deepspeed.enable_backward_allreduce = False
         self.model = model
         self.device: torch.device = self._deepspeed.device
+        self._partitions: Partitions = partitions_of(self._deepspeed, int(self._stage))
 
     def __call__(self, **inputs: Any) -> Any:
         """Forward of the model."""
@@ -76,13 +79,38 @@ class Engine:
         self._deepspeed.backward(scalar * dist.world_size())
 
     def update(self, lr: float) -> float:
-        """One optimizer update at rate ``lr``; returns the gradient's norm before clipping."""
+        """One optimizer update at rate ``lr``; returns the gradient's norm before clipping.
+
+        Where that is not finite, nothing is updated.
+        """
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = lr
         # without partitions DeepSpeed keeps no norm
         norm = self._whole_norm() if self._stage == 0 else None
+        if norm is not None and not math.isfinite(norm):
+            self.discard()
+            return norm
         self._deepspeed.step()
         return float(self._deepspeed.get_global_grad_norm() or 0.0) if norm is None else norm
+
+    def discard(self) -> None:
+        """Let the gradients of the step go without an update, as DeepSpeed does with those that are not finite."""
+        optimizer = self._deepspeed.optimizer
+        if self._stage == 0:
+            for parameter in self.model.parameters():
+                parameter.grad = None
+        elif hasattr(optimizer, "clear_hp_grads"):  # its optimizer of bf16 under stage 1
+            optimizer.clear_hp_grads()
+            optimizer.clear_lp_grads()
+        else:
+            name = "_get_norm_groups" if self._zero3 else "scaled_global_norm"
+            invalid = torch.tensor(-1.0, device=self.device)
+            # for this once its own method is hidden behind one that finds the norm not finite
+            setattr(optimizer, name, lambda: [invalid] if self._zero3 else invalid)
+            try:
+                self._deepspeed.step()
+            finally:
+                delattr(optimizer, name)
 
     def _whole_norm(self) -> float:
         """Norm of the gradients, which every rank has whole once the last backward has summed them."""
@@ -103,6 +131,19 @@ class Engine:
             if parameter.requires_grad or not trainable_only:
                 with self.whole([parameter]):
                     yield name, parameter.detach().cpu().clone()
+
+    @property
+    def updates(self) -> int:
+        """Updates that the optimizer has made; a refused one is none."""
+        return updates(self._deepspeed, self._partitions)
+
+    def snapshot(self) -> Snapshot:
+        """A copy on the CPU of this rank's share of what is trained, optimizer included."""
+        return snapshot(self._deepspeed, self._partitions)
+
+    def restore(self, read: Read, made: int) -> None:
+        """Take up what ``read`` gives, after ``made`` updates, instead of what this engine has. All ranks must call it."""
+        restore(self._deepspeed, self._partitions, read, made)
 
     def close(self) -> None:
         """Let go of hooks and buffers, for a process that builds another engine."""

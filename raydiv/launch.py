@@ -18,8 +18,11 @@ from raydiv.planning.layout import largest_share, settle, with_layout
 from raydiv.preparation import Opened, Prepared, fill, read
 from raydiv.progress import Display, step_note
 from raydiv.report.page import write_report
+from raydiv.resuming import recipe_to_resume, require_same_content
 from raydiv.run import Metrics, RunDirectory, last_values
 from raydiv.session import cpus_per_worker, ray_session, threads_per_worker, training_environment, worker_memory
+from raydiv.storage import atomic
+from raydiv.termination import Terminated, at_sigterm
 from raydiv.track import Tracker
 from raydiv.training.anchors import Anchors
 from raydiv.training.metrics import estimate_facts
@@ -47,18 +50,27 @@ def train(
     display: Display | None = None,
     show_text: bool = False,
     *,
+    resume: bool = False,
     watch: Callable[[Metrics], None] | None = None,
 ) -> Result:
     """One run: prepares what is missing, measures the model, trains, measures again, and leaves a complete run directory.
 
-    ``show_text`` writes prompts and answers into evaluation/; without it there are ids and verdicts only. ``watch`` is called
-    with each line of metrics.jsonl as it is written.
+    ``show_text`` writes prompts and answers into evaluation/; without it there are ids and verdicts only. ``resume`` goes on
+    with a run that is there, from its newest checkpoint; of a finished one it sends to MLflow what could not be sent.
+    ``watch`` is called with each line of metrics.jsonl as it is written.
 
-    Raises UserError for what the user must change (a run that is already there included), RuntimeError when training fails.
+    Raises UserError for what the user must change (without ``resume``, a run that is already there included), RuntimeError when
+    training fails, Terminated when SIGTERM stopped it.
     """
     display = display or Display()
     run = RunDirectory.of(recipe)
-    run.require_free()
+    resume = resume and run.holds_a_run
+    if resume:
+        recipe = recipe_to_resume(run, recipe)
+        if run.result.exists():
+            return _finished(recipe, run, display)
+    else:
+        run.require_free()
     opened = read(recipe, display)
     measurements = Measurements(recipe, opened.prompts, display, show_text)
     if not recipe.loss.bounded and recipe.optim.target_margin is None:
@@ -66,19 +78,47 @@ def train(
     with ray_session(recipe.cluster):
         prepared = fill(recipe, opened, display)
         recipe, roomy = settled(recipe, prepared)
-        run.claim(recipe)
+        if resume:
+            require_same_content(run, prepared.fingerprints)
+            run.take_up(recipe)
+        else:
+            run.claim(recipe, prepared.fingerprints)
         run.note_rows((prepared.data.bad + prepared.data.cut).lines())
-        tracker = Tracker(recipe, _tags(recipe, prepared), display.say)
+        tracker = Tracker(recipe, _tags(recipe, prepared), display.say, note=run.mlflow)
         try:
-            with run.followed(tracker.metrics), run.followed(watch) if watch else nullcontext():
-                measurements.take(run, "before", prepared.directory)
-                _fit(recipe, opened, prepared, run, display, training_environment(recipe, roomy))
-                _say_layout(run, display)
+            with run.followed(tracker.metrics, tracker.sent), run.followed(watch) if watch else nullcontext():
+                if run.stage().began is None:
+                    run.rewind(0)
+                    measurements.take(run, "before", prepared.directory)
+                    run.note_began()
+                else:
+                    measurements.recall(prepared.directory)
+                if run.stage().ended is None:
+                    _fit(recipe, opened, prepared, run, display, training_environment(recipe, roomy))
+                    _say_layout(run, display)
+                run.rewind(run.stage().ended or 0)
                 measurements.take(run, "after", prepared.directory)
             return _conclude(recipe, prepared, run, tracker)
+        except (Terminated, KeyboardInterrupt):
+            tracker.finish("KILLED")
+            raise
         except BaseException:
             tracker.finish("FAILED")
             raise
+
+
+def _finished(recipe: Recipe, run: RunDirectory, display: Display) -> Result:
+    """A run that is over: what MLflow has not got is sent, and a report that was not written is."""
+    report: dict[str, Any] = json.loads(run.result.read_text())
+    if not run.report.exists():
+        write_report(run)
+    display.say(f"{run.path}: is finished already")
+    if not report["mlflow"]["sent"]:
+        tracker = Tracker(recipe, report["tags"], display.say, note=run.mlflow)
+        with run.followed(tracker.metrics, tracker.sent):
+            pass
+        _send(run, tracker, report)
+    return Result(run, report["metrics"], report)
 
 
 def settled(recipe: Recipe, prepared: Prepared) -> tuple[Recipe, bool]:
@@ -93,9 +133,12 @@ def settled(recipe: Recipe, prepared: Prepared) -> tuple[Recipe, bool]:
 def _fit(
     recipe: Recipe, opened: Opened, prepared: Prepared, run: RunDirectory, display: Display, environment: dict[str, str]
 ) -> None:
-    """Run the workers to the end, with their metrics on the bar."""
+    """Run the workers to the end, with their metrics on the bar; they begin at the newest checkpoint, if there is one.
+
+    Raises Terminated when SIGTERM stopped them, after a checkpoint.
+    """
     import ray
-    from ray.train import RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     anchors = Anchors.of(recipe, opened.chat, opened.prompts.separation)
@@ -114,16 +157,28 @@ def _fit(
                 **({"GPU": 1} if recipe.cluster.use_gpu else {}),
             },
         ),
-        run_config=RunConfig(name=recipe.name, storage_path=str(run.ray), worker_runtime_env={"env_vars": environment}),
+        run_config=RunConfig(
+            name=recipe.name,
+            storage_path=str(run.ray),
+            worker_runtime_env={"env_vars": environment},
+            failure_config=FailureConfig(max_failures=recipe.cluster.max_failures),
+        ),
     )
+
+    def stop() -> None:
+        display.say("SIGTERM: a checkpoint is written after this step, and the run stops")
+        run.ask_to_stop()
+
     with display.phase("train") as update:
 
         def show(record: Metrics) -> None:
             if "loss" in record:
                 update(int(record["step"]), prepared.steps(recipe), step_note(record))
 
-        with run.followed(show):
+        with run.followed(show), run.heard(display.say), at_sigterm(stop):
             _report_failure(trainer.fit)
+    if run.stage().ended is None:
+        raise Terminated(f"stopped after step {run.steps_taken()}; the same command with --resume goes on")
 
 
 def _say_layout(run: RunDirectory, display: Display) -> None:
@@ -156,8 +211,7 @@ def versions() -> dict[str, str]:
 
 
 def _tags(recipe: Recipe, prepared: Prepared) -> dict[str, str]:
-    summary = prepared.summary()
-    fingerprints = {"data.fingerprint": summary["fingerprint"], "model.fingerprint": summary["model_fingerprint"]}
+    fingerprints = {f"{what}.fingerprint": value for what, value in prepared.fingerprints.items()}
     estimate = {key.replace("/", "."): str(fact) for key, fact in estimate_facts(recipe.loss.terms[0]).items()}
     return fingerprints | estimate | {f"version.{name}": version for name, version in versions().items()}
 
@@ -167,7 +221,7 @@ def _conclude(recipe: Recipe, prepared: Prepared, run: RunDirectory, tracker: Tr
     metrics = last_values(run.metrics())
     report: dict[str, Any] = {
         "name": recipe.name,
-        "steps": {"planned": prepared.steps(recipe), "taken": run.steps_taken()},
+        "steps": {"planned": prepared.steps(recipe), "taken": run.steps_taken(), "ended": run.stage().why},
         "metrics": metrics,
         "data": prepared.summary(),
         "versions": versions(),
@@ -182,14 +236,27 @@ def _conclude(recipe: Recipe, prepared: Prepared, run: RunDirectory, tracker: Tr
             "report": str(run.report),
             "pictures": str(run.pictures),
         },
-        "mlflow": {"uri": tracker.uri, "run_id": tracker.run_id, "sent": True},
+        "tags": _tags(recipe, prepared),
+        "mlflow": {"uri": tracker.uri, "run_id": tracker.run_id, "sent": False},
     }
-    run.result.write_text(json.dumps(report, indent=2) + "\n")
+    _write_result(run, report)
     write_report(run)
+    _send(run, tracker, report)
+    return Result(run, metrics, report)
+
+
+def _send(run: RunDirectory, tracker: Tracker, report: dict[str, Any]) -> None:
+    """Send MLflow the files of a finished run, and note in the result whether it has got everything."""
+    report["mlflow"] = {"uri": tracker.uri, "run_id": tracker.run_id, "sent": True}
+    _write_result(run, report)
     for path in (run.recipe, run.result, run.metrics_file, run.report, *sorted(run.pictures.glob("*.png")), run.rows):
         if path.exists():
             tracker.artifact(path)
     if not tracker.finish():
         report["mlflow"]["sent"] = False
-        run.result.write_text(json.dumps(report, indent=2) + "\n")
-    return Result(run, metrics, report)
+        _write_result(run, report)
+
+
+def _write_result(run: RunDirectory, report: dict[str, Any]) -> None:
+    with atomic(run.result) as temporary:
+        temporary.write_text(json.dumps(report, indent=2) + "\n")

@@ -53,6 +53,11 @@ class Prepared:
         """Optimizer updates of the run."""
         return total_steps(recipe, epochs_of(recipe, self.train.examples).steps_per_epoch)
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of the training ``data`` and of the ``model`` as it comes."""
+        return {"data": self.train.examples.fingerprint, "model": fingerprint(self.directory)}
+
     def summary(self) -> dict[str, Any]:
         """For ``raydiv prepare`` and result.json."""
         held_out = self.data.eval
@@ -62,8 +67,8 @@ class Prepared:
             "bad_rows": len(self.data.bad),
             "prompts_in_train_and_eval": self.data.shared_prompts,
             "evaluation_prompts_trained_on": self.trained_on,
-            "fingerprint": self.train.examples.fingerprint,
-            "model_fingerprint": fingerprint(self.directory),
+            "fingerprint": self.fingerprints["data"],
+            "model_fingerprint": self.fingerprints["model"],
             "reference": {"hits": self.reference_hits, "misses": self.reference_misses},
         }
 

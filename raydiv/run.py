@@ -6,15 +6,19 @@ Everything goes through a path on storage that the driver and the workers share.
 from __future__ import annotations
 
 import json
-import threading
+import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from raydiv.config import Recipe, load_recipe, save_recipe
 from raydiv.errors import UserError
+from raydiv.lines import Lines, followed
+from raydiv.storage import Folder, atomic
 
 Metrics = dict[str, Any]
 """A line of metrics.jsonl: numbers by name, and the name of the divergence."""
@@ -37,6 +41,21 @@ SEPARATION, EVALUATION = "separation", "evaluation"
 """Folders of a run."""
 
 
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """How far a run has come, by what it needs to go on.
+
+    ``id`` tells it from every other run; ``of`` are the fingerprints of its data and model. ``began`` and ``ended``: bytes of
+    metrics.jsonl when training began, and when its model was written; None before that. ``why`` it ended.
+    """
+
+    id: str
+    of: dict[str, str]
+    began: int | None = None
+    ended: int | None = None
+    why: str | None = None
+
+
 class RunDirectory:
     """``OUTPUT_DIR/NAME``. metrics.jsonl is the record that progress, MLflow and the report are read from."""
 
@@ -53,6 +72,10 @@ class RunDirectory:
         self.ray = path / "ray"
         self._layout = path / "layout.json"
         self._rewards = path / "rewards.json"
+        self._stage = path / "stage.json"
+        self._stop = path / "stop"
+        self.mlflow = path / "mlflow.json"
+        self.events = path / "events.jsonl"
         self.metrics_file = path / "metrics.jsonl"
 
     @classmethod
@@ -67,18 +90,74 @@ class RunDirectory:
         """Raise UserError when a run is here already."""
         if self.holds_a_run:
             raise UserError(
-                f"{self.path}: holds a run already; give this one another name=... or another output_dir=..., "
-                "or remove the directory"
+                f"{self.path}: holds a run already; go on with it (--resume), give this one another name=... or another "
+                "output_dir=..., or remove the directory"
             )
 
-    def claim(self, recipe: Recipe) -> None:
-        """Make the directory this recipe's, without what an attempt that never got to train may have left."""
+    def claim(self, recipe: Recipe, of: Mapping[str, str]) -> None:
+        """Make the directory a new run's, without what an attempt that never got to train may have left.
+
+        ``of``: fingerprints of its data and model.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.metrics_file.unlink(missing_ok=True)
-            save_recipe(recipe, self.recipe)
+            for left in (self.metrics_file, self.result, self.mlflow, self.events, self._rewards):
+                left.unlink(missing_ok=True)
+            self._free_storage(recipe)
+            self.note_stage(Stage(uuid.uuid4().hex, dict(of)))
+            self.take_up(recipe)
         except OSError as error:
             raise UserError(f"output_dir: {self.path} cannot be written: {error.strerror}") from None
+
+    def _free_storage(self, recipe: Recipe) -> None:
+        folder = self.checkpoints(recipe)
+        if recipe.checkpoint.storage is None:
+            folder.remove()
+        elif folder.folders():
+            raise UserError(
+                f"checkpoint.storage: {folder.uri} holds another run's checkpoints; give this one another name=..., or "
+                "remove them"
+            )
+
+    def take_up(self, recipe: Recipe) -> None:
+        """Write down the recipe that an attempt trains by, and let go of what the one before it used."""
+        self._stop.unlink(missing_ok=True)
+        shutil.rmtree(self.ray, ignore_errors=True)
+        save_recipe(recipe, self.recipe)
+
+    def note_stage(self, stage: Stage) -> None:
+        with atomic(self._stage) as temporary:
+            temporary.write_text(json.dumps(asdict(stage)) + "\n")
+
+    def stage(self) -> Stage:
+        """What ``note_stage`` wrote last. Raises UserError where nothing did, as in a run of an earlier raydiv."""
+        try:
+            return Stage(**json.loads(self._stage.read_text()))
+        except (OSError, TypeError, ValueError):
+            raise UserError(f"{self.path}: has no stage.json that says how far it came; begin another run") from None
+
+    def note_began(self) -> None:
+        """Training begins: what is in metrics.jsonl stays, wherever training goes on from."""
+        self.note_stage(replace(self.stage(), began=self.logged))
+
+    def note_ended(self, why: str) -> None:
+        """The model is written, and training over."""
+        self.note_stage(replace(self.stage(), ended=self.logged, why=why))
+
+    def ask_to_stop(self) -> None:
+        """Ask the workers for a checkpoint, and to end after it."""
+        self._stop.touch()
+
+    @property
+    def asked_to_stop(self) -> bool:
+        return self._stop.exists()
+
+    def checkpoints(self, recipe: Recipe) -> Folder:
+        """Where the run keeps its checkpoints."""
+        storage = recipe.checkpoint.storage
+        if storage is None:
+            return Folder(str(self.path / "checkpoints"))
+        return Folder(storage.rstrip("/")).inside(recipe.name)
 
     def note_rows(self, notes: Iterable[dict[str, Any]]) -> None:
         """Write down the rows of the data that were left out or cut; without any there is no file."""
@@ -113,6 +192,25 @@ class RunDirectory:
             with self.metrics_file.open("a") as lines:
                 lines.write(json.dumps(record) + "\n")
 
+    @property
+    def logged(self) -> int:
+        """Bytes of metrics.jsonl."""
+        return self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
+
+    def rewind(self, size: int) -> None:
+        """Take metrics.jsonl back to its first ``size`` bytes: what followed them is done again.
+
+        It becomes another file, by which whoever follows it knows.
+        """
+        if self.logged > size:
+            with atomic(self.metrics_file) as temporary, self.metrics_file.open("rb") as content:
+                temporary.write_bytes(content.read(size))
+
+    def tell(self, message: str) -> None:
+        """Say something to whoever follows the run, from any worker."""
+        with self.events.open("a") as lines:
+            lines.write(json.dumps({"time": round(time.time(), 3), "message": message}) + "\n")
+
     def metrics(self) -> list[Metrics]:
         """The lines of metrics.jsonl."""
         return [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
@@ -125,34 +223,14 @@ class RunDirectory:
         """Optimizer updates so far."""
         return max((int(record["step"]) for record in self.metrics()), default=0)
 
-    @contextmanager
-    def followed(self, handle: Callable[[Metrics], None]) -> Iterator[None]:
-        """Call ``handle`` with each line that metrics.jsonl gets while the block runs, the last ones after it."""
-        stop = threading.Event()
+    def followed(self, handle: Callable[[Metrics], None], skip: int = 0) -> AbstractContextManager[None]:
+        """Call ``handle`` with each line that metrics.jsonl gets while the block runs, the last ones after it.
 
-        def follow() -> None:
-            offset = 0
-            while True:
-                last = stop.is_set()
-                for line in self._lines_from(offset):
-                    offset += len(line)
-                    handle(json.loads(line))
-                if last:
-                    return
-                time.sleep(0.3)
+        Not with the first ``skip`` lines, and with each line once: what is written again after ``rewind`` is the same.
+        """
+        return followed(Lines(self.metrics_file, skip), handle)
 
-        follower = threading.Thread(target=follow, name="metrics", daemon=True)
-        follower.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            follower.join()
-
-    def _lines_from(self, offset: int) -> list[bytes]:
-        """Whole lines after byte ``offset``."""
-        if not self.metrics_file.exists():
-            return []
-        with self.metrics_file.open("rb") as content:
-            content.seek(offset)
-            return [line for line in content if line.endswith(b"\n")]
+    def heard(self, say: Callable[[str], None]) -> AbstractContextManager[None]:
+        """Hand on what workers ``tell`` while the block runs."""
+        told = self.events.read_bytes().count(b"\n") if self.events.exists() else 0
+        return followed(Lines(self.events, told), lambda event: say(str(event["message"])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -83,6 +84,58 @@ class Folder:
     def has(self, name: str) -> bool:
         system, path = file_system(self.uri)
         return bool(system.get_file_info(f"{path}/{name}").is_file)
+
+    def inside(self, name: str) -> Folder:
+        """A folder of this one."""
+        return Folder(self.at(name))
+
+    def folders(self) -> list[str]:
+        """Sorted names of the folders in it; none when there is no such folder."""
+        system, path = file_system(self.uri)
+        found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
+
+    def remove(self) -> None:
+        """Remove the folder with all that is in it, if it is there."""
+        system, path = file_system(self.uri)
+        if system.get_file_info(path).type == fs.FileType.Directory:
+            system.delete_dir(path)
+
+    def remove_file(self, name: str) -> None:
+        if self.has(name):
+            system, path = file_system(self.uri)
+            system.delete_file(f"{path}/{name}")
+
+    @contextmanager
+    def filled(self, name: str) -> Iterator[Path]:
+        """A local file to fill, which becomes ``name`` of this folder when the block ends well: whole or not at all."""
+        system, path = file_system(self.uri)
+        if isinstance(system, fs.LocalFileSystem):
+            Path(path).mkdir(parents=True, exist_ok=True)
+            with atomic(Path(path) / name) as temporary:
+                yield temporary
+            return
+        with tempfile.TemporaryDirectory() as staging:
+            local = Path(staging) / "file"
+            yield local
+            fs.copy_files(str(local), f"{path}/{name}", fs.LocalFileSystem(), system)
+
+    @contextmanager
+    def local(self, name: str) -> Iterator[Path]:
+        """The file as a local one while the block runs. Raises OSError where there is none."""
+        system, path = file_system(self.uri)
+        if isinstance(system, fs.LocalFileSystem):
+            yield Path(path) / name
+            return
+        with tempfile.TemporaryDirectory() as staging:
+            fs.copy_files(f"{path}/{name}", str(Path(staging) / "file"), system, fs.LocalFileSystem())
+            yield Path(staging) / "file"
+
+    def read(self, name: str) -> bytes:
+        """Raises OSError where there is no such file."""
+        system, path = file_system(self.uri)
+        with system.open_input_stream(f"{path}/{name}", compression=None) as stream:
+            return bytes(stream.read())
 
     def write(self, name: str, content: Any) -> None:
         """Write a file, whole or not at all: object stores do so by themselves, elsewhere it is moved into place."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from raydiv.config import Recipe
+from raydiv.config.tree import flatten
 from raydiv.errors import UserError
 from raydiv.run import Metrics, numbers
+from raydiv.storage import atomic
 
 SENT = {"recipe.yaml", "metrics.jsonl", "result.json"}
 """The files of a finished run that say all of it in numbers, as MLflow has them."""
@@ -31,11 +34,17 @@ class Tracker:
     """One MLflow run, a new one unless it goes on with an ``earlier`` one (``uri`` and ``run_id``) of the same server.
 
     What could not be sent is kept in order and tried again with the next call, and at the end. A thread of its own does the
-    sending: nothing waits for a server, nor for MLflow to be loaded.
+    sending: nothing waits for a server, nor for MLflow to be loaded. ``note``: a file that says how far it came, by which a
+    later process goes on.
     """
 
     def __init__(
-        self, recipe: Recipe, tags: Mapping[str, str], warn: Warn, earlier: Mapping[str, str | None] | None = None
+        self,
+        recipe: Recipe,
+        tags: Mapping[str, str],
+        warn: Warn,
+        earlier: Mapping[str, Any] | None = None,
+        note: Path | None = None,
     ) -> None:
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         logging.getLogger("alembic").setLevel(logging.ERROR)
@@ -48,7 +57,14 @@ class Tracker:
         self._waiting: list[Callable[[], object]] = []
         self._run_id: str | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
-        run_id = (earlier or {}).get("run_id") if (earlier or {}).get("uri") == self.uri else None
+        self._note = note
+        if note is not None and note.exists():
+            earlier = json.loads(note.read_text())
+        same = earlier if earlier is not None and earlier.get("uri") == self.uri else {}
+        run_id = same.get("run_id")
+        self.sent = int(same.get("lines", 0))
+        """Lines of metrics.jsonl that the server has."""
+        self._sure = run_id is None
         self._submit(lambda: self._start(recipe, tags) if run_id is None else self._go_on(run_id))
 
     @property
@@ -60,7 +76,7 @@ class Tracker:
         """Log one line of metrics.jsonl."""
         step = int(record["step"])
         values = {_allowed(name): float(value) for name, value in numbers(record).items() if name != "step"}
-        self._submit(lambda: self._log_metrics(values, step))
+        self._submit(lambda: self._log_line(values, step))
 
     def artifact(self, path: Path) -> None:
         self._submit(lambda: self._client.log_artifact(self._run(), str(path)))
@@ -100,6 +116,7 @@ class Tracker:
             for key, value in flatten(recipe.model_dump(mode="json", by_alias=True)).items()
         ]
         self._client.log_batch(self._run(), params=parameters)
+        self._write_note()
 
     def _go_on(self, run_id: str) -> None:
         """With a run that an earlier attempt began."""
@@ -119,6 +136,22 @@ class Tracker:
     def _artifacts(self, recipe: Recipe) -> str | None:
         """Beside a SQLite store, artifacts go into its folder and not into the working directory."""
         return (recipe.output_path / "mlartifacts").as_uri() if self.uri.startswith("sqlite:") else None
+
+    def _log_line(self, values: Mapping[str, float], step: int) -> None:
+        # the process before this one may have been killed between the sending of a line and the noting of it
+        if self._sure or not self._has(next(iter(values)), step):
+            self._log_metrics(values, step)
+        self._sure = True
+        self.sent += 1
+        self._write_note()
+
+    def _has(self, metric: str, step: int) -> bool:
+        return any(found.step == step for found in self._client.get_metric_history(self._run(), metric))
+
+    def _write_note(self) -> None:
+        if self._note is not None:
+            with atomic(self._note) as temporary:
+                temporary.write_text(json.dumps({"uri": self.uri, "run_id": self._run_id, "lines": self.sent}) + "\n")
 
     def _log_metrics(self, values: Mapping[str, float], step: int) -> None:
         import time
@@ -192,14 +225,3 @@ def downloaded_runs(uri: str, experiment: str, folder: Path) -> Iterator[tuple[P
 def _allowed(name: str) -> str:
     """A metric's name in characters that MLflow takes; those of categories and of sets are the user's."""
     return re.sub(r"[^\w\-. :/]", "_", name)
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

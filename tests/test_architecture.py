@@ -18,15 +18,15 @@ ROOMS = [
     ["launch"],
     ["preparation", "inspection", "construction", "measure", "report", "planning.forecast", "planning.amounts"],
     ["training.worker"],
-    ["training.feed"],
+    ["training.feed", "training.saving"],
     ["training.anchors", "training.step", "hidden", "evaluation"],
     ["reference"],
     ["data.sets"],
     ["training", "planning", "data.tokenize", "data.prompts", "data.overlap", "model.export"],
     ["data.index"],
-    ["data.sources", "pool", "session", "engine"],
-    ["model", "data", "track", "progress", "run"],
-    ["dist"],
+    ["data.sources", "pool", "session", "engine", "checkpoint", "resuming"],
+    ["model", "data", "track", "progress", "run", "partitions"],
+    ["dist", "lines", "termination"],
     ["config"],
     ["losses"],
     ["comparison"],
@@ -39,7 +39,7 @@ ROOMS = [
 
 LIBRARIES = {
     "ray": {"session", "pool", "launch", "reference", "training.worker", "sweeps", "studies.jobs", "benchmarks"},
-    "deepspeed": {"engine", "benchmarks.hello"},
+    "deepspeed": {"engine", "partitions", "benchmarks.hello"},
     "mlflow": {"track"},
     "transformers": {
         "model",

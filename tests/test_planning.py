@@ -490,7 +490,7 @@ def test_time_is_from_a_given_speed_else_from_the_last_run_alike(planned: Callab
     facts = planned().facts
     recipe = recipe_of(facts["model"]["id"], f"output_dir={tmp_path}", "name=before")
     run = RunDirectory.of(recipe)
-    run.claim(recipe)
+    run.claim(recipe, {})
     for number, speed in enumerate([1.0, 40.0, 50.0, 60.0]):
         run.log({"step": number, "tokens_per_second": speed})
     found = planned()

@@ -53,7 +53,7 @@ def test_a_run_is_never_written_over(tmp_path: Path) -> None:
     mine = recipe(tmp_path)
     run = RunDirectory.of(mine)
     run.require_free()
-    run.claim(mine)
+    run.claim(mine, {})
     assert run.read_recipe() == mine
     with pytest.raises(UserError, match="holds a run already"):
         RunDirectory.of(mine).require_free()
@@ -64,7 +64,7 @@ def test_claiming_drops_what_an_attempt_that_never_trained_left(tmp_path: Path) 
     run = RunDirectory.of(mine)
     run.path.mkdir()
     run.log({"step": 7})
-    run.claim(mine)
+    run.claim(mine, {})
     run.log({"step": 1})
     assert run.metrics() == [{"step": 1}]
 
@@ -73,7 +73,7 @@ def test_a_place_that_cannot_be_written_is_the_users_to_change(tmp_path: Path) -
     (tmp_path / "file").write_text("")
     mine = recipe(tmp_path / "file")
     with pytest.raises(UserError, match="output_dir"):
-        RunDirectory.of(mine).claim(mine)
+        RunDirectory.of(mine).claim(mine, {})
 
 
 def test_the_bar_names_loss_divergence_margin_and_speed() -> None:

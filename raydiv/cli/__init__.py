@@ -14,17 +14,20 @@ from raydiv.cli.comparing import add_comparing_commands
 from raydiv.cli.data import add_data_commands
 from raydiv.cli.measuring import add_measuring_commands
 from raydiv.errors import UserError
+from raydiv.termination import STATUS, Terminated, at_sigterm
 
 if TYPE_CHECKING:
     from raydiv.launch import Result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0 done, 2 the user must change something, 1 the run failed."""
+    """Run a command; returns the exit status: 0 done, 2 the user must change something, 1 the run failed,
+    143 stopped by SIGTERM, after a checkpoint where one was training.
+    """
     options = _parse(arguments)
     handler: Handler = options.handler
     try:
-        with results_alone():
+        with results_alone(), at_sigterm():
             return handler(options)
     except UserError as error:
         print(f"raydiv: {error}", file=sys.stderr)
@@ -35,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RuntimeError, FloatingPointError, OSError) as error:
         print(f"raydiv: the run failed: {error}", file=sys.stderr)
         return 1
+    except Terminated as stopped:
+        print(f"raydiv: {stopped}", file=sys.stderr)
+        return STATUS
     except KeyboardInterrupt:
         print("raydiv: interrupted", file=sys.stderr)
         return 130
@@ -68,6 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = add_command(commands, name, handler, about)
         add_recipe(command)
+        if name == "train":
+            command.add_argument(
+                "--resume", action="store_true", help="go on with the run if it is there, from its newest checkpoint"
+            )
         add_reports(command, shows_text=name == "train")
 
     add_comparing_commands(commands)
@@ -145,13 +155,13 @@ def _quickstart(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     from raydiv.config import load_recipe
 
-    return _run(load_recipe(options.recipe, options.overrides), options)
+    return _run(load_recipe(options.recipe, options.overrides), options, options.resume)
 
 
-def _run(recipe: Any, options: argparse.Namespace) -> int:
+def _run(recipe: Any, options: argparse.Namespace, resume: bool = False) -> int:
     from raydiv.launch import train
 
-    result = train(recipe, show_text=options.show_text)
+    result = train(recipe, show_text=options.show_text, resume=resume)
     print_report(options, result.report, lambda: _show_run(result))
     return 0
 

@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from raydiv.config.checkpoint import Checkpoint, EarlyStop
 from raydiv.config.evaluate import Evaluate
 from raydiv.config.loss import LossSection
 from raydiv.config.section import Section
@@ -145,6 +146,10 @@ class Optim(Section):
     target_margin: PositiveFloat | None = Field(
         default=None, description="stop once the running mean of reward/margin reaches this, schedule or not"
     )
+    early_stop: EarlyStop | None = None
+    max_refused: NonNegativeInt = Field(
+        default=10, description="steps whose numbers are not finite, left out and counted; one more ends the run"
+    )
 
     @model_validator(mode="after")
     def _one_duration(self) -> Optim:
@@ -253,6 +258,9 @@ class Cluster(Section):
     worker_memory_gb: PositiveFloat | None = Field(
         default=None, description="memory of a worker's GPU, or its share of a node's (GiB); by default what is there"
     )
+    max_failures: Annotated[int, Field(ge=-1)] = Field(
+        default=0, description="times that workers which died are started again, from the newest checkpoint; -1: always"
+    )
     timeout_s: PositiveInt = Field(default=1800, description="seconds after which a collective is given up")
     env: dict[str, str] = Field(default_factory=dict, description="environment variables of every worker")
 
@@ -310,6 +318,7 @@ class Recipe(Section):
     batch: Batch = Field(default_factory=Batch)
     engine: Engine = Field(default_factory=Engine)
     cluster: Cluster = Field(default_factory=Cluster)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     separation: Separation = Field(default_factory=Separation)
     evaluate: Evaluate = Field(default_factory=Evaluate)
     track: Track = Field(default_factory=Track)
@@ -325,6 +334,20 @@ class Recipe(Section):
     def _every_needs_eval(self) -> Recipe:
         if self.evaluate.every is not None and self.data.eval is None:
             raise ValueError("evaluate.every needs data.eval: there is nothing to evaluate on")
+        return self
+
+    @model_validator(mode="after")
+    def _early_stop_is_evaluated(self) -> Recipe:
+        if self.optim.early_stop is not None and (self.data.eval is None or self.evaluate.every is None):
+            raise ValueError("optim.early_stop needs data.eval and evaluate.every: nothing is measured meanwhile")
+        return self
+
+    @model_validator(mode="after")
+    def _nvme_is_not_saved(self) -> Recipe:
+        if self.engine.nvme_path is not None and self.checkpoint.every is not None:
+            raise ValueError(
+                "checkpoint.every: what is offloaded to nvme is in no checkpoint; set it to null, or offload to cpu"
+            )
         return self
 
     @model_validator(mode="after")

@@ -149,6 +149,16 @@ class Shards:
             found[place] = values[offsets[at] : offsets[at + 1]].astype(np.int64)
         return found
 
+    def locate(self, rows: np.ndarray) -> list[tuple[int, int]]:
+        """The file and the position in it that each of ``rows`` came from."""
+        found = []
+        for row in np.asarray(rows).tolist():
+            shard = int(np.searchsorted(self.starts, row, side="right")) - 1
+            group, within = divmod(row - int(self.starts[shard]), GROUP_ROWS)
+            table = _opened(self.uris[shard]).read_row_group(group, columns=["file", "position"], use_threads=False)
+            found.append((table["file"][within].as_py(), table["position"][within].as_py()))
+        return found
+
 
 @lru_cache(maxsize=256)
 def _opened(uri: str) -> pq.ParquetFile:
@@ -228,6 +238,14 @@ class StoredExamples:
         responses = self.shards.read("response_ids", self.response_rows[rows])
         lengths = self.response_lengths[rows].tolist()
         return [(p, r[:n]) for p, r, n in zip(prompts, responses, lengths, strict=True)]
+
+    def places(self, rows: np.ndarray) -> list[str]:
+        """Which source, file and record of the data each of the examples at ``rows`` is, counted as recipes and files do."""
+        records = self.shards.locate(self.prompt_rows[rows])
+        return [
+            f"data.train.{source}, file {file + 1}, record {position + 1}"
+            for source, (file, position) in zip(self.source[rows].tolist(), records, strict=True)
+        ]
 
     def without_ids(self, rows: np.ndarray, pair: np.ndarray) -> TokenizedExamples:
         """The examples at ``rows`` under the pair numbers ``pair``, their token ids left where they are."""

@@ -38,6 +38,11 @@ class Measurements:
         taken.into(run.path)
         run.log({"step": 0 if before else run.steps_taken(), **taken.metrics} if taken.metrics else {})
 
+    def recall(self, base_directory: Path) -> None:
+        """Before a run goes on: know again what the measurement after training compares answers with; needs a Ray session."""
+        if self._judges is not None and self._judges.pairs is not None:
+            self.of_base(ModelSource.of(self._recipe, base_directory))
+
     def of_base(self, base: ModelSource) -> Taken:
         """The measurement before training, from what earlier runs kept where it is there; needs a Ray session."""
         if not self._recipe.separation.prompts and self._judges is None:

@@ -185,9 +185,7 @@ def notes(run: RunDirectory) -> list[str]:
     result = json.loads(run.result.read_text())
     words, steps = _of_the_data(result["data"]), result["steps"]
     if steps["taken"] < steps["planned"]:
-        words.append(
-            f"stopped after {steps['taken']} of {steps['planned']} updates: the margin is at optim.target_margin"
-        )
+        words.append(f"stopped after {steps['taken']} of {steps['planned']} updates: {steps['ended']}")
     answers = read_json(run.evaluation / "after.json")
     if answers:
         words += [answers["judge"]["errors"], *answers.get("notes", [])]

@@ -16,6 +16,14 @@ from raydiv.losses import Batch, State, Term, Value
 from raydiv.training.metrics import reward_beta, reward_metrics
 
 
+class NotFiniteError(FloatingPointError):
+    """A step that must not be applied, and was not. ``positions``: its examples that are to blame, as far as that is known."""
+
+    def __init__(self, message: str, positions: Sequence[int] = ()) -> None:
+        super().__init__(f"{message}; the step was not applied")
+        self.positions = list(positions)
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """``loss``: the weighted sum of the terms; ``coefficients`` [n] = d loss / d logps; ``states``: one per term."""
@@ -59,20 +67,18 @@ def _differentiate(terms: Sequence[Term], states: Sequence[State], batch: Batch)
 def judge(terms: Sequence[Term], states: Sequence[State], batch: Batch) -> Verdict:
     """Evaluate the objective on the global batch.
 
-    Raises FloatingPointError when a log-prob, the value or a coefficient is not finite: the step must not be applied (a
+    Raises NotFiniteError when a log-prob, the value or a coefficient is not finite: the step must not be applied (a
     zero coefficient does not keep a NaN activation out of the gradient).
     """
     for name, logps in (("log-probs", batch.logps), ("mismatched log-ratios", batch.mismatched_log_ratios)):
         if not logps.isfinite().all():
             bad = (~logps.isfinite()).nonzero().flatten().tolist()
-            raise FloatingPointError(
-                f"{name} of examples {bad[:10]} of the step are not finite; the step was not applied"
-            )
+            raise NotFiniteError(f"{name} of examples {bad[:10]} of the step are not finite", bad)
     values, loss, coefficients = _differentiate(terms, states, batch)
     if not (loss.isfinite() and coefficients.isfinite().all()):
-        raise FloatingPointError(
-            f"the objective is {float(loss)} and {int((~coefficients.isfinite()).sum())} of "
-            f"{len(coefficients)} coefficients are not finite; the step was not applied"
+        bad = (~coefficients.isfinite()).nonzero().flatten().tolist()
+        raise NotFiniteError(
+            f"the objective is {float(loss)} and {len(bad)} of {len(coefficients)} coefficients are not finite", bad
         )
     metrics = {"loss": float(loss)}
     if values[0].divergence is not None:

@@ -9,6 +9,7 @@ which the head asks for them as soon as it has scored an example, or a pair.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,7 +26,7 @@ from raydiv.losses import Batch, State, Term, widest_scope
 from raydiv.model.collate import Inputs, collate
 from raydiv.model.head import LogProbHead, Weigh
 from raydiv.model.packing import Packing
-from raydiv.training.coefficients import Verdict, first_states, judge, known_coefficients
+from raydiv.training.coefficients import NotFiniteError, Verdict, first_states, judge, known_coefficients
 from raydiv.training.metrics import state_metrics
 
 
@@ -48,7 +49,7 @@ class StepExamples:
 class Stepper:
     """Runs steps of one objective on one engine and holds the objective's running state.
 
-    ``engine`` is called as the model's forward and has ``model``, ``device``, ``backward`` and ``update`` (see
+    ``engine`` is called as the model's forward and has ``model``, ``device``, ``backward``, ``update`` and ``discard`` (see
     raydiv.engine.Engine). ``forwards`` counts this rank's forwards.
     """
 
@@ -72,7 +73,7 @@ class Stepper:
         )
 
     def step(self, chosen: StepExamples, lr: float) -> dict[str, float]:
-        """One optimizer update; returns the step's metrics. A non-finite step raises FloatingPointError, unapplied."""
+        """One optimizer update; returns its metrics. One that is not finite raises NotFiniteError, and changes nothing."""
         self.engine.model.train()
         given = self._given(chosen)
         dealt, whole = self.layout.training(chosen.examples.lengths, chosen.examples.units)
@@ -83,8 +84,11 @@ class Stepper:
             verdict = self._keep_graph(chosen, given, mine[0])
         else:
             verdict = self._two_passes(chosen, given, mine)
+        norm = self.engine.update(lr)
+        if not math.isfinite(norm):
+            raise NotFiniteError(f"the gradient's norm is {norm}")
         self.states = verdict.states
-        return verdict.metrics | state_metrics(self.terms, self.states) | {"grad_norm": self.engine.update(lr)}
+        return verdict.metrics | state_metrics(self.terms, self.states) | {"grad_norm": norm}
 
     def score(self, chosen: StepExamples) -> Batch:
         """The global batch's log-probs, without gradient or dropout."""
@@ -124,9 +128,12 @@ class Stepper:
                 self._forward(chosen.number, micro_batch, inputs, weigh, runs), last=count == len(mine)
             )
         own = [logps[micro_batch] for micro_batch in mine]
-        return judge(
-            self.terms, self.states, replace(given, logps=gathered(len(chosen.examples), mine, own, self.engine.device))
-        )
+        whole = replace(given, logps=gathered(len(chosen.examples), mine, own, self.engine.device))
+        try:
+            return judge(self.terms, self.states, whole)
+        except NotFiniteError:
+            self.engine.discard()
+            raise
 
     def _weigh_known(
         self, batch: Batch, micro_batch: MicroBatch, inputs: Inputs, part: slice, token_logps: Tensor

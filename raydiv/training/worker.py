@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,17 +11,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from raydiv import dist
+from raydiv.checkpoint.store import Checkpoints
 from raydiv.config import Recipe
-from raydiv.data.plan import InOrder
+from raydiv.data.plan import InOrder, StepPlan
 from raydiv.model.export import write_model
 from raydiv.run import Metrics, RunDirectory
 from raydiv.training.anchors import Anchors, policy_separation
-from raydiv.training.coefficients import judge
+from raydiv.training.carried import Carried
+from raydiv.training.coefficients import NotFiniteError, judge
 from raydiv.training.feed import ExampleSet, Feed, Share, parts, stream_steps
-from raydiv.training.metrics import Clock, RunningMeans, estimate_facts, reward_beta, rewards, step_record
+from raydiv.training.metrics import Clock, estimate_facts, reward_beta, rewards, step_record
 from raydiv.training.order import epochs_of, total_steps
+from raydiv.training.saving import Saver
 from raydiv.training.schedule import learning_rate
-from raydiv.training.step import Stepper, joined
+from raydiv.training.step import StepExamples, Stepper, joined
 
 if TYPE_CHECKING:
     from raydiv.engine import Engine
@@ -30,6 +34,9 @@ if TYPE_CHECKING:
 
 EVALUATED_TOGETHER = 256
 """Held-out examples that are read and scored at a time."""
+
+NAMED = 10
+"""Examples of a refused step that are named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,25 +83,106 @@ def run_worker(given: WorkerInput, reference: Any) -> None:
     share = Share(stepper.layout, dist.rank(), trains=True, scores=given.train.reference_logps is None)
     epochs = epochs_of(recipe, given.train.examples)
     steps = total_steps(recipe, epochs.steps_per_epoch)
-    stream = stream_steps(Feed(given.train, epochs, share), partial(_feed_again, reference, share), 0, steps)
-    means, facts = RunningMeans(), estimate_facts(recipe.loss.terms[0])
-    _log(run, _held_out(stepper, given, run, step=0))
-    clock = Clock()
-    for plan, chosen in clock.waits(stream):
-        lr = learning_rate(recipe.optim, plan.step, steps)
-        metrics = stepper.step(chosen, lr)
-        metrics |= means.update(metrics) | facts
-        _log(run, step_record(plan, chosen.examples, metrics, lr, clock))
-        done = plan.step + 1
-        last = done == steps or reached(recipe.optim.target_margin, metrics)
-        if given.anchors is not None and _due(recipe.separation.every, done) and not last:
-            _log(run, {"step": done, **policy_separation(stepper, given.anchors)})
-        if last or _due(recipe.evaluate.every, done):
-            _log(run, _held_out(stepper, given, run, step=done))
-        if last:
-            break
+    saver = Saver(run, Checkpoints(run.checkpoints(recipe)), recipe.checkpoint, engine)
+    behind, carried = _go_on(saver, stepper, run)
+    if not behind:
+        _log(run, _held_out(stepper, given, run, step=0))
+    stopped = False
+    if carried.ended is None:
+        feed, again = Feed(given.train, epochs, share), partial(_feed_again, reference, share)
+        stream = stream_steps(feed, again, behind, steps)
+        stopped = _train(stepper, saver, given, run, carried, stream, steps)
+    if stopped:
+        return
+    if recipe.checkpoint.final == "best" and (best := saver.best()) is not None:
+        saver.restore(best)
     head.remove()
     _save(engine, given, run)
+    if dist.rank() == 0:
+        run.note_ended(str(carried.ended))
+
+
+def _go_on(saver: Saver, stepper: Stepper, run: RunDirectory) -> tuple[int, Carried]:
+    """Take up the newest checkpoint, if there is one: how many steps are behind it, and what it carries on."""
+    manifest = saver.find()
+    if manifest is None:
+        logged, behind, carried = run.stage().began, 0, Carried()
+    else:
+        saver.restore(manifest)
+        stepper.states = [dict(state) for state in manifest.loop["states"]]
+        logged, behind, carried = manifest.loop["logged"], manifest.step, Carried.from_json(manifest.loop)
+    if dist.rank() == 0:
+        # what was logged after it is about to be logged again
+        run.rewind(logged or 0)
+        if behind:
+            run.tell(f"training goes on after step {behind}")
+    return behind, carried
+
+
+def _train(
+    stepper: Stepper,
+    saver: Saver,
+    given: WorkerInput,
+    run: RunDirectory,
+    carried: Carried,
+    stream: Iterator[tuple[StepPlan, StepExamples]],
+    steps: int,
+) -> bool:
+    """Steps until training is over, which is noted in ``carried``, or the run is asked to stop: then returns True."""
+    recipe, facts = given.recipe, estimate_facts(given.recipe.loss.terms[0])
+    clock = Clock()
+    for plan, chosen in clock.waits(stream):
+        lr, done = learning_rate(recipe.optim, plan.step, steps), plan.step + 1
+        metrics = _step(stepper, chosen, lr, plan, given, run, carried)
+        metrics |= carried.means.update(metrics) | facts
+        _log(run, step_record(plan, chosen.examples, metrics, lr, clock))
+        if done == steps:
+            carried.ended = "all steps are done"
+        elif reached(recipe.optim.target_margin, metrics):
+            carried.ended = "the margin is at optim.target_margin"
+        if given.anchors is not None and _due(recipe.separation.every, done) and not carried.ended:
+            metrics |= (apart := policy_separation(stepper, given.anchors))
+            _log(run, {"step": done, **apart} if apart else {})
+        if carried.ended or _due(recipe.evaluate.every, done):
+            metrics |= (held_out := _held_out(stepper, given, run, step=done))
+            _log(run, held_out)
+            early = recipe.optim.early_stop
+            if early is not None and carried.patience.worn_out(early, metrics[early.metric]) and not carried.ended:
+                carried.ended = f"{early.metric} was no better in {early.patience} evaluations (optim.early_stop)"
+        if saver.after_step(
+            done, lambda: carried.as_json(stepper.states, run.logged), metrics, last=carried.ended is not None
+        ):
+            return True
+        if carried.ended is not None:
+            break
+    return False
+
+
+def _step(
+    stepper: Stepper,
+    chosen: StepExamples,
+    lr: float,
+    plan: StepPlan,
+    given: WorkerInput,
+    run: RunDirectory,
+    carried: Carried,
+) -> dict[str, float]:
+    """A step's metrics. One that is not finite is left out and counted, up to ``optim.max_refused`` of them."""
+    counted = {"refused_steps": float(carried.refused)} if carried.refused else {}
+    try:
+        return stepper.step(chosen, lr) | counted
+    except NotFiniteError as error:
+        carried.refused += 1
+        places = given.train.examples.places(plan.rows[error.positions[:NAMED]])
+        where = f" ({', '.join(places)})" if places else ""
+        message = f"step {plan.step + 1}: {error}{where}"
+        if carried.refused > given.recipe.optim.max_refused:
+            raise FloatingPointError(
+                f"{message}. It is one more than optim.max_refused: {given.recipe.optim.max_refused}"
+            ) from None
+        if dist.rank() == 0:
+            run.tell(message)
+        return {"refused_steps": float(carried.refused)}
 
 
 def _packing(recipe: Recipe, probe: Probe, run: RunDirectory) -> Packing:
