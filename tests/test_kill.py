@@ -1,0 +1,185 @@
+"""Whole runs that lose a worker, all of them, their driver, or are told to go: what they end with, through Ray itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from small_run import recipe_of, write_files
+from test_resume import assert_same_run
+
+from raydiv.config import Recipe, save_recipe
+from raydiv.config.recipe import Cluster
+from raydiv.launch import Result, train
+from raydiv.progress import Display
+from raydiv.run import RunDirectory
+from raydiv.session import ray_session
+
+pytestmark = pytest.mark.slow
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[None]:
+    with ray_session(Cluster()):
+        yield
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return write_files(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def named(
+    tiny_model: Path, files: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Recipe]:
+    """The recipe of these runs under a name; MLflow's runs are all in one file."""
+    output = tmp_path_factory.mktemp("runs")
+
+    def recipe(name: str, *overrides: str) -> Recipe:
+        fixed = (f"optim.steps={STEPS}", "checkpoint.every=2", "evaluate.every=3", "engine.zero_stage=3")
+        return recipe_of(tiny_model, files, output, name, *fixed, *overrides)
+
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def whole(ray: None, named: Callable[..., Recipe]) -> Result:
+    """A run that nothing happens to."""
+    return train(named("whole"), Display(quiet=True))
+
+
+def workers() -> list[psutil.Process]:
+    """The training workers' processes of this machine."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
+            found.append(process)
+    return found
+
+
+def wait_for_step(run: RunDirectory, step: int, seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if run.metrics_file.exists() and run.steps_taken() >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not reached in {seconds} s")
+
+
+@contextmanager
+def meanwhile(act: Callable[[], None]) -> Iterator[None]:
+    """Run ``act`` beside the block; what it raises is raised at the end."""
+    failure: list[BaseException] = []
+
+    def acting() -> None:
+        try:
+            act()
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=acting)
+    thread.start()
+    yield
+    thread.join()
+    if failure:
+        raise failure[0]
+
+
+def mlflow_steps(result: Result, metric: str) -> list[int]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(result.report["mlflow"]["uri"])
+    return [found.step for found in client.get_metric_history(result.report["mlflow"]["run_id"], metric)]
+
+
+def test_a_killed_worker_is_started_again_and_nothing_is_lost(
+    whole: Result, named: Callable[..., Recipe], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = named("worker", "cluster.max_failures=1")
+    run = RunDirectory.of(recipe)
+
+    def kill() -> None:
+        wait_for_step(run, 5)
+        workers()[0].kill()
+
+    with meanwhile(kill):
+        result = train(recipe)
+    assert "training goes on after step 4" in capsys.readouterr().err
+    assert_same_run(run, whole.run)
+    assert mlflow_steps(result, "loss") == list(range(1, STEPS + 1))
+    assert mlflow_steps(result, "eval/loss") == mlflow_steps(whole, "eval/loss") == [0, 3, 6, 8]
+    assert result.report["mlflow"]["sent"]
+
+
+def command(recipe: Recipe, path: Path, *more: str) -> list[str]:
+    save_recipe(recipe, path)
+    return [sys.executable, "-m", "raydiv", "train", str(path), *more]
+
+
+def environment() -> dict[str, str]:
+    """Of a command with a Ray of its own."""
+    return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("victim", ["driver", "all workers"])
+def test_a_killed_run_goes_on_where_it_was(
+    victim: str, whole: Result, named: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = named(victim.replace(" ", "-"))
+    run = RunDirectory.of(recipe)
+    process = subprocess.Popen(
+        command(recipe, tmp_path / "recipe.yaml"), env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    wait_for_step(run, 5)
+    if victim == "driver":
+        process.kill()
+        process.wait()
+    else:
+        for worker in workers():
+            worker.kill()
+        assert "raydiv: the run failed: training" in process.communicate(timeout=120)[1]
+        assert process.returncode == 1
+    first = json.loads(run.mlflow.read_text())
+    result = train(recipe, Display(quiet=True), resume=True)
+    assert_same_run(run, whole.run)
+    assert result.report["mlflow"]["run_id"] == first["run_id"]
+    assert mlflow_steps(result, "loss") == list(range(1, STEPS + 1))
+
+
+@pytest.mark.long
+def test_sigterm_leaves_a_checkpoint_of_the_very_step(
+    whole: Result, named: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = named("term", "checkpoint.every=null")
+    run = RunDirectory.of(recipe)
+    process = subprocess.Popen(
+        command(recipe, tmp_path / "recipe.yaml"), env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    wait_for_step(run, 3)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 143, said
+    stopped = run.steps_taken()
+    assert f"stopped after step {stopped}; the same command with --resume goes on" in said
+    assert stopped < STEPS
+    assert [int(name.removeprefix("step-")) for name in run.checkpoints(recipe).folders()] == [stopped]
+    again: Any = train(recipe, Display(quiet=True), resume=True)
+    assert_same_run(run, whole.run)
+    assert mlflow_steps(again, "loss") == list(range(1, STEPS + 1))
+    with pytest.raises(Exception, match="another recipe"):
+        train(named("term", "loss.skew=0.25"), Display(quiet=True), resume=True)
