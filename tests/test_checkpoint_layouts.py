@@ -48,7 +48,15 @@ class Layout:
 
 
 CPU = {"offload_optimizer": "cpu"}
-WHOLE = [Layout(0), Layout(1), Layout(2), Layout(2, engine=CPU), Layout(3), Layout(3, persistent=10**6), Layout(3, engine=CPU)]
+WHOLE = [
+    Layout(0),
+    Layout(1),
+    Layout(2),
+    Layout(2, engine=CPU),
+    Layout(3),
+    Layout(3, persistent=10**6),
+    Layout(3, engine=CPU),
+]
 ADAPTERS = [Layout(0, lora=True), Layout(3, lora=True)]
 HALF = [Layout(1, precision="bf16"), Layout(2, precision="bf16"), Layout(3, precision="bf16")]
 LAYOUTS = WHOLE + ADAPTERS + HALF
@@ -139,7 +147,7 @@ def alike(one: Layout, other: Layout) -> bool:
     return (one.lora, one.precision) == (other.lora, other.precision)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_any_layout_goes_on_from_any_other(tiny_model: Path, tmp_path: Path) -> None:
     first = {
         ranks: run_on_ranks(begin, ranks, tmp_path / f"began{ranks}", tiny_model, LAYOUTS, tmp_path / f"kept{ranks}")
@@ -162,8 +170,12 @@ def test_any_layout_goes_on_from_any_other(tiny_model: Path, tmp_path: Path) -> 
             found = run_on_ranks(go_on, ranks, tmp_path / f"ran{before}{ranks}", tiny_model, pairs, again)
             for number, (layout, source) in enumerate(pairs):
                 where = (before, ranks, LAYOUTS[number], layout)
-                was, now = whole_state(Folder(str(source)), BEFORE), whole_state(Folder(str(again / str(number))), BEFORE)
-                assert was.keys() == now.keys() and len(was) > 10, where
+                was, now = (
+                    whole_state(Folder(str(source)), BEFORE),
+                    whole_state(Folder(str(again / str(number))), BEFORE),
+                )
+                assert was.keys() == now.keys(), where
+                assert len(was) > 10, where
                 assert all(np.array_equal(was[name], now[name]) for name in was), where
                 assert any(values.any() for name, values in was.items() if name.startswith("exp_avg_sq")), where
                 for name, weight in expected[number].items():
@@ -182,4 +194,5 @@ def test_adapters_alone_are_kept(tiny_model: Path, tmp_path: Path) -> None:
         sum(file.stat().st_size for file in (tmp_path / "kept" / number).rglob("*.safetensors")) for number in "01"
     )
     base = (tiny_model / "model.safetensors").stat().st_size
-    assert adapters < 0.8 * base and everything > 2.9 * base
+    assert adapters < 0.8 * base
+    assert everything > 2.9 * base

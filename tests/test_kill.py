@@ -43,9 +43,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def named(
-    tiny_model: Path, files: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Recipe]:
+def named(tiny_model: Path, files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recipe]:
     """The recipe of these runs under a name; MLflow's runs are all in one file."""
     output = tmp_path_factory.mktemp("runs")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import pytest
 from ranks import run_on_ranks
 from safetensors.numpy import load_file
 from small_run import recipe_of, write_files
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from raydiv.config import Recipe
 from raydiv.preparation import fill, read
@@ -140,29 +141,69 @@ VARIANTS: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.slow
+def lives(given: WorkerInput, ranks: int, folder: Path, death: Death | None = None) -> list[int] | None:
+    """Where each rank began, or None when the death came."""
+    try:
+        return run_on_ranks(live, ranks, folder, cloudpickle.dumps(given), death)
+    except (ProcessExitedException, ProcessRaisedException):  # the one that died, or one that waited for it
+        assert death is not None
+        return None
+
+
+def died(given: WorkerInput, ranks: int, folder: Path, deaths: Sequence[Death]) -> RunDirectory:
+    """A run that dies of each in turn, and is then left to end."""
+    run = RunDirectory.of(given.recipe)
+    for number, death in enumerate([*deaths, None]):
+        if run.stage().ended is None:
+            lives(given, ranks, folder / str(number), death)
+    assert run.stage().ended is not None
+    return run
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_killed_at_any_step_it_ends_as_if_it_never_was(variant: str, tiny_model: Path, tmp_path: Path) -> None:
     ranks, overrides = VARIANTS[variant]
     overrides = (f"cluster.num_workers={ranks}", f"optim.steps={STEPS}", "checkpoint.every=2", *overrides)
     given = prepared(recipe_of(tiny_model, write_files(tmp_path), tmp_path / "runs", "whole", *overrides))
-    assert run_on_ranks(live, ranks, tmp_path / "whole", cloudpickle.dumps(given), None) == [0] * ranks
+    assert lives(given, ranks, tmp_path / "whole") == [0] * ranks
     random = np.random.default_rng([ranks, len(variant)])
     for life in range(2):
-        mortal = again(given, f"mortal{life}")
-        run = RunDirectory.of(mortal.recipe)
-        # one death for each way to die, at random steps and ranks
+        # one death of each kind, at random steps and ranks
         kinds = random.permutation(["start", "end", "checkpoint"])
-        for number, when in enumerate(kinds):
-            last = 2 if when == "checkpoint" else STEPS
-            death = Death(int(random.integers(ranks)), int(random.integers(1 if when == "checkpoint" else 0, last)), when)
-            before = set(run.checkpoints(mortal.recipe).folders())
-            try:
-                run_on_ranks(live, ranks, tmp_path / f"{life}{number}", cloudpickle.dumps(mortal), death)
-            except Exception as error:
-                assert "SIGKILL" in str(error) or "Connection" in str(error) or "terminated" in str(error), error
-            else:  # it had passed that step already
-                assert run.stage().ended is not None or before
-        if run.stage().ended is None:
-            run_on_ranks(live, ranks, tmp_path / f"{life}last", cloudpickle.dumps(mortal), None)
-        assert_same_run(run, RunDirectory.of(given.recipe))
+        most = {"start": STEPS, "end": STEPS, "checkpoint": 2}
+        deaths = [Death(int(random.integers(ranks)), 1 + int(random.integers(most[kind] - 1)), kind) for kind in kinds]
+        folder = tmp_path / f"life{life}"
+        folder.mkdir()
+        assert_same_run(died(again(given, f"mortal{life}"), ranks, folder, deaths), RunDirectory.of(given.recipe))
+
+
+@pytest.mark.long
+def test_a_run_goes_on_with_other_numbers_of_workers(tiny_model: Path, tmp_path: Path) -> None:
+    """Two workers die, one goes on and dies, four end it: the curve is that of the run that nothing happened to."""
+    overrides = (
+        f"optim.steps={STEPS}",
+        "checkpoint.every=2",
+        "engine.zero_stage=3",
+        "loss.skew=0",
+        "loss.estimator=ema",
+    )
+    given = prepared(recipe_of(tiny_model, write_files(tmp_path), tmp_path / "runs", "whole", *overrides))
+    assert lives(given, 2, tmp_path / "whole") == [0, 0]
+    mortal = again(given, "mortal")
+    run, whole = RunDirectory.of(mortal.recipe), RunDirectory.of(given.recipe)
+    assert lives(mortal, 2, tmp_path / "two", Death(1, 3, "start")) is None
+    assert lives(mortal, 1, tmp_path / "one", Death(0, 7, "start")) is None
+    # the worker alone took the second checkpoint up, and left a third
+    assert lives(mortal, 4, tmp_path / "four") == [6, 6, 6, 6]
+    found, expected = run.metrics(), whole.metrics()
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for line, other in zip(found, expected, strict=True):
+        if "loss" in line:
+            assert line["loss"] == pytest.approx(other["loss"], rel=1e-4, abs=1e-5), line["step"]
+    mine, others = weights(run), weights(whole)
+    assert all(np.abs(mine[name] - others[name]).max() <= 1e-3 * np.abs(others[name]).max() for name in others)
+    # the two before the first death are the same to the bit
+    assert untimed(run)[: untimed(whole).index(next(line for line in untimed(whole) if line["step"] == 3))] == [
+        line for line in untimed(whole) if line["step"] < 3
+    ]

@@ -342,13 +342,18 @@ class Recipe(Section):
             raise ValueError("optim.early_stop needs data.eval and evaluate.every: nothing is measured meanwhile")
         return self
 
-    @model_validator(mode="after")
-    def _nvme_is_not_saved(self) -> Recipe:
-        if self.engine.nvme_path is not None and self.checkpoint.every is not None:
-            raise ValueError(
-                "checkpoint.every: what is offloaded to nvme is in no checkpoint; set it to null, or offload to cpu"
-            )
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _nvme_is_not_saved(cls, values: Any) -> Any:
+        """What is offloaded to NVMe is in no checkpoint: there is none, unless one is asked for, which is refused."""
+        if isinstance(values, dict) and isinstance(values.get("engine"), dict) and values["engine"].get("nvme_path"):
+            section = values.get("checkpoint") or {}
+            if isinstance(section, dict) and section.get("every") is not None:
+                raise ValueError(
+                    "checkpoint.every: what is offloaded to nvme is in no checkpoint; set it to null, or offload to cpu"
+                )
+            return values | {"checkpoint": {**section, "every": None}} if isinstance(section, dict) else values
+        return values
 
     @model_validator(mode="after")
     def _asked_of_something(self) -> Recipe:

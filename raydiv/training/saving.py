@@ -17,7 +17,7 @@ from raydiv import dist
 from raydiv.checkpoint.shards import Shards, fault
 from raydiv.checkpoint.store import Checkpoints, Manifest, assigned
 from raydiv.checkpoint.writer import Writer
-from raydiv.config.checkpoint import Checkpoint
+from raydiv.config import Recipe
 from raydiv.errors import UserError
 from raydiv.run import RunDirectory
 
@@ -38,8 +38,10 @@ class Saver:
     ``engine`` has ``updates``, ``snapshot`` and ``restore`` (see raydiv.engine.Engine).
     """
 
-    def __init__(self, run: RunDirectory, checkpoints: Checkpoints, section: Checkpoint, engine: Any) -> None:
-        self._run, self._checkpoints, self._section, self._engine = run, checkpoints, section, engine
+    def __init__(self, run: RunDirectory, recipe: Recipe, engine: Any) -> None:
+        self._run, self._section, self._engine = run, recipe.checkpoint, engine
+        self._checkpoints = Checkpoints(run.checkpoints(recipe))
+        self._possible = recipe.engine.nvme_path is None
         self._writer = Writer(dist.rank())
         self._begun: _Begun | None = None
         self._due, self._last = False, time.monotonic()
@@ -106,7 +108,7 @@ class Saver:
         stop = stop and not last
         if self._begun is not None and not busy:
             self._settle()
-        if due or stop:
+        if (due or stop) and self._possible:
             self._settle()
             self._begin(step, loop, measured)
         if stop or last:

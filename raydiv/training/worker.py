@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from raydiv import dist
-from raydiv.checkpoint.store import Checkpoints
 from raydiv.config import Recipe
 from raydiv.data.plan import InOrder, StepPlan
 from raydiv.model.export import write_model
@@ -83,7 +82,7 @@ def run_worker(given: WorkerInput, reference: Any) -> None:
     share = Share(stepper.layout, dist.rank(), trains=True, scores=given.train.reference_logps is None)
     epochs = epochs_of(recipe, given.train.examples)
     steps = total_steps(recipe, epochs.steps_per_epoch)
-    saver = Saver(run, Checkpoints(run.checkpoints(recipe)), recipe.checkpoint, engine)
+    saver = Saver(run, recipe, engine)
     behind, carried = _go_on(saver, stepper, run)
     if not behind:
         _log(run, _held_out(stepper, given, run, step=0))

@@ -1,0 +1,371 @@
+"""Checkpoints on storage: whole or not there, damaged ones passed over, old ones removed; and what goes on from them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from raydiv.checkpoint.shards import Shard, Shards, fault, write_shard
+from raydiv.checkpoint.store import MANIFEST, Checkpoints, Manifest
+from raydiv.config import Recipe, load_recipe
+from raydiv.config.checkpoint import EarlyStop
+from raydiv.errors import UserError
+from raydiv.partitions import KINDS, Piece, Snapshot
+from raydiv.resuming import recipe_to_resume, require_same_content
+from raydiv.run import RunDirectory
+from raydiv.storage import Folder
+from raydiv.termination import Terminated, at_sigterm
+from raydiv.training.carried import Carried, Patience
+from raydiv.training.saving import Saver
+
+PLAIN = {"model": {"id": "m"}, "loss": {"type": "dpo"}, "optim": {"steps": 6}}
+
+
+def recipe_of(tmp_path: Path, *overrides: str) -> Recipe:
+    return load_recipe(PLAIN | {"output_dir": str(tmp_path), "name": "mine"}, overrides)
+
+
+def state_of(start: int, length: int, size: int = 12) -> Snapshot:
+    piece = Piece("layer.weight", start, length, size)
+    return {(piece, kind): torch.arange(start, start + length) + 100.0 * n for n, kind in enumerate(KINDS)}
+
+
+def written(checkpoints: Checkpoints, step: int, measured: float | None = None, run: str = "") -> Manifest:
+    """A checkpoint of two ranks: five elements, and seven."""
+    folder = checkpoints.at(step)
+    shards = [write_shard(folder, 0, state_of(0, 5)), write_shard(folder, 1, state_of(5, 7))]
+    manifest = Manifest(step, step, 2, {"logged": 0}, {"run": run}, measured, shards)
+    checkpoints.commit(manifest)
+    return manifest
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Checkpoints:
+    return Checkpoints(Folder(str(tmp_path / "checkpoints")))
+
+
+@pytest.mark.parametrize(("start", "length"), [(0, 12), (0, 5), (3, 4), (5, 7), (11, 1)])
+def test_any_run_of_elements_is_read_out_of_the_files(checkpoints: Checkpoints, start: int, length: int) -> None:
+    manifest = written(checkpoints, 4)
+    with Shards(checkpoints.at(4), manifest.shards) as shards:
+        for (piece, kind), values in state_of(start, length).items():
+            assert torch.equal(shards.read(piece, kind), values)
+
+
+def test_elements_that_are_in_no_file_are_not_made_up(checkpoints: Checkpoints) -> None:
+    manifest = written(checkpoints, 4)
+    with (
+        Shards(checkpoints.at(4), manifest.shards[:1]) as shards,
+        pytest.raises(ValueError, match=r"5 of the 12 elements of layer\.weight"),
+    ):
+        shards.read(Piece("layer.weight", 0, 12, 12), "weight")
+
+
+def test_a_manifest_comes_back_as_it_was(checkpoints: Checkpoints) -> None:
+    manifest = written(checkpoints, 4, measured=0.25)
+    assert checkpoints.manifest(4) == manifest
+    assert isinstance(checkpoints.manifest(4).shards[0], Shard)
+
+
+def test_without_a_manifest_there_is_no_checkpoint(checkpoints: Checkpoints) -> None:
+    written(checkpoints, 2)
+    write_shard(checkpoints.at(4), 0, state_of(0, 5))
+    assert checkpoints.steps() == [2]
+    checkpoints.begin(2)
+    assert checkpoints.steps() == []
+
+
+def test_the_newest_the_best_and_nothing_else_are_kept(checkpoints: Checkpoints) -> None:
+    for step, value in ((1, 0.5), (2, 0.1), (3, 0.1), (4, None), (5, 0.7), (6, 0.6)):
+        written(checkpoints, step, value)
+    write_shard(checkpoints.at(7), 0, state_of(0, 5))
+    assert (checkpoints.best("min"), checkpoints.best("max")) == (2, 5)
+    checkpoints.prune(2, "min")
+    assert checkpoints.steps() == [6, 5, 2]
+    checkpoints.prune(1, None)
+    assert checkpoints.folder.folders() == ["step-00000006"]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("harm", [cut, flip, Path.unlink])
+@pytest.mark.parametrize("file", ["rank-00001.safetensors", MANIFEST])
+def test_the_one_before_a_damaged_one_is_used_and_it_is_said(tmp_path: Path, harm: Any, file: str) -> None:
+    run, saver = saver_of(tmp_path)
+    checkpoints = Checkpoints(run.checkpoints(recipe_of(tmp_path)))
+    for step in (2, 4):
+        written(checkpoints, step, run=run.stage().id)
+    assert saver.find() == checkpoints.manifest(4)
+    assert not run.events.exists()
+    harm(Path(checkpoints.at(4).at(file)))
+    assert saver.find() == checkpoints.manifest(2)
+    if (file, harm) != (MANIFEST, Path.unlink):  # then it was never finished
+        assert "checkpoint after step 4 is damaged and not used" in run.events.read_text()
+        assert file in run.events.read_text()
+    harm(Path(checkpoints.at(2).at(file)))
+    assert saver.find() is None
+
+
+def test_anothers_checkpoint_is_refused(tmp_path: Path) -> None:
+    run, saver = saver_of(tmp_path)
+    written(Checkpoints(run.checkpoints(recipe_of(tmp_path))), 2, run="somebody")
+    with pytest.raises(UserError, match="is of another run"):
+        saver.find()
+
+
+def test_a_file_says_what_is_wrong_with_it(checkpoints: Checkpoints) -> None:
+    shard = written(checkpoints, 4).shards[0]
+    assert fault(checkpoints.at(4), shard) is None
+    assert "cannot be read" in str(fault(checkpoints.at(5), shard))
+    flip(Path(checkpoints.at(4).at(shard.file)))
+    assert "SHA-256" in str(fault(checkpoints.at(4), shard))
+
+
+class Engine:
+    """What a Saver asks of an engine."""
+
+    updates = 3
+
+    def snapshot(self) -> Snapshot:
+        return state_of(0, 12)
+
+
+def saver_of(tmp_path: Path, *overrides: str) -> tuple[RunDirectory, Saver]:
+    recipe = recipe_of(tmp_path, *overrides)
+    run = RunDirectory.of(recipe)
+    run.claim(recipe, {"data": "d"})
+    return run, Saver(run, recipe, Engine())
+
+
+def steps_kept(run: RunDirectory) -> list[int]:
+    return Checkpoints(run.checkpoints(run.read_recipe())).steps()
+
+
+def test_checkpoints_come_every_so_many_steps(tmp_path: Path) -> None:
+    run, saver = saver_of(tmp_path, "checkpoint.every=2", "checkpoint.keep=9")
+    for step in range(1, 7):
+        assert not saver.after_step(step, dict, {}, last=step == 6)
+    assert steps_kept(run) == [6, 4, 2]
+    manifest = Checkpoints(run.checkpoints(run.read_recipe())).manifest(4)
+    assert (manifest.step, manifest.updates, manifest.of) == (4, 3, {"run": run.stage().id, "data": "d"})
+
+
+def test_checkpoints_come_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from raydiv.training import saving
+
+    now = [0.0]
+    monkeypatch.setattr(saving.time, "monotonic", lambda: now[0])
+    run, saver = saver_of(tmp_path, "checkpoint.every=2min", "checkpoint.keep=9")
+    for step in range(1, 7):
+        now[0] += 50.0
+        saver.after_step(step, dict, {}, last=step == 6)
+    assert steps_kept(run) == [6, 3]
+
+
+def test_a_checkpoint_waits_for_what_says_how_good_it_is(tmp_path: Path) -> None:
+    run, saver = saver_of(tmp_path, "checkpoint.every=2", "checkpoint.keep=1", "checkpoint.best_metric=eval/loss")
+    for step in range(1, 10):
+        saver.after_step(step, dict, {"eval/loss": float(step)} if step % 3 == 0 else {}, last=step == 9)
+    # due at 2, 4, 6 and 8, measured at 3, 6 and 9; 3 is the best one
+    assert steps_kept(run) == [9, 3]
+
+
+def test_asked_to_stop_it_does_so_after_a_checkpoint(tmp_path: Path) -> None:
+    run, saver = saver_of(tmp_path, "checkpoint.every=null")
+    assert not saver.after_step(1, dict, {}, last=False)
+    run.ask_to_stop()
+    assert saver.after_step(2, dict, {}, last=False)
+    assert steps_kept(run) == [2]
+    # the last step is the end of training anyhow
+    assert not saver.after_step(3, dict, {}, last=True)
+
+
+def test_a_place_that_cannot_be_written_costs_a_warning_and_no_checkpoint(tmp_path: Path) -> None:
+    run, saver = saver_of(tmp_path, "checkpoint.every=2", "checkpoint.keep=9")
+    for step in (1, 2, 3):
+        saver.after_step(step, dict, {}, last=False)
+    blocked = Path(Checkpoints(run.checkpoints(run.read_recipe())).at(4).uri)
+    blocked.write_text("in the way")
+    for step in (4, 5, 6):
+        saver.after_step(step, dict, {}, last=step == 6)
+    assert steps_kept(run) == [6, 2]
+    (event,) = [json.loads(line) for line in run.events.read_text().splitlines()]
+    assert "checkpoint after step 4 could not be written" in event["message"]
+    assert "training goes on" in event["message"]
+
+
+def test_storage_elsewhere_is_not_shared_by_two_runs(tmp_path: Path) -> None:
+    saver_of(tmp_path, f"checkpoint.storage={tmp_path}/elsewhere", "checkpoint.every=1")[1].after_step(
+        1, dict, {}, last=True
+    )
+    assert (tmp_path / "elsewhere" / "mine" / "step-00000001" / MANIFEST).is_file()
+    other = recipe_of(tmp_path / "other", f"checkpoint.storage={tmp_path}/elsewhere")
+    with pytest.raises(UserError, match=r"checkpoint\.storage: .* holds another run's checkpoints"):
+        RunDirectory.of(other).claim(other, {})
+
+
+# ---- the run directory
+
+
+def test_rewound_metrics_are_followed_without_repeats(tmp_path: Path) -> None:
+    run, seen = RunDirectory(tmp_path), []
+    with run.followed(seen.append):
+        for step in (1, 2):
+            run.log({"step": step})
+        size = run.logged
+        for step in (3, 4):
+            run.log({"step": step})
+        wait_until(lambda: len(seen) == 4)
+        run.rewind(size)
+        for step in (3, 4, 5):
+            run.log({"step": step})
+    assert [line["step"] for line in seen] == [line["step"] for line in run.metrics()] == [1, 2, 3, 4, 5]
+    later: list[Any] = []
+    with run.followed(later.append, skip=3):
+        pass
+    assert [line["step"] for line in later] == [4, 5]
+
+
+def wait_until(so: Any) -> None:
+    import time
+
+    end = time.monotonic() + 20
+    while not so():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+# ---- going on
+
+
+def test_a_run_goes_on_with_its_own_recipe_alone(tmp_path: Path) -> None:
+    mine = recipe_of(tmp_path, "batch.tokens_per_microbatch=64", "engine.zero_stage=2")
+    run = RunDirectory.of(mine)
+    run.claim(mine, {"data": "a" * 32, "model": "m"})
+    assert recipe_to_resume(run, mine) == mine
+    with pytest.raises(UserError) as caught:
+        recipe_to_resume(run, recipe_of(tmp_path, "optim.lr=1e-3", "loss.beta=0.5"))
+    said = str(caught.value)
+    assert "loss.beta: 0.1 then, 0.5 now" in said
+    assert "optim.lr: 5e-05 then, 0.001 now" in said
+    assert "batch" not in said
+    # what is computed may change its place: other workers, another stage
+    elsewhere = recipe_of(tmp_path, "cluster.num_workers=4", "engine.zero_stage=3", "checkpoint.every=7")
+    assert recipe_to_resume(run, elsewhere) == elsewhere
+    # what the recipe leaves open is as it was settled, on the same workers
+    assert recipe_to_resume(run, recipe_of(tmp_path)).engine.zero_stage == 2
+    assert recipe_to_resume(run, recipe_of(tmp_path)).batch.tokens_per_microbatch == 64
+    assert recipe_to_resume(run, recipe_of(tmp_path, "cluster.num_workers=4")).engine.zero_stage == "auto"
+
+
+def test_data_that_changed_meanwhile_are_refused(tmp_path: Path) -> None:
+    mine = recipe_of(tmp_path)
+    run = RunDirectory.of(mine)
+    run.claim(mine, {"data": "a" * 32, "model": "m"})
+    require_same_content(run, {"data": "a" * 32, "model": "m"})
+    with pytest.raises(UserError, match=r"data\.train: its content has changed .*aaaaaaaaaaaa then, bbbbbbbbbbbb now"):
+        require_same_content(run, {"data": "b" * 32, "model": "m"})
+    with pytest.raises(UserError, match=r"model\.id"):
+        require_same_content(run, {"data": "a" * 32, "model": "n"})
+
+
+def test_a_run_of_before_checkpoints_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no stage\.json"):
+        RunDirectory(tmp_path).stage()
+
+
+# ---- what a loop carries
+
+
+def test_patience_wears_out_after_evaluations_that_are_no_better() -> None:
+    section = EarlyStop(patience=2, min_delta=0.1)
+    patience = Patience()
+    assert [patience.worn_out(section, value) for value in (1.0, 0.95, 0.5, 0.45, 0.41)] == [False] * 4 + [True]
+    rising = EarlyStop(metric="eval/reward/accuracy", mode="max", patience=1)
+    patience = Patience()
+    assert [patience.worn_out(rising, value) for value in (0.5, 0.6, 0.6)] == [False, False, True]
+
+
+def test_what_is_carried_comes_back_to_the_bit() -> None:
+    carried = Carried()
+    carried.means.update({"divergence": 0.1 + 0.2, "reward/margin": float(np.float32(0.7))})
+    carried.patience.worn_out(EarlyStop(), 1 / 3)
+    carried.refused = 2
+    loop = json.loads(json.dumps(carried.as_json([{"log_mean": 1e-17}], 55)))
+    assert Carried.from_json(loop) == carried
+    assert (loop["states"], loop["logged"]) == ([{"log_mean": 1e-17}], 55)
+
+
+# ---- the recipe
+
+
+@pytest.mark.parametrize(("every", "seconds"), [("10min", 600.0), ("1.5h", 5400.0), ("90 s", 90.0), ("7", None)])
+def test_a_checkpoint_is_due_by_steps_or_by_time(tmp_path: Path, every: str, seconds: float | None) -> None:
+    section = recipe_of(tmp_path, f"checkpoint.every={every}").checkpoint
+    assert section.seconds == seconds
+    assert seconds is not None or section.every == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("checkpoint.every=soon", "neither a number of steps nor a time"),
+        ("checkpoint.every=0min", "neither a number of steps nor a time"),
+        ("checkpoint.final=best", "needs best_metric"),
+        ("checkpoint.mode=max", "needs best_metric"),
+        ("optim.early_stop={patience: 2}", r"optim\.early_stop needs data\.eval"),
+        ("optim.early_stop={metric: loss}", "pattern"),
+        ("engine={nvme_path: /x, offload_optimizer: nvme}", "checkpoint.every: what is offloaded"),
+    ],
+)
+def test_what_a_recipe_cannot_ask_for(tmp_path: Path, override: str, said: str) -> None:
+    more = ("checkpoint.every=5",) if "nvme" in override else ()
+    with pytest.raises(UserError, match=said):
+        recipe_of(tmp_path, override, *more)
+
+
+def test_nvme_is_in_no_checkpoint_and_none_is_made(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "engine={nvme_path: /x, offload_optimizer: nvme}")
+    assert recipe.checkpoint.every is None
+    assert load_recipe(recipe.model_dump(by_alias=True)) == recipe
+
+
+# ---- SIGTERM
+
+
+def test_the_first_sigterm_is_heard_and_the_second_ends() -> None:
+    heard: list[int] = []
+    with at_sigterm(lambda: heard.append(1)):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard == [1]
+        with pytest.raises(Terminated):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert heard == [1]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_the_command_line_ends_with_143(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from raydiv import cli
+
+    def losses(options: Any) -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return 0
+
+    monkeypatch.setattr(cli, "_losses", losses)
+    assert cli.main(["losses"]) == 143
+    assert "stopped by SIGTERM" in capsys.readouterr().err
