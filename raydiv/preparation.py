@@ -22,6 +22,7 @@ from raydiv.progress import Display
 from raydiv.reference import reference_logps
 from raydiv.session import ray_session
 from raydiv.training.feed import ExampleSet
+from raydiv.training.names import require_measured
 from raydiv.training.order import epochs_of, total_steps
 
 
@@ -85,6 +86,7 @@ def read(recipe: Recipe, display: Display) -> Opened:
     """Model files, sources and prompts, checked before anything is started. Raises UserError for any of them."""
     if recipe.model.quantization is not None:
         require_quantizer()
+    require_measured(recipe)
     with display.phase("model and data"):
         directory = model_directory(recipe.model.id, recipe.model.revision)
         require_base(recipe.model.id, directory)

@@ -52,6 +52,14 @@ def recipe_to_resume(run: RunDirectory, recipe: Recipe) -> Recipe:
     return recipe.model_copy(update=settled)
 
 
+def goes_on(run: RunDirectory, recipe: Recipe) -> bool:
+    """Whether there is a run of this recipe that can be gone on with, as far as that is seen without its data."""
+    try:
+        return run.holds_a_run and run.stage() is not None and recipe_to_resume(run, recipe) is not None
+    except UserError:
+        return False
+
+
 def _left_open(there: Recipe, recipe: Recipe, section: str) -> dict[str, Any]:
     """The settled values of what the recipe leaves to raydiv."""
     keys = [key.partition(".")[2] for key in LAYOUT if key.startswith(f"{section}.")]

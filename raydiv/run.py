@@ -192,6 +192,11 @@ class RunDirectory:
             with self.metrics_file.open("a") as lines:
                 lines.write(json.dumps(record) + "\n")
 
+    def forget_checkpoints(self) -> None:
+        """Remove them all: the run needs none any more."""
+        if self.holds_a_run:
+            self.checkpoints(self.read_recipe()).remove()
+
     @property
     def logged(self) -> int:
         """Bytes of metrics.jsonl."""

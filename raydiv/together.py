@@ -44,10 +44,13 @@ class Family:
         """The recipe of one of the runs."""
         nested = {} if self.parent is None else {"mlflow.parentRunId": self.parent}
         track = {"uri": self.tracking_uri, "tags": {**recipe.track.tags, **nested, **tags}}
+        storage = recipe.checkpoint.storage
+        own = None if storage is None else f"{storage.rstrip('/')}/{self.folder.parent.name}"
         changes = {
             "name": name,
             "output_dir": str(self.folder),
             "cluster": self.cluster,
+            "checkpoint": recipe.checkpoint.model_copy(update={"storage": own}),
             "track": recipe.track.model_copy(update=track),
         }
         return recipe.model_copy(update=changes)

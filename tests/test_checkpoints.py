@@ -23,6 +23,7 @@ from raydiv.run import RunDirectory
 from raydiv.storage import Folder
 from raydiv.termination import Terminated, at_sigterm
 from raydiv.training.carried import Carried, Patience
+from raydiv.training.names import require_measured
 from raydiv.training.saving import Saver
 
 PLAIN = {"model": {"id": "m"}, "loss": {"type": "dpo"}, "optim": {"steps": 6}}
@@ -343,6 +344,34 @@ def test_nvme_is_in_no_checkpoint_and_none_is_made(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, "engine={nvme_path: /x, offload_optimizer: nvme}")
     assert recipe.checkpoint.every is None
     assert load_recipe(recipe.model_dump(by_alias=True)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["checkpoint.best_metric=eval/loss"], r"checkpoint\.best_metric: eval/loss is not measured"),
+        (["checkpoint.best_metric=reward/margins"], r"did you mean reward/margin\?"),
+        (["checkpoint.best_metric=separation/d_b"], r"separation/\* separation\.every"),
+        (
+            ["data.eval=0.1", "evaluate.every=2", "optim.early_stop={metric: eval/nothing}"],
+            r"optim\.early_stop\.metric: eval/nothing",
+        ),
+    ],
+)
+def test_a_metric_that_is_never_measured_is_found_before_anything_starts(
+    tmp_path: Path, overrides: list[str], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        require_measured(recipe_of(tmp_path, *overrides))
+
+
+def test_metrics_that_are_measured_pass(tmp_path: Path) -> None:
+    for overrides in (
+        ["checkpoint.best_metric=loss"],
+        ["checkpoint.best_metric=separation/d_b", "separation.every=2", "checkpoint.mode=max"],
+        ["checkpoint.best_metric=eval/reward/margin", "data.eval=0.1", "evaluate.every=2", "optim.early_stop={}"],
+    ):
+        require_measured(recipe_of(tmp_path, *overrides))
 
 
 # ---- SIGTERM

@@ -641,3 +641,37 @@ def test_prompts_have_no_weight(section: str) -> None:
     weighted = {section: {"prompts": [{"path": "p.jsonl", "weight": 2.0}]}}
     with pytest.raises(UserError, match=f"{section}.prompts: .*weight means nothing here"):
         load_recipe({"model": {"id": "m"}, "loss": {"type": "dpo"}, "optim": {"steps": 1}, **weighted}, [])
+
+
+SECRETS = ("hf_planted", "plantedpassword", "AKIAPLANTED")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("cluster.env={HF_TOKEN: hf_planted}", r"cluster\.env\.HF_TOKEN: .*set it in the environment"),
+        ("cluster.env.AWS_SECRET_ACCESS_KEY=AKIAPLANTED", r"cluster\.env\.AWS_SECRET_ACCESS_KEY"),
+        ("cluster.env.MLFLOW_TRACKING_PASSWORD=plantedpassword", r"cluster\.env\.MLFLOW_TRACKING_PASSWORD"),
+        ("track.tags={api-key: AKIAPLANTED}", r"track\.tags\.api-key"),
+        ("track.uri=https://me:plantedpassword@mlflow.example", r"track\.uri: has a password in its address"),
+        ("data.train=[s3://AKIAPLANTED:plantedpassword@bucket/x]", r"data\.train\.0: has a password"),
+    ],
+)
+def test_a_secret_is_refused_and_not_repeated(override: str, said: str) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        load_recipe({"model": {"id": "m"}, "loss": {"type": "dpo"}, "optim": {"steps": 1}}, [override])
+    assert not any(secret in str(caught.value) for secret in SECRETS)
+
+
+def test_what_only_looks_like_a_secret_is_kept() -> None:
+    recipe = load_recipe(
+        {"model": {"id": "m"}, "loss": {"type": "dpo"}, "optim": {"steps": 1}},
+        [
+            "cluster.env={TOKENIZERS_PARALLELISM: 'true', AWS_REGION: eu}",
+            "batch.tokens_per_microbatch=64",
+            "track.uri=https://mlflow.example:5000/a@b",
+            "track.tags={monkey: see, tokenizer: bpe}",
+        ],
+    )
+    assert recipe.cluster.env == {"TOKENIZERS_PARALLELISM": "true", "AWS_REGION": "eu"}
+    assert recipe.track.tags == {"monkey": "see", "tokenizer": "bpe"}

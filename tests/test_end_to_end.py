@@ -16,6 +16,7 @@ from raydiv.config import load_recipe
 from raydiv.config.loss import TYPES
 from raydiv.config.recipe import Cluster
 from raydiv.launch import Result, train
+from raydiv.model.load import ModelSource
 from raydiv.preparation import prepare
 from raydiv.progress import Display
 from raydiv.session import ray_session
@@ -86,6 +87,18 @@ def test_training_separates_the_classes(run: Result) -> None:
     assert margins[-1] > 0
     means = {name: np.mean(found) for name, found in run.run.rewards().items()}
     assert means["aligned"] - means["unaligned"] == pytest.approx(margins[-1], abs=1e-5)
+
+
+def test_examples_know_their_place_in_the_data(run: Result, files: dict[str, str]) -> None:
+    recipe = run.run.read_recipe()
+    stored = prepare(recipe, Display(quiet=True)).train.examples
+    rows = np.arange(len(stored))
+    records = [json.loads(line) for line in Path(files["train"]).read_text().splitlines()]
+    decode = ModelSource(Path(recipe.model.id)).chat().decode
+    for row, place, (prompt, _) in zip(rows, stored.places(rows), stored.ids(rows), strict=True):
+        words, number = place.rsplit(" ", 1)
+        assert words == "data.train.0, file 1, record", row
+        assert records[int(number) - 1]["prompt"] in decode(prompt.tolist())
 
 
 def test_answers_are_measured_beside_what_they_drifted_from(run: Result) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from raydiv.config import Recipe
+from raydiv.config.checkpoint import Checkpoint
 from raydiv.data.plan import StepPlan
 from raydiv.data.tokens import StoredExamples
 from raydiv.launch import Result, train
@@ -29,7 +30,10 @@ from raydiv.training.order import epochs_of
 def steps_alone(recipe: Recipe, steps: int) -> Recipe:
     """The recipe of a run of ``steps`` updates and nothing else: no evaluation, no separation."""
     changes: dict[str, Any] = {
-        "optim": recipe.optim.model_copy(update={"steps": steps, "epochs": None, "target_margin": None}),
+        "optim": recipe.optim.model_copy(
+            update={"steps": steps, "epochs": None, "target_margin": None, "early_stop": None}
+        ),
+        "checkpoint": Checkpoint(every=None),
         "data": recipe.data.model_copy(update={"eval": None}),
         "evaluate": recipe.evaluate.model_copy(update={"every": None, "prompts": None}),
         "separation": recipe.separation.model_copy(update={"prompts": None}),

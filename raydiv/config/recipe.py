@@ -20,6 +20,7 @@ from pydantic import (
 from raydiv.config.checkpoint import Checkpoint, EarlyStop
 from raydiv.config.evaluate import Evaluate
 from raydiv.config.loss import LossSection
+from raydiv.config.secrets import secrets_in
 from raydiv.config.section import Section
 from raydiv.config.source import Source, Sources, unweighted
 from raydiv.config.study import Study
@@ -341,6 +342,14 @@ class Recipe(Section):
         if self.optim.early_stop is not None and (self.data.eval is None or self.evaluate.every is None):
             raise ValueError("optim.early_stop needs data.eval and evaluate.every: nothing is measured meanwhile")
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _holds_no_secret(cls, values: Any) -> Any:
+        problems = list(secrets_in(values)) if isinstance(values, dict) else []
+        if problems:
+            raise ValueError("; ".join(problems))
+        return values
 
     @model_validator(mode="before")
     @classmethod

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raydiv.config import load_recipe
+from raydiv.resuming import goes_on
 from raydiv.run import RunDirectory
 
 PASSED = ("RAYDIV_CACHE", "HF_HOME")
@@ -65,8 +67,9 @@ def run_jobs(jobs: Sequence[Job], at_once: int, ended: Ended) -> None:
 
 
 def _submit(client: Any, job: Job) -> str:
-    shutil.rmtree(job.run, ignore_errors=True)  # what an attempt that was not finished left of it
-    command = [sys.executable, "-m", "raydiv", "train", str(job.recipe), "--json"]
+    if not goes_on(RunDirectory(job.run), load_recipe(job.recipe)):
+        shutil.rmtree(job.run, ignore_errors=True)
+    command = [sys.executable, "-m", "raydiv", "train", str(job.recipe), "--json", "--resume"]
     return str(
         client.submit_job(
             # relative paths of a recipe are of where the study was started

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from raydiv.config import Recipe
 from raydiv.errors import UserError
+from raydiv.training import names
 from raydiv.training.names import held_out_metrics, step_metrics
 
 AFTER_TRAINING = ("evaluate/kl", "evaluate/kl_per_token")
@@ -22,12 +23,8 @@ def reported(recipe: Recipe, base: Iterable[str]) -> set[str]:
 
 def during_training(recipe: Recipe, base: Iterable[str]) -> set[str]:
     """Of these, what is reported while a run still trains."""
-    found = step_metrics(recipe)
-    if recipe.evaluate.every is not None:
-        found |= held_out_metrics(recipe)
-    if recipe.separation.every is not None:
-        found |= {name for name in base if name.startswith("separation/")}
-    return found
+    apart = {name for name in base if name.startswith("separation/")} if recipe.separation.every is not None else set()
+    return names.during_training(recipe) | apart
 
 
 def whole_names(recipe: Recipe, variants: Sequence[Recipe], base: Iterable[str]) -> dict[str, str]:

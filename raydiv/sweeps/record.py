@@ -175,11 +175,16 @@ class Record:
         return undominated(feasible, self.objectives) if len(self.objectives) > 1 else feasible[:1]
 
     def forget_weights(self, keep: int) -> None:
-        """Remove the weights of all finished trials but the ``keep`` best, and of those that were stopped or failed."""
+        """Remove the weights of all finished trials but the ``keep`` best, and of those that were stopped or failed.
+
+        Of one that is over no checkpoint is kept.
+        """
         ranked = [trial.number for trial in self.finished][:keep]
         for trial in self.trials.values():
+            run = self.directory.run(trial)
+            if trial.status in OVER:
+                run.forget_checkpoints()
             if trial.status in OVER and trial.number not in ranked:
-                run = self.directory.run(trial)
                 for folder in (run.model, run.ray):
                     shutil.rmtree(folder, ignore_errors=True)
                 trial.kept = False

@@ -12,6 +12,7 @@ from typing import Any
 from raydiv.config import Recipe, changed
 from raydiv.launch import train
 from raydiv.progress import Display
+from raydiv.resuming import goes_on
 from raydiv.run import RunDirectory, numbers
 from raydiv.sweeps.record import FAILED, OVER, Trial
 from raydiv.together import Family
@@ -56,9 +57,11 @@ def run_trial(config: Mapping[str, Any], given: TrialInput) -> None:
 def _train(recipe: Recipe, run: RunDirectory) -> None:
     from ray import tune
 
-    shutil.rmtree(run.path, ignore_errors=True)  # of an attempt that was not finished
+    resume = goes_on(run, recipe)  # an attempt that was not finished
+    if not resume:
+        shutil.rmtree(run.path, ignore_errors=True)
     try:
-        train(recipe, Display(quiet=True), watch=lambda record: tune.report(numbers(record)))
+        train(recipe, Display(quiet=True), resume=resume, watch=lambda record: tune.report(numbers(record)))
     except Exception as error:
         run.path.mkdir(parents=True, exist_ok=True)
         (run.path / ERROR).write_text(str(error))
