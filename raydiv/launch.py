@@ -175,7 +175,7 @@ def _fit(
             if "loss" in record:
                 update(int(record["step"]), prepared.steps(recipe), step_note(record))
 
-        with run.followed(show), run.heard(display.say), at_sigterm(stop):
+        with run.followed(show), run.heard(display.say, opened.where), at_sigterm(stop):
             _report_failure(trainer.fit)
     if run.stage().ended is None:
         raise Terminated(f"stopped after step {run.steps_taken()}; the same command with --resume goes on")

@@ -20,6 +20,7 @@ from raydiv.model.files import fingerprint, model_directory, require_base
 from raydiv.model.load import require_quantizer
 from raydiv.progress import Display
 from raydiv.reference import reference_logps
+from raydiv.run import Place
 from raydiv.session import ray_session
 from raydiv.training.feed import ExampleSet
 from raydiv.training.names import require_measured
@@ -35,6 +36,11 @@ class Opened:
     train: list[OpenSource]
     eval: list[OpenSource]
     prompts: PromptSets
+
+    def where(self, place: Place) -> str:
+        """File and line of a training example."""
+        source, file, position = place
+        return self.train[source].where(file, position)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,6 +36,9 @@ def numbers(record: Metrics) -> Metrics:
     """A record without its texts, such as the name of the divergence."""
     return {name: value for name, value in record.items() if isinstance(value, int | float)}
 
+
+Place = tuple[int, int, int]
+"""Of an example: the source of data.train, its file, and the position in that."""
 
 SEPARATION, EVALUATION = "separation", "evaluation"
 """Folders of a run."""
@@ -211,10 +214,12 @@ class RunDirectory:
             with atomic(self.metrics_file) as temporary, self.metrics_file.open("rb") as content:
                 temporary.write_bytes(content.read(size))
 
-    def tell(self, message: str) -> None:
-        """Say something to whoever follows the run, from any worker."""
+    def tell(self, message: str, examples: Sequence[Place] = ()) -> None:
+        """Say something to whoever follows the run, from any worker; of ``examples``, if of any."""
         with self.events.open("a") as lines:
-            lines.write(json.dumps({"time": round(time.time(), 3), "message": message}) + "\n")
+            lines.write(
+                json.dumps({"time": round(time.time(), 3), "message": message, "examples": list(examples)}) + "\n"
+            )
 
     def metrics(self) -> list[Metrics]:
         """The lines of metrics.jsonl."""
@@ -235,7 +240,12 @@ class RunDirectory:
         """
         return followed(Lines(self.metrics_file, skip), handle)
 
-    def heard(self, say: Callable[[str], None]) -> AbstractContextManager[None]:
-        """Hand on what workers ``tell`` while the block runs."""
+    def heard(self, say: Callable[[str], None], where: Callable[[Place], str]) -> AbstractContextManager[None]:
+        """Hand on what workers ``tell`` while the block runs; ``where`` names the place of an example."""
         told = self.events.read_bytes().count(b"\n") if self.events.exists() else 0
-        return followed(Lines(self.events, told), lambda event: say(str(event["message"])))
+
+        def hand_on(event: Mapping[str, Any]) -> None:
+            places = ", ".join(where(tuple(place)) for place in event["examples"])
+            say(f"{event['message']}{f' ({places})' if places else ''}")
+
+        return followed(Lines(self.events, told), hand_on)

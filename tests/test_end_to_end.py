@@ -16,8 +16,7 @@ from raydiv.config import load_recipe
 from raydiv.config.loss import TYPES
 from raydiv.config.recipe import Cluster
 from raydiv.launch import Result, train
-from raydiv.model.load import ModelSource
-from raydiv.preparation import prepare
+from raydiv.preparation import fill, prepare, read
 from raydiv.progress import Display
 from raydiv.session import ray_session
 
@@ -66,7 +65,7 @@ def test_run_directory_is_complete(run: Result) -> None:
     assert {"raydiv", "ray", "torch", "deepspeed", "python"} <= result["versions"].keys()
     assert result["data"]["train"]["pairs"] == 12
     assert result["metrics"]["loss"] == run.metrics["loss"]
-    assert result["steps"] == {"planned": 4, "taken": 4}
+    assert result["steps"] == {"planned": 4, "taken": 4, "ended": "all steps are done"}
 
 
 def test_step_metrics_are_all_there_and_gapless(run: Result) -> None:
@@ -90,15 +89,15 @@ def test_training_separates_the_classes(run: Result) -> None:
 
 
 def test_examples_know_their_place_in_the_data(run: Result, files: dict[str, str]) -> None:
-    recipe = run.run.read_recipe()
-    stored = prepare(recipe, Display(quiet=True)).train.examples
+    recipe, display = run.run.read_recipe(), Display(quiet=True)
+    opened = read(recipe, display)
+    stored = fill(recipe, opened, display).train.examples
     rows = np.arange(len(stored))
-    records = [json.loads(line) for line in Path(files["train"]).read_text().splitlines()]
-    decode = ModelSource(Path(recipe.model.id)).chat().decode
-    for row, place, (prompt, _) in zip(rows, stored.places(rows), stored.ids(rows), strict=True):
-        words, number = place.rsplit(" ", 1)
-        assert words == "data.train.0, file 1, record", row
-        assert records[int(number) - 1]["prompt"] in decode(prompt.tolist())
+    lines = Path(files["train"]).read_text().splitlines()
+    for place, (prompt, _) in zip(stored.places(rows), stored.ids(rows), strict=True):
+        file, _, line = opened.where(place).rpartition(":")
+        assert file.endswith("train.jsonl")
+        assert json.loads(lines[int(line) - 1])["prompt"] in opened.chat.decode(prompt.tolist())
 
 
 def test_answers_are_measured_beside_what_they_drifted_from(run: Result) -> None:

@@ -185,6 +185,7 @@ class Measured:
             f"batch.max_length={LENGTH}",
             "batch.max_prompt_length=8",
             f"cluster.num_workers={self.ranks}",
+            "checkpoint.every=null",  # none is written in so few steps
             *self.overrides,
         )
 

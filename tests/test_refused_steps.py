@@ -90,12 +90,18 @@ def test_it_is_counted_and_named_and_one_too_many_ends_the_run(tmp_path: Path) -
         [f"output_dir={tmp_path}"],
     )
     run, carried = RunDirectory(tmp_path), Carried()
-    examples = SimpleNamespace(places=lambda rows: [f"data.train.0, file 1, record {row}" for row in rows])
+    examples = SimpleNamespace(places=lambda rows: [(0, 1, int(row)) for row in rows])
     given: Any = SimpleNamespace(recipe=recipe, train=SimpleNamespace(examples=examples))
     plan: Any = SimpleNamespace(step=6, rows=np.array([40, 41, 42]))
     counts = [_step(Stepper(), None, 0.1, plan, given, run, carried)["refused_steps"] for _ in range(2)]  # type: ignore[arg-type]
     assert counts == [1, 2]
-    assert "step 7: log-probs of examples [1]" in run.events.read_text()
-    assert "(data.train.0, file 1, record 41)" in run.events.read_text()
-    with pytest.raises(FloatingPointError, match=r"record 41\)\. It is one more than optim\.max_refused: 2"):
+    with pytest.raises(FloatingPointError, match=r"step 7: log-probs .* one more than optim\.max_refused: 2"):
         _step(Stepper(), None, 0.1, plan, given, run, carried)  # type: ignore[arg-type]
+    said: list[str] = []
+    run.events.rename(tmp_path / "written")
+    with run.heard(said.append, lambda place: f"train.jsonl:{place[2]}"):
+        run.events.write_bytes((tmp_path / "written").read_bytes())
+    assert (
+        said
+        == [f"step 7: {NotFiniteError('log-probs of examples [1] of the step are not finite')} (train.jsonl:41)"] * 3
+    )

@@ -149,8 +149,8 @@ class Shards:
             found[place] = values[offsets[at] : offsets[at + 1]].astype(np.int64)
         return found
 
-    def locate(self, rows: np.ndarray) -> list[tuple[int, int]]:
-        """The file and the position in it that each of ``rows`` came from."""
+    def places(self, rows: np.ndarray) -> list[tuple[int, int]]:
+        """The number of the file, and the position in it, that each of ``rows`` came from."""
         found = []
         for row in np.asarray(rows).tolist():
             shard = int(np.searchsorted(self.starts, row, side="right")) - 1
@@ -239,13 +239,10 @@ class StoredExamples:
         lengths = self.response_lengths[rows].tolist()
         return [(p, r[:n]) for p, r, n in zip(prompts, responses, lengths, strict=True)]
 
-    def places(self, rows: np.ndarray) -> list[str]:
-        """Which source, file and record of the data each of the examples at ``rows`` is, counted as recipes and files do."""
-        records = self.shards.locate(self.prompt_rows[rows])
-        return [
-            f"data.train.{source}, file {file + 1}, record {position + 1}"
-            for source, (file, position) in zip(self.source[rows].tolist(), records, strict=True)
-        ]
+    def places(self, rows: np.ndarray) -> list[tuple[int, int, int]]:
+        """The source, the file of it and the position in that (see OpenSource.where) of the examples at ``rows``."""
+        found = self.shards.places(self.prompt_rows[rows])
+        return [(source, *place) for source, place in zip(self.source[rows].tolist(), found, strict=True)]
 
     def without_ids(self, rows: np.ndarray, pair: np.ndarray) -> TokenizedExamples:
         """The examples at ``rows`` under the pair numbers ``pair``, their token ids left where they are."""

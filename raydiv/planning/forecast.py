@@ -51,7 +51,7 @@ class Plan:
         header = ["GiB a worker", *(f"ZeRO {one['stage']}{' *' if one['stage'] == taken else ''}" for one in stages)]
         rows = [(name, *(_gib(one["memory"][name]) for one in stages)) for name in ROWS]
         rows.append(("together", *(_gib(one["total"]) for one in stages)))
-        rows.append(("host memory (offload)", *(_gib(one["memory"]["host"]) for one in stages)))
+        rows.append(("host memory (offload, checkpoints)", *(_gib(one["memory"]["host"]) for one in stages)))
         rows.append(("peak in the", *(one["moment"] for one in stages)))
         rows.append(("tokens a micro-batch", *(f"{one['tokens_per_microbatch']:,}" for one in stages)))
         rows.append(("fits", *("yes" if one["fits"] else "no" for one in stages)))

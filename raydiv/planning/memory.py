@@ -50,7 +50,8 @@ DEFAULTS = {
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes of one worker at the ``moment`` of a step when it has most; ``host``: what offload puts into the node's memory.
+    """Bytes of one worker at the ``moment`` of a step when it has most; ``host``: what offload puts into the node's memory,
+    and a checkpoint while it is written.
 
     ``head`` includes embedding, final norm, and what the backward of a layer makes. A worker on a CPU shares the node's memory.
     """
@@ -98,6 +99,7 @@ class _Worker:
         self.of, self.stage, self.tokens, self.accumulates = architecture, stage, tokens, accumulates
         self.on_gpu, self.workers = recipe.cluster.use_gpu, workers
         self.offloads, self.offloads_weights = engine.offload_optimizer != "none", engine.offload_parameters != "none"
+        self.saves = recipe.checkpoint.every is not None
         self.nvme = "nvme" in (engine.offload_optimizer, engine.offload_parameters)
         self.size = WEIGHT_BYTES[engine.precision]
         self.half = engine.precision == "bf16"
@@ -244,8 +246,8 @@ class _Worker:
         return 0 if self.on_gpu else self.size * self.trainable
 
     def _host(self) -> float:
-        """What offload puts into the node's memory."""
-        host = 0.0
+        """What offload puts into the node's memory, and the copy of the trained state that a checkpoint is written from."""
+        host = (FP32 + MOMENTS) * self.part if self.saves else 0.0
         if self.offloads:
             host += (FP32 + MOMENTS + FP32) * self.part
             host += FP32 * self.part if self.stage == 3 else self.size * (self.part + 2 * self.of.largest)

@@ -172,15 +172,12 @@ def _step(
         return stepper.step(chosen, lr) | counted
     except NotFiniteError as error:
         carried.refused += 1
-        places = given.train.examples.places(plan.rows[error.positions[:NAMED]])
-        where = f" ({', '.join(places)})" if places else ""
-        message = f"step {plan.step + 1}: {error}{where}"
+        if dist.rank() == 0:
+            run.tell(f"step {plan.step + 1}: {error}", given.train.examples.places(plan.rows[error.positions[:NAMED]]))
         if carried.refused > given.recipe.optim.max_refused:
             raise FloatingPointError(
-                f"{message}. It is one more than optim.max_refused: {given.recipe.optim.max_refused}"
+                f"step {plan.step + 1}: {error}; it is one more than optim.max_refused: {given.recipe.optim.max_refused}"
             ) from None
-        if dist.rank() == 0:
-            run.tell(message)
         return {"refused_steps": float(carried.refused)}
 
 
