@@ -106,9 +106,10 @@ class Tracker:
             if experiment
             else self._client.create_experiment(recipe.track.experiment, artifact_location=self._artifacts(recipe))
         )
-        self._run_id = self._client.create_run(
-            experiment_id, run_name=recipe.name, tags={**tags, **recipe.track.tags}
-        ).info.run_id
+        if self._run_id is None:  # else it was begun before the server went away
+            self._run_id = self._client.create_run(
+                experiment_id, run_name=recipe.name, tags={**tags, **recipe.track.tags}
+            ).info.run_id
         from mlflow.entities import Param
 
         parameters = [

@@ -128,6 +128,12 @@ def command(recipe: Recipe, path: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "raydiv", "train", str(path), *more]
 
 
+PLANTED = {
+    name: f"planted-{name.lower()}" for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD")
+}
+"""Secrets of a command's environment, none of which may be found in anything that it leaves."""
+
+
 def environment() -> dict[str, str]:
     """Of a command with a Ray of its own."""
     return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
@@ -166,7 +172,7 @@ def test_sigterm_leaves_a_checkpoint_of_the_very_step(
     recipe = named("term", "checkpoint.every=null")
     run = RunDirectory.of(recipe)
     process = subprocess.Popen(
-        command(recipe, tmp_path / "recipe.yaml"), env=environment(), stderr=subprocess.PIPE, text=True
+        command(recipe, tmp_path / "recipe.yaml"), env=environment() | PLANTED, stderr=subprocess.PIPE, text=True
     )
     wait_for_step(run, 3)
     process.send_signal(signal.SIGTERM)
@@ -178,6 +184,9 @@ def test_sigterm_leaves_a_checkpoint_of_the_very_step(
     assert [int(name.removeprefix("step-")) for name in run.checkpoints(recipe).folders()] == [stopped]
     again: Any = train(recipe, Display(quiet=True), resume=True)
     assert_same_run(run, whole.run)
+    written = [path.read_bytes() for path in run.path.parent.rglob("*") if path.is_file()]
+    assert len(written) > 20
+    assert not any(secret.encode() in content for secret in PLANTED.values() for content in [*written, said.encode()])
     assert mlflow_steps(again, "loss") == list(range(1, STEPS + 1))
     with pytest.raises(Exception, match="another recipe"):
         train(named("term", "loss.skew=0.25"), Display(quiet=True), resume=True)

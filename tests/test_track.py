@@ -9,7 +9,8 @@ import pytest
 from mlflow import MlflowClient
 
 from raydiv.config import Recipe, load_recipe
-from raydiv.track import Tracker, flatten, tracking_uri
+from raydiv.config.tree import flatten
+from raydiv.track import Tracker, tracking_uri
 
 
 def recipe(output: Path) -> Recipe:
@@ -43,9 +44,6 @@ def test_an_outage_delays_metrics_in_order_and_warns_once(tmp_path: Path, monkey
     assert run_id is not None
     send = MlflowClient.log_batch
 
-    def away(*_: Any, **__: Any) -> None:
-        raise ConnectionError("away")
-
     monkeypatch.setattr(MlflowClient, "log_batch", away)
     tracker.metrics({"step": 2, "loss": 2.0})
     tracker.metrics({"step": 3, "loss": 1.0})
@@ -59,6 +57,64 @@ def test_an_outage_delays_metrics_in_order_and_warns_once(tmp_path: Path, monkey
     run = client.get_run(run_id)
     assert run.data.params["loss.type"] == "dpo"
     assert run.data.tags["data.fingerprint"] == "f"
+
+
+LINES = [{"step": step, "loss": 4.0 - step} for step in (1, 2, 3)]
+
+
+def sent_by(tracker: Tracker) -> list[tuple[int, float]]:
+    assert tracker.run_id is not None
+    history = MlflowClient(tracker.uri).get_metric_history(tracker.run_id, "loss")
+    return [(found.step, found.value) for found in history]
+
+
+def test_what_an_outage_kept_back_is_sent_by_the_next_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    note = tmp_path / "mlflow.json"
+    first = Tracker(recipe(tmp_path), {}, print, note=note)
+    first.metrics(LINES[0])
+    run_id = first.run_id
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", away)
+        first.metrics(LINES[1])
+        assert not first.finish("KILLED")
+    later = Tracker(recipe(tmp_path), {}, print, note=note)
+    assert later.sent == 1
+    for line in LINES[later.sent :]:
+        later.metrics(line)
+    assert later.finish()
+    assert later.run_id == run_id
+    assert sent_by(later) == [(1, 3.0), (2, 2.0), (3, 1.0)]
+    assert MlflowClient(later.uri).get_run(str(run_id)).info.status == "FINISHED"
+
+
+def test_a_line_that_was_sent_and_not_noted_is_not_sent_again(tmp_path: Path) -> None:
+    note = tmp_path / "mlflow.json"
+    first = Tracker(recipe(tmp_path), {}, print, note=note)
+    for line in LINES[:2]:
+        first.metrics(line)
+    assert first.run_id
+    note.write_text(note.read_text().replace('"lines": 2', '"lines": 1'))
+    later = Tracker(recipe(tmp_path), {}, print, note=note)
+    for line in LINES[later.sent :]:
+        later.metrics(line)
+    assert sent_by(later) == [(1, 3.0), (2, 2.0), (3, 1.0)]
+
+
+def test_a_store_that_comes_late_has_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", away)
+        tracker = Tracker(recipe(tmp_path), {}, print, note=tmp_path / "mlflow.json")
+        tracker.metrics(LINES[0])
+        assert tracker.run_id  # begun, and its parameters not sent
+    tracker.metrics(LINES[1])
+    assert tracker.finish()
+    assert sent_by(tracker) == [(1, 3.0), (2, 2.0)]
+    client = MlflowClient(tracker.uri)
+    assert len(client.search_runs([client.get_run(str(tracker.run_id)).info.experiment_id])) == 1
+
+
+def away(*_: Any, **__: Any) -> None:
+    raise ConnectionError("away")
 
 
 def test_names_of_sets_and_categories_may_hold_any_character(tmp_path: Path) -> None:
