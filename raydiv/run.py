@@ -37,6 +37,8 @@ def numbers(record: Metrics) -> Metrics:
     return {name: value for name, value in record.items() if isinstance(value, int | float)}
 
 
+PROBE = ".writable"
+
 Place = tuple[int, int, int]
 """Of an example: the source of data.train, its file, and the position in that."""
 
@@ -122,8 +124,24 @@ class RunDirectory:
                 "remove them"
             )
 
+    @staticmethod
+    def _require_writable(checkpoints: Folder) -> None:
+        """Raise UserError where no checkpoint can be written: later that would be a warning, too late."""
+        try:
+            checkpoints.write(PROBE, b"")
+            checkpoints.remove_file(PROBE)
+        except OSError as error:
+            raise UserError(
+                f"checkpoint.storage: {checkpoints.uri} cannot be written: {error.strerror or error}; make it writable, or "
+                "name another place"
+            ) from None
+
     def take_up(self, recipe: Recipe) -> None:
-        """Write down the recipe that an attempt trains by, and let go of what the one before it used."""
+        """Write down the recipe that an attempt trains by, and let go of what the one before it used.
+
+        Raises UserError where its checkpoints cannot be written.
+        """
+        self._require_writable(self.checkpoints(recipe))
         self._stop.unlink(missing_ok=True)
         shutil.rmtree(self.ray, ignore_errors=True)
         save_recipe(recipe, self.recipe)

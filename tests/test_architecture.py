@@ -18,7 +18,7 @@ ROOMS = [
     ["launch"],
     ["preparation", "inspection", "construction", "measure", "report", "planning.forecast", "planning.amounts"],
     ["training.worker"],
-    ["training.feed", "training.saving"],
+    ["training.feed", "training.saving", "training.exported"],
     ["training.anchors", "training.step", "hidden", "evaluation"],
     ["reference"],
     ["data.sets"],

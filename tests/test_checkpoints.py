@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +49,10 @@ def written(checkpoints: Checkpoints, step: int, measured: float | None = None, 
     return manifest
 
 
-@pytest.fixture
-def checkpoints(tmp_path: Path) -> Checkpoints:
-    return Checkpoints(Folder(str(tmp_path / "checkpoints")))
+@pytest.fixture(params=["local", "s3"])
+def checkpoints(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpoints:
+    root = str(tmp_path) if request.param == "local" else f"{request.getfixturevalue('bucket')}/{tmp_path.name}"
+    return Checkpoints(Folder(f"{root}/checkpoints"))
 
 
 @pytest.mark.parametrize(("start", "length"), [(0, 12), (0, 5), (3, 4), (5, 7), (11, 1)])
@@ -133,8 +136,12 @@ def test_a_file_says_what_is_wrong_with_it(checkpoints: Checkpoints) -> None:
     shard = written(checkpoints, 4).shards[0]
     assert fault(checkpoints.at(4), shard) is None
     assert "cannot be read" in str(fault(checkpoints.at(5), shard))
-    flip(Path(checkpoints.at(4).at(shard.file)))
+    content = bytearray(checkpoints.at(4).read(shard.file))
+    content[-3] ^= 1
+    checkpoints.at(4).write(shard.file, bytes(content))
     assert "SHA-256" in str(fault(checkpoints.at(4), shard))
+    checkpoints.at(4).write(shard.file, bytes(content[:-1]))
+    assert f"has {shard.size - 1} bytes of {shard.size}" in str(fault(checkpoints.at(4), shard))
 
 
 class Engine:
@@ -208,6 +215,46 @@ def test_a_place_that_cannot_be_written_costs_a_warning_and_no_checkpoint(tmp_pa
     (event,) = [json.loads(line) for line in run.events.read_text().splitlines()]
     assert "checkpoint after step 4 could not be written" in event["message"]
     assert "training goes on" in event["message"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of a mebibyte."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("a disk can be mounted by root alone")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_costs_a_warning_and_leaves_the_one_before(
+    tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, saver = saver_of(tmp_path, f"checkpoint.storage={small_disk}", "checkpoint.every=1", "checkpoint.keep=1")
+    saver.after_step(1, dict, {}, last=False)
+    monkeypatch.setattr(Engine, "snapshot", lambda _: state_of(0, 100_000, 100_000))
+    saver.after_step(2, dict, {}, last=False)
+    saver.after_step(3, dict, {}, last=True)
+    assert steps_kept(run) == [1]
+    assert Checkpoints(run.checkpoints(run.read_recipe())).folder.folders() == ["step-00000001"]
+    assert saver.find() is not None
+    said = run.events.read_text()
+    assert "checkpoint after step 2 could not be written" in said
+    assert "No space left on device" in said
+    # and there is room again
+    monkeypatch.setattr(Engine, "snapshot", lambda _: state_of(0, 12))
+    saver.after_step(4, dict, {}, last=True)
+    assert steps_kept(run) == [4]
+
+
+def test_a_place_that_is_read_only_is_found_before_training(tmp_path: Path, small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(
+        UserError, match=r"checkpoint\.storage: .*/disk/mine cannot be written: .*Read-only file system"
+    ):
+        saver_of(tmp_path, f"checkpoint.storage={small_disk}")
 
 
 def test_storage_elsewhere_is_not_shared_by_two_runs(tmp_path: Path) -> None:

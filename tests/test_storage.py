@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ import pytest
 from pyarrow import fs
 from stored import stream_here
 
-from raydiv import storage
 from raydiv.cache import cache_dir, shared_dir
 from raydiv.config import Recipe, load_recipe
 from raydiv.config.recipe import Cluster
@@ -114,27 +112,6 @@ def test_cache_is_a_local_folder_unless_it_is_a_uri(tmp_path: Path, monkeypatch:
 
 
 # --- S3 ---
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """A bucket of an S3 server on this machine, which this process and those that it starts find by the environment."""
-    server_of = pytest.importorskip("moto.server")
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = server_of.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        for name, value in (("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "secret"), ("DEFAULT_REGION", "us-east-1")):
-            patch.setenv(f"AWS_{name}", value)
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        patch.delenv("AWS_PROFILE", raising=False)
-        made = fs.S3FileSystem(endpoint_override=f"{host}:{port}", scheme="http", allow_bucket_creation=True)
-        made.create_dir("bucket")
-        yield "s3://bucket"
-    storage._connected.cache_clear()
-    server.stop()
 
 
 @pytest.fixture

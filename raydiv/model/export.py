@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,22 +16,28 @@ from raydiv.run import RunDirectory
 from raydiv.storage import atomic, require_empty
 
 
-def write_model(model: Any, state: dict[str, Any], base: Path, recipe: Recipe, target: Path) -> None:
+def write_model(
+    model: Any, state: dict[str, Any], base: Path, recipe: Recipe, target: Path, check: Callable[[Path], None]
+) -> None:
     """Write ``state`` (whole weights by parameter name) as ``model``'s directory: adapters alone where it has them.
 
-    Raises RuntimeError when a weight is empty: a partial model is never written.
+    Raises RuntimeError when a weight is empty or missing, and what ``check`` raises of the directory: a partial model, or
+    another one, is never left.
     """
-    empty = [name for name, weight in state.items() if weight.numel() == 0]
-    if empty or not state:
+    wanted = {name for name, weight in model.named_parameters() if weight.requires_grad or recipe.model.lora is None}
+    wrong = sorted(name for name in wanted if name not in state or state[name].numel() == 0)
+    if wrong or not state:
         raise RuntimeError(
-            f"{len(empty)} gathered weights are empty, {empty[0] if empty else 'all'} first; nothing was written"
+            f"{len(wrong)} gathered weights are empty or missing, {wrong[0] if wrong else 'all'} first; nothing was written"
         )
+    shutil.rmtree(target, ignore_errors=True)  # an attempt that died right after it
     with atomic(target) as temporary:
         if recipe.model.lora is not None:
             for adapter in model.peft_config.values():
                 adapter.base_model_name_or_path = str(base)
         model.save_pretrained(temporary, state_dict=state)
         _finish(temporary, base, recipe, adapter=recipe.model.lora is not None)
+        check(temporary)
 
 
 def export(run: Path, destination: Path, adapter: bool = False) -> Path:

@@ -18,6 +18,7 @@ from raydiv.run import Metrics, RunDirectory
 from raydiv.training.anchors import Anchors, policy_separation
 from raydiv.training.carried import Carried
 from raydiv.training.coefficients import NotFiniteError, judge
+from raydiv.training.exported import Trained, trained
 from raydiv.training.feed import ExampleSet, Feed, Share, parts, stream_steps
 from raydiv.training.metrics import Clock, estimate_facts, reward_beta, rewards, step_record
 from raydiv.training.order import epochs_of, total_steps
@@ -95,8 +96,9 @@ def run_worker(given: WorkerInput, reference: Any) -> None:
         return
     if recipe.checkpoint.final == "best" and (best := saver.best()) is not None:
         saver.restore(best)
+    expected = trained(stepper, given.train)
     head.remove()
-    _save(engine, given, run)
+    _save(engine, given, run, expected)
     if dist.rank() == 0:
         run.note_ended(str(carried.ended))
 
@@ -229,7 +231,7 @@ def _held_out(stepper: Stepper, given: WorkerInput, run: RunDirectory, step: int
     return {"step": step} | {f"eval/{name}": number for name, number in metrics.items()}
 
 
-def _save(engine: Engine, given: WorkerInput, run: RunDirectory) -> None:
+def _save(engine: Engine, given: WorkerInput, run: RunDirectory, expected: Trained) -> None:
     """Gather the trained weights and write them as a Hugging Face directory: the whole model, or the adapters."""
     adapters = given.recipe.model.lora is not None
     state: dict[str, torch.Tensor] = {}
@@ -237,7 +239,8 @@ def _save(engine: Engine, given: WorkerInput, run: RunDirectory) -> None:
         if dist.rank() == 0:
             state[name] = weight
     if dist.rank() == 0:
-        write_model(engine.model, state, given.model_directory, given.recipe, run.model)
+        check = expected.check(given.recipe)
+        write_model(engine.model, state, given.model_directory, given.recipe, run.model, check)
     dist.barrier()
 
 
