@@ -217,6 +217,19 @@ def test_a_place_that_cannot_be_written_costs_a_warning_and_no_checkpoint(tmp_pa
     assert "training goes on" in event["message"]
 
 
+def test_old_ones_that_cannot_be_removed_cost_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, saver = saver_of(tmp_path, "checkpoint.every=1", "checkpoint.keep=1")
+
+    def stuck(*_: Any) -> None:
+        raise OSError("busy")
+
+    monkeypatch.setattr(Checkpoints, "prune", stuck)
+    for step in (1, 2):
+        saver.after_step(step, dict, {}, last=step == 2)
+    assert steps_kept(run) == [2, 1]
+    assert "old checkpoints in" in run.events.read_text()
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of a mebibyte."""

@@ -8,13 +8,13 @@ function of the step alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from raydiv import dist
-from raydiv.checkpoint.shards import Shards, fault
+from raydiv.checkpoint.shards import Shard, Shards, fault
 from raydiv.checkpoint.store import Checkpoints, Manifest, assigned
 from raydiv.checkpoint.writer import Writer
 from raydiv.config import Recipe
@@ -144,29 +144,27 @@ class Saver:
         if dist.rank() == 0:
             self._commit(begun, written)
 
-    def _commit(self, begun: _Begun, written: list[Any]) -> None:
-        failures = [(rank, reason) for rank, reason in enumerate(written) if isinstance(reason, str)]
+    def _commit(self, begun: _Begun, written: Sequence[Shard | str]) -> None:
+        """Call a checkpoint whole, and let go of old ones; where a rank could not write its share, say so instead."""
+        folder = self._checkpoints.folder.uri
         try:
-            if failures:
-                rank, reason = failures[0]
-                raise OSError(f"worker {rank}: {reason}")
+            for rank, shard in enumerate(written):
+                if isinstance(shard, str):
+                    raise OSError(f"worker {rank}: {shard}")
+            shards = [shard for shard in written if isinstance(shard, Shard)]
+            of = {"run": self._id, **self._run.stage().of}
             self._checkpoints.commit(
-                Manifest(
-                    begun.step,
-                    begun.updates,
-                    dist.world_size(),
-                    begun.loop,
-                    {"run": self._id, **self._run.stage().of},
-                    begun.measured,
-                    written,
-                )
+                Manifest(begun.step, begun.updates, dist.world_size(), begun.loop, of, begun.measured, shards)
             )
-            best = self._section.mode if self._section.best_metric else None
-            self._checkpoints.prune(self._section.keep, best)
         except OSError as error:
             self._run.tell(
-                f"the checkpoint after step {begun.step} could not be written to {self._checkpoints.folder.uri}: {error}; "
-                "training goes on, and the one before it is kept"
+                f"the checkpoint after step {begun.step} could not be written to {folder}: {error}; training goes on, and "
+                "the one before it is kept"
             )
             with suppress(OSError):
                 self._checkpoints.at(begun.step).remove()
+            return
+        try:
+            self._checkpoints.prune(self._section.keep, self._section.mode if self._section.best_metric else None)
+        except OSError as error:
+            self._run.tell(f"old checkpoints in {folder} could not be removed: {error}")
