@@ -26,7 +26,7 @@ from raydiv.session import ray_session
 from raydiv.training.worker import WorkerInput, run_worker
 
 STEPS = 9
-TIMED = {"tokens_per_second", "step_seconds", "data_seconds", "peak_memory_bytes"}
+TIMED = {"checkpoint_seconds", "tokens_per_second", "step_seconds", "data_seconds", "peak_memory_bytes"}
 """What a run that is made again does not repeat."""
 
 

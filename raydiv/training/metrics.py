@@ -51,7 +51,8 @@ def step_record(plan: StepPlan, examples: TokenizedExamples, metrics: Metrics, l
 
     ``step`` counts optimizer updates from 1; ``tokens`` are real ones of the global batch, prompts included: padding,
     mismatched examples and dummies do not count; ``step_seconds`` is rank 0's wall time, ``data_seconds`` what of it passed in
-    waiting for data; ``peak_memory_bytes`` that of the worker with the most.
+    waiting for data; ``peak_memory_bytes`` that of the worker with the most. The step after a checkpoint also has
+    ``checkpoint_seconds``, which training stood still for it.
     """
     tokens, seconds = sum(examples.lengths), clock.seconds
     return {

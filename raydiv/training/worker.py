@@ -136,7 +136,7 @@ def _train(
         lr, done = learning_rate(recipe.optim, plan.step, steps), plan.step + 1
         metrics = _step(stepper, chosen, lr, plan, given, run, carried)
         metrics |= carried.means.update(metrics) | facts
-        _log(run, step_record(plan, chosen.examples, metrics, lr, clock))
+        _log(run, step_record(plan, chosen.examples, metrics, lr, clock) | saver.spent())
         if done == steps:
             carried.ended = "all steps are done"
         elif reached(recipe.optim.target_margin, metrics):
