@@ -50,11 +50,13 @@ class Engine:
         assert self._stage != "auto", "the stage is settled before workers start (raydiv.planning)"
         self._zero3 = self._stage == 3
         config = deepspeed_config(recipe)
-        # transformers looks this object up while it loads, and forgets it when it is collected
-        self._keep = HfDeepSpeedConfig(config) if self._zero3 else None
+        # transformers looks this object up while it loads, and forgets it when it is collected: another model that this
+        # process loads later is to be whole
+        loading = HfDeepSpeedConfig(config) if self._zero3 else None
         if not torch.distributed.is_initialized():
             deepspeed.init_distributed(dist_backend=None, timeout=timedelta(seconds=recipe.cluster.timeout_s))
         model = build()
+        del loading
         if recipe.engine.activation_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         trainable = [p for p in model.parameters() if p.requires_grad]
@@ -148,7 +150,6 @@ class Engine:
     def close(self) -> None:
         """Let go of hooks and buffers, for a process that builds another engine."""
         self._deepspeed.destroy()
-        self._keep = None
 
 
 def deepspeed_config(recipe: Recipe) -> dict[str, Any]:

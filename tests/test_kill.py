@@ -190,3 +190,38 @@ def test_sigterm_leaves_a_checkpoint_of_the_very_step(
     assert mlflow_steps(again, "loss") == list(range(1, STEPS + 1))
     with pytest.raises(Exception, match="another recipe"):
         train(named("term", "loss.skew=0.25"), Display(quiet=True), resume=True)
+
+
+@pytest.fixture
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A cluster of two raylets on this machine, a CPU each, which RAY_ADDRESS names."""
+    import ray
+    from ray.cluster_utils import Cluster as Raylets
+
+    ray.shutdown()
+    for name in ("initial_delay", "period", "timeout"):
+        monkeypatch.setenv(f"RAY_health_check_{name}_ms", "1000")
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    raylets = Raylets(initialize_head=True, head_node_args={"num_cpus": 1})
+    raylets.add_node(num_cpus=1)
+    monkeypatch.setenv("RAY_ADDRESS", raylets.address)
+    yield raylets
+    ray.shutdown()
+    raylets.shutdown()
+
+
+@pytest.mark.long
+def test_a_node_is_lost_and_another_one_comes(whole: Result, named: Callable[..., Recipe], two_nodes: Any) -> None:
+    recipe = named("node", "cluster.max_failures=2")
+    run = RunDirectory.of(recipe)
+
+    def lose() -> None:
+        wait_for_step(run, 5)
+        (other,) = two_nodes.worker_nodes
+        two_nodes.remove_node(other, allow_graceful=False)
+        two_nodes.add_node(num_cpus=1)
+
+    with meanwhile(lose):
+        train(recipe, Display(quiet=True))
+    assert "training goes on after step 4" in run.events.read_text()
+    assert_same_run(run, whole.run)
