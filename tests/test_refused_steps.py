@@ -93,15 +93,17 @@ def test_it_is_counted_and_named_and_one_too_many_ends_the_run(tmp_path: Path) -
     examples = SimpleNamespace(places=lambda rows: [(0, 1, int(row)) for row in rows])
     given: Any = SimpleNamespace(recipe=recipe, train=SimpleNamespace(examples=examples))
     plan: Any = SimpleNamespace(step=6, rows=np.array([40, 41, 42]))
-    counts = [_step(Stepper(), None, 0.1, plan, given, run, carried)["refused_steps"] for _ in range(2)]  # type: ignore[arg-type]
+    counts = [_step(Stepper(), None, 0.1, plan, given, run, carried, last=False)["refused_steps"] for _ in range(2)]  # type: ignore[arg-type]
     assert counts == [1, 2]
     with pytest.raises(FloatingPointError, match=r"step 7: log-probs .* one more than optim\.max_refused: 2"):
-        _step(Stepper(), None, 0.1, plan, given, run, carried)  # type: ignore[arg-type]
+        _step(Stepper(), None, 0.1, plan, given, run, carried, last=False)  # type: ignore[arg-type]
+    with pytest.raises(FloatingPointError, match="it is the last one"):
+        _step(Stepper(), None, 0.1, plan, given, run, Carried(), last=True)  # type: ignore[arg-type]
     said: list[str] = []
     run.events.rename(tmp_path / "written")
     with run.heard(said.append, lambda place: f"train.jsonl:{place[2]}"):
         run.events.write_bytes((tmp_path / "written").read_bytes())
     assert (
         said
-        == [f"step 7: {NotFiniteError('log-probs of examples [1] of the step are not finite')} (train.jsonl:41)"] * 3
+        == [f"step 7: {NotFiniteError('log-probs of examples [1] of the step are not finite')} (train.jsonl:41)"] * 4
     )

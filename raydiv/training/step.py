@@ -86,7 +86,7 @@ class Stepper:
             verdict = self._two_passes(chosen, given, mine)
         norm = self.engine.update(lr)
         if not math.isfinite(norm):
-            raise NotFiniteError(f"the gradient's norm is {norm}")
+            raise NotFiniteError(f"the gradient is not finite (its norm is {norm})")
         self.states = verdict.states
         return verdict.metrics | state_metrics(self.terms, self.states) | {"grad_norm": norm}
 

@@ -134,7 +134,7 @@ def _train(
     clock = Clock()
     for plan, chosen in clock.waits(stream):
         lr, done = learning_rate(recipe.optim, plan.step, steps), plan.step + 1
-        metrics = _step(stepper, chosen, lr, plan, given, run, carried)
+        metrics = _step(stepper, chosen, lr, plan, given, run, carried, last=done == steps)
         metrics |= carried.means.update(metrics) | facts
         _log(run, step_record(plan, chosen.examples, metrics, lr, clock) | saver.spent())
         if done == steps:
@@ -167,8 +167,12 @@ def _step(
     given: WorkerInput,
     run: RunDirectory,
     carried: Carried,
+    last: bool,
 ) -> dict[str, float]:
-    """A step's metrics. One that is not finite is left out and counted, up to ``optim.max_refused`` of them."""
+    """A step's metrics. One that is not finite is left out and counted, up to ``optim.max_refused`` of them.
+
+    After the ``last`` one none would show that the model is still sound: that one ends the run too.
+    """
     counted = {"refused_steps": float(carried.refused)} if carried.refused else {}
     try:
         return stepper.step(chosen, lr) | counted
@@ -176,10 +180,10 @@ def _step(
         carried.refused += 1
         if dist.rank() == 0:
             run.tell(f"step {plan.step + 1}: {error}", given.train.examples.places(plan.rows[error.positions[:NAMED]]))
-        if carried.refused > given.recipe.optim.max_refused:
-            raise FloatingPointError(
-                f"step {plan.step + 1}: {error}; it is one more than optim.max_refused: {given.recipe.optim.max_refused}"
-            ) from None
+        most = given.recipe.optim.max_refused
+        if last or carried.refused > most:
+            why = f"it is one more than optim.max_refused: {most}" if carried.refused > most else "it is the last one"
+            raise FloatingPointError(f"step {plan.step + 1}: {error}; {why}") from None
         return {"refused_steps": float(carried.refused)}
 
 
