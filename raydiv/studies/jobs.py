@@ -67,7 +67,8 @@ def run_jobs(jobs: Sequence[Job], at_once: int, ended: Ended) -> None:
 
 
 def _submit(client: Any, job: Job) -> str:
-    if not goes_on(RunDirectory(job.run), load_recipe(job.recipe)):
+    run = RunDirectory(job.run)
+    if not (run.holds_a_run and goes_on(run, load_recipe(job.recipe))):
         shutil.rmtree(job.run, ignore_errors=True)
     command = [sys.executable, "-m", "raydiv", "train", str(job.recipe), "--json", "--resume"]
     return str(
