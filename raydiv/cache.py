@@ -9,7 +9,7 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
-from raydiv.storage import Folder, atomic
+from raydiv.storage import Folder, atomic, sha256_of
 
 
 def cache_dir(*parts: str) -> Path:
@@ -59,9 +59,4 @@ def file_digest(path: Path) -> str:
         return real.name
     status = real.stat()
     note = cache_dir("digests") / digest(str(real), status.st_size, status.st_mtime_ns)
-    return kept(note, lambda: _sha256(real))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+    return kept(note, lambda: sha256_of(real))

@@ -84,7 +84,8 @@ def train(
         else:
             run.claim(recipe, prepared.fingerprints)
         run.note_rows((prepared.data.bad + prepared.data.cut).lines())
-        tracker = Tracker(recipe, _tags(recipe, prepared), display.say, note=run.mlflow)
+        tags = _tags(recipe, prepared)
+        tracker = Tracker(recipe, tags, display.say, note=run.mlflow)
         try:
             with run.followed(tracker.metrics, tracker.sent), run.followed(watch) if watch else nullcontext():
                 if run.stage().began is None:
@@ -98,7 +99,7 @@ def train(
                     _say_layout(run, display)
                 run.rewind(run.stage().ended or 0)
                 measurements.take(run, "after", prepared.directory)
-            return _conclude(recipe, prepared, run, tracker)
+            return _conclude(recipe, prepared, run, tracker, tags)
         except (Terminated, KeyboardInterrupt):
             tracker.finish("KILLED")
             raise
@@ -216,7 +217,7 @@ def _tags(recipe: Recipe, prepared: Prepared) -> dict[str, str]:
     return fingerprints | estimate | {f"version.{name}": version for name, version in versions().items()}
 
 
-def _conclude(recipe: Recipe, prepared: Prepared, run: RunDirectory, tracker: Tracker) -> Result:
+def _conclude(recipe: Recipe, prepared: Prepared, run: RunDirectory, tracker: Tracker, tags: dict[str, str]) -> Result:
     """Write result.json and the report, and send them to MLflow."""
     metrics = last_values(run.metrics())
     report: dict[str, Any] = {
@@ -236,7 +237,7 @@ def _conclude(recipe: Recipe, prepared: Prepared, run: RunDirectory, tracker: Tr
             "report": str(run.report),
             "pictures": str(run.pictures),
         },
-        "tags": _tags(recipe, prepared),
+        "tags": tags,
         "mlflow": {"uri": tracker.uri, "run_id": tracker.run_id, "sent": False},
     }
     _write_result(run, report)

@@ -67,15 +67,15 @@ class Prepared:
 
     def summary(self) -> dict[str, Any]:
         """For ``raydiv prepare`` and result.json."""
-        held_out = self.data.eval
+        held_out, of = self.data.eval, self.fingerprints
         return {
             "train": asdict(self.data.train.counts),
             "eval": asdict(held_out.counts) if held_out else None,
             "bad_rows": len(self.data.bad),
             "prompts_in_train_and_eval": self.data.shared_prompts,
             "evaluation_prompts_trained_on": self.trained_on,
-            "fingerprint": self.fingerprints["data"],
-            "model_fingerprint": self.fingerprints["model"],
+            "fingerprint": of["data"],
+            "model_fingerprint": of["model"],
             "reference": {"hits": self.reference_hits, "misses": self.reference_misses},
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 import uuid
@@ -33,6 +34,12 @@ def atomic(path: Path) -> Iterator[Path]:
     except OSError:  # another process finished the same folder first; its content is the same
         if not path.is_dir():
             raise
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a local file."""
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def require_empty(folder: Path) -> None:

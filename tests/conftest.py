@@ -100,6 +100,24 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("tiny-model"))
 
 
+@pytest.fixture(scope="module")
+def ray() -> Iterator[None]:
+    """A local Ray that a module's runs share."""
+    from raydiv.config.recipe import Cluster
+    from raydiv.session import ray_session
+
+    with ray_session(Cluster()):
+        yield
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Paths of what a small run trains on, holds out and is asked."""
+    from small_run import write_files
+
+    return write_files(tmp_path_factory.mktemp("data"))
+
+
 @pytest.fixture
 def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
     def write(*records: object, name: str = "data.jsonl") -> Path:

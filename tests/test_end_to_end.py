@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from small_run import recipe_of, write_files
+from small_run import recipe_of
 
 from raydiv.cli import main
 from raydiv.config import load_recipe
 from raydiv.config.loss import TYPES
-from raydiv.config.recipe import Cluster
 from raydiv.launch import Result, train
 from raydiv.preparation import fill, prepare, read
 from raydiv.progress import Display
-from raydiv.session import ray_session
 
 pytestmark = pytest.mark.slow
 
@@ -28,17 +25,6 @@ STEP_METRICS = {
     *("log_ratio/rms", "peak_memory_bytes", "state/kldo/log_mean"),
     *("divergence/ema", "divergence/name", "divergence/ceiling", "reward/margin/ema"),
 }
-
-
-@pytest.fixture(scope="module")
-def ray() -> Iterator[None]:
-    with ray_session(Cluster()):
-        yield
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return write_files(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -16,30 +16,17 @@ from typing import Any
 
 import psutil
 import pytest
-from small_run import recipe_of, write_files
+from small_run import recipe_of
 from test_resume import assert_same_run
 
 from raydiv.config import Recipe, save_recipe
-from raydiv.config.recipe import Cluster
 from raydiv.launch import Result, train
 from raydiv.progress import Display
 from raydiv.run import RunDirectory
-from raydiv.session import ray_session
 
 pytestmark = pytest.mark.slow
 
 STEPS = 8
-
-
-@pytest.fixture(scope="module")
-def ray() -> Iterator[None]:
-    with ray_session(Cluster()):
-        yield
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return write_files(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,7 @@ def live(pickled: bytes, death: Death | None) -> int:
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    step, written, begun = steps.Stepper.step, shards._sha256, []
+    step, written, begun = steps.Stepper.step, shards.sha256_of, []
     if death is not None and dist.rank() == death.rank:
 
         def mortal(self: Any, chosen: Any, lr: float) -> dict[str, float]:
@@ -77,7 +77,7 @@ def live(pickled: bytes, death: Death | None) -> int:
             return written(path)
 
         steps.Stepper.step = mortal  # type: ignore[method-assign]
-        shards._sha256 = half_written
+        shards.sha256_of = half_written
     behind = []
     go_on = worker._go_on
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor
 
 from raydiv.partitions import Piece, Snapshot
-from raydiv.storage import Folder
+from raydiv.storage import Folder, sha256_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +41,7 @@ def write_shard(folder: Folder, rank: int, state: Snapshot) -> Shard:
             save_file({_key(piece.name, kind): values for (piece, kind), values in state.items()}, path)
         except SafetensorError as error:  # a disk that is full, say
             raise OSError(f"{file}: {error}") from None
-        size, sha256 = path.stat().st_size, _sha256(path)
+        size, sha256 = path.stat().st_size, sha256_of(path)
     return Shard(file, size, sha256, {piece.name: (piece.start, piece.stop) for piece, _ in state})
 
 
@@ -53,7 +51,7 @@ def fault(folder: Folder, shard: Shard) -> str | None:
         with folder.local(shard.file) as path:
             if path.stat().st_size != shard.size:
                 return f"{shard.file} has {path.stat().st_size} bytes of {shard.size}"
-            if _sha256(path) != shard.sha256:
+            if sha256_of(path) != shard.sha256:
                 return f"{shard.file} is not what was written (its SHA-256 differs)"
     except OSError as error:
         return f"{shard.file} cannot be read: {error.strerror or error}"
@@ -102,8 +100,3 @@ class Shards:
 
 def _key(name: str, kind: str) -> str:
     return f"{kind}/{name}"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

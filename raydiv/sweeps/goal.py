@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 
 from raydiv.config import Recipe
 from raydiv.errors import UserError
-from raydiv.training import names
-from raydiv.training.names import held_out_metrics, step_metrics
+from raydiv.training.names import held_out_metrics, nearest, step_metrics, training_metrics
 
 AFTER_TRAINING = ("evaluate/kl", "evaluate/kl_per_token")
 """Measured of a trained model alone, where prompts are answered."""
@@ -24,7 +22,7 @@ def reported(recipe: Recipe, base: Iterable[str]) -> set[str]:
 def during_training(recipe: Recipe, base: Iterable[str]) -> set[str]:
     """Of these, what is reported while a run still trains."""
     apart = {name for name in base if name.startswith("separation/")} if recipe.separation.every is not None else set()
-    return names.during_training(recipe) | apart
+    return training_metrics(recipe) | apart
 
 
 def whole_names(recipe: Recipe, variants: Sequence[Recipe], base: Iterable[str]) -> dict[str, str]:
@@ -53,7 +51,7 @@ def _whole(where: str, name: str, known: set[str], when: str = "", whole: str | 
         return ends[0]
     if ends:
         raise UserError(f"{where}: may be {' or '.join(ends)}; say which")
-    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]}? " if near else ""
     every = "; separation.every and evaluate.every make them report more" if when else ""
-    raise UserError(f"{where}: no trial reports it{when} ({hint}they report: {', '.join(sorted(known))}{every})")
+    raise UserError(
+        f"{where}: no trial reports it{when} ({nearest(name, known)}they report: {', '.join(sorted(known))}{every})"
+    )

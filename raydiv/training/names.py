@@ -25,23 +25,28 @@ def held_out_metrics(recipe: Recipe) -> set[str]:
     return set() if recipe.data.eval is None else {f"eval/{name}" for name in _judged(recipe)[0]}
 
 
-def during_training(recipe: Recipe) -> set[str]:
+def training_metrics(recipe: Recipe) -> set[str]:
     """Numbers that are had while a run still trains, but those of separation, which only a measurement tells."""
     return step_metrics(recipe) | (held_out_metrics(recipe) if recipe.evaluate.every is not None else set())
 
 
+def nearest(metric: str, known: set[str]) -> str:
+    """A question after the metric that was meant, and a space; empty where none is near."""
+    near = difflib.get_close_matches(metric, sorted(known), n=1, cutoff=0.6)
+    return f"did you mean {near[0]}? " if near else ""
+
+
 def require_measured(recipe: Recipe) -> None:
     """Raise UserError where ``checkpoint.best_metric`` or ``optim.early_stop.metric`` is measured at no time in training."""
-    known = during_training(recipe)
+    known = training_metrics(recipe)
     early, best = recipe.optim.early_stop, recipe.checkpoint.best_metric
     asked = {"checkpoint.best_metric": best, "optim.early_stop.metric": early.metric if early else None}
     for key, metric in asked.items():
         apart = recipe.separation.every is not None and str(metric).startswith("separation/")
         if metric is not None and metric not in known and not apart:
-            near = difflib.get_close_matches(metric, sorted(known), n=1, cutoff=0.6)
-            hint = f"did you mean {near[0]}? " if near else ""
+            near = nearest(metric, known)
             raise UserError(
-                f"{key}: {metric} is not measured while this recipe trains; {hint}There are: {', '.join(sorted(known))}; "
+                f"{key}: {metric} is not measured while this recipe trains; {near}There are: {', '.join(sorted(known))}; "
                 "eval/* needs data.eval and evaluate.every, separation/* separation.every"
             )
 

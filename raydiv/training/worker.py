@@ -143,7 +143,7 @@ def _train(
             carried.ended = "the margin is at optim.target_margin"
         if given.anchors is not None and _due(recipe.separation.every, done) and not carried.ended:
             metrics |= (apart := policy_separation(stepper, given.anchors))
-            _log(run, {"step": done, **apart} if apart else {})
+            _log(run, {"step": done, **apart})
         if carried.ended or _due(recipe.evaluate.every, done):
             metrics |= (held_out := _held_out(stepper, given, run, step=done))
             _log(run, held_out)
