@@ -54,7 +54,9 @@ class Engine:
         # process loads later is to be whole
         loading = HfDeepSpeedConfig(config) if self._zero3 else None
         if not torch.distributed.is_initialized():
-            deepspeed.init_distributed(dist_backend=None, timeout=timedelta(seconds=recipe.cluster.timeout_s))
+            deepspeed.init_distributed(
+                dist_backend=None, timeout=timedelta(seconds=recipe.cluster.collective_timeout_s)
+            )
         model = build()
         del loading
         if recipe.engine.activation_checkpointing:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+from raydiv.beats import stalled
 from raydiv.config import Recipe
 from raydiv.errors import user_error_in
 from raydiv.measure.of_a_run import Measurements
@@ -148,7 +149,7 @@ def _fit(
         worker_entry,
         train_loop_config={"given": ray.put(given), "threads": threads_per_worker(recipe.cluster)},
         torch_config=TorchConfig(
-            backend="nccl" if recipe.cluster.use_gpu else "gloo", timeout_s=recipe.cluster.timeout_s
+            backend="nccl" if recipe.cluster.use_gpu else "gloo", timeout_s=recipe.cluster.collective_timeout_s
         ),
         scaling_config=ScalingConfig(
             num_workers=recipe.cluster.num_workers,
@@ -177,7 +178,7 @@ def _fit(
                 update(int(record["step"]), prepared.steps(recipe), step_note(record))
 
         with run.followed(show), run.heard(display.say, opened.where), at_sigterm(stop):
-            _report_failure(trainer.fit)
+            _report_failure(trainer.fit, run, recipe.cluster.timeout_s)
     if run.stage().ended is None:
         raise Terminated(f"stopped after step {run.steps_taken()}; the same command with --resume goes on")
 
@@ -188,18 +189,25 @@ def _say_layout(run: RunDirectory, display: Display) -> None:
         display.say(f"micro-batches were padded, not packed: {why}")
 
 
-def _report_failure(fit: Callable[[], Any]) -> None:
-    """Run ``fit``; of a worker's failure, keep the user's part of it and not Ray's layers around it."""
+def _report_failure(fit: Callable[[], Any], run: RunDirectory, timeout: float) -> None:
+    """Run ``fit``; of a worker's failure, keep the user's part of it and not Ray's layers around it.
+
+    Workers that stood still for ``timeout`` seconds failed each in its own way: then ``run`` has what was the matter.
+    """
     from ray.train import TrainingFailedError
 
     try:
         fit()
     except TrainingFailedError as error:
         failures = dict(getattr(error, "worker_failures", {}))
-        for rank, failure in failures.items():
+        for failure in failures.values():
             mine = user_error_in(failure)
             if mine is not None:
                 raise mine from None
+        still = stalled(run.beats(), timeout)
+        if still is not None:
+            raise RuntimeError(still) from error
+        for rank, failure in failures.items():
             cause = getattr(failure, "cause", failure)
             raise RuntimeError(f"training worker {rank}: {type(cause).__name__}: {cause}") from error
         raise RuntimeError(f"training: {error}") from error

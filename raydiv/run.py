@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from raydiv.beats import Beat
 from raydiv.config import Recipe, load_recipe, save_recipe
 from raydiv.errors import UserError
 from raydiv.lines import Lines, followed
@@ -81,6 +82,7 @@ class RunDirectory:
         self._stop = path / "stop"
         self.mlflow = path / "mlflow.json"
         self.events = path / "events.jsonl"
+        self._workers = path / "workers"
         self.metrics_file = path / "metrics.jsonl"
 
     @classmethod
@@ -238,6 +240,31 @@ class RunDirectory:
             lines.write(
                 json.dumps({"time": round(time.time(), 3), "message": message, "examples": list(examples)}) + "\n"
             )
+
+    def forget_beats(self) -> None:
+        """Those of workers that are no more."""
+        shutil.rmtree(self._workers, ignore_errors=True)
+        self._workers.mkdir(parents=True)
+
+    def note_beat(self, beat: Beat) -> None:
+        with atomic(self._workers / f"{beat.rank}.json") as temporary:
+            temporary.write_text(json.dumps(asdict(beat)) + "\n")
+
+    def beats(self) -> list[Beat]:
+        """The last beat of every training worker, by rank."""
+        # by the times of the files, which are one clock's: those of nodes differ
+        found = [(path.stat().st_mtime, json.loads(path.read_text())) for path in self._workers.glob("*.json")]
+        newest = max((written for written, _ in found), default=0.0)
+        beats = [Beat(**beat | {"silent": round(newest - written, 3)}) for written, beat in found]
+        return sorted(beats, key=lambda beat: beat.rank)
+
+    def first_to_say(self, what: str) -> bool:
+        """Whether no other worker was asked this before."""
+        try:
+            (self._workers / what).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
 
     def metrics(self) -> list[Metrics]:
         """The lines of metrics.jsonl."""

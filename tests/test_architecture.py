@@ -26,7 +26,7 @@ ROOMS = [
     ["data.index"],
     ["data.sources", "pool", "session", "engine", "checkpoint", "resuming"],
     ["model", "data", "track", "progress", "run", "partitions"],
-    ["dist", "lines", "termination"],
+    ["dist", "lines", "termination", "beats"],
     ["config"],
     ["losses"],
     ["comparison"],

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,7 +17,6 @@ from raydiv.losses import OBJECTIVES, Batch, Term, widest_scope
 from raydiv.training.coefficients import first_states, judge, known_coefficients
 from raydiv.training.metrics import (
     RATE,
-    Clock,
     RunningMeans,
     estimate_facts,
     reward_metrics,
@@ -219,30 +216,11 @@ def test_rewards_use_the_main_objective_beta() -> None:
     assert judge(terms, first_states(terms), make_batch()).metrics["reward/aligned"] == pytest.approx(0.5 * 1.25)
 
 
-def test_clock_times_a_step_from_when_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-
-    def slowly(waits: Sequence[float]) -> Iterator[float]:
-        for wait in waits:
-            now[0] += wait
-            yield wait
-        now[0] += 50.0
-
-    clock, seen = Clock(), []
-    for wait in clock.waits(slowly([3.0, 0.5])):
-        assert clock.waited == wait
-        now[0] += 10.0
-        seen.append(clock.seconds)
-    assert seen == [13.0, 10.5]
-    assert clock.waited == 0.5
-
-
 def test_record_of_a_step_counts_real_tokens_and_what_the_step_took() -> None:
     examples = TokenizedExamples.from_ids([([5] * 4, [6] * 3), ([5], [6, 2])], [True, False], [0, 0])
-    clock = Mock(seconds=2.0, waited=0.5)
+    spent = {"data": 0.5, "score": 0.25, "push": 1.0, "optimizer": 0.25, "log": 7.0, "checkpoint": 3.0}
     record = step_record(
-        StepPlan(6, 1.25, np.arange(2), np.zeros(2)), examples, {"loss": 0.5, "grad_norm": 3.0}, 1e-3, clock
+        StepPlan(6, 1.25, np.arange(2), np.zeros(2)), examples, {"loss": 0.5, "grad_norm": 3.0}, 1e-3, spent
     )
     assert record.pop("peak_memory_bytes") > 0
     assert record == {
@@ -255,6 +233,11 @@ def test_record_of_a_step_counts_real_tokens_and_what_the_step_took() -> None:
         "tokens_per_second": 5.0,
         "step_seconds": 2.0,
         "data_seconds": 0.5,
+        "score_seconds": 0.25,
+        "judge_seconds": 0.0,
+        "push_seconds": 1.0,
+        "optimizer_seconds": 0.25,
+        "checkpoint_seconds": 3.0,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -108,6 +109,32 @@ def test_a_killed_worker_is_started_again_and_nothing_is_lost(
     assert mlflow_steps(result, "loss") == list(range(1, STEPS + 1))
     assert mlflow_steps(result, "eval/loss") == mlflow_steps(whole, "eval/loss") == [0, 3, 6, 8]
     assert result.report["mlflow"]["sent"]
+
+
+@pytest.mark.long
+def test_workers_that_stand_still_are_given_up_and_started_again(
+    whole: Result, named: Callable[..., Recipe], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = named("still", "cluster.max_failures=1", "cluster.timeout_s=8")
+    run = RunDirectory.of(recipe)
+    stopped: list[psutil.Process] = []
+
+    def stop() -> None:
+        wait_for_step(run, 5)
+        stopped.append(psutil.Process(run.beats()[1].pid))
+        stopped[0].suspend()
+
+    with meanwhile(stop):
+        train(recipe)
+    said = capsys.readouterr().err
+    assert re.search(
+        rf"stood still for 8 s \(cluster\.timeout_s\) at worker 1 \(\S+, process {stopped[0].pid}\): \w+ of step \d "
+        r"\(says nothing since \d+ s\); 1 other waited, in \w+ of step \d",
+        said,
+    ), said
+    assert "training goes on after step 4" in said
+    assert_same_run(run, whole.run)
+    assert not stopped[0].is_running()
 
 
 def command(recipe: Recipe, path: Path, *more: str) -> list[str]:

@@ -23,10 +23,11 @@ from raydiv.preparation import fill, read
 from raydiv.progress import Display
 from raydiv.run import Metrics, RunDirectory
 from raydiv.session import ray_session
+from raydiv.training.metrics import TIMED as OF_PHASES
 from raydiv.training.worker import WorkerInput, run_worker
 
 STEPS = 9
-TIMED = {"checkpoint_seconds", "tokens_per_second", "step_seconds", "data_seconds", "peak_memory_bytes"}
+TIMED = {"tokens_per_second", *OF_PHASES, "peak_memory_bytes"}
 """What a run that is made again does not repeat."""
 
 

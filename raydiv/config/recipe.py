@@ -262,8 +262,15 @@ class Cluster(Section):
     max_failures: Annotated[int, Field(ge=-1)] = Field(
         default=0, description="times that workers which died are started again, from the newest checkpoint; -1: always"
     )
-    timeout_s: PositiveInt = Field(default=1800, description="seconds after which a collective is given up")
+    timeout_s: PositiveInt = Field(
+        default=1800, description="seconds without progress after which workers are given up"
+    )
     env: dict[str, str] = Field(default_factory=dict, description="environment variables of every worker")
+
+    @property
+    def collective_timeout_s(self) -> int:
+        """Of torch's collectives: the watch over workers, which knows whom they wait for, is to speak first."""
+        return self.timeout_s + 60
 
 
 class Separation(Section):

@@ -61,6 +61,7 @@ def _states(stepper: Stepper, prompts: Sequence[Ids], layer: int, pooling: str) 
     model, head_input = stepper.engine.model, []
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: head_input.append(given[0]))
     last = layer == model.config.get_text_config().num_hidden_layers
+    stepper.phases.pass_on()
     try:
         with torch.no_grad():
             # one position each for the head, which would make all logits otherwise

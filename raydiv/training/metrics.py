@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,43 +16,23 @@ from raydiv.data.tokens import TokenizedExamples
 from raydiv.losses import Batch, State, Term
 from raydiv.losses.numerics import running
 from raydiv.run import Metrics
-
-T = TypeVar("T")
-
-
-class Clock:
-    """Seconds of a step on rank 0, ``seconds``, and how long of it the step waited for its data, ``waited``."""
-
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-        self.waited = 0.0
-
-    @property
-    def seconds(self) -> float:
-        """Since the step, data included, began."""
-        return time.perf_counter() - self._started
-
-    def waits(self, steps: Iterator[T]) -> Iterator[T]:
-        """The steps, each timed from when it was asked for."""
-        while True:
-            self._started = time.perf_counter()
-            try:
-                step = next(steps)
-            except StopIteration:
-                return
-            self.waited = self.seconds
-            yield step
+from raydiv.training.phases import OF_A_STEP as PHASES
 
 
-def step_record(plan: StepPlan, examples: TokenizedExamples, metrics: Metrics, lr: float, clock: Clock) -> Metrics:
+def step_record(
+    plan: StepPlan, examples: TokenizedExamples, metrics: Metrics, lr: float, spent: Mapping[str, float]
+) -> Metrics:
     """A line of metrics.jsonl: ``metrics`` of the objective and ``grad_norm`` (before clipping), and what the step took.
 
     ``step`` counts optimizer updates from 1; ``tokens`` are real ones of the global batch, prompts included: padding,
-    mismatched examples and dummies do not count; ``step_seconds`` is rank 0's wall time, ``data_seconds`` what of it passed in
-    waiting for data; ``peak_memory_bytes`` that of the worker with the most. The step after a checkpoint also has
-    ``checkpoint_seconds``, which training stood still for it.
+    mismatched examples and dummies do not count; ``step_seconds`` is rank 0's wall time, of which ``data_seconds`` passed in
+    waiting for data, and the seconds of its other phases in them (see raydiv.training.step); ``checkpoint_seconds``, not among
+    them, is how long training stood still for a checkpoint since the step before; ``peak_memory_bytes`` that of the worker
+    with the most. ``spent``: seconds by phase.
     """
-    tokens, seconds = sum(examples.lengths), clock.seconds
+    tokens = sum(examples.lengths)
+    phases = {f"{phase}_seconds": spent.get(phase, 0.0) for phase in PHASES}
+    seconds = sum(phases.values())
     return {
         "step": plan.step + 1,
         "epoch": plan.epoch,
@@ -63,12 +41,14 @@ def step_record(plan: StepPlan, examples: TokenizedExamples, metrics: Metrics, l
         "tokens": tokens,
         "tokens_per_second": tokens / seconds,
         "step_seconds": seconds,
-        "data_seconds": clock.waited,
+        **phases,
+        "checkpoint_seconds": spent.get("checkpoint", 0.0),
         "peak_memory_bytes": dist.max_over_ranks(peak_memory()),
     }
 
 
-OF_A_STEP = ("grad_norm", "lr", "tokens", "tokens_per_second", "step_seconds", "data_seconds", "peak_memory_bytes")
+TIMED = ("step_seconds", *(f"{phase}_seconds" for phase in PHASES), "checkpoint_seconds")
+OF_A_STEP = ("grad_norm", "lr", "tokens", "tokens_per_second", *TIMED, "peak_memory_bytes")
 """What ``step_record`` has besides the objective's metrics, where step and epoch stand."""
 
 MEANS = ("divergence", "reward/margin")

@@ -44,7 +44,7 @@ class Saver:
         self._possible = recipe.engine.nvme_path is None
         self._writer = Writer(dist.rank())
         self._begun: _Begun | None = None
-        self._due, self._last, self._spent = False, time.monotonic(), 0.0
+        self._due, self._last = False, time.monotonic()
         self._id = dist.from_first(run.stage().id if dist.rank() == 0 else "")
 
     def find(self) -> Manifest | None:
@@ -102,7 +102,6 @@ class Saver:
         ``loop``: what the loop carries on; ``metrics``: what was measured after this step. A checkpoint waits for a step at
         which ``checkpoint.best_metric`` is measured; after the ``last`` step everything is written before this returns.
         """
-        started = time.perf_counter()
         metric = self._section.best_metric
         measured = None if metric is None else metrics.get(metric)
         busy, due, stop = self._agreed(step, ready=metric is None or measured is not None)
@@ -114,14 +113,7 @@ class Saver:
             self._begin(step, loop, measured)
         if stop or last:
             self._settle()
-        if due or stop:
-            self._spent += time.perf_counter() - started
         return stop
-
-    def spent(self) -> dict[str, float]:
-        """``checkpoint_seconds`` that the loop has waited for checkpoints since the last call, if any was due."""
-        spent, self._spent = self._spent, 0.0
-        return {"checkpoint_seconds": spent} if spent else {}
 
     def _agreed(self, step: int, ready: bool) -> tuple[bool, bool, bool]:
         """Whether any rank still writes, a checkpoint is to be begun, and the run is to stop: the same on every rank."""

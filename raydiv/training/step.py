@@ -28,6 +28,7 @@ from raydiv.model.head import LogProbHead, Weigh
 from raydiv.model.packing import Packing
 from raydiv.training.coefficients import NotFiniteError, Verdict, first_states, judge, known_coefficients
 from raydiv.training.metrics import state_metrics
+from raydiv.training.phases import Phases
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,8 @@ class Stepper:
     """Runs steps of one objective on one engine and holds the objective's running state.
 
     ``engine`` is called as the model's forward and has ``model``, ``device``, ``backward``, ``update`` and ``discard`` (see
-    raydiv.engine.Engine). ``forwards`` counts this rank's forwards.
+    raydiv.engine.Engine). ``forwards`` counts this rank's forwards. ``phases`` are told what it does: ``score`` and ``judge``,
+    ``push``, which is all of a step that is one pass, and ``optimizer``.
     """
 
     engine: Any
@@ -61,6 +63,7 @@ class Stepper:
     seed: int = 0
     states: list[State] = field(default_factory=list)
     forwards: int = 0
+    phases: Phases = field(default_factory=Phases)
 
     def __post_init__(self) -> None:
         self.states = self.states or first_states(self.terms)
@@ -74,6 +77,7 @@ class Stepper:
 
     def step(self, chosen: StepExamples, lr: float) -> dict[str, float]:
         """One optimizer update; returns its metrics. One that is not finite raises NotFiniteError, and changes nothing."""
+        self.phases.enter("score")
         self.engine.model.train()
         given = self._given(chosen)
         dealt, whole = self.layout.training(chosen.examples.lengths, chosen.examples.units)
@@ -84,6 +88,7 @@ class Stepper:
             verdict = self._keep_graph(chosen, given, mine[0])
         else:
             verdict = self._two_passes(chosen, given, mine)
+        self.phases.enter("optimizer")
         norm = self.engine.update(lr)
         if not math.isfinite(norm):
             raise NotFiniteError(f"the gradient is not finite (its norm is {norm})")
@@ -113,12 +118,15 @@ class Stepper:
         """One pass for any objective: a rank's only micro-batch keeps its graph until the coefficients are known."""
         score = self._score(chosen.number, chosen.examples, micro_batch, grad=True)
         logps = gathered(len(chosen.examples), [micro_batch], [score], self.engine.device)
+        self.phases.enter("judge")
         verdict = judge(self.terms, self.states, replace(given, logps=logps))
+        self.phases.enter("push")
         self.engine.backward((self._own(verdict.coefficients, micro_batch) * score).sum(), last=True)
         return verdict
 
     def _stream(self, chosen: StepExamples, given: Batch, mine: list[MicroBatch]) -> Verdict:
         """One pass where a micro-batch tells its own coefficients: the head asks for them run by run."""
+        self.phases.enter("push")
         logps = given.logps.clone()
         for count, micro_batch in enumerate(mine, start=1):
             inputs = self._inputs(chosen.examples, micro_batch)
@@ -129,6 +137,7 @@ class Stepper:
             )
         own = [logps[micro_batch] for micro_batch in mine]
         whole = replace(given, logps=gathered(len(chosen.examples), mine, own, self.engine.device))
+        self.phases.enter("judge")
         try:
             return judge(self.terms, self.states, whole)
         except NotFiniteError:
@@ -154,7 +163,9 @@ class Stepper:
     def _two_passes(self, chosen: StepExamples, given: Batch, mine: list[MicroBatch]) -> Verdict:
         """Score every micro-batch, judge, then forward each again for its backward."""
         logps = self._score_layout(chosen.number, chosen.examples, mine)
+        self.phases.enter("judge")
         verdict = judge(self.terms, self.states, replace(given, logps=logps))
+        self.phases.enter("push")
         for count, micro_batch in enumerate(mine, start=1):
             inputs = self._inputs(chosen.examples, micro_batch)
             coefficients = self._own(verdict.coefficients, micro_batch)[inputs.examples]
@@ -198,6 +209,7 @@ class Stepper:
         # score and push of a micro-batch must draw the same dropout masks
         torch.manual_seed(_seed(self.seed, step, *micro_batch))
         self.forwards += 1
+        self.phases.pass_on()
         self.head.aim(inputs.rows, inputs.columns, inputs.targets, weigh, runs)
         return self.engine(**inputs.arguments()).logits  # type: ignore[no-any-return]
 

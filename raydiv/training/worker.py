@@ -20,11 +20,13 @@ from raydiv.training.carried import Carried
 from raydiv.training.coefficients import NotFiniteError, judge
 from raydiv.training.exported import Trained, trained
 from raydiv.training.feed import ExampleSet, Feed, Share, parts, stream_steps
-from raydiv.training.metrics import Clock, estimate_facts, reward_beta, rewards, step_record
+from raydiv.training.metrics import estimate_facts, reward_beta, rewards, step_record
 from raydiv.training.order import epochs_of, total_steps
+from raydiv.training.phases import Phases
 from raydiv.training.saving import Saver
 from raydiv.training.schedule import learning_rate
 from raydiv.training.step import StepExamples, Stepper, joined
+from raydiv.training.watch import Watch
 
 if TYPE_CHECKING:
     from raydiv.engine import Engine
@@ -64,13 +66,23 @@ def run_worker(given: WorkerInput, reference: Any) -> None:
 
     ``reference`` is the Ray object that holds ``given``.
     """
+    recipe, run = given.recipe, RunDirectory(given.run_directory)
+    if dist.rank() == 0:
+        run.forget_beats()
+    dist.barrier()
+    phases = Phases()
+    with Watch(run, phases, recipe.cluster.timeout_s):
+        _work(given, reference, run, phases)
+
+
+def _work(given: WorkerInput, reference: Any, run: RunDirectory, phases: Phases) -> None:
     from raydiv.engine import Engine
     from raydiv.model.head import LogProbHead
     from raydiv.model.load import DTYPES, build_policy
     from raydiv.model.probe import Probe
     from raydiv.model.quiet import quiet
 
-    recipe, run = given.recipe, RunDirectory(given.run_directory)
+    recipe = given.recipe
     quiet()
     torch.manual_seed(recipe.seed)
     dtype = DTYPES[recipe.engine.precision]
@@ -79,7 +91,7 @@ def run_worker(given: WorkerInput, reference: Any) -> None:
     packing = _packing(recipe, Probe(head, engine.model, engine, engine.device), run)
     tokens = recipe.batch.tokens_per_microbatch
     assert tokens != "auto", "micro-batches are settled before workers start (raydiv.planning)"
-    stepper = Stepper(engine, head, recipe.loss.terms, tokens, packing, recipe.seed)
+    stepper = Stepper(engine, head, recipe.loss.terms, tokens, packing, recipe.seed, phases=phases)
     share = Share(stepper.layout, dist.rank(), trains=True, scores=given.train.reference_logps is None)
     epochs = epochs_of(recipe, given.train.examples)
     steps = total_steps(recipe, epochs.steps_per_epoch)
@@ -90,10 +102,11 @@ def run_worker(given: WorkerInput, reference: Any) -> None:
     stopped = False
     if carried.ended is None:
         feed, again = Feed(given.train, epochs, share), partial(_feed_again, reference, share)
-        stream = stream_steps(feed, again, behind, steps)
+        stream = phases.waits(stream_steps(feed, again, behind, steps), behind)
         stopped = _train(stepper, saver, given, run, carried, stream, steps)
     if stopped:
         return
+    phases.enter("export")
     if recipe.checkpoint.final == "best" and (best := saver.best()) is not None:
         saver.restore(best)
     expected = trained(stepper, given.train)
@@ -131,17 +144,19 @@ def _train(
 ) -> bool:
     """Steps until training is over, which is noted in ``carried``, or the run is asked to stop: then returns True."""
     recipe, facts = given.recipe, estimate_facts(given.recipe.loss.terms[0])
-    clock = Clock()
-    for plan, chosen in clock.waits(stream):
+    phases = stepper.phases
+    for plan, chosen in stream:
         lr, done = learning_rate(recipe.optim, plan.step, steps), plan.step + 1
         metrics = _step(stepper, chosen, lr, plan, given, run, carried, last=done == steps)
         metrics |= carried.means.update(metrics) | facts
-        _log(run, step_record(plan, chosen.examples, metrics, lr, clock) | saver.spent())
+        phases.enter("log")
+        _log(run, step_record(plan, chosen.examples, metrics, lr, phases.spent()))
         if done == steps:
             carried.ended = "all steps are done"
         elif reached(recipe.optim.target_margin, metrics):
             carried.ended = "the margin is at optim.target_margin"
         if given.anchors is not None and _due(recipe.separation.every, done) and not carried.ended:
+            phases.enter("separation")
             metrics |= (apart := policy_separation(stepper, given.anchors))
             _log(run, {"step": done, **apart})
         if carried.ended or _due(recipe.evaluate.every, done):
@@ -150,6 +165,7 @@ def _train(
             early = recipe.optim.early_stop
             if early is not None and carried.patience.worn_out(early, metrics[early.metric]) and not carried.ended:
                 carried.ended = f"{early.metric} was no better in {early.patience} evaluations (optim.early_stop)"
+        phases.enter("checkpoint")
         if saver.after_step(
             done, lambda: carried.as_json(stepper.states, run.logged), metrics, last=carried.ended is not None
         ):
@@ -222,6 +238,7 @@ def _held_out(stepper: Stepper, given: WorkerInput, run: RunDirectory, step: int
     """
     if given.eval is None:
         return {}
+    stepper.phases.enter("evaluate")
     share = Share(stepper.layout, dist.rank(), trains=False, scores=True)
     order = InOrder(given.eval.examples.lengths, EVALUATED_TOGETHER)
     scored = [stepper.score(chosen) for chosen in parts(Feed(given.eval, order, share), order.parts)]

@@ -1,0 +1,134 @@
+"""Workers that stand still: who is named, and that none is left standing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from raydiv.beats import Beat, stalled
+from raydiv.run import RunDirectory
+from raydiv.training.phases import Phases
+from raydiv.training.watch import STATUS, Watch
+
+BEAT = Beat(rank=0, of=4, host="a", pid=7, step=6, phase="score", passed=50, idle=61.0, every=5.0)
+
+
+def beats(*changes: dict[str, object]) -> list[Beat]:
+    return [replace(BEAT, rank=rank, **change) for rank, change in enumerate(changes)]  # type: ignore[arg-type]
+
+
+def test_nobody_is_named_before_the_time() -> None:
+    assert stalled([], 60) is None
+    assert stalled(beats({"idle": 59.0}, {"idle": 3.0}), 60) is None
+
+
+def test_who_has_come_least_far_is_whom_the_others_wait_for() -> None:
+    said = stalled(beats({}, {"passed": 49, "phase": "data", "where": "training/feed.py:75 (read)"}, {}), 60)
+    assert said == (
+        "training has stood still for 60 s (cluster.timeout_s) at worker 1 (a, process 7): data of step 6, at "
+        "training/feed.py:75 (read); 2 others waited, in score of step 6"
+    )
+
+
+def test_who_says_nothing_comes_before_who_has_come_least_far() -> None:
+    said = stalled(beats({"passed": 49}, {"silent": 16.0}), 60)
+    assert said is not None
+    assert "at worker 1 (a, process 7): score of step 6 (says nothing since 16 s); 1 other waited" in said
+
+
+def test_where_all_stand_alike_some_are_named() -> None:
+    said = stalled(beats(*({},) * 7), 60)
+    assert said is not None
+    assert [f"worker {rank}" in said for rank in range(7)] == [True] * 4 + [False] * 3
+    assert said.endswith("; and 3 more there")
+
+
+def test_phases_take_what_time_passes_in_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def slowly() -> Iterator[int]:
+        for wait in (3, 1):
+            now[0] += wait
+            yield wait
+        now[0] += 50
+
+    phases, seen = Phases(), []
+    phases.spent()
+    for wait in phases.waits(slowly(), behind=4):
+        for phase, seconds in (("score", 10), ("judge", 2), ("score", 5)):
+            phases.enter(phase)
+            now[0] += seconds
+        assert phases.idle == 5
+        phases.enter("log")
+        seen.append((wait, phases.step, phases.spent()))
+        now[0] += 20
+    before = phases.passed
+    phases.pass_on()
+    assert phases.passed == before + 1
+    assert phases.idle == 0
+    assert seen == [
+        (3, 5, {"start": 0, "data": 3, "score": 15, "judge": 2, "log": 0}),
+        (1, 6, {"log": 20, "data": 1, "score": 15, "judge": 2}),
+    ]
+
+
+def test_beats_are_of_this_start_alone_and_silence_is_seen(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.forget_beats()
+    run.note_beat(replace(BEAT, rank=3))
+    run.forget_beats()
+    for beat in beats({}, {}):
+        run.note_beat(beat)
+    os.utime(run.path / "workers" / "1.json", (1, time.time() - 100))
+    found = run.beats()
+    assert [beat.rank for beat in found] == [0, 1]
+    assert [beat.mute for beat in found] == [False, True]
+    assert run.first_to_say("stalled")
+    assert not run.first_to_say("stalled")
+    assert run.beats() == found
+
+
+def test_a_worker_that_goes_on_is_left_alone(tmp_path: Path) -> None:
+    run, phases = RunDirectory(tmp_path), Phases()
+    run.forget_beats()
+    with Watch(run, phases, timeout=0.5):
+        for _ in range(10):
+            phases.pass_on()
+            time.sleep(0.1)
+    assert run.beats()[0].passed == 10
+    assert not run.events.exists()
+
+
+STUCK = """
+import sys, time
+from pathlib import Path
+from raydiv.run import RunDirectory
+from raydiv.training.phases import Phases
+from raydiv.training.watch import Watch
+
+def waits_for_ever():
+    time.sleep(60)
+
+run, phases = RunDirectory(Path(sys.argv[1])), Phases()
+run.forget_beats()
+phases.enter("data")
+with Watch(run, phases, timeout=0.5):
+    waits_for_ever()
+"""
+
+
+def test_a_worker_that_stands_still_says_where_and_ends(tmp_path: Path) -> None:
+    ended = subprocess.run([sys.executable, "-c", STUCK, tmp_path], timeout=60)
+    assert ended.returncode == STATUS
+    event = json.loads(RunDirectory(tmp_path).events.read_text())
+    assert "process" in event["message"]
+    assert "data of step 0, at ./<string>:8 (waits_for_ever)" in event["message"]
