@@ -8,10 +8,11 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raydiv.beats import stalled
 from raydiv.config import Recipe
+from raydiv.config.recipe import Cluster
 from raydiv.errors import user_error_in
 from raydiv.measure.of_a_run import Measurements
 from raydiv.planning.architecture import architecture_of
@@ -30,10 +31,15 @@ from raydiv.training.metrics import estimate_facts
 from raydiv.training.order import epochs_of
 from raydiv.training.worker import WorkerInput, worker_entry
 
+if TYPE_CHECKING:
+    from ray.train import ScalingConfig
+
 UNBOUNDED = (
     "loss.type {type} has no floor on any one data set, and nothing in this recipe holds it: watch log_ratio/rms, and see "
     '"Holding an unbounded objective" in the README'
 )
+RESIZE_S = 60.0
+"""Seconds between looks for nodes that have come, under ``cluster.min_workers``."""
 VERSIONED = ("raydiv", "ray", "torch", "deepspeed", "transformers", "peft", "mlflow")
 
 
@@ -126,7 +132,7 @@ def _finished(recipe: Recipe, run: RunDirectory, display: Display) -> Result:
 def settled(recipe: Recipe, prepared: Prepared) -> tuple[Recipe, bool]:
     """The recipe with the layout that its workers' memory takes, and whether there is twice as much; needs a Ray session."""
     epochs = epochs_of(recipe, prepared.train.examples)
-    share = largest_share(epochs, prepared.steps(recipe), prepared.train.examples.lengths, recipe.cluster.num_workers)
+    share = largest_share(epochs, prepared.steps(recipe), prepared.train.examples.lengths, recipe.cluster.fewest)
     architecture, memory = architecture_of(recipe), worker_memory(recipe.cluster)
     found = settle(architecture, recipe, share, memory)
     return with_layout(recipe, found), 2 * found.memory.total <= memory
@@ -140,7 +146,7 @@ def _fit(
     Raises Terminated when SIGTERM stopped them, after a checkpoint.
     """
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     anchors = Anchors.of(recipe, opened.chat, opened.prompts.separation)
@@ -151,14 +157,7 @@ def _fit(
         torch_config=TorchConfig(
             backend="nccl" if recipe.cluster.use_gpu else "gloo", timeout_s=recipe.cluster.collective_timeout_s
         ),
-        scaling_config=ScalingConfig(
-            num_workers=recipe.cluster.num_workers,
-            use_gpu=recipe.cluster.use_gpu,
-            resources_per_worker={
-                "CPU": cpus_per_worker(recipe.cluster),
-                **({"GPU": 1} if recipe.cluster.use_gpu else {}),
-            },
-        ),
+        scaling_config=_scaling(recipe.cluster),
         run_config=RunConfig(
             name=recipe.name,
             storage_path=str(run.ray),
@@ -181,6 +180,18 @@ def _fit(
             _report_failure(trainer.fit, run, recipe.cluster.timeout_s)
     if run.stage().ended is None:
         raise Terminated(f"stopped after step {run.steps_taken()}; the same command with --resume goes on")
+
+
+def _scaling(cluster: Cluster) -> ScalingConfig:
+    """How many workers, and what each reserves."""
+    from ray.train import ScalingConfig
+
+    return ScalingConfig(
+        num_workers=cluster.num_workers if cluster.min_workers is None else (cluster.min_workers, cluster.num_workers),
+        elastic_resize_monitor_interval_s=RESIZE_S,
+        use_gpu=cluster.use_gpu,
+        resources_per_worker={"CPU": cpus_per_worker(cluster), **({"GPU": 1} if cluster.use_gpu else {})},
+    )
 
 
 def _say_layout(run: RunDirectory, display: Display) -> None:

@@ -22,7 +22,7 @@ LAYOUT = (
 )
 """Keys that say how an update is computed, not which: they may differ too."""
 
-MACHINE = ("num_workers", "use_gpu", "worker_memory_gb", "cpus", "cpus_per_worker")
+MACHINE = ("num_workers", "min_workers", "use_gpu", "worker_memory_gb", "cpus", "cpus_per_worker")
 """Of the cluster: where these are as before, so is a layout that the recipe leaves open."""
 
 

@@ -129,16 +129,17 @@ def require_resources(cluster: Cluster) -> None:
 
     have = ray.cluster_resources()
     kind, each = ("GPU", 1.0) if cluster.use_gpu else ("CPU", cluster.cpus_per_worker or 1.0)
-    wanted, there = cluster.num_workers * each, have.get(kind, 0.0)
+    wanted, there = cluster.fewest * each, have.get(kind, 0.0)
     if cluster.cpus is not None and cluster.cpus > have.get("CPU", 0.0):
         raise UserError(f"cluster.cpus: {cluster.cpus:g}, and the cluster has {have.get('CPU', 0.0):g}")
     if kind == "CPU":
         there = cpus(cluster)
     if wanted > there:
+        key = "num_workers" if cluster.min_workers is None else "min_workers"
         owner = "the cluster has" if cluster.use_gpu or cluster.cpus is None else "cluster.cpus is"
         less = "(or set use_gpu: false)" if cluster.use_gpu else "or cluster.cpus_per_worker"
         raise UserError(
-            f"cluster.num_workers: {cluster.num_workers} workers need {wanted:g} {kind}s, and {owner} {there:g}; "
+            f"cluster.{key}: {cluster.fewest} workers need {wanted:g} {kind}s, and {owner} {there:g}; "
             f"lower it {less}, or add nodes"
         )
 

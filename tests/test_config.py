@@ -675,3 +675,22 @@ def test_what_only_looks_like_a_secret_is_kept() -> None:
     )
     assert recipe.cluster.env == {"TOKENIZERS_PARALLELISM": "true", "AWS_REGION": "eu"}
     assert recipe.track.tags == {"monkey": "see", "tokenizer": "bpe"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["cluster.min_workers=3"], ("min_workers is 3", "num_workers, which is 2")),
+        (["cluster.min_workers=1"], ("min_workers needs max_failures",)),
+        (["cluster.min_workers=1", "cluster.max_failures=-1"], ("min_workers needs cpus_per_worker",)),
+    ],
+)
+def test_workers_that_come_and_go_need_the_means_for_it(overrides: list[str], words: tuple[str, ...]) -> None:
+    message = refusal(tree(), "cluster.num_workers=2", *overrides)
+    assert all(word in message for word in ("cluster: ", *words))
+
+
+def test_a_layout_is_made_for_the_fewest_workers() -> None:
+    elastic = ["cluster.num_workers=8", "cluster.min_workers=2", "cluster.max_failures=3", "cluster.use_gpu=true"]
+    assert load_recipe(tree(), elastic).cluster.fewest == 2
+    assert load_recipe(tree(), ["cluster.num_workers=8"]).cluster.fewest == 8

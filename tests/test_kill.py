@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from _thread import interrupt_main
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +21,12 @@ import pytest
 from small_run import recipe_of
 from test_resume import assert_same_run
 
+from raydiv import launch
 from raydiv.config import Recipe, save_recipe
 from raydiv.launch import Result, train
 from raydiv.progress import Display
 from raydiv.run import RunDirectory
+from raydiv.termination import Terminated
 
 pytestmark = pytest.mark.slow
 
@@ -76,13 +79,17 @@ def meanwhile(act: Callable[[], None]) -> Iterator[None]:
             act()
         except BaseException as error:
             failure.append(error)
+            # the block may wait for what will not come now
+            interrupt_main()
 
     thread = threading.Thread(target=acting)
     thread.start()
-    yield
-    thread.join()
-    if failure:
-        raise failure[0]
+    try:
+        yield
+    finally:
+        thread.join()
+        if failure:
+            raise failure[0]
 
 
 def mlflow_steps(result: Result, metric: str) -> list[int]:
@@ -207,8 +214,8 @@ def test_sigterm_leaves_a_checkpoint_of_the_very_step(
 
 
 @pytest.fixture
-def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A cluster of two raylets on this machine, a CPU each, which RAY_ADDRESS names."""
+def raylets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A cluster of one raylet on this machine, which RAY_ADDRESS names; all that come have a CPU each."""
     import ray
     from ray.cluster_utils import Cluster as Raylets
 
@@ -216,8 +223,7 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     for name in ("initial_delay", "period", "timeout"):
         monkeypatch.setenv(f"RAY_health_check_{name}_ms", "1000")
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
-    raylets = Raylets(initialize_head=True, head_node_args={"num_cpus": 1})
-    raylets.add_node(num_cpus=1)
+    raylets = Raylets(initialize_head=True, shutdown_at_exit=False, head_node_args={"num_cpus": 1})
     monkeypatch.setenv("RAY_ADDRESS", raylets.address)
     yield raylets
     ray.shutdown()
@@ -225,17 +231,49 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.mark.long
-def test_a_node_is_lost_and_another_one_comes(whole: Result, named: Callable[..., Recipe], two_nodes: Any) -> None:
+def test_a_node_is_lost_and_another_one_comes(whole: Result, named: Callable[..., Recipe], raylets: Any) -> None:
     recipe = named("node", "cluster.max_failures=2")
     run = RunDirectory.of(recipe)
+    other = raylets.add_node(num_cpus=1)
 
     def lose() -> None:
         wait_for_step(run, 5)
-        (other,) = two_nodes.worker_nodes
-        two_nodes.remove_node(other, allow_graceful=False)
-        two_nodes.add_node(num_cpus=1)
+        raylets.remove_node(other, allow_graceful=False)
+        raylets.add_node(num_cpus=1)
 
     with meanwhile(lose):
         train(recipe, Display(quiet=True))
     assert "training goes on after step 4" in run.events.read_text()
     assert_same_run(run, whole.run)
+
+
+@pytest.mark.long
+def test_workers_come_and_go_with_the_nodes(
+    named: Callable[..., Recipe], raylets: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "RESIZE_S", 1.0)
+    elastic = ("cluster.min_workers=1", "cluster.cpus_per_worker=0.9", "cluster.max_failures=2")
+    recipe = named("elastic", "optim.steps=100000", "evaluate.every=null", "checkpoint.every=10", *elastic)
+    run = RunDirectory.of(recipe)
+
+    def wait_for_workers(number: int) -> None:
+        end = time.monotonic() + 180
+        while {beat.of for beat in run.beats()} != {number} or not run.beats()[0].step:
+            assert time.monotonic() < end, run.beats()
+            time.sleep(0.2)
+
+    def come_and_go() -> None:
+        wait_for_step(run, 5)
+        wait_for_workers(1)
+        other = raylets.add_node(num_cpus=1)
+        wait_for_workers(2)
+        wait_for_step(run, run.steps_taken() + 20)
+        raylets.remove_node(other, allow_graceful=False)
+        wait_for_workers(1)
+        run.ask_to_stop()
+
+    with meanwhile(come_and_go), pytest.raises(Terminated):
+        train(recipe, Display(quiet=True))
+    steps = [record["step"] for record in run.metrics() if "loss" in record]
+    assert steps == list(range(1, len(steps) + 1))
+    assert run.events.read_text().count("training goes on after step") == 2

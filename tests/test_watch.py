@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from raydiv.beats import Beat, stalled
+from raydiv.launch import _report_failure
 from raydiv.run import RunDirectory
 from raydiv.training.phases import Phases
 from raydiv.training.watch import STATUS, Watch
@@ -127,8 +128,26 @@ with Watch(run, phases, timeout=0.5):
 
 
 def test_a_worker_that_stands_still_says_where_and_ends(tmp_path: Path) -> None:
-    ended = subprocess.run([sys.executable, "-c", STUCK, tmp_path], timeout=60)
+    script = tmp_path / "stuck.py"
+    script.write_text(STUCK)
+    ended = subprocess.run([sys.executable, script, tmp_path / "run"], timeout=60)
     assert ended.returncode == STATUS
-    event = json.loads(RunDirectory(tmp_path).events.read_text())
-    assert "process" in event["message"]
-    assert "data of step 0, at ./<string>:8 (waits_for_ever)" in event["message"]
+    event = json.loads(RunDirectory(tmp_path / "run").events.read_text())
+    assert f"data of step 0, at {tmp_path.name}/stuck.py:9 (waits_for_ever)" in event["message"]
+
+
+def test_a_failure_of_workers_that_stood_still_says_so(tmp_path: Path) -> None:
+    from ray.train import TrainingFailedError
+
+    run = RunDirectory(tmp_path)
+    run.forget_beats()
+
+    def fit() -> None:
+        raise TrainingFailedError("another worker's connection was closed")
+
+    run.note_beat(replace(BEAT, idle=3.0))
+    with pytest.raises(RuntimeError, match="connection was closed"):
+        _report_failure(fit, run, 60)
+    run.note_beat(BEAT)
+    with pytest.raises(RuntimeError, match="training has stood still for 60 s"):
+        _report_failure(fit, run, 60)

@@ -245,6 +245,9 @@ class Cluster(Section):
     """Ray's resources. Without RAY_ADDRESS a local Ray is started for the command and stopped after it."""
 
     num_workers: PositiveInt = 1
+    min_workers: PositiveInt | None = Field(
+        default=None, description="fewest workers to train with while nodes come and go; by default always num_workers"
+    )
     use_gpu: bool = False
     cpus: PositiveFloat | None = Field(
         default=None, description="CPUs that a run may take in all; by default the cluster's"
@@ -266,6 +269,23 @@ class Cluster(Section):
         default=1800, description="seconds without progress after which workers are given up"
     )
     env: dict[str, str] = Field(default_factory=dict, description="environment variables of every worker")
+
+    @model_validator(mode="after")
+    def _can_shrink(self) -> Cluster:
+        if self.min_workers is None:
+            return self
+        if self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers is {self.min_workers}, more than num_workers, which is {self.num_workers}")
+        if self.max_failures == 0:
+            raise ValueError("min_workers needs max_failures: a lost worker is a failure, and ends the run without it")
+        if not self.use_gpu and self.cpus_per_worker is None:
+            raise ValueError("min_workers needs cpus_per_worker: by it Ray knows how many workers there is room for")
+        return self
+
+    @property
+    def fewest(self) -> int:
+        """Workers that training takes at the least: what fits these fits more."""
+        return self.min_workers or self.num_workers
 
     @property
     def collective_timeout_s(self) -> int:

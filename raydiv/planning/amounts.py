@@ -89,7 +89,7 @@ def _counted(recipe: Recipe, opened: Sequence[OpenSource], unread: list[str]) ->
     examples = make_sets(recipe, indices[:train], indices[train:]).train.examples
     epochs = epochs_of(recipe, examples)
     steps = total_steps(recipe, epochs.steps_per_epoch)
-    share = largest_share(epochs, steps, examples.lengths, recipe.cluster.num_workers)
+    share = largest_share(epochs, steps, examples.lengths, recipe.cluster.fewest)
     weights = np.array([source.weight for source in recipe.data.train])[examples.source]
     tokens = round(float((weights * examples.lengths).sum()))
     return Amounts("counted", round(float(weights.sum())), tokens, steps, share, unread)
@@ -179,7 +179,7 @@ def _assumed(recipe: Recipe, sample: _Sample | None, unread: list[str]) -> Amoun
     if sample is not None:
         lengths = [[longest for record in source for _ in record] for source in sample.taken]
         return _extrapolated(recipe, sample, lengths, "assumed", unread)
-    most = -(-recipe.batch.examples // recipe.cluster.num_workers) * longest
+    most = -(-recipe.batch.examples // recipe.cluster.fewest) * longest
     return Amounts("assumed", None, None, recipe.optim.steps, Share(longest, most, most), unread)
 
 
@@ -196,6 +196,6 @@ def _extrapolated(
     size = max(1, recipe.batch.examples // (2 if sample.pairs else 1))
     steps = total_steps(recipe, max(1, -(-round(units) // size)))
     flat = np.array([length for own in lengths for length in own])
-    share = largest_share(sample.epochs(recipe), steps, flat, recipe.cluster.num_workers)
+    share = largest_share(sample.epochs(recipe), steps, flat, recipe.cluster.fewest)
     tokens = sample.weighted(recipe, [[float(length) for length in own] for own in lengths])
     return Amounts(how, round(examples), round(tokens), steps, share, unread)

@@ -114,7 +114,7 @@ def layouts(architecture: Architecture, recipe: Recipe, share: Share, memory: in
 
 def _at_stage(architecture: Architecture, recipe: Recipe, stage: Stage, share: Share, memory: int) -> Fit:
     """The largest micro-batch that fits, up to the share, and no smaller than the longest example."""
-    whole, workers = max(share.longest, share.tokens(architecture)), recipe.cluster.num_workers
+    whole, workers = max(share.longest, share.tokens(architecture)), recipe.cluster.fewest
 
     def needed(tokens: int) -> Memory:
         return memory_of(architecture, recipe, workers, stage, tokens, accumulates=tokens < whole)
@@ -200,10 +200,10 @@ def _shorter(recipe: Recipe, share: Share, memory: int) -> str | None:
 
 def _more_workers(recipe: Recipe, share: Share, memory: int) -> str | None:
     """The smallest number of workers, doubling, at which it fits."""
-    workers = recipe.cluster.num_workers
-    more = 2 * workers
+    workers = recipe.cluster.fewest
+    key, more = "num_workers" if recipe.cluster.min_workers is None else "min_workers", 2 * workers
     while more <= MOST_WORKERS:
-        told = _told(recipe, share.among(workers, more), memory, (f"cluster.num_workers={more}",))
+        told = _told(recipe, share.among(workers, more), memory, (f"cluster.{key}={more}",))
         if told:
             return told
         more *= 2
