@@ -95,6 +95,7 @@ def test_intervals_have_the_names_and_ends_of_ray_tune(said: str, ends: tuple[fl
         ({"search": "grid", "trials": None}, "grid needs lists; loss.alpha is uniform(0.2, 0.8)"),
         ({"search": "grid", "space": {"loss.beta": [1, 2]}}, "trials means nothing with search: grid"),
         ({"trials": None}, "search: tpe needs trials"),
+        ({"scheduler": "pbt"}, "population-based training is not offered"),
         ({"grace": 3}, "grace means nothing without scheduler: asha"),
         ({"scheduler": "asha", "goal": "maximize a, minimize b"}, "say which, as stop_on"),
         ({"scheduler": "asha", "stop_on": "loss"}, "neither maximize METRIC nor minimize METRIC"),

@@ -89,6 +89,11 @@ class Constraint:
         return value - self.bound if self.relation == "<=" else self.bound - value
 
 
+NO_POPULATION = (
+    "population-based training is not offered: a trial that takes over another's weights and goes on with other values is no "
+    "recipe that runs again, and its rewards under one beta do not compare with those under another; asha stops trials early"
+)
+
 OWN = ("name", "output_dir", "extends", "track", "cluster", "sweep", "study")
 """Keys and sections that are a sweep's own, and no trial's."""
 
@@ -138,6 +143,13 @@ class Sweep(Section):
     @property
     def constraints(self) -> list[Constraint]:
         return _goal(self.goal)[1]
+
+    @field_validator("scheduler", mode="before")
+    @classmethod
+    def _no_population(cls, value: Any) -> Any:
+        if value in ("pbt", "pb2"):
+            raise ValueError(NO_POPULATION)
+        return value
 
     @field_validator("space")
     @classmethod
