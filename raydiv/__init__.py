@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from raydiv.model.export import export
     from raydiv.planning.forecast import Plan, plan
     from raydiv.preparation import Prepared, prepare
+    from raydiv.standing import status
     from raydiv.studies.study import StudyResult, study
     from raydiv.sweeps.sweep import SweepResult, sweep
 
@@ -39,6 +40,7 @@ _WHERE = {
     "evaluate": "raydiv.measure.evaluations",
     "separation": "raydiv.measure.separations",
     "StudyResult": "raydiv.studies.study",
+    "status": "raydiv.standing",
     "study": "raydiv.studies.study",
     "SweepResult": "raydiv.sweeps.sweep",
     "sweep": "raydiv.sweeps.sweep",
@@ -65,6 +67,7 @@ __all__ = [
     "plan",
     "prepare",
     "separation",
+    "status",
     "study",
     "sweep",
     "train",

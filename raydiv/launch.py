@@ -98,7 +98,7 @@ def train(
                 if run.stage().began is None:
                     run.rewind(0)
                     measurements.take(run, "before", prepared.directory)
-                    run.note_began()
+                    run.note_began(prepared.steps(recipe))
                 else:
                     measurements.recall(prepared.directory)
                 if run.stage().ended is None:

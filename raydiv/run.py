@@ -6,6 +6,7 @@ Everything goes through a path on storage that the driver and the workers share.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 import uuid
@@ -52,7 +53,7 @@ class Stage:
     """How far a run has come, by what it needs to go on.
 
     ``id`` tells it from every other run; ``of`` are the fingerprints of its data and model. ``began`` and ``ended``: bytes of
-    metrics.jsonl when training began, and when its model was written; None before that. ``why`` it ended.
+    metrics.jsonl when training began, and when its model was written; None before that. ``why`` it ended. ``planned``: steps.
     """
 
     id: str
@@ -60,6 +61,7 @@ class Stage:
     began: int | None = None
     ended: int | None = None
     why: str | None = None
+    planned: int | None = None
 
 
 class RunDirectory:
@@ -159,9 +161,9 @@ class RunDirectory:
         except (OSError, TypeError, ValueError):
             raise UserError(f"{self.path}: has no stage.json that says how far it came; begin another run") from None
 
-    def note_began(self) -> None:
-        """Training begins: what is in metrics.jsonl stays, wherever training goes on from."""
-        self.note_stage(replace(self.stage(), began=self.logged))
+    def note_began(self, planned: int) -> None:
+        """Training of so many steps begins: what is in metrics.jsonl stays, wherever training goes on from."""
+        self.note_stage(replace(self.stage(), began=self.logged, planned=planned))
 
     def note_ended(self, why: str) -> None:
         """The model is written, and training over."""
@@ -257,6 +259,10 @@ class RunDirectory:
         newest = max((written for written, _ in found), default=0.0)
         beats = [Beat(**beat | {"silent": round(newest - written, 3)}) for written, beat in found]
         return sorted(beats, key=lambda beat: beat.rank)
+
+    def since_beat(self) -> float:
+        """Seconds since any worker said something; infinite where none ever did."""
+        return time.time() - max((path.stat().st_mtime for path in self._workers.glob("*.json")), default=-math.inf)
 
     def first_to_say(self, what: str) -> bool:
         """Whether no other worker was asked this before."""

@@ -99,7 +99,7 @@ def prepared(recipe: Recipe) -> WorkerInput:
         ready = fill(recipe, opened, Display(quiet=True))
     run = RunDirectory.of(recipe)
     run.claim(recipe, ready.fingerprints)
-    run.note_began()
+    run.note_began(recipe.optim.steps or 0)
     return WorkerInput(recipe, ready.directory, run.path, ready.train, ready.eval)
 
 
@@ -108,7 +108,7 @@ def again(given: WorkerInput, name: str) -> WorkerInput:
     recipe = given.recipe.model_copy(update={"name": name})
     run = RunDirectory.of(recipe)
     run.claim(recipe, {})
-    run.note_began()
+    run.note_began(recipe.optim.steps or 0)
     return WorkerInput(recipe, given.model_directory, run.path, given.train, given.eval)
 
 

@@ -80,6 +80,10 @@ def _parser() -> argparse.ArgumentParser:
             )
         add_reports(command, shows_text=name == "train")
 
+    status = add_command(commands, "status", _status, "where a run stands, read from its directory")
+    status.add_argument("run", metavar="RUN", type=Path, help="a run directory")
+    add_reports(status)
+
     add_comparing_commands(commands)
     add_measuring_commands(commands)
 
@@ -183,6 +187,19 @@ def _show_run(result: Result) -> None:
     )
     if not result.report["mlflow"]["sent"]:
         print("         it was away: part of this run could not be sent; metrics.jsonl has all of it")
+
+
+def _status(options: argparse.Namespace) -> int:
+    from raydiv.standing import status, status_lines
+
+    found = status(options.run)
+
+    def show() -> None:
+        for name, text in status_lines(found):
+            print(f"{name:<18} {text}")
+
+    print_report(options, found, show)
+    return 0
 
 
 def _prepare(options: argparse.Namespace) -> int:
