@@ -97,7 +97,7 @@ def read(recipe: Recipe, display: Display) -> Opened:
         directory = model_directory(recipe.model.id, recipe.model.revision)
         require_base(recipe.model.id, directory)
         prompts = PromptSets.of(recipe)
-        chat = Chat(directory, recipe.data.template)
+        chat = Chat(directory, recipe.data.template, recipe.model.trust_remote_code)
         train, held_out = (
             [OpenSource(source, recipe.data, recipe.batch, chat) for source in sources]
             for sources in (recipe.data.train, recipe.data.eval_sources)
