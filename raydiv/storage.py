@@ -177,7 +177,9 @@ class Folder:
         return system, f"{path}/{require_inside(name)}"
 
 
-def open_input(uri: str) -> Any:
-    """A file opened for reading at random; a local one is memory-mapped."""
+def open_input(uri: str, *, mapped: bool = True) -> Any:
+    """A file opened for reading at random; a local one is memory-mapped, unless it is a user's (``mapped``): where such a file
+    is cut short while it is read, reading a page that is gone would kill the process.
+    """
     system, path = file_system(uri)
-    return pa.memory_map(path) if isinstance(system, fs.LocalFileSystem) else system.open_input_file(path)
+    return pa.memory_map(path) if mapped and isinstance(system, fs.LocalFileSystem) else system.open_input_file(path)

@@ -87,7 +87,7 @@ def main(workers: str, use_gpu: str, folder: str, count: str | None = None) -> N
     """Without a ``count`` one start, else so many trials, whose seconds are printed as JSON."""
     import ray
 
-    ray.init(include_dashboard=count is not None, dashboard_host="127.0.0.1", log_to_driver=False)
+    ray.init(address="local", include_dashboard=count is not None, dashboard_host="127.0.0.1", log_to_driver=False)
     given = (int(workers), use_gpu == "True", folder)
     if count is None:
         fit(*given)
