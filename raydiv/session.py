@@ -228,5 +228,6 @@ def _quiet_ray_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
-    for name in ("ray.data", "ray.train", "ray.tune"):
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it calls an error it raises too
+    for name in ("ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
