@@ -166,11 +166,13 @@ def require_resources(cluster: Cluster) -> None:
 
 def require_dashboard(wanted_by: str) -> None:
     """Raise UserError when nothing answers of a cluster's dashboard, which a local Ray has where it is asked for."""
+    import ray
     from ray.util.state import list_nodes
     from ray.util.state.exception import RayStateApiException
 
     try:
-        list_nodes(limit=1, timeout=20)
+        # nothing said means the cluster of this machine, and there may be several
+        list_nodes(ray.get_runtime_context().gcs_address, limit=1, timeout=20)
     except (RayStateApiException, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(

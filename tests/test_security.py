@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -41,7 +42,7 @@ from raydiv.model.files import model_directory
 from raydiv.model.load import ModelSource
 from raydiv.preparation import prepare
 from raydiv.progress import Display
-from raydiv.session import ray_session
+from raydiv.session import ray_session, require_dashboard
 from raydiv.storage import Folder
 from raydiv.together import Family
 from raydiv.track import Tracker, handed_on
@@ -405,6 +406,15 @@ def test_a_local_ray_is_its_own_on_loopback_and_keeps_its_authentication(
     assert asked["address"] == (address or "local")  # None is any cluster that somebody started on this machine
     assert asked.get("dashboard_host") == (None if address else "127.0.0.1")
     assert not any("AUTH" in name for name in asked["runtime_env"]["env_vars"])
+
+
+def test_it_is_this_sessions_dashboard_that_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several clusters on a machine Ray would choose one, or refuse to."""
+    asked: list[str] = []
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(gcs_address="10.0.0.1:6379"))
+    monkeypatch.setattr("ray.util.state.list_nodes", lambda address, **_: asked.append(address))
+    require_dashboard("a test")
+    assert asked == ["10.0.0.1:6379"]
 
 
 SESSION = """
