@@ -20,7 +20,7 @@ from raydiv.cache import digest, file_digest, shared_dir
 from raydiv.config.source import Source
 from raydiv.data.formats import AS_IT_IS, BadRow, Cells, Example, Reading, Record, brief
 from raydiv.errors import UserError
-from raydiv.storage import Folder, file_system, open_input, require_inside, sha256_of
+from raydiv.storage import Folder, file_system, open_input, sha256_of
 
 PIECE_BYTES = 4 * 2**20
 """Bytes of a JSONL file that one task reads."""
@@ -171,8 +171,9 @@ def _directory(source: Source, folder: Folder) -> list[File]:
     if folder.has("state.json"):
         saved = [entry["filename"] for entry in json.loads(_whole(folder.at("state.json")))["_data_files"]]
         system, inside = file_system(folder.uri)
-        infos = system.get_file_info([f"{inside}/{require_inside(name)}" for name in saved])
-        return [_file(folder.at(name), f"{path}/{name}", info) for name, info in zip(saved, infos, strict=True)]
+        places = [folder.at(name) for name in saved]
+        infos = system.get_file_info([f"{inside}/{name}" for name in saved])
+        return [_file(at, f"{path}/{name}", info) for at, name, info in zip(places, saved, infos, strict=True)]
     # text beside data is more often about it than part of it
     files = [file for file in _listed(folder, path) if file.kind != TEXT]
     if not files:
