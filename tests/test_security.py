@@ -76,7 +76,8 @@ def dangerous(tree: ast.AST) -> Iterator[str]:
             yield from (f"{name}({word}=...), line {node.lineno}" for word in ARGUMENTS & told.keys())
             loader = name.rpartition(".")[0].rpartition(".")[2]
             given = ast.unparse(told[None]) if None in told else ""
-            if loader.startswith("Auto") and given != "where":  # a bundled GGUF file
+            # for_model reads nothing, and the dictionary `where` is of a bundled GGUF file
+            if loader.startswith("Auto") and not name.endswith(".for_model") and given != "where":
                 if "trust_remote_code" not in told and given != "trusted":
                     yield f"{name} without trust_remote_code, line {node.lineno}: transformers then asks on the terminal"
                 if name.endswith(".from_pretrained") and "Model" in loader and "use_safetensors" not in told:
