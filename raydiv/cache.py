@@ -9,6 +9,8 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+from raydiv.config.secrets import has_password
+from raydiv.errors import UserError
 from raydiv.storage import Folder, atomic, sha256_of
 
 
@@ -25,8 +27,15 @@ def cache_dir(*parts: str) -> Path:
 
 
 def shared_dir(*parts: str) -> Folder:
-    """A folder of the cache that workers on any node read: under RAYDIV_CACHE, which may be s3:// or gs://."""
+    """A folder of the cache that workers on any node read: under RAYDIV_CACHE, which may be s3:// or gs://.
+
+    Raises UserError for an address with a password in it.
+    """
     chosen = os.environ.get("RAYDIV_CACHE", "")
+    if has_password(chosen):  # Ray jobs are handed it, and whoever sees the cluster's jobs sees it
+        raise UserError(
+            "RAYDIV_CACHE: has a password in its address; the store's own variables (AWS_...) are its place"
+        )
     root = chosen.rstrip("/") if "://" in chosen else str(cache_dir())
     return Folder("/".join((root, *parts)))
 

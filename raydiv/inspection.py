@@ -68,7 +68,8 @@ def check_data(
     raised. Raises UserError for a source that cannot be read at all.
     """
     display = display or Display()
-    chat = Chat(model_directory(recipe.model.id, recipe.model.revision), recipe.data.template)
+    directory = model_directory(recipe.model.id, recipe.model.revision)
+    chat = Chat(directory, recipe.data.template, recipe.model.trust_remote_code)
     opened = [OpenSource(source, recipe.data, recipe.batch, chat) for source in sources or recipe.data.train]
     evaluated = _evaluation_prompts(recipe)
     with ray_session(recipe.cluster.model_copy(update={"num_workers": 1})):  # nothing is trained
@@ -87,7 +88,7 @@ def overlap_with_training(recipe: Recipe, directory: Path, prompts: Mapping[str,
 
     ``directory`` has the recipe's tokenizer. Raises UserError for a source that is not there any more.
     """
-    chat = Chat(directory, recipe.data.template)
+    chat = Chat(directory, recipe.data.template, recipe.model.trust_remote_code)
     opened = [OpenSource(source, recipe.data, recipe.batch, chat) for source in recipe.data.train]
     evaluated = [
         _EvaluationPrompts.of(name, [(prompt.text, prompt.id) for prompt in own]) for name, own in prompts.items()

@@ -152,7 +152,7 @@ def _through(
     )
     try:
         yield from _read(mapped, batch_size=None, prefetch_batches=1)
-    except UserError:
+    except (UserError, ray.exceptions.OutOfDiskError):
         raise
     except Exception as error:
         raise RuntimeError(f"{worker.__name__}: {type(error).__name__}: {error}") from error

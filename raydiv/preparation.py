@@ -17,7 +17,7 @@ from raydiv.data.tokens import KEY, StoredExamples, content_key, mismatched
 from raydiv.errors import UserError
 from raydiv.model.chat import Chat
 from raydiv.model.files import fingerprint, model_directory, require_base
-from raydiv.model.load import require_quantizer
+from raydiv.model.load import ModelSource, require_quantizer
 from raydiv.progress import Display
 from raydiv.reference import reference_logps
 from raydiv.run import Place
@@ -96,8 +96,9 @@ def read(recipe: Recipe, display: Display) -> Opened:
     with display.phase("model and data"):
         directory = model_directory(recipe.model.id, recipe.model.revision)
         require_base(recipe.model.id, directory)
+        ModelSource.of(recipe, directory).config()  # or workers find out that it cannot be read
         prompts = PromptSets.of(recipe)
-        chat = Chat(directory, recipe.data.template)
+        chat = Chat(directory, recipe.data.template, recipe.model.trust_remote_code)
         train, held_out = (
             [OpenSource(source, recipe.data, recipe.batch, chat) for source in sources]
             for sources in (recipe.data.train, recipe.data.eval_sources)

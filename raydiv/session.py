@@ -13,12 +13,25 @@ from raydiv.config import Recipe
 from raydiv.config.recipe import Cluster
 from raydiv.errors import UserError
 
+LET_IN = (
+    "a cluster that asks for a token wants RAY_AUTH_MODE=token and its own token, in RAY_AUTH_TOKEN, in the file that "
+    "RAY_AUTH_TOKEN_PATH names or in ~/.ray/auth_token"
+)
+"""What to do where a cluster does not let us in; of a wrong token Ray says no more than that it could not connect."""
+
+
+FULL = (
+    "Ray's object store is full, and so is the disk that it spills to (95% of it is as far as Ray goes): free some of the disk "
+    "that has /tmp/ray, or name another folder in RAY_TMPDIR before Ray starts; what was prepared so far is kept"
+)
+
 
 @contextmanager
 def ray_session(cluster: Cluster, *, dashboard: bool = False) -> Iterator[None]:
     """Connect to Ray, quietly, and check that the recipe's workers fit; a Ray that was running before is left running.
 
-    A local one has a ``dashboard``, which Ray jobs need, if it is asked for; none but this machine reaches it.
+    A local one has a ``dashboard``, which Ray jobs need, if it is asked for; none but this machine reaches it. Ray lets nobody
+    into a local one without a token, the user's own or one that it makes, and nothing here turns that off.
 
     Every process of the session gets ``cluster.env``, and DeepSpeed's word for the device.
     """
@@ -34,18 +47,26 @@ def ray_session(cluster: Cluster, *, dashboard: bool = False) -> Iterator[None]:
         try:
             with _core_log_silenced():
                 ray.init(
-                    address=address,
+                    # nothing said means the newest cluster that anybody has started on this machine
+                    address=address or "local",
                     **({} if address else {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}),
                     log_to_driver=False,
                     logging_level=logging.ERROR,
                     runtime_env={"env_vars": worker_environment(cluster)},
                 )
+        except ray.exceptions.AuthenticationError:
+            raise UserError(
+                f"RAY_ADDRESS: {address}: RAY_AUTH_MODE is token, and there is none here; {LET_IN}"
+            ) from None
         except ConnectionError as error:
-            raise UserError(f"RAY_ADDRESS: no cluster at {address}: {' '.join(str(error).split())[:200]}") from None
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"RAY_ADDRESS: no cluster at {address} that lets us in: {reason}; {LET_IN}") from None
     try:
         _quiet_ray_data()
         require_resources(cluster)
         yield
+    except (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError):
+        raise RuntimeError(FULL) from None
     finally:
         if ours:
             ray.shutdown()
@@ -146,11 +167,13 @@ def require_resources(cluster: Cluster) -> None:
 
 def require_dashboard(wanted_by: str) -> None:
     """Raise UserError when nothing answers of a cluster's dashboard, which a local Ray has where it is asked for."""
+    import ray
     from ray.util.state import list_nodes
     from ray.util.state.exception import RayStateApiException
 
     try:
-        list_nodes(limit=1, timeout=20)
+        # nothing said means the cluster of this machine, and there may be several
+        list_nodes(ray.get_runtime_context().gcs_address, limit=1, timeout=20)
     except (RayStateApiException, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -208,5 +231,6 @@ def _quiet_ray_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
-    for name in ("ray.data", "ray.train", "ray.tune"):
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it calls an error it raises too
+    for name in ("ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)

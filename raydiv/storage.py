@@ -48,6 +48,15 @@ def require_empty(folder: Path) -> None:
         raise UserError(f"{folder}: exists and is not an empty directory")
 
 
+def require_inside(name: str) -> str:
+    """A name as a file of others says it, such as a manifest. Raises UserError where it leads out of its folder."""
+    if not name or name.startswith(("/", "~")) or "\\" in name or "://" in name or ".." in name.split("/"):
+        raise UserError(
+            f"{name!r}: leads out of the folder that it is to be in; the file that names it is not to be trusted"
+        )
+    return name
+
+
 OBJECT_STORES = ("s3", "gs", "gcs")
 
 
@@ -79,7 +88,8 @@ class Folder:
     uri: str
 
     def at(self, name: str) -> str:
-        """Path or URI of a file of the folder."""
+        """Path or URI of a file of the folder. Raises UserError for a name that leads out of it, as all that takes one does."""
+        require_inside(name)
         return f"{self.uri}/{quote(name) if '://' in self.uri else name}"
 
     def names(self, suffix: str) -> list[str]:
@@ -89,8 +99,8 @@ class Folder:
         return sorted(info.base_name for info in found if info.is_file and info.base_name.endswith(suffix))
 
     def has(self, name: str) -> bool:
-        system, path = file_system(self.uri)
-        return bool(system.get_file_info(f"{path}/{name}").is_file)
+        system, path = self._of(name)
+        return bool(system.get_file_info(path).is_file)
 
     def inside(self, name: str) -> Folder:
         """A folder of this one."""
@@ -110,44 +120,44 @@ class Folder:
 
     def remove_file(self, name: str) -> None:
         if self.has(name):
-            system, path = file_system(self.uri)
-            system.delete_file(f"{path}/{name}")
+            system, path = self._of(name)
+            system.delete_file(path)
 
     @contextmanager
     def filled(self, name: str) -> Iterator[Path]:
         """A local file to fill, which becomes ``name`` of this folder when the block ends well: whole or not at all."""
-        system, path = file_system(self.uri)
+        system, path = self._of(name)
         if isinstance(system, fs.LocalFileSystem):
-            Path(path).mkdir(parents=True, exist_ok=True)
-            with atomic(Path(path) / name) as temporary:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with atomic(Path(path)) as temporary:
                 yield temporary
             return
         with tempfile.TemporaryDirectory() as staging:
             local = Path(staging) / "file"
             yield local
-            fs.copy_files(str(local), f"{path}/{name}", fs.LocalFileSystem(), system)
+            fs.copy_files(str(local), path, fs.LocalFileSystem(), system)
 
     @contextmanager
     def local(self, name: str) -> Iterator[Path]:
         """The file as a local one while the block runs. Raises OSError where there is none."""
-        system, path = file_system(self.uri)
+        system, path = self._of(name)
         if isinstance(system, fs.LocalFileSystem):
-            yield Path(path) / name
+            yield Path(path)
             return
         with tempfile.TemporaryDirectory() as staging:
-            fs.copy_files(f"{path}/{name}", str(Path(staging) / "file"), system, fs.LocalFileSystem())
+            fs.copy_files(path, str(Path(staging) / "file"), system, fs.LocalFileSystem())
             yield Path(staging) / "file"
 
     def read(self, name: str) -> bytes:
         """Raises OSError where there is no such file."""
-        system, path = file_system(self.uri)
-        with system.open_input_stream(f"{path}/{name}", compression=None) as stream:
+        system, path = self._of(name)
+        with system.open_input_stream(path, compression=None) as stream:
             return bytes(stream.read())
 
     def write(self, name: str, content: Any) -> None:
         """Write a file, whole or not at all: object stores do so by themselves, elsewhere it is moved into place."""
-        system, path = file_system(self.uri)
-        whole, target = pa.py_buffer(content), f"{path}/{name}"
+        system, target = self._of(name)
+        whole = pa.py_buffer(content)
         if not isinstance(system, fs.LocalFileSystem):
             try:
                 with system.open_output_stream(target) as stream:
@@ -157,12 +167,19 @@ class Folder:
                     system.delete_file(target)
                 raise
             return
-        system.create_dir(path, recursive=True)
+        system.create_dir(str(Path(target).parent), recursive=True)
         with atomic(Path(target)) as temporary, temporary.open("wb") as file:
             file.write(whole)
 
+    def _of(self, name: str) -> tuple[Any, str]:
+        """The file system, and the path in it of a file of the folder."""
+        system, path = file_system(self.uri)
+        return system, f"{path}/{require_inside(name)}"
 
-def open_input(uri: str) -> Any:
-    """A file opened for reading at random; a local one is memory-mapped."""
+
+def open_input(uri: str, *, mapped: bool = True) -> Any:
+    """A file opened for reading at random; a local one is memory-mapped, unless it is a user's (``mapped``): where such a file
+    is cut short while it is read, reading a page that is gone would kill the process.
+    """
     system, path = file_system(uri)
-    return pa.memory_map(path) if isinstance(system, fs.LocalFileSystem) else system.open_input_file(path)
+    return pa.memory_map(path) if mapped and isinstance(system, fs.LocalFileSystem) else system.open_input_file(path)

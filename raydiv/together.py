@@ -37,7 +37,7 @@ class Family:
 
     folder: Path
     cluster: Cluster
-    tracking_uri: str
+    tracking_uri: str | None
     parent: str | None
 
     def member(self, recipe: Recipe, name: str, tags: Mapping[str, str]) -> Recipe:

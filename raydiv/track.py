@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from raydiv.config import Recipe
+from raydiv.config.secrets import has_password, without_password
 from raydiv.config.tree import flatten
 from raydiv.errors import UserError
 from raydiv.run import Metrics, numbers
-from raydiv.storage import atomic
+from raydiv.storage import atomic, require_inside
 
 SENT = {"recipe.yaml", "metrics.jsonl", "result.json"}
 """The files of a finished run that say all of it in numbers, as MLflow has them."""
@@ -28,6 +29,14 @@ def tracking_uri(recipe: Recipe) -> str:
     """``track.uri``, else MLFLOW_TRACKING_URI, else a SQLite file in ``output_dir``."""
     configured = recipe.track.uri or os.environ.get("MLFLOW_TRACKING_URI")
     return configured or f"sqlite:///{recipe.output_path / 'mlflow.db'}"
+
+
+def handed_on(recipe: Recipe) -> str | None:
+    """``tracking_uri`` for the recipes of a sweep's or a study's runs; None for one with a password: no recipe holds it, and
+    they find it where this process does, in the environment.
+    """
+    uri = tracking_uri(recipe)
+    return None if has_password(uri) else uri
 
 
 class Tracker:
@@ -51,7 +60,9 @@ class Tracker:
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        self.uri = tracking_uri(recipe)
+        self._address = tracking_uri(recipe)
+        self.uri = without_password(self._address)
+        """As it is shown and written down."""
         self._warn = warn
         self._warned = False
         self._waiting: list[Callable[[], object]] = []
@@ -97,7 +108,7 @@ class Tracker:
     def _client(self) -> Any:
         from mlflow import MlflowClient
 
-        return MlflowClient(self.uri)
+        return MlflowClient(self._address)
 
     def _start(self, recipe: Recipe, tags: Mapping[str, str]) -> None:
         experiment = self._client.get_experiment_by_name(recipe.track.experiment)
@@ -207,7 +218,7 @@ def downloaded_runs(uri: str, experiment: str, folder: Path) -> Iterator[tuple[P
         client = MlflowClient(uri)
         found = client.get_experiment_by_name(experiment)
         if found is None:
-            raise UserError(f"MLflow at {uri}: has no experiment {experiment}")
+            raise UserError(f"MLflow at {without_password(uri)}: has no experiment {experiment}")
         for run in _all_runs(client, found.experiment_id, "attributes.status = 'FINISHED'"):
             names = {file.path for file in client.list_artifacts(run.info.run_id)}
             if names >= SENT:
@@ -215,12 +226,13 @@ def downloaded_runs(uri: str, experiment: str, folder: Path) -> Iterator[tuple[P
                     mlflow.artifacts.download_artifacts(
                         run_id=run.info.run_id,
                         artifact_path=name,
-                        dst_path=str(folder / run.info.run_id),
+                        dst_path=str(folder / require_inside(run.info.run_id)),
                         tracking_uri=uri,
                     )
                 yield folder / run.info.run_id, run.info.run_id
     except mlflow.exceptions.MlflowException as error:
-        raise UserError(f"MLflow at {uri}: {' '.join(str(error).split())[:200]}") from None
+        reason = without_password(" ".join(str(error).split()))[:200]
+        raise UserError(f"MLflow at {without_password(uri)}: {reason}") from None
 
 
 def _allowed(name: str) -> str:

@@ -42,7 +42,7 @@ ROOMS = [
     ["bundled.w1"],
     ["cache"],
     ["storage"],
-    ["errors", "bundled"],
+    ["errors", "bundled", "config.secrets"],
 ]
 """From the door to the foundations: a module imports its own room and what is below. Submodules may be named apart."""
 

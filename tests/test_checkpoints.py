@@ -439,13 +439,14 @@ def test_metrics_that_are_measured_pass(tmp_path: Path) -> None:
 
 def test_the_first_sigterm_is_heard_and_the_second_ends() -> None:
     heard: list[int] = []
+    before = signal.getsignal(signal.SIGTERM)
     with at_sigterm(lambda: heard.append(1)):
         os.kill(os.getpid(), signal.SIGTERM)
         assert heard == [1]
         with pytest.raises(Terminated):
             os.kill(os.getpid(), signal.SIGTERM)
     assert heard == [1]
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_the_command_line_ends_with_143(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -655,6 +655,19 @@ SECRETS = ("hf_planted", "plantedpassword", "AKIAPLANTED")
         ("track.tags={api-key: AKIAPLANTED}", r"track\.tags\.api-key"),
         ("track.uri=https://me:plantedpassword@mlflow.example", r"track\.uri: has a password in its address"),
         ("data.train=[s3://AKIAPLANTED:plantedpassword@bucket/x]", r"data\.train\.0: has a password"),
+        ("checkpoint.storage=s3://AKIAPLANTED:plantedpassword@bucket/x", r"checkpoint\.storage: has a password"),
+        ("track.uri=postgresql://me@db/x?password=plantedpassword", r"track\.uri: has a password"),
+        ("cluster.env={PROXY: 'use http://me:plantedpassword@proxy'}", r"cluster\.env\.PROXY: has a password"),
+        ("cluster.env=[{HF_TOKEN: hf_planted}]", r"cluster\.env\.0\.HF_TOKEN: "),
+        ("cluster.env=HF_TOKEN=hf_planted", r"cluster\.env: a recipe is written"),
+        ("cluster.env=[HF_TOKEN=hf_planted]", r"cluster\.env\.0: a recipe is written"),
+        ("engine.deepspeed={comet: {api_key: hf_planted}}", r"engine\.deepspeed\.comet\.api_key: "),
+        ("study={models: {a: {id: m, cluster.env.HF_TOKEN: hf_planted}}}", r"study\.models\.a\.cluster\.env\.HF_TOKEN"),
+        ("study={models: {a: {cluster: {env: {HF_TOKEN: hf_planted}}}}}", r"study\.models\.a\.cluster\.env\.HF_TOKEN"),
+        (
+            "sweep={goal: minimize loss, trials: 1, space: {engine.deepspeed.comet.api_key: [hf_planted]}}",
+            r"sweep\.space\.engine\.deepspeed\.comet\.api_key\.0: ",
+        ),
     ],
 )
 def test_a_secret_is_refused_and_not_repeated(override: str, said: str) -> None:
@@ -667,14 +680,16 @@ def test_what_only_looks_like_a_secret_is_kept() -> None:
     recipe = load_recipe(
         {"model": {"id": "m"}, "loss": {"type": "dpo"}, "optim": {"steps": 1}},
         [
-            "cluster.env={TOKENIZERS_PARALLELISM: 'true', AWS_REGION: eu}",
+            "cluster.env={TOKENIZERS_PARALLELISM: 'true', AWS_REGION: eu, VLLM_MAX_NUM_BATCHED_TOKENS: '64'}",
+            "engine.deepspeed={token_lr: 0.1, schedule: {token_lr_schedule: {type: fixed}}}",
             "batch.tokens_per_microbatch=64",
             "track.uri=https://mlflow.example:5000/a@b",
-            "track.tags={monkey: see, tokenizer: bpe}",
+            "track.tags={monkey: see, tokenizer: bpe, pad_token: '<pad>'}",
         ],
     )
-    assert recipe.cluster.env == {"TOKENIZERS_PARALLELISM": "true", "AWS_REGION": "eu"}
-    assert recipe.track.tags == {"monkey": "see", "tokenizer": "bpe"}
+    assert recipe.cluster.env.keys() == {"TOKENIZERS_PARALLELISM", "AWS_REGION", "VLLM_MAX_NUM_BATCHED_TOKENS"}
+    assert recipe.engine.deepspeed["schedule"] == {"token_lr_schedule": {"type": "fixed"}}
+    assert recipe.track.tags == {"monkey": "see", "tokenizer": "bpe", "pad_token": "<pad>"}
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def bench_data(
     """
     display = display or Display()
     directory = model_directory(recipe.model.id, recipe.model.revision)
-    chat = Chat(directory, recipe.data.template)
+    chat = Chat(directory, recipe.data.template, recipe.model.trust_remote_code)
     found: dict[str, Any] = {"cpus": os.cpu_count(), "prepare": []}
     with tempfile.TemporaryDirectory() as folder, _cache(Path(folder) / "cache"), ray_session(recipe.cluster):
         for count in rows:

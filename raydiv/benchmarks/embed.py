@@ -92,7 +92,10 @@ def main(settings: Mapping[str, Any]) -> None:
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings["precision"]]
     device = "cuda" if settings["use_gpu"] else "cpu"
-    decoder = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=dtype).base_model.to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        settings["model"], dtype=dtype, use_safetensors=True, trust_remote_code=False
+    )
+    decoder = model.base_model.to(device).eval()
     ids = sorted(settings["ids"], key=len)
 
     def batches() -> Iterable[int]:

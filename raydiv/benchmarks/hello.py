@@ -7,6 +7,7 @@ it does so in as many trials of Ray Tune, one after another, and prints the seco
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -87,7 +88,12 @@ def main(workers: str, use_gpu: str, folder: str, count: str | None = None) -> N
     """Without a ``count`` one start, else so many trials, whose seconds are printed as JSON."""
     import ray
 
-    ray.init(include_dashboard=count is not None, dashboard_host="127.0.0.1", log_to_driver=False)
+    ray.init(
+        address=os.environ.get("RAY_ADDRESS") or "local",
+        include_dashboard=count is not None,
+        dashboard_host="127.0.0.1",
+        log_to_driver=False,
+    )
     given = (int(workers), use_gpu == "True", folder)
     if count is None:
         fit(*given)

@@ -25,7 +25,7 @@ def load(model: str, output: str) -> None:
     global tokenizer, folder
     from transformers import AutoTokenizer
 
-    tokenizer, folder = AutoTokenizer.from_pretrained(model), Path(output)
+    tokenizer, folder = AutoTokenizer.from_pretrained(model, trust_remote_code=False), Path(output)
 
 
 def tokenize(chunk: tuple[int, list[str], int, int]) -> int:

@@ -115,7 +115,7 @@ def main(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     from raydiv.training.metrics import peak_memory
 
     torch.set_num_threads(settings["threads"])
-    tokenizer = AutoTokenizer.from_pretrained(settings["model"])
+    tokenizer = AutoTokenizer.from_pretrained(settings["model"], trust_remote_code=settings["trust_remote_code"])
     paired = settings["loss"]["type"] in PAIRED
     rows = rows_of(settings["steps"], tokenizer, paired)
     accumulated = len(rows) // len(settings["steps"]) // settings["per_device"]

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from raydiv.checkpoint.shards import Shard
-from raydiv.storage import Folder
+from raydiv.storage import Folder, require_inside
 
 MANIFEST = "manifest.json"
 PREFIX = "step-"
@@ -50,8 +50,10 @@ class Manifest:
                 raise ValueError("its SHA-256 differs")
             found = json.loads(content)
             shards = [Shard.from_json(shard) for shard in found.pop("shards")]
+            for shard in shards:
+                require_inside(shard.file)
             return cls(**found, shards=shards)
-        except (KeyError, TypeError, UnicodeDecodeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{MANIFEST} is not what was written: {error}") from None
 
 
@@ -71,7 +73,10 @@ class Checkpoints:
 
     def manifest(self, step: int) -> Manifest:
         """Raises ValueError where it is damaged, OSError where it cannot be read."""
-        return Manifest.from_bytes(self.at(step).read(MANIFEST))
+        found = Manifest.from_bytes(self.at(step).read(MANIFEST))
+        if found.step != step:
+            raise ValueError(f"{MANIFEST} is that of step {found.step}")
+        return found
 
     def begin(self, step: int) -> None:
         """Make way for a checkpoint: one of that step that is there already counts no more."""

@@ -6,14 +6,25 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-NAMED = re.compile(r"(?:^|_|-|\.)(?:tokens?|secrets?|passwords?|passwd|keys?|credentials?)(?:$|_|-|\.)", re.IGNORECASE)
-"""Names of variables and tags that say that their value is one, such as HF_TOKEN and AWS_SECRET_ACCESS_KEY."""
+NAMED = re.compile(
+    r"(?:^|_|-|\.)(?:api_?key|tokens?|secrets?|passwords?|passwd|keys?|credentials?)(?:$|_|-|\.)", re.IGNORECASE
+)
+"""Names of variables, options and tags that say that their value is one, such as HF_TOKEN and AWS_SECRET_ACCESS_KEY."""
 
-LOGIN = re.compile(r"^[a-z][a-z0-9+.-]*://[^/\s:@]*:[^/\s@]+@", re.IGNORECASE)
+OF_TEXT = re.compile(r"(?:pad|bos|eos|unk|sep|cls|mask|max|new|num|batched)[_-]tokens?$", re.IGNORECASE)
+"""Names of tokens that are no secrets but a tokenizer's, or a number of those."""
+
+LOGIN = re.compile(r"\b([a-z][a-z0-9+.-]*://[^/\s:@]*):[^/\s@]+@", re.IGNORECASE)
 """The beginning of a URI with a password in it."""
 
-FREELY_NAMED = (("cluster", "env"), ("track", "tags"))
-"""Sections whose keys are the user's own."""
+QUERY = re.compile(
+    r"([?&;](?:[a-z0-9]+[_-])*(?:token|secret|password|passwd|pwd|key|sig|signature|credential)=)[^&;\s#]+",
+    re.IGNORECASE,
+)
+"""A password among the parameters of a URI, as databases' and signed addresses have it."""
+
+FREELY_NAMED = ("cluster.env", "track.tags", "engine.deepspeed")
+"""Sections whose keys are the user's own, or another library's."""
 
 INSTEAD = (
     "a recipe is written into every run, so no secret belongs there: set it in the environment of the command, and of each "
@@ -23,24 +34,44 @@ INSTEAD = (
 
 def secrets_in(recipe: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with an unchecked recipe, without any of the values."""
-    for section, key in FREELY_NAMED:
-        named = recipe.get(section)
-        held = named.get(key) if isinstance(named, Mapping) else None
-        for name in held if isinstance(held, Mapping) else ():
-            if NAMED.search(str(name)):
-                yield f"{section}.{key}.{name}: {INSTEAD}"
-    for path in _with_password(recipe, ""):
-        yield f"{path}: has a password in its address; {INSTEAD}"
+    for path, value in _leaves(recipe, ""):
+        if isinstance(value, str) and has_password(value):
+            yield f"{path}: has a password in its address; {INSTEAD}"
+        elif value is not None and _named_secret(path, value):
+            yield f"{path}: {INSTEAD}"
 
 
-def _with_password(value: Any, path: str) -> Iterator[str]:
-    """Paths of addresses with a password."""
-    if isinstance(value, str):
-        if LOGIN.match(value):
-            yield path
-    elif isinstance(value, Mapping):
+def _named_secret(path: str, value: Any) -> bool:
+    """Whether a value's name says that it is a secret. The entries of a study have the free sections further in."""
+    section = next((one for one in FREELY_NAMED if f".{one}." in f".{path}."), None)
+    if section is None:
+        return False
+    name = f".{path}.".partition(f".{section}.")[2].rstrip(".")
+    name = name if name.isdigit() else re.sub(r"(\.\d+)+$", "", name)  # a choice of a sweep's
+    if section == "engine.deepspeed":  # its own keys have tokens of text in them, and schedules' numbers
+        name = name.rpartition(".")[2] if isinstance(value, str) else ""
+    elif isinstance(value, str) and (not name or name.isdigit()):  # NAME=VALUE, where a mapping was meant
+        name = value.partition("=")[0]
+    return bool(NAMED.search(name) and not OF_TEXT.search(name))
+
+
+def has_password(address: str) -> bool:
+    """Whether a URI, or a text with one in it, has a password in it."""
+    return bool(LOGIN.search(address) or QUERY.search(address))
+
+
+def without_password(address: str) -> str:
+    """A URI as it may be shown and written down."""
+    return QUERY.sub(r"\1***", LOGIN.sub(r"\1:***@", address))
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Dotted paths of what is neither a mapping nor a list, and the values there."""
+    if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _with_password(inner, f"{path}.{key}".lstrip("."))
-    elif isinstance(value, Sequence):
+            yield from _leaves(inner, f"{path}.{key}".lstrip("."))
+    elif isinstance(value, Sequence) and not isinstance(value, str):
         for number, inner in enumerate(value):
-            yield from _with_password(inner, f"{path}.{number}")
+            yield from _leaves(inner, f"{path}.{number}".lstrip("."))
+    else:
+        yield path, value

@@ -15,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from raydiv.config.secrets import INSTEAD, has_password
 from raydiv.config.section import Section
 
 
@@ -57,6 +58,12 @@ class Source(Section):
         if not isinstance(values, str | dict | Source):
             raise ValueError("a source is a place, or a section with its path")
         return {"path": values} if isinstance(values, str) else values
+
+    @model_validator(mode="after")
+    def _has_no_password(self) -> Source:
+        if has_password(self.path):  # reports and records name their sources
+            raise ValueError(f"path has a password in its address; {INSTEAD}")
+        return self
 
     @model_validator(mode="after")
     def _fits_its_place(self) -> Source:

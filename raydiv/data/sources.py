@@ -20,7 +20,7 @@ from raydiv.cache import digest, file_digest, shared_dir
 from raydiv.config.source import Source
 from raydiv.data.formats import AS_IT_IS, BadRow, Cells, Example, Reading, Record, brief
 from raydiv.errors import UserError
-from raydiv.storage import Folder, file_system, open_input
+from raydiv.storage import Folder, file_system, open_input, sha256_of
 
 PIECE_BYTES = 4 * 2**20
 """Bytes of a JSONL file that one task reads."""
@@ -44,6 +44,8 @@ class File:
     digest: str
     before: int = 0
     """Records of the source in the files before, where its own count runs through them."""
+    version: tuple[int, int] | None = None
+    """Its size and modification time when it was digested, or a moment before; None of one that raydiv wrote."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +92,28 @@ def files_of(source: Source) -> list[File]:
 def _file(uri: str, name: str, info: Any) -> File:
     if "://" not in uri:
         return _local(Path(uri), name)
-    return File(uri, name, _kind(name), digest(uri, info.size, info.mtime_ns))
+    return File(uri, name, _kind(name), digest(uri, info.size, info.mtime_ns), version=(info.size, info.mtime_ns))
 
 
 def _local(path: Path, name: str) -> File:
-    return File(str(path), name, _kind(str(path)), file_digest(path))
+    status = path.stat()
+    version = (status.st_size, status.st_mtime_ns)
+    return File(str(path), name, _kind(str(path)), file_digest(path), version=version)
+
+
+def require_unchanged(file: File) -> None:
+    """Raises UserError where a file is not what it was when it was digested: what was read since may be of either content."""
+    if file.version is None:
+        return
+    system, inside = file_system(file.uri)
+    info = system.get_file_info(inside)
+    if (info.size, info.mtime_ns) == file.version:
+        return
+    # touched, or on a node whose clock differs: then it is the content that counts
+    if "://" in file.uri or not info.is_file or sha256_of(Path(file.uri)) != file.digest:
+        raise UserError(
+            f"{file.name}: was changed while it was read; nothing of it was used: start again when it is whole"
+        )
 
 
 def _kind(name: str) -> str:
@@ -152,8 +171,9 @@ def _directory(source: Source, folder: Folder) -> list[File]:
     if folder.has("state.json"):
         saved = [entry["filename"] for entry in json.loads(_whole(folder.at("state.json")))["_data_files"]]
         system, inside = file_system(folder.uri)
+        places = [folder.at(name) for name in saved]
         infos = system.get_file_info([f"{inside}/{name}" for name in saved])
-        return [_file(folder.at(name), f"{path}/{name}", info) for name, info in zip(saved, infos, strict=True)]
+        return [_file(at, f"{path}/{name}", info) for at, name, info in zip(places, saved, infos, strict=True)]
     # text beside data is more often about it than part of it
     files = [file for file in _listed(folder, path) if file.kind != TEXT]
     if not files:
@@ -226,7 +246,7 @@ def locate(file: File, positions: Iterable[int]) -> dict[int, int]:
     if file.kind != ".jsonl":
         return {position: file.before + position for position in wanted}
     lines, line, at = {}, 1, 0
-    with open_input(file.uri) as content:
+    with open_input(file.uri, mapped=False) as content:
         for position in wanted:
             while at < position:
                 chunk = content.read(min(position - at, PIECE_BYTES))
@@ -241,6 +261,7 @@ def iterate_records(source: Source, columns: Mapping[str, str] | None = None) ->
     for file in files_of(source):
         found = [raw for piece in pieces_of(file) for raw in read(piece)]
         names = locate(file, (position for position, _ in found))
+        require_unchanged(file)
         for position, raw in found:
             where = f"{file.name}:{names[position]}"
             try:
@@ -272,12 +293,12 @@ def reading_of(source: Source, columns: Mapping[str, str]) -> Reading:
 
 
 def _whole(uri: str) -> bytes:
-    with open_input(uri) as content:
+    with open_input(uri, mapped=False) as content:
         return bytes(content.read())
 
 
 def _buffered(file: File) -> io.BufferedReader:
-    return io.BufferedReader(open_input(file.uri), 2**20)
+    return io.BufferedReader(open_input(file.uri, mapped=False), 2**20)
 
 
 def _jsonl(piece: Piece) -> Iterator[Raw]:
@@ -338,7 +359,7 @@ def _parquet_file(file: File) -> Any:
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(open_input(file.uri))
+        return pq.ParquetFile(open_input(file.uri, mapped=False))
     except (pa.ArrowException, ValueError, OSError) as error:
         raise UserError(f"{file.name}: cannot be read as Parquet: {error}") from None
 
@@ -366,7 +387,7 @@ def _arrow(piece: Piece) -> Iterator[Raw]:
     import pyarrow as pa
 
     number = 1
-    with open_input(piece.file.uri) as content, pa.ipc.open_stream(content) as batches:
+    with open_input(piece.file.uri, mapped=False) as content, pa.ipc.open_stream(content) as batches:
         for batch in batches:
             yield from enumerate(_rows(batch), start=number)
             number += len(batch)

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from raydiv.config.recipe import Cluster
 from raydiv.data.formats import BadRow, Example, Reading
 from raydiv.data.index import INDEXED, SCHEMA, SPELLINGS, Index, IndexWriter, OpenSource, RowNotes, read_index
-from raydiv.data.sources import Piece, Raw, parse, pieces_of, read
+from raydiv.data.sources import Piece, Raw, parse, pieces_of, read, require_unchanged
 from raydiv.data.tokens import GROUP_ROWS, content_key
 from raydiv.errors import UserError
 from raydiv.model.chat import Chat, Tokenized
@@ -87,6 +87,7 @@ def _bundles(source: int, file: int, number: int, piece: Piece) -> Iterator[Bund
     records = read(piece)
     for place in itertools.count():
         bundle = list(itertools.islice(records, BUNDLE))
+        require_unchanged(piece.file)  # what is kept is kept under the content that the file had
         if not bundle:
             return
         yield Bundle(source, file, f"{file:05}-{number:06}-{place:06}.parquet", bundle)

@@ -73,7 +73,11 @@ def require_classifier(model: str) -> Path:
 def _label(directory: Path) -> ToxicLabel:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(str(directory))
+    try:
+        config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = "brings Python code of its own" if "custom code" in str(error) else " ".join(str(error).split())[:200]
+        raise UserError(f"evaluate.toxicity: {directory}: {reason}; name another classifier") from None
     kinds = config.architectures or []
     if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
         found = ", ".join(kinds) or "model of no known kind"
@@ -109,7 +113,9 @@ class Classifier:
 
         quiet()
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = AutoModelForSequenceClassification.from_pretrained(str(directory), use_safetensors=True)
+        self._model = AutoModelForSequenceClassification.from_pretrained(
+            str(directory), use_safetensors=True, trust_remote_code=False
+        )
         self._model.to(device).eval()
         self._tokenizer = load_tokenizer(directory)
         self._label = _label(directory)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
 
@@ -97,8 +97,9 @@ class Objective:
     @property
     def parameters(self) -> dict[str, tuple[Any, Any]]:
         """Keyword-only parameters as ``name: (annotation, default)``: the objective's recipe section."""
+        types = get_type_hints(self.function, include_extras=True)
         return {
-            parameter.name: (eval(parameter.annotation, self.function.__globals__), parameter.default)  # noqa: S307
+            parameter.name: (types[parameter.name], parameter.default)
             for parameter in inspect.signature(self.function).parameters.values()
             if parameter.kind is parameter.KEYWORD_ONLY
         }

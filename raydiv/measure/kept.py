@@ -16,7 +16,7 @@ from raydiv.evaluation.attacks import texts_of
 from raydiv.measure.evaluations import Judges
 from raydiv.model.files import fingerprint
 from raydiv.model.load import ModelSource
-from raydiv.storage import open_input
+from raydiv.storage import open_input, require_inside
 
 VERSION = 1
 """Of what is kept, and of what its key is made of."""
@@ -41,7 +41,7 @@ class Taken:
     def into(self, run: Path) -> None:
         """Write the files into a run's directory."""
         for name, content in self.files.items():
-            path = run / name
+            path = run / require_inside(name)
             path.parent.mkdir(exist_ok=True)
             path.write_text(content)
 

@@ -20,6 +20,9 @@ def sources_of(
     A run says how its model is loaded and which template it was trained with; ``template`` and ``precision`` go over it.
     """
     found = [_source(model) for model in models]
+    for one in found:
+        one.config()  # or workers find out that it cannot be read
+        one.chat()
     return [replace(one, template=template or one.template, precision=precision or one.precision) for one in found]
 
 

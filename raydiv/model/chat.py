@@ -12,6 +12,7 @@ from typing import Any
 from raydiv.cache import digest
 from raydiv.config.recipe import template_text
 from raydiv.errors import UserError
+from raydiv.model.files import unloadable
 
 Messages = list[dict[str, str]]
 
@@ -32,8 +33,8 @@ class Chat:
     Raises UserError when the directory has no tokenizer, or no template is found and none is given.
     """
 
-    def __init__(self, directory: Path, template: str | None = None) -> None:
-        self.tokenizer = load_tokenizer(directory)
+    def __init__(self, directory: Path, template: str | None = None, trust_remote_code: bool = False) -> None:
+        self.tokenizer = load_tokenizer(directory, trust_remote_code)
         if template is not None:
             try:
                 self.tokenizer.chat_template = template_text(template)
@@ -132,15 +133,15 @@ class Chat:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
 
-def load_tokenizer(directory: Path) -> Any:
+def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model directory. Raises UserError where there is none."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(directory))
+        # said outright: transformers asks on the terminal where nothing is said, and a piped "y" would do
+        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model.id: {directory} has no usable tokenizer: {reason}") from None
+        raise unloadable(directory, error, f"has no usable tokenizer: {' '.join(str(error).split())[:200]}") from None
 
 
 def as_turns(prompt: str | Messages) -> Messages:

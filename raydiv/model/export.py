@@ -69,7 +69,7 @@ def export(run: Path, destination: Path, adapter: bool = False) -> Path:
 
 def _finish(directory: Path, tokenizer_from: Path, recipe: Recipe, adapter: bool) -> None:
     """Tokenizer, template and card beside the weights."""
-    Chat(tokenizer_from, recipe.data.template).tokenizer.save_pretrained(directory)
+    Chat(tokenizer_from, recipe.data.template, recipe.model.trust_remote_code).tokenizer.save_pretrained(directory)
     (directory / "README.md").write_text(_model_card(recipe, adapter))
 
 

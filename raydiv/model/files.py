@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,7 @@ def model_directory(model_id: str, revision: str | None = None) -> Path:
         path = _from_hub(model_id, revision)
     if not (path / "adapter_config.json").is_file():
         _require_config(model_id, path)
-    if not weight_files(path):
-        raise UserError(f"model.id: {model_id}: holds no weights (*.safetensors); was it saved or downloaded whole?")
+    _require_weights(model_id, path)
     return path.resolve()
 
 
@@ -44,6 +44,42 @@ def _require_config(model_id: str, directory: Path) -> None:
         raise UserError(f"model.id: {model_id}: no config.json in it, so not a Hugging Face model directory")
 
 
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+"""What weights are called that run code when they are read."""
+
+
+def _require_weights(model_id: str, directory: Path) -> None:
+    """Raises UserError where a loader would find no safetensors, and go on to pickle or to another directory's files."""
+    adapter, found = (directory / "adapter_config.json").is_file(), {file.name for file in weight_files(directory)}
+    wanted = {"adapter_model.safetensors"} if adapter else set()
+    for index in () if adapter else directory.glob("*.safetensors.index.json"):
+        try:
+            wanted |= set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"model.id: {model_id}: {index.name} is no index of weights") from None
+    if found and wanted <= found:
+        return
+    lacking = sorted(map(str, wanted - found))[0] if wanted - found else "*.safetensors"
+    pickled = sorted(file.name for pattern in PICKLED for file in directory.glob(pattern))
+    do = (
+        f"{pickled[0]} is pickle, which runs code when it is read, and is not: where you trust it, load it with transformers "
+        "(or peft), and save_pretrained it elsewhere"
+        if pickled
+        else "was it saved or downloaded whole?"
+    )
+    raise UserError(f"model.id: {model_id}: holds no weights ({lacking}); {do}")
+
+
+OWN_CODE = (
+    "brings Python code of its own, which is not run; read it, and if you trust it say model.trust_remote_code: true"
+)
+
+
+def unloadable(directory: Path | str, error: Exception, otherwise: str) -> UserError:
+    """What to say of a directory that transformers could not load: ``otherwise``, unless it was for want of trust."""
+    return UserError(f"model.id: {directory}: {OWN_CODE if 'custom code' in str(error) else otherwise}")
+
+
 def weight_files(path: Path) -> list[Path]:
     return sorted(path.glob("*.safetensors"))
 
@@ -57,7 +93,8 @@ def fingerprint(path: Path) -> str:
 def _from_hub(model_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    # code of its own too: what is downloaded is not run, unless the recipe trusts it
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
     try:
         return Path(snapshot_download(model_id, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub client raises many unrelated types

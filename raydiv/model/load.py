@@ -13,7 +13,7 @@ from raydiv.config import Recipe
 from raydiv.config.recipe import Lora, Model
 from raydiv.errors import UserError
 from raydiv.model.chat import Chat
-from raydiv.model.files import model_directory
+from raydiv.model.files import model_directory, unloadable
 from raydiv.model.quiet import quiet
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -44,7 +44,7 @@ class ModelSource:
         )
 
     def chat(self) -> Chat:
-        return Chat(self.directory, self.template)
+        return Chat(self.directory, self.template, self.trust_remote_code)
 
     def load(self) -> Any:
         """The causal model, for scoring or generation; an adapter is merged into its base, unless that is in 4 bits."""
@@ -64,7 +64,7 @@ class ModelSource:
         try:
             config = AutoConfig.from_pretrained(str(directory), trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError) as error:
-            raise UserError(f"model.id: {directory}: {' '.join(str(error).split())[:300]}") from None
+            raise unloadable(directory, error, " ".join(str(error).split())[:300]) from None
         return config.get_text_config()
 
     def base(self) -> Path | None:
@@ -133,7 +133,7 @@ def _from_pretrained(
             **(_quantized(quantization, dtype) if quantization else {}),
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"model.id: {directory}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        raise unloadable(directory, error, f"cannot be loaded: {' '.join(str(error).split())[:300]}") from None
 
 
 def _quantized(quantization: str, dtype: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from raydiv.config import Recipe
 from raydiv.config.recipe import Model
 from raydiv.errors import UserError
 from raydiv.model.collate import Inputs, collate
-from raydiv.model.files import model_directory, require_base
+from raydiv.model.files import model_directory, require_base, unloadable
 from raydiv.model.head import LogProbHead, Weigh
 from raydiv.model.load import DTYPES, implementation, lora_config
 from raydiv.model.packing import Packing, packing_of
@@ -134,9 +134,11 @@ def config_of(model: Model) -> Any:
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         known = ", ".join(sorted(path.stem.replace("--", "/") for path in SHIPPED.glob("*.json")))
-        raise UserError(
-            f"model.id: {model.id}: no config of it to be had ({reason}); without a hub a local directory with its config.json "
-            f"does, or one of {known}"
+        raise unloadable(
+            model.id,
+            error,
+            f"no config of it to be had ({reason}); without a hub a local directory with its config.json does, or one of "
+            f"{known}",
         ) from None
 
 

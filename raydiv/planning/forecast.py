@@ -155,7 +155,7 @@ def _chat(recipe: Recipe) -> Chat | None:
     directory = at_hand(recipe.model)
     if directory is None or not any((directory / name).is_file() for name in TOKENIZER_FILES):
         return None
-    return Chat(directory, recipe.data.template)
+    return Chat(directory, recipe.data.template, recipe.model.trust_remote_code)
 
 
 def _memory(cluster: Cluster) -> tuple[int, str]:

@@ -25,7 +25,7 @@ from raydiv.studies.found import cell_of, identity, included, require_same
 from raydiv.studies.grid import Plan, baselines, plans
 from raydiv.studies.jobs import Job, run_jobs
 from raydiv.together import Family, distinct, measure_base, prepare_all, require_begun
-from raydiv.track import Tracker, tracking_uri
+from raydiv.track import Tracker, handed_on
 
 
 class StudyDirectory:
@@ -146,7 +146,7 @@ def _run(
             return measured, {}
         prepare_all(distinct([plan.recipe for plan in missing]), display)
         room, part = side_by_side(recipe.cluster, section.max_concurrent)
-        family = Family(directory.cells, part, tracking_uri(recipe), parent)
+        family = Family(directory.cells, part, handed_on(recipe), parent)
         jobs = [_job(plan, directory, family) for plan in missing]
         return measured, _run_all(jobs, room, section.keep_models, display)
 

@@ -23,7 +23,7 @@ from raydiv.sweeps.search import Asked, Numbered
 from raydiv.sweeps.space import Values, recipes_of, representatives
 from raydiv.sweeps.trial import TrialInput, run_trial
 from raydiv.together import Family, distinct, prepare_all
-from raydiv.track import Tracker, tracking_uri
+from raydiv.track import Tracker, handed_on
 
 GRACE, REDUCTION = 10, 3
 """Of asha, where the recipe does not say."""
@@ -101,7 +101,7 @@ def _search(recipe: Recipe, record: Record, tried: Sequence[Values], scheduler: 
     section = recipe.sweep
     assert section is not None
     room, part = side_by_side(recipe.cluster, section.max_concurrent)
-    family = Family(record.directory.trials, part, tracking_uri(recipe), record.facts["mlflow"]["run_id"])
+    family = Family(record.directory.trials, part, handed_on(recipe), record.facts["mlflow"]["run_id"])
     given = TrialInput(recipe, family, Path.cwd(), dict(record.trials))
     searcher, count = _searcher(recipe, record, tried)
     with display.phase("trials") as update:
