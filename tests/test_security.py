@@ -443,7 +443,7 @@ def answers(url: str, token: str | None) -> int:
         return error.code
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_without_its_token_nobody_is_let_into_a_local_ray(
     tmp_path: Path, tiny_model: Path, files: dict[str, str]
 ) -> None:
@@ -543,7 +543,7 @@ def test_prompts_that_change_while_they_are_read_are_refused(
         list(iterate_records(Source(path=str(path))))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("own_cache", "ray")
 def test_what_was_edited_after_prepare_alone_is_scored_again(
     tiny_model: Path, files: dict[str, str], tmp_path: Path
