@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+import raydiv
 from raydiv.beats import stalled
 from raydiv.config import Recipe
 from raydiv.config.recipe import Cluster
@@ -40,7 +41,7 @@ UNBOUNDED = (
 )
 RESIZE_S = 60.0
 """Seconds between looks for nodes that have come, under ``cluster.min_workers``."""
-VERSIONED = ("raydiv", "ray", "torch", "deepspeed", "transformers", "peft", "mlflow")
+VERSIONED = ("ray", "torch", "deepspeed", "transformers", "peft", "mlflow")
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +228,8 @@ def _report_failure(fit: Callable[[], Any], run: RunDirectory, timeout: float) -
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages whose behaviour a result depends on."""
     found = {name: metadata.version(name) for name in VERSIONED}
-    return {"python": platform.python_version(), **found}
+    # this raydiv may be one that a job brought along, and installed nowhere
+    return {"python": platform.python_version(), "raydiv": raydiv.__version__, **found}
 
 
 def _tags(recipe: Recipe, prepared: Prepared) -> dict[str, str]:

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "raydiv"
 
 ROOMS = [
     ["cli", "__main__", "__init__", "benchmarks"],
-    ["sweeps", "studies"],
+    ["sweeps", "studies", "submission"],
     ["together"],
     ["launch"],
     [
@@ -42,12 +42,22 @@ ROOMS = [
     ["bundled.w1"],
     ["cache"],
     ["storage"],
-    ["errors", "bundled", "config.secrets"],
+    ["errors", "bundled", "config.secrets", "config.tree"],
 ]
 """From the door to the foundations: a module imports its own room and what is below. Submodules may be named apart."""
 
 LIBRARIES = {
-    "ray": {"session", "pool", "launch", "reference", "training.worker", "sweeps", "studies.jobs", "benchmarks"},
+    "ray": {
+        "session",
+        "pool",
+        "launch",
+        "reference",
+        "training.worker",
+        "sweeps",
+        "studies.jobs",
+        "submission.jobs",
+        "benchmarks",
+    },
     "deepspeed": {"engine", "partitions", "benchmarks.hello"},
     "mlflow": {"track"},
     "transformers": {

@@ -13,6 +13,7 @@ from raydiv.cli.common import Handler, add_command, add_recipe, add_reports, pri
 from raydiv.cli.comparing import add_comparing_commands
 from raydiv.cli.data import add_data_commands
 from raydiv.cli.measuring import add_measuring_commands
+from raydiv.cli.submitting import add_submitting_command
 from raydiv.errors import UserError
 from raydiv.termination import STATUS, Terminated, at_sigterm
 
@@ -47,14 +48,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Options of a command; ``key=value`` may stand anywhere among them, which argparse alone does not allow."""
+    """Options of a command; ``key=value`` may stand anywhere among them, which argparse alone does not allow.
+
+    ``submit`` has those of the command that it sends in ``sent``, and its words in ``words``.
+    """
+    own = list(sys.argv[1:] if arguments is None else arguments)
+    words: list[str] = []
+    if own[:1] == ["submit"] and "--" in own:
+        own, words = own[: own.index("--")], own[own.index("--") + 1 :]
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = parser.parse_known_args(own)
     strays = [word for word in rest if not hasattr(options, "overrides") or word.startswith("-") or "=" not in word]
     if strays:
         parser.error(f"unrecognized arguments: {' '.join(strays)}")
     if rest:
         options.overrides = [*options.overrides, *rest]
+    if own[:1] == ["submit"]:
+        options.words, options.sent = words, _parse(words) if words else None
     return options
 
 
@@ -84,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("run", metavar="RUN", type=Path, help="a run directory")
     add_reports(status)
 
+    add_submitting_command(commands)
     add_comparing_commands(commands)
     add_measuring_commands(commands)
 

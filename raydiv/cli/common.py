@@ -53,6 +53,12 @@ def results_alone() -> Iterator[None]:
         _results.pop()
 
 
+def write_result(text: str) -> None:
+    """A piece of a result, as it comes."""
+    _results[-1].write(text)
+    _results[-1].flush()
+
+
 def print_report(options: argparse.Namespace, content: Any, show: Callable[[], None]) -> None:
     """Print one JSON object, or what ``show`` prints."""
     with redirect_stdout(_results[-1]):

@@ -22,11 +22,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
 
     Raises UserError with every unknown key, wrong type and value out of range.
     """
-    tree = dict(source) if isinstance(source, Mapping) else _read(Path(source), seen=())
-    changes: dict[str, Any] = {}
-    for override in overrides:
-        changes = _merge(changes, _parse_override(override))
-    tree = _merge(tree, changes)
+    tree = merged(source, overrides)
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
@@ -40,6 +36,18 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
             f"{path}: {' or '.join(messages)}" if path else "; ".join(messages) for path, messages in problems.items()
         ]
         raise UserError(where + "; ".join(lines)) from None
+
+
+def merged(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """A recipe as it is written, with what it ``extends`` and the overrides, unchecked.
+
+    Raises UserError where it cannot be read, or is no mapping.
+    """
+    tree = dict(source) if isinstance(source, Mapping) else _read(Path(source), seen=())
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        changes = _merge(changes, _parse_override(override))
+    return _merge(tree, changes)
 
 
 def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:

@@ -265,6 +265,10 @@ class Cluster(Section):
     max_failures: Annotated[int, Field(ge=-1)] = Field(
         default=0, description="times that workers which died are started again, from the newest checkpoint; -1: always"
     )
+    address: str | None = Field(
+        default=None,
+        description="of the cluster that raydiv submit sends to (http://HEAD:8265); no other command reads it",
+    )
     timeout_s: PositiveInt = Field(
         default=1800, description="seconds without progress after which workers are given up"
     )

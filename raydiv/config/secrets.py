@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from raydiv.config.tree import leaves
 
 NAMED = re.compile(
     r"(?:^|_|-|\.)(?:api_?key|tokens?|secrets?|passwords?|passwd|keys?|credentials?)(?:$|_|-|\.)", re.IGNORECASE
@@ -34,7 +36,7 @@ INSTEAD = (
 
 def secrets_in(recipe: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with an unchecked recipe, without any of the values."""
-    for path, value in _leaves(recipe, ""):
+    for path, value in leaves(recipe):
         if isinstance(value, str) and has_password(value):
             yield f"{path}: has a password in its address; {INSTEAD}"
         elif value is not None and _named_secret(path, value):
@@ -52,6 +54,11 @@ def _named_secret(path: str, value: Any) -> bool:
         name = name.rpartition(".")[2] if isinstance(value, str) else ""
     elif isinstance(value, str) and (not name or name.isdigit()):  # NAME=VALUE, where a mapping was meant
         name = value.partition("=")[0]
+    return names_secret(name)
+
+
+def names_secret(name: str) -> bool:
+    """Whether a variable's name says that its value is one."""
     return bool(NAMED.search(name) and not OF_TEXT.search(name))
 
 
@@ -63,15 +70,3 @@ def has_password(address: str) -> bool:
 def without_password(address: str) -> str:
     """A URI as it may be shown and written down."""
     return QUERY.sub(r"\1***", LOGIN.sub(r"\1:***@", address))
-
-
-def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Dotted paths of what is neither a mapping nor a list, and the values there."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{path}.{key}".lstrip("."))
-    elif isinstance(value, Sequence) and not isinstance(value, str):
-        for number, inner in enumerate(value):
-            yield from _leaves(inner, f"{path}.{number}".lstrip("."))
-    else:
-        yield path, value
