@@ -5,12 +5,16 @@ DeepSpeed's own gathers and reductions happen inside ``raydiv.engine``; nothing 
 
 from __future__ import annotations
 
+import time
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+TRIED_BYTES, TRIES = 8 * 2**20, 3
 
 
 def rank() -> int:
@@ -49,6 +53,19 @@ def from_first(value: T) -> T:
     holder = [value]
     dist.broadcast_object_list(holder, src=0)
     return holder[0]
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes of a tensor that an all-reduce of all ranks takes in a second, of a few tries the best; 0 without other ranks."""
+    if world_size() == 1:
+        return 0.0
+    tensor, seconds = torch.ones(TRIED_BYTES // 4, device=device), []
+    for _ in range(TRIES):
+        started = time.perf_counter()
+        dist.all_reduce(tensor)
+        float(tensor[0])  # a GPU answers when it is done
+        seconds.append(time.perf_counter() - started)
+    return TRIED_BYTES / min(seconds)
 
 
 def barrier() -> None:

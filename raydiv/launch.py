@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-import raydiv
 from raydiv.beats import stalled
 from raydiv.config import Recipe
 from raydiv.config.recipe import Cluster
@@ -18,7 +15,8 @@ from raydiv.errors import user_error_in
 from raydiv.measure.of_a_run import Measurements
 from raydiv.planning.architecture import architecture_of
 from raydiv.planning.layout import largest_share, settle, with_layout
-from raydiv.preparation import Opened, Prepared, fill, read
+from raydiv.preflight import require_ready
+from raydiv.preparation import Opened, Prepared, fill, local_files, read
 from raydiv.progress import Display, step_note
 from raydiv.report.page import write_report
 from raydiv.resuming import recipe_to_resume, require_same_content
@@ -31,6 +29,7 @@ from raydiv.training.anchors import Anchors
 from raydiv.training.metrics import estimate_facts
 from raydiv.training.order import epochs_of
 from raydiv.training.worker import WorkerInput, worker_entry
+from raydiv.versions import versions
 
 if TYPE_CHECKING:
     from ray.train import ScalingConfig
@@ -41,7 +40,6 @@ UNBOUNDED = (
 )
 RESIZE_S = 60.0
 """Seconds between looks for nodes that have come, under ``cluster.min_workers``."""
-VERSIONED = ("ray", "torch", "deepspeed", "transformers", "peft", "mlflow")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +82,7 @@ def train(
     if not recipe.loss.bounded and recipe.optim.target_margin is None:
         display.say(UNBOUNDED.format(type=recipe.loss.type))
     with ray_session(recipe.cluster):
+        require_ready(recipe, run.path, local_files(opened), new=not resume)
         prepared = fill(recipe, opened, display)
         recipe, roomy = settled(recipe, prepared)
         if resume:
@@ -223,13 +222,6 @@ def _report_failure(fit: Callable[[], Any], run: RunDirectory, timeout: float) -
             cause = getattr(failure, "cause", failure)
             raise RuntimeError(f"training worker {rank}: {type(cause).__name__}: {cause}") from error
         raise RuntimeError(f"training: {error}") from error
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages whose behaviour a result depends on."""
-    found = {name: metadata.version(name) for name in VERSIONED}
-    # this raydiv may be one that a job brought along, and installed nowhere
-    return {"python": platform.python_version(), "raydiv": raydiv.__version__, **found}
 
 
 def _tags(recipe: Recipe, prepared: Prepared) -> dict[str, str]:

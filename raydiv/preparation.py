@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from raydiv.cache import shared_dir
 from raydiv.config import Recipe
 from raydiv.data.index import OpenSource
 from raydiv.data.prompts import PromptSets
@@ -18,6 +19,7 @@ from raydiv.errors import UserError
 from raydiv.model.chat import Chat
 from raydiv.model.files import fingerprint, model_directory, require_base
 from raydiv.model.load import ModelSource, require_quantizer
+from raydiv.preflight import CACHE, require_nodes
 from raydiv.progress import Display
 from raydiv.reference import reference_logps
 from raydiv.run import Place
@@ -85,6 +87,7 @@ def prepare(recipe: Recipe, display: Display | None = None) -> Prepared:
     display = display or Display()
     opened = read(recipe, display)
     with ray_session(recipe.cluster):
+        require_nodes({CACHE: shared_dir()}, local_files(opened))
         return fill(recipe, opened, display)
 
 
@@ -106,6 +109,12 @@ def read(recipe: Recipe, display: Display) -> Opened:
         for opened in (*train, *held_out):
             opened.peek(tolerant=recipe.data.on_bad_row == "quarantine")
         return Opened(directory, chat, train, held_out, prompts)
+
+
+def local_files(opened: Opened) -> dict[str, int]:
+    """Bytes of the data's files that lie on a disk, by their paths: every node that reads data reads them."""
+    files = [file for source in (*opened.train, *opened.eval) for file in source.files if "://" not in file.uri]
+    return {file.uri: Path(file.uri).stat().st_size for file in files}
 
 
 def fill(recipe: Recipe, opened: Opened, display: Display) -> Prepared:

@@ -18,6 +18,7 @@ ROOMS = [
     ["launch"],
     [
         "preparation",
+        "preflight",
         "inspection",
         "standing",
         "construction",
@@ -42,7 +43,7 @@ ROOMS = [
     ["bundled.w1"],
     ["cache"],
     ["storage"],
-    ["errors", "bundled", "config.secrets", "config.tree"],
+    ["errors", "bundled", "config.secrets", "config.tree", "versions"],
 ]
 """From the door to the foundations: a module imports its own room and what is below. Submodules may be named apart."""
 
@@ -56,6 +57,7 @@ LIBRARIES = {
         "sweeps",
         "studies.jobs",
         "submission.jobs",
+        "preflight",
         "benchmarks",
     },
     "deepspeed": {"engine", "partitions", "benchmarks.hello"},

@@ -15,11 +15,11 @@ from raydiv.config import Recipe
 from raydiv.data.prompts import Prompt
 from raydiv.data.sources import read_examples
 from raydiv.hidden.embed import Readout, embed
-from raydiv.launch import versions
 from raydiv.model.files import model_directory
 from raydiv.model.load import ModelSource
 from raydiv.progress import Display
 from raydiv.session import ray_session, worker_environment
+from raydiv.versions import versions
 
 STARTED = 4
 """A rate is that of the prompts after the first of this many parts: processes start, and models load, before."""

@@ -13,11 +13,11 @@ from typing import Any
 from raydiv.benchmarks.hello import STEPPED
 from raydiv.benchmarks.work import inside, run_module, steps_alone
 from raydiv.config import Recipe, save_recipe
-from raydiv.launch import versions
 from raydiv.preparation import prepare
 from raydiv.progress import Display
 from raydiv.run import RunDirectory
 from raydiv.session import worker_environment
+from raydiv.versions import versions
 
 
 def bench_start(recipe: Recipe, repeats: int = 3, display: Display | None = None) -> dict[str, Any]:

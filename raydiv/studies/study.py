@@ -15,7 +15,6 @@ from raydiv.comparison.tables import tables_of
 from raydiv.comparison.written import Table, write_tables
 from raydiv.config import Recipe, save_recipe
 from raydiv.errors import UserError
-from raydiv.launch import versions
 from raydiv.progress import Display
 from raydiv.report.study_page import write_study_report
 from raydiv.run import RunDirectory
@@ -26,6 +25,7 @@ from raydiv.studies.grid import Plan, baselines, plans
 from raydiv.studies.jobs import Job, run_jobs
 from raydiv.together import Family, distinct, measure_base, prepare_all, require_begun
 from raydiv.track import Tracker, handed_on
+from raydiv.versions import versions
 
 
 class StudyDirectory:

@@ -12,7 +12,6 @@ from typing import Any
 from raydiv.config import Recipe
 from raydiv.config.sweep import Sweep as SweepSection
 from raydiv.errors import UserError
-from raydiv.launch import versions
 from raydiv.progress import Display
 from raydiv.report.sweep_page import write_sweep_report
 from raydiv.session import ray_session, require_dashboard, side_by_side
@@ -24,6 +23,7 @@ from raydiv.sweeps.space import Values, recipes_of, representatives
 from raydiv.sweeps.trial import TrialInput, run_trial
 from raydiv.together import Family, distinct, prepare_all
 from raydiv.track import Tracker, handed_on
+from raydiv.versions import versions
 
 GRACE, REDUCTION = 10, 3
 """Of asha, where the recipe does not say."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from raydiv import dist
 from raydiv.config import Recipe
 from raydiv.data.plan import InOrder, StepPlan
 from raydiv.model.export import write_model
+from raydiv.model.files import model_directory
 from raydiv.run import Metrics, RunDirectory
 from raydiv.training.anchors import Anchors, policy_separation
 from raydiv.training.carried import Carried
@@ -72,7 +73,8 @@ def run_worker(given: WorkerInput, reference: Any) -> None:
     dist.barrier()
     phases = Phases()
     with Watch(run, phases, recipe.cluster.timeout_s):
-        _work(given, reference, run, phases)
+        here = model_directory(str(given.model_directory))
+        _work(replace(given, model_directory=here), reference, run, phases)
 
 
 def _work(given: WorkerInput, reference: Any, run: RunDirectory, phases: Phases) -> None:
@@ -87,6 +89,7 @@ def _work(given: WorkerInput, reference: Any, run: RunDirectory, phases: Phases)
     torch.manual_seed(recipe.seed)
     dtype = DTYPES[recipe.engine.precision]
     engine = Engine(recipe, lambda: build_policy(given.model_directory, recipe.model, dtype))
+    _say_bandwidth(run, engine.device)
     head = LogProbHead(engine.model)
     packing = _packing(recipe, Probe(head, engine.model, engine, engine.device), run)
     tokens = recipe.batch.tokens_per_microbatch
@@ -114,6 +117,19 @@ def _work(given: WorkerInput, reference: Any, run: RunDirectory, phases: Phases)
     _save(engine, given, run, expected)
     if dist.rank() == 0:
         run.note_ended(str(carried.ended))
+
+
+def _say_bandwidth(run: RunDirectory, device: torch.device) -> None:
+    """Between nodes, how fast the network is that every step goes over."""
+    import ray
+
+    nodes = len(set(dist.gathered(ray.get_runtime_context().get_node_id()))) if ray.is_initialized() else 1
+    if nodes > 1:
+        speed = dist.bandwidth(device)
+        if dist.rank() == 0:
+            run.tell(
+                f"{dist.world_size()} workers on {nodes} nodes; an all-reduce of theirs takes {speed / 1e9:.2f} GB/s"
+            )
 
 
 def _go_on(saver: Saver, stepper: Stepper, run: RunDirectory) -> tuple[int, Carried]:
