@@ -19,9 +19,10 @@ from raydiv.preflight import require_ready
 from raydiv.preparation import Opened, Prepared, fill, local_files, read
 from raydiv.progress import Display, step_note
 from raydiv.report.page import write_report
+from raydiv.resources import cpus_per_worker, threads_per_worker, worker_memory
 from raydiv.resuming import recipe_to_resume, require_same_content
 from raydiv.run import Metrics, RunDirectory, last_values
-from raydiv.session import cpus_per_worker, ray_session, threads_per_worker, training_environment, worker_memory
+from raydiv.session import ray_session, training_environment
 from raydiv.storage import atomic
 from raydiv.termination import Terminated, at_sigterm
 from raydiv.track import Tracker

@@ -19,7 +19,7 @@ from ray.data.block import BlockMetadata
 
 from raydiv.config.recipe import Cluster
 from raydiv.errors import UserError
-from raydiv.session import cpus
+from raydiv.resources import cpus
 
 Row = dict[str, Any]
 Progress = Callable[[int, int | None], None]

@@ -34,7 +34,7 @@ ROOMS = [
     ["data.sets"],
     ["training", "planning", "data.tokenize", "data.prompts", "data.overlap", "model.export"],
     ["data.index"],
-    ["data.sources", "pool", "session", "engine", "checkpoint", "resuming"],
+    ["data.sources", "pool", "session", "resources", "engine", "checkpoint", "resuming"],
     ["model", "data", "track", "progress", "run", "partitions"],
     ["dist", "lines", "termination", "beats"],
     ["config"],
@@ -50,6 +50,7 @@ ROOMS = [
 LIBRARIES = {
     "ray": {
         "session",
+        "resources",
         "pool",
         "launch",
         "reference",

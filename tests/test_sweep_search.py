@@ -16,8 +16,8 @@ from raydiv.config import Recipe, load_recipe
 from raydiv.config.recipe import Cluster
 from raydiv.config.sweep import Constraint, Objective, Sweep
 from raydiv.errors import UserError
+from raydiv.resources import HOST_SHARE, side_by_side
 from raydiv.run import RunDirectory
-from raydiv.session import HOST_SHARE, side_by_side
 from raydiv.sweeps.asha import Halving
 from raydiv.sweeps.record import FAILED, FINISHED, STOPPED, WAITING, Record, SweepDirectory, Trial, undominated
 from raydiv.sweeps.search import Asked, Numbered

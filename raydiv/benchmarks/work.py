@@ -21,8 +21,9 @@ from raydiv.data.tokens import StoredExamples
 from raydiv.launch import Result, train
 from raydiv.preparation import fill, read
 from raydiv.progress import Display
+from raydiv.resources import threads_per_worker
 from raydiv.run import Metrics
-from raydiv.session import ray_session, threads_per_worker, worker_environment
+from raydiv.session import ray_session, worker_environment
 from raydiv.training.feed import ExampleSet
 from raydiv.training.order import epochs_of
 

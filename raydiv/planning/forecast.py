@@ -20,8 +20,8 @@ from raydiv.planning.architecture import Architecture, architecture_of, at_hand
 from raydiv.planning.layout import GIB, MARGIN, Fit, layouts, taken_of, what_fits, with_layout
 from raydiv.planning.memory import FP32, MOMENTS, WEIGHT_BYTES
 from raydiv.planning.tested import untested
+from raydiv.resources import HOST_SHARE
 from raydiv.run import RunDirectory
-from raydiv.session import HOST_SHARE
 
 ROWS = ("weights", "gradients", "optimizer", "activations", "head", "buffers", "runtime")
 """Parts of a worker's memory, in the order in which they are shown."""

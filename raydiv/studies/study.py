@@ -17,8 +17,9 @@ from raydiv.config import Recipe, save_recipe
 from raydiv.errors import UserError
 from raydiv.progress import Display
 from raydiv.report.study_page import write_study_report
+from raydiv.resources import side_by_side
 from raydiv.run import RunDirectory
-from raydiv.session import ray_session, require_dashboard, side_by_side
+from raydiv.session import ray_session, require_dashboard
 from raydiv.storage import atomic
 from raydiv.studies.found import cell_of, identity, included, require_same
 from raydiv.studies.grid import Plan, baselines, plans

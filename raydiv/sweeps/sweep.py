@@ -14,7 +14,8 @@ from raydiv.config.sweep import Sweep as SweepSection
 from raydiv.errors import UserError
 from raydiv.progress import Display
 from raydiv.report.sweep_page import write_sweep_report
-from raydiv.session import ray_session, require_dashboard, side_by_side
+from raydiv.resources import side_by_side
+from raydiv.session import ray_session, require_dashboard
 from raydiv.sweeps.follower import Follower
 from raydiv.sweeps.goal import whole_names
 from raydiv.sweeps.record import FAILED, Record, SweepDirectory
