@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from raydiv.beats import stalled
 from raydiv.config import Recipe
-from raydiv.config.recipe import Cluster
+from raydiv.config.cluster import Cluster
 from raydiv.errors import user_error_in
 from raydiv.measure.of_a_run import Measurements
 from raydiv.planning.architecture import architecture_of
@@ -19,7 +19,7 @@ from raydiv.preflight import require_ready
 from raydiv.preparation import Opened, Prepared, fill, local_files, read
 from raydiv.progress import Display, step_note
 from raydiv.report.page import write_report
-from raydiv.resources import cpus_per_worker, threads_per_worker, worker_memory
+from raydiv.resources import of_a_worker, threads_per_worker, worker_memory
 from raydiv.resuming import recipe_to_resume, require_same_content
 from raydiv.run import Metrics, RunDirectory, last_values
 from raydiv.session import ray_session, training_environment
@@ -191,7 +191,9 @@ def _scaling(cluster: Cluster) -> ScalingConfig:
         num_workers=cluster.num_workers if cluster.min_workers is None else (cluster.min_workers, cluster.num_workers),
         elastic_resize_monitor_interval_s=RESIZE_S,
         use_gpu=cluster.use_gpu,
-        resources_per_worker={"CPU": cpus_per_worker(cluster), **({"GPU": 1} if cluster.use_gpu else {})},
+        resources_per_worker=of_a_worker(cluster),
+        accelerator_type=cluster.train.accelerator,
+        placement_strategy=cluster.train.placement,
     )
 
 

@@ -6,6 +6,7 @@ is raised where rows are read: Ray would wrap it in its own words.
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +18,9 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasource, ExecutionResources, ReadTask
 from ray.data.block import BlockMetadata
 
-from raydiv.config.recipe import Cluster
+from raydiv.config.cluster import Cluster
 from raydiv.errors import UserError
-from raydiv.resources import cpus
+from raydiv.resources import pool_of
 
 Row = dict[str, Any]
 Progress = Callable[[int, int | None], None]
@@ -83,7 +84,7 @@ def stream_through(
 
     The makers run in tasks of their own, several at a time; ``worker(**arguments)`` is called with a list of one row.
     """
-    source = _made(makers, at_once=2 + _devices(cluster, model))
+    source = _made(makers, at_once=2 + pool_of(cluster, model).devices)
     source.context.execution_options.resource_limits = ExecutionResources(object_store_memory=BUFFERED_BYTES)
     return _through(source, worker, arguments, cluster, 1, actors=actors or len(makers), model=model)
 
@@ -122,12 +123,6 @@ def _objects(cells: pa.Table) -> list[Any]:
     return [pickle.loads(cell) for cell in cells["row"].to_pylist()]  # noqa: S301 - written by our own tasks
 
 
-def _devices(cluster: Cluster, model: bool) -> int:
-    """CPUs of the run, or the cluster's GPUs where these hold the models."""
-    on_gpus = model and cluster.use_gpu
-    return max(1, int(ray.cluster_resources().get("GPU", 1) if on_gpus else cpus(cluster)))
-
-
 def _through(
     source: Dataset,
     worker: type,
@@ -138,17 +133,16 @@ def _through(
     actors: int,
     model: bool,
 ) -> Generator[Any, None, None]:
-    devices = _devices(cluster, model)
-    wanted = cluster.pool_actors if model and cluster.pool_actors else devices
-    gpus = model and cluster.use_gpu
+    pool = pool_of(cluster, model)
     mapped = source.map_batches(
         _Worker,
         fn_constructor_args=(worker, arguments),
         batch_size=batch_rows,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=max(1, min(actors, wanted, devices))),
-        num_cpus=1 if gpus else max(1, devices // wanted),
-        num_gpus=1 if gpus else 0,
+        compute=ActorPoolStrategy(size=max(1, min(actors, pool.actors))),
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus,
+        **pool.options,
     )
     try:
         yield from _read(mapped, batch_size=None, prefetch_batches=1)
@@ -217,6 +211,9 @@ class _Worker:
 
     def __init__(self, worker: type, arguments: dict[str, Any]) -> None:
         self._error: UserError | None = None
+        if not ray.get_gpu_ids():
+            # it reserved none, and would find those of others on a node that has some
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         try:
             self._worker = worker(**arguments)
         except UserError as error:

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from raydiv.cache import digest, shared_dir
 from raydiv.config import Recipe
-from raydiv.config.recipe import Cluster
+from raydiv.config.cluster import Cluster
 from raydiv.data.plan import micro_batches
 from raydiv.data.tokens import StoredExamples, content_keys
 from raydiv.model.collate import Ids, collate

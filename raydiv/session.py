@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from raydiv.config import Recipe
-from raydiv.config.recipe import Cluster
+from raydiv.config.cluster import Cluster
 from raydiv.errors import UserError
 from raydiv.resources import require_resources
 

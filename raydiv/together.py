@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raydiv.config import Recipe
-from raydiv.config.recipe import Cluster
+from raydiv.config.cluster import Cluster
 from raydiv.errors import UserError
 from raydiv.measure.of_a_run import Measurements
 from raydiv.model.load import ModelSource

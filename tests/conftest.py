@@ -103,7 +103,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ray() -> Iterator[None]:
     """A local Ray that a module's runs share."""
-    from raydiv.config.recipe import Cluster
+    from raydiv.config.cluster import Cluster
     from raydiv.session import ray_session
 
     with ray_session(Cluster()):

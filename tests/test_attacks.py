@@ -12,8 +12,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from raydiv.config.cluster import Cluster
 from raydiv.config.evaluate import Attack, Evaluate
-from raydiv.config.recipe import Cluster
 from raydiv.data.prompts import Prompt
 from raydiv.errors import UserError
 from raydiv.evaluation.attacks import attempts, check, direct, with_suffix

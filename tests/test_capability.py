@@ -14,7 +14,7 @@ import torch
 from conftest import make_model
 from lm_eval.tasks import TaskManager
 
-from raydiv.config.recipe import Cluster
+from raydiv.config.cluster import Cluster
 from raydiv.errors import UserError
 from raydiv.evaluation import capability
 from raydiv.evaluation.capability import PRESETS, Harness, Score, TaskScores, measure_capability

@@ -21,7 +21,7 @@ import yaml
 
 from raydiv.bundled import bundled_file
 from raydiv.config import source_of
-from raydiv.config.recipe import Cluster
+from raydiv.config.cluster import Cluster
 from raydiv.config.source import Source
 from raydiv.construction import build_data
 from raydiv.construction.card import BuildReport

@@ -15,7 +15,7 @@ from stored import stream_here
 
 from raydiv.cli import main
 from raydiv.config import load_recipe
-from raydiv.config.recipe import Cluster
+from raydiv.config.cluster import Cluster
 from raydiv.inspection import DataReport, check_data
 from raydiv.model.chat import Chat
 from raydiv.progress import Display

@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import make_tokenizer
 
+from raydiv.config.cluster import Cluster
 from raydiv.config.evaluate import JUDGES as MODELS
 from raydiv.config.evaluate import Evaluate, judge_parts
-from raydiv.config.recipe import Cluster
 from raydiv.data.prompts import Prompt
 from raydiv.errors import UserError
 from raydiv.evaluation import judges as module

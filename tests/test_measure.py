@@ -13,8 +13,8 @@ from stored import stream_here
 
 from raydiv import inspection
 from raydiv.config import load_recipe, save_recipe
+from raydiv.config.cluster import Cluster
 from raydiv.config.evaluate import Attack
-from raydiv.config.recipe import Cluster
 from raydiv.data.prompts import Prompt
 from raydiv.evaluation.attacks import Attempt
 from raydiv.evaluation.capability import Capability, Score, TaskScores

@@ -14,7 +14,7 @@ from conftest import make_model
 from test_judges import make_classifier
 
 from raydiv.cli import main
-from raydiv.config.recipe import Cluster
+from raydiv.config.cluster import Cluster
 from raydiv.hidden.distances import bhattacharyya_distance
 from raydiv.hidden.separation import principal_plane
 from raydiv.session import ray_session

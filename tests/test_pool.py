@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import ray
 
-from raydiv.config.recipe import Cluster
+from raydiv.config.cluster import Cluster
 from raydiv.errors import UserError
 from raydiv.pool import Stream, map_rows, stream_through
 from raydiv.session import ray_session

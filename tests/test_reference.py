@@ -21,7 +21,7 @@ from stored import stream_here
 
 from raydiv import reference
 from raydiv.config import Recipe, load_recipe
-from raydiv.config.recipe import Cluster
+from raydiv.config.cluster import Cluster
 from raydiv.data.tokens import StoredExamples
 from raydiv.model.files import fingerprint
 from raydiv.model.load import ModelSource

@@ -28,7 +28,8 @@ from raydiv.checkpoint.shards import Shard
 from raydiv.checkpoint.store import MANIFEST, Checkpoints, Manifest
 from raydiv.cli import main
 from raydiv.config import load_recipe, save_recipe
-from raydiv.config.recipe import Batch, Cluster, Data
+from raydiv.config.cluster import Cluster
+from raydiv.config.recipe import Batch, Data
 from raydiv.config.source import Source
 from raydiv.data import sources
 from raydiv.data.index import OpenSource
@@ -421,7 +422,7 @@ def test_it_is_this_sessions_dashboard_that_is_asked(monkeypatch: pytest.MonkeyP
 
 SESSION = """
 import ray
-from raydiv.config.recipe import Cluster
+from raydiv.config.cluster import Cluster
 from raydiv.session import ray_session, require_dashboard
 from ray.job_submission import JobSubmissionClient
 with ray_session(Cluster(), dashboard=True):

@@ -19,7 +19,7 @@ from stored import stream_here
 
 from raydiv.cache import cache_dir, shared_dir
 from raydiv.config import Recipe, load_recipe
-from raydiv.config.recipe import Cluster
+from raydiv.config.cluster import Cluster
 from raydiv.config.source import Source
 from raydiv.data.sources import PIECE_BYTES, files_of, pieces_of, read_examples
 from raydiv.errors import UserError

@@ -14,7 +14,7 @@ from small_run import recipe_of, write_files
 
 from raydiv.cli import main
 from raydiv.config import Recipe, load_recipe, save_recipe
-from raydiv.config.recipe import Cluster
+from raydiv.config.cluster import Cluster
 from raydiv.errors import UserError
 from raydiv.run import RunDirectory
 from raydiv.session import ray_session

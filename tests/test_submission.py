@@ -264,7 +264,7 @@ def cluster() -> Iterator[str]:
     """The address of a local Ray that takes jobs, whose processes find this Python first."""
     import ray
 
-    from raydiv.config.recipe import Cluster
+    from raydiv.config.cluster import Cluster
     from raydiv.session import ray_session
 
     with pytest.MonkeyPatch.context() as patch:

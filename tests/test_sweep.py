@@ -18,7 +18,7 @@ from small_run import recipe_of, write_files
 
 from raydiv.cli import main
 from raydiv.config import Recipe, save_recipe
-from raydiv.config.recipe import Cluster
+from raydiv.config.cluster import Cluster
 from raydiv.errors import UserError
 from raydiv.progress import Display
 from raydiv.session import ray_session

@@ -13,7 +13,7 @@ import ray
 from ray.tune.search import Searcher
 
 from raydiv.config import Recipe, load_recipe
-from raydiv.config.recipe import Cluster
+from raydiv.config.cluster import Cluster
 from raydiv.config.sweep import Constraint, Objective, Sweep
 from raydiv.errors import UserError
 from raydiv.resources import HOST_SHARE, side_by_side

@@ -15,7 +15,7 @@ from conftest import TEMPLATE, make_tokenizer
 from stored import indices_of, opened, recipe_of, stream_here
 
 from raydiv.config import Recipe
-from raydiv.config.recipe import Cluster
+from raydiv.config.cluster import Cluster
 from raydiv.data import tokenize as module
 from raydiv.data.index import INDEX, Index, OpenSource
 from raydiv.data.sets import make_sets

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, bootstrap
 
-from raydiv.config.recipe import Cluster
+from raydiv.config.cluster import Cluster
 from raydiv.errors import UserError
 from raydiv.evaluation.generate import Generator, Request, generate
 from raydiv.evaluation.outputs import Output, outputs_text, outputs_to, read_outputs

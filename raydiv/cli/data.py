@@ -63,7 +63,7 @@ def _check(options: argparse.Namespace) -> int:
 
 def _build(options: argparse.Namespace) -> int:
     from raydiv.config import source_of
-    from raydiv.config.recipe import Cluster
+    from raydiv.config.cluster import Cluster
     from raydiv.construction import build_data
 
     built = build_data(

@@ -106,7 +106,7 @@ def _add_models(command: argparse.ArgumentParser, prompts: str) -> None:
 
 def _measured(options: argparse.Namespace) -> dict[str, Any]:
     """Arguments that both commands' functions take."""
-    from raydiv.config.recipe import Cluster
+    from raydiv.config.cluster import Cluster
 
     same = ("models", "prompts", "harmful", "harmless", "template", "precision")
     return {name: getattr(options, name) for name in same} | {"cluster": Cluster(use_gpu=options.use_gpu)}

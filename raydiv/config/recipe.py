@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from raydiv.config.checkpoint import Checkpoint, EarlyStop
+from raydiv.config.cluster import Cluster
 from raydiv.config.evaluate import Evaluate
 from raydiv.config.loss import LossSection
 from raydiv.config.secrets import secrets_in
@@ -239,62 +240,6 @@ class Engine(Section):
         if said:
             raise ValueError(f"the recipe says this elsewhere: {', '.join(said)}")
         return value
-
-
-class Cluster(Section):
-    """Ray's resources. Without RAY_ADDRESS a local Ray is started for the command and stopped after it."""
-
-    num_workers: PositiveInt = 1
-    min_workers: PositiveInt | None = Field(
-        default=None, description="fewest workers to train with while nodes come and go; by default always num_workers"
-    )
-    use_gpu: bool = False
-    cpus: PositiveFloat | None = Field(
-        default=None, description="CPUs that a run may take in all; by default the cluster's"
-    )
-    cpus_per_worker: PositiveFloat | None = Field(
-        default=None, description="CPUs of a training worker; by default nine tenths of the run's, in equal shares"
-    )
-    pool_actors: PositiveInt | None = Field(
-        default=None,
-        description="models that score, embed and answer side by side; by default one a GPU, or a CPU: fewer share its CPUs",
-    )
-    worker_memory_gb: PositiveFloat | None = Field(
-        default=None, description="memory of a worker's GPU, or its share of a node's (GiB); by default what is there"
-    )
-    max_failures: Annotated[int, Field(ge=-1)] = Field(
-        default=0, description="times that workers which died are started again, from the newest checkpoint; -1: always"
-    )
-    address: str | None = Field(
-        default=None,
-        description="of the cluster that raydiv submit sends to (http://HEAD:8265); no other command reads it",
-    )
-    timeout_s: PositiveInt = Field(
-        default=1800, description="seconds without progress after which workers are given up"
-    )
-    env: dict[str, str] = Field(default_factory=dict, description="environment variables of every worker")
-
-    @model_validator(mode="after")
-    def _can_shrink(self) -> Cluster:
-        if self.min_workers is None:
-            return self
-        if self.min_workers > self.num_workers:
-            raise ValueError(f"min_workers is {self.min_workers}, more than num_workers, which is {self.num_workers}")
-        if self.max_failures == 0:
-            raise ValueError("min_workers needs max_failures: a lost worker is a failure, and ends the run without it")
-        if not self.use_gpu and self.cpus_per_worker is None:
-            raise ValueError("min_workers needs cpus_per_worker: by it Ray knows how many workers there is room for")
-        return self
-
-    @property
-    def fewest(self) -> int:
-        """Workers that training takes at the least: what fits these fits more."""
-        return self.min_workers or self.num_workers
-
-    @property
-    def collective_timeout_s(self) -> int:
-        """Of torch's collectives: the watch over workers, which knows whom they wait for, is to speak first."""
-        return self.timeout_s + 60
 
 
 class Separation(Section):

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from raydiv.config.recipe import Cluster
+from raydiv.config.cluster import Cluster
 from raydiv.config.source import Source
 from raydiv.construction.answered import Answered, Collected, collect
 from raydiv.construction.card import BuildReport, ClassCounts, Side, card

@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from raydiv.config.recipe import Cluster
+from raydiv.config.cluster import Cluster
 from raydiv.construction.answered import Answered
 from raydiv.construction.options import Plan
 from raydiv.data.formats import BadRow, Record, text

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raydiv.config.recipe import Cluster
+from raydiv.config.cluster import Cluster
 from raydiv.data.formats import BadRow, Example, Reading
 from raydiv.data.index import INDEXED, SCHEMA, SPELLINGS, Index, IndexWriter, OpenSource, RowNotes, read_index
 from raydiv.data.sources import Piece, Raw, parse, pieces_of, read, require_unchanged

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from raydiv.config.cluster import Cluster
 from raydiv.config.evaluate import Attack
-from raydiv.config.recipe import Cluster
 from raydiv.data.formats import BadRow, text
 from raydiv.data.prompts import Prompt
 from raydiv.data.sources import iterate_records

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from raydiv.config.recipe import Cluster
+from raydiv.config.cluster import Cluster
 from raydiv.errors import UserError
 from raydiv.model.load import ModelSource
 from raydiv.pool import Progress, map_rows, unwatched

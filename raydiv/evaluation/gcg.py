@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+from raydiv.config.cluster import Cluster
 from raydiv.config.evaluate import Attack
-from raydiv.config.recipe import Cluster
 from raydiv.errors import UserError
 from raydiv.model.chat import Messages, as_turns
 from raydiv.model.load import ModelSource

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raydiv.config.recipe import Cluster
+from raydiv.config.cluster import Cluster
 from raydiv.model.chat import Messages
 from raydiv.model.load import ModelSource
 from raydiv.pool import Progress, map_rows, unwatched

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from raydiv.config.cluster import Cluster
 from raydiv.config.evaluate import judge_parts
-from raydiv.config.recipe import Cluster
 from raydiv.data.prompts import Prompt
 from raydiv.errors import UserError
 from raydiv.evaluation.generate import complete

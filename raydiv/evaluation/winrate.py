@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from raydiv.config.recipe import Cluster
+from raydiv.config.cluster import Cluster
 from raydiv.evaluation.generate import Request, generate
 from raydiv.evaluation.judges import judge_source
 from raydiv.model.load import ModelSource

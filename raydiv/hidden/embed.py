@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raydiv.config.recipe import Cluster, Separation
+from raydiv.config.cluster import Cluster
+from raydiv.config.recipe import Separation
 from raydiv.data.plan import micro_batches
 from raydiv.data.prompts import Prompt
 from raydiv.errors import UserError

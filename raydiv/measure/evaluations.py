@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from raydiv.config.cluster import Cluster
 from raydiv.config.evaluate import Evaluate as EvaluateSection
-from raydiv.config.recipe import Cluster
 from raydiv.data.prompts import Prompt, named, read_prompts, sets_of
 from raydiv.evaluation import attacks
 from raydiv.evaluation.attacks import DIRECT, Attempt

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from raydiv.config.recipe import Cluster
+from raydiv.config.cluster import Cluster
 from raydiv.config.recipe import Separation as SeparationSection
 from raydiv.data.prompts import Prompt, named, read_prompts, sets_of
 from raydiv.errors import UserError

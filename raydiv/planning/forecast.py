@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 
 from raydiv.config import Recipe
-from raydiv.config.recipe import Cluster
+from raydiv.config.cluster import Cluster
 from raydiv.errors import UserError
 from raydiv.model.chat import Chat
 from raydiv.model.quiet import quiet
