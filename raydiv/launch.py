@@ -12,6 +12,7 @@ from raydiv.beats import stalled
 from raydiv.config import Recipe
 from raydiv.config.cluster import Cluster
 from raydiv.errors import user_error_in
+from raydiv.gauges import Gauges
 from raydiv.measure.of_a_run import Measurements
 from raydiv.planning.architecture import architecture_of
 from raydiv.planning.layout import largest_share, settle, with_layout
@@ -95,7 +96,11 @@ def train(
         tags = _tags(recipe, prepared)
         tracker = Tracker(recipe, tags, display.say, note=run.mlflow)
         try:
-            with run.followed(tracker.metrics, tracker.sent), run.followed(watch) if watch else nullcontext():
+            with (
+                run.followed(tracker.metrics, tracker.sent),
+                run.followed(Gauges(recipe.name).show),
+                run.followed(watch) if watch else nullcontext(),
+            ):
                 if run.stage().began is None:
                     run.rewind(0)
                     measurements.take(run, "before", prepared.directory)

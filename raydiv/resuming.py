@@ -19,6 +19,7 @@ LAYOUT = (
     "engine.offload_optimizer",
     "engine.offload_parameters",
     "engine.activation_checkpointing",
+    "engine.profile",
 )
 """Keys that say how an update is computed, not which: they may differ too."""
 

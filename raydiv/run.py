@@ -78,6 +78,7 @@ class RunDirectory:
         self.evaluation = path / EVALUATION
         self.pictures = path / "pictures"
         self.ray = path / "ray"
+        self.profile = path / "profile"
         self._layout = path / "layout.json"
         self._rewards = path / "rewards.json"
         self._stage = path / "stage.json"

@@ -67,6 +67,7 @@ class Tracker:
         self._warned = False
         self._waiting: list[Callable[[], object]] = []
         self._run_id: str | None = None
+        self._system: Any = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
         self._note = note
         if note is not None and note.exists():
@@ -101,7 +102,7 @@ class Tracker:
 
     def finish(self, status: str = "FINISHED") -> bool:
         """End the run; returns whether everything was sent."""
-        self._submit(lambda: self._client.set_terminated(self._run(), status))
+        self._submit(lambda: self._end(status))
         return self._thread.submit(lambda: not self._waiting).result()
 
     @cached_property
@@ -129,11 +130,27 @@ class Tracker:
         ]
         self._client.log_batch(self._run(), params=parameters)
         self._write_note()
+        self._watch_system()
 
     def _go_on(self, run_id: str) -> None:
         """With a run that an earlier attempt began."""
         self._client.update_run(run_id, "RUNNING")
         self._run_id = run_id
+        self._watch_system()
+
+    def _watch_system(self) -> None:
+        """CPU, memory, disk, network and GPUs of this node, where MLflow's own variable asks for them."""
+        from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get() and self._system is None:
+            self._system = SystemMetricsMonitor(self._run(), resume_logging=True, tracking_uri=self._address)
+            self._system.start()
+
+    def _end(self, status: str) -> None:
+        if self._system is not None:
+            self._system.finish()
+        self._client.set_terminated(self._run(), status)
 
     def _tag_children(self, tag: str, tags: Mapping[str, Mapping[str, str]]) -> None:
         experiment = self._client.get_run(self._run()).info.experiment_id

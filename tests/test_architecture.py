@@ -35,7 +35,7 @@ ROOMS = [
     ["training", "planning", "data.tokenize", "data.prompts", "data.overlap", "model.export"],
     ["data.index"],
     ["data.sources", "pool", "session", "resources", "engine", "checkpoint", "resuming"],
-    ["model", "data", "track", "progress", "run", "partitions"],
+    ["model", "data", "track", "gauges", "progress", "run", "partitions"],
     ["dist", "lines", "termination", "beats"],
     ["config"],
     ["losses"],
@@ -51,6 +51,7 @@ LIBRARIES = {
     "ray": {
         "session",
         "resources",
+        "gauges",
         "pool",
         "launch",
         "reference",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -219,8 +220,9 @@ def test_rewards_use_the_main_objective_beta() -> None:
 def test_record_of_a_step_counts_real_tokens_and_what_the_step_took() -> None:
     examples = TokenizedExamples.from_ids([([5] * 4, [6] * 3), ([5], [6, 2])], [True, False], [0, 0])
     spent = {"data": 0.5, "score": 0.25, "push": 1.0, "optimizer": 0.25, "log": 7.0, "checkpoint": 3.0}
+    phases = SimpleNamespace(spent=lambda: spent, until_judged=0.75)
     record = step_record(
-        StepPlan(6, 1.25, np.arange(2), np.zeros(2)), examples, {"loss": 0.5, "grad_norm": 3.0}, 1e-3, spent
+        StepPlan(6, 1.25, np.arange(2), np.zeros(2)), examples, {"loss": 0.5, "grad_norm": 3.0}, 1e-3, phases
     )
     assert record.pop("peak_memory_bytes") > 0
     assert record == {
@@ -238,6 +240,7 @@ def test_record_of_a_step_counts_real_tokens_and_what_the_step_took() -> None:
         "push_seconds": 1.0,
         "optimizer_seconds": 0.25,
         "checkpoint_seconds": 3.0,
+        "skew_seconds": 0.0,
     }
 
 

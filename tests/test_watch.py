@@ -70,6 +70,7 @@ def test_phases_take_what_time_passes_in_them(monkeypatch: pytest.MonkeyPatch) -
             now[0] += seconds
         assert phases.idle == 5
         phases.enter("log")
+        assert phases.until_judged == wait + 10
         seen.append((wait, phases.step, phases.spent()))
         now[0] += 20
     before = phases.passed

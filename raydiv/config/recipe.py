@@ -215,6 +215,9 @@ class Engine(Section):
     activation_checkpointing: bool = Field(
         default=False, description="keep one activation a layer and compute the others again in the backward"
     )
+    profile: Annotated[str, Field(pattern=r"^[1-9][0-9]*(-[1-9][0-9]*)?$", coerce_numbers_to_str=True)] | None = Field(
+        default=None, description="steps of which PyTorch's profiler leaves a trace in the run directory: 3, or 3-5"
+    )
     deepspeed: dict[str, Any] = Field(
         default_factory=dict, description="keys of DeepSpeed's own configuration, merged over what raydiv writes"
     )
@@ -231,6 +234,21 @@ class Engine(Section):
         if ("nvme" in (self.offload_optimizer, self.offload_parameters)) != (self.nvme_path is not None):
             raise ValueError("nvme_path is for offload to nvme: give both or neither")
         return self
+
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        """The first and the last step of ``profile``."""
+        if self.profile is None:
+            return None
+        first, _, last = self.profile.partition("-")
+        return int(first), int(last or first)
+
+    @field_validator("profile")
+    @classmethod
+    def _ends_after_it_begins(cls, value: str | None) -> str | None:
+        if value is not None and "-" in value and int(value.split("-")[1]) < int(value.split("-")[0]):
+            raise ValueError("profile ends before it begins")
+        return value
 
     @field_validator("deepspeed")
     @classmethod

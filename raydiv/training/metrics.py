@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,22 +17,25 @@ from raydiv.losses import Batch, State, Term
 from raydiv.losses.numerics import running
 from raydiv.run import Metrics
 from raydiv.training.phases import OF_A_STEP as PHASES
+from raydiv.training.phases import Phases
 
 
-def step_record(
-    plan: StepPlan, examples: TokenizedExamples, metrics: Metrics, lr: float, spent: Mapping[str, float]
-) -> Metrics:
+def step_record(plan: StepPlan, examples: TokenizedExamples, metrics: Metrics, lr: float, phases: Phases) -> Metrics:
     """A line of metrics.jsonl: ``metrics`` of the objective and ``grad_norm`` (before clipping), and what the step took.
 
     ``step`` counts optimizer updates from 1; ``tokens`` are real ones of the global batch, prompts included: padding,
     mismatched examples and dummies do not count; ``step_seconds`` is rank 0's wall time, of which ``data_seconds`` passed in
     waiting for data, and the seconds of its other phases in them (see raydiv.training.step); ``checkpoint_seconds``, not among
     them, is how long training stood still for a checkpoint since the step before; ``peak_memory_bytes`` that of the worker
-    with the most. ``spent``: seconds by phase.
+    with the most; ``skew_seconds`` how long the first rank that had scored its share waited for the last one.
+
+    All ranks must call it.
     """
     tokens = sum(examples.lengths)
-    phases = {f"{phase}_seconds": spent.get(phase, 0.0) for phase in PHASES}
-    seconds = sum(phases.values())
+    spent = phases.spent()
+    parts = {f"{phase}_seconds": spent.get(phase, 0.0) for phase in PHASES}
+    seconds = sum(parts.values())
+    memory, arrived = zip(*dist.gathered((peak_memory(), phases.until_judged)), strict=True)
     return {
         "step": plan.step + 1,
         "epoch": plan.epoch,
@@ -41,13 +44,14 @@ def step_record(
         "tokens": tokens,
         "tokens_per_second": tokens / seconds,
         "step_seconds": seconds,
-        **phases,
+        **parts,
         "checkpoint_seconds": spent.get("checkpoint", 0.0),
-        "peak_memory_bytes": dist.max_over_ranks(peak_memory()),
+        "skew_seconds": max(arrived) - min(arrived),
+        "peak_memory_bytes": max(memory),
     }
 
 
-TIMED = ("step_seconds", *(f"{phase}_seconds" for phase in PHASES), "checkpoint_seconds")
+TIMED = ("step_seconds", *(f"{phase}_seconds" for phase in PHASES), "checkpoint_seconds", "skew_seconds")
 OF_A_STEP = ("grad_norm", "lr", "tokens", "tokens_per_second", *TIMED, "peak_memory_bytes")
 """What ``step_record`` has besides the objective's metrics, where step and epoch stand."""
 

@@ -20,13 +20,19 @@ class Phases:
 
     def __init__(self) -> None:
         self.name, self.step, self.passed = "start", 0, 0
-        self._entered = self._went_on = time.perf_counter()
+        self._entered = self._went_on = self._began = time.perf_counter()
+        self.until_judged = 0.0
+        """Seconds from the beginning of the step to where the ranks meet, what the others wait for included in none."""
         self._spent: dict[str, float] = {}
 
     def enter(self, name: str) -> None:
         """The phase before is over, and another begins."""
         now = time.perf_counter()
         self._spent[self.name] = self._spent.get(self.name, 0.0) + now - self._entered
+        if name == "data":
+            self._began = now
+        elif name == "judge":
+            self.until_judged = now - self._began
         self.name, self._entered = name, now
         self.pass_on()
 

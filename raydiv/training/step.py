@@ -51,8 +51,8 @@ class Stepper:
     """Runs steps of one objective on one engine and holds the objective's running state.
 
     ``engine`` is called as the model's forward and has ``model``, ``device``, ``backward``, ``update`` and ``discard`` (see
-    raydiv.engine.Engine). ``forwards`` counts this rank's forwards. ``phases`` are told what it does: ``score`` and ``judge``,
-    ``push``, which is all of a step that is one pass, and ``optimizer``.
+    raydiv.engine.Engine). ``forwards`` counts this rank's forwards. ``phases`` are told what it does: ``score``; ``judge``,
+    with the wait for the ranks that are slower; ``push``, which is all of a step that is one pass; and ``optimizer``.
     """
 
     engine: Any
@@ -117,8 +117,8 @@ class Stepper:
     def _keep_graph(self, chosen: StepExamples, given: Batch, micro_batch: MicroBatch) -> Verdict:
         """One pass for any objective: a rank's only micro-batch keeps its graph until the coefficients are known."""
         score = self._score(chosen.number, chosen.examples, micro_batch, grad=True)
-        logps = gathered(len(chosen.examples), [micro_batch], [score], self.engine.device)
         self.phases.enter("judge")
+        logps = gathered(len(chosen.examples), [micro_batch], [score], self.engine.device)
         verdict = judge(self.terms, self.states, replace(given, logps=logps))
         self.phases.enter("push")
         self.engine.backward((self._own(verdict.coefficients, micro_batch) * score).sum(), last=True)
@@ -136,8 +136,8 @@ class Stepper:
                 self._forward(chosen.number, micro_batch, inputs, weigh, runs), last=count == len(mine)
             )
         own = [logps[micro_batch] for micro_batch in mine]
-        whole = replace(given, logps=gathered(len(chosen.examples), mine, own, self.engine.device))
         self.phases.enter("judge")
+        whole = replace(given, logps=gathered(len(chosen.examples), mine, own, self.engine.device))
         try:
             return judge(self.terms, self.states, whole)
         except NotFiniteError:
@@ -162,8 +162,9 @@ class Stepper:
 
     def _two_passes(self, chosen: StepExamples, given: Batch, mine: list[MicroBatch]) -> Verdict:
         """Score every micro-batch, judge, then forward each again for its backward."""
-        logps = self._score_layout(chosen.number, chosen.examples, mine)
+        scores = self._score_each(chosen.number, chosen.examples, mine)
         self.phases.enter("judge")
+        logps = gathered(len(chosen.examples), mine, scores, self.engine.device)
         verdict = judge(self.terms, self.states, replace(given, logps=logps))
         self.phases.enter("push")
         for count, micro_batch in enumerate(mine, start=1):
@@ -194,8 +195,11 @@ class Stepper:
 
     def _score_layout(self, step: int, examples: TokenizedExamples, mine: list[MicroBatch]) -> Tensor:
         """Log-probs [n] of ``examples``, of which this rank scores ``mine``, without graph."""
-        scores = [self._score(step, examples, micro_batch, grad=False) for micro_batch in mine]
-        return gathered(len(examples), mine, scores, self.engine.device)
+        return gathered(len(examples), mine, self._score_each(step, examples, mine), self.engine.device)
+
+    def _score_each(self, step: int, examples: TokenizedExamples, mine: list[MicroBatch]) -> list[Tensor]:
+        """Log-probs [m] of each of this rank's micro-batches, without graph."""
+        return [self._score(step, examples, micro_batch, grad=False) for micro_batch in mine]
 
     def _forward(
         self,

@@ -24,6 +24,7 @@ from raydiv.training.feed import ExampleSet, Feed, Share, parts, stream_steps
 from raydiv.training.metrics import estimate_facts, reward_beta, rewards, step_record
 from raydiv.training.order import epochs_of, total_steps
 from raydiv.training.phases import Phases
+from raydiv.training.profiled import Profiled
 from raydiv.training.saving import Saver
 from raydiv.training.schedule import learning_rate
 from raydiv.training.step import StepExamples, Stepper, joined
@@ -160,17 +161,19 @@ def _train(
 ) -> bool:
     """Steps until training is over, which is noted in ``carried``, or the run is asked to stop: then returns True."""
     recipe, facts = given.recipe, estimate_facts(given.recipe.loss.terms[0])
-    phases = stepper.phases
+    phases, profiled = stepper.phases, Profiled(recipe.engine.profiled, run.profile)
     for plan, chosen in stream:
+        profiled.before(plan.step + 1)
         lr, done = learning_rate(recipe.optim, plan.step, steps), plan.step + 1
         metrics = _step(stepper, chosen, lr, plan, given, run, carried, last=done == steps)
         metrics |= carried.means.update(metrics) | facts
         phases.enter("log")
-        _log(run, step_record(plan, chosen.examples, metrics, lr, phases.spent()))
+        _log(run, step_record(plan, chosen.examples, metrics, lr, phases))
         if done == steps:
             carried.ended = "all steps are done"
         elif reached(recipe.optim.target_margin, metrics):
             carried.ended = "the margin is at optim.target_margin"
+        profiled.after(done, last=carried.ended is not None)
         if given.anchors is not None and _due(recipe.separation.every, done) and not carried.ended:
             phases.enter("separation")
             metrics |= (apart := policy_separation(stepper, given.anchors))
