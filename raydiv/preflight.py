@@ -14,7 +14,7 @@ from raydiv.cache import shared_dir
 from raydiv.config import Recipe
 from raydiv.errors import UserError
 from raydiv.planning.architecture import Architecture, architecture_of
-from raydiv.planning.memory import FP32, MOMENTS, WEIGHT_BYTES
+from raydiv.planning.memory import sizes_on_disk
 from raydiv.storage import Folder
 from raydiv.versions import versions
 
@@ -147,14 +147,12 @@ def _missing(seen: list[Seen]) -> list[str]:
 
 def require_room(recipe: Recipe, architecture: Architecture, folder: Path) -> None:
     """Raise UserError where a new run in ``folder`` would fill its disk: with the model that it writes, and its checkpoints."""
-    trained = architecture.trainable if recipe.model.lora is not None else architecture.parameters
-    model = trained * WEIGHT_BYTES[recipe.engine.precision]
-    kept = 0
+    sizes, kept = sizes_on_disk(architecture, recipe), 0
+    model, each = sizes["model"], sizes["checkpoint"]
     if recipe.checkpoint.storage is None:
         # the newest ones, one that is written meanwhile, and the best; without any of a time, that of SIGTERM
         best = recipe.checkpoint.best_metric is not None
         kept = 1 if recipe.checkpoint.every is None else recipe.checkpoint.keep + 1 + best
-    each = architecture.trainable * (FP32 + MOMENTS)
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(there).free
     if model + kept * each > free:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,10 @@ from raydiv.termination import STATUS, Terminated, at_sigterm
 
 if TYPE_CHECKING:
     from raydiv.launch import Result
+
+
+PLAIN_PARTS = {"start": {"repeats"}, "trials": {"repeats", "steps"}, "scale": {"repeats"}}
+"""Parts of ``bench`` with a table each, and the options that mean something there."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -120,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     add_recipe(bench)
     bench.add_argument(
         "--part",
-        choices=["train", "data", "embed", "start", "trials"],
+        choices=["train", "data", "embed", *PLAIN_PARTS],
         default="train",
         help="what is timed (default: train)",
     )
@@ -260,8 +265,7 @@ def _bench(options: argparse.Namespace) -> int:
         "train": {"repeats", "steps", "against", "warmup"},
         "data": {"repeats", "steps", "rows"},
         "embed": {"repeats", "rows"},
-        "start": {"repeats"},
-        "trials": {"repeats", "steps"},
+        **PLAIN_PARTS,
     }
     names = ("repeats", "steps", "against", "warmup", "rows")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
@@ -272,10 +276,8 @@ def _bench(options: argparse.Namespace) -> int:
         return _bench_data(recipe, given, options)
     if options.part == "embed":
         return _bench_embed(recipe, given, options)
-    if options.part == "start":
-        return _bench_start(recipe, given, options)
-    if options.part == "trials":
-        return _bench_trials(recipe, given, options)
+    if options.part in PLAIN_PARTS:
+        return _bench_plain(recipe, given, options)
     from raydiv.benchmarks.training import bench_training, training_notes, training_table
 
     found = bench_training(recipe, **given)
@@ -313,19 +315,11 @@ def _bench_embed(recipe: Any, given: dict[str, Any], options: argparse.Namespace
     return 0
 
 
-def _bench_start(recipe: Any, given: dict[str, Any], options: argparse.Namespace) -> int:
-    from raydiv.benchmarks.start import bench_start, start_table
-
-    found = bench_start(recipe, **given)
-    print_report(options, found, lambda: print_table(*start_table(found)))
-    return 0
-
-
-def _bench_trials(recipe: Any, given: dict[str, Any], options: argparse.Namespace) -> int:
-    from raydiv.benchmarks.trials import bench_trials, trials_table
-
-    found = bench_trials(recipe, **given)
-    print_report(options, found, lambda: print_table(*trials_table(found)))
+def _bench_plain(recipe: Any, given: dict[str, Any], options: argparse.Namespace) -> int:
+    """A part whose room of ``raydiv.benchmarks`` has ``bench_PART`` and ``PART_table``, and nothing else to say."""
+    room = importlib.import_module(f"raydiv.benchmarks.{options.part}")
+    found = getattr(room, f"bench_{options.part}")(recipe, **given)
+    print_report(options, found, lambda: print_table(*getattr(room, f"{options.part}_table")(found)))
     return 0
 
 

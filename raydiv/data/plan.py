@@ -154,12 +154,13 @@ def micro_batches(
         if len(batches) % ranks > 0 or not batches:
             batches = _spread(order, lengths, tokens, ranks)
     size = _total if packed else _padded
-    load, dealt = [0] * ranks, [[] for _ in range(ranks)]  # type: tuple[list[int], list[list[MicroBatch]]]
+    dealt: list[list[MicroBatch]] = [[] for _ in range(ranks)]
+    # whoever has fewest micro-batches is next, and among them who has fewest tokens
+    turns = [(0, 0, rank) for rank in range(ranks)]
     for batch in sorted(batches, key=lambda b: -size(b, lengths)):
-        fewest = min(len(mine) for mine in dealt)
-        rank = min((r for r in range(ranks) if len(dealt[r]) == fewest), key=lambda r: load[r])
+        count, load, rank = turns[0]
         dealt[rank].append(batch)
-        load[rank] += size(batch, lengths)
+        heapq.heapreplace(turns, (count + 1, load + size(batch, lengths), rank))
     most = max(1, max(len(mine) for mine in dealt))
     return [mine + [[] for _ in range(most - len(mine))] for mine in dealt]
 

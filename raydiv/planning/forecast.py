@@ -13,13 +13,15 @@ import psutil
 from raydiv.config import Recipe
 from raydiv.config.cluster import Cluster
 from raydiv.errors import UserError
+from raydiv.losses import widest_scope
 from raydiv.model.chat import Chat
 from raydiv.model.quiet import quiet
 from raydiv.planning.amounts import Amounts, amounts_of
 from raydiv.planning.architecture import Architecture, architecture_of, at_hand
 from raydiv.planning.layout import GIB, MARGIN, Fit, layouts, taken_of, what_fits, with_layout
-from raydiv.planning.memory import FP32, MOMENTS, WEIGHT_BYTES
+from raydiv.planning.memory import sizes_on_disk
 from raydiv.planning.tested import untested
+from raydiv.planning.traffic import Traffic, traffic_of
 from raydiv.resources import HOST_SHARE
 from raydiv.run import RunDirectory
 
@@ -72,6 +74,11 @@ class Plan:
         yield f"data: {_amount(data['examples'], 'examples')}, {_amount(data['tokens'], 'tokens')} an epoch ({data['how']})"
         yield f"run: {_amount(facts['steps'], 'updates')}, {_amount(facts['tokens'], 'tokens')}, {self._duration()}"
         yield f"on disk: a checkpoint {_gib(facts['sizes']['checkpoint'])} GiB, the model {_gib(facts['sizes']['model'])} GiB"
+        sent = facts["traffic"]
+        yield (
+            f"network: each worker sends {_gib(sent['total'])} GiB a step (gradients {_gib(sent['gradients'])}, weights "
+            f"{_gib(sent['weights'])}; {sent['micro_batches']} micro-batches)"
+        )
         yield from (f"not checked, since not on this machine: {name}" for name in facts["unchecked"])
         yield from (f"never run by the tests: {words}" for words in facts["untested"])
         if self.fits:
@@ -134,20 +141,12 @@ def plan(recipe: Recipe, *, tokens_per_second: float | None = None, memory_gb: f
             "speed": speed,
             "seconds": tokens / speed["tokens_per_second"] if tokens is not None and speed is not None else None,
             "sizes": sizes_on_disk(architecture, recipe),
+            "traffic": _traffic(architecture, recipe, taken, amounts).rows(),
             "unchecked": [*([] if chat else [f"the tokenizer of {recipe.model.id}"]), *amounts.unread],
             "untested": list(untested(settled)),
             "changes": [] if taken.fits else what_fits(recipe, amounts.share, memory),
         }
     )
-
-
-def sizes_on_disk(architecture: Architecture, recipe: Recipe) -> dict[str, int]:
-    """Bytes of a checkpoint (trained weights in fp32 and both moments) and of the exported model, adapters alone under LoRA."""
-    exported = architecture.trainable if recipe.model.lora is not None else architecture.parameters
-    return {
-        "checkpoint": (FP32 + MOMENTS) * architecture.trainable,
-        "model": WEIGHT_BYTES[recipe.engine.precision] * exported,
-    }
 
 
 def _chat(recipe: Recipe) -> Chat | None:
@@ -237,6 +236,13 @@ def _stage(one: Fit) -> dict[str, Any]:
         "memory": one.memory.rows(),
         "total": one.memory.total,
     }
+
+
+def _traffic(architecture: Architecture, recipe: Recipe, taken: Fit, amounts: Amounts) -> Traffic:
+    """Of all workers, in the layout that is taken."""
+    count = max(1, -(-amounts.share.tokens(architecture) // taken.tokens))
+    two_passes = count > 1 and widest_scope(recipe.loss.terms) == "batch"
+    return traffic_of(architecture, recipe, taken.stage, recipe.cluster.num_workers, count, two_passes=two_passes)
 
 
 def _whole(taken: Fit, amounts: Amounts, architecture: Architecture) -> bool:

@@ -256,3 +256,12 @@ class _Worker:
         if self.offloads_weights:
             host += (self.size * self.trainable + self.frozen) / self.workers
         return host
+
+
+def sizes_on_disk(architecture: Architecture, recipe: Recipe) -> dict[str, int]:
+    """Bytes of a checkpoint (trained weights in fp32 and both moments) and of the exported model, adapters alone under LoRA."""
+    exported = architecture.trainable if recipe.model.lora is not None else architecture.parameters
+    return {
+        "checkpoint": (FP32 + MOMENTS) * architecture.trainable,
+        "model": WEIGHT_BYTES[recipe.engine.precision] * exported,
+    }
