@@ -74,6 +74,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
 def refuse_data(refuse: Refuse, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Refuse:
     """Run a command whose data the user must change, tokenised in this process; returns the last line, after the phases'."""
     monkeypatch.setattr("raydiv.preparation.ray_session", lambda cluster: nullcontext())
+    monkeypatch.setattr("raydiv.preparation.require_nodes", lambda folders, files: None)
     monkeypatch.setattr("raydiv.data.tokenize.stream_through", stream_here)
 
     def run(*arguments: str | Path) -> str:
