@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -340,3 +341,33 @@ def test_a_job_that_dies_at_an_import_says_what_is_missing(
     told = capsys.readouterr()
     assert "ModuleNotFoundError" in told.out
     assert "the cluster's Python has no nowhere_to_be_had" in told.err
+
+
+@pytest.mark.long
+def test_rays_own_command_sends_one_too(
+    cluster: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {name: str(Path(path).relative_to(tmp_path)) for name, path in write_files(tmp_path).items()}
+    recipe = recipe_of(tiny_model, files, tmp_path / "runs", "plain")
+    save_recipe(recipe, tmp_path / "mine.yaml")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    ray = Path(sys.executable).parent / "ray"
+    words = [
+        ray,
+        "job",
+        "submit",
+        "--address",
+        cluster,
+        "--working-dir",
+        tmp_path,
+        "--",
+        "raydiv",
+        "train",
+        "mine.yaml",
+    ]
+    for _ in range(20):  # a cluster that has just begun takes no jobs yet
+        sent = subprocess.run(words, capture_output=True, text=True, timeout=300)
+        if "No available agent" not in sent.stderr:
+            break
+    assert sent.returncode == 0, sent.stdout + sent.stderr
+    assert RunDirectory.of(recipe).result.is_file()
