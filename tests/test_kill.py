@@ -51,13 +51,10 @@ def whole(ray: None, named: Callable[..., Recipe]) -> Result:
     return train(named("whole"), Display(quiet=True))
 
 
-def workers() -> list[psutil.Process]:
-    """The training workers' processes of this machine."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
-            found.append(process)
-    return found
+def workers(driver: int | None = None) -> list[psutil.Process]:
+    """The training workers' processes of a driver with a local Ray, by default this process; nobody else's."""
+    children = psutil.Process(driver).children(recursive=True)
+    return [process for process in children if "RayTrainWorker" in " ".join(process.cmdline())]
 
 
 def wait_for_step(run: RunDirectory, step: int, seconds: float = 300) -> None:
@@ -175,7 +172,7 @@ def test_a_killed_run_goes_on_where_it_was(
         process.kill()
         process.wait()
     else:
-        for worker in workers():
+        for worker in workers(process.pid):
             worker.kill()
         assert "raydiv: the run failed: training" in process.communicate(timeout=120)[1]
         assert process.returncode == 1
