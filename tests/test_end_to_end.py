@@ -230,7 +230,8 @@ def test_target_margin_stops_early_and_says_so(
     assert len(steps) < 30
     assert margins[-1] >= 0.3 > max(margins[:-1])
     assert records(result.run.path)[-1].keys() >= {"eval/loss"}
-    assert result.report["steps"] == {"planned": 30, "taken": len(steps)}
+    ended = "the margin is at optim.target_margin"
+    assert result.report["steps"] == {"planned": 30, "taken": len(steps), "ended": ended}
     assert f"stopped after {len(steps)} of 30 updates" in result.run.report.read_text()
 
 

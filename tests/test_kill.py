@@ -119,7 +119,7 @@ def test_a_killed_worker_is_started_again_and_nothing_is_lost(
 def test_workers_that_stand_still_are_given_up_and_started_again(
     whole: Result, named: Callable[..., Recipe], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = named("still", "cluster.max_failures=1", "cluster.timeout_s=8")
+    recipe = named("still", "cluster.max_failures=1", "cluster.timeout_s=25")
     run = RunDirectory.of(recipe)
     stopped: list[psutil.Process] = []
 
@@ -132,7 +132,7 @@ def test_workers_that_stand_still_are_given_up_and_started_again(
         train(recipe)
     said = capsys.readouterr().err
     assert re.search(
-        rf"stood still for 8 s \(cluster\.timeout_s\) at worker 1 \(\S+, process {stopped[0].pid}\): \w+ of step \d "
+        rf"stood still for 25 s \(cluster\.timeout_s\) at worker 1 \(\S+, process {stopped[0].pid}\): \w+ of step \d "
         r"\(says nothing since \d+ s\); 1 other waited, in \w+ of step \d",
         said,
     ), said
