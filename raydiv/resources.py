@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from raydiv.config.cluster import Cluster, PoolReserved, Reserved
@@ -180,27 +179,41 @@ def _rounded_down(share: float) -> float:
 
 def require_resources(cluster: Cluster) -> None:
     """Raise UserError where the cluster has no room for training workers or pools, and gets none in ``cluster.wait_s``."""
+    lack = _lack(cluster)
+    if lack is None:
+        return
+    if not cluster.wait_s:
+        raise UserError(lack)
+    with _asked_for(cluster):
+        end = time.monotonic() + cluster.wait_s
+        while lack is not None:
+            if time.monotonic() >= end:
+                raise UserError(f"{lack} (after {cluster.wait_s} s: cluster.wait_s)")
+            time.sleep(LOOKED_S)
+            lack = _lack(cluster)
+
+
+@contextmanager
+def _asked_for(cluster: Cluster) -> Iterator[None]:
+    """Ask the autoscaler for room for the workers while the block runs. Left standing, the request would keep nodes for ever."""
     import ray
     from ray.autoscaler.sdk import request_resources
 
-    end = time.monotonic() + cluster.wait_s
-    while True:
-        lack = next(
-            filter(None, (_lack_of_workers(cluster), *map(partial(_lack_of_a_pool, cluster), (True, False)))), None
-        )
-        if lack is None:
-            return
-        if time.monotonic() >= end:
-            waited = f" (after {cluster.wait_s} s: cluster.wait_s)" if cluster.wait_s else ""
-            raise UserError(lack + waited)
-        each = {
-            name: amount for name, amount in _of_a_worker(cluster, cluster.cpus_per_worker or 1.0).items() if amount
-        }
-        with suppress(
-            ray.exceptions.RayError, RuntimeError
-        ):  # a cluster without an autoscaler: nodes may come all the same
-            request_resources(bundles=[each] * cluster.fewest)
-        time.sleep(LOOKED_S)
+    asked = _of_a_worker(cluster, cluster.cpus_per_worker or 1.0)
+    each = {name: amount for name, amount in asked.items() if amount}
+    with suppress(ray.exceptions.RayError, RuntimeError):  # without an autoscaler, nodes may come all the same
+        request_resources(bundles=[each] * cluster.fewest)
+    try:
+        yield
+    finally:
+        with suppress(ray.exceptions.RayError, RuntimeError):
+            request_resources(bundles=[])
+
+
+def _lack(cluster: Cluster) -> str | None:
+    """What there is no room for, with what is there."""
+    lacks = (_lack_of_workers(cluster), _lack_of_a_pool(cluster, True), _lack_of_a_pool(cluster, False))
+    return next(filter(None, lacks), None)
 
 
 def _lack_of_workers(cluster: Cluster) -> str | None:

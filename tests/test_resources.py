@@ -102,13 +102,14 @@ def test_nodes_that_an_autoscaler_brings_are_waited_for(
     monkeypatch.setattr(time, "sleep", lambda _: nodes.append(dict(LARGE)))
     nodes.append(dict(SMALL))
     require_resources(Cluster(num_workers=16, use_gpu=True, wait_s=100))
-    assert asked == [[{"CPU": 1.0, "GPU": 1.0}] * 16] * 2
+    assert asked == [[{"CPU": 1.0, "GPU": 1.0}] * 16, []]  # a request that stayed would keep the nodes
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
     with pytest.raises(UserError, match=r"17 workers need 17 GPUs, .*after 10 s: cluster\.wait_s"):
         require_resources(Cluster(num_workers=17, use_gpu=True, wait_s=10))
     assert now[0] >= 10
+    assert asked[2:] == [[{"CPU": 1.0, "GPU": 1.0}] * 17, []]
 
 
 @pytest.mark.parametrize(
