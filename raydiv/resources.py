@@ -195,7 +195,7 @@ def require_resources(cluster: Cluster) -> None:
 
 @contextmanager
 def _asked_for(cluster: Cluster) -> Iterator[None]:
-    """Ask the autoscaler for room for the workers while the block runs. Left standing, the request would keep nodes for ever."""
+    """Ask the autoscaler for room for the workers while the block runs; a request that stayed would keep nodes for ever."""
     import ray
     from ray.autoscaler.sdk import request_resources
 
