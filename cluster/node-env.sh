@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # The environment of Ray, and of the jobs that it starts, on the nodes of aws.yaml, gcp.yaml and on-premises.yaml: sourced there.
 # Nothing here is secret, and nothing secret belongs here: every process of the cluster inherits it.
 export PATH="$HOME/raydiv-venv/bin:$PATH"
