@@ -133,9 +133,9 @@ ray_on() {
     steps+=($!)
 }
 
-# Wait until so many nodes have joined Ray.
+# Wait until so many nodes have joined Ray, as long as all that were started are there.
 joined() {
-    exec python - "$1" "${RAYDIV_JOIN_S:-600}" << 'PYTHON'
+    exec python - "$1" "${RAYDIV_JOIN_S:-600}" "${steps[@]}" << 'PYTHON'
 import logging
 import os
 import sys
@@ -143,9 +143,11 @@ import time
 
 import ray
 
-wanted, seconds = int(sys.argv[1]), float(sys.argv[2])
+wanted, seconds, steps = int(sys.argv[1]), float(sys.argv[2]), [int(step) for step in sys.argv[3:]]
 there, end = 0, time.monotonic() + seconds
 while time.monotonic() < end:
+    if not all(os.path.exists(f"/proc/{step}") for step in steps):
+        sys.exit("slurm.sh: Ray has ended before all nodes had joined")
     try:
         if not ray.is_initialized():
             ray.init(os.environ["RAY_ADDRESS"], logging_level=logging.CRITICAL, log_to_driver=False)
