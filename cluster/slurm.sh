@@ -23,6 +23,7 @@
 #
 # To stop it with a checkpoint: scancel --batch --signal=TERM JOBID (a plain scancel ends Ray's processes at once).
 # RAYDIV_REQUEUE=1 puts a job that was stopped with a checkpoint (exit status 143) back into the queue.
+# RAY_TMPDIR, on each node, is where Ray spills and logs: /tmp/raydiv-JOBID, which goes with the job unless the job failed.
 # RAYDIV_JOIN_S (600) is how long nodes may take to join; RAYDIV_HEAD_IP the first node's address, where it is found wrong.
 # shellcheck disable=SC2329  # functions that traps call, and attend
 set -euo pipefail
@@ -48,7 +49,11 @@ ip=${ip:-$(hostname -I | awk '{print $1}')}
 
 # a port of the job's own: what is left of another job, or somebody else's Ray, is not joined by mistake
 export RAY_ADDRESS="$ip:$((20000 + SLURM_JOB_ID % 10000))"
-export RAY_TMPDIR="${RAY_TMPDIR:-/tmp/raydiv-$SLURM_JOB_ID}"
+own_tmp=
+if [ -z "${RAY_TMPDIR:-}" ]; then
+    export RAY_TMPDIR="/tmp/raydiv-$SLURM_JOB_ID"
+    own_tmp=1
+fi
 
 # Ray lets in who has the token, which lies in a file that only this user can read, for as long as the job lives
 private=$(mktemp -d "${RAYDIV_PRIVATE:-$HOME}/.raydiv-$SLURM_JOB_ID-XXXXXX")
@@ -87,6 +92,10 @@ finish() {
         wait "$step" 2> /dev/null || true
     done
     kill "$last" 2> /dev/null || true
+    # what Ray spilled, and its logs, which are of use only after a failure
+    if [ -n "$own_tmp" ] && ((status == 0 || status == 143)); then
+        timeout 60 srun --overlap --ntasks="${#nodes[@]}" rm -rf "$RAY_TMPDIR" || true
+    fi
     rm -rf "$private"
     exit "$status"
 }

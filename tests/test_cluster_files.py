@@ -464,9 +464,11 @@ def test_install_takes_the_tested_versions_and_nothing_twice(
 
 SRUN = """\
 # srun OPTIONS... COMMAND...: the command, here, once
+node=all
 for word in "$@"; do case "$word" in --nodelist=*) node=${word#*=} ;; --exclude=*) node=others ;; esac; done
 while [[ "$1" == -* ]]; do shift; done
 echo "$node: $*" >> "$CALLS"
+[ "$1 $2" = "ray start" ] || EXTRA=
 exec "$@" $EXTRA
 """
 SCONTROL = """\
@@ -505,7 +507,10 @@ def slurm(*arguments: str) -> subprocess.Popen[str]:
 @pytest.fixture
 def pretended(allocation: Path, stubs: Path) -> Path:
     """An allocation on which Ray is a command that lasts, and raydiv does as its first argument says."""
-    script(stubs / "ray", 'echo "token $(stat -c %a "$RAY_AUTH_TOKEN_PATH")" >> "$CALLS"\nexec sleep 300\n')
+    script(
+        stubs / "ray",
+        'mkdir -p "$RAY_TMPDIR"\necho "token $(stat -c %a "$RAY_AUTH_TOKEN_PATH")" >> "$CALLS"\nexec sleep 300\n',
+    )
     script(
         stubs / "python",
         'until [ "$(grep -c token "$CALLS")" = "$2" ]; do sleep 0.05; done\necho "joined $2" >> "$CALLS"\n',
@@ -537,6 +542,9 @@ def test_slurm_starts_ray_on_every_node_and_ends_as_the_command_does(status: int
     port = 20000 + int(os.environ["SLURM_JOB_ID"]) % 10000
     address = f"127.0.0.1:{port}"
     common = "ray start --block --disable-usage-stats --num-cpus=1"
+    spilled = Path(f"/tmp/raydiv-{os.environ['SLURM_JOB_ID']}")
+    assert spilled.exists() == (status != 0)
+    shutil.rmtree(spilled, ignore_errors=True)
     assert sorted(pretended.read_text().splitlines()) == sorted(
         (
             f"node-a: {common} --head --node-ip-address=127.0.0.1 --port={port} --dashboard-host=127.0.0.1",
@@ -546,6 +554,7 @@ def test_slurm_starts_ray_on_every_node_and_ends_as_the_command_does(status: int
             "joined 1",
             "joined 2",
             f"raydiv {status} --resume a=b c at {address}",
+            *([] if status else [f"all: rm -rf {spilled}"]),
         )
     )
     assert not list(Path(os.environ["RAYDIV_PRIVATE"]).iterdir())
@@ -577,8 +586,12 @@ def test_slurm_passes_sigterm_on_and_waits_for_the_checkpoint(
     _, said = process.communicate(timeout=60)
     assert process.returncode == 143, said
     calls = pretended.read_text().splitlines()
-    last = [f"requeue {os.environ['SLURM_JOB_ID']}"] if requeue else []
-    assert calls[-1 - len(last) :] == ["checkpoint", *last]
+    job = os.environ["SLURM_JOB_ID"]
+    assert calls[calls.index("checkpoint") :] == [
+        "checkpoint",
+        *([f"requeue {job}"] if requeue else []),
+        f"all: rm -rf /tmp/raydiv-{job}",
+    ]
     assert not left_behind()
 
 
