@@ -85,13 +85,17 @@ finish() {
     for step in "${steps[@]}"; do
         kill -TERM "$step" 2> /dev/null || true
     done
-    # what does not go by itself is ended
-    (sleep 30 && kill -KILL "${steps[@]}") > /dev/null 2>&1 &
-    local last=$!
+    # what does not go by itself in half a minute is ended
+    local patience=300
     for step in "${steps[@]}"; do
-        wait "$step" 2> /dev/null || true
+        while kill -0 "$step" 2> /dev/null; do
+            if ((patience-- <= 0)); then
+                kill -KILL "$step" 2> /dev/null || true
+                break
+            fi
+            sleep 0.1
+        done
     done
-    kill "$last" 2> /dev/null || true
     # what Ray spilled, and its logs, which are of use only after a failure
     if [ -n "$own_tmp" ] && ((status == 0 || status == 143)); then
         timeout 60 srun --overlap --ntasks="${#nodes[@]}" rm -rf "$RAY_TMPDIR" || true

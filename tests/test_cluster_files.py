@@ -26,7 +26,7 @@ from small_run import recipe_of
 from test_kill import wait_for_step
 
 from raydiv import __version__
-from raydiv.config import Recipe, save_recipe
+from raydiv.config import Recipe, load_recipe, save_recipe
 from raydiv.config.recipe import Cluster
 from raydiv.config.secrets import LOGIN, names_secret
 from raydiv.run import RunDirectory
@@ -306,6 +306,28 @@ def test_the_runs_workers_fit_its_cluster() -> None:
     assert "--resume" in shlex.split(job["spec"]["entrypoint"])
 
 
+# what is shown
+
+
+def test_recipes_and_overrides_that_are_shown_are_valid() -> None:
+    shown = (FOLDER / "README.md").read_text()
+    blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", shown, re.DOTALL)]
+    assert len(blocks) == 2
+    basis = {
+        "model": {"id": "org/name"},
+        "data": {"train": "pairs.jsonl"},
+        "loss": {"type": "kldo"},
+        "optim": {"steps": 9},
+    }
+    for block in blocks:
+        load_recipe(basis | block)
+    commands = [(FOLDER / name).read_text() for name in ("README.md", "kuberay-rayjob.yaml", "slurm.sh")]
+    overrides = re.findall(r"\b(?:cluster\.\w+|output_dir)=\S+", "\n".join(commands))
+    assert len(overrides) > 8
+    for override in overrides:
+        load_recipe(basis, [override])
+
+
 # versions, secrets, the image
 
 
@@ -562,16 +584,19 @@ def test_slurm_starts_ray_on_every_node_and_ends_as_the_command_does(status: int
 
 
 def left_behind() -> list[str]:
-    """Processes of the job's Ray, or of what stands for it, that are still there."""
+    """Processes of the job that are there still, some seconds after its script has ended."""
     import psutil
 
-    found = []
-    for process in psutil.process_iter(["cmdline", "environ"]):
-        if (process.info["environ"] or {}).get("SLURM_JOB_ID") == os.environ["SLURM_JOB_ID"]:
-            words = process.info["cmdline"] or []
-            if words[:2] == ["sleep", "300"] or any("gcs_server" in word or "raylet" in word for word in words):
-                found.append(" ".join(words)[:200])
-    return found
+    end = time.monotonic() + 10
+    while True:
+        found = []
+        for process in psutil.process_iter(["cmdline", "environ"]):
+            # of the environment that a process was started with: this one is not among them
+            if (process.info["environ"] or {}).get("SLURM_JOB_ID") == os.environ["SLURM_JOB_ID"]:
+                found.append(" ".join(process.info["cmdline"] or [process.name()])[:200])
+        if not found or time.monotonic() > end:
+            return found
+        time.sleep(0.2)
 
 
 @pytest.mark.parametrize("requeue", [False, True])
@@ -622,7 +647,10 @@ def real_allocation(allocation: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     """An allocation of two nodes that are both this machine: whatever Ray listens at, it must look for a free port."""
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # names of sockets have little room
     monkeypatch.setenv("RAY_TMPDIR", folder)
-    monkeypatch.setenv("EXTRA", "--dashboard-agent-listen-port=0 --object-store-memory=200000000")
+    monkeypatch.setenv(
+        "EXTRA",
+        "--min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0 --object-store-memory=200000000",
+    )
     yield allocation
     shutil.rmtree(folder, ignore_errors=True)
 
