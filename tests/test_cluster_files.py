@@ -16,10 +16,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import psutil
 import pytest
 import yaml
 from small_run import recipe_of
@@ -498,8 +500,25 @@ case "$1" in show) printf '%s\\n' node-a node-b ;; requeue) echo "requeue $2" >>
 """
 
 
+def of_the_job() -> list[psutil.Process]:
+    """Processes that were started with the job's number in their environment; this one was not."""
+    found = []
+    for process in psutil.process_iter(["environ"]):
+        if (process.info["environ"] or {}).get("SLURM_JOB_ID") == os.environ["SLURM_JOB_ID"]:
+            found.append(process)
+    return found
+
+
+def left_behind() -> list[psutil.Process]:
+    """Processes of the job that are there still, some seconds after its script has ended."""
+    end = time.monotonic() + 10
+    while (found := of_the_job()) and time.monotonic() < end:
+        time.sleep(0.2)
+    return found
+
+
 @pytest.fixture
-def allocation(stubs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def allocation(stubs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """What slurm.sh finds in a job of two nodes; its stand-ins note what they are asked in the file that this is."""
     script(stubs / "srun", SRUN)
     script(stubs / "scontrol", SCONTROL)
@@ -517,7 +536,10 @@ def allocation(stubs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv(name, value)
     for name in ("RAY_ADDRESS", "RAYDIV_REQUEUE", "RAYDIV_VENV", "RAY_AUTH_TOKEN", "RAY_TMPDIR"):
         monkeypatch.delenv(name, raising=False)
-    return tmp_path / "calls"
+    yield tmp_path / "calls"
+    for process in of_the_job():
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def slurm(*arguments: str) -> subprocess.Popen[str]:
@@ -581,22 +603,6 @@ def test_slurm_starts_ray_on_every_node_and_ends_as_the_command_does(status: int
     )
     assert not list(Path(os.environ["RAYDIV_PRIVATE"]).iterdir())
     assert not left_behind()
-
-
-def left_behind() -> list[str]:
-    """Processes of the job that are there still, some seconds after its script has ended."""
-    import psutil
-
-    end = time.monotonic() + 10
-    while True:
-        found = []
-        for process in psutil.process_iter(["cmdline", "environ"]):
-            # of the environment that a process was started with: this one is not among them
-            if (process.info["environ"] or {}).get("SLURM_JOB_ID") == os.environ["SLURM_JOB_ID"]:
-                found.append(" ".join(process.info["cmdline"] or [process.name()])[:200])
-        if not found or time.monotonic() > end:
-            return found
-        time.sleep(0.2)
 
 
 @pytest.mark.parametrize("requeue", [False, True])
@@ -699,9 +705,9 @@ def test_a_job_waits_for_its_cluster_and_runs_in_the_runtime_environment(
 
     recipe = named("job")
     save_recipe(recipe, tmp_path / "recipe.yaml")
-    environment = read("runtime-env") | {}
+    environment = read("runtime-env")
     environment["env_vars"] |= {"RAYDIV_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hub")}
-    command = [sys.executable, str(FOLDER / "wait.py"), "CPU=2", "--"]
+    command = [sys.executable, str(FOLDER / "wait.py"), "CPU=1", "--"]
     command += [sys.executable, "-m", "raydiv", "train", str(tmp_path / "recipe.yaml"), "--resume"]
     with ray_session(Cluster(), dashboard=True):
         client = JobSubmissionClient(ray.get_runtime_context().gcs_address)
