@@ -101,6 +101,18 @@ def test_launched_nodes_have_raydiv_the_token_and_a_dashboard_of_their_own(name:
     assert "--address=$RAY_HEAD_IP:6379" in worker
 
 
+def test_the_environment_of_nodes_is_closed_shared_and_not_the_launchers_one_thread() -> None:
+    told = f". {FOLDER}/node-env.sh && env"
+    before = {"HOME": "/home/someone", "PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+    found = subprocess.run(["bash", "-c", told], env=before, text=True, capture_output=True, check=True).stdout
+    environment = dict(line.partition("=")[::2] for line in found.splitlines())
+    assert environment["RAY_AUTH_MODE"] == "token"
+    assert environment["RAYDIV_CACHE"] == read("runtime-env")["env_vars"]["RAYDIV_CACHE"]
+    assert environment["HF_HOME"] == read("runtime-env")["env_vars"]["HF_HOME"]
+    assert environment["PATH"].startswith("/home/someone/raydiv-venv/bin:")
+    assert "OMP_NUM_THREADS" not in environment
+
+
 @pytest.mark.parametrize("name", CLOUDS)
 def test_clouds_scale_spot_nodes_beside_a_head_that_stays(name: str) -> None:
     types = read(name)["available_node_types"]
