@@ -11,12 +11,13 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from raydiv.config import Recipe, load_recipe, save_recipe
 from raydiv.config.recipe import Cluster
 from raydiv.config.secrets import LOGIN, names_secret
 from raydiv.run import RunDirectory
-from raydiv.session import ray_session, worker_environment
+from raydiv.session import worker_environment
 from raydiv.submission.environment import read_runtime_environment
 
 ROOT = Path(__file__).parents[1]
@@ -708,11 +709,29 @@ def test_a_slurm_job_that_is_told_to_go_leaves_a_checkpoint(
     assert not left_behind()
 
 
+def ended_job(client: Any, command: list[str], environment: dict[str, Any]) -> tuple[str, str]:
+    """How a job ended, and its log; a node's agent, which starts jobs, may come some time after the node."""
+    end = time.monotonic() + 300
+    while True:
+        try:
+            job = client.submit_job(entrypoint=shlex.join(command), runtime_env=environment)
+            break
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > end:
+                raise
+            time.sleep(1)
+    while not client.get_job_status(job).is_terminal():
+        assert time.monotonic() < end, client.get_job_logs(job)
+        time.sleep(1)
+    return str(client.get_job_status(job)), client.get_job_logs(job)
+
+
 @pytest.mark.long
 def test_a_job_waits_for_its_cluster_and_runs_in_the_runtime_environment(
     named: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     import ray
+    from ray.cluster_utils import Cluster as Nodes
     from ray.job_submission import JobSubmissionClient
 
     recipe = named("job")
@@ -721,21 +740,23 @@ def test_a_job_waits_for_its_cluster_and_runs_in_the_runtime_environment(
     environment["env_vars"] |= {"RAYDIV_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hub")}
     command = [sys.executable, str(FOLDER / "wait.py"), "CPU=1", "--"]
     command += [sys.executable, "-m", "raydiv", "train", str(tmp_path / "recipe.yaml"), "--resume"]
-    with ray_session(Cluster(), dashboard=True):
-        client = JobSubmissionClient(ray.get_runtime_context().gcs_address)
-        job = client.submit_job(entrypoint=shlex.join(command), runtime_env=environment)
-        end = time.monotonic() + 600
-        while not client.get_job_status(job).is_terminal():
-            assert time.monotonic() < end
-            time.sleep(1)
-        log = client.get_job_logs(job)
-        assert client.get_job_status(job) == "SUCCEEDED", log
-        too_much = [sys.executable, str(FOLDER / "wait.py"), "GPU=512", "--", "true"]
-        short = environment | {"env_vars": environment["env_vars"] | {"WAIT_S": "1"}}
-        job = client.submit_job(entrypoint=shlex.join(too_much), runtime_env=short)
-        while not client.get_job_status(job).is_terminal():
-            time.sleep(1)
-        assert client.get_job_status(job) == "FAILED"
-        assert "after 1 s the cluster has 0 of 512 GPUs" in client.get_job_logs(job)
+    too_much = [sys.executable, str(FOLDER / "wait.py"), "GPU=512", "--", "true"]
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        # the agent, which starts jobs, has one port unless it is given another, and this machine may have other clusters
+        port = probe.getsockname()[1]
+    ray.shutdown()
+    head = {"num_cpus": 2, "include_dashboard": True, "dashboard_agent_listen_port": port}
+    cluster = Nodes(initialize_head=True, shutdown_at_exit=False, head_node_args=head)
+    try:
+        client = JobSubmissionClient(f"http://{cluster.head_node.webui_url}")
+        status, said = ended_job(client, command, environment)
+        assert status == "SUCCEEDED", said
+        environment["env_vars"]["WAIT_S"] = "1"
+        status, said = ended_job(client, too_much, environment)
+        assert status == "FAILED"
+        assert "after 1 s the cluster has 0 of 512 GPUs" in said
+    finally:
+        cluster.shutdown()
     assert RunDirectory.of(recipe).result.exists()
     assert (tmp_path / "cache").is_dir()
