@@ -30,7 +30,7 @@ from test_kill import wait_for_step
 
 from raydiv import __version__
 from raydiv.config import Recipe, load_recipe, save_recipe
-from raydiv.config.recipe import Cluster
+from raydiv.config.cluster import Cluster
 from raydiv.config.secrets import LOGIN, names_secret
 from raydiv.run import RunDirectory
 from raydiv.session import worker_environment
@@ -727,9 +727,7 @@ def ended_job(client: Any, command: list[str], environment: dict[str, Any]) -> t
 
 
 @pytest.mark.long
-def test_a_job_waits_for_its_cluster_and_runs_in_the_runtime_environment(
-    named: Callable[..., Recipe], tmp_path: Path
-) -> None:
+def test_a_job_runs_in_the_runtime_environment(named: Callable[..., Recipe], tmp_path: Path) -> None:
     import ray
     from ray.cluster_utils import Cluster as Nodes
     from ray.job_submission import JobSubmissionClient
@@ -738,9 +736,7 @@ def test_a_job_waits_for_its_cluster_and_runs_in_the_runtime_environment(
     save_recipe(recipe, tmp_path / "recipe.yaml")
     environment = read("runtime-env")
     environment["env_vars"] |= {"RAYDIV_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hub")}
-    command = [sys.executable, str(FOLDER / "wait.py"), "CPU=1", "--"]
-    command += [sys.executable, "-m", "raydiv", "train", str(tmp_path / "recipe.yaml"), "--resume"]
-    too_much = [sys.executable, str(FOLDER / "wait.py"), "GPU=512", "--", "true"]
+    command = [sys.executable, "-m", "raydiv", "train", str(tmp_path / "recipe.yaml"), "--resume"]
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         # the agent, which starts jobs, has one port unless it is given another, and this machine may have other clusters
@@ -752,10 +748,6 @@ def test_a_job_waits_for_its_cluster_and_runs_in_the_runtime_environment(
         client = JobSubmissionClient(f"http://{cluster.head_node.webui_url}")
         status, said = ended_job(client, command, environment)
         assert status == "SUCCEEDED", said
-        environment["env_vars"]["WAIT_S"] = "1"
-        status, said = ended_job(client, too_much, environment)
-        assert status == "FAILED"
-        assert "after 1 s the cluster has 0 of 512 GPUs" in said
     finally:
         cluster.shutdown()
     assert RunDirectory.of(recipe).result.exists()
