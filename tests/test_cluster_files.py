@@ -337,7 +337,7 @@ def test_recipes_and_overrides_that_are_shown_are_valid() -> None:
     for block in blocks:
         load_recipe(basis | block)
     commands = [(FOLDER / name).read_text() for name in ("README.md", "kuberay-rayjob.yaml", "slurm.sh")]
-    overrides = re.findall(r"\b(?:cluster\.\w+|output_dir)=\S+", "\n".join(commands))
+    overrides = re.findall(r"\b(?:cluster\.\w+|output_dir)=[^\s`]+", "\n".join(commands))
     assert len(overrides) > 8
     for override in overrides:
         load_recipe(basis, [override])
