@@ -35,7 +35,7 @@ def environment(named: Sequence[str]) -> dict[str, str]:
             if name not in os.environ:
                 raise UserError(f"--env {name}: is not set here; set it, or say {name}=VALUE")
             value = os.environ[name]
-        if names_secret(name) or has_password(value):
+        if _secret(name, value):
             raise UserError(f"--env {name}: {SEEN}")
         found[name] = value
     return found
@@ -69,7 +69,11 @@ def read_runtime_environment(path: Path | None) -> dict[str, Any]:
     if "working_dir" in found:
         raise UserError(f"--runtime-env {path}: working_dir: the job's folder is made by raydiv; leave it out")
     variables = found.get("env_vars") or {}
-    secret = [name for name, value in variables.items() if names_secret(name) or has_password(str(value))]
+    secret = [name for name, value in variables.items() if _secret(name, str(value))]
     if secret:
         raise UserError(f"--runtime-env {path}: env_vars.{secret[0]}: {SEEN}")
     return found | {"env_vars": {name: str(value) for name, value in variables.items()}}
+
+
+def _secret(name: str, value: str) -> bool:
+    return names_secret(name) or has_password(value)
