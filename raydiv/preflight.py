@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
-import socket
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -99,7 +99,7 @@ def _left(folders: Mapping[str, Folder], token: str) -> Iterator[None]:
 
 def _look(folders: Mapping[str, Folder], files: Mapping[str, int], token: str) -> Seen:
     """Runs on the other node."""
-    host, found = socket.gethostname(), {}
+    host, found = platform.node(), {}
     for key, folder in folders.items():
         found[key] = ""
         try:

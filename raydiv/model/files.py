@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import socket
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ def _of_another_node(path: Path) -> Path | None:
             return _bundled(bundled)
     if path.is_absolute():
         raise UserError(
-            f"model.id: {path} is not on {socket.gethostname()}: put it on storage that all nodes share, or name it by its "
+            f"model.id: {path} is not on {platform.node()}: put it on storage that all nodes share, or name it by its "
             "hub id"
         )
     return None

@@ -7,7 +7,7 @@ waited for. So each worker leaves a beat in the run directory, and whoever gives
 from __future__ import annotations
 
 import os
-import socket
+import platform
 import sys
 import threading
 import traceback
@@ -61,7 +61,7 @@ class Watch:
     def _beat(self) -> Beat:
         phases = self._phases
         return Beat(
-            self._rank, self._of, socket.gethostname(), os.getpid(), phases.step, phases.name, phases.passed,
+            self._rank, self._of, platform.node(), os.getpid(), phases.step, phases.name, phases.passed,
             round(phases.idle, 3), self._every,
         )  # fmt: skip
 
