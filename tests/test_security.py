@@ -586,7 +586,7 @@ sys.exit(main(["prepare", sys.argv[2], "--json"]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("disk", ["free", "full"])
 def test_rows_beyond_the_object_store_spill_or_say_so(
     disk: str, tmp_path: Path, tiny_model: Path, files: dict[str, str]

@@ -63,7 +63,7 @@ def sent(sizes: Counter[str], ranks: int) -> tuple[float, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_a_worker_sends_what_is_said(ranks: int, tiny_model: Path, tmp_path: Path) -> None:
     for layout, sizes in zip(
         LAYOUTS, run_on_ranks(exchanged, ranks, tmp_path / "ranks", tiny_model, LAYOUTS)[0], strict=True
