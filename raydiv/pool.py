@@ -20,7 +20,7 @@ from ray.data.block import BlockMetadata
 
 from raydiv.config.cluster import Cluster
 from raydiv.errors import UserError
-from raydiv.resources import pool_of
+from raydiv.resources import Pool, pool_of
 
 Row = dict[str, Any]
 Progress = Callable[[int, int | None], None]
@@ -68,7 +68,7 @@ def each_row(
     cells = _cells((position, rows[position]) for position in order)
     source = ray.data.from_arrow(cells, override_num_blocks=max(1, batches))
     placed = (_Placed, {"worker": worker, "arguments": arguments})
-    return _through(source, *placed, cluster, batch_rows, actors=batches, model=model)
+    return _through(source, *placed, pool_of(cluster, model), batch_rows, actors=batches)
 
 
 def stream_through(
@@ -84,9 +84,10 @@ def stream_through(
 
     The makers run in tasks of their own, several at a time; ``worker(**arguments)`` is called with a list of one row.
     """
-    source = _made(makers, at_once=2 + pool_of(cluster, model).devices)
+    pool = pool_of(cluster, model)
+    source = _made(makers, at_once=2 + pool.devices)
     source.context.execution_options.resource_limits = ExecutionResources(object_store_memory=BUFFERED_BYTES)
-    return _through(source, worker, arguments, cluster, 1, actors=actors or len(makers), model=model)
+    return _through(source, worker, arguments, pool, 1, actors=actors or len(makers))
 
 
 class Stream:
@@ -127,13 +128,11 @@ def _through(
     source: Dataset,
     worker: type,
     arguments: dict[str, Any],
-    cluster: Cluster,
+    pool: Pool,
     batch_rows: int,
     *,
     actors: int,
-    model: bool,
 ) -> Generator[Any, None, None]:
-    pool = pool_of(cluster, model)
     mapped = source.map_batches(
         _Worker,
         fn_constructor_args=(worker, arguments),

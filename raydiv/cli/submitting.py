@@ -65,7 +65,6 @@ def _submit(options: argparse.Namespace) -> int:
 
 def _send(options: argparse.Namespace) -> int:
     from raydiv.bundled import QUICKSTART
-    from raydiv.config import load_recipe
     from raydiv.submission.bundle import bundled
     from raydiv.submission.environment import environment, read_runtime_environment, runtime_environment
     from raydiv.submission.jobs import Jobs, address_of
@@ -76,11 +75,11 @@ def _send(options: argparse.Namespace) -> int:
     path, overrides = getattr(options.sent, "recipe", None), getattr(options.sent, "overrides", [])
     if command == "quickstart":  # is a run of a recipe that is here
         command, path, rest = "train", str(QUICKSTART), [str(QUICKSTART), *rest]
-    recipe = load_recipe(path, overrides) if path is not None else None
-    name = options.name or (recipe.name if recipe is not None else command)
     variables, more = environment(options.env), read_runtime_environment(options.runtime_env)
     words = [command, *rest, *(["--resume"] if command in RESUMED and "--resume" not in rest else [])]
     with bundled(words, path, overrides, leaves_a_run=command in LEAVE_A_RUN) as bundle:
+        recipe = bundle.recipe
+        name = options.name or (recipe.name if recipe is not None else command)
         jobs = Jobs(address_of(options.address, recipe.cluster.address if recipe is not None else None))
         running = jobs.running(name)
         if running is None:

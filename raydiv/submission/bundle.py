@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 
 import yaml
 
-from raydiv.config import load_recipe
+from raydiv.config import Recipe, load_recipe
 from raydiv.config.load import merged
 from raydiv.config.tree import leaves
 from raydiv.errors import UserError
@@ -66,13 +66,15 @@ RECIPE = "recipe.yaml"
 class Bundle:
     """A folder that goes with a command, and the command as it runs there.
 
-    ``files`` are those in it, by their path, with their bytes; ``there``: absolute paths that the cluster is to have.
+    ``files`` are those in it, by their path, with their bytes; ``there``: absolute paths that the cluster is to have;
+    ``recipe``: that of the command, checked.
     """
 
     folder: Path
     words: list[str]
     files: dict[str, int]
     there: list[str]
+    recipe: Recipe | None
 
 
 @contextmanager
@@ -91,6 +93,7 @@ def bundled(
         there: list[str] = []
         named: dict[str, str] = {}
         kept = [word for word in words if word not in overrides]
+        checked = None
         if recipe is not None:
             tree = merged(recipe, overrides)
             checked = load_recipe(recipe, overrides)
@@ -113,7 +116,7 @@ def bundled(
                 _put(value, where, folder)
         files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
         _require_few(files)
-        yield Bundle(folder, kept, files, there)
+        yield Bundle(folder, kept, files, there, checked)
 
 
 def _of_the_cluster(value: str) -> bool:

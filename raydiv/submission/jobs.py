@@ -76,9 +76,9 @@ class Jobs:
         self.address = address
         with self._told():
             self._client = JobSubmissionClient(address)
-        self.ray_version = str(self._client._server_ray_version or ray.__version__)
-        if parse(self.ray_version) < parse(OLDEST):
-            raise UserError(f"{address}: runs Ray {self.ray_version}, and raydiv needs {OLDEST} or newer there")
+        theirs = str(self._client._server_ray_version or ray.__version__)
+        if parse(theirs) < parse(OLDEST):
+            raise UserError(f"{address}: runs Ray {theirs}, and raydiv needs {OLDEST} or newer there")
 
     def send(self, name: str, words: Sequence[str], runtime_env: Mapping[str, Any]) -> str:
         """Send a command of raydiv; returns the job's id."""
