@@ -32,6 +32,7 @@ from raydiv.training.metrics import estimate_facts
 from raydiv.training.order import epochs_of
 from raydiv.training.worker import WorkerInput, worker_entry
 from raydiv.versions import versions
+from raydiv.waiting import waiting_is_said
 
 if TYPE_CHECKING:
     from ray.train import ScalingConfig
@@ -182,7 +183,8 @@ def _fit(
             if "loss" in record:
                 update(int(record["step"]), prepared.steps(recipe), step_note(record))
 
-        with run.followed(show), run.heard(display.say, opened.where), at_sigterm(stop):
+        waiting = waiting_is_said(run, recipe.cluster, display.say)
+        with run.followed(show), run.heard(display.say, opened.where), waiting, at_sigterm(stop):
             _report_failure(trainer.fit, run, recipe.cluster.timeout_s)
     if run.stage().ended is None:
         raise Terminated(f"stopped after step {run.steps_taken()}; the same command with --resume goes on")

@@ -28,7 +28,7 @@ def cpus(cluster: Cluster) -> float:
     """CPUs that a run may take: the cluster's, unless the recipe says fewer."""
     import ray
 
-    return cluster.cpus or float(ray.cluster_resources().get("CPU", 1))
+    return cluster.cpus or float(ray.cluster_resources().get("CPU", 0.0))
 
 
 def cpus_per_worker(cluster: Cluster) -> float:
@@ -212,11 +212,12 @@ def _asked_for(cluster: Cluster) -> Iterator[None]:
 
 def _lack(cluster: Cluster) -> str | None:
     """What there is no room for, with what is there."""
-    lacks = (_lack_of_workers(cluster), _lack_of_a_pool(cluster, True), _lack_of_a_pool(cluster, False))
+    lacks = (lack_of_workers(cluster), _lack_of_a_pool(cluster, True), _lack_of_a_pool(cluster, False))
     return next(filter(None, lacks), None)
 
 
-def _lack_of_workers(cluster: Cluster) -> str | None:
+def lack_of_workers(cluster: Cluster) -> str | None:
+    """Why training workers find no room; None where they do."""
     import ray
 
     have = ray.cluster_resources()

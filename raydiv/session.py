@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from raydiv.config import Recipe
 from raydiv.config.cluster import Cluster
@@ -62,6 +64,13 @@ def ray_session(cluster: Cluster, *, dashboard: bool = False) -> Iterator[None]:
         except ConnectionError as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"RAY_ADDRESS: no cluster at {address} that lets us in: {reason}; {LET_IN}") from None
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            if not reason.startswith("Version mismatch"):
+                raise
+            raise UserError(
+                f"RAY_ADDRESS: {address}: {reason}; give the command with the cluster's versions, or send it by raydiv submit"
+            ) from None
     try:
         _quiet_ray_data()
         require_resources(cluster)
@@ -87,6 +96,27 @@ def require_dashboard(wanted_by: str) -> None:
         raise UserError(
             f"{wanted_by} needs the dashboard of the Ray cluster, which does not answer: {reason}"
         ) from None
+
+
+YOUNG_S, AGAIN_S = 60.0, 3.0
+"""Seconds that a cluster which has just begun has to take a job, and between tries."""
+
+
+def submitted(client: Any, **job: Any) -> str:
+    """Send a job to a cluster by its client of Ray's job API; returns its id. Raises UserError where nothing starts jobs."""
+    end = time.monotonic() + YOUNG_S
+    while True:
+        try:
+            return str(client.submit_job(**job))
+        except RuntimeError as error:
+            if "No available agent" not in str(error):
+                raise
+            if time.monotonic() > end:
+                raise UserError(
+                    "the Ray cluster's job agent does not answer. One Ray of a machine has its port (52365): end the other, or "
+                    "start the cluster's head with a port of its own (ray start --head --dashboard-agent-listen-port PORT)"
+                ) from None
+            time.sleep(AGAIN_S)
 
 
 KEEPS_MEMORY = {

@@ -21,6 +21,7 @@ ROOMS = [
         "preflight",
         "inspection",
         "standing",
+        "waiting",
         "construction",
         "measure",
         "report",

@@ -33,7 +33,7 @@ from raydiv.config import Recipe, load_recipe, save_recipe
 from raydiv.config.cluster import Cluster
 from raydiv.config.secrets import LOGIN, names_secret
 from raydiv.run import RunDirectory
-from raydiv.session import worker_environment
+from raydiv.session import submitted, worker_environment
 from raydiv.submission.environment import read_runtime_environment
 
 ROOT = Path(__file__).parents[1]
@@ -710,16 +710,8 @@ def test_a_slurm_job_that_is_told_to_go_leaves_a_checkpoint(
 
 
 def ended_job(client: Any, command: list[str], environment: dict[str, Any]) -> tuple[str, str]:
-    """How a job ended, and its log; a node's agent, which starts jobs, may come some time after the node."""
-    end = time.monotonic() + 300
-    while True:
-        try:
-            job = client.submit_job(entrypoint=shlex.join(command), runtime_env=environment)
-            break
-        except RuntimeError as error:
-            if "No available agent" not in str(error) or time.monotonic() > end:
-                raise
-            time.sleep(1)
+    """How a job ended, and its log."""
+    job, end = submitted(client, entrypoint=shlex.join(command), runtime_env=environment), time.monotonic() + 300
     while not client.get_job_status(job).is_terminal():
         assert time.monotonic() < end, client.get_job_logs(job)
         time.sleep(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +10,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
+from ray._private.utils import check_version_info
 from small_run import recipe_of
 
+from raydiv.config.cluster import Cluster
 from raydiv.errors import UserError
 from raydiv.model import files as model_files
 from raydiv.model.files import model_directory
 from raydiv.planning.architecture import architecture_of
 from raydiv.preflight import SAME, Seen, _left, _look, _missing, _not_shared, _versions_differ, require_room
+from raydiv.session import ray_session
 from raydiv.storage import Folder
 from raydiv.versions import versions
 
@@ -32,6 +37,25 @@ def test_nodes_that_are_alike_are_no_problem() -> None:
 def test_a_version_that_differs_is_named_with_its_node(name: str) -> None:
     (said,) = _versions_differ([ALIKE, replace(ALIKE, host="odd", versions=versions() | {name: "0.0.1"})])
     assert f"{name} is 0.0.1 on odd and {versions()[name]} here" in said
+
+
+@pytest.mark.parametrize(
+    "theirs", [{"ray_version": "2.40.0"}, {"python_version": "3.10.2"}], ids=["another Ray", "another Python"]
+)
+def test_a_cluster_of_another_ray_or_python_is_refused_with_both(
+    theirs: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In Ray's own words, which it says when a driver connects."""
+    mine = {"ray_version": ray.__version__, "python_version": platform.python_version()}
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: check_version_info(mine | theirs, "node 10.0.0.1"))
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.9:6379")
+    with pytest.raises(UserError, match="raydiv submit") as refused, ray_session(Cluster()):
+        pass
+    said = str(refused.value)
+    assert said.startswith("RAY_ADDRESS: 10.0.0.9:6379: Version mismatch")
+    assert all(version in said for version in (*mine.values(), *theirs.values()))
+    assert "\n" not in said
 
 
 def test_a_folder_is_the_same_where_a_file_passes_both_ways(tmp_path: Path) -> None:

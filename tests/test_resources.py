@@ -68,6 +68,7 @@ def test_a_worker_reserves_what_tells_its_nodes_apart(nodes: list[dict[str, floa
 @pytest.mark.parametrize(
     ("there", "cluster", "said"),
     [
+        ([{}], {}, "1 workers need 1 CPUs, and the cluster has 0"),  # a head that computes nothing
         ([SMALL], {"num_workers": 9}, "9 workers need 9 CPUs, and the cluster has 8"),
         (
             [SMALL],
@@ -94,13 +95,14 @@ def test_what_can_never_be_had_is_said_with_what_is_there(
         require_resources(Cluster(**cluster))
 
 
+@pytest.mark.parametrize("head", [SMALL, {}], ids=["a head", "one that computes nothing"])
 def test_nodes_that_an_autoscaler_brings_are_waited_for(
-    nodes: list[dict[str, float]], monkeypatch: pytest.MonkeyPatch
+    head: dict[str, float], nodes: list[dict[str, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
     monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: asked.append(bundles))
     monkeypatch.setattr(time, "sleep", lambda _: nodes.append(dict(LARGE)))
-    nodes.append(dict(SMALL))
+    nodes.append(dict(head))
     require_resources(Cluster(num_workers=16, use_gpu=True, wait_s=100))
     assert asked == [[{"CPU": 1.0, "GPU": 1.0}] * 16, []]  # a request that stayed would keep the nodes
     now = [0.0]

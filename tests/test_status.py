@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from test_watch import BEAT, beats
 
 from raydiv.checkpoint.store import Checkpoints, Manifest
 from raydiv.cli import main
+from raydiv.config.cluster import Cluster
 from raydiv.errors import UserError
 from raydiv.run import RunDirectory
 from raydiv.standing import status, status_lines
+from raydiv.waiting import waiting_is_said
 
 FILES = {"train": "t", "eval": "e"}
 
@@ -73,6 +76,28 @@ def test_one_whose_workers_say_nothing_any_more_is_stopped(run: RunDirectory) ->
     assert found["seconds_left"] is None
     assert "checkpoint: after step 2" in text(found)
     assert "--resume goes on" in text(found)
+
+
+def test_training_that_waits_for_nodes_says_so_once(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has workers and room, loses both, gets room again, and loses it again."""
+    looks = iter([(0.0, None), (99.0, None), *[(99.0, "no room")] * 3, (99.0, None), *[(99.0, "no room")] * 2])
+    now: list[Any] = [None, None]
+    over = threading.Event()
+
+    def since_beat(_: RunDirectory) -> float:
+        try:
+            now[:] = next(looks)
+        except StopIteration:
+            over.set()
+        return float(now[0])
+
+    monkeypatch.setattr("raydiv.waiting.EVERY_S", 0.001)
+    monkeypatch.setattr(RunDirectory, "since_beat", since_beat)
+    monkeypatch.setattr("raydiv.waiting.lack_of_workers", lambda cluster: now[1])
+    said: list[str] = []
+    with waiting_is_said(run, Cluster(), said.append):
+        assert over.wait(60)
+    assert said == ["the workers are gone, and training waits for nodes: no room"] * 2
 
 
 def test_one_whose_model_is_written_and_one_that_is_over(run: RunDirectory, tmp_path: Path) -> None:

@@ -16,10 +16,12 @@ import yaml
 from small_run import recipe_of, write_files
 from test_kill import wait_for_step
 
+from raydiv import session
 from raydiv.cli import main
 from raydiv.config import load_recipe, save_recipe
 from raydiv.errors import UserError
 from raydiv.run import RunDirectory
+from raydiv.session import submitted
 from raydiv.submission import bundle as bundles
 from raydiv.submission.bundle import bundled
 from raydiv.submission.environment import environment, read_runtime_environment, runtime_environment
@@ -223,6 +225,32 @@ def test_a_log_is_handed_on_once_whatever_the_connection_does(
     ended = jobs.follow("id", said.append)
     assert "".join(said) == "one\ntwo\nthree\nfour"
     assert ended.exit_code == 2
+
+
+class Agentless:
+    """A cluster whose agent is not there yet, or never will be."""
+
+    def __init__(self, tries: int, said: str) -> None:
+        self.tries, self.said = tries, said
+
+    def submit_job(self, **job: Any) -> str:
+        self.tries -= 1
+        if self.tries >= 0:
+            raise RuntimeError(self.said)
+        return str(job["entrypoint"])
+
+
+NO_AGENT = "Request failed with status code 500: No available agent to submit job, please try again later.."
+
+
+def test_a_job_waits_for_the_agent_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "AGAIN_S", 0)
+    assert submitted(Agentless(3, NO_AGENT), entrypoint="e") == "e"
+    with pytest.raises(RuntimeError, match="something else"):
+        submitted(Agentless(3, "something else"), entrypoint="e")
+    monkeypatch.setattr(session, "YOUNG_S", -1)
+    with pytest.raises(UserError, match="--dashboard-agent-listen-port"):
+        submitted(Agentless(3, NO_AGENT), entrypoint="e")
 
 
 # ---- the command

@@ -16,6 +16,7 @@ from typing import Any
 from raydiv.config import load_recipe
 from raydiv.resuming import goes_on
 from raydiv.run import RunDirectory
+from raydiv.session import submitted
 
 PASSED = ("RAYDIV_CACHE", "HF_HOME")
 """Environment variables that a run needs as they are here; no secret, since whoever sees the cluster's jobs sees them."""
@@ -71,13 +72,12 @@ def _submit(client: Any, job: Job) -> str:
     if not (run.holds_a_run and goes_on(run, load_recipe(job.recipe))):
         shutil.rmtree(job.run, ignore_errors=True)
     command = [sys.executable, "-m", "raydiv", "train", str(job.recipe), "--json", "--resume"]
-    return str(
-        client.submit_job(
-            # relative paths of a recipe are of where the study was started
-            entrypoint=f"cd {shlex.quote(os.getcwd())} && {shlex.join(command)}",
-            runtime_env={"env_vars": _environment(job)},
-            metadata={"raydiv.run": str(job.run), "name": job.name},
-        )
+    return submitted(
+        client,
+        # relative paths of a recipe are of where the study was started
+        entrypoint=f"cd {shlex.quote(os.getcwd())} && {shlex.join(command)}",
+        runtime_env={"env_vars": _environment(job)},
+        metadata={"raydiv.run": str(job.run), "name": job.name},
     )
 
 

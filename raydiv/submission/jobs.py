@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raydiv.errors import UserError
-from raydiv.session import LET_IN
+from raydiv.session import LET_IN, submitted
 from raydiv.termination import STATUS as STOPPED
 
 OLDEST = "2.55"
@@ -21,8 +21,8 @@ OLDEST = "2.55"
 NAME, COMMAND = "raydiv.name", "raydiv.command"
 """Of a job's metadata."""
 
-AGAIN_S, YOUNG_S = 3.0, 60.0
-"""Seconds before a log whose connection was lost is taken up again, and until a cluster that has just begun takes jobs."""
+AGAIN_S = 3.0
+"""Seconds before a log whose connection was lost is taken up again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,22 +83,13 @@ class Jobs:
     def send(self, name: str, words: Sequence[str], runtime_env: Mapping[str, Any]) -> str:
         """Send a command of raydiv; returns the job's id."""
         command = shlex.join(words)
-        end = time.monotonic() + YOUNG_S
-        while True:
-            try:
-                with self._told():
-                    return str(
-                        self._client.submit_job(
-                            entrypoint=f"python -m raydiv {command}",
-                            runtime_env=dict(runtime_env),
-                            metadata={NAME: name, COMMAND: command},
-                        )
-                    )
-            except RuntimeError as error:
-                # a cluster that has just begun
-                if "No available agent" not in str(error) or time.monotonic() > end:
-                    raise
-                time.sleep(AGAIN_S)
+        with self._told():
+            return submitted(
+                self._client,
+                entrypoint=f"python -m raydiv {command}",
+                runtime_env=dict(runtime_env),
+                metadata={NAME: name, COMMAND: command},
+            )
 
     def find(self, wanted: str) -> Standing:
         """The job of an id, or the newest one of a name. Raises UserError where there is none."""
