@@ -407,6 +407,41 @@ def test_score_and_push_see_the_same_dropout_masks(tiny_model: Path, tmp_path: P
             assert pushed == pytest.approx(scored, rel=1e-5)
 
 
+def released(model: str, case: Case) -> list[tuple[set[int], set[int]]]:
+    """What is released after each module of a third step, whose order DeepSpeed knows: as it is, and as DeepSpeed has it."""
+    from raydiv.engine import LOOK_AHEAD
+
+    engine = build(model, case)
+    stepper = stepper_of(engine, LogProbHead(engine.model), model, case)
+    coordinator, found = engine._deepspeed.optimizer.parameter_offload.param_coordinator, []
+    ours, theirs = getattr(coordinator, LOOK_AHEAD), getattr(type(coordinator), LOOK_AHEAD)
+
+    def both(module: Any, step_id: int) -> set[int]:
+        mine: set[int] = ours(module, step_id)
+        found.append((set(mine), set(theirs(coordinator, module, step_id))))
+        return mine
+
+    for number in range(3):
+        if number == 2:
+            setattr(coordinator, LOOK_AHEAD, both)
+        stepper.step(step_examples("pairs"), 1e-3)
+    engine.close()
+    return found
+
+
+@pytest.mark.slow
+def test_what_is_released_is_what_deepspeed_would_release(tiny_model: Path, tmp_path: Path) -> None:
+    """Some matrices stay whole, and most of the modules of adapters have nothing to release."""
+    case = Case({"type": "kldo"}, 100_000, lora=True, persistent=1500, engine={"deepspeed": {"zero_optimization": {
+        "stage3_max_reuse_distance": 10_000,
+    }}})  # fmt: skip
+    for found in run_on_ranks(released, 2, tmp_path / "ranks", str(tiny_model), case):
+        assert found
+        assert all(mine == theirs for mine, theirs in found)
+        assert any(mine for mine, _ in found)
+        assert not all(mine for mine, _ in found)
+
+
 def refusals(model: str, cases: list[Case]) -> list[str]:
     """What a rank raises in each case when one example's log-ratio is not finite; its weights must stay."""
     messages = []

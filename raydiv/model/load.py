@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from raydiv.errors import UserError
 from raydiv.model.chat import Chat
 from raydiv.model.files import model_directory, unloadable
 from raydiv.model.quiet import quiet
+from raydiv.model.unseen import peft_without_quantizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """``engine.precision`` as torch names it."""
@@ -51,10 +53,12 @@ class ModelSource:
         directory, base = self._here(), self.base()
         if base is None:
             return self._pretrained(directory)
-        from peft import PeftModel
+        whole = self._pretrained(base)
+        with _peft(self.quantization):
+            from peft import PeftModel
 
-        model = PeftModel.from_pretrained(self._pretrained(base), str(directory))
-        return model.merge_and_unload() if self.quantization is None else model.get_base_model()
+            model = PeftModel.from_pretrained(whole, str(directory))
+            return model.merge_and_unload() if self.quantization is None else model.get_base_model()
 
     def config(self) -> Any:
         """The config of the language model, without its weights. Raises UserError where there is none to be read."""
@@ -72,9 +76,10 @@ class ModelSource:
         directory = self._here()
         if not (directory / "adapter_config.json").is_file():
             return None
-        from peft import PeftConfig
+        with peft_without_quantizer():
+            from peft import PeftConfig
 
-        return model_directory(PeftConfig.from_pretrained(str(directory)).base_model_name_or_path or "")
+            return model_directory(PeftConfig.from_pretrained(str(directory)).base_model_name_or_path or "")
 
     def _here(self) -> Path:
         """The directory on this node, which may be another than the one where it was found."""
@@ -96,13 +101,18 @@ def build_policy(directory: Path, section: Model, dtype: Any) -> Any:
     model = _from_pretrained(directory, dtype, section.attention, section.trust_remote_code, section.quantization)
     if section.lora is None:
         return model
-    from peft import get_peft_model
-
     try:
-        return get_peft_model(model, lora_config(section.lora))
+        with _peft(section.quantization):
+            from peft import get_peft_model
+
+            return get_peft_model(model, lora_config(section.lora))
     except ValueError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"model.lora.target_modules: {section.lora.target_modules}: {reason}") from None
+
+
+def _peft(quantization: str | None) -> AbstractContextManager[None]:
+    return peft_without_quantizer() if quantization is None else nullcontext()
 
 
 def implementation(attention: str) -> str | None:

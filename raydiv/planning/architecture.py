@@ -30,6 +30,7 @@ from raydiv.model.files import model_directory, require_base, unloadable
 from raydiv.model.head import LogProbHead, Weigh
 from raydiv.model.load import DTYPES, implementation, lora_config
 from raydiv.model.packing import Packing, packing_of
+from raydiv.model.unseen import peft_without_quantizer
 from raydiv.planning.live import LiveBytes
 
 SHIPPED = FOLDER / "architectures"
@@ -88,6 +89,11 @@ class Architecture:
     @property
     def frozen(self) -> int:
         return self.parameters - self.trainable
+
+    @property
+    def multiplied(self) -> int:
+        """Parameters that a token is multiplied with: all but those of an input embedding that is not the head too."""
+        return self.parameters - (0 if self.tied else self.vocabulary * self.hidden)
 
     def up_to(self, elements: int) -> int:
         """Elements in parameters that are no larger than ``elements``."""
@@ -208,7 +214,6 @@ def _tried(
 
 def _on_meta(config: Any, model: Model, dtype: torch.dtype) -> Any:
     """The model with its adapters, without memory."""
-    from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
     # its kernels are not needed to count what it keeps, which is what sdpa keeps
@@ -230,7 +235,9 @@ def _on_meta(config: Any, model: Model, dtype: torch.dtype) -> Any:
     if model.lora is None:
         return whole
     try:
-        with torch.device("meta"):
+        with peft_without_quantizer(), torch.device("meta"):
+            from peft import get_peft_model
+
             adapted = get_peft_model(whole, lora_config(model.lora), autocast_adapter_dtype=False)
         return adapted.to(dtype)  # as DeepSpeed does; peft leaves new adapters on the meta device in fp32
     except ValueError as error:

@@ -51,8 +51,8 @@ class Trained:
 
 
 def trained(stepper: Stepper, train: ExampleSet) -> Trained:
-    """What the engine says of the first training examples. All ranks must call it."""
-    few = train.examples.select(np.arange(min(COMPARED, len(train.examples))))
+    """What the engine says of the shortest training examples. All ranks must call it."""
+    few = train.examples.select(np.argsort(train.examples.lengths, kind="stable")[:COMPARED])
     order = InOrder(few.lengths, len(few))
     share = Share(stepper.layout, dist.rank(), trains=False, scores=True)
     # no reward is asked for, so no reference either

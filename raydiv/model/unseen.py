@@ -1,0 +1,40 @@
+"""Libraries that others load where they are installed, for seconds, and that are of no use here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def unseen(library: str) -> Iterator[None]:
+    """While the block runs, ``library`` is not installed, unless this process has loaded it already."""
+    absent = library not in sys.modules
+    if absent:
+        sys.modules[library] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if absent:
+            del sys.modules[library]
+
+
+@contextmanager
+def peft_without_quantizer() -> Iterator[None]:
+    """Peft for weights that are whole: the quantizer that it loads imports torch's compiler."""
+    with unseen("bitsandbytes"):
+        from peft import import_utils
+
+        found = (import_utils.is_bnb_available, import_utils.is_bnb_4bit_available)
+        _forget(found)
+        try:
+            yield
+        finally:
+            _forget(found)
+
+
+def _forget(found: tuple[object, ...]) -> None:
+    """What peft remembers of what is installed holds for this block, or not in it."""
+    for one in found:
+        getattr(one, "cache_clear", lambda: None)()
