@@ -157,7 +157,8 @@ def _fit(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     anchors = Anchors.of(recipe, opened.chat, opened.prompts.separation)
-    given = WorkerInput(recipe, prepared.directory, run.path, prepared.train, prepared.eval, anchors)
+    weights = architecture_of(recipe).multiplied
+    given = WorkerInput(recipe, prepared.directory, run.path, weights, prepared.train, prepared.eval, anchors)
     trainer = TorchTrainer(
         worker_entry,
         train_loop_config={"given": ray.put(given), "threads": threads_per_worker(recipe.cluster)},

@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_model
-from safetensors.torch import load_file
 from stored import indices_of, opened, recipe_of
 
-from raydiv.benchmarks import matmul, plain, training
+from raydiv.benchmarks import plain, training
 from raydiv.benchmarks.data import FAR, bench_data
 from raydiv.benchmarks.rival import PAIRED, UNPAIRED, counterpart, per_device_sizes, rows_of
 from raydiv.benchmarks.start import bench_start, start_table
@@ -273,14 +271,14 @@ def test_ratios_are_medians_of_ratios_within_a_turn() -> None:
 
 
 def test_warm_up_counts_for_nothing() -> None:
-    assert Timing([9, 1, 1], [5, 6, 7], 1, [8, 0, 0]).after(1) == Timing([1, 1], [6, 7], 1, [0, 0])
+    assert Timing([9, 1, 1], [5, 6, 7], 1, [8, 0, 0], [7, 2, 3]).after(1) == Timing([1, 1], [6, 7], 1, [0, 0], [2, 3])
 
 
 def test_table_and_notes_say_everything() -> None:
     found = summarise(TURNS, [10, 20]) | {"repeats": 3, "steps": 2}
     found["raydiv"]["layout"] = {"zero_stage": 0}
     found["trl"]["8"]["tokens_seen"] = 1.02
-    found["mfu"] = {"device": "H100", "weights": 1, "matmul_flops_per_second": 7e14, "share": 0.405}
+    found["mfu"] = 0.405
     found["failed"] = {"trl_4": "rival: status -9"}
     header, rows = training_table(found)
     assert [row[0] for row in rows] == ["raydiv", "plain loop", "TRL at 1", "TRL at 8"]
@@ -292,7 +290,7 @@ def test_table_and_notes_say_everything() -> None:
     assert notes == [
         "raydiv's layout: zero_stage 0",
         "TRL at 8: trained on 1.0200 of these tokens",
-        "model FLOPs utilisation: 40.5% of the 700 TFLOP/s that a matrix product reaches on H100",
+        "model FLOPs utilisation: 40.5% of what a large matrix product reaches on this GPU",
         "trl_4: rival: status -9",
     ]
 
@@ -311,19 +309,6 @@ def test_a_size_of_trl_may_fail_and_nothing_else() -> None:
     for contestants in ({"raydiv": fail}, {"raydiv": run, "loop": fail}, {"raydiv": run, "trl_8": fail}):
         with pytest.raises(RuntimeError, match="killed"):
             training._take_turns(contestants, 1, quiet)
-
-
-def test_matrix_product_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "REPEATS", 2)
-    assert matmul.main({"use_gpu": False, "precision": "bf16"}, size=64)["flops_per_second"] > 0
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_weights_leave_out_what_is_only_looked_up(tmp_path: Path, tied: bool) -> None:
-    directory = make_model(tmp_path / "model", tied=tied)
-    (weights,) = directory.glob("*.safetensors")
-    every = sum(tensor.numel() for tensor in load_file(weights).values())
-    assert training._weights({"model": str(directory), "trust_remote_code": False}) == every - (0 if tied else 300 * 32)
 
 
 @pytest.fixture

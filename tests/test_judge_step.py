@@ -24,6 +24,7 @@ from raydiv.training.metrics import (
     state_metrics,
     step_record,
 )
+from raydiv.training.utilisation import Utilisation
 from raydiv.training.worker import reached
 
 torch.set_num_threads(1)
@@ -222,9 +223,15 @@ def test_record_of_a_step_counts_real_tokens_and_what_the_step_took() -> None:
     spent = {"data": 0.5, "score": 0.25, "push": 1.0, "optimizer": 0.25, "log": 7.0, "checkpoint": 3.0}
     phases = SimpleNamespace(spent=lambda: spent, until_judged=0.75)
     record = step_record(
-        StepPlan(6, 1.25, np.arange(2), np.zeros(2)), examples, {"loss": 0.5, "grad_norm": 3.0}, 1e-3, phases
+        StepPlan(6, 1.25, np.arange(2), np.zeros(2)),
+        examples,
+        {"loss": 0.5, "grad_norm": 3.0},
+        1e-3,
+        phases,
+        Utilisation(100, 12_000.0),
     )
     assert record.pop("peak_memory_bytes") > 0
+    assert record.pop("mfu") == 0.25  # 6 operations for each of 100 weights and 5 tokens a second
     assert record == {
         "step": 7,
         "epoch": 1.25,

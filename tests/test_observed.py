@@ -16,9 +16,18 @@ from raydiv.config import load_recipe
 from raydiv.errors import UserError
 from raydiv.gauges import Gauges
 from raydiv.track import Tracker
+from raydiv.training.names import step_metrics
 from raydiv.training.profiled import Profiled
+from raydiv.training.utilisation import Utilisation, product_flops
 
 SMALLEST = {"model": {"id": "m"}, "loss": {"type": "kldo"}, "optim": {"steps": 3}}
+
+
+def test_utilisation_is_of_what_the_workers_reach_in_a_matrix_product() -> None:
+    assert product_flops(torch.device("cpu"), torch.bfloat16, size=64) > 0
+    assert Utilisation(weights=10**9, peak=8 * 500e12).share(tokens_per_second=200_000.0) == pytest.approx(0.3)
+    assert "mfu" in step_metrics(load_recipe(SMALLEST, ["cluster.use_gpu=true"]))
+    assert "mfu" not in step_metrics(load_recipe(SMALLEST))
 
 
 def test_a_trace_is_of_the_steps_that_were_asked_for(tmp_path: Path) -> None:

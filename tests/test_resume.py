@@ -100,7 +100,7 @@ def prepared(recipe: Recipe) -> WorkerInput:
     run = RunDirectory.of(recipe)
     run.claim(recipe, ready.fingerprints)
     run.note_began(recipe.optim.steps or 0)
-    return WorkerInput(recipe, ready.directory, run.path, ready.train, ready.eval)
+    return WorkerInput(recipe, ready.directory, run.path, 0, ready.train, ready.eval)
 
 
 def again(given: WorkerInput, name: str) -> WorkerInput:
@@ -109,7 +109,7 @@ def again(given: WorkerInput, name: str) -> WorkerInput:
     run = RunDirectory.of(recipe)
     run.claim(recipe, {})
     run.note_began(recipe.optim.steps or 0)
-    return WorkerInput(recipe, given.model_directory, run.path, given.train, given.eval)
+    return WorkerInput(recipe, given.model_directory, run.path, 0, given.train, given.eval)
 
 
 def weights(run: RunDirectory) -> dict[str, np.ndarray]:

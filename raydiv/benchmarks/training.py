@@ -27,16 +27,26 @@ Rival = Literal["loop", "trl"]
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """A turn of one: seconds and tokens of each step, peak memory; of raydiv also how long each step waited for its data."""
+    """A turn of one: seconds and tokens of each step, peak memory.
+
+    Of raydiv also how long each step waited for its data, and on GPUs what of their arithmetic it took.
+    """
 
     seconds: list[float]
     tokens: list[int]
     peak_bytes: float
     data_seconds: list[float] = field(default_factory=list)
+    mfu: list[float] = field(default_factory=list)
 
     def after(self, warmup: int) -> Timing:
         """The turn without its first steps."""
-        return Timing(self.seconds[warmup:], self.tokens[warmup:], self.peak_bytes, self.data_seconds[warmup:])
+        return Timing(
+            self.seconds[warmup:],
+            self.tokens[warmup:],
+            self.peak_bytes,
+            self.data_seconds[warmup:],
+            self.mfu[warmup:],
+        )
 
 
 TRL = "trl_"
@@ -90,7 +100,7 @@ def bench_training(
     if failed:
         found["failed"] = failed
     if recipe.cluster.use_gpu:
-        found["mfu"] = _utilisation(work, found["raydiv"]["tokens_per_second"] / recipe.cluster.num_workers)
+        found["mfu"] = statistics.median(share for turn in timed for share in turn["raydiv"].mfu)
     return found
 
 
@@ -147,6 +157,7 @@ def _raydiv(recipe: Recipe, layout: dict[str, Any]) -> Timing:
         [record["tokens"] for record in records],
         max(record["peak_memory_bytes"] for record in records),
         [record["data_seconds"] for record in records],
+        [record["mfu"] for record in records if "mfu" in record],
     )
 
 
@@ -203,36 +214,6 @@ def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
     return {"median": statistics.median(by_turn), "turns": by_turn}
 
 
-def _utilisation(work: Work, tokens_per_second: float) -> dict[str, Any]:
-    """Model FLOPs utilisation of one GPU: 6 operations per token and weight, against what a large matrix product reaches.
-
-    The 6 are 2 of the forward and 4 of the backward, whether or not a weight is trained (under LoRA the backward does
-    with about half). Not counted: attention's products of activations, second forwards, padding. The head's weights count
-    for every token, though prompts never reach it.
-    """
-    product, weights = work.script("matmul"), _weights(work.settings)
-    return {
-        "device": product["device"],
-        "weights": weights,
-        "matmul_flops_per_second": product["flops_per_second"],
-        "share": 6 * weights * tokens_per_second / product["flops_per_second"],
-    }
-
-
-def _weights(settings: Mapping[str, Any]) -> int:
-    """Weights that a token is multiplied with: all but those of an input embedding that is not the head too."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    trusted = {"trust_remote_code": settings["trust_remote_code"]}
-    config = AutoConfig.from_pretrained(settings["model"], **trusted)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, **trusted)
-    looked_up = model.get_input_embeddings().weight
-    tied = model.get_output_embeddings().weight is looked_up
-    return int(sum(weight.numel() for weight in model.parameters()) - (0 if tied else looked_up.numel()))
-
-
 def training_table(found: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
     """Header and rows of what ``bench_training`` returns."""
     header = ["", "step s", "data s", "tokens/s", "peak MB", "tokens/s ratio", "memory ratio"]
@@ -271,9 +252,5 @@ def training_notes(found: Mapping[str, Any]) -> list[str]:
         if one["tokens_seen"] != 1:
             notes.append(f"{label}: trained on {one['tokens_seen']:.4f} of these tokens")
     if "mfu" in found:
-        mfu = found["mfu"]
-        notes.append(
-            f"model FLOPs utilisation: {mfu['share']:.1%} of the {mfu['matmul_flops_per_second'] / 1e12:,.0f} TFLOP/s that a "
-            f"matrix product reaches on {mfu['device']}"
-        )
+        notes.append(f"model FLOPs utilisation: {found['mfu']:.1%} of what a large matrix product reaches on this GPU")
     return notes + [f"{name}: {reason}" for name, reason in found.get("failed", {}).items()]

@@ -18,16 +18,25 @@ from raydiv.losses.numerics import running
 from raydiv.run import Metrics
 from raydiv.training.phases import OF_A_STEP as PHASES
 from raydiv.training.phases import Phases
+from raydiv.training.utilisation import Utilisation
 
 
-def step_record(plan: StepPlan, examples: TokenizedExamples, metrics: Metrics, lr: float, phases: Phases) -> Metrics:
+def step_record(
+    plan: StepPlan,
+    examples: TokenizedExamples,
+    metrics: Metrics,
+    lr: float,
+    phases: Phases,
+    utilisation: Utilisation | None = None,
+) -> Metrics:
     """A line of metrics.jsonl: ``metrics`` of the objective and ``grad_norm`` (before clipping), and what the step took.
 
     ``step`` counts optimizer updates from 1; ``tokens`` are real ones of the global batch, prompts included: padding,
     mismatched examples and dummies do not count; ``step_seconds`` is rank 0's wall time, of which ``data_seconds`` passed in
     waiting for data, and the seconds of its other phases in them (see raydiv.training.step); ``checkpoint_seconds``, not among
     them, is how long training stood still for a checkpoint since the step before; ``peak_memory_bytes`` that of the worker
-    with the most; ``skew_seconds`` how long the first rank that had scored its share waited for the last one.
+    with the most; ``skew_seconds`` how long the first rank that had scored its share waited for the last one; ``mfu``, on GPUs,
+    the model FLOPs utilisation of them all.
 
     All ranks must call it.
     """
@@ -43,6 +52,7 @@ def step_record(plan: StepPlan, examples: TokenizedExamples, metrics: Metrics, l
         "lr": lr,
         "tokens": tokens,
         "tokens_per_second": tokens / seconds,
+        **({} if utilisation is None else {MFU: utilisation.share(tokens / seconds)}),
         "step_seconds": seconds,
         **parts,
         "checkpoint_seconds": spent.get("checkpoint", 0.0),
@@ -51,9 +61,10 @@ def step_record(plan: StepPlan, examples: TokenizedExamples, metrics: Metrics, l
     }
 
 
+MFU = "mfu"
 TIMED = ("step_seconds", *(f"{phase}_seconds" for phase in PHASES), "checkpoint_seconds", "skew_seconds")
 OF_A_STEP = ("grad_norm", "lr", "tokens", "tokens_per_second", *TIMED, "peak_memory_bytes")
-"""What ``step_record`` has besides the objective's metrics, where step and epoch stand."""
+"""What ``step_record`` has besides the objective's metrics, where step and epoch stand; on GPUs, MFU too."""
 
 MEANS = ("divergence", "reward/margin")
 """Step metrics that are logged as running means too, as ``NAME/ema``: one step's examples are few."""

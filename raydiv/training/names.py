@@ -10,14 +10,15 @@ from raydiv.config import Recipe
 from raydiv.errors import UserError
 from raydiv.losses import Batch
 from raydiv.training.coefficients import first_states, judge
-from raydiv.training.metrics import MEANS, OF_A_STEP, state_metrics
+from raydiv.training.metrics import MEANS, MFU, OF_A_STEP, state_metrics
 
 
 def step_metrics(recipe: Recipe) -> set[str]:
     """Numbers of every step: those of the objective, judged on two made-up pairs, and those of the step itself."""
     objective, states = _judged(recipe)
     means = {f"{name}/ema" for name in MEANS if name in objective}
-    return {*objective, *means, *state_metrics(recipe.loss.terms, states), *OF_A_STEP}
+    on_gpus = {MFU} if recipe.cluster.use_gpu else set()
+    return {*objective, *means, *state_metrics(recipe.loss.terms, states), *OF_A_STEP, *on_gpus}
 
 
 def held_out_metrics(recipe: Recipe) -> set[str]:

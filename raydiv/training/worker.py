@@ -28,6 +28,7 @@ from raydiv.training.profiled import Profiled
 from raydiv.training.saving import Saver
 from raydiv.training.schedule import learning_rate
 from raydiv.training.step import StepExamples, Stepper, joined
+from raydiv.training.utilisation import Utilisation
 from raydiv.training.watch import Watch
 
 if TYPE_CHECKING:
@@ -45,11 +46,15 @@ NAMED = 10
 
 @dataclass(frozen=True, slots=True)
 class WorkerInput:
-    """All that a worker is given; ``run_directory`` is on storage that the driver sees too."""
+    """All that a worker is given; ``run_directory`` is on storage that the driver sees too.
+
+    ``weights``: how many of the model a token is multiplied with.
+    """
 
     recipe: Recipe
     model_directory: Path
     run_directory: Path
+    weights: int
     train: ExampleSet
     eval: ExampleSet | None
     anchors: Anchors | None = None
@@ -91,6 +96,7 @@ def _work(given: WorkerInput, reference: Any, run: RunDirectory, phases: Phases)
     dtype = DTYPES[recipe.engine.precision]
     engine = Engine(recipe, lambda: build_policy(given.model_directory, recipe.model, dtype))
     _say_bandwidth(run, engine.device)
+    utilisation = Utilisation.measured(given.weights, engine.device, dtype) if recipe.cluster.use_gpu else None
     head = LogProbHead(engine.model)
     packing = _packing(recipe, Probe(head, engine.model, engine, engine.device), run)
     tokens = recipe.batch.tokens_per_microbatch
@@ -107,7 +113,7 @@ def _work(given: WorkerInput, reference: Any, run: RunDirectory, phases: Phases)
     if carried.ended is None:
         feed, again = Feed(given.train, epochs, share), partial(_feed_again, reference, share)
         stream = phases.waits(stream_steps(feed, again, behind, steps), behind)
-        stopped = _train(stepper, saver, given, run, carried, stream, steps)
+        stopped = _train(stepper, saver, given, run, carried, stream, steps, utilisation)
     if stopped:
         return
     phases.enter("export")
@@ -158,6 +164,7 @@ def _train(
     carried: Carried,
     stream: Iterator[tuple[StepPlan, StepExamples]],
     steps: int,
+    utilisation: Utilisation | None,
 ) -> bool:
     """Steps until training is over, which is noted in ``carried``, or the run is asked to stop: then returns True."""
     recipe, facts = given.recipe, estimate_facts(given.recipe.loss.terms[0])
@@ -168,7 +175,7 @@ def _train(
         metrics = _step(stepper, chosen, lr, plan, given, run, carried, last=done == steps)
         metrics |= carried.means.update(metrics) | facts
         phases.enter("log")
-        _log(run, step_record(plan, chosen.examples, metrics, lr, phases))
+        _log(run, step_record(plan, chosen.examples, metrics, lr, phases, utilisation))
         if done == steps:
             carried.ended = "all steps are done"
         elif reached(recipe.optim.target_margin, metrics):

@@ -1,0 +1,51 @@
+"""Model FLOPs utilisation: what share of the GPUs' arithmetic the model's own is (Chowdhery et al. 2022, arXiv 2204.02311,
+appendix B), against what they reach in a large matrix product, where that paper has the maker's figure.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+
+from raydiv import dist
+
+REPEATS = 10
+"""Products that are timed, after as many for warm-up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Utilisation:
+    """``peak``: operations a second that the GPUs of all workers reach; ``weights``: those that a token is multiplied with."""
+
+    weights: int
+    peak: float
+
+    @classmethod
+    def measured(cls, weights: int, device: torch.device, dtype: torch.dtype) -> Utilisation:
+        """All ranks must call it."""
+        return cls(weights, sum(dist.gathered(product_flops(device, dtype))))
+
+    def share(self, tokens_per_second: float) -> float:
+        """Six operations per token and weight, against the peak.
+
+        The 6 are 2 of the forward and 4 of the backward, whether or not a weight is trained (under LoRA the backward does with
+        about half). Not counted: attention's products of activations, second forwards, padding. The head's weights count for
+        every token, though prompts never reach it.
+        """
+        return 6 * self.weights * tokens_per_second / self.peak
+
+
+def product_flops(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:
+    """Operations a second of a product of two ``size`` x ``size`` matrices, the median of several."""
+    left, right = torch.randn(2, size, size, dtype=dtype, device=device)
+    seconds = []
+    for _ in range(2 * REPEATS):
+        started = time.perf_counter()
+        torch.mm(left, right)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / statistics.median(seconds[REPEATS:])
