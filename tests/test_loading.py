@@ -84,6 +84,6 @@ def test_a_rank_holds_its_partition_and_a_shard_while_loading(tmp_path: Path, mo
     whole = sum(4 * p.numel() for p in model.parameters())
     expected = {name: float(p.detach().double().sum()) for name, p in model.named_parameters()}
     del model
-    for found in run_on_ranks(loaded, 2, tmp_path / "ranks", str(tmp_path / "model")):
+    for found in run_on_ranks(loaded, 2, tmp_path / "ranks", str(tmp_path / "model"), fresh=True):
         assert found["peak"] < whole / 2 + SHARD + SLACK
         assert found["sums"] == pytest.approx(expected, rel=1e-9)

@@ -17,6 +17,8 @@ import pytest
 import torch
 from conftest import make_model
 from ranks import run_on_ranks
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
 from raydiv.cli import main
 from raydiv.config import Recipe, load_recipe
@@ -75,6 +77,18 @@ def test_falcon_has_the_published_shape() -> None:
     found = architecture_of(recipe_of("tiiuae/falcon-11B", *FALCON))
     assert (found.layers, found.hidden, found.vocabulary, found.tied) == (60, 4096, 65_024, False)
     assert found.head == 65_024 * 4096
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_token_is_multiplied_with_all_weights_but_those_that_are_looked_up(tmp_path: Path, tied: bool) -> None:
+    """By torch's own count of the operations of matrix products in a forward."""
+    directory = make_model(tmp_path / "model", tied=tied)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    norms = sum(weight.numel() for weight in model.parameters() if weight.ndim == 1)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.ones(1, 10, dtype=torch.long))
+    counted = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    assert architecture_of(recipe_of(directory)).multiplied - norms == counted / 2 / 10
 
 
 def test_adapters_are_what_is_trained_and_the_base_is_what_4_bits_hold() -> None:
@@ -274,7 +288,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def require_memory_as_predicted(case: Measured, path: Path, small: Path, folder: Path, within: float) -> None:
     wanted = predicted(case, path)
-    found = run_on_ranks(peak_of, case.ranks, folder / "ranks", case, str(path), str(small))
+    found = run_on_ranks(peak_of, case.ranks, folder / "ranks", case, str(path), str(small), fresh=True)
     own, total = max(own for own, _ in found), max(total for _, total in found)
     print(f"{case}: predicted {(wanted - RUNTIME) / MIB:.0f} MiB, measured {own / MIB:.0f}")
     print(f"with the runtime: predicted {wanted / MIB:.0f}, measured {total / MIB:.0f}")
