@@ -50,26 +50,29 @@ class Nodes:
     def address(self) -> str:
         return f"{HEAD}:{PORT}"
 
-    def start(self, cpus: int) -> None:
+    def start(self, cpus: int, words: str = "") -> None:
+        """The head; ``words`` more for ``ray start``."""
         _run(f"ip link add {BRIDGE} type bridge")
         _run(f"ip addr add {HEAD}/24 dev {BRIDGE}")
         _run(f"ip link set {BRIDGE} up")
-        self._ray([], f"--head --port={PORT} --node-ip-address={HEAD} --num-cpus={cpus} --include-dashboard=false")
+        head = f"--head --port={PORT} --node-ip-address={HEAD} --num-cpus={cpus} --include-dashboard=false"
+        self._ray([], f"{head} {words}")
 
-    def add(self, cpus: int, own_folder: Path | None = None) -> subprocess.Popen[bytes]:
-        """A node in a network of its own; ``own_folder`` is another folder there than here."""
+    def add(self, cpus: int, words: str = "", own: Path | None = None, size: str = "") -> subprocess.Popen[bytes]:
+        """A node in a network of its own; the folder ``own`` is another there than here, on a disk of ``size``."""
         number = len(self._networks) + 2
         network, address = f"rd-{number}", f"10.213.0.{number}"
         self._networks.append(network)
         _run(f"ip netns add {network}")
         _run(f"ip link add rdv{number} type veth peer name {BRIDGE} netns {network}")
         _run(f"ip link set rdv{number} master {BRIDGE} up")
-        for words in (f"addr add {address}/24 dev {BRIDGE}", f"link set {BRIDGE} up", "link set lo up"):
-            _run(f"ip -n {network} {words}")
+        for more in (f"addr add {address}/24 dev {BRIDGE}", f"link set {BRIDGE} up", "link set lo up"):
+            _run(f"ip -n {network} {more}")
         before = ["ip", "netns", "exec", network]
-        if own_folder is not None:
-            before += ["unshare", "-m", "sh", "-c", f'mount -t tmpfs none {own_folder} && exec "$@"', "sh"]
-        return self._ray(before, f"--address={self.address} --node-ip-address={address} --num-cpus={cpus}")
+        if own is not None:
+            disk = f"mount -t tmpfs {f'-o size={size}' if size else ''} none {own}"
+            before += ["unshare", "-m", "sh", "-c", f'{disk} && exec "$@"', "sh"]
+        return self._ray(before, f"--address={self.address} --node-ip-address={address} --num-cpus={cpus} {words}")
 
     def _ray(self, before: list[str], words: str) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from raydiv.config import load_recipe
 
@@ -36,6 +40,15 @@ def write_files(folder: Path) -> dict[str, str]:
     for name, records in contents.items():
         paths[name].write_text("".join(json.dumps(record) + "\n" for record in records))
     return {name: str(path) for name, path in paths.items()}
+
+
+def write_wide(path: Path) -> None:
+    """1,200 pairs, each with 120 kB that nobody asks for."""
+    rows = [
+        {"prompt": f"q{n}", "chosen": f"c{n}", "rejected": f"r{n}", "note": os.urandom(60_000).hex()}
+        for n in range(1200)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), path)
 
 
 def recipe_of(model: Path, files: dict[str, str], output: Path, name: str, *overrides: str) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from nodes import BRIDGE, Nodes, permitted, several_nodes
-from small_run import recipe_of
+from small_run import recipe_of, write_wide
 
 from raydiv.config import Recipe, save_recipe
 from raydiv.run import RunDirectory
@@ -50,10 +51,78 @@ def test_a_folder_that_is_another_on_the_other_node_is_refused_before_anything_i
 ) -> None:
     runs = tmp_path / "runs"
     runs.mkdir()
-    nodes.add(cpus=1, own_folder=runs)
+    nodes.add(cpus=1, own=runs)
     nodes.wait_for(2)
     ended = trained(nodes, recipe_of(tiny_model, files, runs, "apart", *APART), tmp_path / "recipe.yaml")
     assert ended.returncode == 2, ended.stderr
     assert f"output_dir: {runs} is not on" in ended.stderr
     assert "name a folder that all nodes share" in ended.stderr
     assert list(runs.iterdir()) == []
+
+
+ACTORS = """
+import json, ray
+ray.init(log_to_driver=False, logging_level=50)
+addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+found = [[actor["ActorClassName"], addresses[actor["Address"]["NodeID"]]] for actor in ray._private.state.actors().values()]
+print(json.dumps(found))
+"""
+"""Every actor that there was, and its node's address."""
+
+
+def test_models_and_tokenizers_stay_on_the_node_without_gpus_and_workers_on_the_others(
+    nodes: Nodes, tmp_path: Path, tiny_model: Path, files: dict[str, str]
+) -> None:
+    """The nodes are told apart by custom resources, as those of a cluster's groups are; no key says how many CPUs."""
+    workers, helper = [nodes.add(1, '--resources={"trainer":1}') for _ in range(2)], "10.213.0.4"
+    nodes.add(2, '--resources={"helper":2}')
+    nodes.wait_for(2 + len(workers))
+    apart = (
+        "cluster.train.custom={trainer: 1}",
+        "cluster.pool.custom={helper: 1}",
+        "cluster.tokenize.custom={helper: 1}",
+    )
+    prompts = files["prompts"]
+    measured = (f"separation.prompts={prompts}", f"evaluate.prompts={prompts}", "evaluate.max_new_tokens=4")
+    overrides = (*apart, *measured, APART[1])
+    recipe = recipe_of(tiny_model, files, tmp_path / "runs", "groups", *overrides)
+    ended = trained(nodes, recipe, tmp_path / "recipe.yaml")
+    assert ended.returncode == 0, ended.stderr
+    where: dict[str, set[str]] = {}
+    for kind, address in json.loads(nodes.run("-c", ACTORS).stdout):
+        where.setdefault(kind, set()).add(address)
+    assert where.pop("RayTrainWorker") == {"10.213.0.2", "10.213.0.3"}
+    pools = {kind: addresses for kind, addresses in where.items() if kind.startswith("MapWorker")}
+    assert pools, where
+    assert set().union(*pools.values()) == {helper}
+
+
+SPILLED = """
+import ray
+ray.init(log_to_driver=False, logging_level=50)
+print(ray._private.internal_api.memory_summary(stats_only=True))
+"""
+
+
+@pytest.mark.parametrize("size", ["400m", "16m"])
+def test_objects_spill_to_a_nodes_small_disk_and_a_full_one_is_said(
+    size: str, nodes: Nodes, tmp_path: Path, tiny_model: Path, files: dict[str, str]
+) -> None:
+    """144 MB of rows through stores of 80, where they are tokenized on the node with the small disk."""
+    spill, data = tmp_path / "spill", tmp_path / "wide.parquet"
+    spill.mkdir()
+    write_wide(data)
+    small = f"--object-store-memory={80 * 2**20} --object-spilling-directory={spill}"
+    nodes.add(2, f'{small} --resources={{"helper":2}}', own=spill, size=size)
+    nodes.wait_for(2)
+    changes = (
+        "cluster.num_workers=1",
+        "cluster.tokenize.custom={helper: 1}",
+        "loss={type: sft, mix: null}",
+        "data.eval=null",
+    )
+    recipe = recipe_of(tiny_model, files | {"train": str(data)}, tmp_path / "runs", "r", *changes)
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    ended = nodes.run("-m", "raydiv", "prepare", str(tmp_path / "recipe.yaml"), "--json")
+    print(nodes.run("-c", SPILLED).stdout, ended.stderr[-3000:])
+    assert ended.returncode == (0 if size == "400m" else 1), ended.stderr

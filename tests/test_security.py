@@ -20,7 +20,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_run import recipe_of
+from small_run import recipe_of, write_wide
 from test_architecture import imports, modules
 
 from raydiv.cache import shared_dir
@@ -593,11 +593,7 @@ def test_rows_beyond_the_object_store_spill_or_say_so(
 ) -> None:
     """144 MB of rows that are read at once, in a store of 80; a full disk is one that Ray takes for it."""
     data, recipe = tmp_path / "wide.parquet", tmp_path / "recipe.yaml"
-    rows = [
-        {"prompt": f"q{n}", "chosen": f"c{n}", "rejected": f"r{n}", "note": os.urandom(60_000).hex()}
-        for n in range(1200)
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), data)
+    write_wide(data)
     changes = ("cluster.num_workers=1", "loss={type: sft, mix: null}", "data.eval=null")
     save_recipe(recipe_of(tiny_model, files | {"train": str(data)}, tmp_path, "r", *changes), recipe)
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
