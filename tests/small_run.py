@@ -61,7 +61,7 @@ def recipe_of(model: Path, files: dict[str, str], output: Path, name: str, *over
             "loss": {"type": "kldo", "skew": 0.5, "mix": {"sft": {"weight": 0.5}}},
             "optim": {"lr": 3e-3, "steps": 4, "warmup": 1},
             "batch": {"examples": 8, "tokens_per_microbatch": 400, "max_length": 160, "max_prompt_length": 80},
-            "cluster": {"num_workers": 2},
+            "cluster": {"num_workers": 2, "pool_actors": 1},
             "separation": {"prompts": None},
         },
         overrides,

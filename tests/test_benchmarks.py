@@ -353,14 +353,14 @@ def test_numbers_that_time_nothing_are_refused(unprepared: Recipe, numbers: dict
 @pytest.mark.long
 @pytest.mark.slow
 def test_bench_of_training_has_every_figure(tiny_model: Path, data: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(tiny_model, str(data), "dpo", batch={"examples": 8, "max_length": 60, "max_prompt_length": 30})
+    recipe = recipe_of(tiny_model, str(data), "dpo", batch={"examples": 4, "max_length": 60, "max_prompt_length": 30})
     recipe.output_dir = str(tmp_path)
     found = bench_training(recipe, ["loop", "trl"], steps=2, warmup=1, repeats=1, display=Display(quiet=True))
-    assert list(found["trl"]) == ["best", "1", "2", "4"]
-    for one in (found["raydiv"], found["loop"], *(found["trl"][size] for size in "124")):
+    assert list(found["trl"]) == ["best", "1", "2"]
+    for one in (found["raydiv"], found["loop"], *(found["trl"][size] for size in "12")):
         assert one["tokens_seen"] == 1
         assert one["step_seconds"] > 0
         assert one["peak_bytes"] > 0
     assert found["raydiv"]["data_seconds"] < found["raydiv"]["step_seconds"]
-    assert found["ratios"]["tokens_per_second"].keys() == {"loop", "trl_1", "trl_2", "trl_4", "trl_best"}
+    assert found["ratios"]["tokens_per_second"].keys() == {"loop", "trl_1", "trl_2", "trl_best"}
     assert not list(tmp_path.glob("run*"))

@@ -320,7 +320,7 @@ def test_mismatched_examples_shift_kto() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.long)])
 def test_update_equals_the_plain_step_in_every_layout(ranks: int, tiny_model: Path, tmp_path: Path) -> None:
     cases = cases_in_every_layout() + (corner_cases() if ranks == 2 else [])
     by_rank = run_on_ranks(steps, ranks, tmp_path / "ranks", str(tiny_model), cases)

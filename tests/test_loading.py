@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -87,3 +89,32 @@ def test_a_rank_holds_its_partition_and_a_shard_while_loading(tmp_path: Path, mo
     for found in run_on_ranks(loaded, 2, tmp_path / "ranks", str(tmp_path / "model"), fresh=True):
         assert found["peak"] < whole / 2 + SHARD + SLACK
         assert found["sums"] == pytest.approx(expected, rel=1e-9)
+
+
+UNQUANTIZED = """
+import sys
+from pathlib import Path
+
+import torch
+
+from raydiv.config.recipe import Model
+from raydiv.model.load import build_policy
+from raydiv.model.quiet import quiet
+
+quiet()
+path, lora = Path(sys.argv[1]), {"r": 4}
+build_policy(path, Model(id=str(path), lora=lora), torch.float32)
+seen = [name in sys.modules for name in ("peft", "bitsandbytes", "torch._inductor.compile_fx")]
+from peft.import_utils import is_bnb_available
+from transformers.utils import is_bitsandbytes_available
+
+quantized = build_policy(path, Model(id=str(path), lora=lora, quantization="nf4"), torch.float32)
+kinds = {type(module).__name__ for module in quantized.modules()}
+print(*seen, is_bnb_available(), is_bitsandbytes_available(), "Linear4bit" in kinds)
+"""
+
+
+def test_whole_weights_load_no_quantizer_and_quantized_ones_still_find_it(tiny_model: Path) -> None:
+    """It imports torch's compiler, for seconds, and peft imports it wherever it is installed."""
+    done = subprocess.run([sys.executable, "-c", UNQUANTIZED, str(tiny_model)], capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "False", "False", "True", "True", "True"], done.stderr

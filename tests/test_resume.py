@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,9 @@ from ranks import run_on_ranks
 from safetensors.numpy import load_file
 from small_run import recipe_of, write_files
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+from worker_alone import prepared, without_tasks
 
-from raydiv.config import Recipe
-from raydiv.preparation import fill, read
-from raydiv.progress import Display
 from raydiv.run import Metrics, RunDirectory
-from raydiv.session import ray_session
 from raydiv.training.metrics import TIMED as OF_PHASES
 from raydiv.training.worker import WorkerInput, run_worker
 
@@ -38,13 +35,6 @@ class Death:
     rank: int
     step: int
     when: str
-
-
-def local_steps(feed: Any, again: Any, start: int, stop: int) -> Iterator[Any]:
-    """The stream without Ray Data's tasks."""
-    for number in range(start, stop):
-        plan = feed.plan.step(number)
-        yield plan, feed.step(plan, feed.read(number))
 
 
 def live(pickled: bytes, death: Death | None) -> int:
@@ -87,20 +77,9 @@ def live(pickled: bytes, death: Death | None) -> int:
         behind.append(found[0])
         return found
 
-    with patch.object(worker, "stream_steps", local_steps), patch.object(worker, "_go_on", noted):
+    with without_tasks(), patch.object(worker, "_go_on", noted):
         run_worker(cloudpickle.loads(pickled), None)
     return int(behind[0])
-
-
-def prepared(recipe: Recipe) -> WorkerInput:
-    """What a run's workers are given, its directory claimed."""
-    opened = read(recipe, Display(quiet=True))
-    with ray_session(recipe.cluster):
-        ready = fill(recipe, opened, Display(quiet=True))
-    run = RunDirectory.of(recipe)
-    run.claim(recipe, ready.fingerprints)
-    run.note_began(recipe.optim.steps or 0)
-    return WorkerInput(recipe, ready.directory, run.path, 0, ready.train, ready.eval)
 
 
 def again(given: WorkerInput, name: str) -> WorkerInput:

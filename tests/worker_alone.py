@@ -1,0 +1,47 @@
+"""A run's workers in plain processes: the real worker and step, without Ray Train and Ray Data's tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest.mock import patch
+
+import cloudpickle
+
+from raydiv.config import Recipe
+from raydiv.preparation import fill, read
+from raydiv.progress import Display
+from raydiv.run import RunDirectory
+from raydiv.session import ray_session
+from raydiv.training import worker
+from raydiv.training.worker import WorkerInput, run_worker
+
+
+def prepared(recipe: Recipe) -> WorkerInput:
+    """What a run's workers are given, its directory claimed."""
+    opened = read(recipe, Display(quiet=True))
+    with ray_session(recipe.cluster):
+        ready = fill(recipe, opened, Display(quiet=True))
+    run = RunDirectory.of(recipe)
+    run.claim(recipe, ready.fingerprints)
+    run.note_began(recipe.optim.steps or 0)
+    return WorkerInput(recipe, ready.directory, run.path, 0, ready.train, ready.eval)
+
+
+def without_tasks() -> AbstractContextManager[Any]:
+    """While the block runs, steps are read where they are made."""
+
+    def local_steps(feed: Any, again: Any, start: int, stop: int) -> Iterator[Any]:
+        for number in range(start, stop):
+            plan = feed.plan.step(number)
+            yield plan, feed.step(plan, feed.read(number))
+
+    return patch.object(worker, "stream_steps", local_steps)
+
+
+def train_each(pickled: list[bytes]) -> None:
+    """Train run after run; runs on every rank."""
+    with without_tasks():
+        for given in pickled:
+            run_worker(cloudpickle.loads(given), None)
