@@ -113,6 +113,8 @@ class Nodes:
         for process in reversed(list(self._processes)):
             self.end(process)
         for network in self._networks:
+            # a network is taken down some time after it is deleted, with what is in it
+            subprocess.run(["ip", "link", "del", network.replace("rd-", "rdv")], check=False, capture_output=True)
             subprocess.run(["ip", "netns", "del", network], check=False)
         subprocess.run(["ip", "link", "del", BRIDGE], check=False, capture_output=True)
 

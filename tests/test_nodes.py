@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -97,23 +100,34 @@ def test_models_and_tokenizers_stay_on_the_node_without_gpus_and_workers_on_the_
     assert set().union(*pools.values()) == {helper}
 
 
-SPILLED = """
-import ray
-ray.init(log_to_driver=False, logging_level=50)
-print(ray._private.internal_api.memory_summary(stats_only=True))
-"""
+@contextmanager
+def most_used(folder: Path) -> Iterator[list[int]]:
+    """Bytes that a disk had in use while the block ran, the most of them last."""
+    over, found = threading.Event(), [0]
+
+    def look() -> None:
+        while not over.wait(0.1):
+            found.append(max(found[-1], shutil.disk_usage(folder).used))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        thread.join()
 
 
-@pytest.mark.parametrize("size", ["400m", "16m"])
+@pytest.mark.parametrize("size", [400, 16])
 def test_objects_spill_to_a_nodes_small_disk_and_a_full_one_is_said(
-    size: str, nodes: Nodes, tmp_path: Path, tiny_model: Path, files: dict[str, str]
+    size: int, nodes: Nodes, tmp_path: Path, tiny_model: Path, files: dict[str, str]
 ) -> None:
     """144 MB of rows through stores of 80, where they are tokenized on the node with the small disk."""
     spill, data = tmp_path / "spill", tmp_path / "wide.parquet"
     spill.mkdir()
     write_wide(data)
     small = f"--object-store-memory={80 * 2**20} --object-spilling-directory={spill}"
-    nodes.add(2, f'{small} --resources={{"helper":2}}', own=spill, size=size)
+    node = nodes.add(2, f'{small} --resources={{"helper":2}}', own=spill, size=f"{size}m")
     nodes.wait_for(2)
     changes = (
         "cluster.num_workers=1",
@@ -123,6 +137,13 @@ def test_objects_spill_to_a_nodes_small_disk_and_a_full_one_is_said(
     )
     recipe = recipe_of(tiny_model, files | {"train": str(data)}, tmp_path / "runs", "r", *changes)
     save_recipe(recipe, tmp_path / "recipe.yaml")
-    ended = nodes.run("-m", "raydiv", "prepare", str(tmp_path / "recipe.yaml"), "--json")
-    print(nodes.run("-c", SPILLED).stdout, ended.stderr[-3000:])
-    assert ended.returncode == (0 if size == "400m" else 1), ended.stderr
+    # as that node sees it
+    with most_used(Path(f"/proc/{node.pid}/root{spill}")) as used:
+        ended = nodes.run("-m", "raydiv", "prepare", str(tmp_path / "recipe.yaml"), "--json")
+    if size > 144:
+        assert used[-1] > 10 * 2**20
+        assert ended.returncode == 0, ended.stderr
+        assert json.loads(ended.stdout)["train"]["examples"] == 2400
+    else:
+        assert ended.returncode == 1, ended.stderr
+        assert "Ray's object store is full, and so is the disk" in ended.stderr.splitlines()[-1]
