@@ -77,9 +77,9 @@ def test_models_and_tokenizers_stay_on_the_node_without_gpus_and_workers_on_the_
     nodes: Nodes, tmp_path: Path, tiny_model: Path, files: dict[str, str]
 ) -> None:
     """The nodes are told apart by custom resources, as those of a cluster's groups are; no key says how many CPUs."""
-    workers, helper = [nodes.add(1, '--resources={"trainer":1}') for _ in range(2)], "10.213.0.4"
-    nodes.add(2, '--resources={"helper":2}')
-    nodes.wait_for(2 + len(workers))
+    for number, (cpus, words) in enumerate([(1, "trainer"), (1, "trainer"), (2, "helper")], 2):
+        nodes.add(cpus, f'--resources={{"{words}":{cpus}}}')
+        nodes.wait_for(number)
     apart = (
         "cluster.train.custom={trainer: 1}",
         "cluster.pool.custom={helper: 1}",
@@ -97,7 +97,7 @@ def test_models_and_tokenizers_stay_on_the_node_without_gpus_and_workers_on_the_
     assert where.pop("RayTrainWorker") == {"10.213.0.2", "10.213.0.3"}
     pools = {kind: addresses for kind, addresses in where.items() if kind.startswith("MapWorker")}
     assert pools, where
-    assert set().union(*pools.values()) == {helper}
+    assert set().union(*pools.values()) == {"10.213.0.4"}
 
 
 @contextmanager
