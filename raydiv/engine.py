@@ -157,7 +157,9 @@ def _look_ahead_less(coordinator: Any) -> None:
     from deepspeed.runtime.zero.partitioned_param_coordinator import iter_params
     from deepspeed.utils import z3_leaf_module
 
-    looks_ahead = getattr(coordinator, LOOK_AHEAD)
+    looks_ahead = getattr(coordinator, LOOK_AHEAD, None)
+    if looks_ahead is None:  # of another DeepSpeed
+        return
 
     def params_to_release(module: Any, step_id: int) -> set[int]:
         if all(parameter.ds_persist for parameter in iter_params(module, recurse=z3_leaf_module(module))):
