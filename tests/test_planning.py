@@ -205,7 +205,7 @@ class Measured:
 
 
 LENGTH = 128
-STEPS = 4
+STEPS, STEPS_OF_ZERO_3 = 2, 4
 """Updates: AdamW's moments are there after the first, and ZeRO-3 knows what it may keep after the third."""
 
 MODELS = {
@@ -252,7 +252,7 @@ def steps_of(recipe: Recipe, path: Path, examples: int) -> None:
         100_000 if tokens == "auto" else tokens,
         "mask",
     )
-    for number in range(STEPS):
+    for number in range(STEPS_OF_ZERO_3 if recipe.engine.zero_stage == 3 else STEPS):
         stepper.step(StepExamples(number, own, nothing, torch.full((examples,), -50.0), torch.zeros(0)), 1e-4)
     engine.close()
 

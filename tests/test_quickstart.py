@@ -19,17 +19,24 @@ pytestmark = [
 ]
 
 
+def first(number: int, name: str, folder: Path) -> Path:
+    """The first rows of a bundled file."""
+    path = folder / f"{name}.jsonl"
+    path.write_text("\n".join(bundled_file(f"bundled:{name}").read_text().splitlines()[:number]) + "\n")
+    return path
+
+
 def test_quickstart_cut_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    few = tmp_path / "few.jsonl"
-    few.write_text("\n".join(bundled_file("bundled:compliance-refusal").read_text().splitlines()[:40]) + "\n")
     changes = [
         f"output_dir={tmp_path / 'runs'}",
-        f"data.train={few}",
+        f"data.train={first(40, 'compliance-refusal', tmp_path)}",
         "data.eval=0.2",
         "optim.steps=2",
         "evaluate.every=null",
+        f"evaluate.prompts={first(40, 'development', tmp_path)}",
+        f"separation.prompts={first(80, 'anchors', tmp_path)}",
     ]
-    assert main(["quickstart", "--json", *changes, "evaluate.prompts=bundled:development"]) == 0
+    assert main(["quickstart", "--json", *changes]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["metrics"]["step"] == 2
     assert 0 <= result["metrics"]["evaluate/degenerate"] <= 0.1
