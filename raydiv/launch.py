@@ -173,6 +173,8 @@ def _fit(
             failure_config=FailureConfig(max_failures=recipe.cluster.max_failures),
         ),
     )
+    # what Ray would do at Ctrl-C ends the process as if all were well, and is still there when training is over
+    trainer._register_sigint_handler = lambda controller: None
 
     def stop() -> None:
         display.say("SIGTERM: a checkpoint is written after this step, and the run stops")

@@ -210,6 +210,25 @@ def test_sigterm_leaves_a_checkpoint_of_the_very_step(
         train(named("term", "loss.skew=0.25"), Display(quiet=True), resume=True)
 
 
+@pytest.mark.long
+def test_ctrl_c_ends_it_with_130_and_mlflow_is_told(named: Callable[..., Recipe], tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    recipe = named("interrupted", "optim.steps=100000", "evaluate.every=null", "checkpoint.every=2")
+    run = RunDirectory.of(recipe)
+    process = subprocess.Popen(
+        command(recipe, tmp_path / "recipe.yaml"), env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    wait_for_step(run, 3)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    noted = json.loads(run.mlflow.read_text())
+    assert MlflowClient(noted["uri"]).get_run(noted["run_id"]).info.status == "KILLED"
+    assert run.checkpoints(recipe).folders()
+
+
 @pytest.fixture
 def raylets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A cluster of one raylet on this machine, which RAY_ADDRESS names; all that come have a CPU each."""
@@ -240,7 +259,7 @@ def test_a_node_is_lost_and_another_one_comes(whole: Result, named: Callable[...
 
     with meanwhile(lose):
         train(recipe, Display(quiet=True))
-    assert "training goes on after step 4" in run.events.read_text()
+    assert re.search("training goes on after step [46]", run.events.read_text())
     assert_same_run(run, whole.run)
 
 
