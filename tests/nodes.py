@@ -117,6 +117,9 @@ class Nodes:
             subprocess.run(["ip", "link", "del", network.replace("rd-", "rdv")], check=False, capture_output=True)
             subprocess.run(["ip", "netns", "del", network], check=False)
         subprocess.run(["ip", "link", "del", BRIDGE], check=False, capture_output=True)
+        noted = Path("/tmp/ray/ray_current_cluster")
+        if noted.is_file() and noted.read_text().strip() == self.address:
+            noted.unlink()  # or Ray's tools would look for it there
 
 
 @contextmanager

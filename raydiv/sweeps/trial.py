@@ -39,6 +39,7 @@ def run_trial(config: Mapping[str, Any], given: TrialInput) -> None:
     from ray import tune
 
     os.chdir(given.cwd)
+    _name_the_cluster()
     number = int(config["number"])
     name, tags = Trial(number, config["values"]).name, {"raydiv.trial": str(number)}
     recipe = given.family.member(changed(given.recipe, config["values"]), name, tags)
@@ -52,6 +53,21 @@ def run_trial(config: Mapping[str, Any], given: TrialInput) -> None:
         _train(recipe, run)
     # a searcher reads the last report alone
     tune.report(numbers(run.trained()))
+
+
+def _name_the_cluster() -> None:
+    """Let what frees a stopped trial's workers ask this cluster whether the trial is gone.
+
+    Ray Train would ask the one that was last started on the machine, which may be another, or gone; then it frees nothing, and
+    says nothing.
+    """
+    import ray
+    from ray.train.v2._internal import constants
+
+    name = "RAY_ADDRESS"
+    os.environ[name] = ray.get_runtime_context().gcs_address
+    if name not in constants.ENV_VARS_TO_PROPAGATE:
+        constants.ENV_VARS_TO_PROPAGATE = {*constants.ENV_VARS_TO_PROPAGATE, name}
 
 
 def _train(recipe: Recipe, run: RunDirectory) -> None:
