@@ -50,13 +50,11 @@ class Nodes:
     def address(self) -> str:
         return f"{HEAD}:{PORT}"
 
-    def start(self, cpus: int, words: str = "") -> None:
-        """The head; ``words`` more for ``ray start``."""
+    def start(self, cpus: int) -> None:
         _run(f"ip link add {BRIDGE} type bridge")
         _run(f"ip addr add {HEAD}/24 dev {BRIDGE}")
         _run(f"ip link set {BRIDGE} up")
-        head = f"--head --port={PORT} --node-ip-address={HEAD} --num-cpus={cpus} --include-dashboard=false"
-        self._ray([], f"{head} {words}")
+        self._ray([], f"--head --port={PORT} --node-ip-address={HEAD} --num-cpus={cpus} --include-dashboard=false")
 
     def add(self, cpus: int, words: str = "", own: Path | None = None, size: str = "") -> subprocess.Popen[bytes]:
         """A node in a network of its own; the folder ``own`` is another there than here, on a disk of ``size``."""
