@@ -724,7 +724,7 @@ def test_a_job_runs_in_the_runtime_environment(named: Callable[..., Recipe], tmp
     from ray.cluster_utils import Cluster as Nodes
     from ray.job_submission import JobSubmissionClient
 
-    recipe = named("job")
+    recipe = named("job", "cluster.num_workers=1")
     save_recipe(recipe, tmp_path / "recipe.yaml")
     environment = read("runtime-env")
     environment["env_vars"] |= {"RAYDIV_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hub")}

@@ -29,12 +29,12 @@ def first(number: int, name: str, folder: Path) -> Path:
 def test_quickstart_cut_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes = [
         f"output_dir={tmp_path / 'runs'}",
-        f"data.train={first(40, 'compliance-refusal', tmp_path)}",
+        f"data.train={first(24, 'compliance-refusal', tmp_path)}",
         "data.eval=0.2",
         "optim.steps=2",
         "evaluate.every=null",
-        f"evaluate.prompts={first(40, 'development', tmp_path)}",
-        f"separation.prompts={first(80, 'anchors', tmp_path)}",
+        f"evaluate.prompts={first(20, 'development', tmp_path)}",
+        f"separation.prompts={first(40, 'anchors', tmp_path)}",
     ]
     assert main(["quickstart", "--json", *changes]) == 0
     result = json.loads(capsys.readouterr().out)

@@ -272,9 +272,8 @@ def test_a_small_study_is_run_extended_and_read_from_mlflow(
 ) -> None:
     files = write_files(tmp_path)
     monkeypatch.chdir(tmp_path)
-    more = [f"separation.prompts={files['prompts']}", f"evaluate.prompts={files['prompts']}", "optim.steps=2"]
+    more = [f"separation.prompts={files['prompts']}", "optim.steps=2"]
     more += [
-        "evaluate.max_new_tokens=4",
         "cluster.num_workers=1",
         "batch.tokens_per_microbatch=auto",
         "data.train=train.jsonl",

@@ -22,6 +22,7 @@ from raydiv.config.cluster import Cluster
 from raydiv.errors import UserError
 from raydiv.progress import Display
 from raydiv.session import ray_session
+from raydiv.sweeps.record import Trial
 from raydiv.sweeps.sweep import SweepResult, sweep
 
 pytestmark = pytest.mark.slow
@@ -128,13 +129,16 @@ def test_resumed_it_repeats_no_finished_trial(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One trial looks as if the sweep had been killed in it: it alone is trained again."""
+    """One trial looks as if the sweep had been killed in it, and another as if before its report: one is trained again."""
     recipe, found = grid
     record = json.loads(found.directory.record.read_text())
     victim, *others = [trial for trial in record["trials"] if trial["status"] == "finished"]
     victim["status"] = "running"
     found.directory.record.write_text(json.dumps(record))
     (found.directory.path / victim["run"] / "result.json").unlink()
+    left = found.directory.run(Trial(others[0]["number"], {}))
+    left.report.unlink()
+    left.result.write_text(left.result.read_text().replace('"sent": true', '"sent": false'))
     before = {trial["number"]: _trained_at(found, trial) for trial in others}
     save_recipe(recipe, tmp_path / "recipe.yaml")
     monkeypatch.chdir(Path(files["train"]).parent)
@@ -143,6 +147,8 @@ def test_resumed_it_repeats_no_finished_trial(
     assert [trial["status"] for trial in again["trials"]] == [trial["status"] for trial in found.report["trials"]]
     assert {trial["number"]: _trained_at(found, trial) for trial in others} == before
     assert _trained_at(found, victim)
+    assert left.report.is_file()
+    assert json.loads(left.result.read_text())["mlflow"]["sent"]
     assert again["mlflow"]["run_id"] == found.report["mlflow"]["run_id"]
     for old, new in zip(found.report["trials"], again["trials"], strict=True):
         for name in ("loss", "eval/reward/margin"):
@@ -150,7 +156,7 @@ def test_resumed_it_repeats_no_finished_trial(
 
 
 def _trained_at(found: SweepResult, trial: dict[str, Any]) -> int:
-    return (found.directory.path / trial["run"] / "result.json").stat().st_mtime_ns
+    return (found.directory.path / trial["run"] / "metrics.jsonl").stat().st_mtime_ns
 
 
 def test_a_metric_that_no_trial_reports_stops_it_before_the_first(
@@ -171,16 +177,17 @@ def test_trials_as_wide_as_the_cluster_take_turns_and_stopped_ones_free_their_wo
     asha stops the later ones, which are worse: had one kept its workers, the next would never start.
     """
     section = {
-        "space": {"optim.lr": [3e-3, 1e-9, 1e-8, 1e-7]},
+        "space": {"optim.lr": [3e-3, 1e-9, 1e-8]},
         "search": "grid",
         "goal": "maximize eval/reward/margin",
         "scheduler": "asha",
         "grace": 1,
         "reduction": 2,
-        "max_concurrent": 4,
+        "max_concurrent": 3,
         "keep": 0,
     }
-    more = ["engine.zero_stage=3", "evaluate.every=1", f"separation.prompts={files['prompts']}", "separation.every=1"]
+    more = ["engine.zero_stage=3", "evaluate.every=1"]
+    more += [f"separation.prompts={files['prompts']}", "separation.every=2"]
     recipe = sweep_of(tiny_model, files, tmp_path, "wide", section, *more)
     found = sweep(recipe, display=Display(quiet=True))
     states = [trial["status"] for trial in found.report["trials"]]
@@ -207,7 +214,7 @@ def test_killed_half_way_and_resumed(tiny_model: Path, files: dict[str, str], tm
     section = {
         "space": {"optim.lr": "loguniform(1e-4, 1e-2)"},
         "search": "tpe",
-        "trials": 3,
+        "trials": 2,
         "goal": "maximize eval/reward/margin",
         "max_concurrent": 1,
     }
@@ -222,10 +229,10 @@ def test_killed_half_way_and_resumed(tiny_model: Path, files: dict[str, str], tm
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    trained = first.stat().st_mtime_ns
+    trained = first.with_name("metrics.jsonl").stat().st_mtime_ns
     done = subprocess.run([*command, "--resume", "--json"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     trials = json.loads(done.stdout)["trials"]
-    assert [trial["status"] for trial in trials] == ["finished"] * 3
-    assert first.stat().st_mtime_ns == trained
-    assert len({trial["values"]["optim.lr"] for trial in trials}) == 3
+    assert [trial["status"] for trial in trials] == ["finished"] * 2
+    assert first.with_name("metrics.jsonl").stat().st_mtime_ns == trained
+    assert len({trial["values"]["optim.lr"] for trial in trials}) == 2

@@ -14,7 +14,7 @@ from raydiv.launch import train
 from raydiv.progress import Display
 from raydiv.resuming import goes_on
 from raydiv.run import RunDirectory, numbers
-from raydiv.sweeps.record import FAILED, OVER, Trial
+from raydiv.sweeps.record import FAILED, FINISHED, OVER, Trial
 from raydiv.together import Family
 
 ERROR = "error.txt"
@@ -35,7 +35,7 @@ class TrialInput:
 
 
 def run_trial(config: Mapping[str, Any], given: TrialInput) -> None:
-    """Run a trial and tell Tune every line of its metrics; of one that is over, tell them again and do nothing else."""
+    """Run a trial and tell Tune every line of its metrics; of one that is over, tell them again and train nothing."""
     from ray import tune
 
     os.chdir(given.cwd)
@@ -45,6 +45,9 @@ def run_trial(config: Mapping[str, Any], given: TrialInput) -> None:
     recipe = given.family.member(changed(given.recipe, config["values"]), name, tags)
     run, earlier = RunDirectory.of(recipe), given.earlier.get(number)
     if earlier is not None and earlier.status in OVER:
+        if earlier.status == FINISHED and goes_on(run, recipe):
+            # killed with its sweep it may have no report, and MLflow not all of it
+            train(recipe, Display(quiet=True), resume=True)
         for record in run.metrics() if run.metrics_file.exists() else []:
             tune.report(numbers(record))
         if earlier.status == FAILED:
