@@ -33,6 +33,7 @@ def test_quickstart_cut_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "data.eval=0.2",
         "optim.steps=2",
         "evaluate.every=null",
+        "evaluate.max_new_tokens=16",
         f"evaluate.prompts={first(20, 'development', tmp_path)}",
         f"separation.prompts={first(40, 'anchors', tmp_path)}",
     ]
