@@ -96,7 +96,7 @@ def train(
         run.note_rows((prepared.data.bad + prepared.data.cut).lines())
         tags = _tags(recipe, prepared)
         tracker = Tracker(recipe, tags, display.say, note=run.mlflow)
-        try:
+        with tracker.told_of_its_end():
             with (
                 run.followed(tracker.metrics, tracker.sent),
                 run.followed(Gauges(recipe.name).show),
@@ -114,12 +114,6 @@ def train(
                 run.rewind(run.stage().ended or 0)
                 measurements.take(run, "after", prepared.directory)
             return _conclude(recipe, prepared, run, tracker, tags)
-        except (Terminated, KeyboardInterrupt):
-            tracker.finish("KILLED")
-            raise
-        except BaseException:
-            tracker.finish("FAILED")
-            raise
 
 
 def _finished(recipe: Recipe, run: RunDirectory, display: Display) -> Result:

@@ -33,15 +33,11 @@ def recipe_to_resume(run: RunDirectory, recipe: Recipe) -> Recipe:
     Raises UserError, with the differences, when that run was begun with another one.
     """
     there = run.read_recipe()
-    was, wanted = _compared(there), _compared(recipe)
-    differ = [
-        f"  {key}: {was.get(key, 'absent')} then, {wanted.get(key, 'absent')} now"
-        for key in sorted(was.keys() | wanted.keys())
-        if was.get(key, "absent") != wanted.get(key, "absent")
-    ]
+    differ = differences(compared(there), compared(recipe))
     if differ:
+        lines = [f"  {key}: {then} then, {now} now" for key, (then, now) in differ.items()]
         raise UserError(
-            f"{run.path}: was begun with another recipe, and cannot go on with this one:\n" + "\n".join(differ) + "\n"
+            f"{run.path}: was begun with another recipe, and cannot go on with this one:\n" + "\n".join(lines) + "\n"
             "Take that back, or begin another run (name=...)"
         )
     if any(getattr(there.cluster, key) != getattr(recipe.cluster, key) for key in MACHINE):
@@ -71,9 +67,16 @@ def _left_open(there: Recipe, recipe: Recipe, section: str) -> dict[str, Any]:
     }
 
 
-def _compared(recipe: Recipe) -> dict[str, Any]:
+def compared(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says of the model that comes out of it, by dotted keys: not where, nor in which layout, it is trained."""
     tree = recipe.model_dump(mode="json", by_alias=True, exclude=set(FREE))
     return {key: value for key, value in flatten(tree).items() if key not in LAYOUT}
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The keys at which two recipes that were ``compared`` differ, in order, with what stands in each."""
+    pairs = {key: (then.get(key, "absent"), now.get(key, "absent")) for key in sorted(then.keys() | now.keys())}
+    return {key: (one, other) for key, (one, other) in pairs.items() if one != other}
 
 
 def require_same_content(run: RunDirectory, of: Mapping[str, str]) -> None:

@@ -11,7 +11,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -262,8 +262,12 @@ class RunDirectory:
         return sorted(beats, key=lambda beat: beat.rank)
 
     def since_beat(self) -> float:
-        """Seconds since any worker said something; infinite where none ever did."""
-        return time.time() - max((path.stat().st_mtime for path in self._workers.glob("*.json")), default=-math.inf)
+        """Seconds since any worker of the last start said something; infinite where none did."""
+        beats = []
+        for path in self._workers.glob("*.json"):
+            with suppress(FileNotFoundError):  # another start forgets them
+                beats.append(path.stat().st_mtime)
+        return time.time() - max(beats, default=-math.inf)
 
     def first_to_say(self, what: str) -> bool:
         """Whether no other worker was asked this before."""

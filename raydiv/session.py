@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -101,13 +101,18 @@ def require_dashboard(wanted_by: str) -> None:
 YOUNG_S, AGAIN_S = 60.0, 3.0
 """Seconds that a cluster which has just begun has to take a job, and between tries."""
 
+STOP_SECONDS = 600
+"""Seconds that a job which is told to stop has for its step and its checkpoint; Ray's own three are too few."""
 
-def submitted(client: Any, **job: Any) -> str:
+
+def submitted(client: Any, runtime_env: Mapping[str, Any], **job: Any) -> str:
     """Send a job to a cluster by its client of Ray's job API; returns its id. Raises UserError where nothing starts jobs."""
+    patient = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
+    whole = {**runtime_env, "env_vars": patient | dict(runtime_env.get("env_vars", {}))}
     end = time.monotonic() + YOUNG_S
     while True:
         try:
-            return str(client.submit_job(**job))
+            return str(client.submit_job(runtime_env=whole, **job))
         except RuntimeError as error:
             if "No available agent" not in str(error):
                 raise

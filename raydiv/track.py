@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from raydiv.config.tree import flatten
 from raydiv.errors import UserError
 from raydiv.run import Metrics, numbers
 from raydiv.storage import atomic, require_inside
+from raydiv.termination import Terminated
 
 SENT = {"recipe.yaml", "metrics.jsonl", "result.json"}
 """The files of a finished run that say all of it in numbers, as MLflow has them."""
@@ -104,6 +106,18 @@ class Tracker:
         """End the run; returns whether everything was sent."""
         self._submit(lambda: self._end(status))
         return self._thread.submit(lambda: not self._waiting).result()
+
+    @contextmanager
+    def told_of_its_end(self) -> Iterator[None]:
+        """What ends the block before its time ends the run: as killed when it was somebody's wish, as failed otherwise."""
+        try:
+            yield
+        except (Terminated, KeyboardInterrupt):
+            self.finish("KILLED")
+            raise
+        except BaseException:
+            self.finish("FAILED")
+            raise
 
     @cached_property
     def _client(self) -> Any:

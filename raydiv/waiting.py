@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,9 +23,11 @@ def waiting_is_said(run: RunDirectory, cluster: Cluster, say: Callable[[str], No
     def look() -> None:
         waits = False
         while not over.wait(EVERY_S):
-            lack = lack_of_workers(cluster) if run.since_beat() > EVERY_S else None
+            silent = run.since_beat()
+            lack = lack_of_workers(cluster) if silent > EVERY_S else None
             if lack is not None and not waits:
-                say(f"the workers are gone, and training waits for nodes: {lack}")
+                gone = "the workers are gone" if math.isfinite(silent) else "no worker has begun"
+                say(f"{gone}, and training waits for nodes: {lack}")
             waits = lack is not None
 
     thread = threading.Thread(target=look, daemon=True, name="waiting")

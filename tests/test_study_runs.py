@@ -22,6 +22,7 @@ from raydiv.studies.found import cell_of, included, require_same
 from raydiv.studies.grid import baselines, plans
 from raydiv.studies.jobs import Job, run_jobs
 from raydiv.studies.study import StudyDirectory, study
+from raydiv.together import Family
 
 ROOT = Path(__file__).parents[1]
 
@@ -158,8 +159,32 @@ def test_a_finished_cell_must_be_of_the_recipe_that_it_has_now(tmp_path: Path) -
     moved = plan.recipe.model_copy(update={"cluster": Cluster(num_workers=4), "output_dir": "elsewhere"})
     run = finished_run(tmp_path / "run", moved)
     require_same(plan.recipe, run)
-    with pytest.raises(UserError, match="this cell was run with another loss, optim;"):
+    with pytest.raises(UserError, match=r"this cell was run with another loss\.beta, optim\.lr;"):
         require_same(load_recipe(plan.recipe.model_dump(by_alias=True), ["loss.beta=9", "optim.lr=1"]), run)
+
+
+def test_a_finished_cell_is_one_whatever_its_checkpoints(tmp_path: Path) -> None:
+    (plan,) = plans(recipe_with({"losses": ["kldo"]}, checkpoint={"storage": str(tmp_path / "store")}))
+    family = Family(tmp_path / "study" / "cells", Cluster(), None, None)
+    run = finished_run(tmp_path / "study" / "cells" / plan.name, family.member(plan.recipe, plan.name, {}))
+    require_same(load_recipe(plan.recipe.model_dump(by_alias=True), ["checkpoint.every=7"]), run)
+
+
+def test_an_included_run_of_another_rate_is_no_seed_of_the_studys(tmp_path: Path) -> None:
+    losses = {"SLOW": {"type": "dpo", "optim.lr": 1e-6}, "FAST": {"type": "dpo", "optim.lr": 1e-4}}
+    recipe = recipe_with({"losses": losses})
+    slow, fast = (plan.recipe for plan in plans(recipe))
+    others = {
+        "rate": (fast, "optim.lr=1e-5"),
+        "clip": (fast, "optim.clip=7"),
+        "seed": (slow, "seed=3"),
+        "fast": (fast,),
+    }
+    for name, (own, *change) in others.items():
+        finished_run(tmp_path / "runs" / name, load_recipe(own.model_dump(by_alias=True), change))
+    study = recipe_with({"losses": losses, "include": [str(tmp_path / "runs")]})
+    named = {Path(cell.where).name: cell.loss for cell in included(study).values()}
+    assert named == {"rate": "dpo", "clip": "FAST (other optim.clip)", "seed": "SLOW", "fast": "FAST"}
 
 
 class FakeClient:
@@ -167,7 +192,7 @@ class FakeClient:
 
     def __init__(self, there: list[Any]) -> None:
         self.there, self.looks, self.submitted, self.stopped = there, dict[str, int](), [], []
-        self.most = 0
+        self.most = self.away = 0
         self.runs: dict[str, Path] = {}
 
     def list_jobs(self) -> list[Any]:
@@ -175,7 +200,8 @@ class FakeClient:
 
     def submit_job(self, *, entrypoint: str, metadata: dict[str, str], runtime_env: dict[str, Any]) -> str:
         assert entrypoint.startswith(f"cd {Path.cwd()} && ")
-        assert runtime_env["env_vars"].keys() == {"RAYDIV_CACHE"}, "what the run sets itself is not set twice"
+        assert runtime_env["env_vars"].keys() == {"RAYDIV_CACHE", "RAY_JOB_STOP_WAIT_TIME_S"}, "nothing is set twice"
+        assert (runtime_env["working_dir"], runtime_env["py_modules"]) == ("gcs://w.zip", ["gcs://m.zip"])
         self.runs[metadata["name"]] = Path(metadata["raydiv.run"])
         self.submitted.append(metadata["name"])
         self.looks[metadata["name"]] = 0
@@ -183,6 +209,9 @@ class FakeClient:
         return metadata["name"]
 
     def get_job_status(self, name: str) -> JobStatus:
+        if self.away:
+            self.away -= 1
+            raise RuntimeError("Request failed with status code 500")
         self.looks[name] = self.looks.get(name, 0) + 1
         if self.looks[name] < int(name[0]):
             return JobStatus.RUNNING
@@ -203,7 +232,8 @@ class FakeClient:
 def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeClient]:
     fake = FakeClient([])
     monkeypatch.setattr("ray.job_submission.JobSubmissionClient", lambda address: fake)
-    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(gcs_address="here"))
+    given = {"working_dir": "gcs://w.zip", "py_modules": ["gcs://m.zip"], "env_vars": {"MINE": "1"}}
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(gcs_address="here", runtime_env=given))
     monkeypatch.setattr("raydiv.studies.jobs.POLL", 0.0)
     monkeypatch.setenv("HF_HOME", "here")
     monkeypatch.setenv("HF_TOKEN", "secret")
@@ -257,12 +287,51 @@ def test_interrupted_it_stops_the_jobs_that_it_started(client: FakeClient, tmp_p
     assert client.stopped == ["9b"]
 
 
+def test_a_dashboard_that_is_away_for_a_moment_ends_no_job(client: FakeClient, tmp_path: Path) -> None:
+    client.away = 3
+    ended: list[str] = []
+    run_jobs(jobs_of(tmp_path, "1a", "2b"), 2, lambda job, error: ended.append(job.name))
+    assert ended == ["1a", "2b"]
+    assert client.stopped == []
+
+
+def test_one_that_stays_away_is_said_and_all_jobs_are_told_to_stop(
+    client: FakeClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raydiv.studies.jobs.PATIENCE_S", 0.0)
+    client.away = 10**9
+    asked: list[str] = []
+
+    def stop(name: str) -> None:
+        asked.append(name)
+        raise RuntimeError("away too")
+
+    monkeypatch.setattr(client, "stop_job", stop)
+    with pytest.raises(RuntimeError, match="status code 500"):
+        run_jobs(jobs_of(tmp_path, "9a", "9b"), 2, lambda job, error: None)
+    assert asked == ["9a", "9b"]
+
+
 def test_a_study_without_its_section_or_to_be_resumed_where_none_is(tmp_path: Path) -> None:
     plain = load_recipe({"model": {"id": "x"}, "loss": {"type": "dpo"}, "optim": {"steps": 1}})
     with pytest.raises(UserError, match="has no section study"):
         study(plain)
     with pytest.raises(UserError, match="holds no study to resume"):
         study(recipe_with({"losses": ["dpo"]}, output_dir=str(tmp_path)), resume=True)
+
+
+def test_killed_as_soon_as_it_has_begun_it_can_be_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("raydiv.studies.study.Tracker", killed)
+    recipe = recipe_with({"losses": ["dpo"]}, output_dir=str(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        study(recipe)
+    with pytest.raises(UserError, match="holds a study already; go on with it"):
+        study(recipe)
+    with pytest.raises(KeyboardInterrupt):
+        study(recipe, resume=True)
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from raydiv.config.sweep import Constraint, Objective, Sweep
 from raydiv.errors import UserError
 from raydiv.resources import HOST_SHARE, side_by_side
 from raydiv.run import RunDirectory
-from raydiv.sweeps.asha import Halving
+from raydiv.sweeps.asha import TRAINED, Halving
 from raydiv.sweeps.record import FAILED, FINISHED, STOPPED, WAITING, Record, SweepDirectory, Trial, undominated
 from raydiv.sweeps.search import Asked, Numbered
 from raydiv.together import Family, distinct
@@ -292,8 +292,8 @@ class Told:
 
 def test_asha_stops_those_that_fall_behind_and_none_whose_training_is_over() -> None:
     halving = Halving("y", "maximize", steps=8, grace=2, reduction=2)
-    trials = [Told(number) for number in range(4)]
-    for trial in trials:
+    *trials, short, behind = [Told(number) for number in range(6)]
+    for trial in (*trials, short, behind):
         halving.on_trial_add(None, trial)
     early = [halving.on_trial_result(None, trial, {"step": 2, "y": 3.0 - n}) for n, trial in enumerate(trials)]
     assert early[0] == "CONTINUE"
@@ -301,6 +301,9 @@ def test_asha_stops_those_that_fall_behind_and_none_whose_training_is_over() -> 
     assert halving.on_trial_result(None, trials[0], {"step": 4, "loss": 1.0}) == "CONTINUE", "a line without the metric"
     ends = [halving.on_trial_result(None, trial, {"step": 8, "y": -float(n)}) for n, trial in enumerate(trials)]
     assert ends == ["CONTINUE"] * 4
+    # of one that stopped early what is measured at the end comes with fewer updates
+    assert halving.on_trial_result(None, short, {"step": 3, "y": -9.0, TRAINED: True}) == "CONTINUE"
+    assert halving.on_trial_result(None, behind, {"step": 3, "y": -9.0, TRAINED: False}) == "STOP"
 
 
 @pytest.mark.parametrize(

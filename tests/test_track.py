@@ -10,6 +10,7 @@ from mlflow import MlflowClient
 
 from raydiv.config import Recipe, load_recipe
 from raydiv.config.tree import flatten
+from raydiv.termination import Terminated
 from raydiv.track import Tracker, tracking_uri
 
 
@@ -141,6 +142,16 @@ def test_a_run_that_fails_after_its_end_is_failed(tmp_path: Path) -> None:
     assert tracker.finish()
     assert tracker.finish("FAILED")
     assert MlflowClient(tracker.uri).get_run(tracker.run_id).info.status == "FAILED"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(KeyboardInterrupt, "KILLED"), (Terminated, "KILLED"), (ValueError, "FAILED")]
+)
+def test_what_ends_before_its_time_is_said(error: type[BaseException], status: str, tmp_path: Path) -> None:
+    tracker = Tracker(recipe(tmp_path), {}, print)
+    with pytest.raises(error), tracker.told_of_its_end():
+        raise error
+    assert MlflowClient(tracker.uri).get_run(tracker.run_id).info.status == status
 
 
 def test_flatten_keeps_dotted_keys() -> None:

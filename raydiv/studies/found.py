@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raydiv.comparison.cells import Cell
 from raydiv.config import Recipe, changed
 from raydiv.errors import UserError
+from raydiv.resuming import compared, differences
 from raydiv.run import Metrics, RunDirectory, last_values, numbers
-from raydiv.studies.grid import Plan, changes_of, data_name, loss_name, model_name
+from raydiv.studies.grid import SECTION, Plan, changes_of, data_name, loss_name, model_name
 from raydiv.track import downloaded_runs, tracking_uri
 
 MLFLOW = "mlflow:"
@@ -33,8 +35,9 @@ def identity(run: RunDirectory) -> str:
 def included(recipe: Recipe) -> dict[str, Cell]:
     """The cells that the study names as there already, by their runs' ``identity``: found in two places it is one.
 
-    They are labelled as the study's own entries are where they are of the same recipe. Raises UserError for a place without a
-    finished run.
+    They are labelled as the study's own entries are where they are of the same recipe. A run that differs in what no entry
+    sets, such as another rate, has that beside its loss: it is no other seed of the study's. Raises UserError for a place
+    without a finished run.
     """
     study = recipe.study
     assert study is not None
@@ -63,25 +66,47 @@ def _runs(place: str, recipe: Recipe) -> Iterator[tuple[RunDirectory, str]]:
 
 
 def _labelled(run: RunDirectory, study: Recipe, where: str) -> Cell:
-    own = run.read_recipe()
-    model = _label(study, own, "models", "model") or model_name(own)
-    data = _label(study, own, "data", "data") or data_name(own)
-    loss = _label(study, own, "losses", "loss") or loss_name(own)
-    return Cell(model, data, loss, own.seed, *_measured(run), where)
+    recipe = run.read_recipe()
+    own, axes = compared(recipe), {axis: _Axis.of(study, axis) for axis in SECTION}
+    model = axes["models"].label(own) or model_name(recipe)
+    data = axes["data"].label(own) or data_name(recipe)
+    loss = axes["losses"].label(own) or loss_name(recipe)
+    other = [
+        key
+        for key in differences(compared(study), own)
+        if key != "seed" and not any(axis.says(key) for axis in axes.values())
+    ]
+    if other:
+        loss += f" (other {', '.join(other)})"
+    return Cell(model, data, loss, recipe.seed, *_measured(run), where)
 
 
-def _label(study: Recipe, own: Recipe, axis: str, section: str) -> str | None:
-    """What the study calls the section of a run that is as one of its entries makes it."""
-    assert study.study is not None
-    entries: Mapping[str, Any] = getattr(study.study, axis)
-    for name, said in entries.items():
-        if _dumped(changed(study, changes_of(axis, said)), section) == _dumped(own, section):
-            return name
-    return None
+@dataclass(frozen=True, slots=True)
+class _Axis:
+    """What a study varies along one axis: its section, the keys elsewhere that an entry sets, and each entry's recipe."""
 
+    section: str
+    elsewhere: frozenset[str]
+    entries: Mapping[str, Mapping[str, Any]]
 
-def _dumped(recipe: Recipe, section: str) -> Any:
-    return recipe.model_dump(mode="json", by_alias=True)[section]
+    @classmethod
+    def of(cls, study: Recipe, axis: str) -> _Axis:
+        assert study.study is not None
+        said: Mapping[str, Any] = getattr(study.study, axis)
+        entries = {name: compared(changed(study, changes_of(axis, one))) for name, one in said.items()}
+        plain = compared(study)
+        return cls(
+            SECTION[axis], frozenset(key for one in entries.values() for key in differences(plain, one)), entries
+        )
+
+    def says(self, key: str) -> bool:
+        """Whether it is along this axis that a key may differ."""
+        return key.startswith(f"{self.section}.") or key in self.elsewhere
+
+    def label(self, own: Mapping[str, Any]) -> str | None:
+        """What the study calls a run that is as one of its entries makes it."""
+        as_it_is = (name for name, one in self.entries.items() if not any(map(self.says, differences(one, own))))
+        return next(as_it_is, None)
 
 
 def _measured(run: RunDirectory) -> tuple[dict[str, float], dict[str, float]]:
@@ -96,18 +121,9 @@ def _figures(metrics: Metrics) -> dict[str, float]:
 
 def require_same(recipe: Recipe, run: RunDirectory) -> None:
     """Raises UserError where a finished run was made from another recipe than its cell's now."""
-    before, now = (_comparable(one) for one in (run.read_recipe(), recipe.model_copy(update={"name": run.path.name})))
-    different = [key for key in now if before[key] != now[key]]
+    different = differences(compared(run.read_recipe()), compared(recipe))
     if different:
         raise UserError(
             f"{run.path}: this cell was run with another {', '.join(different)}; remove it to run it again, or give the study "
             "another name"
         )
-
-
-def _comparable(recipe: Recipe) -> dict[str, Any]:
-    """What a run is made of, without where and in what layout it was run."""
-    tree: dict[str, Any] = json.loads(recipe.model_dump_json(by_alias=True, exclude={"cluster", "track", "output_dir"}))
-    tree["engine"].pop("zero_stage")
-    tree["batch"].pop("tokens_per_microbatch")
-    return tree

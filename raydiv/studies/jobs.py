@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from raydiv.session import submitted
 PASSED = ("RAYDIV_CACHE", "HF_HOME")
 """Environment variables that a run needs as they are here; no secret, since whoever sees the cluster's jobs sees them."""
 
-POLL = 1.0
-"""Seconds between looks at the jobs."""
+POLL, PATIENCE_S = 1.0, 300.0
+"""Seconds between looks at the jobs, and that the cluster may fail to answer one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,8 @@ def run_jobs(jobs: Sequence[Job], at_once: int, ended: Ended) -> None:
     """Run the jobs in order, ``at_once`` of them at a time, until all have ended; needs a Ray session with its dashboard.
 
     One that the cluster still runs for an earlier attempt is followed, not started again. Interrupted, those that run are
-    stopped. A job that ends well and leaves no result where it is looked for has failed too.
+    stopped. A job that ends well and leaves no result where it is looked for has failed too. Where the study is a job itself,
+    its jobs have what came with it: its folder, its version of raydiv.
     """
     import ray
     from ray.job_submission import JobSubmissionClient
@@ -59,10 +60,10 @@ def run_jobs(jobs: Sequence[Job], at_once: int, ended: Ended) -> None:
                 active[already.get(str(job.run)) or _submit(client, job)] = job
             time.sleep(POLL)
             for submission, job in list(active.items()):
-                status = client.get_job_status(submission)
+                status = _patiently(client.get_job_status, submission)
                 if status.is_terminal():
                     del active[submission]
-                    log = client.get_job_logs(submission)
+                    log = _patiently(client.get_job_logs, submission)
                     job.log.write_text(log)
                     ended(job, _reason(log, str(status)) if status != "SUCCEEDED" else _unseen(job))
 
@@ -76,9 +77,28 @@ def _submit(client: Any, job: Job) -> str:
         client,
         # relative paths of a recipe are of where the study was started
         entrypoint=f"cd {shlex.quote(os.getcwd())} && {shlex.join(command)}",
-        runtime_env={"env_vars": _environment(job)},
+        runtime_env={**_came_along(), "env_vars": _environment(job)},
         metadata={"raydiv.run": str(job.run), "name": job.name},
     )
+
+
+def _came_along() -> dict[str, Any]:
+    """What this process was given as a job of the cluster, but for variables; nothing where it is none."""
+    import ray
+
+    return {key: value for key, value in ray.get_runtime_context().runtime_env.items() if key != "env_vars"}
+
+
+def _patiently(ask: Callable[[str], Any], submission: str) -> Any:
+    """What the cluster says of a job. A dashboard that is away for a moment is no reason to end the others."""
+    end = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return ask(submission)
+        except (RuntimeError, OSError):
+            if time.monotonic() > end:
+                raise
+            time.sleep(POLL)
 
 
 def _environment(job: Job) -> dict[str, str]:
@@ -105,7 +125,8 @@ def _stopped_at_the_end(client: Any) -> Iterator[dict[str, Job]]:
         yield active
     finally:
         for submission in active:
-            client.stop_job(submission)
+            with suppress(RuntimeError, OSError):  # one that cannot be told keeps no other from it
+                client.stop_job(submission)
 
 
 def _reason(log: str, status: str) -> str:

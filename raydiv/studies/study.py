@@ -45,16 +45,18 @@ class StudyDirectory:
     def of(cls, recipe: Recipe) -> StudyDirectory:
         return cls(recipe.output_path / recipe.name)
 
-    def claim(self, recipe: Recipe, resume: bool) -> Mapping[str, str | None] | None:
-        """Make the directory this study's; server and id of the MLflow run that an earlier attempt began.
+    def claim(self, recipe: Recipe, resume: bool) -> dict[str, Any]:
+        """Make the directory this study's; returns what an earlier attempt wrote into study.json.
 
         Raises UserError where something else is there, or no study to be resumed.
         """
         require_begun(self.path, self.record, "study", resume)
         self.cells.mkdir(parents=True, exist_ok=True)
         save_recipe(recipe, self.recipe)
-        earlier: Mapping[str, str | None] | None = json.loads(self.record.read_text())["mlflow"] if resume else None
-        return earlier
+        if not resume:
+            self.write({"mlflow": {}})
+        written: dict[str, Any] = json.loads(self.record.read_text())
+        return written
 
     def write(self, content: Mapping[str, Any]) -> None:
         """Write study.json."""
@@ -103,11 +105,12 @@ def study(recipe: Recipe, *, resume: bool = False, display: Display | None = Non
     for plan in grid:
         if resume and directory.run(plan).result.is_file():
             require_same(plan.recipe, directory.run(plan))
-    tracker = Tracker(recipe, {"raydiv.kind": "study"}, display.say, directory.claim(recipe, resume))
+    earlier = directory.claim(recipe, resume)
+    tracker = Tracker(recipe, {"raydiv.kind": "study"}, display.say, earlier["mlflow"])
     mlflow = {"uri": tracker.uri, "run_id": tracker.run_id}
-    directory.write({"mlflow": mlflow})
+    directory.write(earlier | {"mlflow": mlflow})
     missing = [plan for plan in grid if not directory.run(plan).result.is_file()]
-    try:
+    with tracker.told_of_its_end():
         measured, failures = _run(recipe, directory, missing, plain, tracker.run_id, display)
         finished = [plan for plan in grid if directory.run(plan).result.is_file()]
         own = {identity(directory.run(plan)): cell_of(directory.run(plan), plan) for plan in finished}
@@ -120,9 +123,6 @@ def study(recipe: Recipe, *, resume: bool = False, display: Display | None = Non
         found = _conclude(directory, cells, failures, mlflow)
         for path in (directory.record, directory.recipe, directory.report, *sorted(directory.tables.iterdir())):
             tracker.artifact(path)
-    except BaseException:
-        tracker.finish("FAILED")
-        raise
     tracker.finish()
     return found
 
@@ -170,7 +170,9 @@ def _run_all(jobs: Sequence[Job], room: int, keep_models: bool, display: Display
                 failures[job.name] = error
                 display.say(f"cell {job.name} failed: {error} ({job.log})")
             elif not keep_models:
-                shutil.rmtree(RunDirectory(job.run).model, ignore_errors=True)
+                run = RunDirectory(job.run)
+                shutil.rmtree(run.model, ignore_errors=True)
+                run.forget_checkpoints()
             update(len(over), len(jobs), job.name)
 
         run_jobs(jobs, room, ended)

@@ -6,6 +6,9 @@ from typing import Any
 
 from ray.tune.schedulers import AsyncHyperBandScheduler
 
+TRAINED = "trained"
+"""True in what Tune is told of a trial whose training is over, however many updates it made."""
+
 
 class Halving(AsyncHyperBandScheduler):  # type: ignore[misc]
     """Ray Tune's, which stops no trial whose training is over: what is left of it is to be measured and kept."""
@@ -23,6 +26,6 @@ class Halving(AsyncHyperBandScheduler):  # type: ignore[misc]
         )
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if result.get("step", 0) >= self._steps:
+        if result.get(TRAINED) or result.get("step", 0) >= self._steps:
             return str(self.CONTINUE)
         return str(super().on_trial_result(tune_controller, trial, result))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from math import isfinite, nan
 from pathlib import Path
@@ -183,7 +184,9 @@ class Record:
         for trial in self.trials.values():
             run = self.directory.run(trial)
             if trial.status in OVER:
-                run.forget_checkpoints()
+                # one whose workers still end may have a file come while they are removed; the next time finds it
+                with suppress(OSError):
+                    run.forget_checkpoints()
             if trial.status in OVER and trial.number not in ranked:
                 for folder in (run.model, run.ray):
                     shutil.rmtree(folder, ignore_errors=True)

@@ -65,14 +65,13 @@ def sweep(recipe: Recipe, *, resume: bool = False, display: Display | None = Non
         record.write()
         tags = {"raydiv.kind": "sweep", "raydiv.goal": recipe.sweep.goal}
         tracker = Tracker(recipe, tags, display.say, record.facts.get("mlflow"))
-        try:
+        with tracker.told_of_its_end():
             record.facts = {"mlflow": {"uri": tracker.uri, "run_id": tracker.run_id}, "versions": versions()}
             _search(recipe, record, tried, _scheduler(recipe.sweep, names, steps), display)
             record.facts["seconds"] = round(time.monotonic() - started, 1)
+            # a trial that was stopped may have written something after it was looked at
+            record.forget_weights(recipe.sweep.keep)
             _conclude(record, tracker)
-        except BaseException:
-            tracker.finish("FAILED")
-            raise
         tracker.finish()
     return SweepResult(directory, record.as_json())
 

@@ -13,7 +13,8 @@ from raydiv.config import Recipe, changed
 from raydiv.launch import train
 from raydiv.progress import Display
 from raydiv.resuming import goes_on
-from raydiv.run import RunDirectory, numbers
+from raydiv.run import Metrics, RunDirectory, numbers
+from raydiv.sweeps.asha import TRAINED
 from raydiv.sweeps.record import FAILED, FINISHED, OVER, Trial
 from raydiv.together import Family
 
@@ -79,8 +80,12 @@ def _train(recipe: Recipe, run: RunDirectory) -> None:
     resume = goes_on(run, recipe)  # an attempt that was not finished
     if not resume:
         shutil.rmtree(run.path, ignore_errors=True)
+
+    def report(record: Metrics) -> None:
+        tune.report(numbers(record) | {TRAINED: run.stage().ended is not None})
+
     try:
-        train(recipe, Display(quiet=True), resume=resume, watch=lambda record: tune.report(numbers(record)))
+        train(recipe, Display(quiet=True), resume=resume, watch=report)
     except Exception as error:
         run.path.mkdir(parents=True, exist_ok=True)
         (run.path / ERROR).write_text(str(error))
