@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from raydiv.cache import shared_dir
 from raydiv.config import Recipe
@@ -56,38 +57,52 @@ def require_nodes(folders: Mapping[str, Folder], files: Mapping[str, int]) -> No
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     mine = ray.get_runtime_context().get_node_id()
-    others = [node for node in nodes if node != mine]
+    others = {
+        node["NodeID"]: node["NodeManagerHostname"]
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("CPU") and node["NodeID"] != mine
+    }
     if not others:
         return
     token = uuid.uuid4().hex
     with _left(folders, token):
         look = ray.remote(num_cpus=0, max_retries=0)(_look)
-        asked = [
+        asked = {
             look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
                 dict(folders), dict(files), token
-            )
-            for node in others
-        ]
-        try:
-            seen: list[Seen] = ray.get(asked, timeout=LOOK_S)
-        except (ray.exceptions.GetTimeoutError, ray.exceptions.RayError) as error:
-            raise RuntimeError(f"a node of the cluster does not answer: {' '.join(str(error).split())[:300]}") from None
+            ): host
+            for node, host in others.items()
+        }
+        _, silent = ray.wait(list(asked), num_returns=len(asked), timeout=LOOK_S)
+        if silent:
+            hosts = ", ".join(asked[one] for one in silent)
+            raise RuntimeError(f"nodes of the cluster have not answered for {LOOK_S} s: {hosts}")
+        seen = [_answer(one, host) for one, host in asked.items()]
         problems = [*_versions_differ(seen), *_not_shared(seen, folders), *_missing(seen)]
     if problems:
         raise UserError("; ".join(problems))
 
 
+def _answer(asked: Any, host: str) -> Seen:
+    import ray
+
+    try:
+        seen: Seen = ray.get(asked)
+    except ray.exceptions.RayError as error:
+        raise RuntimeError(f"{host}, a node of the cluster, fails: {' '.join(str(error).split())[:300]}") from None
+    return seen
+
+
 @contextmanager
 def _left(folders: Mapping[str, Folder], token: str) -> Iterator[None]:
     """A file of the driver's in each folder while the block runs, and no one's after it."""
-    for key, folder in folders.items():
-        try:
-            folder.write(f"{PROBE}{token}", token.encode())
-        except OSError as error:
-            raise UserError(f"{key}: {folder.uri} cannot be written: {error.strerror or error}") from None
     try:
+        for key, folder in folders.items():
+            try:
+                folder.write(f"{PROBE}{token}", token.encode())
+            except OSError as error:
+                raise UserError(f"{key}: {folder.uri} cannot be written: {error.strerror or error}") from None
         yield
     finally:
         for folder in folders.values():
@@ -108,6 +123,8 @@ def _look(folders: Mapping[str, Folder], files: Mapping[str, int], token: str) -
             folder.write(f"{PROBE}{token}-{uuid.uuid4().hex}", host.encode())
         except OSError as error:
             found[key] = error.strerror or str(error)
+        except UserError as error:  # a bucket that is not reached from there
+            found[key] = str(error)
     missing = [path for path, size in files.items() if not Path(path).is_file() or Path(path).stat().st_size != size]
     return Seen(host, versions(), found, missing)
 

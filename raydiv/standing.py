@@ -22,9 +22,12 @@ def status(run: Path) -> dict[str, Any]:
     ``step`` of ``planned`` ones, ``seconds_left`` while it trains, the last ``metrics``, the ``checkpoint`` that it would go on
     from, and a beat of each worker of the last start. Nothing tells a run that measures a model from one that was killed then.
 
-    Raises UserError where no run is.
+    Raises UserError where no run is, but a sweep or a study of several, or nothing.
     """
     directory = RunDirectory(run)
+    for what, inside in (("sweep", "trials"), ("study", "cells")):
+        if (run / f"{what}.json").is_file():
+            raise UserError(f"{run}: is a {what}, and its runs are in {run / inside}: ask of one of those")
     if not directory.holds_a_run:
         raise UserError(f"{run}: holds no run (a run directory has a recipe.yaml)")
     stage, beats = directory.stage(), directory.beats()

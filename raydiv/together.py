@@ -12,7 +12,8 @@ from raydiv.config.cluster import Cluster
 from raydiv.errors import UserError
 from raydiv.measure.of_a_run import Measurements
 from raydiv.model.load import ModelSource
-from raydiv.preparation import Opened, fill, read
+from raydiv.preflight import require_ready
+from raydiv.preparation import Opened, fill, local_files, read
 from raydiv.progress import Display
 from raydiv.run import RunDirectory
 
@@ -82,6 +83,7 @@ def prepare_all(recipes: Sequence[Recipe], display: Display) -> tuple[int, set[s
     measured: list[set[str]] = []
     for recipe in recipes:
         opened = read(recipe, display)
+        require_ready(recipe, RunDirectory.of(recipe).path, local_files(opened), new=False)
         steps.append(fill(recipe, opened, display).steps(recipe))
         measured.append(set(_of_base(recipe, opened, display)))
     return max(steps), set.intersection(*measured)

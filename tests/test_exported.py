@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
-from raydiv.config import Recipe, load_recipe
-from raydiv.model.export import write_model
+from raydiv.config import Recipe, load_recipe, save_recipe
+from raydiv.model.export import export, write_model
 from raydiv.model.load import ModelSource, build_policy
+from raydiv.run import RunDirectory
 from raydiv.training.exported import Trained, logps_of
 
 EXAMPLES = [([7, 8, 9, 10], [11, 12, 2]), ([20, 21], [22, 23, 24, 25, 2])]
@@ -71,6 +73,34 @@ def test_another_model_is_not_left(lora: bool, harm: str, tiny_model: Path, tmp_
     with pytest.raises(RuntimeError, match="the written model is not the trained one"):
         write_model(policy, state, tiny_model, recipe, tmp_path / "model", expected.check(recipe))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("harm", [0.0, 0.5])
+def test_a_merged_model_is_what_was_merged_or_is_not_left(
+    harm: float, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(tiny_model, lora=True)
+    policy = trained_policy(tiny_model, recipe)
+    expected, run = logps_under(policy), RunDirectory(tmp_path / "run")
+    run.path.mkdir()
+    save_recipe(recipe, run.recipe)
+    write_model(policy, state_of(policy), tiny_model, recipe, run.model, lambda _: None)
+    save = LlamaForCausalLM.save_pretrained
+
+    def harmed(model: Any, *given: Any, **more: Any) -> None:
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight += harm
+        save(model, *given, **more)
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", harmed)
+    if harm:
+        with pytest.raises(RuntimeError, match="the written model is not the merged one"):
+            export(run.path, tmp_path / "merged")
+        assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    else:
+        export(run.path, tmp_path / "merged")
+        found = logps_of(ModelSource(tmp_path / "merged"), EXAMPLES)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -7,7 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import ray
@@ -73,6 +73,24 @@ def test_a_folder_is_the_same_where_a_file_passes_both_ways(tmp_path: Path) -> N
     assert f"output_dir: {here.uri} is not on {apart.host} what it is here (" in said
     (said,) = _missing([seen, apart])
     assert f"{data} is not on" in said
+
+
+def test_a_folder_that_cannot_be_written_leaves_nothing_in_the_others(tmp_path: Path) -> None:
+    here, file = Folder(str(tmp_path / "here")), tmp_path / "file"
+    file.write_text("")
+    two = {"output_dir": here, "RAYDIV_CACHE": Folder(str(file / "in"))}
+    with pytest.raises(UserError, match=r"RAYDIV_CACHE: .* cannot be written"), _left(two, "token"):
+        pass
+    assert here.names("") == []
+
+
+def test_a_bucket_that_a_node_does_not_reach_is_said_by_its_key() -> None:
+    class Unreachable:
+        def read(self, name: str) -> bytes:
+            raise UserError("s3://b: cannot be reached")
+
+    seen = _look({"checkpoint.storage": cast("Folder", Unreachable())}, {}, "token")
+    assert seen.folders == {"checkpoint.storage": "s3://b: cannot be reached"}
 
 
 @pytest.mark.parametrize(

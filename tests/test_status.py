@@ -117,3 +117,7 @@ def test_the_command_prints_it_and_says_where_no_run_is(
     assert "holds no run" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"no stage\.json"):
         status(make_run(tmp_path).path)
+    (tmp_path / "many").mkdir()
+    (tmp_path / "many" / "sweep.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is a sweep, and its runs are in .*/trials"):
+        status(tmp_path / "many")

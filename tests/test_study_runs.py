@@ -250,7 +250,7 @@ def jobs_of(folder: Path, *names: str) -> list[Job]:
 def test_so_many_jobs_run_at_once_and_one_that_fails_stops_no_other(client: FakeClient, tmp_path: Path) -> None:
     ended: dict[str, str | None] = {}
     names = ["3a", "1b", "2x", "1c", "2d", "1u"]
-    run_jobs(jobs_of(tmp_path, *names), 2, lambda job, error: ended.__setitem__(job.name, error))
+    run_jobs(jobs_of(tmp_path, *names), 2, lambda job, error: ended.__setitem__(job.name, error), print)
     assert client.submitted == names
     assert client.most == 2
     assert "output_dir must be on shared storage" in (ended.pop("1u") or "")
@@ -269,7 +269,7 @@ def test_a_job_that_still_runs_is_followed_and_what_it_writes_is_left(client: Fa
     )
     client.there = [running, SimpleNamespace(status=JobStatus.FAILED, metadata=None, submission_id="0")]
     ended: list[str] = []
-    run_jobs(jobs_of(tmp_path, "1a", "1b"), 1, lambda job, error: ended.append(job.name))
+    run_jobs(jobs_of(tmp_path, "1a", "1b"), 1, lambda job, error: ended.append(job.name), print)
     assert client.submitted == ["1a"]
     assert ended == ["1b", "1a"]
     assert (tmp_path / "1b").is_dir()
@@ -282,15 +282,18 @@ def test_interrupted_it_stops_the_jobs_that_it_started(client: FakeClient, tmp_p
     def interrupt(job: Job, error: str | None) -> None:
         raise KeyboardInterrupt
 
+    said: list[str] = []
     with pytest.raises(KeyboardInterrupt):
-        run_jobs(jobs_of(tmp_path, "1a", "9b"), 2, interrupt)
+        run_jobs(jobs_of(tmp_path, "1a", "9b"), 2, interrupt, said.append)
     assert client.stopped == ["9b"]
+    assert client.looks == {}, "and waits until it has ended"
+    assert said == ["cells told to stop: 1; one that trains writes a checkpoint, and Ctrl-C again does not wait"]
 
 
 def test_a_dashboard_that_is_away_for_a_moment_ends_no_job(client: FakeClient, tmp_path: Path) -> None:
     client.away = 3
     ended: list[str] = []
-    run_jobs(jobs_of(tmp_path, "1a", "2b"), 2, lambda job, error: ended.append(job.name))
+    run_jobs(jobs_of(tmp_path, "1a", "2b"), 2, lambda job, error: ended.append(job.name), print)
     assert ended == ["1a", "2b"]
     assert client.stopped == []
 
@@ -308,7 +311,7 @@ def test_one_that_stays_away_is_said_and_all_jobs_are_told_to_stop(
 
     monkeypatch.setattr(client, "stop_job", stop)
     with pytest.raises(RuntimeError, match="status code 500"):
-        run_jobs(jobs_of(tmp_path, "9a", "9b"), 2, lambda job, error: None)
+        run_jobs(jobs_of(tmp_path, "9a", "9b"), 2, lambda job, error: None, print)
     assert asked == ["9a", "9b"]
 
 

@@ -15,6 +15,9 @@ from raydiv.model.load import ModelSource
 from raydiv.run import RunDirectory
 from raydiv.storage import atomic, require_empty
 
+PROBED, TOLERANCE = 32, 1e-3
+"""Tokens by which a merged model is compared, and how far its logits may be from what was merged."""
+
 
 def write_model(
     model: Any, state: dict[str, Any], base: Path, recipe: Recipe, target: Path, check: Callable[[Path], None]
@@ -43,7 +46,8 @@ def write_model(
 def export(run: Path, destination: Path, adapter: bool = False) -> Path:
     """The trained model of a run directory as a plain Hugging Face directory; under LoRA merged, or the ``adapter`` alone.
 
-    Raises UserError when ``run`` holds no trained model, ``destination`` is not empty, or there is no adapter.
+    A merged one is read anew and compared with what was merged. Raises UserError when ``run`` holds no trained model,
+    ``destination`` is not empty, or there is no adapter; RuntimeError when what was written is another model: it is not left.
     """
     source = RunDirectory(run)
     if not source.holds_a_run or not source.model.is_dir():
@@ -59,12 +63,31 @@ def export(run: Path, destination: Path, adapter: bool = False) -> Path:
         if adapter or not lora:
             shutil.copytree(source.model, temporary)
         else:
-            recipe = source.read_recipe()
-            replace(ModelSource.of(recipe, source.model), precision="fp32", quantization=None).load().save_pretrained(
-                temporary
-            )
-            _finish(temporary, source.model, recipe, adapter=False)
+            _write_merged(source, temporary)
     return destination
+
+
+def _write_merged(run: RunDirectory, directory: Path) -> None:
+    recipe = run.read_recipe()
+    whole = replace(ModelSource.of(recipe, run.model), precision="fp32", quantization=None)
+    model = whole.load()
+    merged = _logits(model)
+    model.save_pretrained(directory)
+    del model  # there may be no room for two
+    _finish(directory, run.model, recipe, adapter=False)
+    apart = float((_logits(replace(whole, directory=directory).load()) - merged).abs().max())
+    if not apart <= TOLERANCE:  # nor where it is nan
+        raise RuntimeError(
+            f"the written model is not the merged one: its logits differ by up to {apart:.3g}, and it was not kept"
+        )
+
+
+def _logits(model: Any) -> Any:
+    """What a model says of a few tokens."""
+    import torch
+
+    with torch.inference_mode():
+        return model.eval()(torch.arange(PROBED)[None] % model.config.get_text_config().vocab_size).logits.float()
 
 
 def _finish(directory: Path, tokenizer_from: Path, recipe: Recipe, adapter: bool) -> None:

@@ -40,12 +40,12 @@ Ended = Callable[[Job, str | None], None]
 """Told of each job that ended, with what it failed with, or None."""
 
 
-def run_jobs(jobs: Sequence[Job], at_once: int, ended: Ended) -> None:
+def run_jobs(jobs: Sequence[Job], at_once: int, ended: Ended, say: Callable[[str], None]) -> None:
     """Run the jobs in order, ``at_once`` of them at a time, until all have ended; needs a Ray session with its dashboard.
 
     One that the cluster still runs for an earlier attempt is followed, not started again. Interrupted, those that run are
-    stopped. A job that ends well and leaves no result where it is looked for has failed too. Where the study is a job itself,
-    its jobs have what came with it: its folder, its version of raydiv.
+    stopped, and have the time for a checkpoint. A job that ends well and leaves no result where it is looked for has failed
+    too. Where the study is a job itself, its jobs have what came with it: its folder, its version of raydiv.
     """
     import ray
     from ray.job_submission import JobSubmissionClient
@@ -53,7 +53,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, ended: Ended) -> None:
     client = JobSubmissionClient(ray.get_runtime_context().gcs_address)
     already = _running(client)
     waiting = sorted(jobs, key=lambda job: str(job.run) not in already)
-    with _stopped_at_the_end(client) as active:
+    with _stopped_at_the_end(client, say) as active:
         while waiting or active:
             while waiting and len(active) < at_once:
                 job = waiting.pop(0)
@@ -118,8 +118,8 @@ def _running(client: Any) -> dict[str, str]:
 
 
 @contextmanager
-def _stopped_at_the_end(client: Any) -> Iterator[dict[str, Job]]:
-    """Jobs by submission id; those that are left when the block ends are stopped."""
+def _stopped_at_the_end(client: Any, say: Callable[[str], None]) -> Iterator[dict[str, Job]]:
+    """Jobs by submission id; those that are left when the block ends are stopped: a local Ray goes when this returns."""
     active: dict[str, Job] = {}
     try:
         yield active
@@ -127,6 +127,14 @@ def _stopped_at_the_end(client: Any) -> Iterator[dict[str, Job]]:
         for submission in active:
             with suppress(RuntimeError, OSError):  # one that cannot be told keeps no other from it
                 client.stop_job(submission)
+        if active:
+            say(
+                f"cells told to stop: {len(active)}; one that trains writes a checkpoint, and Ctrl-C again does not wait"
+            )
+        for submission in active:
+            with suppress(RuntimeError, OSError):
+                while not client.get_job_status(submission).is_terminal():
+                    time.sleep(POLL)
 
 
 def _reason(log: str, status: str) -> str:

@@ -175,7 +175,7 @@ def _run_all(jobs: Sequence[Job], room: int, keep_models: bool, display: Display
                 run.forget_checkpoints()
             update(len(over), len(jobs), job.name)
 
-        run_jobs(jobs, room, ended)
+        run_jobs(jobs, room, ended, display.say)
     return failures
 
 
