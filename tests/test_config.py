@@ -11,6 +11,7 @@ import yaml
 
 from raydiv.config import Recipe, load_recipe, save_recipe
 from raydiv.config.loss import TYPES
+from raydiv.config.secrets import has_token
 from raydiv.errors import UserError
 from raydiv.losses import OBJECTIVES
 
@@ -643,7 +644,7 @@ def test_prompts_have_no_weight(section: str) -> None:
         load_recipe({"model": {"id": "m"}, "loss": {"type": "dpo"}, "optim": {"steps": 1}, **weighted}, [])
 
 
-SECRETS = ("hf_planted", "plantedpassword", "AKIAPLANTED")
+SECRETS = ("hf_planted", "plantedpassword", "AKIAPLANTED", "plantedplantedplanted")
 
 
 @pytest.mark.parametrize(
@@ -653,6 +654,8 @@ SECRETS = ("hf_planted", "plantedpassword", "AKIAPLANTED")
         ("cluster.env.AWS_SECRET_ACCESS_KEY=AKIAPLANTED", r"cluster\.env\.AWS_SECRET_ACCESS_KEY"),
         ("cluster.env.MLFLOW_TRACKING_PASSWORD=plantedpassword", r"cluster\.env\.MLFLOW_TRACKING_PASSWORD"),
         ("track.tags={api-key: AKIAPLANTED}", r"track\.tags\.api-key"),
+        ("track.tags={note: 'by sk-proj-plantedplantedplanted'}", r"track\.tags\.note: a recipe is written"),
+        ("cluster.env={LOGIN: github_pat_plantedplantedplanted}", r"cluster\.env\.LOGIN: a recipe is written"),
         ("track.uri=https://me:plantedpassword@mlflow.example", r"track\.uri: has a password in its address"),
         ("data.train=[s3://AKIAPLANTED:plantedpassword@bucket/x]", r"data\.train\.0: has a password"),
         ("checkpoint.storage=s3://AKIAPLANTED:plantedpassword@bucket/x", r"checkpoint\.storage: has a password"),
@@ -674,6 +677,22 @@ def test_a_secret_is_refused_and_not_repeated(override: str, said: str) -> None:
     with pytest.raises(UserError, match=said) as caught:
         load_recipe({"model": {"id": "m"}, "loss": {"type": "dpo"}, "optim": {"steps": 1}}, [override])
     assert not any(secret in str(caught.value) for secret in SECRETS)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_one"),
+    [
+        *[(f"{start}{'a1B2' * 5}", True) for start in ("hf_", "ghp_", "github_pat_", "AKIA", "sk-", "sk-ant-api03-")],
+        (f"xoxb-123456789012-1234567890123-{'a1B2' * 6}", True),
+        (f"--token=hf_{'a' * 34}", True),
+        ("hf_short", False),
+        ("/shared/hf_datasets_cache_of_everybody", False),
+        ("sk-learn-pipelines-and-more", False),
+        (f"disk-{'a' * 20}", False),
+    ],
+)
+def test_tokens_are_known_by_how_they_look(text: str, is_one: bool) -> None:
+    assert has_token(text) is is_one
 
 
 def test_what_only_looks_like_a_secret_is_kept() -> None:

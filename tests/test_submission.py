@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import aiohttp
 import pytest
+import requests
 import yaml
 from small_run import recipe_of, write_files
 from test_kill import wait_for_step
 
 from raydiv import session
-from raydiv.cli import main
+from raydiv.cli import _parser, main, submitting
 from raydiv.config import load_recipe, save_recipe
 from raydiv.errors import UserError
 from raydiv.run import RunDirectory
 from raydiv.session import submitted
 from raydiv.submission import bundle as bundles
+from raydiv.submission import jobs as job_api
 from raydiv.submission.bundle import bundled
 from raydiv.submission.environment import environment, read_runtime_environment, runtime_environment
-from raydiv.submission.jobs import Jobs, address_of
+from raydiv.submission.jobs import Jobs, Standing, address_of
 
 
 @pytest.fixture
@@ -38,6 +44,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "data/train.jsonl": "{}\n",
         "saved/part.arrow": "rows",
         "saved/.env": "HF_TOKEN=planted",
+        "saved/.gitignore": "*",
         "saved/__pycache__/x.pyc": "x",
         "saved/old-run/recipe.yaml": "x",
         "saved/old-run/metrics.jsonl": "x",
@@ -86,11 +93,160 @@ def test_files_that_an_argument_names_go_too() -> None:
         assert found.words == ["evaluate", "org/name", "--prompts", "data/train.jsonl"]
 
 
+def sent_of(*words: str, recipe: str | None = None, overrides: tuple[str, ...] = ()) -> bundles.Bundle:
+    """The bundle of a command that leaves no run; its folder is gone."""
+    with bundled(words, recipe, overrides, leaves_a_run=False) as found:
+        return found
+
+
+@pytest.mark.usefixtures("project")
+def test_overrides_stay_in_a_command_that_has_no_recipe() -> None:
+    Path("ask.jinja").write_text("{{ messages }}")
+    words = ("data", "check", "data/train.jsonl", "data.columns.prompt=q", "data.template=ask.jinja")
+    found = sent_of(*words, overrides=words[3:])
+    assert found.words == list(words)
+    assert found.files.keys() == {"data/train.jsonl", "ask.jinja"}
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize(
+    ("said", "there"),
+    [
+        (["--recipe", "recipes/mine.yaml"], ["--recipe", "recipe.yaml"]),
+        (["--recipe=recipes/mine.yaml"], ["--recipe=recipe.yaml"]),
+    ],
+)
+def test_a_recipe_is_renamed_however_it_is_said(said: list[str], there: list[str]) -> None:
+    Path("recipe.yaml").write_text("another: recipe")
+    words = ("data", "check", "data/train.jsonl", *said, "optim.lr=1")
+    found = sent_of(*words, recipe="recipes/mine.yaml", overrides=words[-1:])
+    assert found.words == ["data", "check", "data/train.jsonl", *there]
+    assert found.files.keys() == {"data/train.jsonl", "recipe.yaml"}
+
+
+@pytest.mark.usefixtures("project")
+def test_what_a_pattern_matches_goes() -> None:
+    for name in ("data/more.jsonl", "data/notes.md", "data/deep/most.jsonl"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("{}\n")
+    both = {"data/train.jsonl", "data/more.jsonl"}
+    assert files_of("data.eval=data/*.jsonl").keys() == both | {"recipe.yaml"}
+    assert sent_of("data", "check", "data/*").files.keys() == both
+    assert sent_of("data", "check", "data/**").files.keys() == both | {"data/deep/most.jsonl"}
+    assert not sent_of("evaluate", "org/name", "--template", "{{ messages[0] }} *?").files
+    with pytest.raises(UserError, match="is not in this folder"):
+        files_of("data.eval=../*.jsonl")
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("data", "check", "{path: data/train.jsonl, split: x}"),
+        ("evaluate", "org/name", "--prompts={path: data/train.jsonl, columns: {prompt: q}}"),
+        ("evaluate", "org/name", "--attack=templates=data/train.jsonl"),
+    ],
+)
+def test_files_go_that_a_word_names_further_in(words: tuple[str, ...]) -> None:
+    assert sent_of(*words).files.keys() == {"data/train.jsonl"}
+
+
+@pytest.mark.usefixtures("project")
+def test_the_directory_of_a_model_goes_behind_what_it_is_for() -> None:
+    assert sent_of("data", "build", "--worse", "model:saved").files.keys() == {"saved/part.arrow"}
+    assert "saved/part.arrow" in files_of("evaluate.judge=harmbench:saved")
+    assert sent_of("data", "build", "--worse", "model:/shared/model").there == ["/shared/model"]
+
+
+@pytest.mark.usefixtures("project")
+def test_a_commands_own_words_are_no_names_of_files() -> None:
+    for folder in ("check", "trl"):
+        shutil.copytree("data", folder)
+    recipe, words = "recipes/mine.yaml", ("--part", "data", "--against=trl")
+    assert sent_of("data", "check", "org/name").files == {}
+    found = sent_of("bench", recipe, *words, recipe=recipe, overrides=())
+    assert found.files.keys() == {"recipe.yaml", "data/train.jsonl"}
+    Path("data/more.jsonl").touch()
+    assert "data/more.jsonl" not in sent_of("bench", recipe, *words, recipe=recipe).files
+
+
+def test_the_options_with_words_of_their_own_are_the_parsers() -> None:
+    def chosen(parser: argparse.ArgumentParser) -> Iterator[str]:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for inner in action.choices.values():
+                    yield from chosen(inner)
+            elif action.choices is not None:
+                yield from action.option_strings
+
+    assert set(chosen(_parser())) == set(bundles.CHOSEN)
+
+
+SECRET_NAMES = [
+    *(".env", ".env.local", ".envrc", ".netrc", ".npmrc", ".pypirc", "id_rsa", "id_ecdsa.old", "id_ed25519"),
+    *("server.PEM", "my.key", "store.p12", "store.pfx", "aws-Credentials", "secrets.yaml", "my_secret.txt"),
+    *("OpenAI_API_KEY.txt", "auth_token", "token", "hf.token", "HF_TOKEN"),
+]
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize("name", SECRET_NAMES)
+def test_files_with_names_of_secrets_go_nowhere(name: str) -> None:
+    Path("saved", name).write_text("planted")
+    found = sent_of("data", "check", "saved")
+    assert found.files.keys() == {"saved/part.arrow"}
+    assert set(found.secrets) == {"saved/.env", f"saved/{name}"}
+    with pytest.raises(UserError, match="has the name of a secret"):
+        sent_of("data", "check", f"saved/{name}")
+
+
+@pytest.mark.usefixtures("project")
+def test_a_link_to_a_secret_goes_nowhere() -> None:
+    Path("saved/plain.jsonl").symlink_to(Path("deploy.pem").absolute())
+    assert "saved/plain.jsonl" in sent_of("data", "check", "saved").secrets
+    with pytest.raises(UserError, match="has the name of a secret"):
+        sent_of("data", "check", "saved/plain.jsonl")
+
+
+@pytest.mark.usefixtures("project")
+def test_what_only_sounds_like_a_secret_goes() -> None:
+    for name in ("tokens.jsonl", "tokenizer.json", "keys.csv", "environment.json"):
+        Path("saved", name).write_text("{}")
+    found = sent_of("data", "check", "saved")
+    assert len(found.files) == 5
+    assert found.secrets == ["saved/.env"]
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize("beside", ["", "runs/mlflow.db"])
+def test_finished_runs_are_to_be_there_already(beside: str) -> None:
+    shutil.copytree("saved/old-run", "runs/old-run")
+    if beside:
+        Path(beside).touch()
+    with pytest.raises(UserError, match=r"study\.include\.0: .* runs .*finished runs do not go along.*absolute path"):
+        files_of("study={include: [runs]}")
+
+
+@pytest.mark.usefixtures("project")
+def test_a_folder_of_which_nothing_is_left_is_refused() -> None:
+    Path("empty/__pycache__").mkdir(parents=True)
+    Path("empty/__pycache__/x.pyc").touch()
+    with pytest.raises(UserError, match=r"data\.eval: nothing .* of empty would be there"):
+        files_of("data.eval=empty")
+
+
+@pytest.mark.usefixtures("project")
+def test_the_name_of_a_loss_is_none_of_a_folder() -> None:
+    shutil.copytree("saved/old-run", "kldo/old-run")
+    assert files_of("loss.type=kldo").keys() == {"recipe.yaml", "data/train.jsonl"}
+
+
 @pytest.mark.usefixtures("project")
 @pytest.mark.parametrize(
     ("override", "said"),
     [
         ("output_dir=runs", "output_dir: runs is relative"),
+        ("checkpoint.storage=kept", r"checkpoint\.storage: kept is relative"),
         ("data.eval=../outside.jsonl", r"data\.eval: \.\./outside\.jsonl is not in this folder"),
         ("data.eval=saved/link/outside.jsonl", "is not in this folder"),
         ("data.eval=deploy.pem", "has the name of a secret"),
@@ -122,6 +278,7 @@ def test_variables_are_those_that_are_named_and_no_secrets(monkeypatch: pytest.M
         "HF_TOKEN=hf_planted": "is a secret",
         "aws_secret_access_key=planted": "is a secret",
         "MLFLOW_TRACKING_URI=http://me:planted@host": "is a secret",
+        "LOGIN=hf_plantedplantedplanted": "is a secret",
         "NOT_SET_ANYWHERE": "is not set here",
     }.items():
         with pytest.raises(UserError, match=said) as caught:
@@ -135,6 +292,7 @@ def test_variables_are_those_that_are_named_and_no_secrets(monkeypatch: pytest.M
         ("[a]", "is no mapping"),
         ("working_dir: .", "working_dir: the job's folder is made by raydiv"),
         ("env_vars: {WANDB_API_KEY: planted}", r"env_vars\.WANDB_API_KEY: is a secret"),
+        ("env_vars: {LOGIN: ghp_plantedplantedplanted}", r"env_vars\.LOGIN: is a secret"),
         ("a: {", "cannot be read"),
     ],
 )
@@ -147,7 +305,7 @@ def test_a_runtime_environment_of_ones_own_is_checked(tmp_path: Path, text: str,
 
 
 @pytest.mark.usefixtures("project")
-def test_this_raydiv_goes_along_and_a_job_has_time_for_a_checkpoint(tmp_path: Path) -> None:
+def test_this_raydiv_goes_along(tmp_path: Path) -> None:
     path = tmp_path / "env.yaml"
     path.write_text("pip: [einops]\nenv_vars: {A: 1, B: 2}\npy_modules: [s3://b/m.zip]")
     with bundled(["losses"], None, [], leaves_a_run=False) as found:
@@ -158,7 +316,7 @@ def test_this_raydiv_goes_along_and_a_job_has_time_for_a_checkpoint(tmp_path: Pa
     assert made == {
         "pip": ["einops"],
         "working_dir": str(found.folder),
-        "env_vars": {"PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": "600", "A": "1", "B": "3"},
+        "env_vars": {"PYTHONUNBUFFERED": "1", "A": "1", "B": "3"},
     }
 
 
@@ -176,22 +334,28 @@ def test_the_flag_goes_before_the_environment_and_that_before_the_recipe(monkeyp
 
 
 class Client:
-    """Gives a log piece by piece, and loses the connection on the way as often as it is told."""
+    """Gives a log piece by piece, and loses the connection on the way as often as it is told.
 
-    def __init__(self, pieces: list[str], lost_after: list[int]) -> None:
-        self.pieces, self.lost_after = pieces, lost_after
+    ``away``: what is raised, one after another, where it is asked for the jobs.
+    """
+
+    def __init__(self, pieces: list[str], lost_after: list[int], away: Sequence[Exception] = ()) -> None:
+        self.pieces, self.lost_after, self.away = pieces, lost_after, list(away)
+        self.lost: Exception = RuntimeError("WebSocket connection closed unexpectedly")
 
     async def tail_job_logs(self, job: str) -> Any:
         stop = self.lost_after.pop(0) if self.lost_after else len(self.pieces)
         for piece in self.pieces[:stop]:
             yield piece
         if stop < len(self.pieces):
-            raise RuntimeError("WebSocket connection closed unexpectedly")
+            raise self.lost
 
     def get_job_logs(self, job: str) -> str:
         return "".join(self.pieces)
 
     def list_jobs(self) -> list[Any]:
+        if self.away:
+            raise self.away.pop(0)
         over = not self.lost_after
         status: Any = _Status("FAILED" if over else "RUNNING", over)
         return [
@@ -218,13 +382,112 @@ class _Status(str):
 def test_a_log_is_handed_on_once_whatever_the_connection_does(
     lost_after: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raydiv.submission.jobs.AGAIN_S", 0)
-    jobs = Jobs.__new__(Jobs)
-    jobs.address, jobs._client = "http://here", Client(["one\n", "two", "\nthree\n", "four"], lost_after)
+    monkeypatch.setattr(job_api, "AGAIN_S", 0)
     said: list[str] = []
-    ended = jobs.follow("id", said.append)
+    ended = jobs_of(Client(PIECES, lost_after)).follow("id", said.append)
     assert "".join(said) == "one\ntwo\nthree\nfour"
     assert ended.exit_code == 2
+
+
+PIECES = ["one\n", "two", "\nthree\n", "four"]
+
+
+def jobs_of(client: Any) -> Jobs:
+    jobs = Jobs.__new__(Jobs)
+    jobs.address, jobs._client = "http://here", client
+    return jobs
+
+
+REFUSED = requests.exceptions.ConnectionError("Connection refused")
+
+
+@pytest.mark.parametrize(
+    "lost", [RuntimeError("closed"), aiohttp.ClientPayloadError(), aiohttp.ClientConnectionError()]
+)
+@pytest.mark.parametrize("lost_after", [[1], [1, 0, 3], [0, 0, 0]])
+def test_a_cluster_may_be_away_for_a_while(
+    lost: Exception, lost_after: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_api, "AGAIN_S", 0)
+    client = Client(PIECES, lost_after, [REFUSED, RuntimeError("status code 503"), ConnectionResetError()])
+    client.lost = lost
+    said: list[str] = []
+    assert jobs_of(client).follow("id", said.append).exit_code == 2
+    assert "".join(said) == "".join(PIECES)
+    assert not client.away
+
+
+def test_the_end_of_a_log_may_be_away_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    late: list[Exception] = [REFUSED, REFUSED]
+
+    class Ended(Client):
+        """Ended, and no connection to its log holds."""
+
+        async def tail_job_logs(self, job: str) -> Any:
+            yield self.pieces[0]
+            raise self.lost
+
+        def get_job_logs(self, job: str) -> str:
+            if late:
+                raise late.pop()
+            return super().get_job_logs(job)
+
+    monkeypatch.setattr(job_api, "AGAIN_S", 0)
+    said: list[str] = []
+    jobs_of(Ended(PIECES, [])).follow("id", said.append)
+    assert "".join(said) == "".join(PIECES)
+
+
+def test_a_cluster_that_stays_away_is_given_up_with_how_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_api, "AGAIN_S", 0.01)
+    monkeypatch.setattr(job_api, "PATIENCE_S", 0.1)
+    client = Client(PIECES, [0] * 1000, [REFUSED] * 1000)
+    with pytest.raises(
+        UserError, match=r"http://here: has not answered for 0 s; job id goes on .*raydiv submit logs id"
+    ):
+        jobs_of(client).follow("id", print)
+    assert 1 < 1000 - len(client.away) < 20
+
+
+def test_a_cluster_that_lets_nobody_in_is_left_at_once() -> None:
+    from ray.exceptions import AuthenticationError
+
+    with pytest.raises(UserError, match="lets nobody in without its token"):
+        jobs_of(Client(PIECES, [1], [AuthenticationError("no")])).follow("id", print)
+
+
+def test_of_a_connection_that_died_in_its_sleep_nothing_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asleep(Client):
+        async def tail_job_logs(self, job: str) -> Any:
+            asleep = bool(self.lost_after)
+            async for piece in _whole(self.pieces[: self.lost_after.pop(0) if asleep else None]):
+                yield piece
+            await asyncio.sleep(60 if asleep else 0)
+
+    monkeypatch.setattr(job_api, "AGAIN_S", 0)
+    monkeypatch.setattr(job_api, "QUIET_S", 0.05)
+    said: list[str] = []
+    jobs_of(Asleep(PIECES, [2, 3])).follow("id", said.append)
+    assert "".join(said) == "".join(PIECES)
+
+
+async def _whole(pieces: list[str]) -> Any:
+    for piece in pieces:
+        yield piece
+
+
+def test_where_nobody_reads_on_no_connection_is_blamed() -> None:
+    def write(text: str) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        jobs_of(Client(PIECES, [])).follow("id", write)
+
+
+@pytest.mark.parametrize("error", [REFUSED, ConnectionResetError(), aiohttp.ClientConnectionError()])
+def test_a_cluster_that_is_away_is_said_in_one_line(error: Exception) -> None:
+    with pytest.raises(UserError, match="http://here: no Ray dashboard answers there"):
+        jobs_of(Client(PIECES, [], [error])).all()
 
 
 class Agentless:
@@ -237,7 +500,14 @@ class Agentless:
         self.tries -= 1
         if self.tries >= 0:
             raise RuntimeError(self.said)
+        self.variables = job["runtime_env"]["env_vars"]
         return str(job["entrypoint"])
+
+
+def test_a_job_that_is_told_to_stop_has_time_for_a_checkpoint() -> None:
+    client = Agentless(0, "")
+    submitted(client, {"env_vars": {"A": "1"}}, entrypoint="e")
+    assert client.variables == {"RAY_JOB_STOP_WAIT_TIME_S": "600", "A": "1"}
 
 
 NO_AGENT = "Request failed with status code 500: No available agent to submit job, please try again later.."
@@ -245,15 +515,18 @@ NO_AGENT = "Request failed with status code 500: No available agent to submit jo
 
 def test_a_job_waits_for_the_agent_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "AGAIN_S", 0)
-    assert submitted(Agentless(3, NO_AGENT), entrypoint="e") == "e"
+    assert submitted(Agentless(3, NO_AGENT), {}, entrypoint="e") == "e"
     with pytest.raises(RuntimeError, match="something else"):
-        submitted(Agentless(3, "something else"), entrypoint="e")
+        submitted(Agentless(3, "something else"), {}, entrypoint="e")
     monkeypatch.setattr(session, "YOUNG_S", -1)
     with pytest.raises(UserError, match="--dashboard-agent-listen-port"):
-        submitted(Agentless(3, NO_AGENT), entrypoint="e")
+        submitted(Agentless(3, NO_AGENT), {}, entrypoint="e")
 
 
 # ---- the command
+
+
+BUILT = ("--harmful", "a", "--harmless", "b", "--kind", "preference")
 
 
 @pytest.mark.parametrize(
@@ -269,6 +542,14 @@ def test_a_job_waits_for_the_agent_and_not_for_ever(monkeypatch: pytest.MonkeyPa
         (["submit", "status"], "no cluster is named"),
         (["submit", "--address", "http://127.0.0.1:9", "status"], "no Ray dashboard answers there"),
         (["submit", "--", "quickstart"], "output_dir: runs is relative"),
+        (["submit", "--", "export", "/shared/runs/mine", "out"], "DEST: out is relative"),
+        (["submit", "--", "export", "runs/mine", "/shared/out"], "RUN: runs/mine is relative: finished runs do not go"),
+        (["submit", "--", "evaluate", "org/name", "--output", "out"], "--output: out is relative"),
+        (["submit", "--", "separation", "org/name", "--embeddings=out"], "--embeddings: out is relative"),
+        (
+            ["submit", "--", "data", "build", *BUILT, "--output", "out"],
+            "--output: out is relative",
+        ),
     ],
 )
 def test_what_the_user_must_change(
@@ -277,6 +558,62 @@ def test_what_the_user_must_change(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert main(words) == 2
     assert said in capsys.readouterr().err
+
+
+class Cluster:
+    """Has one job that runs, and takes others."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+
+    def running(self, name: str) -> Standing | None:
+        command = "train recipe.yaml --resume"
+        return Standing("running", name, command, "RUNNING", "", None, 1.0, None) if name == "mine" else None
+
+    def send(self, name: str, words: list[str], environment: Any) -> str:
+        return "new"
+
+    def find(self, job: str) -> Standing:
+        return Standing(job, "mine", "", "RUNNING", "", None, 1.0, None)
+
+
+@pytest.fixture
+def cluster_with_a_job(project: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The words that send a command to it."""
+    monkeypatch.setattr(job_api, "Jobs", Cluster)
+    return ["submit", "--address", "http://here", "--detach"]
+
+
+def test_a_job_is_followed_only_where_its_command_is_the_same(
+    cluster_with_a_job: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*cluster_with_a_job, "--", "train", "recipes/mine.yaml"]) == 0
+    assert "job running has this name and runs already" in capsys.readouterr().err
+    assert main([*cluster_with_a_job, "--", "plan", "recipes/mine.yaml"]) == 2
+    told = capsys.readouterr().err
+    assert "job running (mine) has this name and runs another command (train recipe.yaml --resume)" in told
+    assert "raydiv submit stop running" in told
+    assert "--name" in told
+    assert main([*cluster_with_a_job, "--name", "other", "--", "plan", "recipes/mine.yaml"]) == 0
+    assert "job new (other) is sent" in capsys.readouterr().err
+
+
+def test_secrets_that_are_left_out_are_said(cluster_with_a_job: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*cluster_with_a_job, "--", "data", "check", "saved"]) == 0
+    assert "left out, by their names secrets: saved/.env\n" in capsys.readouterr().err
+
+
+def test_everything_that_commands_write_is_known() -> None:
+    def written(parser: argparse.ArgumentParser) -> Iterator[str]:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for name, inner in action.choices.items():
+                    yield from written(inner) if name != "submit" else ()
+            elif action.type is Path:
+                yield action.dest
+
+    read = {"run", "baseline"}
+    assert set(written(_parser())) == read | submitting.WRITES.keys()
 
 
 def test_a_command_that_is_none_is_not_sent(capsys: pytest.CaptureFixture[str]) -> None:

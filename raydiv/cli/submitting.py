@@ -24,6 +24,9 @@ RESUMED = ("train", "sweep", "study")
 LEAVE_A_RUN = (*RESUMED, "bench")
 """Commands that write into the recipe's output_dir."""
 
+WRITES = {"output": "--output", "embeddings": "--embeddings", "destination": "DEST"}
+"""Where commands write what they find, by the names of their options."""
+
 
 def add_submitting_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     submit = add_command(
@@ -67,11 +70,12 @@ def _send(options: argparse.Namespace) -> int:
     from raydiv.bundled import QUICKSTART
     from raydiv.submission.bundle import bundled
     from raydiv.submission.environment import environment, read_runtime_environment, runtime_environment
-    from raydiv.submission.jobs import Jobs, address_of
+    from raydiv.submission.jobs import Jobs, address_of, command_of
 
     command, *rest = options.words
     if command == "submit":
         raise UserError("submit: sends a command, and no other submit")
+    _require_there(options.sent)
     path, overrides = getattr(options.sent, "recipe", None), getattr(options.sent, "overrides", [])
     if command == "quickstart":  # is a run of a recipe that is here
         command, path, rest = "train", str(QUICKSTART), [str(QUICKSTART), *rest]
@@ -86,6 +90,11 @@ def _send(options: argparse.Namespace) -> int:
             _say_bundle(bundle)
             job = jobs.send(name, bundle.words, runtime_environment(bundle, variables, more))
             _say(f"job {job} ({name}) is sent to {jobs.address}")
+        elif running.command != command_of(bundle.words):
+            raise UserError(
+                f"job {running.id} ({name}) has this name and runs another command ({running.command}): wait for it, end it "
+                f"(raydiv submit stop {running.id}), or give this one a name of its own (--name)"
+            )
         else:
             job = running.id
             _say(f"job {job} has this name and runs already: it is followed, and nothing is sent")
@@ -96,9 +105,27 @@ def _send(options: argparse.Namespace) -> int:
     return _follow(options, jobs, job)
 
 
+def _require_there(sent: argparse.Namespace) -> None:
+    """Raises UserError where a command would write into the job's own folder, or read a run that is here."""
+    from raydiv.submission.bundle import STAYS
+
+    for name, option in WRITES.items():
+        path = getattr(sent, name, None)
+        if path is not None and not path.is_absolute():
+            raise UserError(
+                f"{option}: {path} is relative, and a job's own folder goes when the job does: say a folder that all nodes of "
+                "the cluster share"
+            )
+    run = getattr(sent, "run", None)
+    if run is not None and not run.is_absolute():
+        raise UserError(f"RUN: {run} is relative: {STAYS}")
+
+
 def _say_bundle(bundle: Bundle) -> None:
     names = ", ".join(sorted(bundle.files)[:5]) + (" ..." if len(bundle.files) > 5 else "")
     _say(f"with it go {len(bundle.files)} files ({sum(bundle.files.values()) / 2**10:.0f} KiB): {names}")
+    if bundle.secrets:
+        _say(f"left out, by their names secrets: {', '.join(bundle.secrets)}")
     if bundle.there:
         _say(f"the cluster is to have: {', '.join(bundle.there)}")
     if "RAYDIV_CACHE" in os.environ:

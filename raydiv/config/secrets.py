@@ -25,6 +25,11 @@ QUERY = re.compile(
 )
 """A password among the parameters of a URI, as databases' and signed addresses have it."""
 
+TOKEN = re.compile(r"\b(?:hf_|ghp_|github_pat_|AKIA|(?:sk|xox[bp])-(?:\w+-)*)[A-Za-z0-9]{16,}")
+"""A token of Hugging Face, GitHub, AWS, OpenAI and those that write theirs alike, or Slack. Names of folders that only begin
+so (``hf_datasets_cache``) have no such stretch of letters and digits.
+"""
+
 FREELY_NAMED = ("cluster.env", "track.tags", "engine.deepspeed")
 """Sections whose keys are the user's own, or another library's."""
 
@@ -39,15 +44,20 @@ def secrets_in(recipe: Mapping[str, Any]) -> Iterator[str]:
     for path, value in leaves(recipe):
         if isinstance(value, str) and has_password(value):
             yield f"{path}: has a password in its address; {INSTEAD}"
-        elif value is not None and _named_secret(path, value):
+        elif value is not None and _free_secret(path, value):
             yield f"{path}: {INSTEAD}"
 
 
-def _named_secret(path: str, value: Any) -> bool:
-    """Whether a value's name says that it is a secret. The entries of a study have the free sections further in."""
+def _free_secret(path: str, value: Any) -> bool:
+    """Whether a value of a free section is a secret, by its name or by itself. The entries of a study have these further in."""
     section = next((one for one in FREELY_NAMED if f".{one}." in f".{path}."), None)
     if section is None:
         return False
+    return (isinstance(value, str) and has_token(value)) or _named_secret(path, section, value)
+
+
+def _named_secret(path: str, section: str, value: Any) -> bool:
+    """Whether the name of a value of a free section says that it is a secret."""
     name = f".{path}.".partition(f".{section}.")[2].rstrip(".")
     name = name if name.isdigit() else re.sub(r"(\.\d+)+$", "", name)  # a choice of a sweep's
     if section == "engine.deepspeed":  # its own keys have tokens of text in them, and schedules' numbers
@@ -65,6 +75,11 @@ def names_secret(name: str) -> bool:
 def has_password(address: str) -> bool:
     """Whether a URI, or a text with one in it, has a password in it."""
     return bool(LOGIN.search(address) or QUERY.search(address))
+
+
+def has_token(text: str) -> bool:
+    """Whether a text has a token in it, as those look that are known."""
+    return bool(TOKEN.search(text))
 
 
 def without_password(address: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from raydiv.config.secrets import has_password, names_secret
+from raydiv.config.secrets import has_password, has_token, names_secret
 from raydiv.errors import UserError
 from raydiv.submission.bundle import Bundle
 
@@ -18,15 +18,12 @@ SEEN = (
     "cluster's own store (see cluster/README.md)"
 )
 
-STOP_SECONDS = 600
-"""Seconds that a job which is told to stop has for its step and its checkpoint; Ray's own three are too few."""
-
 
 def environment(named: Sequence[str]) -> dict[str, str]:
     """Variables ``NAME`` as they are here, or ``NAME=VALUE``.
 
-    Raises UserError for one that is not set, and for one whose name says that it is a secret: whoever sees the cluster's jobs
-    sees what they were given.
+    Raises UserError for one that is not set, and for one whose name or value says that it is a secret: whoever sees the
+    cluster's jobs sees what they were given.
     """
     found = {}
     for one in named:
@@ -49,7 +46,6 @@ def runtime_environment(bundle: Bundle, variables: Mapping[str, str], more: Mapp
         "py_modules": [str(Path(__file__).parents[1]), *more.get("py_modules", [])],
         "env_vars": {
             "PYTHONUNBUFFERED": "1",
-            "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS),
             **more.get("env_vars", {}),
             **variables,
         },
@@ -76,4 +72,4 @@ def read_runtime_environment(path: Path | None) -> dict[str, Any]:
 
 
 def _secret(name: str, value: str) -> bool:
-    return names_secret(name) or has_password(value)
+    return names_secret(name) or has_password(value) or has_token(value)

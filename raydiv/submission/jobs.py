@@ -22,7 +22,13 @@ NAME, COMMAND = "raydiv.name", "raydiv.command"
 """Of a job's metadata."""
 
 AGAIN_S = 3.0
-"""Seconds before a log whose connection was lost is taken up again."""
+"""Seconds before a log that has not ended, or whose connection was lost, is taken up again."""
+
+PATIENCE_S = 600.0
+"""Seconds that a cluster may be away while a job is followed: its dashboard restarts, or a laptop has changed networks."""
+
+QUIET_S = 300.0
+"""Seconds without a word after which a log is taken up again: of a connection that died in its sleep nothing is heard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +45,36 @@ class Standing:
     ended: float | None
 
 
+class _AwayError(UserError):
+    """Nothing answers at a cluster's address."""
+
+
+LOST = (_AwayError, RuntimeError, OSError)
+"""What is raised where a connection is lost, or a dashboard or what stands before it cannot answer for a moment."""
+
+
+class _WriteError(Exception):
+    """What was read could not be handed on, by no fault of the connection."""
+
+    def __init__(self, reason: OSError) -> None:
+        self.reason = reason
+
+
 class _Log:
-    """A log that is always read from its beginning, and handed on once."""
+    """A log that is always read from its beginning, and handed on once. ``pieces`` counts those that were read."""
 
     def __init__(self, write: Callable[[str], object]) -> None:
-        self._write, self._written = write, 0
+        self._write, self._written, self.pieces = write, 0, 0
 
     async def take(self, pieces: AsyncIterator[str]) -> None:
-        read = 0
-        async for piece in pieces:
-            self._hand_on(piece, read)
-            read += len(piece)
+        """Raises TimeoutError where nothing comes for QUIET_S, and _WriteError."""
+        read, now = 0, asyncio.get_running_loop().time
+        async with asyncio.timeout(QUIET_S) as quiet:
+            async for piece in pieces:
+                quiet.reschedule(now() + QUIET_S)
+                self._hand_on(piece, read)
+                read += len(piece)
+                self.pieces += 1
 
     def take_whole(self, text: str) -> None:
         self._hand_on(text, 0)
@@ -58,7 +83,10 @@ class _Log:
         """What of a piece, which begins ``at`` so many characters, is new."""
         new = piece[max(0, self._written - at) :]
         if new:
-            self._write(new)
+            try:
+                self._write(new)
+            except OSError as error:
+                raise _WriteError(error) from None
             self._written = at + len(piece)
 
 
@@ -82,7 +110,7 @@ class Jobs:
 
     def send(self, name: str, words: Sequence[str], runtime_env: Mapping[str, Any]) -> str:
         """Send a command of raydiv; returns the job's id."""
-        command = shlex.join(words)
+        command = command_of(words)
         with self._told():
             return submitted(
                 self._client,
@@ -112,21 +140,47 @@ class Jobs:
         return sorted(jobs, key=lambda job: job.started or 0.0, reverse=True)
 
     def follow(self, job: str, write: Callable[[str], object]) -> Standing:
-        """Hand on what a job prints, from its beginning, until it has ended; a lost connection is taken up again."""
-        log = _Log(write)
+        """Hand on what a job prints, from its beginning, until it has ended; a lost connection is taken up again.
+
+        Raises UserError where the cluster does not answer for PATIENCE_S, and what ``write`` raises.
+        """
+        try:
+            return self._follow(job, _Log(write))
+        except _WriteError as error:
+            raise error.reason from None
+
+    def _follow(self, job: str, log: _Log) -> Standing:
+        away: float | None = None
         while True:
-            lost = False
+            before = log.pieces
+            whole = self._read(job, log)
+            if whole or log.pieces > before:
+                away = None
             try:
-                with self._told():
-                    asyncio.run(log.take(self._client.tail_job_logs(job)))
-            except (RuntimeError, OSError):  # the connection, or the dashboard for a moment
-                lost = True
-                time.sleep(AGAIN_S)
-            found = self.find(job)
-            if found.exit_code is not None:
-                if lost:
-                    log.take_whole(self._client.get_job_logs(job))
-                return found
+                found = self.find(job)
+                if found.exit_code is not None:
+                    if not whole:
+                        with self._told():
+                            log.take_whole(self._client.get_job_logs(job))
+                    return found
+                away = None
+            except LOST:
+                away = time.monotonic() if away is None else away
+                if time.monotonic() - away >= PATIENCE_S:
+                    raise UserError(
+                        f"{self.address}: has not answered for {PATIENCE_S:.0f} s; job {job} goes on without us, and raydiv "
+                        f"submit logs {job} follows it again"
+                    ) from None
+            time.sleep(AGAIN_S)
+
+    def _read(self, job: str, log: _Log) -> bool:
+        """Whether the log could be read as far as it goes."""
+        try:
+            with self._told():
+                asyncio.run(log.take(self._client.tail_job_logs(job)))
+        except LOST:
+            return False
+        return True
 
     def stop(self, job: str) -> None:
         """Ask a job to end: it gets SIGTERM, and the time for a checkpoint."""
@@ -135,17 +189,24 @@ class Jobs:
 
     @contextmanager
     def _told(self) -> Iterator[None]:
+        import aiohttp
         import ray.exceptions
+        import requests
 
         try:
             yield
         except ray.exceptions.AuthenticationError:
             raise UserError(f"{self.address}: lets nobody in without its token; {LET_IN}") from None
-        except ConnectionError:
-            raise UserError(
+        except (ConnectionError, requests.exceptions.ConnectionError, aiohttp.ClientError):  # of three families
+            raise _AwayError(
                 f"{self.address}: no Ray dashboard answers there; is the cluster up, and the port open (kubectl port-forward, "
                 "ray dashboard, ssh -L 8265:localhost:8265)?"
             ) from None
+
+
+def command_of(words: Sequence[str]) -> str:
+    """A command of raydiv as a job has it, and as one of its name is compared with it."""
+    return shlex.join(words)
 
 
 def _standing(job: Any) -> Standing:
