@@ -10,6 +10,8 @@ import pytest
 
 from raydiv.bundled import bundled_file
 from raydiv.cli import main
+from raydiv.config.source import Source
+from raydiv.evaluation import coherence
 
 pytestmark = [
     pytest.mark.long,
@@ -26,7 +28,10 @@ def first(number: int, name: str, folder: Path) -> Path:
     return path
 
 
-def test_quickstart_cut_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quickstart_cut_short(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coherence, "WELL_WRITTEN", Source(path=str(first(24, "helpful", tmp_path))))
     changes = [
         f"output_dir={tmp_path / 'runs'}",
         f"data.train={first(24, 'compliance-refusal', tmp_path)}",
