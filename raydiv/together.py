@@ -18,18 +18,17 @@ from raydiv.progress import Display
 from raydiv.run import RunDirectory
 
 
-def require_begun(path: Path, record: Path, what: str, resume: bool) -> None:
-    """Raises UserError where ``what`` (a sweep, a study) is to begin and something is at ``path``, or to go on and none is.
+def has_begun(path: Path, record: Path, what: str, resume: bool) -> bool:
+    """Whether ``what`` (a sweep, a study) has begun at ``path``: then there is its ``record``. ``resume`` of none is a start.
 
-    ``record`` is the file that there is once it has begun.
+    Raises UserError where it has begun and is not to be resumed, or where something else is there.
     """
-    if resume:
-        if not record.is_file():
-            raise UserError(f"{path}: holds no {what} to resume; start it without --resume")
-        return
-    if record.is_file():
+    begun = record.is_file()
+    if begun and not resume:
         raise UserError(f"{path}: holds a {what} already; go on with it (--resume), or give this one another name=...")
-    RunDirectory(path).require_free()
+    if not begun:
+        RunDirectory(path).require_free()
+    return begun
 
 
 @dataclass(frozen=True, slots=True)

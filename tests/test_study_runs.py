@@ -315,12 +315,10 @@ def test_one_that_stays_away_is_said_and_all_jobs_are_told_to_stop(
     assert asked == ["9a", "9b"]
 
 
-def test_a_study_without_its_section_or_to_be_resumed_where_none_is(tmp_path: Path) -> None:
+def test_a_study_without_its_section_is_none() -> None:
     plain = load_recipe({"model": {"id": "x"}, "loss": {"type": "dpo"}, "optim": {"steps": 1}})
     with pytest.raises(UserError, match="has no section study"):
         study(plain)
-    with pytest.raises(UserError, match="holds no study to resume"):
-        study(recipe_with({"losses": ["dpo"]}, output_dir=str(tmp_path)), resume=True)
 
 
 def test_killed_as_soon_as_it_has_begun_it_can_be_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +328,7 @@ def test_killed_as_soon_as_it_has_begun_it_can_be_gone_on_with(tmp_path: Path, m
     monkeypatch.setattr("raydiv.studies.study.Tracker", killed)
     recipe = recipe_with({"losses": ["dpo"]}, output_dir=str(tmp_path))
     with pytest.raises(KeyboardInterrupt):
-        study(recipe)
+        study(recipe, resume=True)  # of one that is not there it is a start
     with pytest.raises(UserError, match="holds a study already; go on with it"):
         study(recipe)
     with pytest.raises(KeyboardInterrupt):

@@ -736,3 +736,24 @@ def test_rays_own_command_sends_one_too(
             break
     assert sent.returncode == 0, sent.stdout + sent.stderr
     assert RunDirectory.of(recipe).result.is_file()
+
+
+@pytest.mark.long
+def test_a_study_that_is_sent_gives_its_cells_what_came_along(
+    cluster: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ray.job_submission import JobSubmissionClient
+
+    files = {name: str(Path(path).relative_to(tmp_path)) for name, path in write_files(tmp_path).items()}
+    alone = ("cluster.num_workers=1", "engine.zero_stage=0", "optim.steps=1", "study.losses=[dpo]")
+    save_recipe(recipe_of(tiny_model, files, tmp_path / "runs", "many", *alone), tmp_path / "mine.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert main(["submit", "--address", cluster, "--env", "RAYDIV_CACHE", "--", "study", "mine.yaml"]) == 0, (
+        capsys.readouterr()
+    )
+    (cell,) = (tmp_path / "runs" / "many" / "cells").glob("*/result.json")
+    jobs = JobSubmissionClient(cluster).list_jobs()
+    (sent,) = [job for job in jobs if job.metadata and job.metadata.get("raydiv.name") == "many"]
+    (own,) = [job for job in jobs if job.metadata and job.metadata.get("raydiv.run") == str(cell.parent)]
+    for what in ("working_dir", "py_modules"):
+        assert own.runtime_env[what] == sent.runtime_env[what]

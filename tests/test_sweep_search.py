@@ -216,20 +216,20 @@ def test_a_record_is_read_back_and_what_was_not_over_waits(tmp_path: Path) -> No
 def test_a_sweep_is_resumed_as_it_was(tmp_path: Path) -> None:
     recipe = recipe_in(tmp_path)
     directory = SweepDirectory.of(recipe)
-    with pytest.raises(UserError, match="holds no sweep to resume"):
-        directory.require(recipe, resume=True)
-    directory.require(recipe, resume=False)
+    # of one that is not there it is a start, so that a job may always be given it
+    assert not directory.has_begun(recipe, resume=True)
+    assert not directory.has_begun(recipe, resume=False)
     directory.claim(recipe)
     with pytest.raises(UserError, match="holds a run already"):
-        directory.require(recipe, resume=False)
+        directory.has_begun(recipe, resume=False)
     Record(directory, recipe).write()
     with pytest.raises(UserError, match=r"holds a sweep already; go on with it \(--resume\)"):
-        directory.require(recipe, resume=False)
-    directory.require(recipe_in(tmp_path, sweep={"keep": 3, "max_concurrent": 2}), resume=True)
+        directory.has_begun(recipe, resume=False)
+    assert directory.has_begun(recipe_in(tmp_path, sweep={"keep": 3, "max_concurrent": 2}), resume=True)
     with pytest.raises(UserError, match="was begun with another optim;"):
-        directory.require(recipe_in(tmp_path, optim={"steps": 3}), resume=True)
+        directory.has_begun(recipe_in(tmp_path, optim={"steps": 3}), resume=True)
     with pytest.raises(UserError, match="was begun with another sweep;"):
-        directory.require(recipe_in(tmp_path, sweep={"space": {"loss.beta": [0.1]}}), resume=True)
+        directory.has_begun(recipe_in(tmp_path, sweep={"space": {"loss.beta": [0.1]}}), resume=True)
 
 
 def test_resumed_with_short_names_the_best_keeps_its_weights(tmp_path: Path) -> None:

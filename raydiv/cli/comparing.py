@@ -11,13 +11,13 @@ from raydiv.cli.common import add_command, add_recipe, add_reports, print_report
 def add_comparing_commands(commands: Any) -> None:
     sweep = add_command(commands, "sweep", _sweep, "Ray Tune over the recipe's section sweep")
     add_recipe(sweep)
-    sweep.add_argument("--resume", action="store_true", help="go on with a sweep that was stopped")
+    sweep.add_argument("--resume", action="store_true", help="go on with the sweep if it is there")
     add_reports(sweep)
 
     study = add_command(commands, "study", _study, "grid of models x data x losses -> the papers' tables and plots")
     add_recipe(study)
     study.add_argument(
-        "--resume", action="store_true", help="go on with a study that was stopped, or has more cells now"
+        "--resume", action="store_true", help="go on with the study if it is there, also with more cells"
     )
     add_reports(study)
 

@@ -24,7 +24,7 @@ from raydiv.storage import atomic
 from raydiv.studies.found import cell_of, identity, included, require_same
 from raydiv.studies.grid import Plan, baselines, plans
 from raydiv.studies.jobs import Job, run_jobs
-from raydiv.together import Family, distinct, measure_base, prepare_all, require_begun
+from raydiv.together import Family, distinct, has_begun, measure_base, prepare_all
 from raydiv.track import Tracker, handed_on
 from raydiv.versions import versions
 
@@ -48,13 +48,13 @@ class StudyDirectory:
     def claim(self, recipe: Recipe, resume: bool) -> dict[str, Any]:
         """Make the directory this study's; returns what an earlier attempt wrote into study.json.
 
-        Raises UserError where something else is there, or no study to be resumed.
+        Raises UserError where something else is there, or a study that is not to be resumed.
         """
-        require_begun(self.path, self.record, "study", resume)
+        begun = has_begun(self.path, self.record, "study", resume)
         self.cells.mkdir(parents=True, exist_ok=True)
-        save_recipe(recipe, self.recipe)
-        if not resume:
+        if not begun:
             self.write({"mlflow": {}})
+        save_recipe(recipe, self.recipe)
         written: dict[str, Any] = json.loads(self.record.read_text())
         return written
 

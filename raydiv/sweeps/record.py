@@ -19,7 +19,7 @@ from raydiv.errors import UserError
 from raydiv.run import RunDirectory, numbers
 from raydiv.storage import atomic
 from raydiv.sweeps.space import Values
-from raydiv.together import require_begun
+from raydiv.together import has_begun
 
 FINISHED, STOPPED, FAILED, RUNNING, WAITING = "finished", "stopped", "failed", "running", "waiting"
 """What became of a trial; ``stopped``: by the scheduler."""
@@ -61,11 +61,12 @@ class SweepDirectory:
     def of(cls, recipe: Recipe) -> SweepDirectory:
         return cls(recipe.output_path / recipe.name)
 
-    def require(self, recipe: Recipe, resume: bool) -> None:
-        """Raises UserError where something else is there, or no such sweep is to be resumed."""
-        require_begun(self.path, self.record, "sweep", resume)
-        if resume:
+    def has_begun(self, recipe: Recipe, resume: bool) -> bool:
+        """Whether this sweep has begun here. Raises UserError where it is not to be resumed, or another one is there."""
+        begun = has_begun(self.path, self.record, "sweep", resume)
+        if begun:
             _require_same(load_recipe(self.recipe), recipe, self.path)
+        return begun
 
     def claim(self, recipe: Recipe) -> None:
         """Make the directory this sweep's."""

@@ -51,8 +51,8 @@ def sweep(recipe: Recipe, *, resume: bool = False, display: Display | None = Non
     tried = representatives(recipe)
     variants = distinct(recipes_of(recipe, tried))
     directory = SweepDirectory.of(recipe)
-    directory.require(recipe, resume)
-    record = Record.read(directory, recipe) if resume else Record(directory, recipe)
+    begun = directory.has_begun(recipe, resume)
+    record = Record.read(directory, recipe) if begun else Record(directory, recipe)
     started = time.monotonic()
     # Ray Train asks the dashboard whether a stopped trial's controller is gone, and only then frees its workers
     with ray_session(recipe.cluster, dashboard=True):
