@@ -57,8 +57,9 @@ ARCHIVES = ("zipfile", "tarfile", "gzip", "lzma", "bz2")
 
 SERVERS = ("socket", "socketserver", "http", "asyncio", "uvicorn", "flask", "fastapi", "aiohttp")
 
-# rows between raydiv's own processes, which Ray would pickle all the same, never a file; a job's log, which Ray gives piecemeal
-ALLOWED = {("pool", "pickle"), ("submission.jobs", "asyncio")}
+# rows between raydiv's own processes, which Ray would pickle all the same, never a file; a job's log, which Ray gives piecemeal,
+# and the errors of the client that it comes through
+ALLOWED = {("pool", "pickle"), ("submission.jobs", "asyncio"), ("submission.jobs", "aiohttp")}
 
 CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "np.load", "numpy.load"}
 CALLS |= {f"yaml.{name}" for name in ("load", "full_load", "unsafe_load", "load_all", "unsafe_load_all")}
