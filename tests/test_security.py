@@ -57,7 +57,7 @@ ARCHIVES = ("zipfile", "tarfile", "gzip", "lzma", "bz2")
 
 SERVERS = ("socket", "socketserver", "http", "asyncio", "uvicorn", "flask", "fastapi", "aiohttp")
 
-# rows between raydiv's own processes, which Ray would pickle all the same, never a file; a job's log, which Ray gives piecemeal,
+# rows between raydiv's own processes, which Ray would pickle all the same, never a file; a job's log, which comes piecemeal,
 # and the errors of the client that it comes through
 ALLOWED = {("pool", "pickle"), ("submission.jobs", "asyncio"), ("submission.jobs", "aiohttp")}
 
