@@ -12,13 +12,18 @@ from unittest.mock import patch
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from raydiv.config import Recipe, load_recipe
 from raydiv.data import tokenize as module
 from raydiv.data.index import Index, OpenSource
 from raydiv.data.tokens import GROUP_ROWS, KEY, Ids, Shards, StoredExamples, content_key
+from raydiv.errors import UserError
 from raydiv.model.chat import Chat
 from raydiv.pool import Progress, unwatched
+
+PLANTED = "PLANTED-TEXT"
+"""In rows whose text no message may repeat."""
 
 NOWHERE = Shards((), np.zeros(1, np.int64))
 """Of examples whose ids nobody reads."""
@@ -96,3 +101,13 @@ def stream_here(
     for maker in makers:
         for row in pickle.loads(pickle.dumps(maker))():
             yield from pickle.loads(pickle.dumps(one(pickle.loads(pickle.dumps([row])))))
+
+
+def refusal_of(prepare: Callable[[Recipe, Chat], object], recipe: Recipe, chat: Chat) -> str:
+    """The message of the UserError: one line, without the text of any row."""
+    with pytest.raises(UserError) as caught:
+        prepare(recipe, chat)
+    message = str(caught.value)
+    assert PLANTED not in message
+    assert "\n" not in message
+    return message

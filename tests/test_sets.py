@@ -6,6 +6,7 @@ import json
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,12 @@ import pytest
 from conftest import make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from stored import indices_of, opened, recipe_of
+from stored import PLANTED, indices_of, opened, recipe_of, refusal_of
 
 from raydiv.config import Recipe
 from raydiv.config.recipe import Optim
 from raydiv.data.sets import Sets, make_sets
 from raydiv.data.tokens import StoredExamples
-from raydiv.errors import UserError
 from raydiv.model.chat import Chat
 from raydiv.training.order import epochs_of, total_steps
 
@@ -28,8 +28,6 @@ Row = dict[str, Any]
 Writer = Callable[..., Path]
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-
-PLANTED = "PLANTED-TEXT"
 
 
 def sets_of(recipe: Recipe, chat: Chat) -> Sets:
@@ -50,14 +48,7 @@ def responses(examples: StoredExamples, chat: Chat) -> list[str]:
     return [chat.decode(ids.tolist()) for _, ids in examples.ids(np.arange(len(examples)))]
 
 
-def refusal(recipe: Recipe, chat: Chat) -> str:
-    """The message of the UserError: one line, without the text of any row."""
-    with pytest.raises(UserError) as caught:
-        sets_of(recipe, chat)
-    message = str(caught.value)
-    assert PLANTED not in message
-    assert "\n" not in message
-    return message
+refusal = partial(refusal_of, sets_of)
 
 
 def pair(prompt: Any, n: object = "") -> Row:

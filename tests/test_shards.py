@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import TEMPLATE
-from stored import indices_of, opened, recipe_of
+from stored import PLANTED, indices_of, opened, recipe_of, refusal_of
 
 from raydiv.config import Recipe
 from raydiv.data import tokenize as module
@@ -27,7 +28,6 @@ Writer = Callable[..., Path]
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
-PLANTED = "PLANTED-TEXT"
 BAD = {"prompt": PLANTED, "chosen": PLANTED, "rejected": ""}
 
 
@@ -54,14 +54,7 @@ def said(index: Index, chat: Chat) -> list[str]:
     return [chat.decode(ids.tolist()) for ids in index.shards.read("response_ids", index.columns["row"])]
 
 
-def refusal(recipe: Recipe, chat: Chat) -> str:
-    """The message of the UserError: one line, without the text of any row."""
-    with pytest.raises(UserError) as caught:
-        prepared(recipe, chat)
-    message = str(caught.value)
-    assert PLANTED not in message
-    assert "\n" not in message
-    return message
+refusal = partial(refusal_of, prepared)
 
 
 def pair(n: int) -> Row:

@@ -107,15 +107,12 @@ def _send(options: argparse.Namespace) -> int:
 
 def _require_there(sent: argparse.Namespace) -> None:
     """Raises UserError where a command would write into the job's own folder, or read a run that is here."""
-    from raydiv.submission.bundle import STAYS
+    from raydiv.submission.bundle import STAYS, relative
 
     for name, option in WRITES.items():
         path = getattr(sent, name, None)
         if path is not None and not path.is_absolute():
-            raise UserError(
-                f"{option}: {path} is relative, and a job's own folder goes when the job does: say a folder that all nodes of "
-                "the cluster share"
-            )
+            raise UserError(relative(option, str(path)))
     run = getattr(sent, "run", None)
     if run is not None and not run.is_absolute():
         raise UserError(f"RUN: {run} is relative: {STAYS}")

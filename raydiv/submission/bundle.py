@@ -147,11 +147,16 @@ def _checked(recipe: str, overrides: Sequence[str], leaves_a_run: bool) -> Recip
     kept = {"output_dir": checked.output_dir, "checkpoint.storage": checked.checkpoint.storage}
     for key, place in kept.items():
         if leaves_a_run and place is not None and not _of_the_cluster(place):
-            raise UserError(
-                f"{key}: {place} is relative, and a job's own folder goes when the job does: say a folder that all nodes of "
-                f"the cluster share ({key}=/shared/runs)"
-            )
+            raise UserError(f"{relative(key, place)} ({key}=/shared/runs)")
     return checked
+
+
+def relative(where: str, place: str) -> str:
+    """What is wrong with a relative place that a job writes to."""
+    return (
+        f"{where}: {place} is relative, and a job's own folder goes when the job does: say a folder that all nodes of the "
+        "cluster share"
+    )
 
 
 def _renamed(words: list[str], recipe: str) -> list[str]:
