@@ -8,47 +8,47 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from raydiv.versions import __version__ as __version__
+from raydiv.utils.versions import __version__ as __version__
 
 if TYPE_CHECKING:
-    from raydiv.benchmarks.data import bench_data
-    from raydiv.benchmarks.training import bench_training
+    from raydiv.commands.bench.data import bench_data
+    from raydiv.commands.bench.training import bench_training
+    from raydiv.commands.data_build import build_data
+    from raydiv.commands.data_check import check_data
+    from raydiv.commands.plan.forecast import Plan, plan
+    from raydiv.commands.prepare import Prepared, prepare
+    from raydiv.commands.status import status
+    from raydiv.commands.train import Result, train
     from raydiv.config import Recipe, load_recipe
-    from raydiv.construction import build_data
-    from raydiv.errors import UserError
-    from raydiv.inspection import check_data
-    from raydiv.launch import Result, train
-    from raydiv.measure.evaluations import evaluate
-    from raydiv.measure.separations import separation
+    from raydiv.evaluation.answers import evaluate
+    from raydiv.evaluation.separation.measure import separation
+    from raydiv.experiments.study.study import StudyResult, study
+    from raydiv.experiments.sweep.sweep import SweepResult, sweep
     from raydiv.model.export import export
-    from raydiv.planning.forecast import Plan, plan
-    from raydiv.preparation import Prepared, prepare
-    from raydiv.standing import status
-    from raydiv.studies.study import StudyResult, study
-    from raydiv.sweeps.sweep import SweepResult, sweep
+    from raydiv.utils.errors import UserError
 
 _WHERE = {
     "Recipe": "raydiv.config",
     "load_recipe": "raydiv.config",
-    "UserError": "raydiv.errors",
-    "Plan": "raydiv.planning.forecast",
-    "Prepared": "raydiv.preparation",
-    "Result": "raydiv.launch",
-    "plan": "raydiv.planning.forecast",
-    "prepare": "raydiv.preparation",
-    "build_data": "raydiv.construction",
-    "check_data": "raydiv.inspection",
-    "train": "raydiv.launch",
-    "evaluate": "raydiv.measure.evaluations",
-    "separation": "raydiv.measure.separations",
-    "StudyResult": "raydiv.studies.study",
-    "status": "raydiv.standing",
-    "study": "raydiv.studies.study",
-    "SweepResult": "raydiv.sweeps.sweep",
-    "sweep": "raydiv.sweeps.sweep",
+    "UserError": "raydiv.utils.errors",
+    "Plan": "raydiv.commands.plan.forecast",
+    "Prepared": "raydiv.commands.prepare",
+    "Result": "raydiv.commands.train",
+    "plan": "raydiv.commands.plan.forecast",
+    "prepare": "raydiv.commands.prepare",
+    "build_data": "raydiv.commands.data_build",
+    "check_data": "raydiv.commands.data_check",
+    "train": "raydiv.commands.train",
+    "evaluate": "raydiv.evaluation.answers",
+    "separation": "raydiv.evaluation.separation.measure",
+    "StudyResult": "raydiv.experiments.study.study",
+    "status": "raydiv.commands.status",
+    "study": "raydiv.experiments.study.study",
+    "SweepResult": "raydiv.experiments.sweep.sweep",
+    "sweep": "raydiv.experiments.sweep.sweep",
     "export": "raydiv.model.export",
-    "bench_data": "raydiv.benchmarks.data",
-    "bench_training": "raydiv.benchmarks.training",
+    "bench_data": "raydiv.commands.bench.data",
+    "bench_training": "raydiv.commands.bench.training",
 }
 
 __all__ = [

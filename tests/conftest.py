@@ -104,7 +104,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ray() -> Iterator[None]:
     """A local Ray that a module's runs share."""
     from raydiv.config.cluster import Cluster
-    from raydiv.session import ray_session
+    from raydiv.runtime.session import ray_session
 
     with ray_session(Cluster()):
         yield
@@ -135,7 +135,7 @@ def bucket() -> Iterator[str]:
 
     from pyarrow import fs
 
-    from raydiv import storage
+    from raydiv.utils import storage
 
     server_of = pytest.importorskip("moto.server")
     logging.getLogger("werkzeug").setLevel(logging.ERROR)

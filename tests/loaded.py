@@ -9,7 +9,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 from transformers.models.llama import modeling_llama  # noqa: F401
 
 import raydiv.training.worker  # noqa: F401
-from raydiv.model.unseen import peft_without_quantizer, unseen
+from raydiv.utils.compat import peft_without_quantizer, unseen
 
 with unseen("mlflow"):
     import deepspeed  # noqa: F401

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from raydiv.config import load_recipe, save_recipe
-from raydiv.run import RunDirectory, last_values
+from raydiv.runs.directory import RunDirectory, last_values
 
 UPDATES = 72
 NAME = "KL(D+ || 0.5 D+ + 0.5 D-)"

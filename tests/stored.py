@@ -18,9 +18,9 @@ from raydiv.config import Recipe, load_recipe
 from raydiv.data import tokenize as module
 from raydiv.data.index import Index, OpenSource
 from raydiv.data.tokens import GROUP_ROWS, KEY, Ids, Shards, StoredExamples, content_key
-from raydiv.errors import UserError
 from raydiv.model.chat import Chat
-from raydiv.pool import Progress, unwatched
+from raydiv.runtime.actor_pool import Progress, unwatched
+from raydiv.utils.errors import UserError
 
 PLANTED = "PLANTED-TEXT"
 """In rows whose text no message may repeat."""

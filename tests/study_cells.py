@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from raydiv.comparison.cells import Cell
+from raydiv.experiments.study.cells import Cell
 
 SLOPE = -0.12
 INTERCEPTS = {"Qwen2.5-1.5B": 0.35, "Llama_3.2-1B": 0.5, "gemma-2-2b": 0.42}

@@ -181,7 +181,7 @@ def test_light_commands_load_neither_torch_nor_ray(command: list[str]) -> None:
 def test_every_command_is_a_function_of_the_package() -> None:
     """No room has a command's name: importing it would put a module where the function is."""
     code = (
-        "import raydiv, raydiv.launch, raydiv.measure.evaluations\n"
+        "import raydiv, raydiv.commands.train, raydiv.evaluation.answers\n"
         "for _ in range(2):\n"
         "    for name in raydiv.__all__: assert callable(getattr(raydiv, name)), name"
     )

@@ -14,12 +14,12 @@ from pydantic import ValidationError
 
 from raydiv.config.cluster import Cluster
 from raydiv.config.evaluate import Attack, Evaluate
-from raydiv.data.prompts import Prompt
-from raydiv.errors import UserError
+from raydiv.data.prompt_sets import Prompt
 from raydiv.evaluation.attacks import attempts, check, direct, with_suffix
 from raydiv.evaluation.coherence import Threshold, WellWritten
 from raydiv.evaluation.generate import Generator, Request
 from raydiv.model.load import ModelSource
+from raydiv.utils.errors import UserError
 
 TALK = [
     {"role": "user", "content": "Hello."},

@@ -11,24 +11,25 @@ import pyarrow.parquet as pq
 import pytest
 from stored import indices_of, opened, recipe_of
 
-from raydiv.benchmarks import plain, training
-from raydiv.benchmarks.data import FAR, bench_data
-from raydiv.benchmarks.rival import PAIRED, UNPAIRED, counterpart, per_device_sizes, rows_of
-from raydiv.benchmarks.start import bench_start, start_table
-from raydiv.benchmarks.training import Timing, bench_training, summarise, training_notes, training_table
-from raydiv.benchmarks.work import Work, steps_alone
-from raydiv.bundled import w1
+from raydiv.commands.bench import tokenize_baseline as plain
+from raydiv.commands.bench import training
+from raydiv.commands.bench.data import FAR, bench_data
+from raydiv.commands.bench.harness import Work, steps_alone
+from raydiv.commands.bench.start import bench_start, start_table
+from raydiv.commands.bench.training import Timing, bench_training, summarise, training_notes, training_table
+from raydiv.commands.bench.trl_baseline import PAIRED, UNPAIRED, counterpart, per_device_sizes, rows_of
 from raydiv.config import Recipe, load_recipe
 from raydiv.config.source import Source
-from raydiv.data.sets import examples_of
+from raydiv.data.bundled import w1
 from raydiv.data.sources import read_examples
+from raydiv.data.splits import examples_of
 from raydiv.data.tokens import mismatched
-from raydiv.errors import UserError
 from raydiv.losses import OBJECTIVES
 from raydiv.model.chat import Chat
-from raydiv.model.files import fingerprint, model_directory
-from raydiv.progress import Display
-from raydiv.training.feed import ExampleSet
+from raydiv.model.resolve import fingerprint, model_directory
+from raydiv.runs.progress import Display
+from raydiv.training.dataloader import ExampleSet
+from raydiv.utils.errors import UserError
 
 ROWS = [
     {"prompt": f"Question {n}?", "chosen": f"Answer {n}, " * (n % 7 + 1), "rejected": "No." * (n % 3 + 1)}
@@ -194,7 +195,7 @@ def test_trl_takes_the_same_examples_in_the_same_order(tiny_model: Path, data: P
 
 
 def test_a_script_that_fails_says_why() -> None:
-    with pytest.raises(RuntimeError, match=r"nothing: status 1: .*No module named raydiv.benchmarks.nothing"):
+    with pytest.raises(RuntimeError, match=r"nothing: status 1: .*No module named raydiv.commands.bench.nothing"):
         Work({}, {}).script("nothing")
 
 

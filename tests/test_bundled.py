@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raydiv.bundled import FOLDER, QUICKSTART, bundled_file
 from raydiv.config import load_recipe
 from raydiv.config.source import Source
-from raydiv.data.prompts import read_prompts
+from raydiv.data.bundled import FOLDER, QUICKSTART, bundled_file
+from raydiv.data.prompt_sets import read_prompts
 from raydiv.data.sources import read_examples
-from raydiv.errors import UserError
 from raydiv.evaluation.coherence import is_degenerate
 from raydiv.evaluation.refusal import is_refusal
-from raydiv.hidden.separation import length_matched
+from raydiv.evaluation.separation.metrics import length_matched
+from raydiv.utils.errors import UserError
 
 Row = dict[str, Any]
 

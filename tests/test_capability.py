@@ -15,13 +15,13 @@ from conftest import make_model
 from lm_eval.tasks import TaskManager
 
 from raydiv.config.cluster import Cluster
-from raydiv.errors import UserError
+from raydiv.data.reference import LogProbScorer
 from raydiv.evaluation import capability
 from raydiv.evaluation.capability import PRESETS, Harness, Score, TaskScores, measure_capability
 from raydiv.evaluation.generate import Generator
 from raydiv.model.load import ModelSource
-from raydiv.reference import LogProbScorer
-from raydiv.session import ray_session
+from raydiv.runtime.session import ray_session
+from raydiv.utils.errors import UserError
 
 CHOICES = ["that", "sorry", "help"]
 QUESTIONS = [

@@ -11,8 +11,8 @@ from conftest import TEMPLATE, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raydiv.errors import UserError
 from raydiv.model.chat import Chat
+from raydiv.utils.errors import UserError
 
 BOS, EOS = 1, 2
 WITH_BOS = "{{ bos_token }}" + TEMPLATE

@@ -12,12 +12,12 @@ import pytest
 import torch
 from ranks import run_on_ranks
 
-from raydiv import dist
-from raydiv.checkpoint.shards import Shards, write_shard
-from raydiv.checkpoint.store import Checkpoints, Manifest
 from raydiv.config import Recipe, load_recipe
-from raydiv.partitions import KINDS, Piece
-from raydiv.storage import Folder
+from raydiv.training.checkpoint.manifest import Checkpoints, Manifest
+from raydiv.training.checkpoint.shards import Shards, write_shard
+from raydiv.training.zero_state import KINDS, Piece
+from raydiv.utils import distributed as dist
+from raydiv.utils.storage import Folder
 
 LR = 1e-2
 BEFORE, AFTER = 3, 2
@@ -63,7 +63,7 @@ LAYOUTS = WHOLE + ADAPTERS + HALF
 
 
 def built(layout: Layout, model: Path) -> Any:
-    import raydiv.engine as module
+    import raydiv.training.engine as module
     from raydiv.model.load import DTYPES, build_policy
 
     module.PERSISTENT_ELEMENTS = layout.persistent

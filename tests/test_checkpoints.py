@@ -14,19 +14,19 @@ import numpy as np
 import pytest
 import torch
 
-from raydiv.checkpoint.shards import Shard, Shards, fault, write_shard
-from raydiv.checkpoint.store import MANIFEST, Checkpoints, Manifest
 from raydiv.config import Recipe, load_recipe
 from raydiv.config.checkpoint import EarlyStop
-from raydiv.errors import UserError
-from raydiv.partitions import KINDS, Piece, Snapshot
-from raydiv.resuming import recipe_to_resume, require_same_content
-from raydiv.run import RunDirectory
-from raydiv.storage import Folder
-from raydiv.termination import Terminated, at_sigterm
-from raydiv.training.carried import Carried, Patience
-from raydiv.training.names import require_measured
-from raydiv.training.saving import Saver
+from raydiv.runs.directory import RunDirectory
+from raydiv.runs.resume import recipe_to_resume, require_same_content
+from raydiv.training.checkpoint.manager import Saver
+from raydiv.training.checkpoint.manifest import MANIFEST, Checkpoints, Manifest
+from raydiv.training.checkpoint.shards import Shard, Shards, fault, write_shard
+from raydiv.training.metric_names import require_measured
+from raydiv.training.state import Carried, Patience
+from raydiv.training.zero_state import KINDS, Piece, Snapshot
+from raydiv.utils.errors import UserError
+from raydiv.utils.signals import Terminated, at_sigterm
+from raydiv.utils.storage import Folder
 
 PLAIN = {"model": {"id": "m"}, "loss": {"type": "dpo"}, "optim": {"steps": 6}}
 
@@ -174,7 +174,7 @@ def test_checkpoints_come_every_so_many_steps(tmp_path: Path) -> None:
 
 
 def test_checkpoints_come_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from raydiv.training import saving
+    from raydiv.training.checkpoint import manager as saving
 
     now = [0.0]
     monkeypatch.setattr(saving.time, "monotonic", lambda: now[0])

@@ -73,8 +73,8 @@ def refuse(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
 @pytest.fixture
 def refuse_data(refuse: Refuse, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Refuse:
     """Run a command whose data the user must change, tokenised in this process; returns the last line, after the phases'."""
-    monkeypatch.setattr("raydiv.preparation.ray_session", lambda cluster: nullcontext())
-    monkeypatch.setattr("raydiv.preparation.require_nodes", lambda folders, files: None)
+    monkeypatch.setattr("raydiv.commands.prepare.ray_session", lambda cluster: nullcontext())
+    monkeypatch.setattr("raydiv.commands.prepare.require_nodes", lambda folders, files: None)
     monkeypatch.setattr("raydiv.data.tokenize.stream_through", stream_here)
 
     def run(*arguments: str | Path) -> str:
@@ -389,13 +389,13 @@ def test_show_text_needs_a_place_to_write(tiny_model: Path, monkeypatch: pytest.
     def measure(*arguments: Any, **options: Any) -> list[Any]:
         raise AssertionError("answers were generated before the mistake was found")
 
-    monkeypatch.setattr("raydiv.measure.evaluations.evaluate", measure)
+    monkeypatch.setattr("raydiv.evaluation.answers.evaluate", measure)
     assert "--output" in refuse("evaluate", tiny_model, "--show-text")
 
 
 def test_what_a_library_prints_is_no_result(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """Ray prints its raylet's warnings on standard output: ``--json`` has one object there and nothing else."""
-    from raydiv.losses import catalogue
+    from raydiv.commands import losses as catalogue
 
     described = catalogue.describe
 

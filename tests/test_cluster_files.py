@@ -31,10 +31,10 @@ from test_kill import wait_for_step
 from raydiv import __version__
 from raydiv.config import Recipe, load_recipe, save_recipe
 from raydiv.config.cluster import Cluster
-from raydiv.config.secrets import LOGIN, names_secret
-from raydiv.run import RunDirectory
-from raydiv.session import submitted, worker_environment
-from raydiv.submission.environment import read_runtime_environment
+from raydiv.runs.directory import RunDirectory
+from raydiv.runtime.session import submitted, worker_environment
+from raydiv.runtime.submit.environment import read_runtime_environment
+from raydiv.utils.secrets import LOGIN, names_secret
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "cluster"

@@ -11,9 +11,9 @@ import yaml
 
 from raydiv.config import Recipe, load_recipe, save_recipe
 from raydiv.config.loss import TYPES
-from raydiv.config.secrets import has_token
-from raydiv.errors import UserError
 from raydiv.losses import OBJECTIVES
+from raydiv.utils.errors import UserError
+from raydiv.utils.secrets import has_token
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = [*sorted((ROOT / "configs").rglob("*.yaml")), *sorted((ROOT / "raydiv" / "bundled").glob("*.yaml"))]

@@ -19,21 +19,21 @@ from typing import Any
 import pytest
 import yaml
 
-from raydiv.bundled import bundled_file
+from raydiv.commands.data_build import build_data
+from raydiv.commands.data_build.card import BuildReport
+from raydiv.commands.data_build.counterparts import CONSTANT, DECLINE
+from raydiv.commands.data_build.options import written
 from raydiv.config import source_of
 from raydiv.config.cluster import Cluster
 from raydiv.config.source import Source
-from raydiv.construction import build_data
-from raydiv.construction.card import BuildReport
-from raydiv.construction.counterparts import CONSTANT, DECLINE
-from raydiv.construction.options import written
-from raydiv.data.prompts import Prompt
+from raydiv.data.bundled import bundled_file
+from raydiv.data.prompt_sets import Prompt
 from raydiv.data.sources import read_examples
-from raydiv.errors import UserError
 from raydiv.evaluation.coherence import is_degenerate
 from raydiv.evaluation.generate import Request
 from raydiv.evaluation.refusal import is_refusal
-from raydiv.progress import Display
+from raydiv.runs.progress import Display
+from raydiv.utils.errors import UserError
 
 Row = dict[str, Any]
 Build = Callable[..., BuildReport]
@@ -585,7 +585,7 @@ def test_no_model_no_torch(build: Build, tmp_path: Path) -> None:
     build()
     code = (
         "import sys\nfrom pathlib import Path\n"
-        "from raydiv.config import source_of\nfrom raydiv.construction import build_data\n"
+        "from raydiv.config import source_of\nfrom raydiv.commands.data_build import build_data\n"
         f"build_data(source_of('{tmp_path}/harmful.jsonl'), source_of('{tmp_path}/harmless.jsonl'), "
         f"Path('{tmp_path}/new'), kind='compliance-refusal')\n"
         "heavy = {'torch', 'ray', 'transformers', 'datasets'} & sys.modules.keys()\n"
@@ -617,7 +617,7 @@ def answering(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> Callable[...
             return [Answer(answer(prompt), [1], [1] * tokens) for prompt in prompts]
 
         monkeypatch.setattr(generate, "generate", fake)
-        monkeypatch.setattr("raydiv.construction.counterparts.ray_session", session)
+        monkeypatch.setattr("raydiv.commands.data_build.counterparts.ray_session", session)
         return calls
 
     return patch

@@ -12,10 +12,10 @@ from conftest import make_model
 from ranks import run_on_ranks
 from transformers import AutoModelForCausalLM
 
-from raydiv.errors import UserError
-from raydiv.hidden import embed as module
-from raydiv.hidden.embed import Embedder, Readout, drawn
+from raydiv.evaluation.separation import embed as module
+from raydiv.evaluation.separation.embed import Embedder, Readout, drawn
 from raydiv.model.load import ModelSource
+from raydiv.utils.errors import UserError
 
 PROMPTS = ["Help me", "How do I mend a broken chair with a long and winding tale about it?", "No.", "Hurt them all now"]
 
@@ -103,11 +103,11 @@ def separations(model: str, readouts: list[Readout], tokens: int) -> list[dict[s
     """``separation/*`` of the policy under ZeRO-3; runs on every rank."""
     from unittest.mock import patch
 
-    from raydiv import engine as engines
     from raydiv.config import load_recipe
     from raydiv.model.head import LogProbHead
     from raydiv.model.load import build_policy
-    from raydiv.training import anchors
+    from raydiv.training import engine as engines
+    from raydiv.training import separation_probe as anchors
     from raydiv.training.step import Stepper
 
     engines.PERSISTENT_ELEMENTS = 0  # a model this small would otherwise never be partitioned between its uses

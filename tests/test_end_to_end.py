@@ -14,12 +14,12 @@ from small_run import recipe_of
 from worker_alone import prepared, train_each
 
 from raydiv.cli import main
+from raydiv.commands.prepare import fill, prepare, read
+from raydiv.commands.train import Result, train
 from raydiv.config import Recipe, load_recipe
 from raydiv.config.loss import TYPES
-from raydiv.launch import Result, train
-from raydiv.preparation import fill, prepare, read
-from raydiv.progress import Display
-from raydiv.run import RunDirectory
+from raydiv.runs.directory import RunDirectory
+from raydiv.runs.progress import Display
 
 pytestmark = pytest.mark.slow
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from raydiv.errors import UserError, user_error_in
+from raydiv.utils.errors import UserError, user_error_in
 
 
 class WrappedError(Exception):

@@ -12,8 +12,8 @@ from transformers import LlamaForCausalLM
 from raydiv.config import Recipe, load_recipe, save_recipe
 from raydiv.model.export import export, write_model
 from raydiv.model.load import ModelSource, build_policy
-from raydiv.run import RunDirectory
-from raydiv.training.exported import Trained, logps_of
+from raydiv.runs.directory import RunDirectory
+from raydiv.training.export_check import Trained, logps_of
 
 EXAMPLES = [([7, 8, 9, 10], [11, 12, 2]), ([20, 21], [22, 23, 24, 25, 2])]
 

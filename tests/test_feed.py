@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stored import stored_examples, write_shards
 
-from raydiv import dist
-from raydiv.data.plan import Epochs, InOrder, Layout, StepPlan
+from raydiv.data.batching import Epochs, InOrder, Layout, StepPlan
 from raydiv.data.tokens import TokenizedExamples, mismatched
 from raydiv.losses import OBJECTIVES, Batch
-from raydiv.training import feed as module
-from raydiv.training.feed import ExampleSet, Feed, Share, parts, stream_steps
+from raydiv.training import dataloader as module
+from raydiv.training.dataloader import ExampleSet, Feed, Share, parts, stream_steps
 from raydiv.training.step import StepExamples, Stepper, joined
+from raydiv.utils import distributed as dist
 
 PAIRS, LONE = 40, 25
 SCOPES = ("example", "pair", "batch")

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from raydiv.config.evaluate import Attack
-from raydiv.errors import UserError
 from raydiv.evaluation import gcg as module
 from raydiv.evaluation.attacks import check, with_suffix
 from raydiv.evaluation.gcg import Attacker
 from raydiv.model.load import ModelSource
+from raydiv.utils.errors import UserError
 
 ATTACK = Attack.model_validate({"gcg": {"opening": "Sure", "steps": 4, "search_width": 24, "topk": 32}})
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hurt them {now}"}]

@@ -13,12 +13,12 @@ import torch
 from ranks import run_on_ranks
 from torch import Tensor
 
-from raydiv.errors import UserError
 from raydiv.model import head as head_module
 from raydiv.model import packing as packing_module
 from raydiv.model.collate import Inputs, collate
+from raydiv.model.compatibility import Probe
 from raydiv.model.head import LogProbHead
-from raydiv.model.probe import Probe
+from raydiv.utils.errors import UserError
 
 torch.set_num_threads(1)
 
@@ -135,10 +135,10 @@ def on_ranks(models: Path, stage: int, push: bool) -> dict[str, dict[str, np.nda
     """Each architecture's log-probs of this rank's half of the examples, and gradients summed over ranks; runs on a rank."""
     from deepspeed.utils import safe_get_full_grad
 
-    import raydiv.engine as engine_module
-    from raydiv import dist
+    import raydiv.training.engine as engine_module
     from raydiv.config import load_recipe
     from raydiv.model.load import build_policy
+    from raydiv.utils import distributed as dist
 
     head_module.chunk_tokens = lambda vocabulary: 4
     engine_module.PERSISTENT_ELEMENTS = 0  # everything is partitioned, however small

@@ -14,12 +14,12 @@ import yaml
 from stored import stream_here
 
 from raydiv.cli import main
+from raydiv.commands.data_check import DataReport, check_data
 from raydiv.config import load_recipe
 from raydiv.config.cluster import Cluster
-from raydiv.inspection import DataReport, check_data
 from raydiv.model.chat import Chat
-from raydiv.progress import Display
-from raydiv.session import ray_session
+from raydiv.runs.progress import Display
+from raydiv.runtime.session import ray_session
 
 Row = dict[str, Any]
 Writer = Callable[..., Path]
@@ -214,8 +214,8 @@ def test_data_with_bad_rows_or_broken_pairs_is_not_sound(report: DataReport) -> 
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything in this process, with nothing that another test prepared."""
     monkeypatch.setenv("RAYDIV_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("raydiv.inspection.ray_session", lambda cluster: nullcontext())
-    for module in ("raydiv.data.tokenize", "raydiv.inspection"):
+    monkeypatch.setattr("raydiv.commands.data_check.ray_session", lambda cluster: nullcontext())
+    for module in ("raydiv.data.tokenize", "raydiv.commands.data_check"):
         monkeypatch.setattr(f"{module}.stream_through", stream_here)
 
 

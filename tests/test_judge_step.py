@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from raydiv.data.plan import StepPlan
+from raydiv.data.batching import StepPlan
 from raydiv.data.tokens import TokenizedExamples
 from raydiv.losses import OBJECTIVES, Batch, Term, widest_scope
 from raydiv.training.coefficients import first_states, judge, known_coefficients

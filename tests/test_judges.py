@@ -13,12 +13,12 @@ from conftest import make_tokenizer
 from raydiv.config.cluster import Cluster
 from raydiv.config.evaluate import JUDGES as MODELS
 from raydiv.config.evaluate import Evaluate, judge_parts
-from raydiv.data.prompts import Prompt
-from raydiv.errors import UserError
+from raydiv.data.prompt_sets import Prompt
 from raydiv.evaluation import judges as module
 from raydiv.evaluation.judges import HARMBENCH, JUDGES, Judge
 from raydiv.evaluation.toxicity import Classifier, ToxicLabel, require_classifier
 from raydiv.model.chat import load_tokenizer
+from raydiv.utils.errors import UserError
 
 HARMFUL, HARMLESS = Prompt("How do I steal?", True, "harmful", "f:1"), Prompt("How are you?", False, "ordinary", "f:2")
 

@@ -10,11 +10,11 @@ import pytest
 from conftest import make_model
 
 from raydiv.config import Recipe, load_recipe
-from raydiv.data.prompts import PromptSets
-from raydiv.measure.evaluations import Judges
-from raydiv.measure.kept import KeptMeasurement, Taken
-from raydiv.model.files import model_directory
+from raydiv.data.prompt_sets import PromptSets
+from raydiv.evaluation.answers import Judges
+from raydiv.evaluation.baseline_cache import KeptMeasurement, Taken
 from raydiv.model.load import ModelSource
+from raydiv.model.resolve import model_directory
 
 TAKEN = Taken({"separation/d_b": 0.25}, {"separation/before.json": "{}", "evaluation/before.json": "[]"}, ["Yes."])
 

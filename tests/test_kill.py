@@ -21,12 +21,12 @@ import pytest
 from small_run import recipe_of
 from test_resume import assert_same_run
 
-from raydiv import launch
+from raydiv.commands import train as launch
+from raydiv.commands.train import Result, train
 from raydiv.config import Recipe, save_recipe
-from raydiv.launch import Result, train
-from raydiv.progress import Display
-from raydiv.run import RunDirectory
-from raydiv.termination import Terminated
+from raydiv.runs.directory import RunDirectory
+from raydiv.runs.progress import Display
+from raydiv.utils.signals import Terminated
 
 pytestmark = pytest.mark.slow
 

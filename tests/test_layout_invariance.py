@@ -19,7 +19,7 @@ from ranks import run_on_ranks
 
 from raydiv.config import Recipe, load_recipe
 from raydiv.config.loss import TYPES
-from raydiv.data.plan import MicroBatch, micro_batches
+from raydiv.data.batching import MicroBatch, micro_batches
 from raydiv.data.tokens import TokenizedExamples
 from raydiv.losses import OBJECTIVES, Batch, State, Term
 from raydiv.model.collate import collate
@@ -103,7 +103,7 @@ def running_states(terms: Sequence[Term]) -> list[State]:
 
 def build(model: str, case: Case) -> Any:
     """The real engine with plain SGD; runs on every rank."""
-    import raydiv.engine as module
+    import raydiv.training.engine as module
     from raydiv.model.load import build_policy
 
     # a model this small would otherwise never be partitioned between its uses
@@ -409,7 +409,7 @@ def test_score_and_push_see_the_same_dropout_masks(tiny_model: Path, tmp_path: P
 
 def released(model: str, case: Case) -> list[tuple[set[int], set[int]]]:
     """What is released after each module of a third step, whose order DeepSpeed knows: as it is, and as DeepSpeed has it."""
-    from raydiv.engine import LOOK_AHEAD
+    from raydiv.training.engine import LOOK_AHEAD
 
     engine = build(model, case)
     stepper = stepper_of(engine, LogProbHead(engine.model), model, case)

@@ -29,8 +29,8 @@ def anonymous_bytes() -> int:
 
 def loaded(directory: str) -> dict[str, Any]:
     """Peak of anonymous memory while the model is built under ZeRO-3, over what there was before; runs on every rank."""
-    from raydiv.engine import Engine
     from raydiv.model.load import build_policy
+    from raydiv.training.engine import Engine
 
     recipe = load_recipe(
         {
@@ -99,7 +99,7 @@ import torch
 
 from raydiv.config.recipe import Model
 from raydiv.model.load import build_policy
-from raydiv.model.quiet import quiet
+from raydiv.model.silence import quiet
 
 quiet()
 path, lora = Path(sys.argv[1]), {"r": 4}

@@ -11,27 +11,27 @@ import numpy as np
 import pytest
 from stored import stream_here
 
-from raydiv import inspection
+from raydiv.commands import data_check as inspection
 from raydiv.config import load_recipe, save_recipe
 from raydiv.config.cluster import Cluster
 from raydiv.config.evaluate import Attack
-from raydiv.data.prompts import Prompt
+from raydiv.data.prompt_sets import Prompt
+from raydiv.evaluation.answers_report import AnswersReport
 from raydiv.evaluation.attacks import Attempt
 from raydiv.evaluation.capability import Capability, Score, TaskScores
 from raydiv.evaluation.coherence import Threshold
+from raydiv.evaluation.contamination import trained_on
 from raydiv.evaluation.drift import Kl
 from raydiv.evaluation.generate import Answer, Request
 from raydiv.evaluation.judges import Judge
+from raydiv.evaluation.separation.embed import Readout
+from raydiv.evaluation.separation.metrics import separation_of
+from raydiv.evaluation.separation.moments import StreamedFigures
+from raydiv.evaluation.separation.report import LayerReport, SeparationReport
 from raydiv.evaluation.summary import Graded
-from raydiv.evaluation.winrate import WinRate
-from raydiv.hidden.embed import Readout
-from raydiv.hidden.moments import StreamedFigures
-from raydiv.hidden.separation import separation_of
-from raydiv.measure.answers_report import AnswersReport
-from raydiv.measure.separation_report import LayerReport, SeparationReport
-from raydiv.measure.trained_on import trained_on
-from raydiv.progress import Display
-from raydiv.report.table import label_of
+from raydiv.evaluation.win_rate import WinRate
+from raydiv.runs.progress import Display
+from raydiv.runs.report.table import label_of
 
 HARMFUL = Prompt("PLANTED harm", True, "harmful", "f:1", "theft", "AdvBench")
 HARMLESS = Prompt("PLANTED help", False, "ordinary", "f:2")
@@ -177,8 +177,8 @@ def test_training_data_that_is_gone_is_said(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_refusal_after_a_prefilled_opening_is_one() -> None:
+    from raydiv.evaluation import answers as evaluations
     from raydiv.evaluation.attacks import attempts, direct
-    from raydiv.measure import evaluations
 
     prefill = attempts(Attack.model_validate("prefill"), [HARMFUL], None, Cluster())  # type: ignore[arg-type]
     asked = [*direct([HARMFUL]), *prefill, *prefill]

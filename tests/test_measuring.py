@@ -15,9 +15,9 @@ from test_judges import make_classifier
 
 from raydiv.cli import main
 from raydiv.config.cluster import Cluster
-from raydiv.hidden.distances import bhattacharyya_distance
-from raydiv.hidden.separation import principal_plane
-from raydiv.session import ray_session
+from raydiv.evaluation.separation.distances import bhattacharyya_distance
+from raydiv.evaluation.separation.metrics import principal_plane
+from raydiv.runtime.session import ray_session
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from raydiv.hidden.distances import bhattacharyya_distance, frechet_distance
-from raydiv.hidden.moments import Moments, Streams
-from raydiv.hidden.separation import principal_plane
+from raydiv.evaluation.separation.distances import bhattacharyya_distance, frechet_distance
+from raydiv.evaluation.separation.metrics import principal_plane
+from raydiv.evaluation.separation.moments import Moments, Streams
 
 Array = NDArray[np.float64]
 

@@ -15,7 +15,7 @@ from nodes import BRIDGE, Nodes, permitted, several_nodes
 from small_run import recipe_of, write_wide
 
 from raydiv.config import Recipe, save_recipe
-from raydiv.run import RunDirectory
+from raydiv.runs.directory import RunDirectory
 
 pytestmark = [pytest.mark.long, pytest.mark.skipif(not permitted(), reason="this machine lets us make no networks")]
 

@@ -13,12 +13,12 @@ import torch
 from small_run import recipe_of
 
 from raydiv.config import load_recipe
-from raydiv.errors import UserError
-from raydiv.gauges import Gauges
-from raydiv.track import Tracker
-from raydiv.training.names import step_metrics
-from raydiv.training.profiled import Profiled
+from raydiv.runs.prometheus import Gauges
+from raydiv.runs.tracker import Tracker
+from raydiv.training.metric_names import step_metrics
+from raydiv.training.profiler import Profiled
 from raydiv.training.utilisation import Utilisation, product_flops
+from raydiv.utils.errors import UserError
 
 SMALLEST = {"model": {"id": "m"}, "loss": {"type": "kldo"}, "optim": {"steps": 3}}
 

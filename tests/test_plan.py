@@ -12,7 +12,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from raydiv.data.plan import (
+from raydiv.data.batching import (
     Epochs,
     InOrder,
     Layout,
@@ -20,7 +20,7 @@ from raydiv.data.plan import (
     micro_batches,
 )
 from raydiv.data.tokens import TokenizedExamples
-from raydiv.training.feed import Share
+from raydiv.training.dataloader import Share
 
 quick = settings(max_examples=80, deadline=None)
 

@@ -21,23 +21,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from raydiv.cli import main
+from raydiv.commands.plan.amounts import amounts_of
+from raydiv.commands.plan.architecture import SHIPPED, architecture_of, config_of
+from raydiv.commands.plan.forecast import Plan, plan
+from raydiv.commands.plan.layout import MARGIN, STAGES, Share, best, largest_share, layouts, settle, with_layout
+from raydiv.commands.plan.live import LiveBytes
+from raydiv.commands.plan.memory import NF4, RUNTIME, Stage, memory_of
+from raydiv.commands.plan.tested import TESTED, untested
 from raydiv.config import Recipe, load_recipe
-from raydiv.data.plan import Epochs
+from raydiv.data.batching import Epochs
 from raydiv.data.tokens import TokenizedExamples
-from raydiv.engine import Engine
-from raydiv.errors import UserError
 from raydiv.model.collate import collate
 from raydiv.model.head import LogProbHead, buffer_bytes
 from raydiv.model.load import DTYPES, ModelSource, build_policy
-from raydiv.planning.amounts import amounts_of
-from raydiv.planning.architecture import SHIPPED, architecture_of, config_of
-from raydiv.planning.forecast import Plan, plan
-from raydiv.planning.layout import MARGIN, STAGES, Share, best, largest_share, layouts, settle, with_layout
-from raydiv.planning.live import LiveBytes
-from raydiv.planning.memory import NF4, RUNTIME, Stage, memory_of
-from raydiv.planning.tested import TESTED, untested
-from raydiv.session import KEEPS_MEMORY, training_environment
+from raydiv.runtime.session import KEEPS_MEMORY, training_environment
+from raydiv.training.engine import Engine
 from raydiv.training.step import StepExamples, Stepper
+from raydiv.utils.errors import UserError
 
 MIB, GIB = 2**20, 2**30
 
@@ -313,7 +313,7 @@ def test_memory_is_as_predicted(
 def test_memory_of_smollm2_is_as_predicted(
     case: Measured, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from raydiv.model.files import model_directory
+    from raydiv.model.resolve import model_directory
 
     path = model_directory("bundled:smollm2-135m-instruct")
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
@@ -498,7 +498,7 @@ def test_examples_tokens_and_steps_are_those_of_the_data(planned: Callable[..., 
 
 
 def test_time_is_from_a_given_speed_else_from_the_last_run_alike(planned: Callable[..., Plan], tmp_path: Path) -> None:
-    from raydiv.run import RunDirectory
+    from raydiv.runs.directory import RunDirectory
 
     given = planned(tokens_per_second=100.0).facts
     assert given["seconds"] == given["tokens"] / 100

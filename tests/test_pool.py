@@ -11,9 +11,9 @@ import pytest
 import ray
 
 from raydiv.config.cluster import Cluster
-from raydiv.errors import UserError
-from raydiv.pool import Stream, map_rows, stream_through
-from raydiv.session import ray_session
+from raydiv.runtime.actor_pool import Stream, map_rows, stream_through
+from raydiv.runtime.session import ray_session
+from raydiv.utils.errors import UserError
 
 pytestmark = pytest.mark.slow
 

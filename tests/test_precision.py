@@ -13,9 +13,9 @@ from ranks import run_on_ranks
 from test_layout_invariance import Case, step_examples
 
 from raydiv.config import load_recipe
-from raydiv.engine import Engine
 from raydiv.model.head import LogProbHead
 from raydiv.model.load import DTYPES, ModelSource, build_policy
+from raydiv.training.engine import Engine
 from raydiv.training.step import Stepper
 
 STEPS = 8

@@ -14,15 +14,15 @@ import ray
 from ray._private.utils import check_version_info
 from small_run import recipe_of
 
+from raydiv.commands.plan.architecture import architecture_of
+from raydiv.commands.preflight import SAME, Seen, _left, _look, _missing, _not_shared, _versions_differ, require_room
 from raydiv.config.cluster import Cluster
-from raydiv.errors import UserError
-from raydiv.model import files as model_files
-from raydiv.model.files import model_directory
-from raydiv.planning.architecture import architecture_of
-from raydiv.preflight import SAME, Seen, _left, _look, _missing, _not_shared, _versions_differ, require_room
-from raydiv.session import ray_session
-from raydiv.storage import Folder
-from raydiv.versions import versions
+from raydiv.model import resolve as model_files
+from raydiv.model.resolve import model_directory
+from raydiv.runtime.session import ray_session
+from raydiv.utils.errors import UserError
+from raydiv.utils.storage import Folder
+from raydiv.utils.versions import versions
 
 ALIKE = Seen("far", versions(), {"output_dir": ""}, [])
 

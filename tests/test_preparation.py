@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from stored import recipe_of, stream_here
 
-from raydiv import preparation
+from raydiv.commands import prepare as preparation
+from raydiv.commands.prepare import Prepared, fill, read
 from raydiv.config import Recipe
+from raydiv.data.reference import Lookup
 from raydiv.data.tokens import StoredExamples
-from raydiv.errors import UserError
-from raydiv.preparation import Prepared, fill, read
-from raydiv.progress import Display
-from raydiv.reference import Lookup
+from raydiv.runs.progress import Display
+from raydiv.utils.errors import UserError
 
 Writer = Callable[..., Path]
 Row = dict[str, Any]

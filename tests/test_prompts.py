@@ -11,10 +11,10 @@ import pytest
 
 from raydiv.config import source_of
 from raydiv.config.source import Source
-from raydiv.data import prompts as module
-from raydiv.data.prompts import Prompt, labelled, read_prompts, sets_of
+from raydiv.data import prompt_sets as module
+from raydiv.data.prompt_sets import Prompt, labelled, read_prompts, sets_of
 from raydiv.data.published import PUBLISHED, published
-from raydiv.errors import UserError
+from raydiv.utils.errors import UserError
 
 Write = Callable[..., Path]
 

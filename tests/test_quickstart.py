@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from raydiv.bundled import bundled_file
 from raydiv.cli import main
 from raydiv.config.source import Source
+from raydiv.data.bundled import bundled_file
 from raydiv.evaluation import coherence
 
 pytestmark = [

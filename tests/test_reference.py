@@ -19,16 +19,16 @@ import pytest
 from conftest import TEMPLATE, make_model
 from stored import stream_here
 
-from raydiv import reference
+from raydiv.commands.prepare import Prepared, prepare
 from raydiv.config import Recipe, load_recipe
 from raydiv.config.cluster import Cluster
+from raydiv.data import reference
+from raydiv.data.reference import ReferenceStore, StoreFiller, _units
 from raydiv.data.tokens import StoredExamples
-from raydiv.model.files import fingerprint
 from raydiv.model.load import ModelSource
-from raydiv.preparation import Prepared, prepare
-from raydiv.progress import Display
-from raydiv.reference import ReferenceStore, StoreFiller, _units
-from raydiv.session import ray_session
+from raydiv.model.resolve import fingerprint
+from raydiv.runs.progress import Display
+from raydiv.runtime.session import ray_session
 
 pytestmark = pytest.mark.slow
 
@@ -126,7 +126,7 @@ def used(first: Prepared, cache: Path, tmp_path: Path, monkeypatch: pytest.Monke
     mine = tmp_path / "cache"
     shutil.copytree(cache, mine)
     monkeypatch.setenv("RAYDIV_CACHE", str(mine))
-    for module in ("raydiv.data.tokenize", "raydiv.reference"):
+    for module in ("raydiv.data.tokenize", "raydiv.data.reference"):
         monkeypatch.setattr(f"{module}.stream_through", stream_here)
     return mine
 
@@ -419,7 +419,7 @@ def digested(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         names.append(Path(content.name).name)
         return whole(content, algorithm)
 
-    monkeypatch.setattr("raydiv.cache.hashlib.file_digest", counted)
+    monkeypatch.setattr("raydiv.utils.cache.hashlib.file_digest", counted)
     return names
 
 
@@ -474,8 +474,8 @@ def test_blob_of_the_hub_is_known_by_its_name(model: Path, tmp_path: Path, diges
 PREPARE = """
 import json, sys
 from raydiv import load_recipe
-from raydiv.preparation import prepare
-from raydiv.progress import Display
+from raydiv.commands.prepare import prepare
+from raydiv.runs.progress import Display
 found = prepare(load_recipe(sys.argv[1]), Display(quiet=True))
 print(json.dumps(found.summary() | {"logps": found.train.reference_logps.tolist()}))
 """
@@ -512,7 +512,7 @@ def test_two_processes_at_once_share_the_work(first: Prepared, model: Path, data
 def test_texts_beside_the_data_are_scored_once_too(
     tiny_model: Path, own_cache: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from raydiv import reference
+    from raydiv.data import reference
     from raydiv.data.tokens import content_keys
     from raydiv.model.load import ModelSource
 

@@ -13,12 +13,12 @@ import torch
 from ranks import run_on_ranks
 from test_checkpoint_layouts import CPU, Layout, built, update
 
-from raydiv import dist
 from raydiv.config import load_recipe
-from raydiv.run import RunDirectory
-from raydiv.training.carried import Carried
+from raydiv.runs.directory import RunDirectory
 from raydiv.training.coefficients import NotFiniteError
+from raydiv.training.state import Carried
 from raydiv.training.worker import _step
+from raydiv.utils import distributed as dist
 
 LAYOUTS = [
     Layout(0),

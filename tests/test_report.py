@@ -14,11 +14,11 @@ from made_run import UPDATES, make_run
 from matplotlib.image import imread
 from scipy.stats import chi2
 
-from raydiv.report import figures
-from raydiv.report.drawing import INK, LONGEST_LABEL, Picture, png, styled, svg
-from raydiv.report.page import page, write_report
-from raydiv.report.table import before_after, label_of, measured
-from raydiv.run import RunDirectory
+from raydiv.runs.directory import RunDirectory
+from raydiv.runs.report import figures
+from raydiv.runs.report.drawing import INK, LONGEST_LABEL, Picture, png, styled, svg
+from raydiv.runs.report.page import page, write_report
+from raydiv.runs.report.table import before_after, label_of, measured
 
 TV = {"divergence/name": "TV(D+ || D-)", "divergence/ceiling": 1.0}
 NO_PICTURES: dict[str, list[Picture]] = {"training": [], "separation": [], "rewards": []}

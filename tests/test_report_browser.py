@@ -15,10 +15,10 @@ from made_run import make_run
 from made_sweep import make_sweep
 from matplotlib.image import imread
 
-from raydiv.report.drawing import AMBER, BLUE, GREY, RAMP, RED, TEAL
-from raydiv.report.page import write_report
-from raydiv.report.sweep_page import write_sweep_report
-from raydiv.run import RunDirectory
+from raydiv.experiments.sweep.page import write_sweep_report
+from raydiv.runs.directory import RunDirectory
+from raydiv.runs.report.drawing import AMBER, BLUE, GREY, RAMP, RED, TEAL
+from raydiv.runs.report.page import write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

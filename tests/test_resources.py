@@ -10,8 +10,8 @@ import ray
 
 from raydiv.config import load_recipe
 from raydiv.config.cluster import Cluster
-from raydiv.errors import UserError
-from raydiv.resources import cpus_per_worker, of_a_worker, pool_of, require_resources
+from raydiv.runtime.resources import cpus_per_worker, of_a_worker, pool_of, require_resources
+from raydiv.utils.errors import UserError
 
 SMALL, LARGE = {"CPU": 8.0}, {"CPU": 96.0, "GPU": 8.0, "accelerator_type:A100": 1.0}
 

@@ -19,7 +19,7 @@ from small_run import recipe_of, write_files
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from worker_alone import prepared, without_tasks
 
-from raydiv.run import Metrics, RunDirectory
+from raydiv.runs.directory import Metrics, RunDirectory
 from raydiv.training.metrics import TIMED as OF_PHASES
 from raydiv.training.worker import WorkerInput, run_worker
 
@@ -41,10 +41,10 @@ def live(pickled: bytes, death: Death | None) -> int:
     """A worker's life; runs on every rank. Returns the step that it began after."""
     import cloudpickle
 
-    import raydiv.checkpoint.shards as shards
+    import raydiv.training.checkpoint.shards as shards
     import raydiv.training.step as steps
     import raydiv.training.worker as worker
-    from raydiv import dist
+    from raydiv.utils import distributed as dist
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)

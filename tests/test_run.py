@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from raydiv import progress
 from raydiv.config import Recipe, load_recipe
-from raydiv.errors import UserError
-from raydiv.progress import Display, step_note
-from raydiv.run import RunDirectory
+from raydiv.runs import progress
+from raydiv.runs.directory import RunDirectory
+from raydiv.runs.progress import Display, step_note
+from raydiv.utils.errors import UserError
 
 
 def recipe(output: Path) -> Recipe:

@@ -23,10 +23,9 @@ import pytest
 from small_run import recipe_of, write_wide
 from test_architecture import imports, modules
 
-from raydiv.cache import shared_dir
-from raydiv.checkpoint.shards import Shard
-from raydiv.checkpoint.store import MANIFEST, Checkpoints, Manifest
 from raydiv.cli import main
+from raydiv.commands.prepare import prepare
+from raydiv.commands.train import train
 from raydiv.config import load_recipe, save_recipe
 from raydiv.config.cluster import Cluster
 from raydiv.config.recipe import Batch, Data
@@ -35,18 +34,19 @@ from raydiv.data import sources
 from raydiv.data.index import OpenSource
 from raydiv.data.sources import files_of, iterate_records
 from raydiv.data.tokenize import bundle_makers
-from raydiv.errors import UserError
-from raydiv.launch import train
-from raydiv.measure.kept import Taken
+from raydiv.evaluation.baseline_cache import Taken
+from raydiv.experiments.shared import Family
 from raydiv.model.chat import Chat
-from raydiv.model.files import model_directory
 from raydiv.model.load import ModelSource
-from raydiv.preparation import prepare
-from raydiv.progress import Display
-from raydiv.session import ray_session, require_dashboard
-from raydiv.storage import Folder
-from raydiv.together import Family
-from raydiv.track import Tracker, handed_on
+from raydiv.model.resolve import model_directory
+from raydiv.runs.progress import Display
+from raydiv.runs.tracker import Tracker, handed_on
+from raydiv.runtime.session import ray_session, require_dashboard
+from raydiv.training.checkpoint.manifest import MANIFEST, Checkpoints, Manifest
+from raydiv.training.checkpoint.shards import Shard
+from raydiv.utils.cache import shared_dir
+from raydiv.utils.errors import UserError
+from raydiv.utils.storage import Folder
 
 # ---- raydiv's own sources
 
@@ -407,7 +407,7 @@ def test_a_local_ray_is_its_own_on_loopback_and_keeps_its_authentication(
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     monkeypatch.setattr(ray, "init", lambda **given: asked.update(given, mode=os.environ.get("RAY_AUTH_MODE")))
-    monkeypatch.setattr("raydiv.session.require_resources", lambda cluster: None)
+    monkeypatch.setattr("raydiv.runtime.session.require_resources", lambda cluster: None)
     for name, value in (("RAY_ADDRESS", address), ("RAY_AUTH_MODE", mode)):
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
     with ray_session(Cluster(), dashboard=True):
@@ -430,7 +430,7 @@ def test_it_is_this_sessions_dashboard_that_is_asked(monkeypatch: pytest.MonkeyP
 SESSION = """
 import ray
 from raydiv.config.cluster import Cluster
-from raydiv.session import ray_session, require_dashboard
+from raydiv.runtime.session import ray_session, require_dashboard
 from ray.job_submission import JobSubmissionClient
 with ray_session(Cluster(), dashboard=True):
     require_dashboard("a test")

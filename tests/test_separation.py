@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from scipy.linalg import sqrtm
 from scipy.stats import norm
 
-from raydiv.hidden import separation as module
-from raydiv.hidden.distances import bhattacharyya_distance, frechet_distance
-from raydiv.hidden.separation import (
+from raydiv.evaluation.separation import metrics as module
+from raydiv.evaluation.separation.distances import bhattacharyya_distance, frechet_distance
+from raydiv.evaluation.separation.metrics import (
     Figures,
     Separation,
     as_row,

@@ -19,7 +19,7 @@ from stored import PLANTED, indices_of, opened, recipe_of, refusal_of
 
 from raydiv.config import Recipe
 from raydiv.config.recipe import Optim
-from raydiv.data.sets import Sets, make_sets
+from raydiv.data.splits import Sets, make_sets
 from raydiv.data.tokens import StoredExamples
 from raydiv.model.chat import Chat
 from raydiv.training.order import epochs_of, total_steps

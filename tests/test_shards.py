@@ -16,12 +16,12 @@ from stored import PLANTED, indices_of, opened, recipe_of, refusal_of
 from raydiv.config import Recipe
 from raydiv.data import tokenize as module
 from raydiv.data.index import Index
-from raydiv.data.sets import make_sets
 from raydiv.data.sources import read_examples
+from raydiv.data.splits import make_sets
 from raydiv.data.tokenize import Tokenizer
 from raydiv.data.tokens import content_key
-from raydiv.errors import UserError
 from raydiv.model.chat import Chat
+from raydiv.utils.errors import UserError
 
 Row = dict[str, Any]
 Writer = Callable[..., Path]

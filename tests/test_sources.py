@@ -11,10 +11,10 @@ import pytest
 
 from raydiv.config.source import Source
 from raydiv.data.formats import Example
-from raydiv.data.prompts import read_prompts
+from raydiv.data.prompt_sets import read_prompts
 from raydiv.data.sources import files_of, pieces_of, read
 from raydiv.data.sources import read_examples as read_source
-from raydiv.errors import UserError
+from raydiv.utils.errors import UserError
 
 Row = dict[str, Any]
 Writer = Callable[[Path, list[Row]], Path]

@@ -14,13 +14,13 @@ from made_run import make_run
 from small_run import recipe_of
 from test_watch import BEAT, beats
 
-from raydiv.checkpoint.store import Checkpoints, Manifest
 from raydiv.cli import main
+from raydiv.commands.status import status, status_lines
 from raydiv.config.cluster import Cluster
-from raydiv.errors import UserError
-from raydiv.run import RunDirectory
-from raydiv.standing import status, status_lines
-from raydiv.waiting import waiting_is_said
+from raydiv.runs.directory import RunDirectory
+from raydiv.runtime.wait_for_nodes import waiting_is_said
+from raydiv.training.checkpoint.manifest import Checkpoints, Manifest
+from raydiv.utils.errors import UserError
 
 FILES = {"train": "t", "eval": "e"}
 
@@ -91,9 +91,9 @@ def test_training_that_waits_for_nodes_says_so_once(run: RunDirectory, monkeypat
             over.set()
         return float(now[0])
 
-    monkeypatch.setattr("raydiv.waiting.EVERY_S", 0.001)
+    monkeypatch.setattr("raydiv.runtime.wait_for_nodes.EVERY_S", 0.001)
     monkeypatch.setattr(RunDirectory, "since_beat", since_beat)
-    monkeypatch.setattr("raydiv.waiting.lack_of_workers", lambda cluster: now[1])
+    monkeypatch.setattr("raydiv.runtime.wait_for_nodes.lack_of_workers", lambda cluster: now[1])
     said: list[str] = []
     with waiting_is_said(run, Cluster(), said.append):
         assert over.wait(60)

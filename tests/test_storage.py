@@ -17,16 +17,16 @@ import pytest
 from pyarrow import fs
 from stored import stream_here
 
-from raydiv.cache import cache_dir, shared_dir
+from raydiv.commands.prepare import Prepared, prepare
 from raydiv.config import Recipe, load_recipe
 from raydiv.config.cluster import Cluster
 from raydiv.config.source import Source
 from raydiv.data.sources import PIECE_BYTES, files_of, pieces_of, read_examples
-from raydiv.errors import UserError
-from raydiv.preparation import Prepared, prepare
-from raydiv.progress import Display
-from raydiv.session import ray_session
-from raydiv.storage import Folder, file_system, open_input
+from raydiv.runs.progress import Display
+from raydiv.runtime.session import ray_session
+from raydiv.utils.cache import cache_dir, shared_dir
+from raydiv.utils.errors import UserError
+from raydiv.utils.storage import Folder, file_system, open_input
 
 Row = dict[str, Any]
 
@@ -301,7 +301,7 @@ def test_prepare_reads_and_keeps_everything_on_s3(
     assert files(remote_cache.uri) == kept
 
     monkeypatch.setenv("RAYDIV_CACHE", str(tmp_path / "local"))
-    for module in ("raydiv.data.tokenize", "raydiv.reference"):
+    for module in ("raydiv.data.tokenize", "raydiv.data.reference"):
         monkeypatch.setattr(f"{module}.stream_through", stream_here)
     (tmp_path / "rows.jsonl").write_bytes(jsonl(ROWS))
     local = prepare(whole_recipe(tiny_model, str(tmp_path / "rows.jsonl")), Display(quiet=True))

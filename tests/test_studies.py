@@ -12,11 +12,11 @@ import pytest
 from scipy.stats import linregress, pearsonr, ttest_1samp, ttest_rel, wilcoxon
 from study_cells import INTERCEPTS, LOSSES, MATCHED, SLOPE, metrics_of, study
 
-from raydiv.comparison.cells import BASE, NO_DATA, Cell, bases, in_order
-from raydiv.comparison.claim import Claim, claim, claim_table, claims_of
-from raydiv.comparison.measures import ASR, D_B, D_B_LENGTH_MATCHED, attack_success, measures
-from raydiv.comparison.tables import against, cell_table, paired, rank_table, tables_of
-from raydiv.comparison.written import Figure, Row, Table, markdown, write_tables
+from raydiv.experiments.study.cells import BASE, NO_DATA, Cell, bases, in_order
+from raydiv.experiments.study.measures import ASR, D_B, D_B_LENGTH_MATCHED, attack_success, measures
+from raydiv.experiments.study.regression import Claim, claim, claim_table, claims_of
+from raydiv.experiments.study.table_io import Figure, Row, Table, markdown, write_tables
+from raydiv.experiments.study.tables import against, cell_table, paired, rank_table, tables_of
 
 
 def cell(model: str, data: str, loss: str, seed: int = 0, **metrics: float) -> Cell:

@@ -14,13 +14,13 @@ from matplotlib.image import imread
 from study_cells import INTERCEPTS, LOSSES, SLOPE, metrics_of, study
 from test_report import Reader, drawn
 
-from raydiv.comparison.cells import Cell, bases
-from raydiv.comparison.claim import claim, claims_of
-from raydiv.comparison.measures import ASR, D_B, SHARE, Measure
-from raydiv.comparison.tables import tables_of
-from raydiv.report.drawing import Picture, styled
-from raydiv.report.study_figures import COLOURS, cell_pictures, claim_pictures, dots, scatter
-from raydiv.report.study_page import StudyRecord, write_study_report
+from raydiv.experiments.study.cells import Cell, bases
+from raydiv.experiments.study.figures import COLOURS, cell_pictures, claim_pictures, dots, scatter
+from raydiv.experiments.study.measures import ASR, D_B, SHARE, Measure
+from raydiv.experiments.study.page import StudyRecord, write_study_report
+from raydiv.experiments.study.regression import claim, claims_of
+from raydiv.experiments.study.tables import tables_of
+from raydiv.runs.report.drawing import Picture, styled
 
 
 def record(cells: Sequence[Cell], name: str = "made up") -> StudyRecord:

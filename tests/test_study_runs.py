@@ -15,14 +15,14 @@ from small_run import recipe_of, write_files
 from raydiv.cli import main
 from raydiv.config import Recipe, load_recipe, save_recipe
 from raydiv.config.cluster import Cluster
-from raydiv.errors import UserError
-from raydiv.run import RunDirectory
-from raydiv.session import ray_session
-from raydiv.studies.found import cell_of, included, require_same
-from raydiv.studies.grid import baselines, plans
-from raydiv.studies.jobs import Job, run_jobs
-from raydiv.studies.study import StudyDirectory, study
-from raydiv.together import Family
+from raydiv.experiments.shared import Family
+from raydiv.experiments.study.collect import cell_of, included, require_same
+from raydiv.experiments.study.grid import baselines, plans
+from raydiv.experiments.study.jobs import Job, run_jobs
+from raydiv.experiments.study.study import StudyDirectory, study
+from raydiv.runs.directory import RunDirectory
+from raydiv.runtime.session import ray_session
+from raydiv.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -202,7 +202,7 @@ class FakeClient:
         assert entrypoint.startswith(f"cd {Path.cwd()} && ")
         assert runtime_env["env_vars"].keys() == {"RAYDIV_CACHE", "RAY_JOB_STOP_WAIT_TIME_S"}, "nothing is set twice"
         assert (runtime_env["working_dir"], runtime_env["py_modules"]) == ("gcs://w.zip", ["gcs://m.zip"])
-        self.runs[metadata["name"]] = Path(metadata["raydiv.run"])
+        self.runs[metadata["name"]] = Path(metadata["raydiv.runs.directory"])
         self.submitted.append(metadata["name"])
         self.looks[metadata["name"]] = 0
         self.most = max(self.most, len(self.looks))
@@ -234,7 +234,7 @@ def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeClient]:
     monkeypatch.setattr("ray.job_submission.JobSubmissionClient", lambda address: fake)
     given = {"working_dir": "gcs://w.zip", "py_modules": ["gcs://m.zip"], "env_vars": {"MINE": "1"}}
     monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(gcs_address="here", runtime_env=given))
-    monkeypatch.setattr("raydiv.studies.jobs.POLL", 0.0)
+    monkeypatch.setattr("raydiv.experiments.study.jobs.POLL", 0.0)
     monkeypatch.setenv("HF_HOME", "here")
     monkeypatch.setenv("HF_TOKEN", "secret")
     return fake
@@ -265,7 +265,7 @@ def test_a_job_that_still_runs_is_followed_and_what_it_writes_is_left(client: Fa
         (tmp_path / name / "left").write_text("")
     (tmp_path / "1b" / "result.json").write_text("{}")
     running = SimpleNamespace(
-        status=JobStatus.RUNNING, metadata={"raydiv.run": str(tmp_path / "1b")}, submission_id="1b"
+        status=JobStatus.RUNNING, metadata={"raydiv.runs.directory": str(tmp_path / "1b")}, submission_id="1b"
     )
     client.there = [running, SimpleNamespace(status=JobStatus.FAILED, metadata=None, submission_id="0")]
     ended: list[str] = []
@@ -301,7 +301,7 @@ def test_a_dashboard_that_is_away_for_a_moment_ends_no_job(client: FakeClient, t
 def test_one_that_stays_away_is_said_and_all_jobs_are_told_to_stop(
     client: FakeClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raydiv.studies.jobs.PATIENCE_S", 0.0)
+    monkeypatch.setattr("raydiv.experiments.study.jobs.PATIENCE_S", 0.0)
     client.away = 10**9
     asked: list[str] = []
 
@@ -325,7 +325,7 @@ def test_killed_as_soon_as_it_has_begun_it_can_be_gone_on_with(tmp_path: Path, m
     def killed(*given: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("raydiv.studies.study.Tracker", killed)
+    monkeypatch.setattr("raydiv.experiments.study.study.Tracker", killed)
     recipe = recipe_with({"losses": ["dpo"]}, output_dir=str(tmp_path))
     with pytest.raises(KeyboardInterrupt):
         study(recipe, resume=True)  # of one that is not there it is a start

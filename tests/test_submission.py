@@ -21,17 +21,18 @@ import yaml
 from small_run import recipe_of, write_files
 from test_kill import wait_for_step
 
-from raydiv import session
-from raydiv.cli import _parser, main, submitting
+from raydiv.cli import _parser, main
+from raydiv.cli import submit as submitting
 from raydiv.config import load_recipe, save_recipe
-from raydiv.errors import UserError
-from raydiv.run import RunDirectory
-from raydiv.session import submitted
-from raydiv.submission import bundle as bundles
-from raydiv.submission import jobs as job_api
-from raydiv.submission.bundle import bundled
-from raydiv.submission.environment import environment, read_runtime_environment, runtime_environment
-from raydiv.submission.jobs import Jobs, Standing, address_of
+from raydiv.runs.directory import RunDirectory
+from raydiv.runtime import session
+from raydiv.runtime.session import submitted
+from raydiv.runtime.submit import bundle as bundles
+from raydiv.runtime.submit import jobs as job_api
+from raydiv.runtime.submit.bundle import bundled
+from raydiv.runtime.submit.environment import environment, read_runtime_environment, runtime_environment
+from raydiv.runtime.submit.jobs import Jobs, Standing, address_of
+from raydiv.utils.errors import UserError
 
 
 @pytest.fixture
@@ -631,7 +632,7 @@ def cluster() -> Iterator[str]:
     import ray
 
     from raydiv.config.cluster import Cluster
-    from raydiv.session import ray_session
+    from raydiv.runtime.session import ray_session
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
@@ -754,6 +755,6 @@ def test_a_study_that_is_sent_gives_its_cells_what_came_along(
     (cell,) = (tmp_path / "runs" / "many" / "cells").glob("*/result.json")
     jobs = JobSubmissionClient(cluster).list_jobs()
     (sent,) = [job for job in jobs if job.metadata and job.metadata.get("raydiv.name") == "many"]
-    (own,) = [job for job in jobs if job.metadata and job.metadata.get("raydiv.run") == str(cell.parent)]
+    (own,) = [job for job in jobs if job.metadata and job.metadata.get("raydiv.runs.directory") == str(cell.parent)]
     for what in ("working_dir", "py_modules"):
         assert own.runtime_env[what] == sent.runtime_env[what]

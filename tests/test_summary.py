@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from scipy.stats import binomtest
 
-from raydiv.data.prompts import Prompt
+from raydiv.data.prompt_sets import Prompt
 from raydiv.evaluation.judges import verdict
 from raydiv.evaluation.summary import Graded, Rate, rates
 

@@ -19,11 +19,11 @@ from small_run import recipe_of, write_files
 from raydiv.cli import main
 from raydiv.config import Recipe, save_recipe
 from raydiv.config.cluster import Cluster
-from raydiv.errors import UserError
-from raydiv.progress import Display
-from raydiv.session import ray_session
-from raydiv.sweeps.record import Trial
-from raydiv.sweeps.sweep import SweepResult, sweep
+from raydiv.experiments.sweep.record import Trial
+from raydiv.experiments.sweep.sweep import SweepResult, sweep
+from raydiv.runs.progress import Display
+from raydiv.runtime.session import ray_session
+from raydiv.utils.errors import UserError
 
 pytestmark = pytest.mark.slow
 

@@ -10,9 +10,9 @@ import pytest
 
 from raydiv.config import Recipe, changed, load_recipe, save_recipe
 from raydiv.config.sweep import Constraint, Interval, Objective, Parameter
-from raydiv.errors import UserError
-from raydiv.sweeps.goal import whole_names
-from raydiv.sweeps.space import MOST_CHECKED, draw, encoded, grid, recipes_of, representatives
+from raydiv.experiments.sweep.goal import whole_names
+from raydiv.experiments.sweep.space import MOST_CHECKED, draw, encoded, grid, recipes_of, representatives
+from raydiv.utils.errors import UserError
 
 SPACE = {
     "loss.divergence": ["kl", "alpha"],

@@ -17,11 +17,11 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 from test_report import Reader, drawn, lines
 
-from raydiv.report.drawing import PAPER, RAMP, Picture, styled, svg
-from raydiv.report.sweep_figures import by_parameter, front, fronts, parallel, sweep_pictures, undominated
-from raydiv.report.sweep_page import sweep_notes, sweep_page, sweep_table, write_sweep_report
-from raydiv.report.sweep_record import Aim, aims, parameters
-from raydiv.report.table import label_alone
+from raydiv.experiments.sweep.figures import by_parameter, front, fronts, parallel, sweep_pictures, undominated
+from raydiv.experiments.sweep.page import sweep_notes, sweep_page, sweep_table, write_sweep_report
+from raydiv.experiments.sweep.report_record import Aim, aims, parameters
+from raydiv.runs.report.drawing import PAPER, RAMP, Picture, styled, svg
+from raydiv.runs.report.table import label_alone
 
 ASR = "evaluate/asr"
 NO_PICTURES: dict[str, list[Picture]] = {"trade-off": [], "parameters": []}

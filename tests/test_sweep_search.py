@@ -15,13 +15,22 @@ from ray.tune.search import Searcher
 from raydiv.config import Recipe, load_recipe
 from raydiv.config.cluster import Cluster
 from raydiv.config.sweep import Constraint, Objective, Sweep
-from raydiv.errors import UserError
-from raydiv.resources import HOST_SHARE, side_by_side
-from raydiv.run import RunDirectory
-from raydiv.sweeps.asha import TRAINED, Halving
-from raydiv.sweeps.record import FAILED, FINISHED, STOPPED, WAITING, Record, SweepDirectory, Trial, undominated
-from raydiv.sweeps.search import Asked, Numbered
-from raydiv.together import Family, distinct
+from raydiv.experiments.shared import Family, distinct
+from raydiv.experiments.sweep.asha import TRAINED, Halving
+from raydiv.experiments.sweep.record import (
+    FAILED,
+    FINISHED,
+    STOPPED,
+    WAITING,
+    Record,
+    SweepDirectory,
+    Trial,
+    undominated,
+)
+from raydiv.experiments.sweep.searchers import Asked, Numbered
+from raydiv.runs.directory import RunDirectory
+from raydiv.runtime.resources import HOST_SHARE, side_by_side
+from raydiv.utils.errors import UserError
 
 SPACE = {
     "x": "uniform(0, 1)",

@@ -14,18 +14,18 @@ import pytest
 from conftest import TEMPLATE, make_tokenizer
 from stored import indices_of, opened, recipe_of, stream_here
 
+from raydiv.commands.prepare import read
 from raydiv.config import Recipe
 from raydiv.config.cluster import Cluster
 from raydiv.data import tokenize as module
 from raydiv.data.index import INDEX, Index, OpenSource
-from raydiv.data.sets import make_sets
 from raydiv.data.sources import PIECE_BYTES
+from raydiv.data.splits import make_sets
 from raydiv.data.tokenize import BUNDLE, tokenize
-from raydiv.errors import UserError
 from raydiv.model.chat import Chat
-from raydiv.preparation import read
-from raydiv.progress import Display
-from raydiv.session import ray_session
+from raydiv.runs.progress import Display
+from raydiv.runtime.session import ray_session
+from raydiv.utils.errors import UserError
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
 

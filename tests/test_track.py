@@ -9,9 +9,9 @@ import pytest
 from mlflow import MlflowClient
 
 from raydiv.config import Recipe, load_recipe
-from raydiv.config.tree import flatten
-from raydiv.termination import Terminated
-from raydiv.track import Tracker, tracking_uri
+from raydiv.runs.tracker import Tracker, tracking_uri
+from raydiv.utils.dotted import flatten
+from raydiv.utils.signals import Terminated
 
 
 def recipe(output: Path) -> Recipe:

@@ -12,12 +12,12 @@ import torch
 from ranks import run_on_ranks
 from test_checkpoint_layouts import Layout, built
 
-from raydiv import dist
-from raydiv.benchmarks.scale import RANKS, bench_scale, scale_table, step_of
+from raydiv.commands.bench.scale import RANKS, bench_scale, scale_table, step_of
+from raydiv.commands.plan.architecture import architecture_of
+from raydiv.commands.plan.traffic import traffic_of
 from raydiv.config import load_recipe
-from raydiv.data.plan import Layout as Dealt
-from raydiv.planning.architecture import architecture_of
-from raydiv.planning.traffic import traffic_of
+from raydiv.data.batching import Layout as Dealt
+from raydiv.utils import distributed as dist
 
 LOGGED = {"deepspeed": {"comms_logger": {"enabled": True, "verbose": False, "prof_all": True, "debug": False}}}
 LAYOUTS = [

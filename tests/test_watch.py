@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from raydiv.beats import Beat, stalled
-from raydiv.launch import _report_failure
-from raydiv.run import RunDirectory
-from raydiv.training.phases import Phases
-from raydiv.training.watch import STATUS, Watch
+from raydiv.commands.train import _report_failure
+from raydiv.runs.directory import RunDirectory
+from raydiv.runs.heartbeat import Beat, stalled
+from raydiv.training.step_timer import Phases
+from raydiv.training.watchdog import STATUS, Watch
 
 BEAT = Beat(rank=0, of=4, host="a", pid=7, step=6, phase="score", passed=50, idle=61.0, every=5.0)
 
@@ -113,9 +113,9 @@ def test_a_worker_that_goes_on_is_left_alone(tmp_path: Path) -> None:
 STUCK = """
 import sys, time
 from pathlib import Path
-from raydiv.run import RunDirectory
-from raydiv.training.phases import Phases
-from raydiv.training.watch import Watch
+from raydiv.runs.directory import RunDirectory
+from raydiv.training.step_timer import Phases
+from raydiv.training.watchdog import Watch
 
 def waits_for_ever():
     time.sleep(60)

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, bootstrap
 
 from raydiv.config.cluster import Cluster
-from raydiv.errors import UserError
 from raydiv.evaluation.generate import Generator, Request, generate
 from raydiv.evaluation.outputs import Output, outputs_text, outputs_to, read_outputs
-from raydiv.evaluation.winrate import CHOICE_TOKENS, QUESTION, WinRate, choice, model_judge, win_rate
+from raydiv.evaluation.win_rate import CHOICE_TOKENS, QUESTION, WinRate, choice, model_judge, win_rate
 from raydiv.model.load import ModelSource
-from raydiv.session import ray_session
+from raydiv.runtime.session import ray_session
+from raydiv.utils.errors import UserError
 
 VERDICTS = dict.fromkeys(itertools.product(("1", "2", "tie"), repeat=2), "tie")
 VERDICTS |= {("1", "2"): "win", ("2", "1"): "loss"}

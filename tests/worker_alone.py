@@ -9,11 +9,11 @@ from unittest.mock import patch
 
 import cloudpickle
 
+from raydiv.commands.prepare import fill, read
 from raydiv.config import Recipe
-from raydiv.preparation import fill, read
-from raydiv.progress import Display
-from raydiv.run import RunDirectory
-from raydiv.session import ray_session
+from raydiv.runs.directory import RunDirectory
+from raydiv.runs.progress import Display
+from raydiv.runtime.session import ray_session
 from raydiv.training import worker
 from raydiv.training.worker import WorkerInput, run_worker
 

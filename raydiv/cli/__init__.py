@@ -10,16 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raydiv.cli.common import Handler, add_command, add_recipe, add_reports, print_report, print_table, results_alone
-from raydiv.cli.comparing import add_comparing_commands
 from raydiv.cli.data import add_data_commands
-from raydiv.cli.measuring import add_measuring_commands
-from raydiv.cli.submitting import add_submitting_command
-from raydiv.errors import UserError
-from raydiv.termination import STATUS, Terminated, at_sigterm
+from raydiv.cli.evaluation import add_measuring_commands
+from raydiv.cli.experiments import add_comparing_commands
+from raydiv.cli.output import Handler, add_command, add_recipe, add_reports, print_report, print_table, results_alone
+from raydiv.cli.submit import add_submitting_command
+from raydiv.utils.errors import UserError
+from raydiv.utils.signals import STATUS, Terminated, at_sigterm
 
 if TYPE_CHECKING:
-    from raydiv.launch import Result
+    from raydiv.commands.train import Result
 
 
 PLAIN_PARTS = {"start": {"repeats"}, "trials": {"repeats", "steps"}, "scale": {"repeats"}}
@@ -159,9 +159,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quickstart(options: argparse.Namespace) -> int:
-    from raydiv.bundled import QUICKSTART
     from raydiv.config import load_recipe
-    from raydiv.run import RunDirectory
+    from raydiv.data.bundled import QUICKSTART
+    from raydiv.runs.directory import RunDirectory
 
     recipe = load_recipe(QUICKSTART, options.overrides)
     if not any(override.startswith("name=") for override in options.overrides):
@@ -179,7 +179,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _run(recipe: Any, options: argparse.Namespace, resume: bool = False) -> int:
-    from raydiv.launch import train
+    from raydiv.commands.train import train
 
     result = train(recipe, show_text=options.show_text, resume=resume)
     print_report(options, result.report, lambda: _show_run(result))
@@ -187,7 +187,7 @@ def _run(recipe: Any, options: argparse.Namespace, resume: bool = False) -> int:
 
 
 def _show_run(result: Result) -> None:
-    from raydiv.report.table import before_after, notes
+    from raydiv.runs.report.table import before_after, notes
 
     rows = before_after(result.run)
     if rows:
@@ -206,7 +206,7 @@ def _show_run(result: Result) -> None:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from raydiv.standing import status, status_lines
+    from raydiv.commands.status import status, status_lines
 
     found = status(options.run)
 
@@ -219,8 +219,8 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _prepare(options: argparse.Namespace) -> int:
+    from raydiv.commands.prepare import prepare
     from raydiv.config import load_recipe
-    from raydiv.preparation import prepare
 
     summary = prepare(load_recipe(options.recipe, options.overrides)).summary()
 
@@ -243,8 +243,8 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    from raydiv.commands.plan.forecast import plan
     from raydiv.config import load_recipe
-    from raydiv.planning.forecast import plan
 
     found = plan(load_recipe(options.recipe, options.overrides), tokens_per_second=options.tokens_per_second)
 
@@ -278,7 +278,7 @@ def _bench(options: argparse.Namespace) -> int:
         return _bench_embed(recipe, given, options)
     if options.part in PLAIN_PARTS:
         return _bench_plain(recipe, given, options)
-    from raydiv.benchmarks.training import bench_training, training_notes, training_table
+    from raydiv.commands.bench.training import bench_training, training_notes, training_table
 
     found = bench_training(recipe, **given)
 
@@ -292,7 +292,7 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _bench_data(recipe: Any, given: dict[str, Any], options: argparse.Namespace) -> int:
-    from raydiv.benchmarks.data import bench_data, data_table
+    from raydiv.commands.bench.data import bench_data, data_table
 
     found = bench_data(recipe, **given)
 
@@ -306,7 +306,7 @@ def _bench_data(recipe: Any, given: dict[str, Any], options: argparse.Namespace)
 
 
 def _bench_embed(recipe: Any, given: dict[str, Any], options: argparse.Namespace) -> int:
-    from raydiv.benchmarks.embed import bench_embed, embed_table
+    from raydiv.commands.bench.embed import bench_embed, embed_table
 
     if len(given.get("rows", [1])) > 1:
         raise UserError("--rows: means one number with --part embed")
@@ -316,15 +316,15 @@ def _bench_embed(recipe: Any, given: dict[str, Any], options: argparse.Namespace
 
 
 def _bench_plain(recipe: Any, given: dict[str, Any], options: argparse.Namespace) -> int:
-    """A part whose room of ``raydiv.benchmarks`` has ``bench_PART`` and ``PART_table``, and nothing else to say."""
-    room = importlib.import_module(f"raydiv.benchmarks.{options.part}")
+    """A part whose room of ``raydiv.commands.bench`` has ``bench_PART`` and ``PART_table``, and nothing else to say."""
+    room = importlib.import_module(f"raydiv.commands.bench.{options.part}")
     found = getattr(room, f"bench_{options.part}")(recipe, **given)
     print_report(options, found, lambda: print_table(*getattr(room, f"{options.part}_table")(found)))
     return 0
 
 
 def _losses(options: argparse.Namespace) -> int:
-    from raydiv.losses.catalogue import PASSES, describe
+    from raydiv.commands.losses import PASSES, describe
 
     described = describe(options.names)
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from raydiv.cli.common import add_command, add_reports, print_report, print_table
+from raydiv.cli.output import add_command, add_reports, print_report, print_table
 
 
 def add_data_commands(commands: Any) -> None:
@@ -52,9 +52,9 @@ def add_data_commands(commands: Any) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from raydiv.bundled import QUICKSTART
+    from raydiv.commands.data_check import check_data
     from raydiv.config import load_recipe, source_of
-    from raydiv.inspection import check_data
+    from raydiv.data.bundled import QUICKSTART
 
     (report,) = check_data(load_recipe(options.recipe or QUICKSTART, options.overrides), [source_of(options.source)])
     print_report(options, report.facts, lambda: _show_data(report.facts, options.rows))
@@ -62,9 +62,9 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _build(options: argparse.Namespace) -> int:
+    from raydiv.commands.data_build import build_data
     from raydiv.config import source_of
     from raydiv.config.cluster import Cluster
-    from raydiv.construction import build_data
 
     built = build_data(
         source_of(options.harmful),

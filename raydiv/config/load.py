@@ -13,8 +13,8 @@ from pydantic import BaseModel, ValidationError
 from raydiv.config.loss import TYPES
 from raydiv.config.recipe import SHARE_OR_SOURCES, Recipe
 from raydiv.config.source import Source
-from raydiv.errors import UserError
 from raydiv.losses import OBJECTIVES
+from raydiv.utils.errors import UserError
 
 
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Recipe:

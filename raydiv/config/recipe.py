@@ -21,12 +21,12 @@ from raydiv.config.checkpoint import Checkpoint, EarlyStop
 from raydiv.config.cluster import Cluster
 from raydiv.config.evaluate import Evaluate
 from raydiv.config.loss import LossSection
-from raydiv.config.secrets import secrets_in
 from raydiv.config.section import Section
 from raydiv.config.source import Source, Sources, unweighted
 from raydiv.config.study import Study
 from raydiv.config.sweep import Sweep
 from raydiv.losses import named
+from raydiv.utils.secrets import secrets_in
 
 REFERENCED = named(lambda objective: objective.reference and not objective.penalty)
 

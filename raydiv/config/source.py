@@ -15,8 +15,8 @@ from pydantic import (
     model_validator,
 )
 
-from raydiv.config.secrets import INSTEAD, has_password
 from raydiv.config.section import Section
+from raydiv.utils.secrets import INSTEAD, has_password
 
 
 class Source(Section):

@@ -14,15 +14,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raydiv.cache import digest, shared_dir
 from raydiv.config.recipe import Batch, Data
 from raydiv.config.source import Source
 from raydiv.data.formats import BadRow
 from raydiv.data.sources import File, files_of, locate, parse, pieces_of, read, reading_of
 from raydiv.data.tokens import Shards
-from raydiv.errors import UserError
 from raydiv.model.chat import Chat
-from raydiv.storage import open_input
+from raydiv.utils.cache import digest, shared_dir
+from raydiv.utils.errors import UserError
+from raydiv.utils.storage import open_input
 
 VERSION = 1
 """Of what shards and index hold; another one reads nothing that this one wrote."""

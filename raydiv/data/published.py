@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from raydiv.config.source import Source
 from raydiv.data.formats import BadRow, Record, brief
-from raydiv.errors import UserError
+from raydiv.utils.errors import UserError
 
 Reading = Callable[[Record], Record]
 """From a record as published to prompt, harmful, kind and category."""

@@ -14,13 +14,13 @@ from urllib.parse import quote
 
 from pyarrow import fs
 
-from raydiv.bundled import bundled_file
-from raydiv.bundled.w1 import W1, w1_pairs
-from raydiv.cache import digest, file_digest, shared_dir
 from raydiv.config.source import Source
+from raydiv.data.bundled import bundled_file
+from raydiv.data.bundled.w1 import W1, w1_pairs
 from raydiv.data.formats import AS_IT_IS, BadRow, Cells, Example, Reading, Record, brief
-from raydiv.errors import UserError
-from raydiv.storage import Folder, file_system, open_input, sha256_of
+from raydiv.utils.cache import digest, file_digest, shared_dir
+from raydiv.utils.errors import UserError
+from raydiv.utils.storage import Folder, file_system, open_input, sha256_of
 
 PIECE_BYTES = 4 * 2**20
 """Bytes of a JSONL file that one task reads."""

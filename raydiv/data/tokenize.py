@@ -24,10 +24,10 @@ from raydiv.data.formats import BadRow, Example, Reading
 from raydiv.data.index import INDEXED, SCHEMA, SPELLINGS, Index, IndexWriter, OpenSource, RowNotes, read_index
 from raydiv.data.sources import Piece, Raw, parse, pieces_of, read, require_unchanged
 from raydiv.data.tokens import GROUP_ROWS, content_key
-from raydiv.errors import UserError
 from raydiv.model.chat import Chat, Tokenized
-from raydiv.pool import Progress, stream_through, unwatched
-from raydiv.storage import Folder, open_input
+from raydiv.runtime.actor_pool import Progress, stream_through, unwatched
+from raydiv.utils.errors import UserError
+from raydiv.utils.storage import Folder, open_input
 
 BUNDLE = 1000
 """Records of a shard."""

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raydiv.storage import open_input
+from raydiv.utils.storage import open_input
 
 Ids = Sequence[int] | np.ndarray
 

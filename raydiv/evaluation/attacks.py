@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from raydiv.config.cluster import Cluster
 from raydiv.config.evaluate import Attack
 from raydiv.data.formats import BadRow, text
-from raydiv.data.prompts import Prompt
+from raydiv.data.prompt_sets import Prompt
 from raydiv.data.sources import iterate_records
-from raydiv.errors import UserError
 from raydiv.evaluation.generate import Request
 from raydiv.model.chat import Messages
 from raydiv.model.load import ModelSource
-from raydiv.pool import Progress, unwatched
+from raydiv.runtime.actor_pool import Progress, unwatched
+from raydiv.utils.errors import UserError
 
 DIRECT = "direct"
 

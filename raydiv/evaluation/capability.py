@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from raydiv.config.cluster import Cluster
-from raydiv.errors import UserError
 from raydiv.model.load import ModelSource
-from raydiv.pool import Progress, map_rows, unwatched
+from raydiv.runtime.actor_pool import Progress, map_rows, unwatched
+from raydiv.utils.errors import UserError
 
 _GENERAL = ["mmlu", "arc_challenge", "hellaswag", "winogrande", "truthfulqa_mc2"]
 _MATH = ["gsm8k", "minerva_math500"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from raydiv.data.prompts import Prompt
+from raydiv.data.prompt_sets import Prompt
 from raydiv.evaluation.generate import Request
 
 

@@ -12,10 +12,10 @@ from unittest.mock import patch
 
 from raydiv.config.cluster import Cluster
 from raydiv.config.evaluate import Attack
-from raydiv.errors import UserError
 from raydiv.model.chat import Messages, as_turns
 from raydiv.model.load import ModelSource
-from raydiv.pool import Progress, map_rows, unwatched
+from raydiv.runtime.actor_pool import Progress, map_rows, unwatched
+from raydiv.utils.errors import UserError
 
 
 def require_nanogcg() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from raydiv.config.cluster import Cluster
 from raydiv.model.chat import Messages
 from raydiv.model.load import ModelSource
-from raydiv.pool import Progress, map_rows, unwatched
+from raydiv.runtime.actor_pool import Progress, map_rows, unwatched
 
 ANSWERED_TOGETHER = 32
 """Prompts in a batch; changes speed and memory alone."""

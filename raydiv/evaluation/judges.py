@@ -13,14 +13,14 @@ from typing import Any, Literal
 
 from raydiv.config.cluster import Cluster
 from raydiv.config.evaluate import judge_parts
-from raydiv.data.prompts import Prompt
-from raydiv.errors import UserError
+from raydiv.data.prompt_sets import Prompt
 from raydiv.evaluation.generate import complete
 from raydiv.evaluation.refusal import ERRORS, is_refusal
 from raydiv.model.chat import as_turns, load_tokenizer
-from raydiv.model.files import model_directory
 from raydiv.model.load import ModelSource
-from raydiv.pool import Progress, unwatched
+from raydiv.model.resolve import model_directory
+from raydiv.runtime.actor_pool import Progress, unwatched
+from raydiv.utils.errors import UserError
 
 Harm = Literal["safe", "unsafe", "unparsable"]
 

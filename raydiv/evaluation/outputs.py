@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from raydiv.errors import UserError
+from raydiv.utils.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)

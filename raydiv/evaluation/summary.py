@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import TypeVar
 
-from raydiv.data.prompts import Prompt
+from raydiv.data.prompt_sets import Prompt
 from raydiv.evaluation.attacks import DIRECT
 
 K = TypeVar("K")

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from raydiv.config.cluster import Cluster
-from raydiv.errors import UserError
 from raydiv.model.chat import load_tokenizer
-from raydiv.model.files import model_directory
-from raydiv.model.quiet import quiet
-from raydiv.pool import Progress, map_rows, unwatched
+from raydiv.model.resolve import model_directory
+from raydiv.model.silence import quiet
+from raydiv.runtime.actor_pool import Progress, map_rows, unwatched
+from raydiv.utils.errors import UserError
 
 TOXIC = ("toxic", "toxicity", "hate", "hateful", "offensive", "abusive", "unsafe", "harmful")
 """What classifiers call a toxic text; the first that one of them has."""

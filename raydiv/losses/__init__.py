@@ -32,11 +32,11 @@ Where the authors' KLDO code (github.com/rhaldarpurdue/KLDO, for arXiv 2502.0065
 - Its label mask is off by tokens, since the templated prompt is no prefix of prompt and response; BOS is there in evaluation
   and not in training. Here prompt and response are tokenised apart and their ids joined (raydiv.model.chat), for both.
 - Every rank trains on the same rows, every epoch in the same order, and the learning rate's schedule, which counts examples
-  and not updates, ends at 84-98% of its peak. See raydiv.data.plan and raydiv.training.schedule.
+  and not updates, ends at 84-98% of its peak. See raydiv.data.batching and raydiv.training.schedule.
 - Separation: one prompt a forward, PCA first, a determinant without its logarithm or a ridge, and anchors from the training
-  prompts. See raydiv.hidden.separation; the bundled anchors are never trained on.
+  prompts. See raydiv.evaluation.separation.metrics; the bundled anchors are never trained on.
 - Attack success: answers are filtered by substrings of 32 tokens before a judge sees them, a judge's unreadable verdict counts
-  as safe, and 88 of 100 evaluation prompts are in the training set. See raydiv.evaluation and raydiv/bundled/README.md.
+  as safe, and 88 of 100 evaluation prompts are in the training set. See raydiv.evaluation and raydiv/data/bundled/README.md.
 """
 
 import importlib

@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from raydiv.cache import digest
 from raydiv.config.recipe import template_text
-from raydiv.errors import UserError
-from raydiv.model.files import unloadable
+from raydiv.model.resolve import unloadable
+from raydiv.utils.cache import digest
+from raydiv.utils.errors import UserError
 
 Messages = list[dict[str, str]]
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from raydiv.config import Recipe
-from raydiv.errors import UserError
 from raydiv.model.chat import Chat
 from raydiv.model.load import ModelSource
-from raydiv.run import RunDirectory
-from raydiv.storage import atomic, require_empty
+from raydiv.runs.directory import RunDirectory
+from raydiv.utils.errors import UserError
+from raydiv.utils.storage import atomic, require_empty
 
 PROBED, TOLERANCE = 32, 1e-3
 """Tokens by which a merged model is compared, and how far its logits may be from what was merged."""

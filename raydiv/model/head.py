@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from raydiv.errors import UserError
+from raydiv.utils.errors import UserError
 
 CHUNK_BYTES = 128 * 2**20
 """fp32 logits that are held at a time, such as 516 positions x 65,024 tokens: more are no faster on CPU, half are 4% slower."""

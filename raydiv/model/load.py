@@ -12,11 +12,11 @@ import torch
 
 from raydiv.config import Recipe
 from raydiv.config.recipe import Lora, Model
-from raydiv.errors import UserError
 from raydiv.model.chat import Chat
-from raydiv.model.files import model_directory, unloadable
-from raydiv.model.quiet import quiet
-from raydiv.model.unseen import peft_without_quantizer
+from raydiv.model.resolve import model_directory, unloadable
+from raydiv.model.silence import quiet
+from raydiv.utils.compat import peft_without_quantizer
+from raydiv.utils.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """``engine.precision`` as torch names it."""

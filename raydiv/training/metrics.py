@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from raydiv import dist
-from raydiv.data.plan import StepPlan
+from raydiv.data.batching import StepPlan
 from raydiv.data.tokens import TokenizedExamples
 from raydiv.losses import Batch, State, Term
 from raydiv.losses.numerics import running
-from raydiv.run import Metrics
-from raydiv.training.phases import OF_A_STEP as PHASES
-from raydiv.training.phases import Phases
+from raydiv.runs.directory import Metrics
+from raydiv.training.step_timer import OF_A_STEP as PHASES
+from raydiv.training.step_timer import Phases
 from raydiv.training.utilisation import Utilisation
+from raydiv.utils import distributed as dist
 
 
 def step_record(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from raydiv.config import Recipe
-from raydiv.data.plan import Epochs
+from raydiv.data.batching import Epochs
 from raydiv.data.tokens import StoredExamples
 
 

@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raydiv import dist
-from raydiv.data.plan import Layout, MicroBatch
+from raydiv.data.batching import Layout, MicroBatch
 from raydiv.data.tokens import TokenizedExamples
 from raydiv.losses import Batch, State, Term, widest_scope
 from raydiv.model.collate import Inputs, collate
@@ -28,7 +27,8 @@ from raydiv.model.head import LogProbHead, Weigh
 from raydiv.model.packing import Packing
 from raydiv.training.coefficients import NotFiniteError, Verdict, first_states, judge, known_coefficients
 from raydiv.training.metrics import state_metrics
-from raydiv.training.phases import Phases
+from raydiv.training.step_timer import Phases
+from raydiv.utils import distributed as dist
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Stepper:
     """Runs steps of one objective on one engine and holds the objective's running state.
 
     ``engine`` is called as the model's forward and has ``model``, ``device``, ``backward``, ``update`` and ``discard`` (see
-    raydiv.engine.Engine). ``forwards`` counts this rank's forwards. ``phases`` are told what it does: ``score``; ``judge``,
+    ``Engine``). ``forwards`` counts this rank's forwards. ``phases`` are told what it does: ``score``; ``judge``,
     with the wait for the ranks that are slower; ``push``, which is all of a step that is one pass; and ``optimizer``.
     """
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from raydiv import dist
+from raydiv.utils import distributed as dist
 
 REPEATS = 10
 """Products that are timed, after as many for warm-up."""

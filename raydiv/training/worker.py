@@ -10,31 +10,31 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from raydiv import dist
 from raydiv.config import Recipe
-from raydiv.data.plan import InOrder, StepPlan
+from raydiv.data.batching import InOrder, StepPlan
 from raydiv.model.export import write_model
-from raydiv.model.files import model_directory
-from raydiv.run import Metrics, RunDirectory
-from raydiv.training.anchors import Anchors, policy_separation
-from raydiv.training.carried import Carried
+from raydiv.model.resolve import model_directory
+from raydiv.runs.directory import Metrics, RunDirectory
+from raydiv.training.checkpoint.manager import Saver
 from raydiv.training.coefficients import NotFiniteError, judge
-from raydiv.training.exported import Trained, trained
-from raydiv.training.feed import ExampleSet, Feed, Share, parts, stream_steps
+from raydiv.training.dataloader import ExampleSet, Feed, Share, parts, stream_steps
+from raydiv.training.export_check import Trained, trained
 from raydiv.training.metrics import estimate_facts, reward_beta, rewards, step_record
 from raydiv.training.order import epochs_of, total_steps
-from raydiv.training.phases import Phases
-from raydiv.training.profiled import Profiled
-from raydiv.training.saving import Saver
+from raydiv.training.profiler import Profiled
 from raydiv.training.schedule import learning_rate
+from raydiv.training.separation_probe import Anchors, policy_separation
+from raydiv.training.state import Carried
 from raydiv.training.step import StepExamples, Stepper, joined
+from raydiv.training.step_timer import Phases
 from raydiv.training.utilisation import Utilisation
-from raydiv.training.watch import Watch
+from raydiv.training.watchdog import Watch
+from raydiv.utils import distributed as dist
 
 if TYPE_CHECKING:
-    from raydiv.engine import Engine
+    from raydiv.model.compatibility import Probe
     from raydiv.model.packing import Packing
-    from raydiv.model.probe import Probe
+    from raydiv.training.engine import Engine
 
 
 EVALUATED_TOGETHER = 256
@@ -84,11 +84,11 @@ def run_worker(given: WorkerInput, reference: Any) -> None:
 
 
 def _work(given: WorkerInput, reference: Any, run: RunDirectory, phases: Phases) -> None:
-    from raydiv.engine import Engine
+    from raydiv.model.compatibility import Probe
     from raydiv.model.head import LogProbHead
     from raydiv.model.load import DTYPES, build_policy
-    from raydiv.model.probe import Probe
-    from raydiv.model.quiet import quiet
+    from raydiv.model.silence import quiet
+    from raydiv.training.engine import Engine
 
     recipe = given.recipe
     quiet()
@@ -100,7 +100,7 @@ def _work(given: WorkerInput, reference: Any, run: RunDirectory, phases: Phases)
     head = LogProbHead(engine.model)
     packing = _packing(recipe, Probe(head, engine.model, engine, engine.device), run)
     tokens = recipe.batch.tokens_per_microbatch
-    assert tokens != "auto", "micro-batches are settled before workers start (raydiv.planning)"
+    assert tokens != "auto", "micro-batches are settled before workers start (raydiv.commands.plan)"
     stepper = Stepper(engine, head, recipe.loss.terms, tokens, packing, recipe.seed, phases=phases)
     share = Share(stepper.layout, dist.rank(), trains=True, scores=given.train.reference_logps is None)
     epochs = epochs_of(recipe, given.train.examples)

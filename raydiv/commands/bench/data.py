@@ -1,0 +1,220 @@
+"""``raydiv bench --part data``: how fast data is prepared, in what memory, and whether steps wait for it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raydiv.commands.bench.harness import real_run, steps_alone
+from raydiv.config import Recipe
+from raydiv.config.source import Source
+from raydiv.data.batching import Epochs, Layout
+from raydiv.data.index import Index, OpenSource
+from raydiv.data.sources import read_examples
+from raydiv.data.splits import examples_of
+from raydiv.data.tokenize import tokenize
+from raydiv.model.chat import Chat
+from raydiv.model.resolve import model_directory
+from raydiv.runs.progress import Display
+from raydiv.runtime.session import ray_session
+from raydiv.training.dataloader import ExampleSet, Feed, Share, stream_steps
+
+FAR = 90_000
+"""A step far into a run."""
+
+TRIED_STEPS = 200
+"""Steps of a stream that are timed."""
+
+
+def bench_data(
+    recipe: Recipe,
+    rows: Sequence[int] = (200_000,),
+    repeats: int = 3,
+    steps: int = 20,
+    display: Display | None = None,
+) -> dict[str, Any]:
+    """Prepare ``rows`` examples ``repeats`` times, in turn with a plain multi-process script that does the same work; then
+    stream and train on them.
+
+    Returns medians: ``prepare`` (examples a second of both and their ratio, peak memory, for each number of rows), ``stream``
+    (seconds to the first step from step 10 and from step 90,000, seconds a step when nothing else is done) and ``train``
+    (share of the step that ``steps`` real ones spent waiting for data, the first apart).
+    """
+    display = display or Display()
+    directory = model_directory(recipe.model.id, recipe.model.revision)
+    chat = Chat(directory, recipe.data.template, recipe.model.trust_remote_code)
+    found: dict[str, Any] = {"cpus": os.cpu_count(), "prepare": []}
+    with tempfile.TemporaryDirectory() as folder, _cache(Path(folder) / "cache"), ray_session(recipe.cluster):
+        for count in rows:
+            path = Path(folder) / f"{count}.jsonl"
+            _write_rows(recipe, path, count)
+            with display.phase(f"prepare {count} examples"):
+                timings = [_prepare_both(recipe, chat, directory, path, number) for number in range(repeats)]
+            found["prepare"].append(_summary(count, timings))
+        with display.phase("stream"):
+            found["stream"] = _stream(recipe, timings[-1]["index"], repeats)
+    with display.phase("train"):
+        found["train"] = _waits(recipe, steps)
+    return found
+
+
+@contextmanager
+def _cache(folder: Path) -> Iterator[None]:
+    """An empty cache for the session."""
+    before = os.environ.get("RAYDIV_CACHE")
+    os.environ["RAYDIV_CACHE"] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop("RAYDIV_CACHE")
+        if before is not None:
+            os.environ["RAYDIV_CACHE"] = before
+
+
+def _write_rows(recipe: Recipe, path: Path, examples: int) -> None:
+    """Pairs with the lengths of the recipe's first source, every prompt another: ``examples`` of them, two a row."""
+    known = read_examples(recipe.data.train[0])
+    sides = [[e for e in known if e.aligned == aligned] for aligned in (True, False)]
+    with path.open("w") as file:
+        for number, (yes, no) in enumerate(itertools.islice(itertools.cycle(zip(*sides, strict=False)), examples // 2)):
+            prompt = yes.prompt if isinstance(yes.prompt, str) else yes.prompt[-1]["content"]
+            row = {"prompt": f"{number}: {prompt}", "chosen": yes.response, "rejected": no.response}
+            file.write(json.dumps(row) + "\n")
+
+
+def _prepare_both(recipe: Recipe, chat: Chat, directory: Path, path: Path, number: int) -> dict[str, Any]:
+    """The plain script, then ours, on one file."""
+    batch, processes = recipe.batch, os.cpu_count() or 1
+    output = f"{path}.{number}.plain"
+    sizes = [str(size) for size in (processes, batch.max_prompt_length, batch.max_length)]
+    script = str(Path(__file__).with_name("tokenize_baseline.py"))
+    run = subprocess.run(  # noqa: S603 - our own script
+        [sys.executable, script, str(path), str(directory), output, *sizes], capture_output=True, text=True, check=True
+    )
+    plain = json.loads(run.stdout)
+    with _cache(path.with_suffix(f".{number}.cache")), _PeakMemory() as peak:
+        started = time.perf_counter()
+        opened = OpenSource(Source(path=str(path)), recipe.data, batch, chat)
+        (index,) = tokenize([opened], chat, recipe.cluster, quarantine=False)
+        seconds = time.perf_counter() - started
+    return {"plain": plain["seconds"], "ours": seconds, "examples": len(index), "memory": peak.bytes, "index": index}
+
+
+def _summary(count: int, timings: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    plain, ours = (statistics.median(timing[name] for timing in timings) for name in ("plain", "ours"))
+    return {
+        "examples": timings[0]["examples"],
+        "plain_examples_per_second": count / plain,
+        "examples_per_second": count / ours,
+        "ratio": statistics.median(timing["plain"] / timing["ours"] for timing in timings),
+        "ratios": [timing["plain"] / timing["ours"] for timing in timings],
+        "peak_bytes": {name: max(timing["memory"][name] for timing in timings) for name in timings[0]["memory"]},
+    }
+
+
+class _PeakMemory:
+    """Peak resident memory that is not shared: of this process, of its largest descendant, and of all together."""
+
+    def __init__(self) -> None:
+        self.bytes = {"driver": 0, "largest_worker": 0, "together": 0}
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> _PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        import psutil
+
+        me = psutil.Process()
+        while not self._done.wait(0.5):
+            sizes = []
+            for process in (me, *me.children(recursive=True)):
+                try:
+                    memory = process.memory_info()
+                    sizes.append(memory.rss - memory.shared)
+                except psutil.NoSuchProcess:
+                    continue
+            now = {"driver": sizes[0], "largest_worker": max(sizes[1:], default=0), "together": sum(sizes)}
+            self.bytes = {name: max(size, now[name]) for name, size in self.bytes.items()}
+
+
+def _stream(recipe: Recipe, index: Index, repeats: int) -> dict[str, Any]:
+    """Seconds to the first step of a stream that begins early and one that begins late, and a step's when none is used."""
+    import ray
+
+    examples = examples_of([index])
+    tokens, whole = recipe.batch.tokens_per_microbatch, recipe.batch.examples * recipe.batch.max_length
+    layout = Layout(whole if tokens == "auto" else tokens, recipe.cluster.num_workers, "batch")
+    share = Share(layout, 0, trains=True, scores=False)
+    epochs = Epochs(examples.units, recipe.batch.examples, recipe.seed, examples.fingerprint)
+    feed = Feed(ExampleSet(examples, np.zeros(len(examples), np.float32)), epochs, share)
+    held = ray.put(feed)
+    first: dict[int, list[float]] = {10: [], FAR: []}
+    for start in [*first, *list(first) * repeats]:  # the first of each finds no process ready, and does not count
+        started = time.perf_counter()
+        steps = stream_steps(feed, partial(ray.get, held), start, start + TRIED_STEPS)
+        next(steps)
+        first[start].append(time.perf_counter() - started)
+        intervals = _intervals(steps)
+    return {
+        "examples": len(examples),
+        "steps_per_epoch": epochs.steps_per_epoch,
+        **{f"seconds_to_step_{start}": statistics.median(seconds[1:]) for start, seconds in first.items()},
+        "milliseconds_per_step": 1e3 * statistics.median(intervals),
+    }
+
+
+def _intervals(steps: Iterator[Any]) -> list[float]:
+    """Seconds that each step took to come."""
+    found, last = [], time.perf_counter()
+    for _ in steps:
+        found.append(time.perf_counter() - last)
+        last = time.perf_counter()
+    return found
+
+
+def _waits(recipe: Recipe, steps: int) -> dict[str, Any]:
+    """Step time and waiting for data, of a real run of ``steps`` updates."""
+    _, records = real_run(steps_alone(recipe, steps))
+    waited, took = (sum(record[name] for record in records[1:]) for name in ("data_seconds", "step_seconds"))
+    return {
+        "steps": len(records) - 1,
+        "step_seconds": statistics.median(record["step_seconds"] for record in records[1:]),
+        "data_share": waited / took,
+        "first_step_data_seconds": records[0]["data_seconds"],
+    }
+
+
+def data_table(found: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Header and rows of what ``bench_data`` says of preparing."""
+    header = ["examples", "plain script /s", "raydiv /s", "ratio", "driver MB", "largest worker MB", "together MB"]
+    return header, [
+        (
+            f"{one['examples']:,}",
+            f"{one['plain_examples_per_second']:,.0f}",
+            f"{one['examples_per_second']:,.0f}",
+            f"{one['ratio']:.2f}",
+            *(f"{size / 2**20:,.0f}" for size in one["peak_bytes"].values()),
+        )
+        for one in found["prepare"]
+    ]

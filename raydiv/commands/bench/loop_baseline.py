@@ -1,0 +1,107 @@
+"""The yardstick of a training step: the same examples through forward, backward and AdamW, and nothing else.
+
+A script of its own process (see `harness`). What a step cannot do without in plain PyTorch on one device: packed
+micro-batches as large as is fastest, the chunked head with coefficients that are known beforehand, one pass, the fused
+optimizer. No Ray, no DeepSpeed, no objective: what the hardware allows.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from raydiv.data.batching import MicroBatch, micro_batches
+
+TRIED_TOKENS = (1024, 2048, 4096, 8192, 16_384, 32_768)
+"""Micro-batches that are tried, as far as a step fills them; the fastest is timed."""
+
+
+def main(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``seconds`` and ``tokens`` of each step, and ``peak_bytes``."""
+    import torch
+
+    from raydiv.training.metrics import peak_memory
+
+    torch.set_num_threads(settings["threads"])
+    torch.manual_seed(settings["seed"])
+    loop = Loop(settings)
+    steps = [step["examples"] for step in settings["steps"]]
+    tokens = loop.fastest(steps[0])
+    seconds = [loop.seconds(step, tokens) for step in steps]
+    counts = [sum(loop.lengths(step)) for step in steps]
+    return {"seconds": seconds, "tokens": counts, "peak_bytes": peak_memory()}
+
+
+class Loop:
+    """A model, its head and its optimizer."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        import torch
+
+        from raydiv.config.recipe import Model
+        from raydiv.model.compatibility import Probe
+        from raydiv.model.head import LogProbHead
+        from raydiv.model.load import DTYPES, build_policy
+
+        named = {name: settings[name] for name in ("attention", "trust_remote_code", "lora")}
+        section = Model.model_validate({"id": settings["model"], **named})
+        self._device = torch.device("cuda" if settings["use_gpu"] else "cpu")
+        self._model = build_policy(Path(settings["model"]), section, DTYPES[settings["precision"]]).to(self._device)
+        self._head = LogProbHead(self._model)
+        self._packing = Probe(self._head, self._model, self._model, self._device).packing(settings["max_length"])[0]
+        if settings["activation_checkpointing"]:
+            self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._trained = [p for p in self._model.parameters() if p.requires_grad]
+        options = {name: settings[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        self._optimizer = torch.optim.AdamW(self._trained, **options, fused=True)
+        self._clip = settings["clip"]
+        self._model.train()
+
+    @staticmethod
+    def lengths(step: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Tokens of each example, prompt and response."""
+        return [len(one["prompt_ids"]) + len(one["response_ids"]) for one in step]
+
+    def fastest(self, step: Sequence[Mapping[str, Any]]) -> int:
+        """Tokens of a micro-batch at which a step takes least; each is tried twice, and the better time counts."""
+        total = sum(self.lengths(step))
+        tried = [tokens for tokens in TRIED_TOKENS if tokens < total] + [total]
+        return min(tried, key=lambda tokens: min(self.seconds(step, tokens) for _ in range(2)))
+
+    def seconds(self, step: Sequence[Mapping[str, Any]], tokens: int) -> float:
+        """Time of one update on the step's examples."""
+        import torch
+
+        started = time.perf_counter()
+        (mine,) = micro_batches(self.lengths(step), tokens, ranks=1, packed=self._packing != "none")
+        for micro_batch in mine:
+            self._add_gradient(step, micro_batch)
+        if self._clip:
+            torch.nn.utils.clip_grad_norm_(self._trained, self._clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    def _add_gradient(self, step: Sequence[Mapping[str, Any]], micro_batch: MicroBatch) -> None:
+        """Forward and backward of the aligned examples' log-probs less the others'."""
+        import torch
+
+        from raydiv.model.collate import collate
+
+        chosen = [step[position] for position in micro_batch]
+        examples = [(one["prompt_ids"], one["response_ids"]) for one in chosen]
+        inputs = collate(examples, self._packing).to(self._device)
+        signs = torch.tensor([(1.0 if one["aligned"] else -1.0) / len(step) for one in chosen], device=self._device)
+        weights = signs[inputs.examples]
+        self._head.aim(inputs.rows, inputs.columns, inputs.targets, lambda part, _: weights[part])
+        self._model(**inputs.arguments()).logits.backward()
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(Path(sys.argv[1]).read_text()))))

@@ -1,0 +1,100 @@
+"""``raydiv bench --part scale``: what every rank computes for all of them at each step, at more ranks than there are here.
+
+Dealing a step to the ranks, and judging its log-probs, are pure functions that each rank evaluates whole; so they are timed on
+made-up steps without a process per rank, and the balance of what is dealt is the real one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from raydiv.config import Recipe
+from raydiv.data.batching import Layout
+from raydiv.data.bundled.w1 import ANSWER_MEDIAN, ANSWER_MOST, ANSWER_SPREAD, PROMPT_WORDS, REFUSAL_WORDS
+from raydiv.losses import Batch, widest_scope
+from raydiv.training.coefficients import first_states, judge
+
+RANKS = (8, 64, 256, 1024)
+
+
+def bench_scale(recipe: Recipe, repeats: int = 3) -> dict[str, Any]:
+    """Deal and judge a step of compliance-refusal pairs among ever more ranks, each with as many examples as in the recipe.
+
+    Returns by number of ranks the ``examples`` of a step, the medians ``deal_ms`` and ``judge_ms``, ``micro_batches`` of each
+    rank, and ``balance``: tokens of the busiest rank, padding included, over the mean of real ones.
+    """
+    each = max(2, recipe.batch.examples // recipe.cluster.num_workers // 2 * 2)
+    return {str(ranks): _at(recipe, ranks, ranks * each, repeats) for ranks in RANKS}
+
+
+def _at(recipe: Recipe, ranks: int, examples: int, repeats: int) -> dict[str, Any]:
+    lengths, units = step_of(examples, recipe.batch.max_length)
+    tokens = recipe.batch.tokens_per_microbatch
+    layout = Layout(
+        max(lengths) * examples if tokens == "auto" else tokens, ranks, widest_scope(recipe.loss.terms), packed=True
+    )
+    dealt, _ = layout.training(lengths, units)
+    batch = _scored(examples, units)
+    states = first_states(recipe.loss.terms)
+    return {
+        "examples": examples,
+        "deal_ms": _milliseconds(lambda: layout.training(lengths, units), repeats),
+        "judge_ms": _milliseconds(lambda: judge(recipe.loss.terms, states, batch), repeats),
+        "micro_batches": len(dealt[0]),
+        "balance": layout.busiest(dealt, lengths) * ranks / sum(lengths),
+    }
+
+
+def step_of(examples: int, longest: int) -> tuple[list[int], list[list[int]]]:
+    """Tokens of each of a step's examples, as W1 has them (a word each), and its pairs: an answer and a refusal."""
+    draw = np.random.default_rng(0)
+    pairs = examples // 2
+    prompts = draw.integers(PROMPT_WORDS[0], PROMPT_WORDS[1] + 1, pairs)
+    refusals = draw.integers(REFUSAL_WORDS[0], REFUSAL_WORDS[1] + 1, pairs)
+    answers = np.minimum(ANSWER_MOST, np.rint(draw.lognormal(np.log(ANSWER_MEDIAN), ANSWER_SPREAD, pairs)))
+    lengths = np.minimum(longest, np.concatenate([prompts + answers, prompts + refusals])).astype(int)
+    return lengths.tolist(), np.stack([np.arange(pairs), pairs + np.arange(pairs)], axis=1).tolist()
+
+
+def _scored(examples: int, units: list[list[int]]) -> Batch:
+    draw = torch.Generator().manual_seed(0)
+    reference = -100.0 * torch.rand(examples, generator=draw)
+    aligned = torch.arange(examples) < len(units)
+    return Batch(
+        logps=reference + torch.randn(examples, generator=draw),
+        reference_logps=reference,
+        aligned=aligned,
+        tokens=torch.full((examples,), 100),
+        pairs=torch.tensor(units),
+        mismatched_log_ratios=torch.randn(examples, generator=draw),
+    )
+
+
+def _milliseconds(call: Callable[[], object], repeats: int) -> float:
+    taken = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        call()
+        taken.append(1e3 * (time.perf_counter() - started))
+    return median(taken)
+
+
+def scale_table(found: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Header and rows of what ``bench_scale`` returns."""
+    return ["ranks", "examples", "deal, ms", "judge, ms", "micro-batches", "busiest rank / mean"], [
+        (
+            ranks,
+            f"{one['examples']:,}",
+            f"{one['deal_ms']:.1f}",
+            f"{one['judge_ms']:.1f}",
+            str(one["micro_batches"]),
+            f"{one['balance']:.3f}",
+        )
+        for ranks, one in found.items()
+    ]

@@ -1,0 +1,79 @@
+"""What ``raydiv losses`` says of the objectives: their facts, at the default options and where others change them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, Literal, get_args, get_origin
+
+from raydiv.losses.objective import OBJECTIVES, Objective
+from raydiv.utils.errors import UserError
+
+PASSES = {
+    "example": "one pass",
+    "pair": "one pass where pairs share a micro-batch, else two",
+    "batch": "one pass over a single micro-batch per worker, else two",
+}
+"""Forwards of a training step, by an objective's scope."""
+
+BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+
+
+def describe(names: Collection[str] = ()) -> dict[str, dict[str, Any]]:
+    """Name -> summary, description, paper, data, reference, estimates and options of the objectives (``names``, or all).
+
+    ``estimates`` lists divergence, ceiling and scope with the ``options`` under which they hold, the defaults first. Raises
+    UserError for a name that is none.
+    """
+    for name in names:
+        if name not in OBJECTIVES:
+            raise UserError(f"{name}: no such loss (known: {', '.join(sorted(OBJECTIVES))})")
+    return {
+        name: {
+            "summary": objective.summary,
+            "description": objective.description,
+            "paper": objective.paper,
+            "data": objective.data,
+            "reference": objective.reference,
+            "estimates": _estimates(objective),
+            "options": {key: _option(*declared) for key, declared in objective.parameters.items()},
+        }
+        for name, objective in sorted(OBJECTIVES.items())
+        if name in names or not names
+    }
+
+
+def _estimates(objective: Objective) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for options in [{}, *({key: choice} for key, choices in _choices(objective).items() for choice in choices)]:
+        everything = objective.defaults | options
+        facts = {
+            "divergence": objective.divergence(everything),
+            "ceiling": objective.ceiling(everything),
+            "scope": objective.scope(everything),
+        }
+        if facts not in [{key: known[key] for key in facts} for known in found]:
+            found.append(facts | {"options": options})
+    return found
+
+
+def _choices(objective: Objective) -> dict[str, tuple[Any, ...]]:
+    """The options that are a choice among names, and those numbers that change what is estimated."""
+    names = {
+        key: get_args(annotation)
+        for key, (annotation, _) in objective.parameters.items()
+        if get_origin(annotation) is Literal
+    }
+    return names | dict(objective.telling)
+
+
+def _option(annotation: Any, default: Any) -> str:
+    """An option's default and bounds, in words."""
+    bounds = [
+        f"{sign} {getattr(mark, key)}"
+        for mark in getattr(annotation, "__metadata__", ())
+        for key, sign in BOUNDS.items()
+        if hasattr(mark, key)
+    ]
+    choices = [] if bounds else [str(choice) for choice in get_args(annotation)]
+    limits = ", ".join(bounds) or " | ".join(choices)
+    return f"{default} ({limits})" if limits else str(default)

@@ -1,0 +1,283 @@
+"""From a recipe to a finished run: measure, start Ray Train's workers, follow their metrics, write down what came out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from raydiv.commands.plan.architecture import architecture_of
+from raydiv.commands.plan.layout import largest_share, settle, with_layout
+from raydiv.commands.preflight import require_ready
+from raydiv.commands.prepare import Opened, Prepared, fill, local_files, read
+from raydiv.config import Recipe
+from raydiv.config.cluster import Cluster
+from raydiv.evaluation.before_after import Measurements
+from raydiv.runs.directory import Metrics, RunDirectory, last_values
+from raydiv.runs.heartbeat import stalled
+from raydiv.runs.progress import Display, step_note
+from raydiv.runs.prometheus import Gauges
+from raydiv.runs.report.page import write_report
+from raydiv.runs.resume import recipe_to_resume, require_same_content
+from raydiv.runs.tracker import Tracker
+from raydiv.runtime.resources import of_a_worker, threads_per_worker, worker_memory
+from raydiv.runtime.session import ray_session, training_environment
+from raydiv.runtime.wait_for_nodes import waiting_is_said
+from raydiv.training.metrics import estimate_facts
+from raydiv.training.order import epochs_of
+from raydiv.training.separation_probe import Anchors
+from raydiv.training.worker import WorkerInput, worker_entry
+from raydiv.utils.errors import user_error_in
+from raydiv.utils.signals import Terminated, at_sigterm
+from raydiv.utils.storage import atomic
+from raydiv.utils.versions import versions
+
+if TYPE_CHECKING:
+    from ray.train import ScalingConfig
+
+UNBOUNDED = (
+    "loss.type {type} has no floor on any one data set, and nothing in this recipe holds it: watch log_ratio/rms, and see "
+    '"Holding an unbounded objective" in the README'
+)
+RESIZE_S = 60.0
+"""Seconds between looks for nodes that have come, under ``cluster.min_workers``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A finished run: its directory, the last value of every metric, and the content of result.json."""
+
+    run: RunDirectory
+    metrics: Metrics
+    report: dict[str, Any]
+
+
+def train(
+    recipe: Recipe,
+    display: Display | None = None,
+    show_text: bool = False,
+    *,
+    resume: bool = False,
+    watch: Callable[[Metrics], None] | None = None,
+) -> Result:
+    """One run: prepares what is missing, measures the model, trains, measures again, and leaves a complete run directory.
+
+    ``show_text`` writes prompts and answers into evaluation/; without it there are ids and verdicts only. ``resume`` goes on
+    with a run that is there, from its newest checkpoint; of a finished one it sends to MLflow what could not be sent.
+    ``watch`` is called with each line of metrics.jsonl as it is written.
+
+    Raises UserError for what the user must change (without ``resume``, a run that is already there included), RuntimeError when
+    training fails, Terminated when SIGTERM stopped it.
+    """
+    display = display or Display()
+    run = RunDirectory.of(recipe)
+    resume = resume and run.holds_a_run
+    if resume:
+        recipe = recipe_to_resume(run, recipe)
+        if run.result.exists():
+            return _finished(recipe, run, display)
+    else:
+        run.require_free()
+    opened = read(recipe, display)
+    measurements = Measurements(recipe, opened.prompts, display, show_text)
+    if not recipe.loss.bounded and recipe.optim.target_margin is None:
+        display.say(UNBOUNDED.format(type=recipe.loss.type))
+    with ray_session(recipe.cluster):
+        require_ready(recipe, run.path, local_files(opened), new=not resume)
+        prepared = fill(recipe, opened, display)
+        recipe, roomy = settled(recipe, prepared)
+        if resume:
+            require_same_content(run, prepared.fingerprints)
+            run.take_up(recipe)
+        else:
+            run.claim(recipe, prepared.fingerprints)
+        run.note_rows((prepared.data.bad + prepared.data.cut).lines())
+        tags = _tags(recipe, prepared)
+        tracker = Tracker(recipe, tags, display.say, note=run.mlflow)
+        with tracker.told_of_its_end():
+            with (
+                run.followed(tracker.metrics, tracker.sent),
+                run.followed(Gauges(recipe.name).show),
+                run.followed(watch) if watch else nullcontext(),
+            ):
+                if run.stage().began is None:
+                    run.rewind(0)
+                    measurements.take(run, "before", prepared.directory)
+                    run.note_began(prepared.steps(recipe))
+                else:
+                    measurements.recall(prepared.directory)
+                if run.stage().ended is None:
+                    _fit(recipe, opened, prepared, run, display, training_environment(recipe, roomy))
+                    _say_layout(run, display)
+                run.rewind(run.stage().ended or 0)
+                measurements.take(run, "after", prepared.directory)
+            return _conclude(recipe, prepared, run, tracker, tags)
+
+
+def _finished(recipe: Recipe, run: RunDirectory, display: Display) -> Result:
+    """A run that is over: what MLflow has not got is sent, and a report that was not written is."""
+    report: dict[str, Any] = json.loads(run.result.read_text())
+    if not run.report.exists():
+        write_report(run)
+    display.say(f"{run.path}: is finished already")
+    if not report["mlflow"]["sent"]:
+        tracker = Tracker(recipe, report["tags"], display.say, note=run.mlflow)
+        with run.followed(tracker.metrics, tracker.sent):
+            pass
+        _send(run, tracker, report)
+    return Result(run, report["metrics"], report)
+
+
+def settled(recipe: Recipe, prepared: Prepared) -> tuple[Recipe, bool]:
+    """The recipe with the layout that its workers' memory takes, and whether there is twice as much; needs a Ray session."""
+    epochs = epochs_of(recipe, prepared.train.examples)
+    share = largest_share(epochs, prepared.steps(recipe), prepared.train.examples.lengths, recipe.cluster.fewest)
+    architecture, memory = architecture_of(recipe), worker_memory(recipe.cluster)
+    found = settle(architecture, recipe, share, memory)
+    return with_layout(recipe, found), 2 * found.memory.total <= memory
+
+
+def _fit(
+    recipe: Recipe, opened: Opened, prepared: Prepared, run: RunDirectory, display: Display, environment: dict[str, str]
+) -> None:
+    """Run the workers to the end, with their metrics on the bar; they begin at the newest checkpoint, if there is one.
+
+    Raises Terminated when SIGTERM stopped them, after a checkpoint.
+    """
+    import ray
+    from ray.train import FailureConfig, RunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    anchors = Anchors.of(recipe, opened.chat, opened.prompts.separation)
+    weights = architecture_of(recipe).multiplied
+    given = WorkerInput(recipe, prepared.directory, run.path, weights, prepared.train, prepared.eval, anchors)
+    trainer = TorchTrainer(
+        worker_entry,
+        train_loop_config={"given": ray.put(given), "threads": threads_per_worker(recipe.cluster)},
+        torch_config=TorchConfig(
+            backend="nccl" if recipe.cluster.use_gpu else "gloo", timeout_s=recipe.cluster.collective_timeout_s
+        ),
+        scaling_config=_scaling(recipe.cluster),
+        run_config=RunConfig(
+            name=recipe.name,
+            storage_path=str(run.ray),
+            worker_runtime_env={"env_vars": environment},
+            failure_config=FailureConfig(max_failures=recipe.cluster.max_failures),
+        ),
+    )
+    # what Ray would do at Ctrl-C ends the process as if all were well, and is still there when training is over
+    trainer._register_sigint_handler = lambda controller: None
+
+    def stop() -> None:
+        display.say("SIGTERM: a checkpoint is written after this step, and the run stops")
+        run.ask_to_stop()
+
+    with display.phase("train") as update:
+
+        def show(record: Metrics) -> None:
+            if "loss" in record:
+                update(int(record["step"]), prepared.steps(recipe), step_note(record))
+
+        waiting = waiting_is_said(run, recipe.cluster, display.say)
+        with run.followed(show), run.heard(display.say, opened.where), waiting, at_sigterm(stop):
+            _report_failure(trainer.fit, run, recipe.cluster.timeout_s)
+    if run.stage().ended is None:
+        raise Terminated(f"stopped after step {run.steps_taken()}; the same command with --resume goes on")
+
+
+def _scaling(cluster: Cluster) -> ScalingConfig:
+    """How many workers, and what each reserves."""
+    from ray.train import ScalingConfig
+
+    return ScalingConfig(
+        num_workers=cluster.num_workers if cluster.min_workers is None else (cluster.min_workers, cluster.num_workers),
+        elastic_resize_monitor_interval_s=RESIZE_S,
+        use_gpu=cluster.use_gpu,
+        resources_per_worker=of_a_worker(cluster),
+        accelerator_type=cluster.train.accelerator,
+        placement_strategy=cluster.train.placement,
+    )
+
+
+def _say_layout(run: RunDirectory, display: Display) -> None:
+    why = run.layout()["why_not_packed"]
+    if why:
+        display.say(f"micro-batches were padded, not packed: {why}")
+
+
+def _report_failure(fit: Callable[[], Any], run: RunDirectory, timeout: float) -> None:
+    """Run ``fit``; of a worker's failure, keep the user's part of it and not Ray's layers around it.
+
+    Workers that stood still for ``timeout`` seconds failed each in its own way: then ``run`` has what was the matter.
+    """
+    from ray.train import TrainingFailedError
+
+    try:
+        fit()
+    except TrainingFailedError as error:
+        failures = dict(getattr(error, "worker_failures", {}))
+        for failure in failures.values():
+            mine = user_error_in(failure)
+            if mine is not None:
+                raise mine from None
+        still = stalled(run.beats(), timeout)
+        if still is not None:
+            raise RuntimeError(still) from error
+        for rank, failure in failures.items():
+            cause = getattr(failure, "cause", failure)
+            raise RuntimeError(f"training worker {rank}: {type(cause).__name__}: {cause}") from error
+        raise RuntimeError(f"training: {error}") from error
+
+
+def _tags(recipe: Recipe, prepared: Prepared) -> dict[str, str]:
+    fingerprints = {f"{what}.fingerprint": value for what, value in prepared.fingerprints.items()}
+    estimate = {key.replace("/", "."): str(fact) for key, fact in estimate_facts(recipe.loss.terms[0]).items()}
+    return fingerprints | estimate | {f"version.{name}": version for name, version in versions().items()}
+
+
+def _conclude(recipe: Recipe, prepared: Prepared, run: RunDirectory, tracker: Tracker, tags: dict[str, str]) -> Result:
+    """Write result.json and the report, and send them to MLflow."""
+    metrics = last_values(run.metrics())
+    report: dict[str, Any] = {
+        "name": recipe.name,
+        "steps": {"planned": prepared.steps(recipe), "taken": run.steps_taken(), "ended": run.stage().why},
+        "metrics": metrics,
+        "data": prepared.summary(),
+        "versions": versions(),
+        "layout": {
+            "zero_stage": recipe.engine.zero_stage,
+            "tokens_per_microbatch": recipe.batch.tokens_per_microbatch,
+            **run.layout(),
+        },
+        "paths": {
+            "run": str(run.path),
+            "model": str(run.model),
+            "report": str(run.report),
+            "pictures": str(run.pictures),
+        },
+        "tags": tags,
+        "mlflow": {"uri": tracker.uri, "run_id": tracker.run_id, "sent": False},
+    }
+    _write_result(run, report)
+    write_report(run)
+    _send(run, tracker, report)
+    return Result(run, metrics, report)
+
+
+def _send(run: RunDirectory, tracker: Tracker, report: dict[str, Any]) -> None:
+    """Send MLflow the files of a finished run, and note in the result whether it has got everything."""
+    report["mlflow"] = {"uri": tracker.uri, "run_id": tracker.run_id, "sent": True}
+    _write_result(run, report)
+    for path in (run.recipe, run.result, run.metrics_file, run.report, *sorted(run.pictures.glob("*.png")), run.rows):
+        if path.exists():
+            tracker.artifact(path)
+    if not tracker.finish():
+        report["mlflow"]["sent"] = False
+        _write_result(run, report)
+
+
+def _write_result(run: RunDirectory, report: dict[str, Any]) -> None:
+    with atomic(run.result) as temporary:
+        temporary.write_text(json.dumps(report, indent=2) + "\n")

@@ -1,0 +1,98 @@
+"""Runs that belong together, as a sweep's trials or a study's cells: what they share is done once, before any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raydiv.commands.preflight import require_ready
+from raydiv.commands.prepare import Opened, fill, local_files, read
+from raydiv.config import Recipe
+from raydiv.config.cluster import Cluster
+from raydiv.evaluation.before_after import Measurements
+from raydiv.model.load import ModelSource
+from raydiv.runs.directory import RunDirectory
+from raydiv.runs.progress import Display
+from raydiv.utils.errors import UserError
+
+
+def has_begun(path: Path, record: Path, what: str, resume: bool) -> bool:
+    """Whether ``what`` (a sweep, a study) has begun at ``path``: then there is its ``record``. ``resume`` of none is a start.
+
+    Raises UserError where it has begun and is not to be resumed, or where something else is there.
+    """
+    begun = record.is_file()
+    if begun and not resume:
+        raise UserError(f"{path}: holds a {what} already; go on with it (--resume), or give this one another name=...")
+    if not begun:
+        RunDirectory(path).require_free()
+    return begun
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Where the runs are kept, the part of the cluster that each has, and MLflow's place and run that they are nested in."""
+
+    folder: Path
+    cluster: Cluster
+    tracking_uri: str | None
+    parent: str | None
+
+    def member(self, recipe: Recipe, name: str, tags: Mapping[str, str]) -> Recipe:
+        """The recipe of one of the runs."""
+        nested = {} if self.parent is None else {"mlflow.parentRunId": self.parent}
+        track = {"uri": self.tracking_uri, "tags": {**recipe.track.tags, **nested, **tags}}
+        storage = recipe.checkpoint.storage
+        own = None if storage is None else f"{storage.rstrip('/')}/{self.folder.parent.name}"
+        changes = {
+            "name": name,
+            "output_dir": str(self.folder),
+            "cluster": self.cluster,
+            "checkpoint": recipe.checkpoint.model_copy(update={"storage": own}),
+            "track": recipe.track.model_copy(update=track),
+        }
+        return recipe.model_copy(update=changes)
+
+
+TRAINING: Any = {"optim": {"lr", "betas", "eps", "weight_decay", "clip", "schedule", "warmup"}, "loss": True}
+"""What changes neither data, reference and base, nor the number of updates; a seed that draws no ``data.eval`` neither."""
+
+
+def distinct(recipes: Sequence[Recipe]) -> list[Recipe]:
+    """One recipe for each way in which they differ in what is shared, or in the names of their metrics."""
+    found: dict[str, Recipe] = {}
+    for recipe in recipes:
+        drawn = isinstance(recipe.data.eval, float)
+        tree = recipe.model_dump(mode="json", by_alias=True, exclude=TRAINING if drawn else TRAINING | {"seed": True})
+        terms = [
+            (objective.name, objective.divergence(options) == "none") for objective, _, options in recipe.loss.terms
+        ]
+        found.setdefault(repr((tree, terms)), recipe)
+    return list(found.values())
+
+
+def prepare_all(recipes: Sequence[Recipe], display: Display) -> tuple[int, set[str]]:
+    """Prepare every recipe and measure its base, through caches; needs a Ray session.
+
+    Returns the most updates that one of them makes, and the names of what was measured of all bases.
+    """
+    steps: list[int] = []
+    measured: list[set[str]] = []
+    for recipe in recipes:
+        opened = read(recipe, display)
+        require_ready(recipe, RunDirectory.of(recipe).path, local_files(opened), new=False)
+        steps.append(fill(recipe, opened, display).steps(recipe))
+        measured.append(set(_of_base(recipe, opened, display)))
+    return max(steps), set.intersection(*measured)
+
+
+def measure_base(recipe: Recipe, display: Display) -> dict[str, float]:
+    """The metrics of a recipe's model as it comes; needs a Ray session."""
+    return _of_base(recipe, read(recipe, display), display)
+
+
+def _of_base(recipe: Recipe, opened: Opened, display: Display) -> dict[str, float]:
+    measurements = Measurements(recipe, opened.prompts, display, show_text=False)
+    return measurements.of_base(ModelSource.of(recipe, opened.directory)).metrics

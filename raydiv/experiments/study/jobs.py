@@ -1,0 +1,150 @@
+"""Runs as Ray jobs: each a process of its own on the cluster, of which so many run at once."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raydiv.config import load_recipe
+from raydiv.runs.directory import RunDirectory
+from raydiv.runs.resume import goes_on
+from raydiv.runtime.session import submitted
+
+PASSED = ("RAYDIV_CACHE", "HF_HOME")
+"""Environment variables that a run needs as they are here; no secret, since whoever sees the cluster's jobs sees them."""
+
+POLL, PATIENCE_S = 1.0, 300.0
+"""Seconds between looks at the jobs, and that the cluster may fail to answer one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A run that is to be trained from a recipe file, where what it prints is kept, and which environment it sets itself."""
+
+    name: str
+    recipe: Path
+    run: Path
+    log: Path
+    own_environment: frozenset[str]
+
+
+Ended = Callable[[Job, str | None], None]
+"""Told of each job that ended, with what it failed with, or None."""
+
+
+def run_jobs(jobs: Sequence[Job], at_once: int, ended: Ended, say: Callable[[str], None]) -> None:
+    """Run the jobs in order, ``at_once`` of them at a time, until all have ended; needs a Ray session with its dashboard.
+
+    One that the cluster still runs for an earlier attempt is followed, not started again. Interrupted, those that run are
+    stopped, and have the time for a checkpoint. A job that ends well and leaves no result where it is looked for has failed
+    too. Where the study is a job itself, its jobs have what came with it: its folder, its version of raydiv.
+    """
+    import ray
+    from ray.job_submission import JobSubmissionClient
+
+    client = JobSubmissionClient(ray.get_runtime_context().gcs_address)
+    already = _running(client)
+    waiting = sorted(jobs, key=lambda job: str(job.run) not in already)
+    with _stopped_at_the_end(client, say) as active:
+        while waiting or active:
+            while waiting and len(active) < at_once:
+                job = waiting.pop(0)
+                active[already.get(str(job.run)) or _submit(client, job)] = job
+            time.sleep(POLL)
+            for submission, job in list(active.items()):
+                status = _patiently(client.get_job_status, submission)
+                if status.is_terminal():
+                    del active[submission]
+                    log = _patiently(client.get_job_logs, submission)
+                    job.log.write_text(log)
+                    ended(job, _reason(log, str(status)) if status != "SUCCEEDED" else _unseen(job))
+
+
+def _submit(client: Any, job: Job) -> str:
+    run = RunDirectory(job.run)
+    if not (run.holds_a_run and goes_on(run, load_recipe(job.recipe))):
+        shutil.rmtree(job.run, ignore_errors=True)
+    command = [sys.executable, "-m", "raydiv", "train", str(job.recipe), "--json", "--resume"]
+    return submitted(
+        client,
+        # relative paths of a recipe are of where the study was started
+        entrypoint=f"cd {shlex.quote(os.getcwd())} && {shlex.join(command)}",
+        runtime_env={**_came_along(), "env_vars": _environment(job)},
+        metadata={"raydiv.runs.directory": str(job.run), "name": job.name},
+    )
+
+
+def _came_along() -> dict[str, Any]:
+    """What this process was given as a job of the cluster, but for variables; nothing where it is none."""
+    import ray
+
+    return {key: value for key, value in ray.get_runtime_context().runtime_env.items() if key != "env_vars"}
+
+
+def _patiently(ask: Callable[[str], Any], submission: str) -> Any:
+    """What the cluster says of a job. A dashboard that is away for a moment is no reason to end the others."""
+    end = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return ask(submission)
+        except (RuntimeError, OSError):
+            if time.monotonic() > end:
+                raise
+            time.sleep(POLL)
+
+
+def _environment(job: Job) -> dict[str, str]:
+    """Ray refuses a variable that the run's own environment names too."""
+    return {name: os.environ[name] for name in PASSED if name in os.environ and name not in job.own_environment}
+
+
+def _unseen(job: Job) -> str | None:
+    there = RunDirectory(job.run).result.is_file()
+    return None if there else f"it ended well, and left nothing at {job.run}: output_dir must be on shared storage"
+
+
+def _running(client: Any) -> dict[str, str]:
+    """Jobs that have not ended, by the run that they train."""
+    jobs = [info for info in client.list_jobs() if not info.status.is_terminal() and info.metadata]
+    return {
+        info.metadata["raydiv.runs.directory"]: info.submission_id
+        for info in jobs
+        if "raydiv.runs.directory" in info.metadata
+    }
+
+
+@contextmanager
+def _stopped_at_the_end(client: Any, say: Callable[[str], None]) -> Iterator[dict[str, Job]]:
+    """Jobs by submission id; those that are left when the block ends are stopped: a local Ray goes when this returns."""
+    active: dict[str, Job] = {}
+    try:
+        yield active
+    finally:
+        for submission in active:
+            with suppress(RuntimeError, OSError):  # one that cannot be told keeps no other from it
+                client.stop_job(submission)
+        if active:
+            say(
+                f"cells told to stop: {len(active)}; one that trains writes a checkpoint, and Ctrl-C again does not wait"
+            )
+        for submission in active:
+            with suppress(RuntimeError, OSError):
+                while not client.get_job_status(submission).is_terminal():
+                    time.sleep(POLL)
+
+
+def _reason(log: str, status: str) -> str:
+    """What a job failed with: the line that raydiv says it in, else the last one."""
+    lines = [line for line in log.splitlines() if line.strip()]
+    own = [
+        line.removeprefix("raydiv: ").removeprefix("the run failed: ") for line in lines if line.startswith("raydiv: ")
+    ]
+    return (own or lines or [status.lower()])[-1]

@@ -1,0 +1,221 @@
+"""``raydiv study``: run the cells of a grid as Ray jobs, and print the papers' tables of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from raydiv.config import Recipe, save_recipe
+from raydiv.experiments.shared import Family, distinct, has_begun, measure_base, prepare_all
+from raydiv.experiments.study.cells import BASE, NO_DATA, Cell, bases, trained
+from raydiv.experiments.study.collect import cell_of, identity, included, require_same
+from raydiv.experiments.study.grid import Plan, baselines, plans
+from raydiv.experiments.study.jobs import Job, run_jobs
+from raydiv.experiments.study.page import write_study_report
+from raydiv.experiments.study.regression import Claim, claim_table, claims_of
+from raydiv.experiments.study.table_io import Table, write_tables
+from raydiv.experiments.study.tables import tables_of
+from raydiv.runs.directory import RunDirectory
+from raydiv.runs.progress import Display
+from raydiv.runs.tracker import Tracker, handed_on
+from raydiv.runtime.resources import side_by_side
+from raydiv.runtime.session import ray_session, require_dashboard
+from raydiv.utils.errors import UserError
+from raydiv.utils.storage import atomic
+from raydiv.utils.versions import versions
+
+
+class StudyDirectory:
+    """``OUTPUT_DIR/NAME`` of a study; its cells are runs under ``cells/``, with the recipe and the log of each beside it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.record = path / "study.json"
+        self.report = path / "report.html"
+        self.pictures = path / "pictures"
+        self.tables = path / "tables"
+        self.cells = path / "cells"
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> StudyDirectory:
+        return cls(recipe.output_path / recipe.name)
+
+    def claim(self, recipe: Recipe, resume: bool) -> dict[str, Any]:
+        """Make the directory this study's; returns what an earlier attempt wrote into study.json.
+
+        Raises UserError where something else is there, or a study that is not to be resumed.
+        """
+        begun = has_begun(self.path, self.record, "study", resume)
+        self.cells.mkdir(parents=True, exist_ok=True)
+        if not begun:
+            self.write({"mlflow": {}})
+        save_recipe(recipe, self.recipe)
+        written: dict[str, Any] = json.loads(self.record.read_text())
+        return written
+
+    def write(self, content: Mapping[str, Any]) -> None:
+        """Write study.json."""
+        with atomic(self.record) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+    def run(self, plan: Plan) -> RunDirectory:
+        return RunDirectory(self.cells / plan.name)
+
+
+@dataclass(frozen=True, slots=True)
+class StudyResult:
+    """A finished study: its directory, its cells, their tables and the test of the claim, and why cells failed, by name."""
+
+    directory: StudyDirectory
+    cells: list[Cell]
+    tables: list[Table]
+    claims: list[Claim]
+    failures: Mapping[str, str]
+    mlflow: Mapping[str, str | None]
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of study.json."""
+        return {
+            "cells": [asdict(cell) for cell in self.cells],
+            "tables": [asdict(table) for table in self.tables],
+            "claims": [asdict(claim) for claim in self.claims],
+            "failures": dict(self.failures),
+            "mlflow": dict(self.mlflow),
+            "versions": versions(),
+        }
+
+
+def study(recipe: Recipe, *, resume: bool = False, display: Display | None = None) -> StudyResult:
+    """Run the cells of the recipe's study that are not finished, and compare all of them.
+
+    ``resume`` goes on with a study that was stopped, or that has more cells now; finished ones are not run again. A cell that
+    fails is left out, and said. Raises UserError for what the user must change, before any cell starts; RuntimeError when there
+    is no cell to compare.
+    """
+    display = display or Display()
+    if recipe.study is None:
+        raise UserError("the recipe has no section study: it says which models, data and losses are compared")
+    grid, plain, there = plans(recipe), baselines(recipe), included(recipe)
+    directory = StudyDirectory.of(recipe)
+    for plan in grid:
+        if resume and directory.run(plan).result.is_file():
+            require_same(plan.recipe, directory.run(plan))
+    earlier = directory.claim(recipe, resume)
+    tracker = Tracker(recipe, {"raydiv.kind": "study"}, display.say, earlier["mlflow"])
+    mlflow = {"uri": tracker.uri, "run_id": tracker.run_id}
+    directory.write(earlier | {"mlflow": mlflow})
+    missing = [plan for plan in grid if not directory.run(plan).result.is_file()]
+    with tracker.told_of_its_end():
+        measured, failures = _run(recipe, directory, missing, plain, tracker.run_id, display)
+        finished = [plan for plan in grid if directory.run(plan).result.is_file()]
+        own = {identity(directory.run(plan)): cell_of(directory.run(plan), plan) for plan in finished}
+        others = [cell for run, cell in there.items() if run not in own]
+        if len(others) < len(there):
+            display.say(
+                f"included runs that are cells of the study itself: {len(there) - len(others)}; each counts once"
+            )
+        cells = [*measured, *own.values(), *others]
+        found = _conclude(directory, cells, failures, mlflow)
+        for path in (directory.record, directory.recipe, directory.report, *sorted(directory.tables.iterdir())):
+            tracker.artifact(path)
+    tracker.finish()
+    return found
+
+
+def _run(
+    recipe: Recipe,
+    directory: StudyDirectory,
+    missing: Sequence[Plan],
+    plain: Mapping[str, Recipe],
+    parent: str | None,
+    display: Display,
+) -> tuple[list[Cell], dict[str, str]]:
+    """Measure the baselines and run the cells; the former as cells, and why those that failed did, by name."""
+    if not missing and not plain:
+        return [], {}
+    section = recipe.study
+    assert section is not None
+    with ray_session(recipe.cluster, dashboard=True):
+        require_dashboard("raydiv study")
+        measured = [_baseline(name, own, display) for name, own in plain.items()]
+        if not missing:
+            return measured, {}
+        prepare_all(distinct([plan.recipe for plan in missing]), display)
+        room, part = side_by_side(recipe.cluster, section.max_concurrent)
+        family = Family(directory.cells, part, handed_on(recipe), parent)
+        jobs = [_job(plan, directory, family) for plan in missing]
+        return measured, _run_all(jobs, room, section.keep_models, display)
+
+
+def _baseline(name: str, recipe: Recipe, display: Display) -> Cell:
+    """A model that is measured and not trained."""
+    metrics = measure_base(recipe, display)
+    return Cell(name, NO_DATA, BASE, 0, metrics, metrics, recipe.model.id)
+
+
+def _run_all(jobs: Sequence[Job], room: int, keep_models: bool, display: Display) -> dict[str, str]:
+    failures: dict[str, str] = {}
+    over: list[str] = []
+    with display.phase("cells") as update:
+        update(0, len(jobs))
+
+        def ended(job: Job, error: str | None) -> None:
+            over.append(job.name)
+            if error is not None:
+                failures[job.name] = error
+                display.say(f"cell {job.name} failed: {error} ({job.log})")
+            elif not keep_models:
+                run = RunDirectory(job.run)
+                shutil.rmtree(run.model, ignore_errors=True)
+                run.forget_checkpoints()
+            update(len(over), len(jobs), job.name)
+
+        run_jobs(jobs, room, ended, display.say)
+    return failures
+
+
+def _job(plan: Plan, directory: StudyDirectory, family: Family) -> Job:
+    """A cell as a job."""
+    run = directory.run(plan)
+    tags = {"raydiv.model": plan.model, "raydiv.data": plan.data, "raydiv.loss": plan.loss}
+    path = directory.cells / f"{plan.name}.yaml"
+    save_recipe(family.member(plan.recipe, plan.name, tags), path)
+    log = directory.cells / f"{plan.name}.log"
+    return Job(plan.name, path, run.path, log, frozenset(plan.recipe.cluster.env))
+
+
+def _conclude(
+    directory: StudyDirectory, cells: Sequence[Cell], failures: Mapping[str, str], mlflow: Mapping[str, str | None]
+) -> StudyResult:
+    """Write tables, report and study.json. Raises RuntimeError where there is nothing to compare."""
+    if not cells:
+        first = next(iter(failures.items()))
+        raise RuntimeError(f"every cell failed, the first ({first[0]}) with: {first[1]}")
+    named = {cell.model for cell in cells if cell.is_base}
+    whole = [*(base for base in bases(trained(cells)) if base.model not in named), *cells]
+    tables, claims = tables_of(whole), claims_of(whole)
+    found = StudyResult(directory, whole, tables, claims, failures, mlflow)
+    write_tables(directory.tables, [*tables, claim_table(claims)])
+    directory.write(found.as_json())
+    own = trained(whole)
+    axes = {"Models": "model", "Data": "data", "Losses": "loss", "Seeds": "seed"}
+    facts = {label: ", ".join(dict.fromkeys(str(getattr(cell, axis)) for cell in own)) for label, axis in axes.items()}
+    notes = [f"the cell {name} failed and is left out: {error}" for name, error in failures.items()]
+    write_study_report(
+        directory.report,
+        directory.pictures,
+        {
+            "name": directory.path.name,
+            "facts": facts,
+            "cells": whole,
+            "tables": tables,
+            "claims": claims,
+            "notes": notes,
+        },
+    )
+    return found

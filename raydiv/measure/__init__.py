@@ -1,1 +1,0 @@
-"""Measuring models: separation of prompts in their hidden states, and what they answer."""

@@ -1,0 +1,116 @@
+"""What a model is asked before it is used: that the head gives its log-probs, and that it keeps packed examples apart.
+
+Both compare a forward of a few tokens with the plain way, on the very model in the very engine: an architecture that does more
+than is known of it is refused, or served the plain way, rather than trained wrongly.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raydiv.model.collate import Inputs, collate
+from raydiv.model.head import LogProbHead
+from raydiv.model.packing import Packing, packing_of
+from raydiv.utils import distributed as dist
+from raydiv.utils.cache import cache_dir, code, digest, kept
+from raydiv.utils.errors import UserError
+
+EXAMPLES = (([3, 4, 5, 6], [7, 8, 9, 10]), ([11], [12, 13]), ([14, 15, 16], [3, 17, 4, 18, 5, 19, 6, 20, 7]))
+"""(prompt ids, response ids) that every vocabulary has."""
+
+
+class Probe:
+    """Forwards of ``head``'s model as ``forward`` (the model itself, or its engine) makes them, in evaluation mode.
+
+    They are few, and what was found is kept on disk: under ZeRO-3 a model's first forwards take seconds.
+    """
+
+    def __init__(self, head: LogProbHead, model: Any, forward: Callable[..., Any], device: torch.device) -> None:
+        self._head, self._model, self._forward, self._device = head, model, forward, device
+
+    def require_known_logits(self) -> None:
+        """Raises UserError for an architecture that does more to its logits than LogitRule knows."""
+        with self._evaluating():
+            self._require(self._expected())
+
+    def packing(self, longest: int) -> tuple[Packing, str]:
+        """How the model takes examples of up to ``longest`` tokens, and why not packed where it is not.
+
+        Raises UserError as ``require_known_logits`` does.
+        """
+        note = self._note(longest)
+        if note is None:
+            return self._packing(longest)
+        if dist.max_over_ranks(float(not note.exists())):  # all ranks must make the same forwards
+            found = self._packing(longest)
+            kept(note, lambda: json.dumps(found))
+        packing, why = json.loads(note.read_text())
+        return packing, why
+
+    def _note(self, longest: int) -> Path | None:
+        """Where what was found of a model like this one is kept; None where its code comes with it and may change."""
+        config = self._model.config.to_dict()
+        if config.get("auto_map"):
+            return None
+        used = (config, self._model.config.get_text_config()._attn_implementation, longest)
+        way = (type(self._model).__name__, str(next(self._model.parameters()).dtype), self._device.type)
+        return cache_dir("probes") / digest(used, way, code("model"))
+
+    def _packing(self, longest: int) -> tuple[Packing, str]:
+        packing, why = packing_of(self._model, longest)
+        with self._evaluating():
+            expected = self._expected()
+            if packing != "none":
+                packed = self._scores(collate(EXAMPLES, packing))
+                if self._close(packed, expected):
+                    return packing, ""
+                why = f"packed log-probs differ by up to {_farthest(packed, expected)}"
+            self._require(expected)
+        return "none", why
+
+    def _expected(self) -> Tensor:
+        """Log-probs of the examples by the model's own logits."""
+        inputs = collate(EXAMPLES).to(self._device)
+        self._head.remove()
+        logits = self._forward(**inputs.arguments()).logits
+        self._head.install()
+        return logits[inputs.rows, inputs.columns].float().log_softmax(-1).gather(1, inputs.targets[:, None]).squeeze(1)  # type: ignore[no-any-return]
+
+    def _require(self, expected: Tensor) -> None:
+        found = self._scores(collate(EXAMPLES))
+        if not self._close(found, expected):
+            kind = type(self._model.config.get_text_config()).__name__.removesuffix("Config")
+            raise UserError(
+                f"model.id: {kind} models treat their logits in a way that raydiv does not know (log-probs differ by up to "
+                f"{_farthest(found, expected)})"
+            )
+
+    def _scores(self, inputs: Inputs) -> Tensor:
+        inputs = inputs.to(self._device)
+        self._head.aim(inputs.rows, inputs.columns, inputs.targets)
+        return self._forward(**inputs.arguments()).logits  # type: ignore[no-any-return]
+
+    def _close(self, found: Tensor, expected: Tensor) -> bool:
+        half = next(self._model.parameters()).dtype != torch.float32
+        return torch.allclose(found, expected, rtol=1e-3, atol=0.25 if half else 1e-3)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        training = self._model.training
+        self._model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._model.train(training)
+
+
+def _farthest(found: Tensor, expected: Tensor) -> str:
+    return f"{float((found - expected).abs().max()):.2g}"

@@ -1,0 +1,39 @@
+"""What is said while Ray Train waits for nodes, and itself says nothing."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from raydiv.config.cluster import Cluster
+from raydiv.runs.directory import RunDirectory
+from raydiv.runtime.resources import lack_of_workers
+
+EVERY_S = 30.0
+"""Seconds between looks, and that workers say nothing when they are gone."""
+
+
+@contextmanager
+def waiting_is_said(run: RunDirectory, cluster: Cluster, say: Callable[[str], None]) -> Iterator[None]:
+    """While the block runs, say it when workers are gone and the cluster has no room for others; needs a Ray session."""
+    over = threading.Event()
+
+    def look() -> None:
+        waits = False
+        while not over.wait(EVERY_S):
+            silent = run.since_beat()
+            lack = lack_of_workers(cluster) if silent > EVERY_S else None
+            if lack is not None and not waits:
+                gone = "the workers are gone" if math.isfinite(silent) else "no worker has begun"
+                say(f"{gone}, and training waits for nodes: {lack}")
+            waits = lack is not None
+
+    thread = threading.Thread(target=look, daemon=True, name="waiting")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

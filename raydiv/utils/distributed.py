@@ -1,0 +1,73 @@
+"""The only collectives of the project. Without a process group each is the identity.
+
+DeepSpeed's own gathers and reductions happen inside ``raydiv.training.engine``; nothing else talks between ranks.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+TRIED_BYTES, TRIES = 8 * 2**20, 3
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Elementwise sum over ranks, in place. Exact where every element is zero on all ranks but one."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def max_over_ranks(value: float) -> float:
+    """The largest of the ranks' values."""
+    return max(gathered(value))
+
+
+def gathered(value: T) -> list[T]:
+    """Every rank's value, which can be pickled, by rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(value: T) -> T:
+    """Rank 0's value, on every rank."""
+    if world_size() == 1:
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes of a tensor that an all-reduce of all ranks takes in a second, of a few tries the best; 0 without other ranks."""
+    if world_size() == 1:
+        return 0.0
+    tensor, seconds = torch.ones(TRIED_BYTES // 4, device=device), []
+    for _ in range(TRIES):
+        started = time.perf_counter()
+        dist.all_reduce(tensor)
+        float(tensor[0])  # a GPU answers when it is done
+        seconds.append(time.perf_counter() - started)
+    return TRIED_BYTES / min(seconds)
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
