@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from raydiv.commands.bench.training import bench_training
     from raydiv.commands.data_build import build_data
     from raydiv.commands.data_check import check_data
+    from raydiv.commands.evaluate import evaluate
+    from raydiv.commands.export import export
     from raydiv.commands.plan.forecast import Plan, plan
     from raydiv.commands.prepare import Prepared, prepare
+    from raydiv.commands.separation import separation
     from raydiv.commands.status import status
     from raydiv.commands.train import Result, train
     from raydiv.config import Recipe, load_recipe
-    from raydiv.evaluation.answers import evaluate
-    from raydiv.evaluation.separation.measure import separation
     from raydiv.experiments.study.study import StudyResult, study
     from raydiv.experiments.sweep.sweep import SweepResult, sweep
-    from raydiv.model.export import export
     from raydiv.utils.errors import UserError
 
 _WHERE = {
@@ -39,14 +39,14 @@ _WHERE = {
     "build_data": "raydiv.commands.data_build",
     "check_data": "raydiv.commands.data_check",
     "train": "raydiv.commands.train",
-    "evaluate": "raydiv.evaluation.answers",
-    "separation": "raydiv.evaluation.separation.measure",
+    "evaluate": "raydiv.commands.evaluate",
+    "separation": "raydiv.commands.separation",
     "StudyResult": "raydiv.experiments.study.study",
     "status": "raydiv.commands.status",
     "study": "raydiv.experiments.study.study",
     "SweepResult": "raydiv.experiments.sweep.sweep",
     "sweep": "raydiv.experiments.sweep.sweep",
-    "export": "raydiv.model.export",
+    "export": "raydiv.commands.export",
     "bench_data": "raydiv.commands.bench.data",
     "bench_training": "raydiv.commands.bench.training",
 }

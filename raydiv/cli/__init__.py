@@ -235,7 +235,7 @@ def _prepare(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from raydiv.model.export import export
+    from raydiv.commands.export import export
 
     directory = export(options.run, options.destination, options.adapter)
     print_report(options, {"model": str(directory)}, lambda: print(directory))

@@ -113,8 +113,8 @@ def _measured(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _separation(options: argparse.Namespace) -> int:
+    from raydiv.commands.separation import separation
     from raydiv.config.recipe import Separation
-    from raydiv.evaluation.separation.measure import separation
 
     how = _section(
         Separation,
@@ -163,8 +163,8 @@ def _section(section: type[S], **values: Any) -> S:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from raydiv.commands.evaluate import evaluate
     from raydiv.config.evaluate import Evaluate
-    from raydiv.evaluation.answers import evaluate
 
     if options.show_text and not options.output:
         raise UserError("--show-text: say where to write the answers, with --output FOLDER")

@@ -3,48 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from raydiv.config import Recipe
 from raydiv.config.source import Source
-from raydiv.data.index import Index, OpenSource, RowNotes
-from raydiv.data.overlap import Match, PromptMatcher, plain
-from raydiv.data.prompt_sets import Prompt, PromptSets
+from raydiv.data.index import Index, OpenSource
+from raydiv.data.overlap import EvaluationPrompts, Overlap, overlaps_of
+from raydiv.data.prompt_sets import PromptSets
 from raydiv.data.sources import read_examples
 from raydiv.data.splits import broken_pairs
-from raydiv.data.tokenize import bundle_makers, tokenize
+from raydiv.data.tokenize import tokenize
 from raydiv.data.tokens import KEY
 from raydiv.model.chat import Chat, Messages
 from raydiv.model.resolve import model_directory
 from raydiv.runs.progress import Display
-from raydiv.runtime.actor_pool import stream_through
 from raydiv.runtime.session import ray_session
 
 HISTOGRAM = 12
 """Bins of the token-length histogram."""
-
-
-@dataclass(frozen=True, slots=True)
-class Overlap:
-    """Prompts of an evaluation set that a checked source has: ``where[i]`` of the set is like ``there[i]`` of the source."""
-
-    name: str
-    prompts: int
-    where: list[str]
-    there: list[str]
-    same: list[bool]
-
-    def as_json(self) -> dict[str, Any]:
-        found = [
-            {"prompt": where, "found": there, "same": same}
-            for where, there, same in zip(self.where, self.there, self.same, strict=True)
-        ]
-        return {"prompts": self.prompts, "same": sum(self.same), "near": len(found) - sum(self.same), "found": found}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,22 +58,9 @@ def check_data(
         reports = []
         for index in indices:
             with display.phase("overlap with evaluation prompts"):
-                overlaps = list(_overlaps(index.opened, evaluated, recipe))
+                overlaps = list(overlaps_of(index.opened, evaluated, recipe))
             reports.append(DataReport(_facts(index, overlaps, recipe)))
     return reports
-
-
-def overlap_with_training(recipe: Recipe, directory: Path, prompts: Mapping[str, Sequence[Prompt]]) -> list[Overlap]:
-    """What prompt sets share with each of the recipe's training sources; needs a Ray session.
-
-    ``directory`` has the recipe's tokenizer. Raises UserError for a source that is not there any more.
-    """
-    chat = Chat(directory, recipe.data.template, recipe.model.trust_remote_code)
-    opened = [OpenSource(source, recipe.data, recipe.batch, chat) for source in recipe.data.train]
-    evaluated = [
-        _EvaluationPrompts.of(name, [(prompt.text, prompt.id) for prompt in own]) for name, own in prompts.items()
-    ]
-    return [overlap for one in opened for overlap in _overlaps(one, evaluated, recipe)]
 
 
 def _facts(index: Index, overlaps: Sequence[Overlap], recipe: Recipe) -> dict[str, Any]:
@@ -197,50 +164,11 @@ def _spread(lengths: np.ndarray) -> dict[str, Any]:
     return {"examples": len(lengths), **quantiles, "histogram": bins}
 
 
-@dataclass(frozen=True, slots=True)
-class _EvaluationPrompts:
-    """The different prompts of an evaluation set, as ``plain`` gives them, and where each stands."""
-
-    name: str
-    texts: list[str]
-    where: list[str]
-
-    @classmethod
-    def of(cls, name: str, prompts: Iterable[tuple[str | Messages, str]]) -> _EvaluationPrompts:
-        """From prompts and where they stand, the first of those that are alike."""
-        where: dict[str, str] = {}
-        for prompt, place in prompts:
-            where.setdefault(plain(prompt), place)
-        return cls(name, list(where), list(where.values()))
-
-
-def _evaluation_prompts(recipe: Recipe) -> list[_EvaluationPrompts]:
+def _evaluation_prompts(recipe: Recipe) -> list[EvaluationPrompts]:
     found: dict[str, list[tuple[str | Messages, str]]] = {}
     for source in recipe.data.eval_sources:
         examples = read_examples(source, recipe.data.columns)
         found.setdefault(source.path, []).extend((example.prompt, example.source) for example in examples)
     for name, prompts in PromptSets.of(recipe).by_name(recipe).items():
         found.setdefault(name, []).extend((prompt.text, prompt.id) for prompt in prompts)
-    return [_EvaluationPrompts.of(name, own) for name, own in found.items()]
-
-
-def _overlaps(opened: OpenSource, evaluated: Sequence[_EvaluationPrompts], recipe: Recipe) -> Iterator[Overlap]:
-    """Each evaluation set against the source, in one pass through it."""
-    texts = list(dict.fromkeys(text for prompts in evaluated for text in prompts.texts))
-    best: dict[str, Match] = {}
-    if texts:
-        arguments = {"texts": texts, "readings": [opened.reading]}
-        makers = bundle_makers([opened])
-        for matches in stream_through(makers, PromptMatcher, arguments, cluster=recipe.cluster, model=False):
-            for match in matches:
-                if texts[match.number] not in best or (match.same and not best[texts[match.number]].same):
-                    best[texts[match.number]] = match
-    for prompts in evaluated:
-        where, found = [], []
-        for text, place in zip(prompts.texts, prompts.where, strict=True):
-            if text in best:
-                where.append(place)
-                found.append(best[text])
-        places = RowNotes.found(opened.files, [(match.file, match.position, "") for match in found]).places
-        there = [f"{file}:{line}" for file, line in places]
-        yield Overlap(prompts.name, len(prompts.texts), where, there, [match.same for match in found])
+    return [EvaluationPrompts.of(name, own) for name, own in found.items()]

@@ -180,7 +180,7 @@ def _fit(
             if "loss" in record:
                 update(int(record["step"]), prepared.steps(recipe), step_note(record))
 
-        waiting = waiting_is_said(run, recipe.cluster, display.say)
+        waiting = waiting_is_said(run.since_beat, recipe.cluster, display.say)
         with run.followed(show), run.heard(display.say, opened.where), waiting, at_sigterm(stop):
             _report_failure(trainer.fit, run, recipe.cluster.timeout_s)
     if run.stage().ended is None:

@@ -18,6 +18,9 @@ from pydantic import (
 from raydiv.config.section import Section
 from raydiv.utils.secrets import INSTEAD, has_password
 
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+"""Kinds of files that sources are made of; ``raydiv.data.sources`` has a reader for each."""
+
 
 class Source(Section):
     """One source of examples, where its place alone does not say enough."""

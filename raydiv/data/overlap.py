@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from raydiv.config import Recipe
 from raydiv.data.formats import BadRow, Reading
+from raydiv.data.index import OpenSource, RowNotes
+from raydiv.data.prompt_sets import Prompt
 from raydiv.data.sources import parse
-from raydiv.model.chat import Messages
+from raydiv.data.tokenize import bundle_makers
+from raydiv.model.chat import Chat, Messages
+from raydiv.runtime.actor_pool import stream_through
 
 SHARED_RUNS = 0.5
 """Share of the shorter prompt's three-word runs that make two prompts near."""
@@ -86,3 +92,73 @@ class PromptMatcher:
             least = np.minimum(*sizes) if vectorizer is self._runs else sizes[0] + sizes[1] - both
             near |= both >= np.maximum(share * least, 1)
         return near
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """Prompts of an evaluation set that a checked source has: ``where[i]`` of the set is like ``there[i]`` of the source."""
+
+    name: str
+    prompts: int
+    where: list[str]
+    there: list[str]
+    same: list[bool]
+
+    def as_json(self) -> dict[str, Any]:
+        found = [
+            {"prompt": where, "found": there, "same": same}
+            for where, there, same in zip(self.where, self.there, self.same, strict=True)
+        ]
+        return {"prompts": self.prompts, "same": sum(self.same), "near": len(found) - sum(self.same), "found": found}
+
+
+def overlap_with_training(recipe: Recipe, directory: Path, prompts: Mapping[str, Sequence[Prompt]]) -> list[Overlap]:
+    """What prompt sets share with each of the recipe's training sources; needs a Ray session.
+
+    ``directory`` has the recipe's tokenizer. Raises UserError for a source that is not there any more.
+    """
+    chat = Chat(directory, recipe.data.template, recipe.model.trust_remote_code)
+    opened = [OpenSource(source, recipe.data, recipe.batch, chat) for source in recipe.data.train]
+    evaluated = [
+        EvaluationPrompts.of(name, [(prompt.text, prompt.id) for prompt in own]) for name, own in prompts.items()
+    ]
+    return [overlap for one in opened for overlap in overlaps_of(one, evaluated, recipe)]
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationPrompts:
+    """The different prompts of an evaluation set, as ``plain`` gives them, and where each stands."""
+
+    name: str
+    texts: list[str]
+    where: list[str]
+
+    @classmethod
+    def of(cls, name: str, prompts: Iterable[tuple[str | Messages, str]]) -> EvaluationPrompts:
+        """From prompts and where they stand, the first of those that are alike."""
+        where: dict[str, str] = {}
+        for prompt, place in prompts:
+            where.setdefault(plain(prompt), place)
+        return cls(name, list(where), list(where.values()))
+
+
+def overlaps_of(opened: OpenSource, evaluated: Sequence[EvaluationPrompts], recipe: Recipe) -> Iterator[Overlap]:
+    """Each evaluation set against the source, in one pass through it."""
+    texts = list(dict.fromkeys(text for prompts in evaluated for text in prompts.texts))
+    best: dict[str, Match] = {}
+    if texts:
+        arguments = {"texts": texts, "readings": [opened.reading]}
+        makers = bundle_makers([opened])
+        for matches in stream_through(makers, PromptMatcher, arguments, cluster=recipe.cluster, model=False):
+            for match in matches:
+                if texts[match.number] not in best or (match.same and not best[texts[match.number]].same):
+                    best[texts[match.number]] = match
+    for prompts in evaluated:
+        where, found = [], []
+        for text, place in zip(prompts.texts, prompts.where, strict=True):
+            if text in best:
+                where.append(place)
+                found.append(best[text])
+        places = RowNotes.found(opened.files, [(match.file, match.position, "") for match in found]).places
+        there = [f"{file}:{line}" for file, line in places]
+        yield Overlap(prompts.name, len(prompts.texts), where, there, [match.same for match in found])

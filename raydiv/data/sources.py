@@ -16,8 +16,9 @@ from pyarrow import fs
 
 from raydiv.config.source import Source
 from raydiv.data.bundled import bundled_file
-from raydiv.data.bundled.w1 import W1, w1_pairs
+from raydiv.data.bundled.w1 import w1_pairs
 from raydiv.data.formats import AS_IT_IS, BadRow, Cells, Example, Reading, Record, brief
+from raydiv.model.w1 import W1
 from raydiv.utils.cache import digest, file_digest, shared_dir
 from raydiv.utils.errors import UserError
 from raydiv.utils.storage import Folder, file_system, open_input, sha256_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from raydiv.commands.data_check import overlap_with_training
+from raydiv.data.overlap import overlap_with_training
 from raydiv.data.prompt_sets import Prompt
 from raydiv.runs.directory import RunDirectory
 from raydiv.runs.progress import Display

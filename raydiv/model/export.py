@@ -11,9 +11,7 @@ from typing import Any
 from raydiv.config import Recipe
 from raydiv.model.chat import Chat
 from raydiv.model.load import ModelSource
-from raydiv.runs.directory import RunDirectory
-from raydiv.utils.errors import UserError
-from raydiv.utils.storage import atomic, require_empty
+from raydiv.utils.storage import atomic
 
 PROBED, TOLERANCE = 32, 1e-3
 """Tokens by which a merged model is compared, and how far its logits may be from what was merged."""
@@ -43,38 +41,17 @@ def write_model(
         check(temporary)
 
 
-def export(run: Path, destination: Path, adapter: bool = False) -> Path:
-    """The trained model of a run directory as a plain Hugging Face directory; under LoRA merged, or the ``adapter`` alone.
+def write_merged(recipe: Recipe, adapters: Path, directory: Path) -> None:
+    """Merge the adapters of ``adapters`` into their base and write the whole model to ``directory``.
 
-    A merged one is read anew and compared with what was merged. Raises UserError when ``run`` holds no trained model,
-    ``destination`` is not empty, or there is no adapter; RuntimeError when what was written is another model: it is not left.
+    What was written is loaded again and compared. Raises RuntimeError where its logits are not those of the merged model.
     """
-    source = RunDirectory(run)
-    if not source.holds_a_run or not source.model.is_dir():
-        raise UserError(f"{run}: no trained model in it (a run directory has recipe.yaml and model/)")
-    require_empty(destination)
-    lora = (source.model / "adapter_config.json").is_file()
-    if adapter and not lora:
-        raise UserError(f"{run}: has no adapter: it was a full fine-tune; leave out --adapter")
-    if destination.exists():
-        destination.rmdir()
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(destination) as temporary:
-        if adapter or not lora:
-            shutil.copytree(source.model, temporary)
-        else:
-            _write_merged(source, temporary)
-    return destination
-
-
-def _write_merged(run: RunDirectory, directory: Path) -> None:
-    recipe = run.read_recipe()
-    whole = replace(ModelSource.of(recipe, run.model), precision="fp32", quantization=None)
+    whole = replace(ModelSource.of(recipe, adapters), precision="fp32", quantization=None)
     model = whole.load()
     merged = _logits(model)
     model.save_pretrained(directory)
     del model  # there may be no room for two
-    _finish(directory, run.model, recipe, adapter=False)
+    _finish(directory, adapters, recipe, adapter=False)
     apart = float((_logits(replace(whole, directory=directory).load()) - merged).abs().max())
     if not apart <= TOLERANCE:  # nor where it is nan
         raise RuntimeError(

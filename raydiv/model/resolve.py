@@ -8,7 +8,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from raydiv.data.bundled.w1 import W1, w1_model
+from raydiv.model.w1 import W1, w1_model
 from raydiv.utils.cache import cache_dir, digest, file_digest
 from raydiv.utils.errors import UserError
 from raydiv.utils.storage import atomic

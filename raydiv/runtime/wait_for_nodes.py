@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from raydiv.config.cluster import Cluster
-from raydiv.runs.directory import RunDirectory
 from raydiv.runtime.resources import lack_of_workers
 
 EVERY_S = 30.0
@@ -16,14 +15,17 @@ EVERY_S = 30.0
 
 
 @contextmanager
-def waiting_is_said(run: RunDirectory, cluster: Cluster, say: Callable[[str], None]) -> Iterator[None]:
-    """While the block runs, say it when workers are gone and the cluster has no room for others; needs a Ray session."""
+def waiting_is_said(silence: Callable[[], float], cluster: Cluster, say: Callable[[str], None]) -> Iterator[None]:
+    """While the block runs, say when workers are gone and the cluster has no room for others; needs a Ray session.
+
+    ``silence`` returns the seconds since any worker's last heartbeat, infinity before the first.
+    """
     over = threading.Event()
 
     def look() -> None:
         waits = False
         while not over.wait(EVERY_S):
-            silent = run.since_beat()
+            silent = silence()
             lack = lack_of_workers(cluster) if silent > EVERY_S else None
             if lack is not None and not waits:
                 gone = "the workers are gone" if math.isfinite(silent) else "no worker has begun"

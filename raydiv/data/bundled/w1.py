@@ -1,6 +1,6 @@
-"""W1, the workload that ``raydiv bench`` is read on: a small random model and random pairs of compliance-refusal lengths.
+"""The pairs of W1, the workload that ``raydiv bench`` is read on: random words with compliance-refusal lengths.
 
-Made at first use, the same everywhere, and kept in the cache. A recipe names both as ``bundled:w1``.
+Built at first use, the same everywhere, and kept in the cache. A recipe names model and pairs as ``bundled:w1``.
 """
 
 from __future__ import annotations
@@ -9,44 +9,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from raydiv.model.w1 import MODEL, SPECIAL, word
 from raydiv.utils.cache import cache_dir, digest
 from raydiv.utils.storage import atomic
-
-W1 = "bundled:w1"
-
-SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>")
-"""The first tokens of the vocabulary; the others are words, each one token."""
-
-MODEL: dict[str, Any] = {
-    "vocab_size": 65_024,
-    "hidden_size": 256,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 1024,
-    "tie_word_embeddings": False,
-    **{f"{name}_token_id": number for number, name in enumerate(("pad", "bos", "eos"))},
-}
-
-TEMPLATE = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|> ' + m['content'] + ' ' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
 
 PAIRS = 256
 PROMPT_WORDS, REFUSAL_WORDS = (6, 20), (8, 15)
 ANSWER_MEDIAN, ANSWER_SPREAD, ANSWER_MOST = 130, 0.6, 400
 """Words of an answer: log-normal, with this spread of the logarithm, and cut."""
-
-
-def w1_model() -> Path:
-    """The directory of the model and its tokenizer."""
-    target = cache_dir("models") / f"w1-{digest(MODEL, SPECIAL, TEMPLATE)[:8]}"
-    if not target.is_dir():
-        with atomic(target) as folder:
-            _random_model(folder)
-            _word_tokenizer(folder)
-    return target
 
 
 def w1_pairs() -> Path:
@@ -65,7 +35,7 @@ def _random_pairs() -> list[dict[str, Any]]:
     draw = np.random.default_rng(0)
 
     def text(words: int) -> str:
-        return " ".join(_word(number) for number in draw.integers(len(SPECIAL), MODEL["vocab_size"], words).tolist())
+        return " ".join(word(number) for number in draw.integers(len(SPECIAL), MODEL["vocab_size"], words).tolist())
 
     def between(least: int, most: int) -> int:
         return int(draw.integers(least, most + 1))
@@ -78,38 +48,3 @@ def _random_pairs() -> list[dict[str, Any]]:
         chosen, rejected = (refusal, answer) if harmful else (answer, refusal)
         rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "harmful": harmful})
     return rows
-
-
-def _word(number: int) -> str:
-    return f"w{number}"
-
-
-def _random_model(folder: Path) -> None:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        LlamaForCausalLM(LlamaConfig(**MODEL)).save_pretrained(folder)
-
-
-def _word_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    pad, bos, eos, unknown, *roles = SPECIAL
-    words = [*SPECIAL, *(_word(number) for number in range(len(SPECIAL), MODEL["vocab_size"]))]
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=unknown))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=pad,
-        bos_token=bos,
-        eos_token=eos,
-        unk_token=unknown,
-        additional_special_tokens=roles,
-    )
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(folder)

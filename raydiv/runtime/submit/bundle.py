@@ -22,7 +22,7 @@ import yaml
 from raydiv.config import Recipe, load_recipe
 from raydiv.config.evaluate import JUDGES
 from raydiv.config.load import merged
-from raydiv.data.sources import KINDS
+from raydiv.config.source import SUFFIXES
 from raydiv.utils.dotted import leaves
 from raydiv.utils.errors import UserError
 
@@ -220,7 +220,7 @@ def _here(value: str) -> list[str]:
     except OSError:  # a text, such as a template, is no name
         return []
     found = sorted(glob.glob(value, recursive=True)) if glob.has_magic(value) else []
-    return [path for path in found if Path(path).suffix in KINDS and Path(path).is_file()]
+    return [path for path in found if Path(path).suffix in SUFFIXES and Path(path).is_file()]
 
 
 def _put(value: str, where: str, folder: Path) -> list[str]:
