@@ -1,0 +1,198 @@
+"""A checkpoint of any layout is taken up by any other: ZeRO stages, numbers of workers, adapters, precisions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.ranks import run_on_ranks
+from raydiv.config import Recipe, load_recipe
+from raydiv.training.checkpoint.manifest import Checkpoints, Manifest
+from raydiv.training.checkpoint.shards import Shards, write_shard
+from raydiv.training.zero_state import KINDS, Piece
+from raydiv.utils import distributed as dist
+from raydiv.utils.storage import Folder
+
+LR = 1e-2
+BEFORE, AFTER = 3, 2
+"""Updates before the checkpoint, and after it."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    stage: int
+    lora: bool = False
+    precision: str = "fp32"
+    engine: dict[str, Any] = field(default_factory=dict)
+    persistent: int = 0
+
+    def recipe(self, model: Path) -> Recipe:
+        return load_recipe(
+            {
+                "model": {"id": str(model), **({"lora": {"r": 3}} if self.lora else {})},
+                "loss": {"type": "dpo"},
+                "optim": {"steps": 9, "lr": LR, "weight_decay": 0.1},
+                "engine": {"zero_stage": self.stage, "precision": self.precision, **self.engine},
+            }
+        )
+
+    @property
+    def name(self) -> str:
+        return repr((self.lora, self.precision)).replace("/", " ")
+
+
+CPU = {"offload_optimizer": "cpu"}
+WHOLE = [
+    Layout(0),
+    Layout(1),
+    Layout(2),
+    Layout(2, engine=CPU),
+    Layout(3),
+    Layout(3, persistent=10**6),
+    Layout(3, engine=CPU),
+]
+ADAPTERS = [Layout(0, lora=True), Layout(3, lora=True)]
+HALF = [Layout(1, precision="bf16"), Layout(2, precision="bf16"), Layout(3, precision="bf16")]
+LAYOUTS = WHOLE + ADAPTERS + HALF
+
+
+def built(layout: Layout, model: Path) -> Any:
+    import raydiv.training.engine as module
+    from raydiv.model.load import DTYPES, build_policy
+
+    module.PERSISTENT_ELEMENTS = layout.persistent
+    recipe = layout.recipe(model)
+    torch.manual_seed(0 if layout.lora else 1)
+    return module.Engine(recipe, lambda: build_policy(model, recipe.model, DTYPES[recipe.engine.precision]))
+
+
+def update(engine: Any, number: int) -> float:
+    """An update on the same tokens on every rank."""
+    torch.manual_seed(number)
+    ids = torch.randint(6, 300, (2, 24))
+    logits = engine(input_ids=ids).logits.float()
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    engine.backward(loss / dist.world_size(), last=True)
+    engine.update(LR / (number + 1))
+    return float(loss)
+
+
+def kept(engine: Any, folder: Folder, step: int) -> Manifest:
+    """Write the engine's state as a checkpoint; all ranks."""
+    checkpoints = Checkpoints(folder)
+    shard = write_shard(checkpoints.at(step), dist.rank(), engine.snapshot())
+    manifest = Manifest(step, engine.updates, dist.world_size(), {}, {}, None, dist.gathered(shard))
+    if dist.rank() == 0:
+        checkpoints.commit(manifest)
+    dist.barrier()
+    return manifest
+
+
+def whole_state(folder: Folder, step: int) -> dict[str, np.ndarray]:
+    """Every parameter and moment of a checkpoint, whole."""
+    manifest = Checkpoints(folder).manifest(step)
+    sizes: dict[str, int] = {}
+    for shard in manifest.shards:
+        for name, (_, stop) in shard.pieces.items():
+            sizes[name] = max(stop, sizes.get(name, 0))
+    with Shards(Checkpoints(folder).at(step), manifest.shards) as shards:
+        return {
+            f"{kind} of {name}": shards.read(Piece(name, 0, size, size), kind).numpy()
+            for name, size in sizes.items()
+            for kind in KINDS
+        }
+
+
+def begin(model: Path, layouts: Sequence[Layout], root: Path) -> list[dict[str, np.ndarray]]:
+    """Train under each layout, keep the state half-way, and return the weights at the end; runs on every rank."""
+    ends = []
+    for number, layout in enumerate(layouts):
+        engine = built(layout, model)
+        for step in range(BEFORE):
+            update(engine, step)
+        kept(engine, Folder(str(root / str(number))), BEFORE)
+        ends.append(end_of(engine))
+    return ends
+
+
+def end_of(engine: Any) -> dict[str, np.ndarray]:
+    for step in range(BEFORE, BEFORE + AFTER):
+        update(engine, step)
+    weights = {name: weight.float().numpy() for name, weight in engine.weights(trainable_only=True)}
+    engine.close()
+    return weights
+
+
+def go_on(model: Path, pairs: Sequence[tuple[Layout, Path]], root: Path) -> list[dict[str, np.ndarray]]:
+    """Take each checkpoint up under a layout, keep it again as it was taken up, and return the weights at the end."""
+    ends = []
+    for number, (layout, source) in enumerate(pairs):
+        engine = built(layout, model)
+        manifest = Checkpoints(Folder(str(source))).manifest(BEFORE)
+        with Shards(Checkpoints(Folder(str(source))).at(BEFORE), manifest.shards) as shards:
+            engine.restore(shards.read, manifest.updates)
+        assert engine.updates == BEFORE
+        kept(engine, Folder(str(root / str(number))), BEFORE)
+        ends.append(end_of(engine))
+    return ends
+
+
+def alike(one: Layout, other: Layout) -> bool:
+    return (one.lora, one.precision) == (other.lora, other.precision)
+
+
+@pytest.mark.long
+def test_any_layout_goes_on_from_any_other(tiny_model: Path, tmp_path: Path) -> None:
+    first = {
+        ranks: run_on_ranks(begin, ranks, tmp_path / f"began{ranks}", tiny_model, LAYOUTS, tmp_path / f"kept{ranks}")
+        for ranks in (1, 2, 3)
+    }
+    # each checkpoint under its own layout, and under the next of its kind on another number of ranks
+    for ranks, others in ((2, (2, 1, 3)), (1, (2,)), (4, (2,))):
+        for before in others:
+            pairs, expected, same = [], [], []
+            for number, layout in enumerate(LAYOUTS):
+                source = tmp_path / f"kept{before}" / str(number)
+                if before == ranks:
+                    pairs.append((layout, source))
+                else:
+                    kin = [other for other in LAYOUTS if alike(layout, other)]
+                    pairs.append((kin[(kin.index(layout) + 1) % len(kin)], source))
+                same.append(before == ranks)
+                expected.append(first[before][0][number])
+            again = tmp_path / f"again{before}{ranks}"
+            found = run_on_ranks(go_on, ranks, tmp_path / f"ran{before}{ranks}", tiny_model, pairs, again)
+            for number, (layout, source) in enumerate(pairs):
+                where = (before, ranks, LAYOUTS[number], layout)
+                was, now = (
+                    whole_state(Folder(str(source)), BEFORE),
+                    whole_state(Folder(str(again / str(number))), BEFORE),
+                )
+                assert was.keys() == now.keys(), where
+                assert len(was) > 10, where
+                assert all(np.array_equal(was[name], now[name]) for name in was), where
+                assert any(values.any() for name, values in was.items() if name.startswith("exp_avg_sq")), where
+                for name, weight in expected[number].items():
+                    if same[number]:
+                        assert np.array_equal(found[0][number][name], weight), (*where, name)
+                    else:
+                        tolerance = 3e-2 if layout.precision == "bf16" else 1e-4
+                        error = np.abs(found[0][number][name] - weight).max()
+                        assert error <= tolerance * np.abs(weight).max(), (*where, name, error)
+
+
+@pytest.mark.slow
+def test_adapters_alone_are_kept(tiny_model: Path, tmp_path: Path) -> None:
+    run_on_ranks(begin, 1, tmp_path / "ranks", tiny_model, [Layout(0, lora=True), Layout(0)], tmp_path / "kept")
+    adapters, everything = (
+        sum(file.stat().st_size for file in (tmp_path / "kept" / number).rglob("*.safetensors")) for number in "01"
+    )
+    base = (tiny_model / "model.safetensors").stat().st_size
+    assert adapters < 0.8 * base
+    assert everything > 2.9 * base

@@ -1,0 +1,503 @@
+"""Invariant 1: the update does not depend on the layout, for every objective, through real ZeRO on gloo.
+
+The oracle is a plain PyTorch step: all logits, one autograd graph, no micro-batches, no ranks, no DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.ranks import run_on_ranks
+from raydiv.config import Recipe, load_recipe
+from raydiv.config.loss import TYPES
+from raydiv.data.batching import MicroBatch, micro_batches
+from raydiv.data.tokens import TokenizedExamples
+from raydiv.losses import OBJECTIVES, Batch, State, Term
+from raydiv.model.collate import collate
+from raydiv.model.head import LogProbHead
+from raydiv.model.packing import Packing
+from raydiv.training.coefficients import judge
+from raydiv.training.step import StepExamples, Stepper
+
+LR = 0.5
+LAYOUTS = {"one micro-batch a rank": 100_000, "uneven micro-batches": 70, "one example each": 1}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step: an objective, where its examples land, and which of them there are."""
+
+    loss: dict[str, Any]
+    tokens: int
+    zero_stage: int = 3
+    examples: str = "pairs"
+    lora: bool = False
+    dropout: float = 0.0
+    persistent: int = 0
+    packing: Packing = "none"
+    engine: dict[str, Any] = field(default_factory=dict)
+
+    def recipe(self, model: Path) -> Recipe:
+        return load_recipe(
+            {
+                "model": {"id": str(model), **({"lora": {"r": 4, "dropout": self.dropout}} if self.lora else {})},
+                "loss": self.loss,
+                "optim": {"steps": 1, "lr": LR, "clip": None},
+                "batch": {"tokens_per_microbatch": self.tokens},
+                "engine": {"zero_stage": self.zero_stage, **self.engine},
+            }
+        )
+
+
+def step_examples(kind: str, with_mismatched: bool = False) -> StepExamples:
+    """Aligned responses long and unaligned ones short, so that sorting by length leaves ranks with one class."""
+    generator = np.random.default_rng(7)
+
+    def ids(length: int) -> list[int]:
+        return [int(token) for token in generator.integers(6, 300, length)]
+
+    prompts = [ids(n) for n in (3, 9, 5, 7, 4)]
+    pairs = [(prompt, ids(18 + 3 * n), ids(2 + n)) for n, prompt in enumerate(prompts)]
+    rows = [
+        (prompt, response, good, n)
+        for n, (prompt, *both) in enumerate(pairs)
+        for response, good in zip(both, (True, False), strict=True)
+    ]
+    if kind == "aligned only":
+        rows = [row for row in rows if row[2]]
+    if kind == "unaligned only":
+        rows = [row for row in rows if not row[2]]
+    if kind == "one":
+        rows = rows[:1]
+    if kind == "even pairs":
+        rows = [(prompt, response[:4], good, n) for prompt, response, good, n in rows]
+    examples = TokenizedExamples.from_ids(
+        [(p, r) for p, r, _, _ in rows], [g for _, _, g, _ in rows], [n for *_, n in rows]
+    )
+    others = mismatched(rows) if with_mismatched else TokenizedExamples.from_ids([], [], [])
+    noise = lambda n: torch.tensor(generator.normal(-60, 20, n), dtype=torch.float32)  # noqa: E731
+    # far enough below the policy for kto's z0, the mean mismatched log-ratio, to be above 0
+    return StepExamples(0, examples, others, noise(len(examples)), noise(len(others)) - 80)
+
+
+def mismatched(rows: Sequence[tuple[list[int], list[int], bool, int]]) -> TokenizedExamples:
+    """Each row's prompt with the response of a row of the next prompt, where there is one."""
+    donors = [*rows[2:], *rows[:2]]
+    ids = [(prompt, response) for (prompt, *_), (_, response, *_) in zip(rows, donors, strict=True)]
+    return TokenizedExamples.from_ids(ids, [False] * len(rows), [-1] * len(rows))
+
+
+def running_states(terms: Sequence[Term]) -> list[State]:
+    """States that have moved."""
+    return [dict.fromkeys(objective.state, 0.4) for objective, _, _ in terms]
+
+
+def build(model: str, case: Case) -> Any:
+    """The real engine with plain SGD; runs on every rank."""
+    import raydiv.training.engine as module
+    from raydiv.model.load import build_policy
+
+    # a model this small would otherwise never be partitioned between its uses
+    module.PERSISTENT_ELEMENTS = case.persistent
+    plain = module.deepspeed_config
+    module.deepspeed_config = lambda recipe: (
+        plain(recipe)
+        | {  # AdamW divides near-zero gradients by themselves
+            "optimizer": {"type": "SGD", "params": {"lr": LR}},
+            "zero_allow_untested_optimizer": True,
+        }
+    )
+    recipe = case.recipe(Path(model))
+    try:
+        torch.manual_seed(0)
+        return module.Engine(recipe, lambda: build_policy(Path(model), recipe.model, torch.float32))
+    finally:
+        module.deepspeed_config = plain
+
+
+def stepper_of(engine: Any, head: LogProbHead, model: str, case: Case) -> Stepper:
+    terms = case.recipe(Path(model)).loss.terms
+    return Stepper(engine, head, terms, case.tokens, case.packing, states=running_states(terms))
+
+
+def trained_weights(engine: Any) -> dict[str, torch.Tensor]:
+    return dict(engine.weights(trainable_only=True))
+
+
+def put_back(engine: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Undo a step: building an engine anew takes longer than the step."""
+    from deepspeed import zero
+
+    for name, parameter in engine.model.named_parameters():
+        if name in weights:
+            with zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+                if parameter.numel():  # whole on rank 0 alone
+                    parameter.copy_(weights[name])
+    engine._deepspeed.optimizer.refresh_fp32_params()
+
+
+def steps(model: str, cases: list[Case]) -> list[dict[str, Any]]:
+    """Each case's step from the same weights; runs on every rank."""
+    found = []
+    for _, alike in groupby(cases, key=lambda case: (case.zero_stage, case.lora, case.persistent, case.engine)):
+        engine: Any = None
+        for case in alike:
+            if engine is None:
+                engine = build(model, case)
+                head, first = LogProbHead(engine.model), trained_weights(engine)
+            stepper = stepper_of(engine, head, model, case)
+            metrics = stepper.step(step_examples(case.examples, any(term[0].mismatched for term in stepper.terms)), LR)
+            weights = {
+                name.removeprefix("base_model.model."): weight.numpy()
+                for name, weight in trained_weights(engine).items()
+            }
+            found.append(
+                {"metrics": metrics, "weights": weights, "forwards": stepper.forwards, "states": stepper.states}
+            )
+            if case.zero_stage == 3 and not case.engine:
+                put_back(engine, first)
+            else:
+                engine.close()
+                engine = None
+        if engine is not None:
+            engine.close()
+    return found
+
+
+@dataclass(frozen=True)
+class PlainStep:
+    """What the oracle finds: the objective, the gradient's norm, and each trained weight before and after."""
+
+    loss: float
+    grad_norm: float
+    before: dict[str, np.ndarray]
+    after: dict[str, np.ndarray]
+
+
+def plain_step(model_directory: Path, case: Case) -> PlainStep:
+    """The oracle: one forward with whole logits, autograd through the objective, one SGD update."""
+    from raydiv.model.load import build_policy
+
+    recipe = case.recipe(model_directory)
+    chosen = step_examples(case.examples, recipe.loss.mismatched_terms)
+    torch.manual_seed(0)
+    model = build_policy(model_directory, recipe.model, torch.float32)
+
+    def logps(examples: TokenizedExamples) -> torch.Tensor:
+        if not len(examples):
+            return torch.zeros(0)
+        inputs = collate([examples[row] for row in range(len(examples))])
+        logits = model(**inputs.arguments()).logits
+        tokens = logits.log_softmax(-1)[inputs.rows, inputs.columns, inputs.targets]
+        return inputs.per_example(tokens, len(examples))
+
+    batch = Batch(
+        logps(chosen.examples),
+        chosen.reference_logps,
+        torch.from_numpy(chosen.examples.aligned),
+        torch.from_numpy(chosen.examples.response_lengths),
+        torch.from_numpy(chosen.examples.pairs),
+        logps(chosen.mismatched).detach() - chosen.mismatched_reference_logps,
+    )
+    values = [
+        weight * objective.function(batch, state, **options).loss
+        for (objective, weight, options), state in zip(
+            recipe.loss.terms, running_states(recipe.loss.terms), strict=True
+        )
+    ]
+    loss = sum(values)
+    loss.backward()
+    trained = {
+        name.removeprefix("base_model.model."): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    grads = {name: parameter.grad.numpy().copy() for name, parameter in trained.items()}
+    before = {name: parameter.detach().numpy().copy() for name, parameter in trained.items()}
+    after = {name: before[name] - np.float32(LR) * grads[name] for name in trained}
+    return PlainStep(float(loss.detach()), norm(grads), before, after)
+
+
+def norm(tensors: dict[str, np.ndarray]) -> float:
+    return float(np.sqrt(sum((tensor.astype(np.float64) ** 2).sum() for tensor in tensors.values())))
+
+
+ROUNDING = 1e-6
+
+
+def assert_equal(case: Case, found: dict[str, Any], expected: PlainStep) -> None:
+    assert found["metrics"]["loss"] == pytest.approx(expected.loss, rel=ROUNDING, abs=ROUNDING), case
+    assert found["metrics"]["grad_norm"] == pytest.approx(expected.grad_norm, rel=2 * ROUNDING, abs=1e-8), case
+    weights = found["weights"]
+    assert weights.keys() == expected.after.keys()
+    for name, weight in expected.after.items():
+        size = np.abs(weight).max() + np.abs(expected.before[name]).max()  # both were rounded
+        assert np.abs(weights[name] - weight).max() <= ROUNDING * size, (case, name)
+    # the update, which is the gradient: its own rounding, and that of the weights that it was subtracted from
+    error = norm({name: weights[name] - weight for name, weight in expected.after.items()})
+    moved = norm({name: weight - expected.before[name] for name, weight in expected.after.items()})
+    assert error <= ROUNDING * moved + 1e-9 * norm(expected.before), case
+    # without a single pair there is nothing for these to learn from
+    pairless = case.examples in ("aligned only", "one") and OBJECTIVES[case.loss["type"]].data == "paired"
+    assert moved > 0 or pairless, case
+
+
+MIXTURE: dict[str, Any] = {"type": "kldo", "skew": 0.5, "mix": {"sft": {"weight": 0.5}}}
+OBJECTIVE_CASES: list[dict[str, Any]] = [
+    *({"type": name} for name in TYPES),
+    *({"type": "kldo", "skew": 0.5, "estimator": estimator} for estimator in ("ema", "lagged")),
+    {"type": "bco", "delta": "batch"},
+    {"type": "fdo", "divergence": "kl"},
+    MIXTURE,
+    {"type": "dpo", "mix": {"sft": {"weight": 0.2}, "log-ratio-l2": {"weight": 0.001}}},
+]
+
+
+CHECKPOINTED = {"activation_checkpointing": True}
+
+
+def cases_in_every_layout() -> list[Case]:
+    """Every objective in every layout."""
+    padded = [Case(loss, tokens) for loss in OBJECTIVE_CASES for tokens in LAYOUTS.values()]
+    return padded + [Case(loss, tokens, packing="mask") for loss in OBJECTIVE_CASES for tokens in (100_000, 70)]
+
+
+def corner_cases() -> list[Case]:
+    """Stages, adapters, and steps that lack a class or almost everything; once each."""
+    return [
+        *(Case(loss, 70, examples="aligned only") for loss in OBJECTIVE_CASES),
+        *(
+            Case({"type": name}, 70, examples="unaligned only")
+            for name in ("kldo", "bco", "kto", "fdo", "aot-unpaired")
+        ),
+        *(Case(MIXTURE, 70, zero_stage=stage) for stage in (0, 1, 2)),
+        *(Case(MIXTURE, tokens, lora=True) for tokens in (70, 100_000)),
+        *(Case(loss, 30, examples="even pairs") for loss in OBJECTIVE_CASES),
+        Case(MIXTURE, 70, persistent=1_000_000),
+        Case({"type": "kldo"}, 70, examples="one"),
+        *(
+            Case(MIXTURE, 70, zero_stage=stage, packing="mask", engine=options)
+            for stage, options in [
+                (0, CHECKPOINTED),
+                (3, CHECKPOINTED),
+                (1, {"offload_optimizer": "cpu"}),
+                (2, {"offload_optimizer": "cpu"}),
+                (3, {"offload_optimizer": "cpu", "offload_parameters": "cpu", **CHECKPOINTED}),
+                (2, {"deepspeed": {"zero_optimization": {"reduce_bucket_size": 1000}}}),
+            ]
+        ),
+        Case(MIXTURE, 70, zero_stage=2, lora=True, packing="mask", engine=CHECKPOINTED),
+    ]
+
+
+def test_a_rank_without_unaligned_examples_and_an_empty_micro_batch_are_among_the_cases() -> None:
+    chosen = step_examples("pairs").examples
+    by_rank = micro_batches(chosen.lengths, LAYOUTS["one micro-batch a rank"], ranks=2)
+    assert any(all(chosen.aligned[i] for batch in mine for i in batch) for mine in by_rank)
+    sizes = {
+        len(batch) for mine in micro_batches(chosen.lengths, LAYOUTS["uneven micro-batches"], ranks=2) for batch in mine
+    }
+    assert len(sizes) > 1
+    assert [[0]] in micro_batches(step_examples("one").examples.lengths, 70, ranks=2)
+    assert [[]] in micro_batches(step_examples("one").examples.lengths, 70, ranks=2)
+
+
+def test_mismatched_examples_shift_kto() -> None:
+    chosen = step_examples("pairs", with_mismatched=True)
+    assert len(chosen.mismatched) == len(chosen.examples)
+    # a random model gives about log 300 = 5.7 nats a token
+    logps = -5.7 * torch.from_numpy(chosen.mismatched.response_lengths)
+    assert float((logps - chosen.mismatched_reference_logps).mean()) > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.long)])
+def test_update_equals_the_plain_step_in_every_layout(ranks: int, tiny_model: Path, tmp_path: Path) -> None:
+    cases = cases_in_every_layout() + (corner_cases() if ranks == 2 else [])
+    by_rank = run_on_ranks(steps, ranks, tmp_path / "ranks", str(tiny_model), cases)
+    plain: dict[str, PlainStep] = {}
+    for number, case in enumerate(cases):
+        key = repr((case.loss, case.examples, case.lora))
+        plain[key] = plain.get(key) or plain_step(tiny_model, case)
+        for results in by_rank:
+            assert_equal(case, results[number], plain[key])
+            assert results[number]["states"] == by_rank[0][number]["states"]
+
+
+def dealt(kind: str, tokens: int, ranks: int, in_pairs: bool = False) -> list[MicroBatch]:
+    """Micro-batches of rank 0."""
+    examples = step_examples(kind).examples
+    return micro_batches(examples.lengths, tokens, ranks, examples.units if in_pairs else None)[0]
+
+
+@pytest.mark.slow
+def test_a_second_forward_is_paid_only_where_it_must(tiny_model: Path, tmp_path: Path) -> None:
+    """One pass: a single micro-batch, separable objectives, and pairs kept together unless that pads too much."""
+    few, many = LAYOUTS["one micro-batch a rank"], LAYOUTS["uneven micro-batches"]
+    tight = 30
+    free, paired = dealt("even pairs", tight, 2), dealt("even pairs", tight, 2, in_pairs=True)
+    assert len(free) > 1
+    assert len(paired) > 1
+    expected: list[tuple[dict[str, Any], str, int, int]] = [
+        ({"type": "kldo"}, "pairs", few, 1),
+        ({"type": "aot"}, "pairs", few, 1),
+        ({"type": "kldo"}, "pairs", many, 2 * len(dealt("pairs", many, 2))),
+        ({"type": "kldo", "estimator": "lagged"}, "pairs", many, len(dealt("pairs", many, 2))),
+        ({"type": "bco"}, "pairs", many, len(dealt("pairs", many, 2))),
+        ({"type": "bco", "delta": "batch"}, "pairs", many, 2 * len(dealt("pairs", many, 2))),
+        ({"type": "sft"}, "pairs", many, len(dealt("pairs", many, 2))),
+        ({"type": "fdo"}, "pairs", many, len(dealt("pairs", many, 2))),
+        # the mismatched examples are scored besides, without gradient
+        ({"type": "kto"}, "pairs", few, 2),
+        ({"type": "dpo"}, "even pairs", tight, len(paired)),
+        ({"type": "dpo", "mix": {"sft": {"weight": 1}}}, "even pairs", tight, len(paired)),
+        ({"type": "dpo", "mix": {"kldo": {"weight": 1}}}, "even pairs", tight, 2 * len(free)),
+        ({"type": "aot"}, "even pairs", tight, 2 * len(free)),
+        # a long and a short response in one micro-batch would cost more padding than the second forward
+        ({"type": "dpo"}, "pairs", 1, 2 * len(dealt("pairs", 1, 2))),
+    ]
+    cases = [Case(loss, tokens, examples=kind) for loss, kind, tokens, _ in expected]
+    for found in run_on_ranks(steps, 2, tmp_path / "ranks", str(tiny_model), cases):
+        for result, (loss, kind, tokens, forwards) in zip(found, expected, strict=True):
+            assert result["forwards"] == forwards, (loss, kind, tokens)
+
+
+def masked_step(model: str, case: Case) -> list[tuple[float, float]]:
+    """For each micro-batch: sum_i c_i logp_i from score's log-probs, and as push computed it from its own forward."""
+    engine = build(model, case)
+    stepper = stepper_of(engine, LogProbHead(engine.model), model, case)
+    with torch.no_grad():
+        for name, parameter in engine.model.named_parameters():
+            if "lora_B" in name:  # at their initial zeros no mask of an adapter shows
+                parameter.normal_(std=0.5)
+    forward, scored, pushed = Stepper._forward, [], []
+
+    def recorded(
+        self: Stepper, step: int, micro_batch: MicroBatch, inputs: Any, weigh: Any = None, runs: Any = ()
+    ) -> torch.Tensor:
+        output = forward(self, step, micro_batch, inputs, weigh, runs)
+        if weigh is None:
+            scored.append(output.detach())
+        else:
+            pushed.append((weigh(slice(0, len(inputs.targets)), None), output.detach()))
+        return output
+
+    with patch.object(Stepper, "_forward", recorded):
+        stepper.step(step_examples("pairs"), LR)
+    same = [(float((c * logps).sum()), float(out)) for logps, (c, out) in zip(scored, pushed, strict=True)]
+    engine.close()
+    return same
+
+
+@pytest.mark.slow
+def test_score_and_push_see_the_same_dropout_masks(tiny_model: Path, tmp_path: Path) -> None:
+    case = Case({"type": "kldo", "skew": 0.5}, 70, zero_stage=2, lora=True, dropout=0.4)
+    for found in run_on_ranks(masked_step, 2, tmp_path / "ranks", str(tiny_model), case):
+        assert len(found) > 1
+        for scored, pushed in found:
+            assert pushed == pytest.approx(scored, rel=1e-5)
+
+
+def released(model: str, case: Case) -> list[tuple[set[int], set[int]]]:
+    """What is released after each module of a third step, whose order DeepSpeed knows: as it is, and as DeepSpeed has it."""
+    from raydiv.training.engine import LOOK_AHEAD
+
+    engine = build(model, case)
+    stepper = stepper_of(engine, LogProbHead(engine.model), model, case)
+    coordinator, found = engine._deepspeed.optimizer.parameter_offload.param_coordinator, []
+    ours, theirs = getattr(coordinator, LOOK_AHEAD), getattr(type(coordinator), LOOK_AHEAD)
+
+    def both(module: Any, step_id: int) -> set[int]:
+        mine: set[int] = ours(module, step_id)
+        found.append((set(mine), set(theirs(coordinator, module, step_id))))
+        return mine
+
+    for number in range(3):
+        if number == 2:
+            setattr(coordinator, LOOK_AHEAD, both)
+        stepper.step(step_examples("pairs"), 1e-3)
+    engine.close()
+    return found
+
+
+@pytest.mark.slow
+def test_what_is_released_is_what_deepspeed_would_release(tiny_model: Path, tmp_path: Path) -> None:
+    """Some matrices stay whole, and most of the modules of adapters have nothing to release."""
+    case = Case({"type": "kldo"}, 100_000, lora=True, persistent=1500, engine={"deepspeed": {"zero_optimization": {
+        "stage3_max_reuse_distance": 10_000,
+    }}})  # fmt: skip
+    for found in run_on_ranks(released, 2, tmp_path / "ranks", str(tiny_model), case):
+        assert found
+        assert all(mine == theirs for mine, theirs in found)
+        assert any(mine for mine, _ in found)
+        assert not all(mine for mine, _ in found)
+
+
+def refusals(model: str, cases: list[Case]) -> list[str]:
+    """What a rank raises in each case when one example's log-ratio is not finite; its weights must stay."""
+    messages = []
+    for case in cases:
+        engine = build(model, case)
+        stepper = stepper_of(engine, LogProbHead(engine.model), model, case)
+        chosen = step_examples(case.examples)
+        assert chosen.reference_logps is not None
+        chosen.reference_logps[0] = torch.nan
+        before = trained_weights(engine)
+        with pytest.raises(FloatingPointError, match="not applied") as caught:
+            stepper.step(chosen, LR)
+        assert all(torch.equal(before[name], weight) for name, weight in trained_weights(engine).items())
+        engine.close()
+        messages.append(str(caught.value))
+    return messages
+
+
+@pytest.mark.slow
+def test_step_that_is_not_finite_is_refused_on_every_rank(tiny_model: Path, tmp_path: Path) -> None:
+    one, many = LAYOUTS["one micro-batch a rank"], LAYOUTS["uneven micro-batches"]
+    lagged = {"type": "kldo", "estimator": "lagged"}
+    cases = [
+        Case({"type": "kldo"}, one),
+        Case({"type": "kldo"}, many),
+        Case(lagged, many),
+    ]  # graph kept, two passes, streamed
+    first, second = run_on_ranks(refusals, 2, tmp_path / "ranks", str(tiny_model), cases)
+    assert first == second
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_order_of_examples_inside_the_step_does_not_matter(name: str) -> None:
+    chosen = step_examples("pairs")
+    generator = np.random.default_rng(0)
+    order = generator.permutation(len(chosen.examples))
+    logps = chosen.reference_logps + torch.tensor(generator.normal(0, 10, len(order)), dtype=torch.float32)
+    terms = [(OBJECTIVES[name], 1.0, OBJECTIVES[name].defaults)]
+
+    def verdict(rows: np.ndarray) -> Any:
+        examples = TokenizedExamples.from_ids(
+            [chosen.examples[row] for row in rows],
+            chosen.examples.aligned[rows].tolist(),
+            chosen.examples.pair[rows].tolist(),
+        )
+        batch = Batch(
+            logps[rows],
+            chosen.reference_logps[rows],
+            torch.from_numpy(examples.aligned),
+            torch.from_numpy(examples.response_lengths),
+            torch.from_numpy(examples.pairs),
+            torch.ones(3),
+        )
+        return judge(terms, running_states(terms), batch)
+
+    straight, shuffled = verdict(np.arange(len(order))), verdict(order)
+    assert shuffled.loss == pytest.approx(straight.loss, rel=1e-6)
+    largest = float(straight.coefficients.abs().max())
+    torch.testing.assert_close(shuffled.coefficients, straight.coefficients[order], rtol=1e-5, atol=1e-6 * largest)

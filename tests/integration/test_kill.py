@@ -1,0 +1,295 @@
+"""Whole runs that lose a worker, all of them, their driver, or are told to go: what they end with, through Ray itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from _thread import interrupt_main
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from test_resume import assert_same_run
+
+from helpers.small_run import recipe_of
+from raydiv.commands import train as launch
+from raydiv.commands.train import Result, train
+from raydiv.config import Recipe, save_recipe
+from raydiv.runs.directory import RunDirectory
+from raydiv.runs.progress import Display
+from raydiv.utils.signals import Terminated
+
+pytestmark = pytest.mark.slow
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def named(tiny_model: Path, files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recipe]:
+    """The recipe of these runs under a name; MLflow's runs are all in one file."""
+    output = tmp_path_factory.mktemp("runs")
+
+    def recipe(name: str, *overrides: str) -> Recipe:
+        fixed = (f"optim.steps={STEPS}", "checkpoint.every=2", "evaluate.every=3", "engine.zero_stage=3")
+        return recipe_of(tiny_model, files, output, name, *fixed, *overrides)
+
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def whole(ray: None, named: Callable[..., Recipe]) -> Result:
+    """A run that nothing happens to."""
+    return train(named("whole"), Display(quiet=True))
+
+
+def workers(driver: int | None = None) -> list[psutil.Process]:
+    """The training workers' processes of a driver with a local Ray, by default this process; nobody else's."""
+    children = psutil.Process(driver).children(recursive=True)
+    return [process for process in children if "RayTrainWorker" in " ".join(process.cmdline())]
+
+
+def wait_for_step(run: RunDirectory, step: int, seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if run.metrics_file.exists() and run.steps_taken() >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not reached in {seconds} s")
+
+
+@contextmanager
+def meanwhile(act: Callable[[], None]) -> Iterator[None]:
+    """Run ``act`` beside the block; what it raises is raised at the end."""
+    failure: list[BaseException] = []
+
+    def acting() -> None:
+        try:
+            act()
+        except BaseException as error:
+            failure.append(error)
+            # the block may wait for what will not come now
+            interrupt_main()
+
+    thread = threading.Thread(target=acting)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+        if failure:
+            raise failure[0]
+
+
+def mlflow_steps(result: Result, metric: str) -> list[int]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(result.report["mlflow"]["uri"])
+    return [found.step for found in client.get_metric_history(result.report["mlflow"]["run_id"], metric)]
+
+
+def test_a_killed_worker_is_started_again_and_nothing_is_lost(
+    whole: Result, named: Callable[..., Recipe], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = named("worker", "cluster.max_failures=1")
+    run = RunDirectory.of(recipe)
+
+    def kill() -> None:
+        wait_for_step(run, 5)
+        workers()[0].kill()
+
+    with meanwhile(kill):
+        result = train(recipe)
+    assert "training goes on after step 4" in capsys.readouterr().err
+    assert_same_run(run, whole.run)
+    assert mlflow_steps(result, "loss") == list(range(1, STEPS + 1))
+    assert mlflow_steps(result, "eval/loss") == mlflow_steps(whole, "eval/loss") == [0, 3, 6, 8]
+    assert result.report["mlflow"]["sent"]
+
+
+@pytest.mark.long
+def test_workers_that_stand_still_are_given_up_and_started_again(
+    whole: Result, named: Callable[..., Recipe], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = named("still", "cluster.max_failures=1", "cluster.timeout_s=25")
+    run = RunDirectory.of(recipe)
+    stopped: list[psutil.Process] = []
+
+    def stop() -> None:
+        wait_for_step(run, 5)
+        stopped.append(psutil.Process(run.beats()[1].pid))
+        stopped[0].suspend()
+
+    with meanwhile(stop):
+        train(recipe)
+    said = capsys.readouterr().err
+    assert re.search(
+        rf"stood still for 25 s \(cluster\.timeout_s\) at worker 1 \(\S+, process {stopped[0].pid}\): \w+ of step \d "
+        r"\(says nothing since \d+ s\); 1 other waited, in \w+ of step \d",
+        said,
+    ), said
+    assert "training goes on after step 4" in said
+    assert_same_run(run, whole.run)
+    assert not stopped[0].is_running()
+
+
+def command(recipe: Recipe, path: Path, *more: str) -> list[str]:
+    save_recipe(recipe, path)
+    return [sys.executable, "-m", "raydiv", "train", str(path), *more]
+
+
+PLANTED = {
+    name: f"planted-{name.lower()}" for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD")
+}
+"""Secrets of a command's environment, none of which may be found in anything that it leaves."""
+
+
+def environment() -> dict[str, str]:
+    """Of a command with a Ray of its own."""
+    return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+
+
+@pytest.mark.long
+def test_a_run_that_loses_all_its_workers_and_then_its_driver_goes_on_where_it_was(
+    whole: Result, named: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = named("killed")
+    run = RunDirectory.of(recipe)
+    words = command(recipe, tmp_path / "recipe.yaml")
+    process = subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True)
+    wait_for_step(run, 3)
+    for worker in workers(process.pid):
+        worker.kill()
+    assert "raydiv: the run failed: training" in process.communicate(timeout=120)[1]
+    assert process.returncode == 1
+    first = json.loads(run.mlflow.read_text())
+    process = subprocess.Popen([*words, "--resume"], env=environment(), stderr=subprocess.DEVNULL)
+    wait_for_step(run, 6)
+    process.kill()
+    process.wait()
+    result = train(recipe, Display(quiet=True), resume=True)
+    assert "training goes on after step" in run.events.read_text()
+    assert_same_run(run, whole.run)
+    assert result.report["mlflow"]["run_id"] == first["run_id"]
+    assert mlflow_steps(result, "loss") == list(range(1, STEPS + 1))
+
+
+@pytest.mark.long
+def test_sigterm_leaves_a_checkpoint_of_the_very_step(
+    whole: Result, named: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = named("term", "checkpoint.every=null")
+    run = RunDirectory.of(recipe)
+    process = subprocess.Popen(
+        command(recipe, tmp_path / "recipe.yaml"), env=environment() | PLANTED, stderr=subprocess.PIPE, text=True
+    )
+    wait_for_step(run, 3)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 143, said
+    stopped = run.steps_taken()
+    assert f"stopped after step {stopped}; the same command with --resume goes on" in said
+    assert stopped < STEPS
+    assert [int(name.removeprefix("step-")) for name in run.checkpoints(recipe).folders()] == [stopped]
+    again: Any = train(recipe, Display(quiet=True), resume=True)
+    assert_same_run(run, whole.run)
+    written = [path.read_bytes() for path in run.path.parent.rglob("*") if path.is_file()]
+    assert len(written) > 20
+    assert not any(secret.encode() in content for secret in PLANTED.values() for content in [*written, said.encode()])
+    assert mlflow_steps(again, "loss") == list(range(1, STEPS + 1))
+    with pytest.raises(Exception, match="another recipe"):
+        train(named("term", "loss.skew=0.25"), Display(quiet=True), resume=True)
+
+
+@pytest.mark.long
+def test_ctrl_c_ends_it_with_130_and_mlflow_is_told(named: Callable[..., Recipe], tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    alone = ("cluster.num_workers=1", "engine.zero_stage=0")
+    recipe = named("interrupted", "optim.steps=100000", "evaluate.every=null", "checkpoint.every=2", *alone)
+    run = RunDirectory.of(recipe)
+    process = subprocess.Popen(
+        command(recipe, tmp_path / "recipe.yaml"), env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    wait_for_step(run, 3)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    noted = json.loads(run.mlflow.read_text())
+    assert MlflowClient(noted["uri"]).get_run(noted["run_id"]).info.status == "KILLED"
+    assert run.checkpoints(recipe).folders()
+
+
+@pytest.fixture
+def raylets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A cluster of one raylet on this machine, which RAY_ADDRESS names; all that come have a CPU each."""
+    import ray
+    from ray.cluster_utils import Cluster as Raylets
+
+    ray.shutdown()
+    for name in ("initial_delay", "period", "timeout"):
+        monkeypatch.setenv(f"RAY_health_check_{name}_ms", "1000")
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    raylets = Raylets(initialize_head=True, shutdown_at_exit=False, head_node_args={"num_cpus": 1})
+    monkeypatch.setenv("RAY_ADDRESS", raylets.address)
+    yield raylets
+    ray.shutdown()
+    raylets.shutdown()
+
+
+@pytest.mark.long
+def test_a_node_is_lost_and_another_one_comes(whole: Result, named: Callable[..., Recipe], raylets: Any) -> None:
+    recipe = named("node", "cluster.max_failures=2")
+    run = RunDirectory.of(recipe)
+    other = raylets.add_node(num_cpus=1)
+
+    def lose() -> None:
+        wait_for_step(run, 5)
+        raylets.remove_node(other, allow_graceful=False)
+        raylets.add_node(num_cpus=1)
+
+    with meanwhile(lose):
+        train(recipe, Display(quiet=True))
+    assert re.search("training goes on after step [46]", run.events.read_text())
+    assert_same_run(run, whole.run)
+
+
+@pytest.mark.long
+def test_workers_come_and_go_with_the_nodes(
+    named: Callable[..., Recipe], raylets: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "RESIZE_S", 1.0)
+    elastic = ("cluster.min_workers=1", "cluster.cpus_per_worker=0.9", "cluster.max_failures=2")
+    recipe = named("elastic", "optim.steps=100000", "evaluate.every=null", "checkpoint.every=10", *elastic)
+    run = RunDirectory.of(recipe)
+
+    def wait_for_workers(number: int) -> None:
+        end = time.monotonic() + 180
+        while {beat.of for beat in run.beats()} != {number} or not run.beats()[0].step:
+            assert time.monotonic() < end, run.beats()
+            time.sleep(0.2)
+
+    def come_and_go() -> None:
+        wait_for_step(run, 5)
+        wait_for_workers(1)
+        other = raylets.add_node(num_cpus=1)
+        wait_for_workers(2)
+        wait_for_step(run, run.steps_taken() + 20)
+        raylets.remove_node(other, allow_graceful=False)
+        wait_for_workers(1)
+        run.ask_to_stop()
+
+    with meanwhile(come_and_go), pytest.raises(Terminated):
+        train(recipe, Display(quiet=True))
+    steps = [record["step"] for record in run.metrics() if "loss" in record]
+    assert steps == list(range(1, len(steps) + 1))
+    assert run.events.read_text().count("training goes on after step") == 2

@@ -1,0 +1,617 @@
+"""What a model, a data set, a recipe or a checkpoint from somewhere else cannot make raydiv do."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from test_architecture import imports, modules
+
+from helpers.small_run import recipe_of, write_wide
+from raydiv.cli import main
+from raydiv.commands.prepare import prepare
+from raydiv.commands.train import train
+from raydiv.config import load_recipe, save_recipe
+from raydiv.config.cluster import Cluster
+from raydiv.config.recipe import Batch, Data
+from raydiv.config.source import Source
+from raydiv.data import sources
+from raydiv.data.index import OpenSource
+from raydiv.data.sources import files_of, iterate_records
+from raydiv.data.tokenize import bundle_makers
+from raydiv.evaluation.baseline_cache import Taken
+from raydiv.experiments.shared import Family
+from raydiv.model.chat import Chat
+from raydiv.model.load import ModelSource
+from raydiv.model.resolve import model_directory
+from raydiv.runs.progress import Display
+from raydiv.runs.tracker import Tracker, handed_on
+from raydiv.runtime.session import ray_session, require_dashboard
+from raydiv.training.checkpoint.manifest import MANIFEST, Checkpoints, Manifest
+from raydiv.training.checkpoint.shards import Shard
+from raydiv.utils.cache import shared_dir
+from raydiv.utils.errors import UserError
+from raydiv.utils.storage import Folder
+
+# ---- raydiv's own sources
+
+CODE_IN_DATA = ("pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib")
+
+ARCHIVES = ("zipfile", "tarfile", "gzip", "lzma", "bz2")
+"""raydiv extracts none: what comes packed is read by the libraries that fetch it (datasets, huggingface_hub, transformers)."""
+
+SERVERS = ("socket", "socketserver", "http", "asyncio", "uvicorn", "flask", "fastapi", "aiohttp")
+
+# rows between raydiv's own processes, which Ray would pickle all the same, never a file; a job's log, which comes piecemeal,
+# and the errors of the client that it comes through
+ALLOWED = {("pool", "pickle"), ("submission.jobs", "asyncio"), ("submission.jobs", "aiohttp")}
+
+CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "np.load", "numpy.load"}
+CALLS |= {f"yaml.{name}" for name in ("load", "full_load", "unsafe_load", "load_all", "unsafe_load_all")}
+METHODS = {"extractall", "unpack_archive", "load_module"}
+ARGUMENTS = {"shell", "allow_pickle"}
+
+
+def dangerous(tree: ast.AST) -> Iterator[str]:
+    """Calls that run what they read, or what stands in a string."""
+    turned_on: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Dict):
+            pairs = zip(node.keys, node.values, strict=True)
+            turned_on |= {
+                key for key, value in pairs if key and isinstance(value, ast.Constant) and value.value == "token"
+            }
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            told = {word.arg: word.value for word in node.keywords}
+            if name in CALLS or name.rpartition(".")[2] in METHODS:
+                yield f"{name}, line {node.lineno}"
+            yield from (f"{name}({word}=...), line {node.lineno}" for word in ARGUMENTS & told.keys())
+            loader = name.rpartition(".")[0].rpartition(".")[2]
+            given = ast.unparse(told[None]) if None in told else ""
+            # for_model reads nothing, and the dictionary `where` is of a bundled GGUF file
+            if loader.startswith("Auto") and not name.endswith(".for_model") and given != "where":
+                if "trust_remote_code" not in told and given != "trusted":
+                    yield f"{name} without trust_remote_code, line {node.lineno}: transformers then asks on the terminal"
+                if name.endswith(".from_pretrained") and "Model" in loader and "use_safetensors" not in told:
+                    yield f"{name} without use_safetensors, line {node.lineno}"
+        elif isinstance(node, ast.Constant) and node.value == "RAY_AUTH_MODE" and node not in turned_on:
+            yield f"a word on Ray's authentication, line {node.lineno}"
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_no_source_runs_what_it_reads_extracts_or_listens(module: str) -> None:
+    path = modules()[module]
+    used = {name.partition(".")[0] for name in imports(path)} & {*CODE_IN_DATA, *ARCHIVES, *SERVERS}
+    assert {(module, library) for library in used} <= ALLOWED
+    assert list(dangerous(ast.parse(path.read_text()))) == []
+
+
+def test_what_is_looked_for_in_sources_is_found() -> None:
+    bad = "eval(x); torch.load(f); yaml.load(f); subprocess.run(c, shell=True); tar.extractall(); np.load(f)\n"
+    bad += "AutoConfig.from_pretrained(d); AutoModel.from_pretrained(d, trust_remote_code=False)\n"
+    bad += (
+        "os.environ['RAY_AUTH_MODE'] = 'disabled'\nyaml.safe_load(f); model.eval(); AutoModel.from_pretrained(**where)"
+    )
+    assert len(list(dangerous(ast.parse(bad)))) == 9
+
+
+# ---- models
+
+
+def ran(folder: Path) -> Path:
+    """The file that a foreign model's code writes when it runs."""
+    return folder / "ran"
+
+
+def with_code(model: Path, folder: Path, kind: str) -> Path:
+    """A copy of ``model`` whose config, or tokenizer, is of a class in its own Python file."""
+    directory = Path(shutil.copytree(model, folder / f"own-{kind}"))
+    file, entries, classes = {
+        "config": (
+            "config.json",
+            {
+                "model_type": "own",
+                "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
+            },
+            "from transformers import LlamaConfig, LlamaForCausalLM\n"
+            "class OwnConfig(LlamaConfig): model_type = 'own'\n"
+            "class OwnModel(LlamaForCausalLM): config_class = OwnConfig\n",
+        ),
+        "tokenizer": (
+            "tokenizer_config.json",
+            {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}},
+            "from transformers import PreTrainedTokenizerFast\nclass Own(PreTrainedTokenizerFast): pass\n",
+        ),
+    }[kind]
+    path = directory / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+    (directory / "own.py").write_text(f"open({str(ran(folder))!r}, 'w').close()\n{classes}")
+    return directory
+
+
+COMMANDS = {
+    "plan": ["plan", "RECIPE"],
+    "prepare": ["prepare", "RECIPE"],
+    "train": ["train", "RECIPE"],
+    "data check": ["data", "check", "DATA", "--recipe", "RECIPE"],
+    "separation": ["separation", "MODEL"],
+    "evaluate": ["evaluate", "MODEL"],
+}
+
+
+@pytest.fixture
+def says_yes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks on the terminal is told yes, as with `yes | raydiv ...`."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+
+
+@pytest.fixture
+def run(tmp_path: Path, files: dict[str, str], capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Run a command on a model; its exit status and what it says on standard error."""
+
+    def run(command: str, model: Path, *more: str) -> tuple[int, str]:
+        recipe = tmp_path / "recipe.yaml"
+        save_recipe(recipe_of(model, files, tmp_path, "r", "cluster.num_workers=1", *more), recipe)
+        named = {"RECIPE": str(recipe), "MODEL": str(model), "DATA": files["train"]}
+        status = main([named.get(word, word) for word in COMMANDS[command]])
+        return status, capfd.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is to be refused is refused before anything is started."""
+    monkeypatch.setattr("ray.init", lambda **_: pytest.fail("Ray was started"))
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+
+
+@pytest.mark.usefixtures("says_yes", "no_ray")
+@pytest.mark.parametrize(
+    ("kind", "command"),
+    # data check reads the tokenizer alone
+    [
+        (kind, command)
+        for kind in ("config", "tokenizer")
+        for command in COMMANDS
+        if (kind, command) != ("config", "data check")
+    ],
+)
+def test_a_models_own_code_is_not_run_unasked(
+    kind: str, command: str, tiny_model: Path, tmp_path: Path, run: Callable[..., tuple[int, str]]
+) -> None:
+    status, said = run(command, with_code(tiny_model, tmp_path, kind))
+    assert status == 2, said
+    assert "model.trust_remote_code: true" in said
+    assert "Traceback" not in said
+    assert not ran(tmp_path).exists()
+
+
+@pytest.mark.parametrize("kind", ["config", "tokenizer"])
+def test_a_models_own_code_is_run_where_the_recipe_says_so(
+    kind: str, tiny_model: Path, tmp_path: Path, run: Callable[..., tuple[int, str]]
+) -> None:
+    status, said = run("plan", with_code(tiny_model, tmp_path, kind), "model.trust_remote_code=true")
+    assert status == 0, said
+    assert ran(tmp_path).exists()
+
+
+class Trap:
+    """What writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self._path,)
+
+
+def only_pickle(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+
+
+def index_to(name: str) -> Callable[[Path], None]:
+    def write(directory: Path) -> None:
+        (directory / "model.safetensors").rename(directory / "other.safetensors")
+        index = {"metadata": {}, "weight_map": {"lm_head.weight": name}}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return write
+
+
+def adapter(directory: Path) -> None:
+    (directory / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
+    (directory / "pytorch_model.bin").rename(directory / "adapter_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (only_pickle, r"holds no weights \(\*\.safetensors\); pytorch_model\.bin is pickle.*save_pretrained"),
+        (adapter, r"holds no weights \(adapter_model\.safetensors\); adapter_model\.bin is pickle.*save_pretrained"),
+        (index_to("pytorch_model.bin"), r"holds no weights \(pytorch_model\.bin\)"),
+        (index_to("../elsewhere.safetensors"), r"holds no weights \(\.\./elsewhere\.safetensors\)"),
+        (lambda directory: None, None),
+    ],
+)
+@pytest.mark.usefixtures("no_ray")
+def test_weights_in_pickle_are_never_read(
+    spoil: Callable[[Path], None], said: str | None, tiny_model: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    directory = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    (directory / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(ran(tmp_path))))
+    spoil(directory)
+    if said is None:  # beside safetensors
+        ModelSource(model_directory(str(directory))).load()
+    else:
+        with pytest.raises(UserError, match=said):
+            model_directory(str(directory))
+        assert run("prepare", directory)[0] == 2
+    assert not ran(tmp_path).exists()
+
+
+# ---- YAML
+
+
+@pytest.mark.parametrize("place", ["recipe", "extends", "override", "sweep", "study", "prompts", "columns"])
+def test_yaml_makes_no_objects(
+    place: str, tmp_path: Path, tiny_model: Path, files: dict[str, str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    trap = f'!!python/object/apply:os.system ["touch {ran(tmp_path)}"]'
+    recipe, base = tmp_path / "recipe.yaml", tmp_path / "base.yaml"
+    save_recipe(recipe_of(tiny_model, files, tmp_path, "r"), base)
+    recipe.write_text("extends: base.yaml\n")
+    command = ["plan", str(recipe)]
+    if place == "recipe":
+        recipe.write_text(f"{recipe.read_text()}seed: {trap}\n")
+    elif place == "extends":
+        base.write_text(f"{base.read_text()}extends: {trap}\n")
+    elif place in ("sweep", "study"):
+        recipe.write_text(f"{recipe.read_text()}{place}: {{space: {trap}, models: {trap}}}\n")
+        command[0] = place
+    elif place == "override":
+        command.append(f"seed={trap}")
+    elif place == "prompts":
+        command = ["separation", str(tiny_model), "--prompts", f"{{path: {trap}}}"]
+    else:
+        command = ["data", "check", f"{{path: x.jsonl, columns: {trap}}}"]
+    assert main(command) == 2
+    said = capfd.readouterr().err.strip()
+    assert "YAML" in said
+    assert "\n" not in said
+    assert not ran(tmp_path).exists()
+
+
+# ---- paths
+
+OUTSIDE = ["../secret", "a/../../secret", "/etc/passwd", "~/secret", "s3://bucket/secret", "..", ""]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_name_leads_out_of_no_folder(name: str, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("x")
+    folder = Folder(str(tmp_path / "folder"))
+    folder.write("inside", b"x")
+    (tmp_path / "folder" / "a").mkdir()
+    acts: list[Callable[[], Any]] = [
+        lambda: folder.at(name),
+        lambda: folder.inside(name),
+        lambda: folder.has(name),
+        lambda: folder.read(name),
+        lambda: folder.write(name, b"y"),
+        lambda: folder.remove_file(name),
+        lambda: folder.local(name).__enter__(),
+        lambda: folder.filled(name).__enter__(),
+        lambda: Taken({}, {name: "y"}, []).into(tmp_path / "folder"),
+    ]
+    for act in acts:
+        with pytest.raises(UserError, match="leads out of the folder"):
+            act()
+    assert (tmp_path / "secret").read_text() == "x"
+
+
+@pytest.mark.parametrize("name", ["../../weights.safetensors", "/tmp/weights.safetensors"])
+def test_a_checkpoint_names_its_own_files_alone(name: str, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(Folder(str(tmp_path)))
+    manifest = Manifest(4, 4, 1, {}, {}, None, [Shard(name, 1, "0" * 64, {})])
+    checkpoints.at(4).write(MANIFEST, manifest.as_bytes())
+    with pytest.raises(ValueError, match="leads out of the folder"):
+        checkpoints.manifest(4)
+
+
+def test_a_checkpoint_is_of_its_own_step(tmp_path: Path) -> None:
+    """Another step's manifest would have files read that nobody checked."""
+    checkpoints = Checkpoints(Folder(str(tmp_path)))
+    checkpoints.at(4).write(MANIFEST, Manifest(2, 2, 1, {}, {}, None, []).as_bytes())
+    with pytest.raises(ValueError, match="that of step 2"):
+        checkpoints.manifest(4)
+
+
+@pytest.mark.parametrize("file", ["state.json", "dataset_dict.json"])
+def test_a_saved_data_set_names_its_own_files_alone(file: str, tmp_path: Path) -> None:
+    saved, out = tmp_path / "saved", "../secret"
+    saved.mkdir()
+    (tmp_path / "secret").mkdir()
+    content = {"state.json": {"_data_files": [{"filename": f"{out}.arrow"}]}, "dataset_dict.json": {"splits": [out]}}
+    (saved / file).write_text(json.dumps(content[file]))
+    (tmp_path / "secret.arrow").write_bytes(b"x")
+    with pytest.raises(UserError, match="leads out of the folder"):
+        files_of(Source(path=str(saved), split=out if file == "dataset_dict.json" else None))
+
+
+@pytest.mark.parametrize("name", ["..", "../x", "/x", "a/b", ".hidden", "a\nb"])
+@pytest.mark.parametrize("key", ["name", "models", "data", "losses", "baselines"])
+def test_a_runs_and_a_cells_name_is_a_word(name: str, key: str) -> None:
+    tree = {"model": {"id": "m"}, "loss": {"type": "dpo"}, "optim": {"steps": 1}}
+    with pytest.raises(UserError, match=r"name|study"):
+        load_recipe(tree | ({"name": name} if key == "name" else {"study": {key: {name: "kldo"}}}))
+
+
+# ---- secrets
+
+
+def test_the_password_of_mlflows_address_is_written_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:planted@127.0.0.1:1/?api_key=planted")
+    recipe = load_recipe(
+        {"output_dir": str(tmp_path), "model": {"id": "m"}, "loss": {"type": "dpo"}, "optim": {"steps": 1}}
+    )
+    said: list[str] = []
+    tracker = Tracker(recipe, {}, said.append, note=tmp_path / "mlflow.json")
+    asked = tracker._client.tracking_uri
+    tracker.finish()
+    assert asked == "http://me:planted@127.0.0.1:1/?api_key=planted"
+    assert tracker.uri == "http://me:***@127.0.0.1:1/?api_key=***"
+    assert said
+    assert "planted" not in " ".join(said)
+    member = Family(tmp_path / "trials", Cluster(), handed_on(recipe), None).member(recipe, "000", {})
+    save_recipe(member, tmp_path / "trial.yaml")
+    assert "planted" not in (tmp_path / "trial.yaml").read_text()
+    assert load_recipe(tmp_path / "trial.yaml") == member
+
+
+def test_the_caches_address_has_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray jobs are handed it, and the list of jobs shows it."""
+    monkeypatch.setenv("RAYDIV_CACHE", "s3://key:planted@bucket/cache")
+    with pytest.raises(UserError, match="RAYDIV_CACHE: has a password") as caught:
+        shared_dir("prepared")
+    assert "planted" not in str(caught.value)
+
+
+# ---- Ray
+
+
+@pytest.mark.parametrize("address", [None, "10.0.0.1:6379"])
+@pytest.mark.parametrize("mode", [None, "token", "disabled"])
+def test_a_local_ray_is_its_own_on_loopback_and_keeps_its_authentication(
+    mode: str | None, address: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "init", lambda **given: asked.update(given, mode=os.environ.get("RAY_AUTH_MODE")))
+    monkeypatch.setattr("raydiv.runtime.session.require_resources", lambda cluster: None)
+    for name, value in (("RAY_ADDRESS", address), ("RAY_AUTH_MODE", mode)):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    with ray_session(Cluster(), dashboard=True):
+        pass
+    assert asked["mode"] == mode
+    assert asked["address"] == (address or "local")  # None is any cluster that somebody started on this machine
+    assert asked.get("dashboard_host") == (None if address else "127.0.0.1")
+    assert not any("AUTH" in name for name in asked["runtime_env"]["env_vars"])
+
+
+def test_it_is_this_sessions_dashboard_that_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several clusters on a machine Ray would choose one, or refuse to."""
+    asked: list[str] = []
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(gcs_address="10.0.0.1:6379"))
+    monkeypatch.setattr("ray.util.state.list_nodes", lambda address, **_: asked.append(address))
+    require_dashboard("a test")
+    assert asked == ["10.0.0.1:6379"]
+
+
+SESSION = """
+import ray
+from raydiv.config.cluster import Cluster
+from raydiv.runtime.session import ray_session, require_dashboard
+from ray.job_submission import JobSubmissionClient
+with ray_session(Cluster(), dashboard=True):
+    require_dashboard("a test")
+    address = ray.get_runtime_context().gcs_address
+    JobSubmissionClient(address).list_jobs()
+    print(address, ray._private.worker._global_node.webui_url, flush=True)
+    input()
+"""
+
+
+def answers(url: str, token: str | None) -> int:
+    """HTTP status of a request with a token, or without one."""
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=20) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+@pytest.mark.long
+def test_without_its_token_nobody_is_let_into_a_local_ray(
+    tmp_path: Path, tiny_model: Path, files: dict[str, str]
+) -> None:
+    token, recipe = "planted-token-of-32-characters-00", tmp_path / "recipe.yaml"
+    save_recipe(recipe_of(tiny_model, files, tmp_path, "r", "cluster.num_workers=1"), recipe)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"HOME": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", SESSION],
+        env=clean | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as session:
+        assert session.stdin is not None
+        assert session.stdout is not None
+        try:
+            address, dashboard = session.stdout.readline().split()
+            port = int(dashboard.rpartition(":")[2])
+            nodes = f"http://{dashboard}/api/v0/nodes"
+            assert [answers(nodes, given) for given in (None, "wrong", token)] == [401, 403, 200]
+            family = [psutil.Process(session.pid), *psutil.Process(session.pid).children(recursive=True)]
+            listening = [
+                one.laddr
+                for process in family
+                for one in process.net_connections(kind="inet")
+                if one.status == "LISTEN"
+            ]
+            assert {one.ip for one in listening if one.port == port} == {"127.0.0.1"}
+            own = [c for c in psutil.Process(session.pid).net_connections(kind="inet") if c.status == "LISTEN"]
+            assert len(own) == 1  # of Ray's core, which asks for the token
+            command = [sys.executable, "-m", "raydiv", "prepare", str(recipe)]
+            for given, said in (
+                ({"RAY_AUTH_MODE": "token"}, f"RAY_ADDRESS: {address}: RAY_AUTH_MODE is token, and there is none here"),
+                ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "wrong"}, f"no cluster at {address} that lets us in"),
+            ):
+                done = subprocess.run(
+                    command, env=clean | {"RAY_ADDRESS": address} | given, capture_output=True, text=True, check=False
+                )
+                assert done.returncode == 2, done.stderr
+                last = done.stderr.strip().splitlines()[-1]
+                assert said in last
+                assert "RAY_AUTH_TOKEN_PATH" in last
+                assert "Traceback" not in done.stderr
+        finally:
+            session.stdin.close()
+
+
+# ---- data that changes
+
+
+def kept_as(kind: str, path: Path, words: str) -> None:
+    rows = [{"prompt": f"{words} {n}", "chosen": f"c{n}", "rejected": f"r{n}"} for n in range(2500)]
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=500)
+    elif kind == "csv":
+        path.write_text("prompt,chosen,rejected\n" + "".join(",".join(row.values()) + "\n" for row in rows))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("change", ["rewritten", "replaced", "removed", "touched"])
+@pytest.mark.usefixtures("own_cache")
+def test_a_file_that_changes_while_it_is_read_is_not_kept(kind: str, change: str, tmp_path: Path, chat: Chat) -> None:
+    path = tmp_path / f"data.{kind}"
+    kept_as(kind, path, "first")
+    opened = OpenSource(Source(path=str(path)), Data(), Batch(), chat)
+    bundles = (bundle for make in bundle_makers([opened]) for bundle in make())
+    assert next(bundles).records
+    if change == "touched":
+        os.utime(path, ns=(1, 1))
+        assert sum(len(bundle.records) for bundle in bundles) in (1500, 2000)
+        return
+    if change == "rewritten":
+        kept_as(kind, path, "other")  # as long as before, in place
+    elif change == "replaced":
+        kept_as(kind, tmp_path / "new", "other")
+        (tmp_path / "new").replace(path)
+    else:
+        path.unlink()
+    with pytest.raises(UserError, match=rf"data\.{kind}: (was changed while it was read|no such|cannot be)"):
+        list(bundles)
+
+
+def test_prompts_that_change_while_they_are_read_are_refused(
+    tmp_path: Path, files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(shutil.copy(files["prompts"], tmp_path / "prompts.jsonl"))
+    locate = sources.locate
+
+    def meanwhile(*arguments: Any) -> dict[int, int]:
+        path.write_text(path.read_text().replace("Hurt", "Harm"))
+        return locate(*arguments)
+
+    monkeypatch.setattr(sources, "locate", meanwhile)
+    with pytest.raises(UserError, match=r"prompts\.jsonl: was changed while it was read"):
+        list(iterate_records(Source(path=str(path))))
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("own_cache", "ray")
+def test_what_was_edited_after_prepare_alone_is_scored_again(
+    tiny_model: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    path = Path(shutil.copy(files["train"], tmp_path / "train.jsonl"))
+    recipe = recipe_of(
+        tiny_model, files | {"train": str(path)}, tmp_path, "r", "cluster.num_workers=1", "optim.steps=1"
+    )
+    before = prepare(recipe, Display(quiet=True)).summary()
+    assert before["reference"]["misses"] == before["train"]["examples"] + before["eval"]["examples"] == 30
+    status = path.stat()
+    lines = path.read_text().splitlines(keepends=True)
+    assert "number 3" in lines[3]
+    path.write_text("".join([*lines[:3], lines[3].replace("about 3", "about 7"), *lines[4:]]))
+    assert path.stat().st_size == status.st_size
+    data = train(recipe, Display(quiet=True)).report["data"]
+    assert data["fingerprint"] != before["fingerprint"]
+    assert data["reference"] == {"hits": 29, "misses": 1}
+
+
+# ---- an object store that is too small
+
+CROWDED = """
+import sys, logging, ray
+from pathlib import Path
+from raydiv.cli import main
+threshold = {"local_fs_capacity_threshold": 1e-6} if sys.argv[1] == "full" else {}
+ray.init(
+    address="local", num_cpus=2, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False,
+    logging_level=logging.ERROR, _system_config=threshold,
+)
+sys.exit(main(["prepare", sys.argv[2], "--json"]))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("disk", ["free", "full"])
+def test_rows_beyond_the_object_store_spill_or_say_so(
+    disk: str, tmp_path: Path, tiny_model: Path, files: dict[str, str]
+) -> None:
+    """144 MB of rows that are read at once, in a store of 80; a full disk is one that Ray takes for it."""
+    data, recipe = tmp_path / "wide.parquet", tmp_path / "recipe.yaml"
+    write_wide(data)
+    changes = ("cluster.num_workers=1", "loss={type: sft, mix: null}", "data.eval=null")
+    save_recipe(recipe_of(tiny_model, files | {"train": str(data)}, tmp_path, "r", *changes), recipe)
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", CROWDED, disk, str(recipe)],
+        env=environment | {"RAYDIV_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    if disk == "free":
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["train"]["examples"] == 2400
+    else:
+        assert done.returncode == 1, done.stderr
+        said = done.stderr.strip().splitlines()[-1]
+        assert said.startswith("raydiv: the run failed: Ray's object store is full, and so is the disk")
+        assert "RAY_TMPDIR" in said
+        assert "Traceback" not in done.stderr

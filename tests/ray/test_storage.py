@@ -1,0 +1,316 @@
+"""Folders on a local path and on S3 (a server on loopback): files whole or not at all, sources and the cache there."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pyarrow import fs
+
+from helpers.stored import stream_here
+from raydiv.commands.prepare import Prepared, prepare
+from raydiv.config import Recipe, load_recipe
+from raydiv.config.cluster import Cluster
+from raydiv.config.source import Source
+from raydiv.data.sources import PIECE_BYTES, files_of, pieces_of, read_examples
+from raydiv.runs.progress import Display
+from raydiv.runtime.session import ray_session
+from raydiv.utils.cache import cache_dir, shared_dir
+from raydiv.utils.errors import UserError
+from raydiv.utils.storage import Folder, file_system, open_input
+
+Row = dict[str, Any]
+
+NOT_BYTES: Any = object()
+"""What no stream takes: a write of it fails when the file is already open."""
+
+
+def content(folder: Folder, name: str) -> bytes:
+    with open_input(folder.at(name)) as found:
+        return bytes(found.read())
+
+
+# --- a local path ---
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Folder:
+    return Folder(str(tmp_path / "folder"))
+
+
+def test_local_folder_is_made_when_something_is_written(local: Folder) -> None:
+    assert local.names("") == []
+    assert not local.has("a.parquet")
+    local.write("a.parquet", b"one")
+    assert local.has("a.parquet")
+    assert content(local, "a.parquet") == b"one"
+    assert os.listdir(local.uri) == ["a.parquet"]
+
+
+def test_names_are_the_files_of_a_suffix_in_order(local: Folder) -> None:
+    for name in ("b.parquet", "a.parquet", "c.json"):
+        local.write(name, b"x")
+    (Path(local.uri) / "d.parquet").mkdir()
+    assert local.names(".parquet") == ["a.parquet", "b.parquet"]
+    assert local.names("") == ["a.parquet", "b.parquet", "c.json"]
+    assert not local.has("d.parquet")
+
+
+def test_local_file_is_replaced_whole(local: Folder) -> None:
+    local.write("a", b"a long first content")
+    with open_input(local.at("a")) as before:
+        local.write("a", pa.py_buffer(b"second"))
+        assert bytes(before.read()) == b"a long first content"
+    assert content(local, "a") == b"second"
+
+
+def test_failed_local_write_leaves_what_was_there(local: Folder) -> None:
+    local.write("a", b"one")
+    for name in ("a", "b"):
+        with pytest.raises(TypeError):
+            local.write(name, NOT_BYTES)
+    assert content(local, "a") == b"one"
+    assert not local.has("b")
+
+
+def test_failed_local_write_leaves_nothing_else(local: Folder) -> None:
+    local.write("b", b"x")
+    with pytest.raises(TypeError):
+        local.write("a", NOT_BYTES)
+    assert os.listdir(local.uri) == ["b"]
+
+
+@pytest.mark.parametrize("name", ["a b", "a%20b", "ä 你好", "a#b?c", "[a]"])
+def test_local_path_is_no_uri(name: str, tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path / name))
+    folder.write(name, b"x")
+    assert content(folder, name) == b"x"
+    assert (tmp_path / name / name).read_bytes() == b"x"
+
+
+def test_place_of_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^nowhere://x/y: cannot be reached"):
+        file_system("nowhere://x/y")
+
+
+def test_cache_is_a_local_folder_unless_it_is_a_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("RAYDIV_CACHE", str(tmp_path / "chosen"))
+    assert shared_dir("a", "b").uri == str(cache_dir("a", "b")) == str(tmp_path / "chosen" / "a" / "b")
+    monkeypatch.setenv("RAYDIV_CACHE", "s3://bucket/cache/")
+    assert shared_dir("a", "b").uri == "s3://bucket/cache/a/b"
+    assert cache_dir("a", "b") == tmp_path / "home" / "raydiv" / "a" / "b"
+
+
+# --- S3 ---
+
+
+@pytest.fixture
+def remote(bucket: str, tmp_path: Path) -> Folder:
+    """A folder of the bucket for this test alone."""
+    return Folder(f"{bucket}/{tmp_path.name}")
+
+
+def test_remote_folder_has_what_is_written(remote: Folder) -> None:
+    assert remote.names("") == []
+    assert not remote.has("a.parquet")
+    remote.write("b.parquet", b"two")
+    remote.write("a.parquet", pa.py_buffer(b"one"))
+    Folder(remote.at("c.parquet")).write("inner.parquet", b"x")
+    assert remote.names(".parquet") == ["a.parquet", "b.parquet"]
+    assert remote.has("a.parquet")
+    assert not remote.has("c.parquet")
+    assert content(remote, "a.parquet") == b"one"
+    with open_input(remote.at("b.parquet")) as found:
+        found.seek(1)
+        assert found.read() == b"wo"
+
+
+def test_remote_file_larger_than_a_part_is_whole(remote: Folder) -> None:
+    large = np.random.default_rng(0).bytes(11 * 2**20)
+    remote.write("large", large)
+    assert content(remote, "large") == large
+
+
+def test_failed_remote_write_leaves_nothing(remote: Folder) -> None:
+    with pytest.raises(TypeError):
+        remote.write("a", NOT_BYTES)
+    assert remote.names("") == []
+
+
+@pytest.mark.parametrize("name", ["a b", "a%20b", "ä 你好", "a#b"])
+def test_remote_name_may_hold_anything(name: str, remote: Folder) -> None:
+    remote.write(name, name.encode())
+    assert remote.names("") == [name]
+    assert content(remote, name) == name.encode()
+
+
+ROWS = [{"prompt": f"Question {n}?", "response": f"Answer {n}.", "aligned": n % 2 == 0} for n in range(30)]
+
+
+def jsonl(rows: list[Row]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def parquet(rows: list[Row], **options: Any) -> pa.Buffer:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows), sink, **options)
+    return sink.getvalue()
+
+
+def csv(rows: list[Row]) -> bytes:
+    return ("prompt,response,aligned\n" + "".join("{prompt},{response},{aligned}\n".format(**r) for r in rows)).encode()
+
+
+def test_remote_source_is_read_from_every_kind_of_file(remote: Folder, tmp_path: Path) -> None:
+    remote.write("rows.jsonl", jsonl(ROWS))
+    remote.write("rows.json", json.dumps(ROWS).encode())
+    remote.write("rows.csv", csv(ROWS))
+    remote.write("rows.parquet", parquet(ROWS, row_group_size=7))
+    parts = Folder(remote.at("parts"))
+    parts.write("b.jsonl", jsonl(ROWS[20:]))
+    parts.write("a.parquet", parquet(ROWS[:20]))
+    parts.write("notes.txt", b"nothing")
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"), num_shards=2)
+    saved = Folder(remote.at("saved"))
+    for file in (tmp_path / "saved").iterdir():
+        saved.write(file.name, file.read_bytes())
+    expected = [(row["prompt"], row["response"], row["aligned"]) for row in ROWS]
+    places = ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet", "parts", "parts/", "saved", "rows.json*"]
+    for place in places:
+        found = read_examples(Source(path=f"{remote.uri}/{place}"))
+        copies = 2 if place == "rows.json*" else 1
+        assert [(e.prompt, e.response, e.aligned) for e in found] == expected * copies, place
+    assert read_examples(Source(path=remote.at("parts")))[20].source == f"{remote.uri}/parts/b.jsonl:1"
+
+
+def test_remote_file_of_several_pieces_has_every_record_once(remote: Folder) -> None:
+    rows = [row | {"note": "x" * (200_000 + n)} for n, row in enumerate(ROWS)]
+    remote.write("rows.jsonl", jsonl(rows))
+    source = Source(path=remote.at("rows.jsonl"))
+    assert len(pieces_of(files_of(source)[0])) == -(-len(jsonl(rows)) // PIECE_BYTES) > 1
+    found = read_examples(source)
+    assert [e.prompt for e in found] == [row["prompt"] for row in rows]
+    assert [e.source for e in found] == [f"{source.path}:{n + 1}" for n in range(len(rows))]
+
+
+@pytest.mark.parametrize("place", ["gone.jsonl", "gone", "gone/*.jsonl", "*.parquet"])
+def test_remote_source_that_is_not_there_is_named(place: str, remote: Folder) -> None:
+    remote.write("rows.jsonl", jsonl(ROWS))
+    with pytest.raises(UserError) as caught:
+        files_of(Source(path=f"{remote.uri}/{place}"))
+    assert str(caught.value).startswith(f"{remote.uri}/{place}: ")
+
+
+def test_bucket_that_is_not_there_is_named(bucket: str) -> None:
+    with pytest.raises(UserError, match=r"^s3://nobodys/rows.jsonl: "):
+        files_of(Source(path="s3://nobodys/rows.jsonl"))
+
+
+def test_server_that_is_not_there_is_named(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free.getsockname()[1]}")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(UserError, match=r"^s3://away/rows.jsonl: cannot be reached: "):
+        files_of(Source(path="s3://away/rows.jsonl"))
+
+
+@pytest.fixture
+def remote_cache(remote: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
+    cache = Folder(remote.at("cache"))
+    monkeypatch.setenv("RAYDIV_CACHE", cache.uri)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    return cache
+
+
+def test_hub_data_set_is_kept_in_a_remote_cache(
+    remote_cache: Folder, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = datasets.Dataset.from_list(ROWS)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
+    monkeypatch.setattr("raydiv.data.sources.EXPORT_ROWS", 12)
+    found = read_examples(Source(path="hf://org/name"))
+    assert [e.prompt for e in found] == [row["prompt"] for row in ROWS]
+    assert all(file.uri.startswith(remote_cache.uri) for file in files_of(Source(path="hf://org/name")))
+
+
+# --- the whole of it, through Ray ---
+
+
+@pytest.fixture(scope="module")
+def ray(bucket: str) -> Iterator[None]:
+    """Ray's workers get the environment of whoever starts Ray: the bucket's comes first."""
+    with ray_session(Cluster()):
+        yield
+
+
+def whole_recipe(model: Path, source: str, *overrides: str) -> Recipe:
+    return load_recipe(
+        {
+            "model": {"id": str(model)},
+            "data": {"train": source, "on_bad_row": "quarantine"},
+            "loss": {"type": "kldo"},
+            "optim": {"steps": 1},
+            "batch": {"max_length": 96, "max_prompt_length": 48},
+            "separation": {"prompts": None},
+        },
+        overrides,
+    )
+
+
+def files(uri: str) -> dict[str, Any]:
+    system, path = file_system(uri)
+    return {
+        info.path.removeprefix(f"{path}/"): info.mtime_ns
+        for info in system.get_file_info(fs.FileSelector(path, recursive=True))
+        if info.is_file
+    }
+
+
+@pytest.mark.slow
+def test_prepare_reads_and_keeps_everything_on_s3(
+    ray: None,
+    remote: Folder,
+    remote_cache: Folder,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    remote.write("rows.jsonl", jsonl(ROWS[:20]) + b"{\n" + jsonl(ROWS[20:]))
+    recipe = whole_recipe(tiny_model, remote.at("rows.jsonl"))
+    first = prepare(recipe, Display(quiet=True))
+    assert (first.reference_hits, first.reference_misses) == (0, len(ROWS))
+    assert next(first.data.bad.lines())["line"] == 21
+    kept = files(remote_cache.uri)
+    assert {name.split("/")[0] for name in kept} == {"prepared", "reference"}
+    assert {path.name for path in (tmp_path / "home" / "raydiv").iterdir()} == {"digests"}
+    assert all(uri.startswith(remote_cache.uri) for uri in first.train.examples.shards.uris)
+
+    again = prepare(recipe.model_copy(update={"seed": 1}), Display(quiet=True))
+    assert (again.reference_hits, again.reference_misses) == (len(ROWS), 0)
+    assert files(remote_cache.uri) == kept
+
+    monkeypatch.setenv("RAYDIV_CACHE", str(tmp_path / "local"))
+    for module in ("raydiv.data.tokenize", "raydiv.data.reference"):
+        monkeypatch.setattr(f"{module}.stream_through", stream_here)
+    (tmp_path / "rows.jsonl").write_bytes(jsonl(ROWS))
+    local = prepare(whole_recipe(tiny_model, str(tmp_path / "rows.jsonl")), Display(quiet=True))
+    for other in (first, again):
+        assert other.train.examples.fingerprint == local.train.examples.fingerprint
+        assert ids_of(other) == ids_of(local)
+        np.testing.assert_allclose(other.train.reference_logps, local.train.reference_logps, rtol=1e-5)
+
+
+def ids_of(prepared: Prepared) -> list[tuple[list[int], list[int]]]:
+    found = prepared.train.examples.ids(np.arange(len(prepared.train.examples)))
+    return [(prompt.tolist(), response.tolist()) for prompt, response in found]

@@ -1,0 +1,666 @@
+"""Preparing a source through Ray: every kind of file gives the same rows, rows that are wrong, and what is done once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from helpers.models import TEMPLATE, make_tokenizer
+from helpers.stored import indices_of, opened, recipe_of, stream_here
+from raydiv.commands.prepare import read
+from raydiv.config import Recipe
+from raydiv.config.cluster import Cluster
+from raydiv.data import tokenize as module
+from raydiv.data.index import INDEX, Index, OpenSource
+from raydiv.data.sources import PIECE_BYTES
+from raydiv.data.splits import make_sets
+from raydiv.data.tokenize import BUNDLE, tokenize
+from raydiv.model.chat import Chat
+from raydiv.runs.progress import Display
+from raydiv.runtime.session import ray_session
+from raydiv.utils.errors import UserError
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
+
+Row = dict[str, Any]
+
+PLANTED = "PLANTED-TEXT"
+BATCH = {"max_length": 96, "max_prompt_length": 48}
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[None]:
+    with ray_session(Cluster()):
+        yield
+
+
+def recipe(tokenizer: Path, train: Any, on_bad_row: str = "quarantine", **changes: Any) -> Recipe:
+    return recipe_of(
+        tokenizer, train, "sft", on_bad_row=on_bad_row, batch=changes.pop("batch", BATCH), eval=None, **changes
+    )
+
+
+def open_one(recipe: Recipe, chat: Chat) -> OpenSource:
+    ((source,), _) = opened(recipe, chat)
+    return source
+
+
+def here(tokenizer: Path, chat: Chat, train: Any, **changes: Any) -> Index:
+    """The index of one source, tokenised in this process."""
+    wanted = recipe(tokenizer, str(train) if isinstance(train, Path) else train, **changes)
+    (index,) = indices_of([open_one(wanted, chat)], wanted, chat)
+    return index
+
+
+def lines(*rows: Any) -> bytes:
+    """JSONL; bytes are a line as they are."""
+    return b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows)
+
+
+Tokens = list[tuple[list[int], list[int], bool, int]]
+
+
+def tokens_of(*indices: Index) -> Tokens:
+    """Prompt ids, response ids, aligned and harmful of each example, in order."""
+    found: Tokens = []
+    for index in indices:
+        columns = index.columns
+        prompts, responses = (index.shards.read(f"{side}_ids", columns["row"]) for side in ("prompt", "response"))
+        labels = columns["aligned"].tolist(), columns["harmful"].tolist()
+        found += zip((p.tolist() for p in prompts), (r.tolist() for r in responses), *labels, strict=True)
+    return found
+
+
+def expected_tokens(chat: Chat, rows: list[Row], batch: dict[str, int] = BATCH) -> Tokens:
+    """The same, one row at a time."""
+    found: Tokens = []
+    for row in rows:
+        one = chat.example(row["prompt"], row["response"], batch["max_prompt_length"], batch["max_length"])
+        harmful = row.get("harmful")
+        found.append((one.prompt, one.response, row["aligned"], -1 if harmful is None else int(harmful)))
+    return found
+
+
+def bad_rows(index: Index) -> list[tuple[str, int, str]]:
+    return [(row["file"], row["line"], row["reason"]) for row in index.bad.lines()]
+
+
+# --- one pass through Ray, of all sources below ---
+
+ROWS = [
+    {"prompt": f"Question {n}, {'longer ' * (n % 9)}?", "response": f"Answer {n}.", "aligned": n % 2 == 0}
+    | {"harmful": n % 3 == 0}
+    for n in range(60)
+]
+SEVERAL_PIECES = [
+    {"prompt": f"{n} " + "long " * 600, "response": f"r{n}", "aligned": True, "note": "x" * (n % 997)}
+    for n in range(1500)
+]
+
+
+def _good(n: int) -> Row:
+    return {"prompt": f"Ask {n}", "response": f"Say {n}", "aligned": n % 2 == 0}
+
+
+OWN = {"prompt": PLANTED, "response": PLANTED, "aligned": True}
+AUTHORS = {"safety": "safe", "prompt": "one", "acc_responses": ["yes"], "rej_responses": ["no"]}
+BAD: list[tuple[Any, str]] = [
+    (b'{"prompt": "' + PLANTED.encode(), "not JSON: "),
+    (json.dumps([PLANTED]).encode(), "a record is a mapping of columns, found list of length 1"),
+    ({"prompt": PLANTED, "response": PLANTED}, "columns prompt, response are of no known format"),
+    (OWN | {"response": None}, "response must be non-empty text, found None"),
+    (OWN | {"aligned": PLANTED}, "aligned must be true or false, found str of length 12"),
+    (OWN | {"prompt": {"text": PLANTED}}, "prompt must be non-empty text, found dict of length 1"),
+    (OWN | {"response": " \n"}, "response must be non-empty text, found str of length 2"),
+    (OWN | {"prompt": f"{PLANTED}\0"}, "prompt holds a NUL character"),
+    (OWN | {"response": "x" * 10_000_000}, "response has 10,000,000 characters"),
+    (b'{"prompt": "caf\xe9", "response": "b", "aligned": true}', "not UTF-8, at byte 16 of the line"),
+    (OWN | {"response": f"{PLANTED} \ud83d"}, "response is not UTF-8: it holds half a character"),
+    (OWN | {"label": True}, "has both aligned and label"),
+    (AUTHORS | {"safety": PLANTED}, "safety must be safe or unsafe, found str of length 12"),
+    (AUTHORS | {"safety": 1}, "safety is spelled 1/0 here, and safe/unsafe in most rows"),
+]
+FIRST_BAD, BAD_EVERY = 17, 180
+
+
+def _with_bad_rows() -> tuple[list[Any], dict[int, str]]:
+    """Lines of a file of several pieces and bundles, and what is wrong with some of them, by line."""
+    rows: list[Any] = [_good(n) for n in range(2600)]
+    rows[5] = rows[2222] = AUTHORS
+    rows[1111] = b"   "  # a blank line is no row
+    wrong = {FIRST_BAD + number * BAD_EVERY: one for number, one in enumerate(BAD)}
+    for place, (row, _) in wrong.items():
+        rows[place] = row
+    return rows, {place + 1: words for place, (_, words) in wrong.items()}
+
+
+def _write_all(folder: Path) -> dict[str, list[Any]]:
+    """Sources of ROWS in every kind of file, and those of one test each; by name, as data.train writes them."""
+    names = {"jsonl": "rows.jsonl", "json": "rows.json", "csv": "rows.csv", "parquet": "rows.parquet"}
+    (folder / "rows.jsonl").write_bytes(lines(*ROWS))
+    (folder / "rows.json").write_text(json.dumps(ROWS))
+    pq.write_table(pa.Table.from_pylist(ROWS), folder / "rows.parquet", row_group_size=7)
+    (folder / "rows.csv").write_text(
+        "prompt,response,aligned,harmful\n"
+        + "".join('"{prompt}",{response},{aligned},{harmful}\n'.format(**row) for row in ROWS)
+    )
+    data = datasets.Dataset.from_list(ROWS)
+    data.save_to_disk(str(folder / "saved"), num_shards=3)
+    datasets.DatasetDict({"train": data.select([0]), "test": data}).save_to_disk(str(folder / "splits"))
+    for name in ("folder", "pattern"):
+        (folder / name).mkdir()
+    (folder / "folder" / "a.jsonl").write_bytes(lines(*ROWS[:20]))
+    (folder / "folder" / "b.json").write_text(json.dumps(ROWS[20:40]))
+    pq.write_table(pa.Table.from_pylist(ROWS[40:]), folder / "folder" / "c.parquet")
+    (folder / "folder" / "notes.txt").write_text(PLANTED)
+    (folder / "folder" / ".hidden.jsonl").write_bytes(lines(OWN))
+    for number in range(6):  # in order of their names, whatever the order of writing
+        part = folder / "pattern" / f"part-{5 - number}.jsonl"
+        part.write_bytes(lines(*ROWS[(5 - number) * 10 :][:10]))
+    (folder / "pattern" / "other.jsonl").write_bytes(lines(OWN))
+    (folder / "first.jsonl").write_bytes(lines(*ROWS[:25]))
+    (folder / "second.jsonl").write_bytes(lines(*ROWS[25:]))
+    renamed = [
+        {"question": r["prompt"], "answer": r["response"], "ok": r["aligned"], "harmful": r["harmful"]} for r in ROWS
+    ]
+    (folder / "renamed.jsonl").write_bytes(lines(*renamed))
+    (folder / "pieces.jsonl").write_bytes(lines(*SEVERAL_PIECES))
+    (folder / "bad.jsonl").write_bytes(lines(*_with_bad_rows()[0]))
+    columns = {"prompt": "question", "response": "answer", "aligned": "ok"}
+    return {
+        **{name: [str(folder / file)] for name, file in names.items()},
+        "saved dataset": [str(folder / "saved")],
+        "split of a saved dataset": [{"path": str(folder / "splits"), "split": "test"}],
+        "folder": [str(folder / "folder")],
+        "pattern": [str(folder / "pattern" / "part-?.jsonl")],
+        "several files": [str(folder / "first.jsonl"), str(folder / "second.jsonl")],
+        "columns": [{"path": str(folder / "renamed.jsonl"), "columns": columns}],
+        "pieces": [str(folder / "pieces.jsonl")],
+        "bad": [str(folder / "bad.jsonl")],
+    }
+
+
+KINDS = [
+    *("jsonl", "json", "csv", "parquet", "saved dataset", "split of a saved dataset", "folder", "pattern"),
+    *("several files", "columns"),
+]
+
+
+class Everything:
+    """All sources, prepared in one pass through Ray."""
+
+    def __init__(self, folder: Path, tokenizer: Path, chat: Chat) -> None:
+        self.folder, self.cache = folder, folder / "cache"
+        self.sources = _write_all(folder)
+        self.recipe = recipe(tokenizer, [source for sources in self.sources.values() for source in sources])
+        self.progress: list[int] = []
+        found = iter(
+            tokenize(
+                opened(self.recipe, chat)[0],
+                chat,
+                self.recipe.cluster,
+                quarantine=True,
+                progress=lambda done, total, note="": self.progress.append(done),
+            )
+        )
+        self.indices = {name: [next(found) for _ in sources] for name, sources in self.sources.items()}
+
+
+@pytest.fixture(scope="module")
+def everything(
+    ray: None, tokenizer: Path, chat: Chat, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Everything]:
+    folder = tmp_path_factory.mktemp("everything")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAYDIV_CACHE", str(folder / "cache"))
+        return Everything(folder, tokenizer, chat)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_source_gives_the_same_rows_in_order(kind: str, everything: Everything, chat: Chat) -> None:
+    indices = everything.indices[kind]
+    assert tokens_of(*indices) == expected_tokens(chat, ROWS)
+    assert not any(len(index.bad) for index in indices)
+
+
+def test_record_is_found_again_where_it_stands(everything: Everything) -> None:
+    folder = everything.folder
+    (index,) = everything.indices["folder"]
+    assert [index.where(row) for row in (0, 19, 20, 59)] == [
+        f"{folder}/folder/{place}" for place in ("a.jsonl:1", "a.jsonl:20", "b.json:1", "c.parquet:20")
+    ]
+    (index,) = everything.indices["parquet"]
+    assert [index.where(row) for row in (6, 7, 59)] == [f"{folder}/rows.parquet:{row}" for row in (7, 8, 60)]
+
+
+def test_file_of_several_pieces_has_every_record_once_and_in_order(everything: Everything, chat: Chat) -> None:
+    (index,) = everything.indices["pieces"]
+    assert (everything.folder / "pieces.jsonl").stat().st_size > PIECE_BYTES
+    assert len(index.shards.uris) > 1
+    assert tokens_of(index) == expected_tokens(chat, SEVERAL_PIECES)
+    rows = range(0, len(SEVERAL_PIECES), 150)
+    assert [index.where(row) for row in rows] == [f"{everything.folder}/pieces.jsonl:{row + 1}" for row in rows]
+
+
+def test_every_bad_row_is_listed_with_file_line_and_reason(everything: Everything) -> None:
+    (index,) = everything.indices["bad"]
+    expected = _with_bad_rows()[1]
+    found = {line: reason for _, line, reason in bad_rows(index)}
+    assert len(index.bad) == len(found) == len(BAD)
+    assert {file for file, _, _ in bad_rows(index)} == {str(everything.folder / "bad.jsonl")}
+    assert found.keys() == expected.keys()
+    for line, words in expected.items():
+        assert found[line].startswith(words)
+        assert "\n" not in found[line]
+        assert PLANTED not in found[line]
+
+
+def test_good_rows_between_bad_ones_are_all_there_in_order(everything: Everything, chat: Chat) -> None:
+    (index,) = everything.indices["bad"]
+    assert (everything.folder / "bad.jsonl").stat().st_size > PIECE_BYTES
+    assert len(index.shards.uris) > len(index) // BUNDLE
+    rows, wrong = _with_bad_rows()
+    authors = [
+        {"prompt": "one", "response": response, "aligned": aligned, "harmful": False}
+        for response, aligned in (("yes", True), ("no", False))
+    ]
+    good = [
+        row
+        for line, found in enumerate(rows, start=1)
+        if line not in wrong and isinstance(found, dict)
+        for row in (authors if found is AUTHORS else [found])
+    ]
+    assert len(good) == 2600 - len(BAD) - 1 + 2
+    assert tokens_of(index) == expected_tokens(chat, good)
+
+
+def test_progress_counts_every_row_tokenised(everything: Everything) -> None:
+    assert everything.progress == sorted(everything.progress)
+    rows = {
+        index.opened.folder.uri: int(index.shards.starts[-1])
+        for indices in everything.indices.values()
+        for index in indices
+    }
+    assert everything.progress[-1] == sum(rows.values())
+
+
+def _files(opened: OpenSource) -> dict[str, Path]:
+    return {path.name: path for path in Path(opened.folder.uri).iterdir()}
+
+
+def test_interrupted_preparation_goes_on_where_it_stopped(
+    everything: Everything, chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYDIV_CACHE", str(everything.cache))
+    (before,) = everything.indices["bad"]
+    files = _files(before.opened)
+    contents = {name: path.read_bytes() for name, path in files.items()}
+    times = {name: path.stat().st_mtime_ns for name, path in files.items()}
+    lost = sorted(name for name in files if name != INDEX)[1]
+    files[lost].unlink()
+    files[INDEX].unlink()
+    again = [opened for opened in opened_sources(everything, chat) if opened.folder == before.opened.folder]
+    assert not again[0].ready
+    (after,) = tokenize(again, chat, Cluster(), quarantine=True)
+    assert {name: path.read_bytes() for name, path in _files(before.opened).items()} == contents
+    now = {name: path.stat().st_mtime_ns for name, path in files.items()}
+    assert {name for name in files if now[name] != times[name]} == {lost, INDEX}
+    assert bad_rows(after) == bad_rows(before)
+    assert tokens_of(after) == tokens_of(before)
+
+
+def opened_sources(everything: Everything, chat: Chat) -> list[OpenSource]:
+    return opened(everything.recipe, chat)[0]
+
+
+def test_first_bad_row_is_an_error_without_its_text(everything: Everything, tokenizer: Path, chat: Chat) -> None:
+    path = everything.folder / "bad.jsonl"
+    strict = recipe(tokenizer, str(path), on_bad_row="error")
+    with pytest.raises(UserError) as caught:
+        tokenize([open_one(strict, chat)], chat, strict.cluster, quarantine=False)
+    message = str(caught.value)
+    assert message.startswith(f"{path}:{FIRST_BAD + 1}: not JSON")
+    assert PLANTED not in message
+    assert "\n" not in message
+    assert f"raydiv data check {path}" in message
+    assert "data.on_bad_row=quarantine" in message
+
+
+def test_file_that_breaks_off_is_named_from_a_task(ray: None, tokenizer: Path, chat: Chat, tmp_path: Path) -> None:
+    path = tmp_path / "broken.csv"
+    path.write_text("prompt,response,aligned\na,b,true\n" + f'"{PLANTED}"x,b,true\n')
+    strict = recipe(tokenizer, str(path))
+    with pytest.raises(UserError) as caught:
+        tokenize([open_one(strict, chat)], chat, strict.cluster, quarantine=True)
+    assert str(caught.value).startswith(f"{path}: not CSV: ")
+    assert PLANTED not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["bad", "parquet", "saved dataset", "pattern"])
+def test_equal_content_makes_equal_bytes(kind: str, everything: Everything, tokenizer: Path, chat: Chat) -> None:
+    first, second = everything.indices[kind], here(tokenizer, chat, everything.sources[kind])
+    assert _files(first[0].opened).keys() == _files(second.opened).keys()
+    for name, path in _files(second.opened).items():
+        assert path != _files(first[0].opened)[name]
+        assert path.read_bytes() == _files(first[0].opened)[name].read_bytes()
+
+
+def test_equal_rows_make_equal_fingerprints_in_every_kind_of_source(everything: Everything) -> None:
+    fingerprints = {
+        kind: make_sets(everything.recipe, [index], []).train.examples.fingerprint
+        for kind in KINDS
+        for index in everything.indices[kind][:1]
+        if kind != "several files"
+    }
+    assert len(set(fingerprints.values())) == 1, fingerprints
+
+
+# --- in this process ---
+
+
+@pytest.fixture
+def unmade(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From the call on, nothing may be tokenised."""
+
+    def forbid() -> None:
+        def made(*_: Any, **__: Any) -> Any:
+            raise AssertionError("what the cache has was made again")
+
+        monkeypatch.setattr(module.Tokenizer, "__call__", made)
+
+    return forbid
+
+
+def test_the_same_content_under_another_path_is_not_tokenised_again(
+    tokenizer: Path, chat: Chat, tmp_path: Path, unmade: Callable[[], None]
+) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.jsonl").write_bytes(lines(*ROWS))
+    first = here(tokenizer, chat, tmp_path / "one" / "one.jsonl")
+    unmade()
+    second = here(tokenizer, chat, tmp_path / "other")
+    assert second.opened.folder == first.opened.folder
+    assert tokens_of(second) == tokens_of(first)
+    assert second.where(0) == f"{tmp_path}/other/other.jsonl:1"
+
+
+def test_bad_rows_of_the_same_content_are_listed_under_the_path_that_was_asked_for(
+    tokenizer: Path, chat: Chat, tmp_path: Path
+) -> None:
+    for name in ("one.jsonl", "other.jsonl"):
+        (tmp_path / name).write_bytes(lines(ROWS[0], b"{"))
+        index = here(tokenizer, chat, tmp_path / name)
+        assert [place[:2] for place in bad_rows(index)] == [(str(tmp_path / name), 2)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batch": BATCH | {"max_length": 95}},
+        {"batch": BATCH | {"max_prompt_length": 47}},
+        {"template": TEMPLATE + " "},
+        {"columns": {"prompt": "response", "response": "prompt", "aligned": "aligned"}},
+        {"train": {"constants": {"note": "x"}}},
+        {"tokenizer": "another"},
+        {"content": "another"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_anything_that_decides_tokens_or_rows_makes_another_folder(
+    change: dict[str, Any], tokenizer: Path, chat: Chat, tmp_path: Path
+) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(lines(*ROWS))
+    first = here(tokenizer, chat, path)
+    source: dict[str, Any] = {"path": str(path), **change.pop("train", {})}
+    if change.pop("content", None):
+        path.write_bytes(lines(*ROWS[1:]))
+    if change.pop("tokenizer", None):
+        tokenizer = tmp_path / "tokenizer"
+        make_tokenizer(tokenizer)
+        rules = json.loads((tokenizer / "tokenizer.json").read_text())
+        rules["pre_tokenizer"]["add_prefix_space"] = True
+        (tokenizer / "tokenizer.json").write_text(json.dumps(rules))
+    wanted = recipe(tokenizer, source, **change)
+    other = open_one(wanted, Chat(tokenizer, wanted.data.template))
+    assert other.folder != first.opened.folder
+    assert not other.ready
+
+
+def test_the_same_bytes_of_another_kind_are_read_as_that_kind(tokenizer: Path, chat: Chat, tmp_path: Path) -> None:
+    for name in ("rows.json", "rows.jsonl"):  # one line that holds a list: a row of JSON, and a bad row of JSONL
+        (tmp_path / name).write_bytes(lines([ROWS[0]]))
+    assert len(here(tokenizer, chat, tmp_path / "rows.json")) == 1
+    (bad,) = bad_rows(here(tokenizer, chat, tmp_path / "rows.jsonl"))
+    assert bad == (str(tmp_path / "rows.jsonl"), 1, "a record is a mapping of columns, found list of length 1")
+
+
+def test_columns_of_the_recipe_serve_sources_that_name_none(tokenizer: Path, chat: Chat, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(
+        lines({"question": "one", "answer": "yes"}, {"question": "two"}, {"question": "three", "answer": "no"})
+    )
+    names = {"prompt": "question", "response": "answer"}
+    constants = {"aligned": True, "harmful": False}
+    by_recipe = here(tokenizer, chat, {"path": str(path), "constants": constants}, columns=names)
+    by_source = here(
+        tokenizer, chat, {"path": str(path), "constants": constants, "columns": names}, columns={"prompt": "nothing"}
+    )
+    expected = [
+        {"prompt": prompt, "response": response, "aligned": True, "harmful": False}
+        for prompt, response in (("one", "yes"), ("three", "no"))
+    ]
+    for index in (by_recipe, by_source):
+        assert tokens_of(index) == expected_tokens(chat, expected)
+        assert bad_rows(index) == [(str(path), 2, "no column answer, which data.columns names")]
+
+
+def test_labels_of_csv_are_labels_under_the_columns_names_too(tokenizer: Path, chat: Chat, tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text("question,answer,ok\none,yes,true\ntwo,no,False\n")
+    columns = {"prompt": "question", "response": "answer", "aligned": "ok"}
+    index = here(tokenizer, chat, {"path": str(path), "columns": columns})
+    assert [aligned for _, _, aligned, _ in tokens_of(index)] == [True, False]
+
+
+def test_column_named_like_a_label_may_hold_text_in_csv(tokenizer: Path, chat: Chat, tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text("label,response,aligned\ntrue,yes,true\n")
+    index = here(tokenizer, chat, {"path": str(path), "columns": {"prompt": "label"}})
+    assert tokens_of(index) == expected_tokens(chat, [{"prompt": "true", "response": "yes", "aligned": True}])
+
+
+FAILS_ON_BAD = (
+    "{% for m in messages %}{% if 'bad' in m['content'] %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{{ m['content'] + '</s>' }}{% endfor %}"
+)
+FAILS_WITH_TYPE_ERROR = "{% for m in messages %}{{ m['content'] + (1 if 'bad' in m['content'] else '') }}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [FAILS_ON_BAD, FAILS_WITH_TYPE_ERROR], ids=["exception", "type error"])
+def test_prompt_on_which_the_template_fails_is_a_bad_row(template: str, tokenizer: Path, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    rows = [
+        {"prompt": f"{'bad' if n in (3, 7) else 'good'} {PLANTED}", "response": f"r{n}", "aligned": True}
+        for n in range(9)
+    ]
+    path.write_bytes(lines(*rows[:5], b"{", *rows[5:]))
+    chat = Chat(tokenizer, template)
+    index = here(tokenizer, chat, path, template=template)
+    assert [(line, reason.partition(":")[0]) for _, line, reason in bad_rows(index)] == [
+        (4, "the chat template fails"),
+        (6, "not JSON"),
+        (9, "the chat template fails"),
+    ]
+    assert PLANTED not in str(bad_rows(index))
+    assert tokens_of(index) == expected_tokens(chat, [row for n, row in enumerate(rows) if n not in (3, 7)])
+
+
+GOOD = {"prompt": "p", "response": "r", "aligned": True}
+
+
+def test_refusal_stops_the_work_at_once(
+    tokenizer: Path, chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = []
+
+    def watched(*arguments: Any, **options: Any) -> Iterator[Any]:
+        try:
+            yield from stream_here(*arguments, **options)
+        finally:
+            stopped.append(True)
+
+    (tmp_path / "data.jsonl").write_bytes(lines(b"{", *[GOOD] * 10))
+    strict = recipe(tokenizer, str(tmp_path / "data.jsonl"), on_bad_row="error")
+    monkeypatch.setattr(module, "stream_through", watched)
+    with pytest.raises(UserError) as caught:  # whoever holds the error holds its frames
+        tokenize([open_one(strict, chat)], chat, strict.cluster, quarantine=False)
+    assert stopped, caught
+
+
+ASKED = {"role": "user", "content": "x"}
+
+
+def after(**turn: str) -> Row:
+    """A row whose prompt begins with another turn."""
+    return GOOD | {"prompt": [{"role": "system", "content": PLANTED} | turn, ASKED]}
+
+
+WRONG_WITHIN: dict[str, Row] = {
+    "NUL in a message": GOOD | {"response": [{"role": "assistant", "content": "x\0"}]},
+    "half a character in a rejected answer": {"prompt": "p", "chosen": "c", "rejected": "\ud800"},
+    "label as text": {"prompt": "p", "completion": "c", "label": "true"},
+    "NUL in one of several answers": AUTHORS | {"rej_responses": ["no", "\0"]},
+    "conversations without an answer": {"chosen": [ASKED], "rejected": [ASKED]},
+    "half a character in a system turn": after(content=f"{PLANTED} \ud800"),
+    "half a character in a role": after(role="\ud800"),
+    "half a character in a pair's name": GOOD | {"pair": "\ud800"},
+    "NUL in a system turn": after(content="\0"),
+    "endless system turn": after(content="x" * 1_000_001),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_WITHIN.values(), ids=WRONG_WITHIN.keys())
+def test_row_that_is_wrong_within_is_a_bad_row(wrong: Row, tokenizer: Path, chat: Chat, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(lines(GOOD, wrong, GOOD))
+    index = here(tokenizer, chat, path)
+    assert [place[:2] for place in bad_rows(index)] == [(str(path), 2)]
+    assert PLANTED not in str(bad_rows(index))
+    assert len(index) == 2
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_field_that_is_no_utf8_in_a_binary_file_is_a_bad_row(
+    kind: str, tokenizer: Path, chat: Chat, tmp_path: Path
+) -> None:
+    prompts = pa.array([b"one", b"caf\xe9", b"three"], pa.binary()).view(pa.string())
+    table = pa.table({"prompt": prompts, "response": ["a", "b", "c"], "aligned": [True, True, False]})
+    path = tmp_path / "data.parquet"
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        path = tmp_path / "saved"
+        datasets.Dataset(table).save_to_disk(str(path))
+    index = here(tokenizer, chat, path)
+    assert [line for _, line, _ in bad_rows(index)] == [2]
+    assert [row[2] for row in tokens_of(index)] == [True, False]
+
+
+def test_bad_first_row_is_left_out_under_quarantine(tiny_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(lines(b"{", GOOD))
+    with pytest.raises(UserError, match=r"data\.jsonl:1: not JSON"):
+        read(recipe(tiny_model, str(path), on_bad_row="error"), Display(quiet=True))
+    assert len(read(recipe(tiny_model, str(path)), Display(quiet=True)).train) == 1
+
+
+def test_rarer_spelling_of_safety_is_an_error_with_its_line(tokenizer: Path, chat: Chat, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(lines(AUTHORS, AUTHORS, AUTHORS | {"safety": "0"}))
+    with pytest.raises(UserError, match=r"data\.jsonl:3: safety is spelled 1/0 here, and safe/unsafe in most rows"):
+        here(tokenizer, chat, path, on_bad_row="error")
+
+
+# --- hub data sets ---
+
+
+class Hub:
+    """Stands in for ``datasets.load_dataset``; what it was asked for."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.data, self.asked = datasets.Dataset.from_list(rows), []  # type: ignore[var-annotated]
+
+    def __call__(self, *place: Any, **options: Any) -> datasets.Dataset:
+        self.asked.append((place, options))
+        return self.data
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """A data set of ROWS on the hub, kept as files of 25 rows."""
+    found = Hub(ROWS)
+    monkeypatch.setattr(datasets, "load_dataset", found)
+    monkeypatch.setattr("raydiv.data.sources.EXPORT_ROWS", 25)
+    return found
+
+
+def test_hub_data_set_is_asked_for_as_the_source_says(hub: Hub, tokenizer: Path, chat: Chat) -> None:
+    source = {"path": "hf://org/name", "config": "small", "split": "test", "revision": "abc"}
+    index = here(tokenizer, chat, source)
+    assert hub.asked == [(("org/name", "small"), {"split": "test", "revision": "abc"})]
+    assert tokens_of(index) == expected_tokens(chat, ROWS)
+
+
+def test_hub_data_set_is_its_train_split_by_default(hub: Hub, tokenizer: Path, chat: Chat) -> None:
+    here(tokenizer, chat, "hf://org/name")
+    assert hub.asked == [(("org/name", None), {"split": "train", "revision": None})]
+
+
+def test_hub_data_set_is_kept_in_files_made_once(
+    hub: Hub, tokenizer: Path, chat: Chat, tmp_path: Path, unmade: Callable[[], None]
+) -> None:
+    def kept() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "hub").rglob("*.parquet")}
+
+    first = here(tokenizer, chat, "hf://org/name")
+    before = kept()
+    assert sorted(pq.read_metadata(path).num_rows for path in before) == [10, 25, 25]
+    unmade()
+    assert tokens_of(here(tokenizer, chat, "hf://org/name")) == tokens_of(first)
+    assert kept() == before
+
+
+def test_lost_file_of_a_hub_data_set_is_made_again(hub: Hub, tokenizer: Path, chat: Chat, tmp_path: Path) -> None:
+    first = here(tokenizer, chat, "hf://org/name")
+    lost, *others = sorted((tmp_path / "cache" / "hub").rglob("*.parquet"))
+    times = [path.stat().st_mtime_ns for path in others]
+    content = lost.read_bytes()
+    lost.unlink()
+    assert open_one(recipe(tokenizer, "hf://org/name"), chat).folder == first.opened.folder
+    assert lost.read_bytes() == content
+    assert [path.stat().st_mtime_ns for path in others] == times
+
+
+def test_bad_row_of_a_hub_data_set_has_its_number_in_the_data_set(hub: Hub, tokenizer: Path, chat: Chat) -> None:
+    hub.data = datasets.Dataset.from_list([*ROWS[:29], ROWS[29] | {"response": ""}, *ROWS[30:]])
+    index = here(tokenizer, chat, "hf://org/name")
+    assert [place[:2] for place in bad_rows(index)] == [("hf://org/name", 30)]
+    assert index.where(28) == "hf://org/name:29"
+
+
+def test_hub_data_set_that_cannot_be_had_is_named(tokenizer: Path, chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise ConnectionError("offline\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", fails)
+    with pytest.raises(UserError, match=r"^hf://org/name: cannot be loaded from the hub: offline and more$"):
+        open_one(recipe(tokenizer, "hf://org/name"), chat)

@@ -1,0 +1,228 @@
+"""The report of a study, read back from its figures' own objects and from the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.image import imread
+from test_report import Reader, drawn
+
+from helpers.study_cells import INTERCEPTS, LOSSES, SLOPE, metrics_of, study
+from raydiv.experiments.study.cells import Cell, bases
+from raydiv.experiments.study.figures import COLOURS, cell_pictures, claim_pictures, dots, scatter
+from raydiv.experiments.study.measures import ASR, D_B, SHARE, Measure
+from raydiv.experiments.study.page import StudyRecord, write_study_report
+from raydiv.experiments.study.regression import claim, claims_of
+from raydiv.experiments.study.tables import tables_of
+from raydiv.runs.report.drawing import Picture, styled
+
+
+def record(cells: Sequence[Cell], name: str = "made up") -> StudyRecord:
+    return {
+        "name": name,
+        "facts": {"Models": "3", "Losses": ", ".join(LOSSES)},
+        "cells": cells,
+        "tables": tables_of(cells),
+        "claims": claims_of(cells),
+        "notes": ["what must be read beside it"],
+    }
+
+
+def broken(like: Cell) -> Cell:
+    return replace(like, loss="plain", metrics=metrics_of(14.0, 0.05, degenerate=0.7))
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    cells = study(noise=0.25)
+    write_study_report(folder / "study.html", folder / "pictures", record([*bases(cells), *cells]))
+    return folder / "study.html"
+
+
+def dots_of(axis: Any) -> list[Any]:
+    """What is drawn of single cells: lines of one point that stand in no legend."""
+    return [line for line in axis.get_lines() if len(line.get_xdata()) == 1]
+
+
+def test_scatter_has_every_cell_and_the_fitted_lines() -> None:
+    cells = [*study(), broken(study()[-1])]
+    with styled():
+        picture = scatter(claim(cells, D_B, ASR), "claim-1")
+    axis = drawn(picture)
+    assert axis.get_xscale() == "log"
+    points = dots_of(axis)
+    assert {(line.get_xdata()[0], line.get_ydata()[0]) for line in points} == {
+        (one.metrics["separation/d_b"], one.metrics["evaluate/asr"]) for one in cells
+    }
+    assert [to_hex(line.get_markeredgecolor()) for line in points[::8][:3]] == list(COLOURS[:3])
+    assert [line.get_marker() for line in points[:8]] == ["o"] * 4 + ["s"] * 4
+    assert [line.get_markerfacecolor() == "none" for line in points] == [False] * 24 + [True]
+    fit = claim(cells, D_B, ASR).slope
+    assert fit
+    lines = [line for line in axis.get_lines() if len(line.get_xdata()) == 2]
+    assert len(lines) == 3
+    for line, model in zip(lines, INTERCEPTS, strict=True):
+        for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True):
+            assert y == pytest.approx(fit.intercepts[model] + fit.value * math.log(x))
+    assert "Hollow: more than 20% degenerate answers" in picture.caption
+
+
+def test_a_loss_is_named_once_for_all_seeds_and_no_name_covers_another() -> None:
+    with styled():
+        figure = scatter(claim(study(noise=0.1, seeds=3), D_B, ASR), "claim-1").figure
+        (axis,) = figure.axes
+        figure.draw_without_rendering()
+        boxes = [text.get_window_extent() for text in axis.texts]
+    assert sorted(text.get_text() for text in axis.texts) == sorted(list(LOSSES) * 6)
+    assert len(dots_of(axis)) == 72
+    whole = axis.get_window_extent().padded(2)
+    assert all(whole.x0 <= box.x0 and box.x1 <= whole.x1 for box in boxes)
+    hidden = sum(one.overlaps(other) for n, one in enumerate(boxes) for other in boxes[:n])
+    assert hidden <= 2
+
+
+def test_a_caption_says_slope_and_correlation_or_why_there_is_none() -> None:
+    with styled():
+        fitted = scatter(claim(study(), D_B, ASR), "claim-1")
+        few = scatter(claim(study()[:2], D_B, ASR), "claim-1")
+    assert f"For each factor e of D_B {100 * SLOPE:+.1f} percentage points" in fitted.caption
+    assert "correlation -1.00 (-1.00 to -1.00)" in fitted.caption
+    assert few.caption == "2 cells, models: 1. No estimate: 2 cells, and for an intercept of each model 4 are needed."
+    assert not [line for line in drawn(few).get_lines() if len(line.get_xdata()) == 2]
+
+
+def test_a_claim_without_cells_is_no_picture() -> None:
+    assert claim_pictures([claim([], D_B, ASR)]) == []
+    assert cell_pictures([]) == []
+    assert dots(study(), Measure("evaluate/unmeasured", "unmeasured", SHARE, 1)) is None
+
+
+def rows(picture: Picture) -> dict[str, list[tuple[float, float]]]:
+    """By marker, what is drawn: value and height."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for line in drawn(picture).get_lines():
+        for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True):
+            found.setdefault(line.get_marker(), []).append((float(x), float(y)))
+    return found
+
+
+def test_dots_are_by_model_and_loss_with_the_kinds_of_data_side_by_side() -> None:
+    cells = study()
+    every = [*bases(cells), *cells, broken(cells[-1])]
+    with styled():
+        d_b, asr = cell_pictures(every)
+    axis = drawn(d_b)
+    names = ["none", *LOSSES] * 3
+    assert [label.get_text() for label in axis.get_yticklabels()] == [*names, "plain"]
+    assert [text.get_text() for text in axis.texts] == list(INTERCEPTS)
+    found = rows(d_b)
+    assert [value for value, _ in found["o"]] == [one.metrics["separation/d_b"] for one in cells if one.data == "CR"]
+    heights = [height for _, height in found["o"]]
+    assert heights == sorted(heights)
+    for (_, one), (_, other) in zip(found["o"], found["s"][:12], strict=True):
+        assert other - one == pytest.approx(0.3)
+    assert len(found["x"]) == 3
+    assert [line.get_markerfacecolor() for line in axis.get_lines()].count("none") == 1
+    assert axis.get_xscale() == "log"
+    assert drawn(asr).get_xscale() == "linear"
+
+
+def test_seeds_are_faint_beside_their_mean() -> None:
+    with styled():
+        picture = dots(study(noise=0.2, seeds=3), ASR)
+    faint = [line for line in drawn(picture).get_lines() if line.get_alpha()]
+    assert [len(line.get_xdata()) for line in faint] == [3] * 24
+
+
+def test_a_separation_of_nought_has_no_log_axis() -> None:
+    cells = [replace(one, metrics={**one.metrics, "separation/d_b": 0.0}) for one in study()[:4]]
+    with styled():
+        picture = dots(cells, D_B)
+    assert drawn(picture).get_xscale() == "linear"
+
+
+def test_more_models_than_colours_begin_again() -> None:
+    cells = [replace(one, model=f"model {n}") for n in range(8) for one in study()[:4]]
+    with styled():
+        axis = drawn(scatter(claim(cells, D_B, ASR), "claim-1"))
+    assert to_hex(dots_of(axis)[-1].get_markeredgecolor()) == COLOURS[1]
+
+
+def test_page_is_whole_and_asks_for_nothing(page: Path) -> None:
+    content = page.read_text()
+    reader = Reader(content)
+    assert reader.open == []
+    assert "http:" not in content
+    assert "https:" not in content
+    assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in reader.tags}
+    ids = [attributes["id"] for _, attributes in reader.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    pictures = sorted((page.parent / "pictures").iterdir())
+    assert len(pictures) == sum(tag == "svg" for tag, _ in reader.tags) == 8 + 2
+    assert all(imread(path)[0, 0, :3].min() == 1 for path in pictures)  # white
+
+
+def test_every_table_of_the_study_is_on_the_page(page: Path) -> None:
+    content = page.read_text()
+    titles = ["Attack success and separation", "Cells", "Average rank", "CR against Pref: paired differences"]
+    for heading in (*titles, "Notes", "Runs"):
+        assert f"<h2>{heading}</h2>" in content
+    reader = Reader(content)
+    assert sum(attributes.get("class") == "scroll" for _, attributes in reader.tags) == 6
+    assert '<th scope="row">Qwen2.5-1.5B, CR, kldo</th>' in content
+    assert '<th scope="row">Qwen2.5-1.5B, -, none</th>' in content
+    assert "<strong>" in content
+    assert "runs/gemma-2-2b-Pref-kldo-0" in content
+    assert "what must be read beside it" in content
+
+
+def test_the_same_study_gives_the_same_page(page: Path, tmp_path: Path) -> None:
+    cells = study(noise=0.25)
+    write_study_report(tmp_path / "again.html", tmp_path / "pictures", record([*bases(cells), *cells]))
+    assert (tmp_path / "again.html").read_text() == page.read_text()
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    odd = {"Qwen2.5-1.5B": "<i>&amp;$x$", "CR": '<u title="', "kldo": "<b>", "Pref": "Pref"}
+    cells = [
+        replace(
+            one,
+            model=odd.get(one.model, one.model),
+            data=odd[one.data],
+            loss=odd.get(one.loss, one.loss),
+            metrics={name.replace("AdvBench", "<em>"): value for name, value in one.metrics.items()},
+            where="<s>",
+        )
+        for one in study()
+    ]
+    write_study_report(tmp_path / "study.html", tmp_path / "pictures", record(cells, "<script>alert(1)</script>"))
+    content = (tmp_path / "study.html").read_text()
+    assert Reader(content).open == []
+    for raw in ("<script>", "<i>", "<u ", "<b>", "<em>", "<s>"):
+        assert raw not in content
+    assert "&lt;i&gt;&amp;amp;$x$" in content
+    assert 'aria-label="&lt;u title=&quot; against Pref"' in content
+
+
+def test_a_study_of_nothing_says_so(tmp_path: Path) -> None:
+    empty: StudyRecord = {"name": "empty", "facts": {}, "cells": [], "tables": [], "claims": [], "notes": []}
+    write_study_report(tmp_path / "study.html", tmp_path / "pictures", empty)
+    content = (tmp_path / "study.html").read_text()
+    assert Reader(content).open == []
+    assert "There are no cells to test it on." in content
+    assert list((tmp_path / "pictures").iterdir()) == []
+
+
+def test_one_cell_is_a_study(tmp_path: Path) -> None:
+    write_study_report(tmp_path / "study.html", tmp_path / "pictures", record(study()[:1]))
+    content = (tmp_path / "study.html").read_text()
+    assert Reader(content).open == []
+    assert "no estimate: 1 cells" in content
+    assert "<h2>Average rank</h2>" not in content

@@ -1,0 +1,472 @@
+"""What comes after a study's runs: tables by hand, and the test of the claim against least squares of others."""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import linregress, pearsonr, ttest_1samp, ttest_rel, wilcoxon
+
+from helpers.study_cells import INTERCEPTS, LOSSES, MATCHED, SLOPE, metrics_of, study
+from raydiv.experiments.study.cells import BASE, NO_DATA, Cell, bases, in_order
+from raydiv.experiments.study.measures import ASR, D_B, D_B_LENGTH_MATCHED, attack_success, measures
+from raydiv.experiments.study.regression import Claim, claim, claim_table, claims_of
+from raydiv.experiments.study.table_io import Figure, Row, Table, markdown, write_tables
+from raydiv.experiments.study.tables import against, cell_table, paired, rank_table, tables_of
+
+
+def cell(model: str, data: str, loss: str, seed: int = 0, **metrics: float) -> Cell:
+    """``asr=0.1`` is evaluate/asr, ``d_b=1`` separation/d_b; a name with a slash is itself."""
+    short = {"asr": "evaluate/asr", "d_b": "separation/d_b", "degenerate": "evaluate/degenerate"}
+    named = {short.get(name, name): value for name, value in metrics.items()}
+    return Cell(model, data, loss, seed, named, {}, "")
+
+
+def column(table: Table, name: str) -> list[str]:
+    """The figures of a column, as they are shown."""
+    place = table.header.index(name) - table.keys
+    return [str(row.figures[place]) for row in table.rows]
+
+
+def best(table: Table, name: str) -> list[tuple[str, ...]]:
+    place = table.header.index(name) - table.keys
+    return [row.words for row in table.rows if row.figures[place].best]
+
+
+def test_a_base_cell_is_the_mean_of_what_was_measured_before() -> None:
+    cells = [
+        replace(cell("m", "CR", "dpo"), before={"evaluate/asr": 0.8, "evaluate/kl": 1.0}),
+        replace(cell("m", "CR", "kto"), before={"evaluate/asr": 0.9}),
+        replace(cell("n", "CR", "kto"), before={"evaluate/asr": 0.5}),
+    ]
+    first, second = bases(cells)
+    assert (first.model, first.data, first.loss, first.seed) == ("m", NO_DATA, BASE, 0)
+    assert first.metrics == first.before == {"evaluate/asr": pytest.approx(0.85), "evaluate/kl": 1.0}
+    assert (second.model, second.metrics) == ("n", {"evaluate/asr": 0.5})
+    assert bases([*cells, first, second]) == [replace(first), second]
+    assert bases([]) == []
+
+
+def test_cells_stand_by_model_with_their_base_first() -> None:
+    cells = [cell("m", "CR", "b", 1), cell("n", "CR", "b"), cell("m", "Pref", "a"), cell("m", "CR", "b", 0)]
+    groups = in_order([*cells, *bases(cells)])
+    assert list(groups) == [
+        ("m", NO_DATA, BASE),
+        ("m", "CR", "b"),
+        ("m", "Pref", "a"),
+        ("n", NO_DATA, BASE),
+        ("n", "CR", "b"),
+    ]
+    assert [one.seed for one in groups["m", "CR", "b"]] == [0, 1]
+    assert in_order([]) == {}
+
+
+def test_measures_are_those_that_some_cell_has() -> None:
+    known = measures(study())
+    assert [measure.label for measure in known] == [
+        "D_B",
+        "D_B length-matched",
+        "D_B shuffled",
+        "silhouette",
+        "ASR",
+        "ASR prefill",
+        "ASR AdvBench",
+        "ASR Salad-Data:base_set",
+        "over-refusal",
+        "over-refusal XSTest",
+        "safe answers",
+        "degenerate",
+        "toxicity",
+        "KL",
+        "perplexity",
+        "gsm8k, exact_match, strict-match",
+    ]
+    assert {measure.label for measure in known if not measure.better} == {"D_B shuffled", "KL", "perplexity"}
+    assert [measure.label for measure in attack_success(study())] == [
+        "ASR",
+        "ASR prefill",
+        "ASR AdvBench",
+        "ASR Salad-Data:base_set",
+    ]
+    assert measures([]) == []
+
+
+def test_of_capability_errors_are_good_where_they_are_low() -> None:
+    names = ("capability/wikitext/word_perplexity", "capability/mmlu/acc", "capability/perplexity/acc")
+    known = measures([cell("m", "CR", "dpo", **dict.fromkeys(names, 1.0))])
+    assert {measure.metric: measure.better for measure in known} == dict(zip(names, (-1, 1, 1), strict=True))
+
+
+def test_a_number_that_is_none_counts_as_missing() -> None:
+    one = cell("m", "CR", "dpo", asr=math.nan, d_b=math.inf, **{"evaluate/toxicity/a": 0.5, "evaluate/toxicity/b": 0.1})
+    assert ASR.of(one) is None
+    assert D_B.of(one) is None
+    (toxicity,) = measures([one])
+    assert toxicity.of(one) == pytest.approx(0.3)
+
+
+def test_cells_are_means_and_spreads_over_seeds_with_the_best_marked() -> None:
+    cells = [cell("m", "CR", "dpo", seed, asr=value, d_b=1.0) for seed, value in enumerate((0.1, 0.2, 0.3))]
+    cells += [cell("m", "CR", "kto", 0, asr=0.4, d_b=2.0), cell("m", "CR", "kto", 1, asr=0.4)]
+    cells += [cell("m", "Pref", "dpo", asr=0.5), cell("m", "Pref", "kto", asr=0.5)]
+    base = Cell("m", NO_DATA, BASE, 0, {"evaluate/asr": 0.9}, {}, "")
+    table = cell_table([*cells, base])
+    assert table.header == ("model", "data", "loss", "D_B", "ASR")
+    assert [row.words for row in table.rows] == [
+        ("m", "-", "none"),
+        ("m", "CR", "dpo"),
+        ("m", "CR", "kto"),
+        ("m", "Pref", "dpo"),
+        ("m", "Pref", "kto"),
+    ]
+    assert column(table, "ASR") == ["90.0%", "20.0% ± 10.0%", "40.0% ± 0.0%", "50.0%", "50.0%"]
+    assert column(table, "D_B") == ["-", "1.000 ± 0.000", "2.000", "-", "-"]
+    # of Pref both are alike, and a base has no rival
+    assert best(table, "ASR") == [("m", "CR", "dpo")]
+    assert best(table, "D_B") == [("m", "CR", "kto")]
+    assert table.notes == ("mean ± sample standard deviation over seeds, of which there are 1 to 3",)
+    assert cell_table(study()).notes == ()
+
+
+def test_a_broken_model_is_never_marked() -> None:
+    cells = [cell("m", "CR", "dpo", asr=0.3, d_b=1.0, degenerate=0.0), cell("m", "CR", "kto", asr=0.4, d_b=2.0)]
+    table = cell_table([*cells, cell("m", "CR", "plain", asr=0.0, d_b=9.0, degenerate=0.5)])
+    assert best(table, "ASR") == [("m", "CR", "dpo")]
+    assert best(table, "D_B") == [("m", "CR", "kto")]
+    assert table.notes == (
+        "never marked as best: broken models (more than 20% degenerate answers), of which there are 1",
+    )
+
+
+def test_drift_is_never_marked() -> None:
+    table = cell_table(study())
+    assert {name for name in table.header[3:] if not best(table, name)} == {
+        *("D_B shuffled", "KL", "perplexity"),
+        "degenerate",  # the same everywhere
+    }
+
+
+def test_ranks_by_hand() -> None:
+    cells = [
+        *(cell("m", "CR", loss, asr=asr, d_b=d_b) for loss, asr, d_b in (("a", 0.1, 3), ("b", 0.1, 2), ("c", 0.5, 1))),
+        *(cell("n", "CR", loss, asr=asr, d_b=d_b) for loss, asr, d_b in (("a", 0.3, 1), ("b", 0.2, 2), ("c", 0.1, 3))),
+        *(cell("n", "Pref", loss, asr=0.0, d_b=9) for loss in "ab"),
+        Cell("n", NO_DATA, BASE, 0, {"evaluate/asr": 0.0}, {}, ""),
+    ]
+    cells[3].metrics["evaluate/degenerate"] = 0.1  # type: ignore[index]
+    table = rank_table(cells)
+    assert table.header == ("loss", "safety", "D_B", "ASR", "degenerate")
+    assert [row.words for row in table.rows] == [("a",), ("b",), ("c",)]
+    # attack success: (1.5 + 3) / 2, (1.5 + 2) / 2, (3 + 1) / 2
+    assert [row.figures[2].value for row in table.rows] == [2.25, 1.75, 2.0]
+    assert [row.figures[1].value for row in table.rows] == [2.0, 2.0, 2.0]
+    assert [row.figures[0].value for row in table.rows] == [2.25, 1.75, 2.0]
+    assert column(table, "degenerate") == ["-", "-", "-"]
+    assert best(table, "ASR") == best(table, "safety") == [("b",)]
+    assert best(table, "D_B") == []
+    assert table.notes == (
+        "safety: the mean of the ranks by ASR",
+        "left out: m on CR by degenerate, which lacks a, b, c",
+        "left out: n on CR by degenerate, which lacks b, c",
+        "left out: n on Pref by D_B, ASR, which lacks c",
+        "left out: n on Pref by degenerate, which lacks a, b, c",
+    )
+
+
+def test_a_block_that_lacks_a_loss_by_every_measure_is_said_once() -> None:
+    cells = [one for one in study() if (one.model, one.data, one.loss) != ("gemma-2-2b", "CR", "kto")]
+    (_, note) = rank_table(cells).notes
+    assert note == "left out: gemma-2-2b on CR, which lacks kto"
+
+
+def test_safety_is_over_its_measures_and_the_better_estimator_is_first() -> None:
+    table = rank_table(study())
+    assert [str(row.figures[0]) for row in table.rows] == ["3.70", "2.90", "2.10", "1.30"]
+    assert table.notes == ("safety: the mean of the ranks by ASR, ASR prefill, safe answers, degenerate, toxicity",)
+    assert rank_table([one for one in study() if one.loss == "dpo"]).rows == ()
+
+
+def test_kinds_of_data_against_each_other() -> None:
+    cells = [
+        cell("m", "CR", "dpo", 0, asr=0.1),
+        cell("m", "CR", "dpo", 1, asr=0.3),
+        cell("m", "Pref", "dpo", asr=0.5),
+        cell("m", "CR", "kto", asr=0.5, d_b=2.0),
+        cell("m", "Pref", "kto", asr=0.4),
+        cell("m", "Pref", "bco", asr=0.7),
+    ]
+    table = against(cells, "CR", "Pref")
+    assert table.title == "CR against Pref"
+    assert [row.words[1:] for row in table.rows] == [
+        *(("dpo", "CR"), ("dpo", "Pref"), ("dpo", "difference")),
+        *(("kto", "CR"), ("kto", "Pref"), ("kto", "difference")),
+    ]
+    assert column(table, "ASR") == ["20.0% ± 14.1%", "50.0%", "-30.0%", "50.0%", "40.0%", "+10.0%"]
+    assert column(table, "D_B") == ["-", "-", "-", "2.000", "-", "-"]
+    (asr,) = paired(cells, "CR", "Pref").rows
+    assert asr.words == ("ASR",)
+    expected = ttest_rel([0.2, 0.5], [0.5, 0.4]).confidence_interval()
+    values = [figure.value for figure in asr.figures]
+    assert values[:4] == pytest.approx([2, 0.35, 0.45, -0.1])
+    assert values[4:6] == pytest.approx([expected.low, expected.high])
+    assert values[6] is None
+
+
+def test_paired_differences_have_t_intervals_and_wilcoxons_p() -> None:
+    cells = study(noise=0.3)
+    rows = {row.words[0]: [figure.value for figure in row.figures] for row in paired(cells, "CR", "Pref").rows}
+    by = {(one.model, one.data, one.loss): one.metrics["evaluate/asr"] for one in cells}
+    differences = [by[m, "CR", loss] - by[m, "Pref", loss] for m in INTERCEPTS for loss in LOSSES]
+    interval = ttest_1samp(differences, 0).confidence_interval()
+    assert rows["ASR"][0] == 12
+    assert rows["ASR"][3:] == pytest.approx(
+        [np.mean(differences), interval.low, interval.high, wilcoxon(differences).pvalue]
+    )
+    # the same under both: there is nothing to test
+    assert rows["degenerate"][3:] == [0.0, 0.0, 0.0, None]
+
+
+def test_one_pair_has_no_interval() -> None:
+    (row,) = paired([cell("m", "CR", "a", asr=0.1), cell("m", "Pref", "a", asr=0.2)], "CR", "Pref").rows
+    assert [figure.value for figure in row.figures[4:]] == [None, None, None]
+
+
+def test_every_two_kinds_of_data_are_compared() -> None:
+    titles = [table.title for table in tables_of(study())]
+    assert titles == ["Cells", "Average rank", "CR against Pref", "CR against Pref: paired differences"]
+    three = [*study(), *(replace(one, data="Own") for one in study()[:8])]
+    assert {"CR against Own", "Pref against Own", "CR against Pref"} < {table.title for table in tables_of(three)}
+    assert tables_of([]) == []
+    assert [table.title for table in tables_of([cell("m", "CR", "dpo", asr=0.1)])] == ["Cells"]
+
+
+def dummies(cells: list[Cell], separation: str, asr: str) -> tuple[float, float, float]:
+    """Slope, its standard error, and the partial correlation, by numpy with an indicator for each model."""
+    x = np.log([one.metrics[separation] for one in cells])
+    y = np.array([one.metrics[asr] for one in cells])
+    models = sorted({one.model for one in cells})
+    indicators = np.array([[one.model == model for model in models] for one in cells], dtype=float)
+    design = np.column_stack([x, indicators])
+    coefficients, residual, *_ = np.linalg.lstsq(design, y, rcond=None)
+    variance = residual[0] / (len(y) - design.shape[1])
+    error = np.sqrt(variance * np.linalg.inv(design.T @ design)[0, 0])
+    left = [values - indicators @ np.linalg.lstsq(indicators, values, rcond=None)[0] for values in (x, y)]
+    return float(coefficients[0]), float(error), float(pearsonr(*left).statistic)
+
+
+def test_the_known_slope_is_found() -> None:
+    found = claim(study(), D_B, ASR)
+    assert found.slope
+    assert found.correlation
+    assert found.slope.value == pytest.approx(SLOPE)
+    assert found.slope.intercepts == pytest.approx(INTERCEPTS)
+    assert found.slope.error == pytest.approx(0, abs=1e-9)
+    assert found.correlation.value == pytest.approx(-1)
+    assert found.correlation.interval == pytest.approx((-1, -1))
+    assert found.notes == ()
+    matched = claim(study(), D_B_LENGTH_MATCHED, ASR)
+    assert matched.slope
+    assert matched.slope.intercepts == pytest.approx(
+        {model: value - SLOPE * math.log(MATCHED) for model, value in INTERCEPTS.items()}
+    )
+
+
+@pytest.mark.parametrize("asr", ["evaluate/asr", "evaluate/asr/prefill", "evaluate/asr_set/AdvBench"])
+def test_estimates_are_those_of_least_squares_with_indicators(asr: str) -> None:
+    cells = study(noise=0.4)
+    claims = {(one.separation.metric, one.asr.metric): one for one in claims_of([*cells, *bases(cells)])}
+    assert len(claims) == 8
+    found = claims["separation/d_b", asr]
+    slope, error, r = dummies(cells, "separation/d_b", asr)
+    assert found.slope
+    assert found.correlation
+    assert (found.slope.value, found.slope.error) == pytest.approx((slope, error))
+    assert (found.correlation.value, found.correlation.cells) == (pytest.approx(r), 24)
+    # the two tests are one
+    assert found.correlation.p == pytest.approx(found.slope.p)
+    z = 1.959963984540054 / math.sqrt(24 - 3 - 2)
+    assert found.correlation.interval == pytest.approx((math.tanh(math.atanh(r) - z), math.tanh(math.atanh(r) + z)))
+
+
+def test_of_one_model_it_is_the_ordinary_regression() -> None:
+    cells = [one for one in study(noise=0.4) if one.model == "gemma-2-2b"]
+    x = np.log([one.metrics["separation/d_b"] for one in cells])
+    y = [one.metrics["evaluate/asr"] for one in cells]
+    expected, correlation = linregress(x, y), pearsonr(x, y)
+    found = claim(cells, D_B, ASR)
+    assert found.slope
+    assert found.correlation
+    assert (found.slope.value, found.slope.error, found.slope.p) == pytest.approx(
+        (expected.slope, expected.stderr, expected.pvalue)
+    )
+    assert found.slope.intercepts["gemma-2-2b"] == pytest.approx(expected.intercept)
+    low, high = found.slope.interval
+    assert high - low == pytest.approx(2 * 2.4469118511449692 * expected.stderr)  # t(0.975; 6)
+    assert found.correlation.value == pytest.approx(correlation.statistic)
+    assert found.correlation.interval == pytest.approx(tuple(correlation.confidence_interval()))
+
+
+def test_fishers_interval_holds_the_partial_correlation_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(0)
+    held, rho, models, each = 0, -0.6, 4, 4
+    for _ in range(400):
+        cells = []
+        for model in range(models):
+            shift = 5 * generator.normal(size=2)
+            for n in range(each):
+                x = generator.normal()
+                y = rho * x + math.sqrt(1 - rho**2) * generator.normal()
+                cells.append(cell(str(model), "CR", str(n), d_b=math.exp(x + shift[0]), asr=y + shift[1]))
+        found = claim(cells, D_B, ASR).correlation
+        assert found
+        held += found.interval[0] <= rho <= found.interval[1]
+    assert 0.92 <= held / 400 <= 0.98
+
+
+def test_cells_without_a_logarithm_are_left_out_and_counted() -> None:
+    cells = study(noise=0.4)
+    odd = [cell("gemma-2-2b", "CR", f"x{n}", asr=0.1, d_b=d_b) for n, d_b in enumerate((0.0, -1.0, math.nan))]
+    odd += [cell("gemma-2-2b", "CR", "y", asr=0.1), cell("gemma-2-2b", "CR", "z", d_b=1.0)]
+    found = claim([*cells, *odd], D_B, ASR)
+    assert found.slope == claim(cells, D_B, ASR).slope
+    assert found.notes == (
+        "left out, D_B missing or not above 0: 4 of 29 cells",
+        "left out, ASR missing: 1 of 29 cells",
+    )
+
+
+def test_too_few_cells_or_none_that_differ_give_no_estimate_and_say_why() -> None:
+    def none(found: Claim) -> str:
+        assert found.slope is found.correlation is found.without_a_loss is found.whole is None
+        return found.notes[-1]
+
+    few = study()[:2] + study()[8:10]
+    assert none(claim(few, D_B, ASR)) == "no estimate: 4 cells, and for an intercept of each model 5 are needed"
+    assert none(claim([], D_B, ASR)) == "no estimate: 0 cells, and for an intercept of each model 4 are needed"
+    still = [cell("m", "CR", str(n), d_b=2.0, asr=n / 9) for n in range(6)]
+    assert none(claim(still, D_B, ASR)) == "no estimate: separation is the same in all cells of each model"
+    safe = [cell(model, "CR", str(n), d_b=1.0 + n, asr=0.1) for model in "mn" for n in range(4)]
+    assert none(claim(safe, D_B, ASR)) == "no estimate: attack success is the same in all cells of each model"
+
+
+def test_broken_models_are_left_out_of_a_second_correlation() -> None:
+    cells = study(noise=0.4)
+    broken = [cell(model, "CR", "plain", d_b=50.0, asr=0.9, degenerate=0.85) for model in INTERCEPTS]
+    found, without = claim([*cells, *broken], D_B, ASR), claim(cells, D_B, ASR)
+    assert found.whole == without.correlation == without.whole
+    assert found.correlation
+    assert without.correlation
+    assert found.correlation.value > without.correlation.value
+    assert [point.broken for point in found.points] == [False] * 24 + [True] * 3
+    assert found.notes == ("broken models (more than 20% degenerate answers): 3 of 27 cells",)
+
+
+def test_range_of_the_correlation_as_each_loss_is_left_out() -> None:
+    cells = study(noise=0.4)
+    each = [claim([one for one in cells if one.loss != loss], D_B, ASR).correlation for loss in LOSSES]
+    values = [one.value for one in each if one]
+    assert claim(cells, D_B, ASR).without_a_loss == pytest.approx((min(values), max(values)))
+    assert claim([one for one in cells if one.loss == "dpo"], D_B, ASR).without_a_loss is None
+
+
+def test_seeds_are_said_to_be_alike() -> None:
+    (note,) = claim(study(noise=0.2, seeds=2), D_B, ASR).notes
+    assert note.startswith("cells of several seeds count as independent")
+
+
+def test_table_of_claims() -> None:
+    table = claim_table(claims_of(study(noise=0.4)))
+    assert len(table.rows) == 8
+    assert {len(row.words) + len(row.figures) for row in table.rows} == {len(table.header)} == {15}
+    assert len(set(table.header)) == len(table.header)
+    assert table.rows[0].words == ("ASR", "D_B")
+    few = claim_table(claims_of(study()[:3]))
+    assert {str(figure) for row in few.rows for figure in row.figures} == {"3", "-"}
+    why = "no estimate: 3 cells, and for an intercept of each model 4 are needed"
+    assert few.notes[1:] == (why,)
+    one = study()[0]
+    lacking = replace(one, metrics={name: value for name, value in one.metrics.items() if name != D_B.metric})
+    assert claim_table([claim([lacking], D_B, ASR), claim([one], D_B_LENGTH_MATCHED, ASR)]).notes[1:] == (
+        "ASR on D_B: left out, D_B missing or not above 0: 1 of 1 cells",
+        "ASR on D_B: no estimate: 0 cells, and for an intercept of each model 4 are needed",
+        "ASR on D_B length-matched: no estimate: 1 cells, and for an intercept of each model 4 are needed",
+    )
+    assert claim_table([]).rows == ()
+
+
+def test_csv_has_every_digit_and_comes_back(tmp_path: Path) -> None:
+    cells = study(noise=0.4, seeds=2)
+    tables = [*tables_of([*cells, *bases(cells)]), claim_table(claims_of(cells))]
+    write_tables(tmp_path / "tables", tables)
+    assert len(list((tmp_path / "tables").iterdir())) == 2 * len(tables)
+    for table in tables:
+        with (tmp_path / "tables" / f"{table.slug}.csv").open(newline="") as content:
+            read = list(csv.DictReader(content))
+        assert len(read) == len(table.rows)
+        for line, row in zip(read, table.rows, strict=True):
+            assert tuple(line[name] for name in table.header[: table.keys]) == row.words
+            for name, figure in zip(table.header[table.keys :], row.figures, strict=True):
+                assert line[name] == ("" if figure.value is None else repr(figure.value))
+                if figure.spread is not None:
+                    assert line[f"{name} sd"] == repr(figure.spread)
+
+
+def test_names_mean_nothing_in_markdown_and_in_csv(tmp_path: Path) -> None:
+    odd = 'a|b_c*d<e>,"f"\ng'
+    table = Table("Of a|b", ("model", odd), (Row((odd,), (Figure(0.5, "{:.0%}", best=True),)),), ("a_note_",))
+    lines = markdown(table).splitlines()
+    assert lines == [
+        r"## Of a\|b",
+        "",
+        r'| model | a\|b_c\*d\<e\>,"f" g |',
+        "| --- | ---: |",
+        r'| a\|b_c\*d\<e\>,"f" g | **50%** |',
+        "",
+        r"- a_note\_",
+    ]
+    write_tables(tmp_path, [table])
+    with (tmp_path / "of-a-b.csv").open(newline="") as content:
+        assert list(csv.reader(content)) == [["model", odd], [odd, "0.5"]]
+
+
+def test_an_empty_table_is_written_all_the_same(tmp_path: Path) -> None:
+    write_tables(tmp_path, [Table("Nothing", ("loss",), ())])
+    assert (tmp_path / "nothing.csv").read_text() == "loss\n"
+
+
+@pytest.mark.parametrize(
+    ("figure", "words"),
+    [
+        (Figure(None), "-"),
+        (Figure(-0.001), "0.00"),
+        (Figure(-0.0001, "{:+.1%}"), "0.0%"),
+        (Figure(0.25, "{:.1%}", 0.005), "25.0% ± 0.5%"),
+        (Figure(1.5e-9, "{:.2g}"), "1.5e-09"),
+    ],
+)
+def test_figures_in_words(figure: Figure, words: str) -> None:
+    assert str(figure) == words
+
+
+def test_what_runs_log_beside_is_no_column() -> None:
+    assert {"separation/length_auc", "reward/margin"} < metrics_of(1.0, 0.1).keys()
+    assert not {measure.metric for measure in measures(study())} & {"separation/length_auc", "reward/margin"}
+
+
+def test_the_claim_is_tested_on_all_dimensions_too_where_they_were_measured() -> None:
+    plain = study(noise=0.02)
+    fuller = [
+        replace(one, metrics={**one.metrics, "separation/d_b_full": one.metrics["separation/d_b"] ** 2})
+        for one in plain
+    ]
+    labels = [found.separation.label for found in claims_of(fuller)]
+    assert labels[:3] == ["D_B", "D_B length-matched", "D_B all dimensions"]
+    assert len(labels) == 3 * len(claims_of(plain)) // 2
+    first, _, full = claims_of(fuller)[:3]
+    assert first.slope is not None
+    assert full.slope is not None
+    assert full.slope.value == pytest.approx(first.slope.value / 2)
