@@ -6,7 +6,7 @@ The oracle is a plain PyTorch step: all logits, one autograd graph, no micro-bat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,83 +17,17 @@ import pytest
 import torch
 
 from helpers.ranks import run_on_ranks
-from raydiv.config import Recipe, load_recipe
+from helpers.step_cases import LR, Case, step_examples
 from raydiv.config.loss import TYPES
 from raydiv.data.batching import MicroBatch, micro_batches
 from raydiv.data.tokens import TokenizedExamples
 from raydiv.losses import OBJECTIVES, Batch, State, Term
 from raydiv.model.collate import collate
 from raydiv.model.head import LogProbHead
-from raydiv.model.packing import Packing
 from raydiv.training.coefficients import judge
-from raydiv.training.step import StepExamples, Stepper
+from raydiv.training.step import Stepper
 
-LR = 0.5
 LAYOUTS = {"one micro-batch a rank": 100_000, "uneven micro-batches": 70, "one example each": 1}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One step: an objective, where its examples land, and which of them there are."""
-
-    loss: dict[str, Any]
-    tokens: int
-    zero_stage: int = 3
-    examples: str = "pairs"
-    lora: bool = False
-    dropout: float = 0.0
-    persistent: int = 0
-    packing: Packing = "none"
-    engine: dict[str, Any] = field(default_factory=dict)
-
-    def recipe(self, model: Path) -> Recipe:
-        return load_recipe(
-            {
-                "model": {"id": str(model), **({"lora": {"r": 4, "dropout": self.dropout}} if self.lora else {})},
-                "loss": self.loss,
-                "optim": {"steps": 1, "lr": LR, "clip": None},
-                "batch": {"tokens_per_microbatch": self.tokens},
-                "engine": {"zero_stage": self.zero_stage, **self.engine},
-            }
-        )
-
-
-def step_examples(kind: str, with_mismatched: bool = False) -> StepExamples:
-    """Aligned responses long and unaligned ones short, so that sorting by length leaves ranks with one class."""
-    generator = np.random.default_rng(7)
-
-    def ids(length: int) -> list[int]:
-        return [int(token) for token in generator.integers(6, 300, length)]
-
-    prompts = [ids(n) for n in (3, 9, 5, 7, 4)]
-    pairs = [(prompt, ids(18 + 3 * n), ids(2 + n)) for n, prompt in enumerate(prompts)]
-    rows = [
-        (prompt, response, good, n)
-        for n, (prompt, *both) in enumerate(pairs)
-        for response, good in zip(both, (True, False), strict=True)
-    ]
-    if kind == "aligned only":
-        rows = [row for row in rows if row[2]]
-    if kind == "unaligned only":
-        rows = [row for row in rows if not row[2]]
-    if kind == "one":
-        rows = rows[:1]
-    if kind == "even pairs":
-        rows = [(prompt, response[:4], good, n) for prompt, response, good, n in rows]
-    examples = TokenizedExamples.from_ids(
-        [(p, r) for p, r, _, _ in rows], [g for _, _, g, _ in rows], [n for *_, n in rows]
-    )
-    others = mismatched(rows) if with_mismatched else TokenizedExamples.from_ids([], [], [])
-    noise = lambda n: torch.tensor(generator.normal(-60, 20, n), dtype=torch.float32)  # noqa: E731
-    # far enough below the policy for kto's z0, the mean mismatched log-ratio, to be above 0
-    return StepExamples(0, examples, others, noise(len(examples)), noise(len(others)) - 80)
-
-
-def mismatched(rows: Sequence[tuple[list[int], list[int], bool, int]]) -> TokenizedExamples:
-    """Each row's prompt with the response of a row of the next prompt, where there is one."""
-    donors = [*rows[2:], *rows[:2]]
-    ids = [(prompt, response) for (prompt, *_), (_, response, *_) in zip(rows, donors, strict=True)]
-    return TokenizedExamples.from_ids(ids, [False] * len(rows), [-1] * len(rows))
 
 
 def running_states(terms: Sequence[Term]) -> list[State]:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers.models import make_model
 from helpers.ranks import run_on_ranks
+from helpers.sources import ROOT
 from raydiv.cli import main
 from raydiv.commands.plan.amounts import amounts_of
 from raydiv.commands.plan.architecture import SHIPPED, architecture_of, config_of
@@ -641,7 +642,7 @@ def test_a_bad_recipe_is_refused(bad_recipe: Path, capsys: pytest.CaptureFixture
 
 
 def shipped_recipes() -> Iterator[Path]:
-    root = Path(__file__).parents[2] / "configs"
+    root = ROOT / "configs"
     yield from (path for path in root.glob("*.yaml") if "falcon" in path.name or "llama" in path.name)
 
 

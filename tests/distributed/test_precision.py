@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_layout_invariance import Case, step_examples
 
 from helpers.models import make_model
 from helpers.ranks import run_on_ranks
+from helpers.step_cases import Case, step_examples
 from raydiv.config import load_recipe
 from raydiv.model.head import LogProbHead
 from raydiv.model.load import DTYPES, ModelSource, build_policy

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_checkpoint_layouts import CPU, Layout, built, update
 
+from helpers.layouts import CPU, Layout, built, update
 from helpers.ranks import run_on_ranks
 from raydiv.config import load_recipe
 from raydiv.runs.directory import RunDirectory

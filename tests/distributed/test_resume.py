@@ -13,19 +13,16 @@ from unittest.mock import patch
 import cloudpickle
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from helpers.ranks import run_on_ranks
+from helpers.runs import assert_same_run, untimed, weights
 from helpers.small_run import recipe_of, write_files
 from helpers.worker_alone import prepared, without_tasks
-from raydiv.runs.directory import Metrics, RunDirectory
-from raydiv.training.metrics import TIMED as OF_PHASES
+from raydiv.runs.directory import RunDirectory
 from raydiv.training.worker import WorkerInput, run_worker
 
 STEPS = 9
-TIMED = {"tokens_per_second", *OF_PHASES, "peak_memory_bytes"}
-"""What a run that is made again does not repeat."""
 
 
 @dataclass(frozen=True)
@@ -89,23 +86,6 @@ def again(given: WorkerInput, name: str) -> WorkerInput:
     run.claim(recipe, {})
     run.note_began(recipe.optim.steps or 0)
     return WorkerInput(recipe, given.model_directory, run.path, 0, given.train, given.eval)
-
-
-def weights(run: RunDirectory) -> dict[str, np.ndarray]:
-    (file,) = run.model.glob("*.safetensors")
-    return dict(load_file(file))
-
-
-def untimed(run: RunDirectory) -> list[Metrics]:
-    return [{name: value for name, value in line.items() if name not in TIMED} for line in run.metrics()]
-
-
-def assert_same_run(found: RunDirectory, expected: RunDirectory) -> None:
-    """Bitwise the same weights, and the same lines of metrics: no gap, no repeat."""
-    assert untimed(found) == untimed(expected)
-    mine, others = weights(found), weights(expected)
-    assert mine.keys() == others.keys()
-    assert all(np.array_equal(mine[name], others[name]) for name in mine)
 
 
 VARIANTS: dict[str, tuple[int, tuple[str, ...]]] = {

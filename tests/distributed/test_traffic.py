@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_checkpoint_layouts import Layout, built
 
+from helpers.layouts import Layout, built
 from helpers.ranks import run_on_ranks
 from raydiv.commands.bench.scale import RANKS, bench_scale, scale_table, step_of
 from raydiv.commands.plan.architecture import architecture_of

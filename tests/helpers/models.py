@@ -58,3 +58,28 @@ def make_model(directory: Path, tied: bool = True, seed: int = 0, hidden: int = 
     LlamaForCausalLM(config).save_pretrained(directory)
     make_tokenizer(directory)
     return directory
+
+
+def make_classifier(directory: Path, labels: dict[int, str], problem: str | None = None) -> Path:
+    """A random text classifier with the tests' tokenizer."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=300,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        num_labels=len(labels),
+        id2label=labels,
+        label2id={label: number for number, label in labels.items()},
+        problem_type=problem,
+    )
+    model = BertForSequenceClassification(config)
+    with torch.no_grad():
+        model.classifier.weight.mul_(50)  # a random head says about the same of every text
+    model.save_pretrained(directory)
+    make_tokenizer(directory)
+    return directory

@@ -25,9 +25,10 @@ import jsonschema
 import psutil
 import pytest
 import yaml
-from test_kill import wait_for_step
 
+from helpers.runs import wait_for_step
 from helpers.small_run import recipe_of
+from helpers.sources import ROOT
 from raydiv import __version__
 from raydiv.config import Recipe, load_recipe, save_recipe
 from raydiv.config.cluster import Cluster
@@ -36,7 +37,6 @@ from raydiv.runtime.session import submitted, worker_environment
 from raydiv.runtime.submit.environment import read_runtime_environment
 from raydiv.utils.secrets import LOGIN, names_secret
 
-ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "cluster"
 LAUNCHERS = ("aws", "gcp", "on-premises")
 CLOUDS = ("aws", "gcp")
@@ -255,7 +255,7 @@ def kuberay(name: str) -> list[Any]:
 
 
 def require_fields(manifest: Any) -> None:
-    types = yaml.safe_load((Path(__file__).parents[1] / "helpers" / "kuberay_fields.yaml").read_text())
+    types = yaml.safe_load((ROOT / "tests/helpers/kuberay_fields.yaml").read_text())
     jsonschema.validate(manifest, schema_of(types[manifest["kind"]], types))
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import psutil
 import pytest
-from test_resume import assert_same_run
 
+from helpers.runs import assert_same_run, wait_for_step
 from helpers.small_run import recipe_of
 from raydiv.commands import train as launch
 from raydiv.commands.train import Result, train
@@ -55,15 +55,6 @@ def workers(driver: int | None = None) -> list[psutil.Process]:
     """The training workers' processes of a driver with a local Ray, by default this process; nobody else's."""
     children = psutil.Process(driver).children(recursive=True)
     return [process for process in children if "RayTrainWorker" in " ".join(process.cmdline())]
-
-
-def wait_for_step(run: RunDirectory, step: int, seconds: float = 300) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if run.metrics_file.exists() and run.steps_taken() >= step:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"step {step} was not reached in {seconds} s")
 
 
 @contextmanager

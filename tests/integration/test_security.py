@@ -20,9 +20,9 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_architecture import imports, modules
 
 from helpers.small_run import recipe_of, write_wide
+from helpers.sources import imports, modules
 from raydiv.cli import main
 from raydiv.commands.prepare import prepare
 from raydiv.commands.train import train
@@ -59,7 +59,11 @@ SERVERS = ("socket", "socketserver", "http", "asyncio", "uvicorn", "flask", "fas
 
 # rows between raydiv's own processes, which Ray would pickle all the same, never a file; a job's log, which comes piecemeal,
 # and the errors of the client that it comes through
-ALLOWED = {("pool", "pickle"), ("submission.jobs", "asyncio"), ("submission.jobs", "aiohttp")}
+ALLOWED = {
+    ("runtime.actor_pool", "pickle"),
+    ("runtime.submit.jobs", "asyncio"),
+    ("runtime.submit.jobs", "aiohttp"),
+}
 
 CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "np.load", "numpy.load"}
 CALLS |= {f"yaml.{name}" for name in ("load", "full_load", "unsafe_load", "load_all", "unsafe_load_all")}

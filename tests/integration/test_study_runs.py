@@ -12,6 +12,7 @@ import pytest
 from ray.job_submission import JobStatus
 
 from helpers.small_run import recipe_of, write_files
+from helpers.sources import ROOT
 from raydiv.cli import main
 from raydiv.config import Recipe, load_recipe, save_recipe
 from raydiv.config.cluster import Cluster
@@ -23,8 +24,6 @@ from raydiv.experiments.study.study import StudyDirectory, study
 from raydiv.runs.directory import RunDirectory
 from raydiv.runtime.session import ray_session
 from raydiv.utils.errors import UserError
-
-ROOT = Path(__file__).parents[2]
 
 
 def recipe_with(study: dict[str, Any], **sections: Any) -> Recipe:

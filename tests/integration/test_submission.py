@@ -18,8 +18,8 @@ import aiohttp
 import pytest
 import requests
 import yaml
-from test_kill import wait_for_step
 
+from helpers.runs import wait_for_step
 from helpers.small_run import recipe_of, write_files
 from raydiv.cli import _parser, main
 from raydiv.cli import submit as submitting

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from test_judges import make_classifier
 
-from helpers.models import make_model
+from helpers.models import make_classifier, make_model
 from raydiv.cli import main
 from raydiv.config.cluster import Cluster
 from raydiv.evaluation.separation.distances import bhattacharyya_distance

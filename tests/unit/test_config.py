@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
+from helpers.sources import ROOT
 from raydiv.config import Recipe, load_recipe, save_recipe
 from raydiv.config.loss import TYPES
 from raydiv.losses import OBJECTIVES
 from raydiv.utils.errors import UserError
 from raydiv.utils.secrets import has_token
 
-ROOT = Path(__file__).parents[2]
 SHIPPED = [*sorted((ROOT / "configs").rglob("*.yaml")), *sorted((ROOT / "raydiv" / "bundled").glob("*.yaml"))]
 SMALLEST = "model: {id: m}\nloss: {type: kldo}\noptim: {steps: 3}\n"
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.models import make_tokenizer
+from helpers.models import make_classifier, make_tokenizer
 from raydiv.config.cluster import Cluster
 from raydiv.config.evaluate import JUDGES as MODELS
 from raydiv.config.evaluate import Evaluate, judge_parts
@@ -154,30 +154,6 @@ def test_verdicts_come_back_in_the_order_of_the_answers(tiny_model: Path, monkey
         "safe",
         "unsafe",
     ]
-
-
-def make_classifier(directory: Path, labels: dict[int, str], problem: str | None = None) -> Path:
-    """A random text classifier with the tests' tokenizer."""
-    from transformers import BertConfig, BertForSequenceClassification
-
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=300,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        num_labels=len(labels),
-        id2label=labels,
-        label2id={label: number for number, label in labels.items()},
-        problem_type=problem,
-    )
-    model = BertForSequenceClassification(config)
-    with torch.no_grad():
-        model.classifier.weight.mul_(50)  # a random head says about the same of every text
-    model.save_pretrained(directory)
-    make_tokenizer(directory)
-    return directory
 
 
 def test_a_model_that_writes_nothing_is_no_judge(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from matplotlib.image import imread
 from scipy.stats import chi2
 
 from helpers.made_run import UPDATES, make_run
+from helpers.report_reader import Reader, drawn, lines
 from raydiv.runs.directory import RunDirectory
 from raydiv.runs.report import figures
 from raydiv.runs.report.drawing import INK, LONGEST_LABEL, Picture, png, styled, svg
@@ -41,38 +41,6 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     made = make_run(tmp_path_factory.mktemp("bare"), measured=False)
     write_report(made)
     return made
-
-
-class Reader(HTMLParser):
-    """Every tag with its attributes, and whether all that was opened was closed."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, Any]]] = []
-        self.open: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, Any]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, Any]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
-def drawn(picture: Picture | None) -> Any:
-    """The picture's only axis."""
-    assert picture
-    (axis,) = picture.figure.axes
-    return axis
-
-
-def lines(axis: Any) -> dict[str, Any]:
-    return {line.get_label(): line for line in axis.get_lines()}
 
 
 def test_divergence_is_drawn_under_its_name_with_its_ceiling() -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_watchdog import BEAT, beats
 
+from helpers.heartbeats import BEAT, beats
 from helpers.made_run import make_run
 from helpers.small_run import recipe_of
 from raydiv.cli import main

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
-from test_report import Reader, drawn
 
+from helpers.report_reader import Reader, drawn
 from helpers.study_cells import INTERCEPTS, LOSSES, SLOPE, metrics_of, study
 from raydiv.experiments.study.cells import Cell, bases
 from raydiv.experiments.study.figures import COLOURS, cell_pictures, claim_pictures, dots, scatter

@@ -14,9 +14,9 @@ from matplotlib.axis import Tick
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
 from matplotlib.text import Text
-from test_report import Reader, drawn, lines
 
 from helpers.made_sweep import D_B, OVER_REFUSAL, SPACE, make_sweep, trial, unfinished
+from helpers.report_reader import Reader, drawn, lines
 from raydiv.experiments.sweep.figures import by_parameter, front, fronts, parallel, sweep_pictures, undominated
 from raydiv.experiments.sweep.page import sweep_notes, sweep_page, sweep_table, write_sweep_report
 from raydiv.experiments.sweep.report_record import Aim, aims, parameters

@@ -13,17 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from helpers.heartbeats import BEAT, beats
 from raydiv.commands.train import _report_failure
 from raydiv.runs.directory import RunDirectory
-from raydiv.runs.heartbeat import Beat, stalled
+from raydiv.runs.heartbeat import stalled
 from raydiv.training.step_timer import Phases
 from raydiv.training.watchdog import STATUS, Watch
-
-BEAT = Beat(rank=0, of=4, host="a", pid=7, step=6, phase="score", passed=50, idle=61.0, every=5.0)
-
-
-def beats(*changes: dict[str, object]) -> list[Beat]:
-    return [replace(BEAT, rank=rank, **change) for rank, change in enumerate(changes)]  # type: ignore[arg-type]
 
 
 def test_nobody_is_named_before_the_time() -> None:

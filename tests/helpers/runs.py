@@ -1,0 +1,40 @@
+"""Run directories that training writes: how far a run is, and whether two of them are the same."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from raydiv.runs.directory import Metrics, RunDirectory
+from raydiv.training.metrics import TIMED as OF_PHASES
+
+TIMED = {"tokens_per_second", *OF_PHASES, "peak_memory_bytes"}
+"""What a run that is made again does not repeat."""
+
+
+def wait_for_step(run: RunDirectory, step: int, seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if run.metrics_file.exists() and run.steps_taken() >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not reached in {seconds} s")
+
+
+def weights(run: RunDirectory) -> dict[str, np.ndarray]:
+    (file,) = run.model.glob("*.safetensors")
+    return dict(load_file(file))
+
+
+def untimed(run: RunDirectory) -> list[Metrics]:
+    return [{name: value for name, value in line.items() if name not in TIMED} for line in run.metrics()]
+
+
+def assert_same_run(found: RunDirectory, expected: RunDirectory) -> None:
+    """Bitwise the same weights, and the same lines of metrics: no gap, no repeat."""
+    assert untimed(found) == untimed(expected)
+    mine, others = weights(found), weights(expected)
+    assert mine.keys() == others.keys()
+    assert all(np.array_equal(mine[name], others[name]) for name in mine)
