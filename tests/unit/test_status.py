@@ -95,7 +95,7 @@ def test_training_that_waits_for_nodes_says_so_once(run: RunDirectory, monkeypat
     monkeypatch.setattr(RunDirectory, "since_beat", since_beat)
     monkeypatch.setattr("raydiv.runtime.wait_for_nodes.lack_of_workers", lambda cluster: now[1])
     said: list[str] = []
-    with waiting_is_said(run, Cluster(), said.append):
+    with waiting_is_said(run.since_beat, Cluster(), said.append):
         assert over.wait(60)
     assert said == ["the workers are gone, and training waits for nodes: no room"] * 2
 

@@ -15,8 +15,8 @@ from raydiv.data.batching import Layout, Plan
 from raydiv.utils.errors import UserError
 
 MARGIN = 0.1
-"""Of a worker's memory, what is left free: for what the prediction misses (see tests/test_planning.py), and on a GPU for its
-context, NCCL's buffers and the gaps between an allocator's blocks."""
+"""Of a worker's memory, what is left free: for what the prediction misses (see tests/distributed/test_plan.py),
+and on a GPU for its context, NCCL's buffers and the gaps between an allocator's blocks."""
 
 LOOKED_AT = 1000
 """Steps whose largest share is taken for the run's. A later step that is larger takes one micro-batch more."""

@@ -1,7 +1,8 @@
 """Bytes of one training worker, from a model's sizes and a layout: pure arithmetic.
 
-What DeepSpeed 0.19 holds at each ZeRO stage was read in its source and compared with measurements (tests/test_planning.py). A
-step has several moments that may be its peak; the breakdown is that of the largest. P are trainable parameters, N workers:
+What DeepSpeed 0.19 holds at each ZeRO stage was read in its source and compared with measurements
+(tests/distributed/test_plan.py). A step has several moments that may be its peak; the breakdown is that of the largest.
+P are trainable parameters, N workers:
 
 - weights: all of them below stage 3, there 1/N and what is gathered at a time.
 - optimizer: two moments in fp32, and an fp32 copy of what they update, under any precision, from stage 1 on: 12 P / N.

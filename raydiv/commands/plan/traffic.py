@@ -1,8 +1,9 @@
 """Bytes that a worker sends in a step: what DeepSpeed 0.19 exchanges under each ZeRO stage, as ring algorithms send it.
 
-What is exchanged was counted by DeepSpeed's own logger (tests/test_traffic.py), of P trained and T parameters, in the precision
-of the weights: gradients P once a step at the stages 0 and 1, else P with each micro-batch; weights P once at the stages 1 and
-2, and at stage 3 T with each forward and each backward (less for a model of which everything is kept between the two).
+What is exchanged was counted by DeepSpeed's own logger (tests/distributed/test_traffic.py), of P trained and T
+parameters, in the precision of the weights: gradients P once a step at the stages 0 and 1, else P with each
+micro-batch; weights P once at the stages 1 and 2, and at stage 3 T with each forward and each backward (less for a
+model of which everything is kept between the two).
 """
 
 from __future__ import annotations
