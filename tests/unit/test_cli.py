@@ -389,7 +389,7 @@ def test_show_text_needs_a_place_to_write(tiny_model: Path, monkeypatch: pytest.
     def measure(*arguments: Any, **options: Any) -> list[Any]:
         raise AssertionError("answers were generated before the mistake was found")
 
-    monkeypatch.setattr("raydiv.evaluation.answers.evaluate", measure)
+    monkeypatch.setattr("raydiv.commands.evaluate.evaluate", measure)
     assert "--output" in refuse("evaluate", tiny_model, "--show-text")
 
 

@@ -16,7 +16,7 @@ from raydiv.losses import OBJECTIVES
 from raydiv.utils.errors import UserError
 from raydiv.utils.secrets import has_token
 
-SHIPPED = [*sorted((ROOT / "configs").rglob("*.yaml")), *sorted((ROOT / "raydiv" / "bundled").glob("*.yaml"))]
+SHIPPED = [*sorted((ROOT / "configs").rglob("*.yaml")), *sorted((ROOT / "raydiv" / "data" / "bundled").glob("*.yaml"))]
 SMALLEST = "model: {id: m}\nloss: {type: kldo}\noptim: {steps: 3}\n"
 
 
