@@ -215,7 +215,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything in this process, with nothing that another test prepared."""
     monkeypatch.setenv("RAYDIV_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("raydiv.commands.data_check.ray_session", lambda cluster: nullcontext())
-    for module in ("raydiv.data.tokenize", "raydiv.commands.data_check"):
+    for module in ("raydiv.data.tokenize", "raydiv.data.overlap"):
         monkeypatch.setattr(f"{module}.stream_through", stream_here)
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from helpers.stored import stream_here
-from raydiv.commands import data_check as inspection
 from raydiv.config import load_recipe, save_recipe
 from raydiv.config.cluster import Cluster
 from raydiv.config.evaluate import Attack
@@ -132,7 +131,7 @@ def test_table_of_layers(resampled: bool) -> None:
 @pytest.fixture
 def run(tmp_path: Path, tiny_model: Path, write_jsonl: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run's directory as far as its training data is asked for."""
-    monkeypatch.setattr(inspection, "stream_through", stream_here)
+    monkeypatch.setattr("raydiv.data.overlap.stream_through", stream_here)
     data = write_jsonl(
         {"prompt": "Bake bread at home", "response": "x", "aligned": True},
         {"prompt": "Which harbours of the northern coast freeze in winter?", "response": "x", "aligned": True},
