@@ -15,12 +15,18 @@ if TYPE_CHECKING:
     from raydiv.commands.bench.training import bench_training
     from raydiv.commands.data_build import build_data
     from raydiv.commands.data_check import check_data
+    from raydiv.commands.env import env
     from raydiv.commands.evaluate import evaluate
+    from raydiv.commands.examples import copy_example, examples
     from raydiv.commands.export import export
+    from raydiv.commands.losses import describe_losses
     from raydiv.commands.plan.forecast import Plan, plan
     from raydiv.commands.prepare import Prepared, prepare
+    from raydiv.commands.quickstart import quickstart
+    from raydiv.commands.schema import schema
     from raydiv.commands.separation import separation
     from raydiv.commands.status import status
+    from raydiv.commands.submit import Submission, submit
     from raydiv.commands.train import Result, train
     from raydiv.config import Recipe, load_recipe
     from raydiv.experiments.study.study import StudyResult, study
@@ -47,6 +53,14 @@ _WHERE = {
     "SweepResult": "raydiv.experiments.sweep.sweep",
     "sweep": "raydiv.experiments.sweep.sweep",
     "export": "raydiv.commands.export",
+    "quickstart": "raydiv.commands.quickstart",
+    "Submission": "raydiv.commands.submit",
+    "submit": "raydiv.commands.submit",
+    "describe_losses": "raydiv.commands.losses",
+    "schema": "raydiv.commands.schema",
+    "env": "raydiv.commands.env",
+    "examples": "raydiv.commands.examples",
+    "copy_example": "raydiv.commands.examples",
     "bench_data": "raydiv.commands.bench.data",
     "bench_training": "raydiv.commands.bench.training",
 }
@@ -57,20 +71,28 @@ __all__ = [
     "Recipe",
     "Result",
     "StudyResult",
+    "Submission",
     "SweepResult",
     "UserError",
     "bench_data",
     "bench_training",
     "build_data",
     "check_data",
+    "copy_example",
+    "describe_losses",
+    "env",
     "evaluate",
+    "examples",
     "export",
     "load_recipe",
     "plan",
     "prepare",
+    "quickstart",
+    "schema",
     "separation",
     "status",
     "study",
+    "submit",
     "sweep",
     "train",
 ]

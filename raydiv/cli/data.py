@@ -1,4 +1,4 @@
-"""``raydiv data check`` and ``raydiv data build``."""
+"""``raydiv data check`` and ``raydiv data build``: inspect data sets, and build them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from raydiv.cli.output import add_command, add_reports, print_report, print_tabl
 
 
 def add_data_commands(commands: Any) -> None:
-    check = add_command(commands, "check", _check, "what is in a data set, and what is wrong with it")
+    about = "check data sets, and build them"
+    data = commands.add_parser("data", help=about, description=about).add_subparsers(required=True, metavar="COMMAND")
+    check = add_command(data, "check", _check, "contents of a data set, and its errors")
     check.add_argument(
         "source", metavar="FILE", help="a source: a file, folder, s3://, hf://org/name, bundled:NAME ..."
     )
@@ -18,36 +20,41 @@ def add_data_commands(commands: Any) -> None:
         "overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as data.columns.prompt=question"
     )
     check.add_argument(
-        "--recipe", help="whose tokenizer, template, lengths and evaluation prompts count (default: the quickstart's)"
+        "--recipe",
+        metavar="RECIPE",
+        help="gives the tokenizer, template, lengths and evaluation prompts (default: the quickstart's)",
     )
     check.add_argument(
-        "--rows", type=int, default=20, metavar="N", help="bad rows to print (default: 20; --json has all)"
+        "--rows", type=int, default=20, metavar="N", help="maximum bad rows to print (default: 20; --json has all)"
     )
     add_reports(check)
 
     build = add_command(
-        commands, "build", _build, "a compliance-refusal or preference set from harmful and harmless prompts"
+        data, "build", _build, "a compliance-refusal or preference set from harmful and harmless prompts"
     )
     for side in ("harmful", "harmless"):
         build.add_argument(
             f"--{side}",
             required=True,
             metavar="SOURCE",
-            help=f"{side} prompts: a place, or a section as '{{path: ..., columns: {{...}}}}'",
+            help=f"{side} prompts: a source, or a section as '{{path: ..., columns: {{...}}}}'",
         )
-    build.add_argument("--output", type=Path, required=True, help="a new or empty folder")
+    build.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new or empty folder")
     build.add_argument("--kind", required=True, choices=["compliance-refusal", "preference"])
     build.add_argument(
         "--refusals",
         default="bank",
+        metavar="ANSWERS",
         help="bank, constant, own, model:ID, or a source with a column refusal (default: bank)",
     )
-    build.add_argument("--worse", help="worse answers of preference data: own (the default) or model:ID")
-    build.add_argument("--prompts", type=int, help="how many of each class (default: all)")
-    build.add_argument("--seed", type=int, default=0)
-    build.add_argument("--template", help="a chat template (Jinja text or file) for the models asked")
-    build.add_argument("--max-new-tokens", type=int, help="of a model's answer (default: 256)")
-    build.add_argument("--use-gpu", action="store_true")
+    build.add_argument(
+        "--worse", metavar="ANSWERS", help="worse answers of preference data: own (the default) or model:ID"
+    )
+    build.add_argument("--prompts", type=int, metavar="N", help="prompts of each class (default: all)")
+    build.add_argument("--seed", type=int, default=0, metavar="N", help="of every random choice (default: 0)")
+    build.add_argument("--template", help="a chat template (Jinja text or file) for the models that answer")
+    build.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer of a model (default: 256)")
+    build.add_argument("--use-gpu", action="store_true", help="load the models on GPUs")
     add_reports(build)
 
 
@@ -82,7 +89,7 @@ def _build(options: argparse.Namespace) -> int:
 
     def show() -> None:
         counts = built.as_json()["classes"]
-        print_table(["", *counts], [(key, *(str(one[key]) for one in counts.values())) for key in counts["harmful"]])
+        print_table(["", *counts], [(key, *(str(by[key]) for by in counts.values())) for key in counts["harmful"]])
         print(f"data     {built.data}\ncard     {built.card}")
 
     print_report(options, built.as_json(), show)
@@ -95,17 +102,17 @@ def _show_data(facts: dict[str, Any], rows: int) -> None:
         ["examples", *labels], [(name, *(str(by[label]) for label in labels)) for name, by in facts["classes"].items()]
     )
     pairs, prompts, duplicates = facts["pairs"], facts["prompts"], facts["duplicates"]
-    found = [
+    counts = [
         ("different prompts", prompts["different"]),
         ("prompts labelled both harmful and harmless", prompts["with_both_labels"]),
         ("complete pairs", pairs["complete"]),
         ("examples without a partner", pairs["without_partner"]),
-        ("pairs that are none", len(pairs["broken"])),
-        ("examples that were there before", duplicates["examples"]),
+        ("invalid pairs", len(pairs["broken"])),
+        ("duplicate examples", duplicates["examples"]),
         ("answers both aligned and unaligned", duplicates["aligned_and_unaligned"]),
         ("bad rows", facts["bad_rows"]["count"]),
     ]
-    print_table(["", "count"], [(name, str(count)) for name, count in found])
+    print_table(["", "count"], [(name, str(count)) for name, count in counts])
     lengths = {name: spread for name, spread in facts["tokens"].items() if "histogram" in spread}
     quantiles = ["min", "p50", "p90", "p99", "max"]
     print_table(
@@ -113,9 +120,10 @@ def _show_data(facts: dict[str, Any], rows: int) -> None:
     )
     for name, spread in lengths.items():
         print(name)
-        most = max(one["examples"] for one in spread["histogram"])
-        for one in spread["histogram"]:
-            print(f"  {one['from']:>6}-{one['to']:<6} {'#' * round(40 * one['examples'] / most):<40} {one['examples']}")
+        most = max(interval["examples"] for interval in spread["histogram"])
+        for interval in spread["histogram"]:
+            bar = "#" * round(40 * interval["examples"] / most)
+            print(f"  {interval['from']:>6}-{interval['to']:<6} {bar:<40} {interval['examples']}")
     cut = facts["tokens"]["truncated"]
     print(
         f"truncated: {cut['prompts']} prompts at {cut['max_prompt_length']} tokens, {cut['responses']} responses at "
@@ -123,7 +131,7 @@ def _show_data(facts: dict[str, Any], rows: int) -> None:
     )
     for name, overlap in facts["overlap"].items():
         print(
-            f"{name}: {overlap['same']} of its {overlap['prompts']} prompts are in here, and {overlap['near']} more nearly"
+            f"{name}: of its {overlap['prompts']} prompts, {overlap['same']} are in this data set, {overlap['near']} nearly"
         )
     for place in pairs["broken"][:rows]:
         print(place)

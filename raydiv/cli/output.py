@@ -1,4 +1,4 @@
-"""What commands share: how they are added, and how a table or one JSON object is printed."""
+"""What all commands share: adding a command to the parser, and printing its result as a table or one JSON object."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager, redirect_stdout
 from typing import Any, TextIO
 
 WIDEST = 4000
-"""Characters of a table's line, at most."""
+"""Maximum characters of a table's line."""
 
 Handler = Callable[[argparse.Namespace], int]
 
@@ -22,29 +22,27 @@ def add_command(commands: Any, name: str, handler: Handler, about: str) -> argpa
 
 
 def add_recipe(command: argparse.ArgumentParser) -> None:
-    command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    command.add_argument("recipe", metavar="RECIPE", help="a recipe (YAML file)")
     command.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="changes to the recipe, as section.key=value"
+        "overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as optim.lr=1e-4"
     )
 
 
 def add_reports(command: argparse.ArgumentParser, shows_text: bool = False) -> None:
     command.add_argument(
-        "--json", action="store_true", help="print one JSON object on standard output and nothing else there"
+        "--json", action="store_true", help="print one JSON object, and nothing else, on standard output"
     )
     if shows_text:
-        command.add_argument(
-            "--show-text", action="store_true", help="write prompts and answers out, not their ids alone"
-        )
+        command.add_argument("--show-text", action="store_true", help="write prompts and answers, not only their ids")
 
 
 _results: list[TextIO] = []
-"""Where results are printed, while a command runs."""
+"""The stream that results are printed to while a command runs."""
 
 
 @contextmanager
 def results_alone() -> Iterator[None]:
-    """Standard output for results, and for nothing that a library prints: that goes to standard error."""
+    """Reserve standard output for results: what libraries print goes to standard error."""
     _results.append(sys.stdout)
     try:
         with redirect_stdout(sys.stderr):
@@ -54,23 +52,23 @@ def results_alone() -> Iterator[None]:
 
 
 def write_result(text: str) -> None:
-    """A piece of a result, as it comes."""
+    """Print a piece of a result at once."""
     _results[-1].write(text)
     _results[-1].flush()
 
 
 def print_report(options: argparse.Namespace, content: Any, show: Callable[[], None]) -> None:
-    """Print one JSON object, or what ``show`` prints."""
+    """Print ``content`` as one JSON object under ``--json``, else call ``show``, which prints it."""
     with redirect_stdout(_results[-1]):
         if options.json:
             print(json.dumps(content, indent=2))
         else:
             show()
-        sys.stdout.flush()  # where nobody reads it any more is known here
+        sys.stdout.flush()  # raises BrokenPipeError here, where main handles it
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """As wide as its words are: a terminal breaks what is too long for it, and nothing is left out. Words are no markup."""
+    """Print a table as wide as its cells: the terminal wraps long lines, and no cell is cut. Cells are not read as markup."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

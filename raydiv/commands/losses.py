@@ -1,4 +1,4 @@
-"""What ``raydiv losses`` says of the objectives: their facts, at the default options and where others change them."""
+"""``raydiv losses``: what each objective estimates, its ceiling, the data it needs and its options."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ PASSES = {
     "pair": "one pass where pairs share a micro-batch, else two",
     "batch": "one pass over a single micro-batch per worker, else two",
 }
-"""Forwards of a training step, by an objective's scope."""
+"""Forward passes of a training step, by an objective's scope."""
 
 BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
-def describe(names: Collection[str] = ()) -> dict[str, dict[str, Any]]:
+def describe_losses(names: Collection[str] = ()) -> dict[str, dict[str, Any]]:
     """Name -> summary, description, paper, data, reference, estimates and options of the objectives (``names``, or all).
 
     ``estimates`` lists divergence, ceiling and scope with the ``options`` under which they hold, the defaults first. Raises
-    UserError for a name that is none.
+    UserError for an unknown name.
     """
     for name in names:
         if name not in OBJECTIVES:
@@ -43,21 +43,21 @@ def describe(names: Collection[str] = ()) -> dict[str, dict[str, Any]]:
 
 
 def _estimates(objective: Objective) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
+    estimates: list[dict[str, Any]] = []
     for options in [{}, *({key: choice} for key, choices in _choices(objective).items() for choice in choices)]:
-        everything = objective.defaults | options
+        settings = objective.defaults | options
         facts = {
-            "divergence": objective.divergence(everything),
-            "ceiling": objective.ceiling(everything),
-            "scope": objective.scope(everything),
+            "divergence": objective.divergence(settings),
+            "ceiling": objective.ceiling(settings),
+            "scope": objective.scope(settings),
         }
-        if facts not in [{key: known[key] for key in facts} for known in found]:
-            found.append(facts | {"options": options})
-    return found
+        if facts not in [{key: known[key] for key in facts} for known in estimates]:
+            estimates.append(facts | {"options": options})
+    return estimates
 
 
 def _choices(objective: Objective) -> dict[str, tuple[Any, ...]]:
-    """The options that are a choice among names, and those numbers that change what is estimated."""
+    """The values of options that choose among names, and of numbers that change what is estimated."""
     names = {
         key: get_args(annotation)
         for key, (annotation, _) in objective.parameters.items()
@@ -67,7 +67,7 @@ def _choices(objective: Objective) -> dict[str, tuple[Any, ...]]:
 
 
 def _option(annotation: Any, default: Any) -> str:
-    """An option's default and bounds, in words."""
+    """An option's default, with its bounds or choices."""
     bounds = [
         f"{sign} {getattr(mark, key)}"
         for mark in getattr(annotation, "__metadata__", ())

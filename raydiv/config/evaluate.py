@@ -117,25 +117,28 @@ class Evaluate(Section):
 
     every: PositiveInt | None = Field(default=None, description="steps between evaluations on data.eval")
     prompts: Sources | None = Field(default=None, description="prompts that are answered before and after training")
-    max_new_tokens: PositiveInt = 48
+    max_new_tokens: PositiveInt = Field(default=48, description="longest answer, in tokens")
     judge: str = Field(
-        default="string", description="string, harmbench, harmbench-mistral, llama-guard-3, or FORMAT:ID"
+        default="string",
+        description="who judges harmful answers: string, harmbench, harmbench-mistral, llama-guard-3, or FORMAT:ID",
     )
     toxicity: str | None = Field(default=None, description="a text-classification model whose P(toxic) is averaged")
     attacks: list[Attack] = Field(
-        default_factory=list, description="ways to ask harmful prompts, beside the direct one"
+        default_factory=list,
+        description="attacks on harmful prompts, beside the direct request: prefill (and an OPENING), templates or suffixes "
+        "(and a FILE), gcg (and its STEPS)",
     )
     pairwise_judge: str | None = Field(
         default=None,
-        description="a chat model that says whose answers to harmless prompts are better, the base's or the run's",
+        description="a chat model that judges which answers to harmless prompts are better: before or after, or of two models",
     )
     tasks: list[str] = Field(
         default_factory=list, description="tasks and presets of lm-evaluation-harness (quick, general, math, papers)"
     )
-    task_limit: PositiveInt | None = Field(default=None, description="documents of each task; by default all")
-    task_folder: str | None = Field(default=None, description="a folder with tasks of your own (YAML)")
+    task_limit: PositiveInt | None = Field(default=None, description="maximum documents of each task; by default all")
+    task_folder: str | None = Field(default=None, description="a folder with your own tasks (YAML)")
     kl_prompts: NonNegativeInt = Field(
-        default=50, description="prompts with a sampled answer, for the KL to the reference"
+        default=50, description="number of prompts with a sampled answer, for the KL to the reference"
     )
 
     @model_validator(mode="after")

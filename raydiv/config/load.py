@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -15,6 +14,10 @@ from raydiv.config.recipe import SHARE_OR_SOURCES, Recipe
 from raydiv.config.source import Source
 from raydiv.losses import OBJECTIVES
 from raydiv.utils.errors import UserError
+from raydiv.utils.nearest import nearest
+
+BUNDLED = Path(__file__).parents[1] / "data" / "bundled"
+"""The folder of the recipes that ``extends: bundled:NAME`` names."""
 
 
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Recipe:
@@ -83,7 +86,7 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """A YAML mapping, merged over the file that it ``extends`` (relative to itself)."""
+    """A YAML mapping, merged over the recipe that it ``extends``."""
     if path.resolve() in seen:
         raise UserError(f"{path}: extends itself, through {' -> '.join(p.name for p in (*seen, path))}")
     try:
@@ -99,7 +102,18 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     parent = tree.pop("extends", None)
     if parent is None:
         return tree
-    return _merge(_read(path.parent / str(parent), (*seen, path.resolve())), tree)
+    return _merge(_read(_extended(path, str(parent)), (*seen, path.resolve())), tree)
+
+
+def _extended(path: Path, parent: str) -> Path:
+    """The file that ``path`` extends: a path relative to its own, or ``bundled:NAME``. Raises UserError for an unknown name."""
+    if not parent.startswith("bundled:"):
+        return path.parent / parent
+    known = {file.stem: file for file in BUNDLED.glob("*.yaml")}
+    name = parent.removeprefix("bundled:")
+    if name not in known:
+        raise UserError(f"{path}: extends: no bundled recipe {name!r}{nearest(name, known)}")
+    return known[name]
 
 
 def _parse_override(text: str) -> dict[str, Any]:
@@ -156,7 +170,7 @@ def _explain(problem: Mapping[str, Any], tree: Mapping[str, Any]) -> tuple[str, 
     if kind == "union_tag_invalid":
         if context["tag"] in OBJECTIVES:
             return f"{path}.type", f"{context['tag']} is a penalty, which teaches nothing alone; name it under loss.mix"
-        return f"{path}.type", f"no loss {context['tag']!r}{_nearest(str(context['tag']), TYPES)}"
+        return f"{path}.type", f"no loss {context['tag']!r}{nearest(str(context['tag']), TYPES)}"
     message = str(problem["msg"]).removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     found = "" if isinstance(problem["input"], dict | BaseModel) else f", found {problem['input']!r}"
@@ -182,14 +196,14 @@ def _hint(location: list[str], tree: Mapping[str, Any]) -> str:
     """The nearest known key, or the losses that have the option."""
     *parents, key = location
     if parents == ["loss", "mix"]:
-        return _nearest(key, OBJECTIVES)
+        return nearest(key, OBJECTIVES)
     if parents[:1] == ["loss"]:
         chosen, own = (tree["loss"]["type"], ["type", "mix"]) if len(parents) == 1 else (parents[2], ["weight"])
         owners = [name for name, objective in sorted(OBJECTIVES.items()) if key in objective.parameters]
         if owners:
             return f" of the loss {chosen} (an option of {', '.join(owners)})"
-        return _nearest(key, [*own, *OBJECTIVES[chosen].parameters])
-    return _nearest(key, _keys_at(parents))
+        return nearest(key, [*own, *OBJECTIVES[chosen].parameters])
+    return nearest(key, _keys_at(parents))
 
 
 def _keys_at(parents: list[str]) -> list[str]:
@@ -205,9 +219,3 @@ def _sections(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [section for inner in get_args(annotation) for section in _sections(inner)]
-
-
-def _nearest(key: str, known: Iterable[str]) -> str:
-    known = sorted(known)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f" (did you mean {near[0]}?)" if near else f" (known: {', '.join(known)})"

@@ -271,12 +271,14 @@ class Separation(Section):
     layers: list[int] | Literal["all"] = Field(
         default=[-1],
         min_length=1,
-        description="which layers, 0 the embeddings, -1 the last; every reads the last of them",
+        description="layers that are read: all, or numbers such as 0,8,-1 (0: embeddings, -1: last); during training the last",
     )
-    pooling: Literal["last", "mean"] = Field(default="last", description="the last token's state, or all tokens' mean")
+    pooling: Literal["last", "mean"] = Field(
+        default="last", description="a prompt's state: that of its last token, or the mean over its tokens"
+    )
     sample: Annotated[int, Field(ge=20)] = Field(
         default=1000,
-        description="most prompts for figures that need all states at once; of a larger set a sample, and streamed statistics",
+        description="maximum prompts for figures that need all states at once; a larger set is sampled",
     )
     intervals: Literal["last", "all"] = Field(default="last", description="layers whose D_B gets a 95% interval")
 

@@ -21,8 +21,9 @@ import yaml
 
 from helpers.runs import wait_for_step
 from helpers.small_run import recipe_of, write_files
-from raydiv.cli import _parser, main
-from raydiv.cli import submit as submitting
+from raydiv.cli import main
+from raydiv.cli import submit as submit_cli
+from raydiv.cli.main import make_parser
 from raydiv.config import load_recipe, save_recipe
 from raydiv.runs.directory import RunDirectory
 from raydiv.runtime import session
@@ -180,7 +181,7 @@ def test_the_options_with_words_of_their_own_are_the_parsers() -> None:
             elif action.choices is not None:
                 yield from action.option_strings
 
-    assert set(chosen(_parser())) == set(bundles.CHOSEN)
+    assert set(chosen(make_parser())) == set(bundles.CHOSEN)
 
 
 SECRET_NAMES = [
@@ -312,7 +313,7 @@ def test_this_raydiv_goes_along(tmp_path: Path) -> None:
     with bundled(["losses"], None, [], leaves_a_run=False) as found:
         made = runtime_environment(found, {"B": "3"}, read_runtime_environment(path))
     own, other = made.pop("py_modules")
-    assert (Path(own) / "cli" / "submitting.py").is_file()
+    assert (Path(own) / "cli" / "submit.py").is_file()
     assert other == "s3://b/m.zip"
     assert made == {
         "pip": ["einops"],
@@ -536,9 +537,9 @@ BUILT = ("--harmful", "a", "--harmless", "b", "--kind", "preference")
         (["submit"], "-- and a command"),
         (["submit", "logs"], "-- and a command"),
         (["submit", "status", "a", "b"], "-- and a command"),
-        (["submit", "--detach", "status", "a"], "--detach: means nothing"),
+        (["submit", "--detach", "status", "a"], "--detach: does not apply to submit status"),
         (["submit", "--token-path", "/nowhere", "status"], "no such file"),
-        (["submit", "--", "submit", "status"], "no other submit"),
+        (["submit", "--", "submit", "status"], "cannot be submit itself"),
         (["submit", "status", "--", "losses"], "stands before --"),
         (["submit", "status"], "no cluster is named"),
         (["submit", "--address", "http://127.0.0.1:9", "status"], "no Ray dashboard answers there"),
@@ -581,7 +582,7 @@ class Cluster:
 @pytest.fixture
 def cluster_with_a_job(project: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The words that send a command to it."""
-    monkeypatch.setattr(job_api, "Jobs", Cluster)
+    monkeypatch.setattr("raydiv.commands.submit.Jobs", Cluster)
     return ["submit", "--address", "http://here", "--detach"]
 
 
@@ -596,12 +597,13 @@ def test_a_job_is_followed_only_where_its_command_is_the_same(
     assert "raydiv submit stop running" in told
     assert "--name" in told
     assert main([*cluster_with_a_job, "--name", "other", "--", "plan", "recipes/mine.yaml"]) == 0
-    assert "job new (other) is sent" in capsys.readouterr().err
+    assert "job new (other) was submitted" in capsys.readouterr().err
 
 
 def test_secrets_that_are_left_out_are_said(cluster_with_a_job: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*cluster_with_a_job, "--", "data", "check", "saved"]) == 0
-    assert "left out, by their names secrets: saved/.env\n" in capsys.readouterr().err
+    lines = capsys.readouterr().err.splitlines()
+    assert sum("look like secrets" in line and line.endswith(": saved/.env") for line in lines) == 1
 
 
 def test_everything_that_commands_write_is_known() -> None:
@@ -614,7 +616,7 @@ def test_everything_that_commands_write_is_known() -> None:
                 yield action.dest
 
     read = {"run", "baseline"}
-    assert set(written(_parser())) == read | submitting.WRITES.keys()
+    assert set(written(make_parser())) == read | submit_cli.WRITES.keys()
 
 
 def test_a_command_that_is_none_is_not_sent(capsys: pytest.CaptureFixture[str]) -> None:
@@ -656,8 +658,8 @@ def test_a_command_is_a_job_that_is_followed_stopped_and_gone_on_with(
     assert main([*send, "--detach", "--", "train", "mine.yaml"]) == 0
     told = capsys.readouterr()
     job = told.out.strip()
-    assert "with it go 3 files" in told.err
-    assert f"raydiv submit stop {job} ends it" in told.err
+    assert "uploaded: 3 files" in told.err
+    assert f"raydiv submit stop {job}" in told.err
     wait_for_step(run, 3)
     assert main([*send, "--detach", "--", "train", "mine.yaml"]) == 0
     assert f"job {job} has this name and runs already" in capsys.readouterr().err

@@ -261,7 +261,7 @@ def test_table_names_what_is_wrong_and_shows_no_text(
     assert f"{checked.data}:17" not in printed
     assert "and 1 more bad rows" in printed
     assert f"{checked.data}:8, {checked.data}:9: one pair with 2 aligned" in printed
-    assert f"{checked.eval}: 1 of its 3 prompts are in here, and 1 more nearly" in printed
+    assert f"{checked.eval}: of its 3 prompts, 1 are in this data set, 1 nearly" in printed
     assert "truncated: 1 prompts at 80 tokens, 1 responses at 120 with their prompt" in printed
 
 

@@ -169,10 +169,10 @@ def test_suffixes_are_sought_by_a_pool_and_asked_with(
     ("words", "message"),
     [
         (["--judge", "gpt2"], "--judge: gpt2 is no judge that raydiv knows"),
-        (["--attack", "templates"], "--attacks: templates: FILE"),
+        (["--attack", "templates"], "--attack: templates: FILE"),
         (["--attack", "templates=gone.txt"], "gone.txt: no such file"),
-        (["--attack", "dance"], "--attacks: "),
-        (["--baseline", "x.json"], "--baseline: means nothing without --pairwise-judge"),
+        (["--attack", "dance"], "--attack: "),
+        (["--baseline", "x.json"], "--baseline: does not apply without --pairwise-judge"),
         (["--pairwise-judge", "m"], "--pairwise-judge: name two models, or a --baseline"),
         (["--task-limit", "3"], "task_limit means nothing without tasks"),
         (["--task", "no_such_task"], "no task 'no_such_task'"),

@@ -21,7 +21,7 @@ from raydiv.losses import OBJECTIVES
 Refuse = Callable[..., str]
 
 PAIR = {"prompt": "How do I bake bread?", "chosen": "Mix flour and water.", "rejected": "No."}
-HEAVY = ("torch", "ray", "transformers", "deepspeed", "mlflow")
+HEAVY = ("torch", "ray", "transformers", "deepspeed", "mlflow", "pandas", "numpy")
 PROBE = """
 import io, json, sys, contextlib
 from raydiv.cli import main
@@ -97,7 +97,10 @@ def one_line(text: str) -> str:
     return text.strip()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["schema"], ["losses", "--json"], ["train", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["schema"], ["losses", "--json"], ["train", "--help"], ["examples"], ["completion", "bash"]],
+)
 def test_cheap_command_loads_nothing_heavy(arguments: list[str]) -> None:
     probe = [sys.executable, "-c", PROBE.format(heavy=HEAVY), *arguments]
     done = subprocess.run(probe, capture_output=True, text=True, check=True)
@@ -288,17 +291,21 @@ def test_aligned_examples_alone_are_enough_for_sft_only(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--rows", "1000"], "--rows: means nothing with --part train"),
-        (["--part", "data", "--against", "trl"], "--against: means nothing with --part data"),
-        (["--part", "data", "--warmup", "1"], "--warmup: means nothing with --part data"),
-        (["--part", "start", "--steps", "1"], "--steps: means nothing with --part start"),
-        (["--against", "loop", "--against", "trl"], "no kldo to compare with"),
-        (["--steps", "0"], "--steps: 0: must be 1 or more"),
-        (["model.id=bundled:w2"], "bundled:w1"),
+        (["--rows", "1000"], ("--rows: ", "--part train")),
+        (["--part", "data", "--against", "trl"], ("--against: ", "--part data")),
+        (["--part", "data", "--warmup", "1"], ("--warmup: ", "--part data")),
+        (["--part", "start", "--steps", "1"], ("--steps: ", "--part start")),
+        (["--against", "loop", "--against", "trl"], ("no kldo to compare with",)),
+        (["--steps", "0"], ("--steps: 0: must be 1 or more",)),
+        (["--part", "embed", "--rows", "1", "--rows", "2"], ("--rows: ", "--part embed")),
+        (["model.id=bundled:w2"], ("bundled:w1",)),
     ],
 )
-def test_bench_that_cannot_be_run_is_one_line(options: list[str], said: str, recipe: Path, refuse: Refuse) -> None:
-    assert said in refuse("bench", recipe, *options)
+def test_bench_that_cannot_be_run_is_one_line(
+    options: list[str], said: tuple[str, ...], recipe: Path, refuse: Refuse
+) -> None:
+    line = refuse("bench", recipe, *options)
+    assert all(part in line for part in said)
 
 
 def test_missing_model_is_one_line(tmp_path: Path, recipe: Path, refuse: Refuse) -> None:
@@ -397,13 +404,13 @@ def test_what_a_library_prints_is_no_result(monkeypatch: pytest.MonkeyPatch, cap
     """Ray prints its raylet's warnings on standard output: ``--json`` has one object there and nothing else."""
     from raydiv.commands import losses as catalogue
 
-    described = catalogue.describe
+    described = catalogue.describe_losses
 
     def noisy(names: list[str]) -> dict[str, Any]:
         print("(raylet) a warning")
         return described(names)
 
-    monkeypatch.setattr(catalogue, "describe", noisy)
+    monkeypatch.setattr(catalogue, "describe_losses", noisy)
     assert main(["losses", "kldo", "--json"]) == 0
     out, err = capfd.readouterr()
     assert list(json.loads(out)) == ["kldo"]

@@ -1,0 +1,81 @@
+"""``raydiv bench``: its parts, and the options that each of them takes."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from typing import Any
+
+from raydiv.cli.output import add_command, add_recipe, add_reports, print_report, print_table
+from raydiv.utils.errors import UserError
+
+PARTS = {
+    "train": {"repeats", "steps", "against", "warmup"},
+    "data": {"repeats", "steps", "rows"},
+    "embed": {"repeats", "rows"},
+    "start": {"repeats"},
+    "trials": {"repeats", "steps"},
+    "scale": {"repeats"},
+}
+"""The options that apply to each part."""
+
+
+def add_bench_command(commands: Any) -> None:
+    bench = add_command(
+        commands, "bench", _bench, "the speed of a recipe on this machine, beside plain PyTorch, TRL or plain Ray"
+    )
+    add_recipe(bench)
+    bench.add_argument("--part", choices=[*PARTS], default="train", help="what is timed (default: train)")
+    bench.add_argument(
+        "--against",
+        action="append",
+        choices=["loop", "trl"],
+        help="train: compare with a plain PyTorch loop, which shows what the hardware allows, or with TRL; may be repeated "
+        "(default: loop)",
+    )
+    bench.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="train, data: timed updates; trials: updates of each trial (default: train 6, data 20, trials 4)",
+    )
+    bench.add_argument("--warmup", type=int, metavar="N", help="train: updates before the timed ones (default: 2)")
+    bench.add_argument("--repeats", type=int, metavar="N", help="timings of each candidate, in turn (default: 3)")
+    bench.add_argument(
+        "--rows",
+        type=int,
+        action="append",
+        metavar="N",
+        help="data: examples, may be repeated (default: 200000); embed: prompts (default: 800)",
+    )
+    add_reports(bench)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from raydiv.config import load_recipe
+
+    recipe, part = load_recipe(options.recipe, options.overrides), options.part
+    names = sorted(set.union(*PARTS.values()))
+    chosen = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    for name in chosen:
+        if name not in PARTS[part]:
+            raise UserError(f"--{name}: does not apply to --part {part}")
+    if part == "embed" and "rows" in chosen:
+        if len(chosen["rows"]) > 1:
+            raise UserError("--rows: takes one number with --part embed")
+        (chosen["rows"],) = chosen["rows"]
+    name = "training" if part == "train" else part
+    module = importlib.import_module(f"raydiv.commands.bench.{name}")
+    result = getattr(module, f"bench_{name}")(recipe, **chosen)
+
+    def show() -> None:
+        print_table(*getattr(module, f"{name}_table")(result))
+        if part == "train":
+            for note in module.training_notes(result):
+                print(note)
+        if part == "data":
+            for stage in ("stream", "train"):
+                print_table([stage, ""], [(key, f"{value:,.4g}") for key, value in result[stage].items()])
+
+    print_report(options, result, show)
+    return 0

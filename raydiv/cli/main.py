@@ -1,0 +1,82 @@
+"""The entry point: parse the arguments, run one command, and turn its errors into exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from raydiv.cli.bench import add_bench_command
+from raydiv.cli.data import add_data_commands
+from raydiv.cli.evaluation import add_evaluation_commands
+from raydiv.cli.experiments import add_experiment_commands
+from raydiv.cli.info import add_info_commands
+from raydiv.cli.output import Handler, results_alone
+from raydiv.cli.runs import add_run_commands
+from raydiv.cli.submit import add_submit_command
+from raydiv.utils.errors import UserError
+from raydiv.utils.signals import STATUS, Terminated, at_sigterm
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0 done, 2 the user must change something, 1 the run failed,
+    143 stopped by SIGTERM (a training run writes a checkpoint first).
+    """
+    options = _parse(arguments)
+    handler: Handler = options.handler
+    try:
+        with results_alone(), at_sigterm():
+            return handler(options)
+    except UserError as error:
+        print(f"raydiv: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of the output has closed it, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (RuntimeError, FloatingPointError, OSError) as error:
+        print(f"raydiv: the run failed: {error}", file=sys.stderr)
+        return 1
+    except Terminated as stopped:
+        print(f"raydiv: {stopped}", file=sys.stderr)
+        return STATUS
+    except KeyboardInterrupt:
+        print("raydiv: interrupted", file=sys.stderr)
+        return 130
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each command sets ``handler``."""
+    parser = argparse.ArgumentParser(
+        prog="raydiv", description="Align language models for safety on Ray, and measure whether it worked."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_run_commands(commands)
+    add_experiment_commands(commands)
+    add_evaluation_commands(commands)
+    add_data_commands(commands)
+    add_submit_command(commands)
+    add_bench_command(commands)
+    add_info_commands(commands, make_parser)
+    return parser
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of a command. ``key=value`` may stand anywhere among them, which argparse alone does not allow.
+
+    For ``submit``, ``words`` holds the command after ``--``, and ``sent`` its parsed options.
+    """
+    own = list(sys.argv[1:] if arguments is None else arguments)
+    words: list[str] = []
+    if own[:1] == ["submit"] and "--" in own:
+        own, words = own[: own.index("--")], own[own.index("--") + 1 :]
+    parser = make_parser()
+    options, rest = parser.parse_known_args(own)
+    unknown = [word for word in rest if not hasattr(options, "overrides") or word.startswith("-") or "=" not in word]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    if own[:1] == ["submit"]:
+        options.words, options.sent = words, _parse(words) if words else None
+    return options

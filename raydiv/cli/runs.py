@@ -1,0 +1,140 @@
+"""``raydiv quickstart``, ``plan``, ``prepare``, ``train``, ``status`` and ``export``: one run, from plan to exported model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raydiv.cli.output import add_command, add_recipe, add_reports, print_report, print_table
+
+if TYPE_CHECKING:
+    from raydiv.commands.train import Result
+
+
+def add_run_commands(commands: Any) -> None:
+    quickstart = add_command(commands, "quickstart", _quickstart, "the whole experiment on this machine in minutes")
+    quickstart.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the quickstart's recipe")
+    add_reports(quickstart, shows_text=True)
+
+    plan = add_command(
+        commands, "plan", _plan, "check the recipe and predict memory, steps and time, without starting anything"
+    )
+    add_recipe(plan)
+    plan.add_argument(
+        "--tokens-per-second",
+        type=float,
+        metavar="X",
+        help="speed of all workers together (default: the last measured speed)",
+    )
+    add_reports(plan)
+
+    prepare = add_command(
+        commands, "prepare", _prepare, "data -> tokens -> reference log-probs, all cached; safe to repeat"
+    )
+    add_recipe(prepare)
+    add_reports(prepare)
+
+    train = add_command(commands, "train", _train, "one run: prepare if needed, train, evaluate, report")
+    add_recipe(train)
+    train.add_argument("--resume", action="store_true", help="continue an existing run from its newest checkpoint")
+    add_reports(train, shows_text=True)
+
+    status = add_command(commands, "status", _status, "the state of a run, read from its directory")
+    status.add_argument("run", metavar="RUN", type=Path, help="a run directory")
+    add_reports(status)
+
+    export = add_command(commands, "export", _export, "the trained model as a plain Hugging Face directory")
+    export.add_argument("run", metavar="RUN", type=Path, help="a run directory")
+    export.add_argument("destination", metavar="DEST", type=Path, help="a new or empty folder")
+    export.add_argument("--adapter", action="store_true", help="export the LoRA adapter alone, not merged")
+    add_reports(export)
+
+
+def _quickstart(options: argparse.Namespace) -> int:
+    from raydiv.commands.quickstart import quickstart
+
+    return _print_run(quickstart(options.overrides, show_text=options.show_text), options)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from raydiv.commands.train import train
+    from raydiv.config import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    return _print_run(train(recipe, show_text=options.show_text, resume=options.resume), options)
+
+
+def _print_run(result: Result, options: argparse.Namespace) -> int:
+    print_report(options, result.report, lambda: _show_run(result))
+    return 0
+
+
+def _show_run(result: Result) -> None:
+    from raydiv.runs.report.table import before_after, notes
+
+    rows = before_after(result.run)
+    if rows:
+        print_table(["", "before", "after"], rows)
+    for note in notes(result.run):
+        print(note)
+    paths, mlflow = result.report["paths"], result.report["mlflow"]
+    print(
+        f"\nmodel    {paths['model']}\nreport   {paths['report']}\npictures {paths['pictures']}\nmlflow   {mlflow['uri']}"
+    )
+    if "://" in mlflow["uri"]:
+        print(f"         open it: mlflow ui --backend-store-uri {mlflow['uri']}")
+    if not mlflow["sent"]:
+        print("         MLflow did not answer: part of this run was not sent to it; metrics.jsonl is complete")
+
+
+def _status(options: argparse.Namespace) -> int:
+    from raydiv.commands.status import status, status_lines
+
+    report = status(options.run)
+
+    def show() -> None:
+        for name, text in status_lines(report):
+            print(f"{name:<18} {text}")
+
+    print_report(options, report, show)
+    return 0
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from raydiv.commands.prepare import prepare
+    from raydiv.config import load_recipe
+
+    summary = prepare(load_recipe(options.recipe, options.overrides)).summary()
+
+    def show() -> None:
+        sets = {name: counts for name, counts in summary.items() if name in ("train", "eval") and counts}
+        print_table(["", *sets], [(key, *(str(counts[key]) for counts in sets.values())) for key in summary["train"]])
+        reference = summary["reference"]
+        print(f"reference log-probs: {reference['hits']} from the store, {reference['misses']} computed")
+
+    print_report(options, summary, show)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from raydiv.commands.export import export
+
+    directory = export(options.run, options.destination, options.adapter)
+    print_report(options, {"model": str(directory)}, lambda: print(directory))
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from raydiv.commands.plan.forecast import plan
+    from raydiv.config import load_recipe
+
+    forecast = plan(load_recipe(options.recipe, options.overrides), tokens_per_second=options.tokens_per_second)
+
+    def show() -> None:
+        print_table(*forecast.table())
+        for note in forecast.notes():
+            print(note)
+
+    print_report(options, forecast.facts, show)
+    return 0 if forecast.fits else 2

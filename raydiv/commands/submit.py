@@ -1,0 +1,92 @@
+"""``raydiv submit``: a command as a Ray job on a cluster.
+
+The command's recipe and the local files that it names go along as the job's working directory. A name has one job at a time:
+the same command under a name that runs already is not submitted again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from raydiv.data.bundled import QUICKSTART
+from raydiv.runtime.submit.bundle import Bundle, bundled
+from raydiv.runtime.submit.environment import environment, read_runtime_environment, runtime_environment
+from raydiv.runtime.submit.jobs import Jobs, Standing, address_of, command_of
+from raydiv.utils.errors import UserError
+
+RESUMED = ("train", "sweep", "study")
+"""Commands that continue an earlier run; their jobs always get ``--resume``."""
+
+LEAVE_A_RUN = (*RESUMED, "bench")
+"""Commands that write into the recipe's output_dir."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """The job of a command at ``jobs``. ``bundle`` is what was uploaded, None where the job was running already."""
+
+    jobs: Jobs
+    job: str
+    name: str
+    bundle: Bundle | None
+
+
+def submit(
+    words: Sequence[str],
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    name: str | None = None,
+    address: str | None = None,
+    env: Sequence[str] = (),
+    runtime_env: Path | None = None,
+    token_path: Path | None = None,
+) -> Submission:
+    """Submit the command ``words`` (``["train", "recipe.yaml", "optim.lr=1e-4"]``); returns its job.
+
+    ``recipe`` and ``overrides`` are those among the words. The job's ``name`` is by default the recipe's; ``env`` holds
+    ``NAME`` or ``NAME=VALUE``; ``runtime_env`` is a YAML file with more of Ray's runtime environment.
+
+    Raises UserError for a command that cannot run as a job, an unreachable cluster, a secret among the variables, and a
+    name under which another command runs.
+    """
+    command, *rest = words
+    if command == "submit":
+        raise UserError("submit: the command to submit cannot be submit itself")
+    if command == "quickstart":  # a run of a recipe on this machine
+        command, recipe, rest = "train", str(QUICKSTART), [str(QUICKSTART), *rest]
+    resume = ["--resume"] if command in RESUMED and "--resume" not in rest else []
+    variables, more = environment(env), read_runtime_environment(runtime_env)
+    with bundled([command, *rest, *resume], recipe, overrides, leaves_a_run=command in LEAVE_A_RUN) as bundle:
+        checked = bundle.recipe
+        name = name or (checked.name if checked is not None else command)
+        jobs = jobs_at(address, checked.cluster.address if checked is not None else None, token_path)
+        running = jobs.running(name)
+        if running is None:
+            job = jobs.send(name, bundle.words, runtime_environment(bundle, variables, more))
+            return Submission(jobs, job, name, bundle)
+        if running.command != command_of(bundle.words):
+            raise UserError(
+                f"job {running.id} ({name}) has this name and runs another command ({running.command}): wait for it, stop it "
+                f"(raydiv submit stop {running.id}), or choose another name (--name)"
+            )
+        return Submission(jobs, running.id, name, None)
+
+
+def jobs_at(address: str | None, recipe_address: str | None = None, token_path: Path | None = None) -> Jobs:
+    """The jobs of the cluster at ``address``, else RAY_ADDRESS, else the recipe's. Raises UserError where none answers."""
+    if token_path is not None:
+        if not token_path.is_file():
+            raise UserError(f"--token-path {token_path}: no such file")
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_path)}
+    return Jobs(address_of(address, recipe_address))
+
+
+def missing_module(job: Standing) -> str | None:
+    """The Python module that a failed job could not import."""
+    found = re.search(r"No module named '([^']+)'", job.message) if job.exit_code else None
+    return found[1] if found else None
