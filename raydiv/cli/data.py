@@ -40,7 +40,9 @@ def add_data_commands(commands: Any) -> None:
             help=f"{side} prompts: a source, or a section as '{{path: ..., columns: {{...}}}}'",
         )
     build.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new or empty folder")
-    build.add_argument("--kind", required=True, choices=["compliance-refusal", "preference"])
+    build.add_argument(
+        "--kind", required=True, choices=["compliance-refusal", "preference"], help="what the unaligned responses are"
+    )
     build.add_argument(
         "--refusals",
         default="bank",

@@ -34,7 +34,9 @@ def add_info_commands(commands: Any, make_parser: Callable[[], argparse.Argument
     completion = add_command(
         commands, "completion", _completion, "the completion script of a shell, on standard output"
     )
-    completion.add_argument("shell", choices=["bash", "zsh", "fish"])
+    completion.add_argument(
+        "shell", choices=["bash", "zsh", "fish"], help="the shell; the first lines of the script say where it goes"
+    )
     completion.set_defaults(make_parser=make_parser)
 
 

@@ -8,7 +8,6 @@ import re
 from importlib import metadata
 from typing import Any
 
-from raydiv.utils.cache import cache_dir
 from raydiv.utils.secrets import has_token, without_password
 from raydiv.utils.versions import PACKAGES, __version__
 
@@ -66,9 +65,11 @@ def _memory() -> int | None:
 def _cache() -> str:
     """The local cache folder, or why there is none."""
     try:
+        from raydiv.utils.cache import cache_dir
+
         return str(cache_dir())
-    except OSError as error:
-        return f"cannot be made: {error}"
+    except (ImportError, OSError) as error:
+        return f"none: {error}"
 
 
 def _masked(value: str | None) -> str | None:

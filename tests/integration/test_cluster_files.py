@@ -92,7 +92,7 @@ def test_launched_nodes_have_raydiv_the_token_and_a_dashboard_of_their_own(name:
     for remote, local in config["file_mounts"].items():
         assert local == remote == "~/.ray/auth_token" or (ROOT / local).exists(), local
     installed = {Path(remote).name for remote in config["file_mounts"]}
-    assert {"raydiv", "cluster", "pyproject.toml"} <= installed
+    assert {"raydiv", "cluster", "configs", "pyproject.toml"} <= installed
     assert "bash ~/raydiv/cluster/install.sh ~/raydiv-venv" in config["setup_commands"]
     head, worker = (config[f"{kind}_start_ray_commands"][-1] for kind in ("head", "worker"))
     for command in (head, worker):

@@ -102,6 +102,16 @@ def sent_of(*words: str, recipe: str | None = None, overrides: tuple[str, ...] =
 
 
 @pytest.mark.usefixtures("project")
+def test_a_recipe_that_extends_a_bundled_one_goes_whole() -> None:
+    Path("small.yaml").write_text("extends: bundled:quickstart\nname: small\noutput_dir: /shared/runs\n")
+    with bundled(["train", "small.yaml"], "small.yaml", [], leaves_a_run=True) as found:
+        assert found.files.keys() == {"recipe.yaml"}
+        sent = yaml.safe_load((found.folder / "recipe.yaml").read_text())
+        assert "extends" not in sent
+        assert load_recipe(found.folder / "recipe.yaml") == load_recipe("small.yaml") == found.recipe
+
+
+@pytest.mark.usefixtures("project")
 def test_overrides_stay_in_a_command_that_has_no_recipe() -> None:
     Path("ask.jinja").write_text("{{ messages }}")
     words = ("data", "check", "data/train.jsonl", "data.columns.prompt=q", "data.template=ask.jinja")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,13 @@ import pytest
 from helpers.models import make_tokenizer
 from helpers.stored import stream_here
 from raydiv.cli import main
+from raydiv.cli.main import make_parser
+from raydiv.cli.options import section_of
+from raydiv.commands.quickstart import quickstart
 from raydiv.config import Recipe
+from raydiv.config.evaluate import Evaluate
+from raydiv.config.recipe import Separation
+from raydiv.config.section import Section
 from raydiv.losses import OBJECTIVES
 
 Refuse = Callable[..., str]
@@ -191,6 +198,84 @@ def test_bad_usage_is_status_2(arguments: list[str], capfd: pytest.CaptureFixtur
 @pytest.mark.parametrize("command", ["prepare", "train"])
 def test_bad_recipe_is_one_line(command: str, override: str, words: str, recipe: Path, refuse: Refuse) -> None:
     assert words in refuse(command, recipe, override)
+
+
+@pytest.mark.parametrize(("section", "command"), [(Separation, "separation"), (Evaluate, "evaluate")])
+def test_options_of_a_section_are_its_fields(section: type[Section], command: str) -> None:
+    """Every field of the section is an option, whose help has the field's description and default."""
+    options = {word: action for action in command_parser(command)._actions for word in action.option_strings}
+    for name in section.model_fields.keys() - {"every", "prompts"}:
+        field, option = section.model_fields[name], {"attacks": "attack", "tasks": "task"}.get(name, name)
+        told = str(options[f"--{option.replace('_', '-')}"].help)
+        assert field.description
+        assert told.startswith(field.description.replace("%", "%%"))
+        default = field.get_default(call_default_factory=True)
+        if default not in (None, []):
+            assert told.endswith(f"(default: {str(default).strip('[]')})")
+    assert section_of(section, make_parser().parse_args([command, "MODEL"])) == section()
+
+
+def test_given_options_reach_the_section() -> None:
+    words = ["--pooling", "mean", "--intervals", "all", "--sample", "40"]
+    options = make_parser().parse_args(["separation", "MODEL", "--prompts", "x", *words])
+    assert section_of(Separation, options) == Separation(pooling="mean", intervals="all", sample=40)
+    words = ["--task", "quick", "--task", "math", "--task-limit", "3", "--max-new-tokens", "7", "--judge", "harmbench"]
+    options = make_parser().parse_args(["evaluate", "MODEL", *words])
+    assert section_of(Evaluate, options, attacks=["prefill"]) == Evaluate.model_validate(
+        {"tasks": ["quick", "math"], "task_limit": 3, "max_new_tokens": 7, "judge": "harmbench", "attacks": ["prefill"]}
+    )
+
+
+def command_parser(name: str) -> argparse.ArgumentParser:
+    return next(parser for parser in every_parser(make_parser()) if parser.prog == f"raydiv {name}")
+
+
+def every_parser(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from every_parser(inner)
+
+
+def test_every_command_and_option_has_its_help() -> None:
+    for parser in every_parser(make_parser()):
+        assert "usage: raydiv" in parser.format_help()
+        assert parser.description
+        for action in parser._actions:
+            assert action.help or isinstance(action, argparse._SubParsersAction), (parser.prog, action.dest)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_every_command(shell: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == 0
+    script = capfd.readouterr().out
+    for parser in every_parser(make_parser()):
+        assert parser.prog.split()[-1] in script
+    assert "max-new-tokens" in script
+
+
+def test_bash_takes_the_completion_script(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "bash"]) == 0
+    script = tmp_path / "raydiv.bash"
+    script.write_text(capfd.readouterr().out)
+    words = ["bash", "-c", f"source {script} && complete -p raydiv"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("complete ")
+
+
+def test_a_repeated_quickstart_has_a_name_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[str] = []
+
+    def train(recipe: Recipe, *, show_text: bool) -> None:
+        trained.append(recipe.name)
+        (tmp_path / recipe.name).mkdir(exist_ok=True)
+
+    monkeypatch.setattr("raydiv.commands.quickstart.train", train)
+    for more in ([], [], [], ["name=mine"], ["name=mine"]):
+        quickstart([f"output_dir={tmp_path}", *more])
+    assert trained == ["quickstart", "quickstart-2", "quickstart-3", "mine", "mine"]
 
 
 def test_quickstart_checks_its_overrides(refuse: Refuse) -> None:

@@ -12,6 +12,7 @@ import yaml
 from helpers.sources import ROOT
 from raydiv.config import Recipe, load_recipe, save_recipe
 from raydiv.config.loss import TYPES
+from raydiv.data.bundled import QUICKSTART
 from raydiv.losses import OBJECTIVES
 from raydiv.utils.errors import UserError
 from raydiv.utils.secrets import has_token
@@ -68,6 +69,19 @@ def test_extends_is_relative_to_the_file_that_says_it(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path / "deep")
     recipe = load_recipe(child.relative_to(tmp_path / "deep"))
     assert (recipe.seed, recipe.model.id) == (7, "m")
+
+
+def test_extends_a_bundled_recipe_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = write(tmp_path / "child.yaml", "extends: bundled:quickstart\nname: child\noptim: {steps: 5}\n")
+    monkeypatch.chdir("/")
+    recipe, bundled = load_recipe(child), load_recipe(QUICKSTART)
+    assert recipe == bundled.model_copy(
+        update={"name": "child", "optim": bundled.optim.model_copy(update={"steps": 5})}
+    )
+    wrong = write(tmp_path / "wrong.yaml", "extends: bundled:quikstart\n")
+    assert "wrong.yaml: extends: no bundled recipe 'quikstart' (did you mean quickstart?)" in refusal(wrong)
+    for name in ("../quickstart", "anchors"):
+        assert "no bundled recipe" in refusal(write(wrong, f"extends: bundled:{name}\n"))
 
 
 def test_later_sources_win_key_by_key(tmp_path: Path) -> None:
