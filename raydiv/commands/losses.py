@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from raydiv.losses.objective import OBJECTIVES, Objective
 from raydiv.utils.errors import UserError
+from raydiv.utils.nearest import nearest
 
 PASSES = {
     "example": "one pass",
@@ -26,7 +27,7 @@ def describe_losses(names: Collection[str] = ()) -> dict[str, dict[str, Any]]:
     """
     for name in names:
         if name not in OBJECTIVES:
-            raise UserError(f"{name}: no such loss (known: {', '.join(sorted(OBJECTIVES))})")
+            raise UserError(f"{name}: no such loss{nearest(name, OBJECTIVES)}")
     return {
         name: {
             "summary": objective.summary,

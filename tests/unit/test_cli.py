@@ -153,7 +153,7 @@ def test_losses_by_name_are_described_in_full(capfd: pytest.CaptureFixture[str])
     assert "the running mean of the steps before" in printed
     assert "dpo:" not in printed
     assert main(["losses", "kldoo"]) == 2
-    assert "no such loss" in capfd.readouterr().err
+    assert "kldoo: no such loss (did you mean kldo?)" in capfd.readouterr().err
 
 
 def test_reader_that_leaves_early_is_no_failure() -> None:
