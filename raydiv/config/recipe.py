@@ -171,7 +171,10 @@ class Batch(Section):
         default="auto", description="examples end to end without padding, where the model's attention keeps them apart"
     )
     max_length: PositiveInt = 1024
-    max_prompt_length: PositiveInt = 512
+    max_prompt_length: PositiveInt = Field(
+        default_factory=lambda batch: max(1, batch.get("max_length", 1024) // 2),
+        description="tokens of a prompt, template included; half of max_length by default",
+    )
 
     @model_validator(mode="after")
     def _room_for_a_response(self) -> Batch:

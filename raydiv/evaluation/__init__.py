@@ -1,1 +1,4 @@
-"""Answers to prompts, judged: attack success, over-refusal, degenerate answers."""
+"""Did alignment work: answers under attack, judges, coherence, drift, capability, and separation of hidden states.
+
+A run is measured before and after training by the same code as any other model.
+"""

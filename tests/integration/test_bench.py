@@ -25,6 +25,7 @@ from raydiv.data.sources import read_examples
 from raydiv.data.splits import examples_of
 from raydiv.data.tokens import mismatched
 from raydiv.losses import OBJECTIVES
+from raydiv.model import w1 as w1_model
 from raydiv.model.chat import Chat
 from raydiv.model.resolve import fingerprint, model_directory
 from raydiv.runs.progress import Display
@@ -101,7 +102,7 @@ def test_bench_of_a_start_has_every_figure(tiny_model: Path, data: Path, tmp_pat
 
 
 def test_workload_has_the_lengths_of_compliance_refusal_data() -> None:
-    examples = read_examples(Source(path=w1.W1))
+    examples = read_examples(Source(path=w1_model.W1))
     words = [len(str(one.response).split()) for one in examples]
     answers = [n for one, n in zip(examples, words, strict=True) if one.aligned != one.harmful]
     refusals = [n for one, n in zip(examples, words, strict=True) if one.aligned == one.harmful]
@@ -121,6 +122,7 @@ def small_w1(monkeypatch: pytest.MonkeyPatch) -> None:
     """W1 with a model that is made in no time."""
     small = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     monkeypatch.setattr(w1, "MODEL", w1.MODEL | small)
+    monkeypatch.setattr(w1_model, "MODEL", w1.MODEL)
 
 
 @pytest.mark.usefixtures("small_w1")
@@ -128,8 +130,8 @@ def test_workload_is_the_same_wherever_it_is_made(tmp_path: Path, monkeypatch: p
     found = []
     for cache in ("a", "b"):
         monkeypatch.setenv("RAYDIV_CACHE", str(tmp_path / cache))
-        directory = model_directory(w1.W1)
-        assert directory == model_directory(w1.W1)
+        directory = model_directory(w1_model.W1)
+        assert directory == model_directory(w1_model.W1)
         assert str(directory).startswith(str(tmp_path / cache))
         found.append((fingerprint(directory), Chat(directory).fingerprint, w1.w1_pairs().read_text()))
     assert found[0] == found[1]
@@ -137,7 +139,7 @@ def test_workload_is_the_same_wherever_it_is_made(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.usefixtures("small_w1", "own_cache")
 def test_a_word_of_the_workload_is_a_token() -> None:
-    chat = Chat(model_directory(w1.W1))
+    chat = Chat(model_directory(w1_model.W1))
     example = chat.example("w6 w7 w299", "w8 w9", 128, 512)
     assert example.prompt == [4, 6, 7, 299, 5]
     assert example.response == [8, 9, 2]

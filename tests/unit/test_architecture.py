@@ -1,98 +1,72 @@
-"""The rooms: who may import whom, and who may import ray, deepspeed, mlflow and transformers."""
+"""The twelve packages: which may import which, and which modules may import ray, deepspeed, mlflow and transformers."""
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 
 import pytest
 
-from helpers.sources import imports, modules
+from helpers.sources import PACKAGE, imports, modules
 
-ROOMS = [
-    ["cli", "__main__", "__init__", "benchmarks"],
-    ["sweeps", "studies", "submission"],
-    ["together"],
-    ["launch"],
-    [
-        "preparation",
-        "preflight",
-        "inspection",
-        "standing",
-        "waiting",
-        "construction",
-        "measure",
-        "report",
-        "planning.forecast",
-        "planning.amounts",
-    ],
-    ["training.worker"],
-    ["training.feed", "training.saving", "training.exported"],
-    ["training.anchors", "training.step", "hidden", "evaluation"],
-    ["reference"],
-    ["data.sets"],
-    ["training", "planning", "data.tokenize", "data.prompts", "data.overlap", "model.export"],
-    ["data.index"],
-    ["data.sources", "pool", "session", "resources", "engine", "checkpoint", "resuming"],
-    ["model", "data", "track", "gauges", "progress", "run", "partitions"],
-    ["dist", "lines", "termination", "beats"],
-    ["config"],
-    ["losses"],
-    ["comparison"],
-    ["bundled.w1"],
-    ["cache"],
-    ["storage"],
-    ["errors", "bundled", "config.secrets", "config.tree", "versions"],
+PACKAGES = [
+    "cli",
+    "experiments",
+    "commands",
+    "training",
+    "evaluation",
+    "data",
+    "model",
+    "runs",
+    "runtime",
+    "config",
+    "losses",
+    "utils",
 ]
-"""From the door to the foundations: a module imports its own room and what is below. Submodules may be named apart."""
+"""From the command line to the foundations: a package imports itself and those below it."""
 
 LIBRARIES = {
     "ray": {
-        "session",
-        "resources",
-        "gauges",
-        "pool",
-        "launch",
-        "reference",
+        "runtime",
+        "runs.prometheus",
+        "data.reference",
+        "commands.train",
+        "commands.preflight",
+        "commands.bench",
         "training.worker",
-        "sweeps",
-        "studies.jobs",
-        "submission.jobs",
-        "preflight",
-        "benchmarks",
+        "experiments",
     },
-    "deepspeed": {"engine", "partitions", "benchmarks.hello"},
-    "mlflow": {"track"},
+    "deepspeed": {"training.engine", "training.zero_state", "commands.bench.ray_baseline"},
+    "mlflow": {"runs.tracker"},
     "transformers": {
         "model",
-        "engine",
+        "training.engine",
         "evaluation.generate",
         "evaluation.toxicity",
-        "planning.architecture",
-        "benchmarks",
-        "bundled.w1",
+        "commands.plan.architecture",
+        "commands.bench",
     },
-    "peft": {"model", "planning.architecture"},
-    "datasets": {"data.sources", "benchmarks.rival"},
-    "trl": {"benchmarks.rival"},
+    "peft": {"model", "utils.compat", "commands.plan.architecture"},
+    "datasets": {"data.sources", "commands.bench.trl_baseline"},
+    "trl": {"commands.bench.trl_baseline"},
     "lm_eval": {"evaluation.capability"},
     "matplotlib": {
-        "report.drawing",
-        "report.figures",
-        "report.sweep_figures",
-        "report.sweep_parallel",
-        "report.study_figures",
+        "runs.report.drawing",
+        "runs.report.figures",
+        "experiments.sweep.figures",
+        "experiments.sweep.parallel_coordinates",
+        "experiments.study.figures",
     },
     "nanogcg": {"evaluation.gcg"},
-    "optuna": {"sweeps"},
+    "optuna": {"experiments.sweep"},
 }
 
 
-def room(module: str) -> int:
-    named = [(name, level) for level, names in enumerate(ROOMS) for name in names]
-    fitting = [(len(name), level) for name, level in named if module == name or module.startswith(f"{name}.")]
-    assert fitting, f"raydiv.{module} has no room: name one in ROOMS"
-    return max(fitting)[1]
+def level(module: str) -> int:
+    """Position of a module's package in PACKAGES; the root's own modules stand above all of them."""
+    package = module.partition(".")[0]
+    return -1 if package in ("__init__", "__main__") else PACKAGES.index(package)
 
 
 @pytest.mark.parametrize("module", sorted(modules()))
@@ -101,26 +75,29 @@ def test_imports_go_down(module: str) -> None:
     for name in imports(known[module]):
         inner = name.removeprefix("raydiv.")
         if name.startswith("raydiv.") and inner in known:
-            assert room(module) <= room(inner), f"raydiv.{module} imports {name}, which is above it"
+            assert level(module) <= level(inner), f"raydiv.{module} imports {name}, which is above it"
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_libraries_stay_in_their_rooms(library: str) -> None:
+def test_libraries_stay_in_their_modules(library: str) -> None:
     users = {
         module
         for module, path in modules().items()
         if any(name == library or name.startswith(f"{library}.") for name in imports(path))
     }
-    allowed = LIBRARIES[library]
-    strays = {m for m in users if m not in allowed and m.partition(".")[0] not in allowed}
+    allowed = tuple(f"{name}." for name in LIBRARIES[library])
+    strays = {module for module in users if not f"{module}.".startswith(allowed)}
     assert not strays, f"{library} is imported in {strays}"
 
 
-def test_every_room_is_of_a_module_and_named_once() -> None:
-    named = [name for names in ROOMS for name in names]
-    packages = {module.rpartition(".")[0] for module in modules()}
-    assert set(named) | {name for names in LIBRARIES.values() for name in names} <= modules().keys() | packages
-    assert len(set(named)) == len(named)
+def test_packages_are_these_twelve_and_each_says_its_idea() -> None:
+    assert sorted(PACKAGES) == sorted(path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file())
+    for name in PACKAGES:
+        assert ast.get_docstring(ast.parse((PACKAGE / name / "__init__.py").read_text())), f"raydiv.{name}"
+
+
+def test_modules_allowed_a_library_exist() -> None:
+    assert {name for names in LIBRARIES.values() for name in names} <= modules().keys()
 
 
 def test_objectives_use_no_torch_at_run_time() -> None:
@@ -129,10 +106,14 @@ def test_objectives_use_no_torch_at_run_time() -> None:
             assert not any(name.split(".")[0] == "torch" for name in imports(path)), module
 
 
-def test_comparison_is_of_numbers_alone() -> None:
+NUMBERS_ALONE = {"cells", "measures", "tables", "regression", "table_io"}
+"""Modules of a study that compute its tables from numbers, without Ray, files of runs or pictures."""
+
+
+def test_study_tables_are_of_numbers_alone() -> None:
     allowed = {"raydiv", "numpy", "scipy", *sys.stdlib_module_names}
     for module, path in modules().items():
-        if module.startswith("comparison"):
+        if module.startswith("experiments.study.") and module.rpartition(".")[2] in NUMBERS_ALONE:
             assert {name.split(".")[0] for name in imports(path)} <= allowed, module
 
 
@@ -149,9 +130,9 @@ def test_light_commands_load_neither_torch_nor_ray(command: list[str]) -> None:
 
 
 def test_every_command_is_a_function_of_the_package() -> None:
-    """No room has a command's name: importing it would put a module where the function is."""
+    """Importing a module of the package never replaces a function of the same name."""
     code = (
-        "import raydiv, raydiv.commands.train, raydiv.evaluation.answers\n"
+        "import raydiv, raydiv.commands.train, raydiv.commands.evaluate\n"
         "for _ in range(2):\n"
         "    for name in raydiv.__all__: assert callable(getattr(raydiv, name)), name"
     )
