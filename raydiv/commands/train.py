@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 UNBOUNDED = (
     "loss.type {type} has no floor on any one data set, and nothing in this recipe holds it: watch log_ratio/rms, and see "
-    '"Holding an unbounded objective" in the README'
+    '"Holding an unbounded objective" in raydiv/losses/README.md'
 )
 RESIZE_S = 60.0
 """Seconds between looks for nodes that have come, under ``cluster.min_workers``."""

@@ -172,9 +172,16 @@ class Batch(Section):
     )
     max_length: PositiveInt = 1024
     max_prompt_length: PositiveInt = Field(
-        default_factory=lambda batch: max(1, batch.get("max_length", 1024) // 2),
-        description="tokens of a prompt, template included; half of max_length by default",
+        default=512, description="tokens of a prompt, template included; half of max_length where only that is set"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _prompt_takes_half(cls, values: Any) -> Any:
+        length = values.get("max_length") if isinstance(values, dict) else None
+        if type(length) is int and length > 1 and "max_prompt_length" not in values:
+            return values | {"max_prompt_length": length // 2}
+        return values
 
     @model_validator(mode="after")
     def _room_for_a_response(self) -> Batch:

@@ -27,7 +27,7 @@ class Cells(dict[str, Any]):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One (prompt, response) with its label; see the schema in the README.
+    """One (prompt, response) with its label; see raydiv/data/README.md for the schema.
 
     ``prompt`` is text or chat messages; ``harmful`` is the prompt's label, None where the source has none; ``pair`` names
     the pair within its source; ``source`` is the file and line. ``spelling`` says how the source writes ``harmful``, where

@@ -89,7 +89,19 @@ class Engine:
         return float(self._deepspeed.get_global_grad_norm() or 0.0) if norm is None else norm
 
     def discard(self) -> None:
-        """Let the gradients of the step go without an update, as DeepSpeed does with those that are not finite."""
+        """Drop the gradients of the step without an update, as DeepSpeed does with gradients that are not finite.
+
+        Raises RuntimeError where DeepSpeed made the update all the same: the weights are then wrong, and training must end.
+        """
+        made = self.updates
+        self._drop_gradients()
+        if self.updates != made:
+            raise RuntimeError(
+                "DeepSpeed applied a step that was to be discarded: this version of it is not supported (see "
+                "cluster/constraints.txt for the versions tested)"
+            )
+
+    def _drop_gradients(self) -> None:
         optimizer = self._deepspeed.optimizer
         if self._stage == 0:
             for parameter in self.model.parameters():

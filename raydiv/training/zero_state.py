@@ -72,7 +72,7 @@ def partitions_of(engine: Any, stage: int) -> Partitions:
 def updates(engine: Any, held: Partitions) -> int:
     """Updates that the optimizer has made."""
     states = (engine.basic_optimizer.state.get(flat) for flat in held.flats())
-    return max((int(state["step"]) for state in states if state), default=0)
+    return max((int(state.get("step", 0)) for state in states if state), default=0)
 
 
 def restore(engine: Any, held: Partitions, read: Read, made: int) -> None:

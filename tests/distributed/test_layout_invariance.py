@@ -175,7 +175,8 @@ def assert_equal(case: Case, found: dict[str, Any], expected: PlainStep) -> None
     assert weights.keys() == expected.after.keys()
     for name, weight in expected.after.items():
         size = np.abs(weight).max() + np.abs(expected.before[name]).max()  # both were rounded
-        assert np.abs(weights[name] - weight).max() <= ROUNDING * size, (case, name)
+        # one element alone: up to 1.4e-6 with the matrix kernels of one Intel CPU, 1.0e-6 with those of the others
+        assert np.abs(weights[name] - weight).max() <= 2 * ROUNDING * size, (case, name)
     # the update, which is the gradient: its own rounding, and that of the weights that it was subtracted from
     error = norm({name: weights[name] - weight for name, weight in expected.after.items()})
     moved = norm({name: weight - expected.before[name] for name, weight in expected.after.items()})

@@ -64,6 +64,26 @@ def refused(model: Path, layouts: Sequence[Layout]) -> list[dict[str, Any]]:
     return found
 
 
+def discarded_by_another_name(model: Path) -> bool:
+    """Whether it is found that DeepSpeed made the update, where the method that is hidden from it has another name."""
+    engine = built(Layout(3), model)
+    update(engine, 0)
+    engine._zero3 = False  # hides the method that stage 3 does not call, as a rename in DeepSpeed would
+    backward(engine, 1.0)
+    try:
+        engine.discard()
+    except RuntimeError as error:
+        return "discarded" in str(error)
+    finally:
+        engine.close()
+    return False
+
+
+@pytest.mark.slow
+def test_a_discarded_step_that_was_applied_is_found(tiny_model: Path, tmp_path: Path) -> None:
+    assert run_on_ranks(discarded_by_another_name, 2, tmp_path / "ranks", tiny_model) == [True, True]
+
+
 @pytest.mark.slow
 def test_a_refused_step_leaves_nothing_behind(tiny_model: Path, tmp_path: Path) -> None:
     for by_layout in run_on_ranks(refused, 2, tmp_path / "ranks", tiny_model, LAYOUTS):

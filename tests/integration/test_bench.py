@@ -190,7 +190,7 @@ def test_rows_for_trl_spell_the_same_tokens_in_the_same_order(tiny_model: Path, 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
 def test_trl_takes_the_same_examples_in_the_same_order(tiny_model: Path, data: Path, loss: str) -> None:
     work = work_on(tiny_model, data, loss)
-    answer = work.script("rival", per_device=2)
+    answer = work.script("trl_baseline", per_device=2)
     assert answer["tokens"] == work.tokens
     assert len(answer["seconds"]) == len(work.tokens)
     assert answer["peak_bytes"] > 0

@@ -742,3 +742,10 @@ def test_a_layout_is_made_for_the_fewest_workers() -> None:
     elastic = ["cluster.num_workers=8", "cluster.min_workers=2", "cluster.max_failures=3", "cluster.use_gpu=true"]
     assert load_recipe(tree(), elastic).cluster.fewest == 2
     assert load_recipe(tree(), ["cluster.num_workers=8"]).cluster.fewest == 8
+
+
+def test_a_prompt_may_take_half_of_max_length_unless_the_recipe_says_otherwise(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", SMALLEST)
+    assert load_recipe(path).batch.max_prompt_length == 512
+    assert load_recipe(path, ["batch.max_length=256"]).batch.max_prompt_length == 128
+    assert load_recipe(path, ["batch.max_length=256", "batch.max_prompt_length=200"]).batch.max_prompt_length == 200

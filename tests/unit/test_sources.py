@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from raydiv.config.source import Source
+from raydiv.config.source import SUFFIXES, Source
+from raydiv.data import sources
 from raydiv.data.formats import Example
 from raydiv.data.prompt_sets import read_prompts
 from raydiv.data.sources import files_of, pieces_of, read
@@ -400,3 +401,7 @@ def test_file_that_shrinks_while_it_is_read_is_named(write_jsonl: Callable[..., 
     path.write_text(path.read_text()[: path.stat().st_size // 2].rpartition("\n")[0] + "\n")
     with pytest.raises(UserError, match="became shorter while it was read"):
         [row for piece in pieces for row in read(piece)]
+
+
+def test_every_suffix_of_a_source_has_a_reader() -> None:
+    assert set(SUFFIXES) == set(sources.KINDS)

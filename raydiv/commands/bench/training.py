@@ -82,8 +82,8 @@ def bench_training(
     layout: dict[str, Any] = {}
     contestants: dict[str, Callable[[], Timing]] = {"raydiv": partial(_raydiv, recipe, layout)}
     if "loop" in against:
-        contestants["loop"] = partial(_script, work, "loop")
-    contestants |= {f"{TRL}{size}": partial(_script, work, "rival", per_device=size) for size in sizes}
+        contestants["loop"] = partial(_script, work, "loop_baseline")
+    contestants |= {f"{TRL}{size}": partial(_script, work, "trl_baseline", per_device=size) for size in sizes}
     turns, failed = _take_turns(contestants, repeats, display)
     timed = [{name: timing.after(warmup) for name, timing in turn.items()} for turn in turns]
     found = {

@@ -9,7 +9,7 @@ P are trainable parameters, N workers:
 - gradients: fp32; whole below stage 2, then P / N, and a flat copy of those for the update where they were not flat.
 - buffers: the bucket that gradients are reduced in, the copy that is sent, and what is gathered ahead; gloo copies once more.
 
-This is what is held. On a CPU more shows as resident, since glibc keeps some of what is freed (README, "Speed and memory").
+This is what is held. On a CPU more shows as resident, since glibc keeps some of what is freed (bench/README.md).
 """
 
 from __future__ import annotations
