@@ -18,7 +18,7 @@ from pydantic import (
 from raydiv.config.section import Section
 from raydiv.utils.secrets import INSTEAD, has_password
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt")
 """Kinds of files that sources are made of; ``raydiv.data.sources`` has a reader for each."""
 
 

@@ -450,12 +450,12 @@ def test_the_first_sigterm_is_heard_and_the_second_ends() -> None:
 
 
 def test_the_command_line_ends_with_143(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from raydiv import cli
+    from raydiv.cli import info, main
 
     def losses(options: Any) -> int:
         os.kill(os.getpid(), signal.SIGTERM)
         return 0
 
-    monkeypatch.setattr(cli, "_losses", losses)
-    assert cli.main(["losses"]) == 143
+    monkeypatch.setattr(info, "_losses", losses)
+    assert main(["losses"]) == 143
     assert "stopped by SIGTERM" in capsys.readouterr().err
