@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from raydiv.commands.examples import copy_example, examples
     from raydiv.commands.export import export
     from raydiv.commands.losses import describe_losses
-    from raydiv.commands.plan.forecast import Plan, plan
-    from raydiv.commands.prepare import Prepared, prepare
+    from raydiv.commands.plan.forecast import Forecast, plan
+    from raydiv.commands.prepare import PreparedData, prepare
     from raydiv.commands.quickstart import quickstart
     from raydiv.commands.schema import schema
     from raydiv.commands.separation import separation
@@ -37,8 +37,8 @@ _WHERE = {
     "Recipe": "raydiv.config",
     "load_recipe": "raydiv.config",
     "UserError": "raydiv.utils.errors",
-    "Plan": "raydiv.commands.plan.forecast",
-    "Prepared": "raydiv.commands.prepare",
+    "Forecast": "raydiv.commands.plan.forecast",
+    "PreparedData": "raydiv.commands.prepare",
     "Result": "raydiv.commands.train",
     "plan": "raydiv.commands.plan.forecast",
     "prepare": "raydiv.commands.prepare",
@@ -66,8 +66,8 @@ _WHERE = {
 }
 
 __all__ = [
-    "Plan",
-    "Prepared",
+    "Forecast",
+    "PreparedData",
     "Recipe",
     "Result",
     "StudyResult",

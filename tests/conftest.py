@@ -49,10 +49,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ray() -> Iterator[None]:
     """A local Ray that a module's runs share."""
-    from raydiv.config.cluster import Cluster
+    from raydiv.config.cluster import ClusterConfig
     from raydiv.runtime.session import ray_session
 
-    with ray_session(Cluster()):
+    with ray_session(ClusterConfig()):
         yield
 
 

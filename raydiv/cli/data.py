@@ -73,7 +73,7 @@ def _check(options: argparse.Namespace) -> int:
 def _build(options: argparse.Namespace) -> int:
     from raydiv.commands.data_build import build_data
     from raydiv.config import source_of
-    from raydiv.config.cluster import Cluster
+    from raydiv.config.cluster import ClusterConfig
 
     built = build_data(
         source_of(options.harmful),
@@ -84,7 +84,7 @@ def _build(options: argparse.Namespace) -> int:
         worse=options.worse,
         prompts=options.prompts,
         seed=options.seed,
-        cluster=Cluster(use_gpu=options.use_gpu),
+        cluster=ClusterConfig(use_gpu=options.use_gpu),
         template=options.template,
         max_new_tokens=options.max_new_tokens,
     )

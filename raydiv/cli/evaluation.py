@@ -8,8 +8,8 @@ from typing import Any
 
 from raydiv.cli.options import add_section_options, section_of
 from raydiv.cli.output import add_command, add_reports, print_report, print_table
-from raydiv.config.evaluate import Evaluate
-from raydiv.config.recipe import Separation
+from raydiv.config.evaluate import EvaluateConfig
+from raydiv.config.recipe import SeparationConfig
 from raydiv.utils.errors import UserError
 
 
@@ -18,7 +18,7 @@ def add_evaluation_commands(commands: Any) -> None:
         commands, "separation", _separation, "how far apart a model's hidden states of safe and harmful prompts lie"
     )
     _add_models(separation, prompts="bundled:anchors")
-    add_section_options(separation, Separation)
+    add_section_options(separation, SeparationConfig)
     separation.add_argument(
         "--embeddings", type=Path, metavar="FOLDER", help="write the hidden states here, as Parquet"
     )
@@ -35,7 +35,7 @@ def add_evaluation_commands(commands: Any) -> None:
     evaluate.add_argument(
         "--reference", metavar="MODEL", help="the model that scores the answers (default: the first MODEL, or its base)"
     )
-    add_section_options(evaluate, Evaluate, attacks="NAME[=VALUE]")
+    add_section_options(evaluate, EvaluateConfig, attacks="NAME[=VALUE]")
     evaluate.add_argument(
         "--baseline",
         type=Path,
@@ -73,10 +73,10 @@ def _add_models(command: argparse.ArgumentParser, prompts: str) -> None:
 
 def _shared(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments that both commands' functions take."""
-    from raydiv.config.cluster import Cluster
+    from raydiv.config.cluster import ClusterConfig
 
     names = ("models", "prompts", "harmful", "harmless", "template", "precision")
-    return {name: getattr(options, name) for name in names} | {"cluster": Cluster(use_gpu=options.use_gpu)}
+    return {name: getattr(options, name) for name in names} | {"cluster": ClusterConfig(use_gpu=options.use_gpu)}
 
 
 def _separation(options: argparse.Namespace) -> int:
@@ -84,7 +84,7 @@ def _separation(options: argparse.Namespace) -> int:
 
     reports = separation(
         **_shared(options),
-        how=section_of(Separation, options, **_layers(options)),
+        how=section_of(SeparationConfig, options, **_layers(options)),
         embeddings=options.embeddings,
         different_models=options.different_models,
     )
@@ -116,7 +116,7 @@ def _layers(options: argparse.Namespace) -> dict[str, list[int]]:
 def _evaluate(options: argparse.Namespace) -> int:
     from raydiv.commands.evaluate import evaluate
 
-    how = section_of(Evaluate, options, attacks=[_attack(text) for text in getattr(options, "attacks", [])])
+    how = section_of(EvaluateConfig, options, attacks=[_attack(text) for text in getattr(options, "attacks", [])])
     if options.show_text and not options.output:
         raise UserError("--show-text: needs --output FOLDER, where the answers are written")
     if options.baseline and not how.pairwise_judge:

@@ -14,8 +14,8 @@ from raydiv.cli.output import add_command, add_reports, print_report, print_tabl
 from raydiv.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from raydiv.runtime.submit.bundle import Bundle
-    from raydiv.runtime.submit.jobs import Jobs, Standing
+    from raydiv.runtime.submit.bundle import JobBundle
+    from raydiv.runtime.submit.jobs import Jobs, JobStatus
 
 WRITES = {"output": "--output", "embeddings": "--embeddings", "destination": "DEST"}
 """Options that say where a command writes, by their name in the parsed options."""
@@ -105,7 +105,7 @@ def _require_absolute(sent: argparse.Namespace) -> None:
         raise UserError(f"RUN: {run} is relative: {STAYS}")
 
 
-def _log_bundle(bundle: Bundle) -> None:
+def _log_bundle(bundle: JobBundle) -> None:
     names = ", ".join(sorted(bundle.files)[:5]) + (" ..." if len(bundle.files) > 5 else "")
     _log(f"uploaded: {len(bundle.files)} files ({sum(bundle.files.values()) / 2**10:.0f} KiB): {names}")
     if bundle.secrets:
@@ -181,7 +181,7 @@ def _list(options: argparse.Namespace, jobs: Jobs) -> int:
     return 0
 
 
-def _show(job: Standing) -> None:
+def _show(job: JobStatus) -> None:
     lines = {
         "job": job.id,
         "name": job.name,

@@ -20,7 +20,7 @@ from raydiv.data.tokenize import tokenize
 from raydiv.data.tokens import KEY
 from raydiv.model.chat import Chat, Messages
 from raydiv.model.resolve import model_directory
-from raydiv.runs.progress import Display
+from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.session import ray_session
 
 HISTOGRAM = 12
@@ -40,14 +40,14 @@ class DataReport:
 
 
 def check_data(
-    recipe: Recipe, sources: Sequence[Source] | None = None, display: Display | None = None
+    recipe: Recipe, sources: Sequence[Source] | None = None, display: ProgressDisplay | None = None
 ) -> list[DataReport]:
     """A report for each source (by default those of ``recipe.data.train``), at the recipe's tokenizer, template and lengths.
 
     Evaluation prompts are those of ``data.eval``, ``evaluate.prompts`` and ``separation.prompts``. Bad rows are listed, not
     raised. Raises UserError for a source that cannot be read at all.
     """
-    display = display or Display()
+    display = display or ProgressDisplay()
     directory = model_directory(recipe.model.id, recipe.model.revision)
     chat = Chat(directory, recipe.data.template, recipe.model.trust_remote_code)
     opened = [OpenSource(source, recipe.data, recipe.batch, chat) for source in sources or recipe.data.train]

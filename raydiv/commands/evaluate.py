@@ -7,16 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from raydiv.config.cluster import Cluster
-from raydiv.config.evaluate import Evaluate as EvaluateSection
+from raydiv.config.cluster import ClusterConfig
+from raydiv.config.evaluate import EvaluateConfig as EvaluateSection
 from raydiv.data.prompt_sets import Prompt, named, read_prompts, sets_of
 from raydiv.evaluation.answers import Judges, against, measure_answers
 from raydiv.evaluation.answers_report import AnswersReport
-from raydiv.evaluation.contamination import trained_on
+from raydiv.evaluation.contamination import count_contaminated
 from raydiv.evaluation.judges import said
 from raydiv.evaluation.models import reference_of, sources_of
 from raydiv.evaluation.outputs import outputs_to, read_outputs
-from raydiv.runs.progress import Display
+from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.session import ray_session
 
 OWN_REFERENCE = (
@@ -35,8 +35,8 @@ def evaluate(
     how: EvaluateSection | None = None,
     template: str | None = None,
     precision: Literal["fp32", "bf16"] | None = None,
-    cluster: Cluster | None = None,
-    display: Display | None = None,
+    cluster: ClusterConfig | None = None,
+    display: ProgressDisplay | None = None,
 ) -> list[AnswersReport]:
     """``raydiv evaluate``: a report per model. ``reference`` scores the answers: by default the first model, or what it began
     from where that is a run.
@@ -44,7 +44,7 @@ def evaluate(
     ``prompts`` are sets with their labels, ``harmful`` and ``harmless`` sources without; without any: bundled:heldout. With a
     pairwise judge answers are compared with those of ``baseline``, a file in AlpacaEval's format, else of the first model.
     """
-    display, cluster, how = display or Display(), cluster or Cluster(), how or EvaluateSection()
+    display, cluster, how = display or ProgressDisplay(), cluster or ClusterConfig(), how or EvaluateSection()
     sources = sources_of(models, template, precision)
     if reference is not None:
         (scorer,) = sources_of([reference], template, precision)
@@ -57,7 +57,7 @@ def evaluate(
     with ray_session(cluster):
         reports = []
         for model, source in zip(models, sources, strict=True):
-            shared = trained_on(model, {named([place for one in sets for place in one]): own}, display)
+            shared = count_contaminated(model, {named([place for one in sets for place in one]): own}, display)
             found = measure_answers(source, scorer, own, how, judges, cluster, display, label=model)
             alone = [OWN_REFERENCE] if source == scorer and len(models) == 1 else []
             reports.append(replace(found, notes=[*shared, *alone, *found.notes]))

@@ -27,7 +27,7 @@ SAME = ("python", "ray", "torch", "raydiv", "deepspeed", "transformers")
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class NodeReport:
     """What one node found: its versions, of each folder why it is not the driver's (empty where it is), and what it has not."""
 
     host: str
@@ -84,11 +84,11 @@ def require_nodes(folders: Mapping[str, Folder], files: Mapping[str, int]) -> No
         raise UserError("; ".join(problems))
 
 
-def _answer(asked: Any, host: str) -> Seen:
+def _answer(asked: Any, host: str) -> NodeReport:
     import ray
 
     try:
-        seen: Seen = ray.get(asked)
+        seen: NodeReport = ray.get(asked)
     except ray.exceptions.RayError as error:
         raise RuntimeError(f"{host}, a node of the cluster, fails: {' '.join(str(error).split())[:300]}") from None
     return seen
@@ -112,7 +112,7 @@ def _left(folders: Mapping[str, Folder], token: str) -> Iterator[None]:
                         folder.remove_file(name)
 
 
-def _look(folders: Mapping[str, Folder], files: Mapping[str, int], token: str) -> Seen:
+def _look(folders: Mapping[str, Folder], files: Mapping[str, int], token: str) -> NodeReport:
     """Runs on the other node."""
     host, found = platform.node(), {}
     for key, folder in folders.items():
@@ -126,10 +126,10 @@ def _look(folders: Mapping[str, Folder], files: Mapping[str, int], token: str) -
         except UserError as error:  # a bucket that is not reached from there
             found[key] = str(error)
     missing = [path for path, size in files.items() if not Path(path).is_file() or Path(path).stat().st_size != size]
-    return Seen(host, versions(), found, missing)
+    return NodeReport(host, versions(), found, missing)
 
 
-def _versions_differ(seen: list[Seen]) -> list[str]:
+def _versions_differ(seen: list[NodeReport]) -> list[str]:
     here = versions()
     differ = [
         f"{name} is {one.versions[name]} on {one.host} and {here[name]} here"
@@ -141,7 +141,7 @@ def _versions_differ(seen: list[Seen]) -> list[str]:
     return [said] if differ else []
 
 
-def _not_shared(seen: list[Seen], folders: Mapping[str, Folder]) -> list[str]:
+def _not_shared(seen: list[NodeReport], folders: Mapping[str, Folder]) -> list[str]:
     problems = []
     for key, folder in folders.items():
         wrong = {one.host: one.folders[key] for one in seen if one.folders[key]}
@@ -154,7 +154,7 @@ def _not_shared(seen: list[Seen], folders: Mapping[str, Folder]) -> list[str]:
     return problems
 
 
-def _missing(seen: list[Seen]) -> list[str]:
+def _missing(seen: list[NodeReport]) -> list[str]:
     return [
         f"data: {one.missing[0]} is not on {one.host} what it is here: put it on storage that all nodes share"
         for one in seen

@@ -13,14 +13,14 @@ from raydiv.config import Recipe
 from raydiv.data.index import OpenSource
 from raydiv.data.prompt_sets import PromptSets
 from raydiv.data.reference import reference_logps
-from raydiv.data.splits import Sets, make_sets
+from raydiv.data.splits import Splits, make_splits
 from raydiv.data.tokenize import tokenize
 from raydiv.data.tokens import KEY, StoredExamples, content_key, mismatched
 from raydiv.model.chat import Chat
 from raydiv.model.load import ModelSource, require_quantizer
 from raydiv.model.resolve import fingerprint, model_directory, require_base
-from raydiv.runs.directory import Place
-from raydiv.runs.progress import Display
+from raydiv.runs.directory import ExamplePlace
+from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.session import ray_session
 from raydiv.training.dataloader import ExampleSet
 from raydiv.training.metric_names import require_measured
@@ -30,7 +30,7 @@ from raydiv.utils.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class LoadedInputs:
     """What a recipe names, found and opened: its model's directory and tokenizer, its sources, and its prompt sets."""
 
     directory: Path
@@ -39,18 +39,18 @@ class Opened:
     eval: list[OpenSource]
     prompts: PromptSets
 
-    def where(self, place: Place) -> str:
+    def where(self, place: ExamplePlace) -> str:
         """File and line of a training example."""
         source, file, position = place
         return self.train[source].where(file, position)
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PreparedData:
     """A recipe's data, ready to train on, and what preparing it cost."""
 
     directory: Path
-    data: Sets
+    data: Splits
     train: ExampleSet
     eval: ExampleSet | None
     reference_hits: int
@@ -82,16 +82,16 @@ class Prepared:
         }
 
 
-def prepare(recipe: Recipe, display: Display | None = None) -> Prepared:
+def prepare(recipe: Recipe, display: ProgressDisplay | None = None) -> PreparedData:
     """Data -> tokens -> reference log-probs, through caches; safe to repeat."""
-    display = display or Display()
-    opened = read(recipe, display)
+    display = display or ProgressDisplay()
+    opened = load_inputs(recipe, display)
     with ray_session(recipe.cluster):
         require_nodes({CACHE: shared_dir()}, local_files(opened))
-        return fill(recipe, opened, display)
+        return prepare_data(recipe, opened, display)
 
 
-def read(recipe: Recipe, display: Display) -> Opened:
+def load_inputs(recipe: Recipe, display: ProgressDisplay) -> LoadedInputs:
     """Model files, sources and prompts, checked before anything is started. Raises UserError for any of them."""
     if recipe.model.quantization is not None:
         require_quantizer()
@@ -108,35 +108,35 @@ def read(recipe: Recipe, display: Display) -> Opened:
         )
         for opened in (*train, *held_out):
             opened.peek(tolerant=recipe.data.on_bad_row == "quarantine")
-        return Opened(directory, chat, train, held_out, prompts)
+        return LoadedInputs(directory, chat, train, held_out, prompts)
 
 
-def local_files(opened: Opened) -> dict[str, int]:
+def local_files(opened: LoadedInputs) -> dict[str, int]:
     """Bytes of the data's files that lie on a disk, by their paths: every node that reads data reads them."""
     files = [file for source in (*opened.train, *opened.eval) for file in source.files if "://" not in file.uri]
     return {file.uri: Path(file.uri).stat().st_size for file in files}
 
 
-def fill(recipe: Recipe, opened: Opened, display: Display) -> Prepared:
+def prepare_data(recipe: Recipe, opened: LoadedInputs, display: ProgressDisplay) -> PreparedData:
     """What ``read`` found, with tokens and reference log-probs; needs a Ray session."""
     with display.phase("tokens") as update:
         sources, quarantine = [*opened.train, *opened.eval], recipe.data.on_bad_row == "quarantine"
         indices = tokenize(sources, opened.chat, recipe.cluster, quarantine=quarantine, progress=update)
-    data = make_sets(recipe, indices[: len(opened.train)], indices[len(opened.train) :])
+    data = make_splits(recipe, indices[: len(opened.train)], indices[len(opened.train) :])
     if data.bad:
-        display.say(f"bad rows left out: {len(data.bad)} (raydiv data check lists them)")
+        display.print(f"bad rows left out: {len(data.bad)} (raydiv data check lists them)")
     if data.shared_prompts:
-        display.say(f"prompts in data.train and in data.eval: {data.shared_prompts}; held-out figures will flatter")
+        display.print(f"prompts in data.train and in data.eval: {data.shared_prompts}; held-out figures will flatter")
     shared = _trained_on(recipe, opened, data)
     for name, count in shared.items():
         if count:
-            display.say(
+            display.print(
                 f"prompts of {name} that are trained on: {count}; its figures will flatter (raydiv data check lists them)"
             )
     return _with_reference(recipe, opened.directory, data, shared, display)
 
 
-def _trained_on(recipe: Recipe, opened: Opened, data: Sets) -> dict[str, int]:
+def _trained_on(recipe: Recipe, opened: LoadedInputs, data: Splits) -> dict[str, int]:
     """How many prompts of each evaluation and separation set are training prompts; those that are nearly so are not counted."""
     found = {}
     for name, prompts in opened.prompts.by_name(recipe).items():
@@ -146,7 +146,9 @@ def _trained_on(recipe: Recipe, opened: Opened, data: Sets) -> dict[str, int]:
     return found
 
 
-def _with_reference(recipe: Recipe, directory: Path, data: Sets, shared: dict[str, int], display: Display) -> Prepared:
+def _with_reference(
+    recipe: Recipe, directory: Path, data: Splits, shared: dict[str, int], display: ProgressDisplay
+) -> PreparedData:
     """The data with the reference log-probs that its loss asks for, KTO's mismatched examples included."""
     sets = [data.train.examples, *([data.eval.examples] if data.eval else [])]
     derangements = [_derangement(recipe, examples) for examples in sets]
@@ -154,7 +156,7 @@ def _with_reference(recipe: Recipe, directory: Path, data: Sets, shared: dict[st
         # no reference in the loss: rewards then count from zero, and are logged as such
         zeros = None if recipe.loss.needs_reference else [np.zeros(len(examples), np.float32) for examples in sets]
         found = [ExampleSet(e, zeros[i] if zeros else None, derangements[i]) for i, e in enumerate(sets)]
-        return Prepared(directory, data, found[0], found[1] if data.eval else None, 0, 0, shared)
+        return PreparedData(directory, data, found[0], found[1] if data.eval else None, 0, 0, shared)
     everything = [*sets, *(derangement for derangement in derangements if derangement is not None)]
     with display.phase("reference log-probs") as update:
         lookup = reference_logps(recipe, directory, everything, update)
@@ -164,7 +166,7 @@ def _with_reference(recipe: Recipe, directory: Path, data: Sets, shared: dict[st
         ExampleSet(examples, mine, derangement, None if derangement is None else next(logps))
         for examples, mine, derangement in zip(sets, own, derangements, strict=True)
     ]
-    return Prepared(directory, data, found[0], found[1] if data.eval else None, lookup.hits, lookup.misses, shared)
+    return PreparedData(directory, data, found[0], found[1] if data.eval else None, lookup.hits, lookup.misses, shared)
 
 
 def _derangement(recipe: Recipe, examples: StoredExamples) -> StoredExamples | None:

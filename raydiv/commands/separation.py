@@ -7,16 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from raydiv.config.cluster import Cluster
-from raydiv.config.recipe import Separation as SeparationSection
+from raydiv.config.cluster import ClusterConfig
+from raydiv.config.recipe import SeparationConfig as SeparationSection
 from raydiv.data.prompt_sets import named, read_prompts, sets_of
-from raydiv.evaluation.contamination import trained_on
+from raydiv.evaluation.contamination import count_contaminated
 from raydiv.evaluation.models import sources_of
 from raydiv.evaluation.separation.embed import Readout
 from raydiv.evaluation.separation.measure import measure_separation
 from raydiv.evaluation.separation.report import SeparationReport
 from raydiv.model.load import ModelSource
-from raydiv.runs.progress import Display
+from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.session import ray_session
 from raydiv.utils.errors import UserError
 
@@ -32,8 +32,8 @@ def separation(
     different_models: bool = False,
     template: str | None = None,
     precision: Literal["fp32", "bf16"] | None = None,
-    cluster: Cluster | None = None,
-    display: Display | None = None,
+    cluster: ClusterConfig | None = None,
+    display: ProgressDisplay | None = None,
 ) -> list[SeparationReport]:
     """``raydiv separation``: a report per model and prompt set.
 
@@ -41,7 +41,7 @@ def separation(
     bundled:anchors. States are kept as Parquet under ``embeddings``. Raises UserError for models of different hidden sizes,
     unless they are ``different_models``: a Frechet distance is in the units of its own model.
     """
-    display, cluster, how = display or Display(), cluster or Cluster(), how or SeparationSection()
+    display, cluster, how = display or ProgressDisplay(), cluster or ClusterConfig(), how or SeparationSection()
     sources = sources_of(models, template, precision)
     asked = sets_of(prompts, harmful, harmless, default="bundled:anchors")
     # not by name: configurations of one published set are called the same
@@ -52,7 +52,7 @@ def separation(
     with ray_session(cluster):
         for m, (model, source) in enumerate(zip(models, sources, strict=True)):
             for s, (name, own) in enumerate(sets):
-                shared = trained_on(model, {name: own}, display)
+                shared = count_contaminated(model, {name: own}, display)
                 keep = files.get((m, s))
                 found = measure_separation(source, own, how, cluster, display, label=model, name=name, keep=keep)
                 reports.append(replace(found, overlap=shared))
@@ -65,7 +65,7 @@ def _require_comparable(
     """Raises UserError for a layer that a model lacks, and for models that are not of one size unless they may be."""
     configs = [source.config() for source in sources]
     for config in configs:
-        readout.numbers(config.num_hidden_layers)
+        readout.layer_indices(config.num_hidden_layers)
     for model, config in zip(models, configs, strict=True):
         if config.hidden_size != configs[0].hidden_size and not different_models:
             raise UserError(

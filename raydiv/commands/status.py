@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from raydiv.runs.directory import Metrics, RunDirectory
-from raydiv.runs.heartbeat import MISSED, Beat
-from raydiv.training.checkpoint.manifest import Checkpoints
+from raydiv.runs.heartbeat import MISSED_BEATS, Heartbeat
+from raydiv.training.checkpoint.manifest import CheckpointStore
 from raydiv.utils.errors import UserError
 
 RECENT = 20
@@ -30,11 +30,11 @@ def status(run: Path) -> dict[str, Any]:
             raise UserError(f"{run}: is a {what}, and its runs are in {run / inside}: ask of one of those")
     if not directory.holds_a_run:
         raise UserError(f"{run}: holds no run (a run directory has a recipe.yaml)")
-    stage, beats = directory.stage(), directory.beats()
-    records = directory.metrics() if directory.metrics_file.exists() else []
+    stage, beats = directory.stage(), directory.heartbeats()
+    records = directory.read_metrics() if directory.metrics_file.exists() else []
     steps = [record for record in records if "step_seconds" in record]
     done = int(steps[-1]["step"]) if steps else 0
-    alive = bool(beats) and directory.since_beat() <= MISSED * beats[0].every
+    alive = bool(beats) and directory.seconds_since_heartbeat() <= MISSED_BEATS * beats[0].every
     state = "stopped"
     if directory.result.exists():
         state = "finished"
@@ -51,8 +51,8 @@ def status(run: Path) -> dict[str, Any]:
         "planned": stage.planned,
         "ended": stage.why,
         "seconds_left": _left(steps, stage.planned) if state == "training" else None,
-        "metrics": directory.trained() if records else {},
-        "checkpoint": next(iter(Checkpoints(directory.checkpoints(directory.read_recipe())).steps()), None),
+        "metrics": directory.trained_metrics() if records else {},
+        "checkpoint": next(iter(CheckpointStore(directory.checkpoints(directory.read_recipe())).steps()), None),
         "workers": [asdict(beat) for beat in beats] if state in ("training", "stopped") else [],
     }
 
@@ -88,5 +88,5 @@ def status_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if found["checkpoint"] is not None:
         lines.append(("checkpoint", f"after step {found['checkpoint']}"))
-    lines += [("", Beat(**beat).place) for beat in found["workers"]]
+    lines += [("", Heartbeat(**beat).place) for beat in found["workers"]]
     return [*lines, *([("next", NEXT[found["state"]])] if NEXT[found["state"]] else [])]

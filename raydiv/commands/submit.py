@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raydiv.data.bundled import QUICKSTART
-from raydiv.runtime.submit.bundle import Bundle, bundled
+from raydiv.runtime.submit.bundle import JobBundle, make_bundle
 from raydiv.runtime.submit.environment import environment, read_runtime_environment, runtime_environment
-from raydiv.runtime.submit.jobs import Jobs, Standing, address_of, command_of
+from raydiv.runtime.submit.jobs import Jobs, JobStatus, address_of, command_of
 from raydiv.utils.errors import UserError
 
 RESUMED = ("train", "sweep", "study")
@@ -32,7 +32,7 @@ class Submission:
     jobs: Jobs
     job: str
     name: str
-    bundle: Bundle | None
+    bundle: JobBundle | None
 
 
 def submit(
@@ -61,7 +61,7 @@ def submit(
         command, recipe, rest = "train", str(QUICKSTART), [str(QUICKSTART), *rest]
     resume = ["--resume"] if command in RESUMED and "--resume" not in rest else []
     variables, more = environment(env), read_runtime_environment(runtime_env)
-    with bundled([command, *rest, *resume], recipe, overrides, leaves_a_run=command in LEAVE_A_RUN) as bundle:
+    with make_bundle([command, *rest, *resume], recipe, overrides, leaves_a_run=command in LEAVE_A_RUN) as bundle:
         checked = bundle.recipe
         name = name or (checked.name if checked is not None else command)
         jobs = jobs_at(address, checked.cluster.address if checked is not None else None, token_path)
@@ -86,7 +86,7 @@ def jobs_at(address: str | None, recipe_address: str | None = None, token_path: 
     return Jobs(address_of(address, recipe_address))
 
 
-def missing_module(job: Standing) -> str | None:
+def missing_module(job: JobStatus) -> str | None:
     """The Python module that a failed job could not import."""
     found = re.search(r"No module named '([^']+)'", job.message) if job.exit_code else None
     return found[1] if found else None

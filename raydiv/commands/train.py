@@ -9,26 +9,26 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from raydiv.commands.plan.architecture import architecture_of
-from raydiv.commands.plan.layout import largest_share, settle, with_layout
+from raydiv.commands.plan.layout import largest_budget, settle, with_layout
 from raydiv.commands.preflight import require_ready
-from raydiv.commands.prepare import Opened, Prepared, fill, local_files, read
+from raydiv.commands.prepare import LoadedInputs, PreparedData, load_inputs, local_files, prepare_data
 from raydiv.config import Recipe
-from raydiv.config.cluster import Cluster
-from raydiv.evaluation.before_after import Measurements
+from raydiv.config.cluster import ClusterConfig
+from raydiv.evaluation.before_after import BeforeAfterEvaluation
 from raydiv.runs.directory import Metrics, RunDirectory, last_values
-from raydiv.runs.heartbeat import stalled
-from raydiv.runs.progress import Display, step_note
-from raydiv.runs.prometheus import Gauges
+from raydiv.runs.heartbeat import diagnose_hang
+from raydiv.runs.progress import ProgressDisplay, step_note
+from raydiv.runs.prometheus import PrometheusMetrics
 from raydiv.runs.report.page import write_report
 from raydiv.runs.resume import recipe_to_resume, require_same_content
-from raydiv.runs.tracker import Tracker
+from raydiv.runs.tracker import MlflowTracker
 from raydiv.runtime.resources import of_a_worker, threads_per_worker, worker_memory
 from raydiv.runtime.session import ray_session, training_environment
-from raydiv.runtime.wait_for_nodes import waiting_is_said
+from raydiv.runtime.wait_for_nodes import report_waiting
 from raydiv.training.metrics import estimate_facts
 from raydiv.training.order import epochs_of
-from raydiv.training.separation_probe import Anchors
-from raydiv.training.worker import WorkerInput, worker_entry
+from raydiv.training.separation_probe import SeparationProbe
+from raydiv.training.worker import TrainTask, worker_entry
 from raydiv.utils.errors import user_error_in
 from raydiv.utils.signals import Terminated, at_sigterm
 from raydiv.utils.storage import atomic
@@ -56,7 +56,7 @@ class Result:
 
 def train(
     recipe: Recipe,
-    display: Display | None = None,
+    display: ProgressDisplay | None = None,
     show_text: bool = False,
     *,
     resume: bool = False,
@@ -71,7 +71,7 @@ def train(
     Raises UserError for what the user must change (without ``resume``, a run that is already there included), RuntimeError when
     training fails, Terminated when SIGTERM stopped it.
     """
-    display = display or Display()
+    display = display or ProgressDisplay()
     run = RunDirectory.of(recipe)
     resume = resume and run.holds_a_run
     if resume:
@@ -80,67 +80,74 @@ def train(
             return _finished(recipe, run, display)
     else:
         run.require_free()
-    opened = read(recipe, display)
-    measurements = Measurements(recipe, opened.prompts, display, show_text)
+    opened = load_inputs(recipe, display)
+    measurements = BeforeAfterEvaluation(recipe, opened.prompts, display, show_text)
     if not recipe.loss.bounded and recipe.optim.target_margin is None:
-        display.say(UNBOUNDED.format(type=recipe.loss.type))
+        display.print(UNBOUNDED.format(type=recipe.loss.type))
     with ray_session(recipe.cluster):
         require_ready(recipe, run.path, local_files(opened), new=not resume)
-        prepared = fill(recipe, opened, display)
-        recipe, roomy = settled(recipe, prepared)
+        prepared = prepare_data(recipe, opened, display)
+        recipe, roomy = resolve_layout(recipe, prepared)
         if resume:
             require_same_content(run, prepared.fingerprints)
-            run.take_up(recipe)
+            run.start_attempt(recipe)
         else:
-            run.claim(recipe, prepared.fingerprints)
-        run.note_rows((prepared.data.bad + prepared.data.cut).lines())
+            run.create(recipe, prepared.fingerprints)
+        run.write_row_notes((prepared.data.bad + prepared.data.cut).lines())
         tags = _tags(recipe, prepared)
-        tracker = Tracker(recipe, tags, display.say, note=run.mlflow)
+        tracker = MlflowTracker(recipe, tags, display.print, note=run.mlflow)
         with tracker.told_of_its_end():
             with (
-                run.followed(tracker.metrics, tracker.sent),
-                run.followed(Gauges(recipe.name).show),
-                run.followed(watch) if watch else nullcontext(),
+                run.follow_metrics(tracker.metrics, tracker.sent),
+                run.follow_metrics(PrometheusMetrics(recipe.name).show),
+                run.follow_metrics(watch) if watch else nullcontext(),
             ):
                 if run.stage().began is None:
-                    run.rewind(0)
-                    measurements.take(run, "before", prepared.directory)
-                    run.note_began(prepared.steps(recipe))
+                    run.truncate_metrics(0)
+                    measurements.run(run, "before", prepared.directory)
+                    run.training_started(prepared.steps(recipe))
                 else:
-                    measurements.recall(prepared.directory)
+                    measurements.restore_baseline(prepared.directory)
                 if run.stage().ended is None:
                     _fit(recipe, opened, prepared, run, display, training_environment(recipe, roomy))
                     _say_layout(run, display)
-                run.rewind(run.stage().ended or 0)
-                measurements.take(run, "after", prepared.directory)
+                run.truncate_metrics(run.stage().ended or 0)
+                measurements.run(run, "after", prepared.directory)
             return _conclude(recipe, prepared, run, tracker, tags)
 
 
-def _finished(recipe: Recipe, run: RunDirectory, display: Display) -> Result:
+def _finished(recipe: Recipe, run: RunDirectory, display: ProgressDisplay) -> Result:
     """A run that is over: what MLflow has not got is sent, and a report that was not written is."""
     report: dict[str, Any] = json.loads(run.result.read_text())
     if not run.report.exists():
         write_report(run)
-    display.say(f"{run.path}: is finished already")
+    display.print(f"{run.path}: is finished already")
     if not report["mlflow"]["sent"]:
-        tracker = Tracker(recipe, report["tags"], display.say, note=run.mlflow)
-        with run.followed(tracker.metrics, tracker.sent):
+        tracker = MlflowTracker(recipe, report["tags"], display.print, note=run.mlflow)
+        with run.follow_metrics(tracker.metrics, tracker.sent):
             pass
         _send(run, tracker, report)
     return Result(run, report["metrics"], report)
 
 
-def settled(recipe: Recipe, prepared: Prepared) -> tuple[Recipe, bool]:
+def resolve_layout(recipe: Recipe, prepared: PreparedData) -> tuple[Recipe, bool]:
     """The recipe with the layout that its workers' memory takes, and whether there is twice as much; needs a Ray session."""
     epochs = epochs_of(recipe, prepared.train.examples)
-    share = largest_share(epochs, prepared.steps(recipe), prepared.train.examples.lengths, recipe.cluster.fewest)
+    share = largest_budget(
+        epochs, prepared.steps(recipe), prepared.train.examples.lengths, recipe.cluster.least_workers
+    )
     architecture, memory = architecture_of(recipe), worker_memory(recipe.cluster)
     found = settle(architecture, recipe, share, memory)
     return with_layout(recipe, found), 2 * found.memory.total <= memory
 
 
 def _fit(
-    recipe: Recipe, opened: Opened, prepared: Prepared, run: RunDirectory, display: Display, environment: dict[str, str]
+    recipe: Recipe,
+    opened: LoadedInputs,
+    prepared: PreparedData,
+    run: RunDirectory,
+    display: ProgressDisplay,
+    environment: dict[str, str],
 ) -> None:
     """Run the workers to the end, with their metrics on the bar; they begin at the newest checkpoint, if there is one.
 
@@ -150,9 +157,9 @@ def _fit(
     from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    anchors = Anchors.of(recipe, opened.chat, opened.prompts.separation)
+    anchors = SeparationProbe.of(recipe, opened.chat, opened.prompts.separation)
     weights = architecture_of(recipe).multiplied
-    given = WorkerInput(recipe, prepared.directory, run.path, weights, prepared.train, prepared.eval, anchors)
+    given = TrainTask(recipe, prepared.directory, run.path, weights, prepared.train, prepared.eval, anchors)
     trainer = TorchTrainer(
         worker_entry,
         train_loop_config={"given": ray.put(given), "threads": threads_per_worker(recipe.cluster)},
@@ -171,8 +178,8 @@ def _fit(
     trainer._register_sigint_handler = lambda controller: None
 
     def stop() -> None:
-        display.say("SIGTERM: a checkpoint is written after this step, and the run stops")
-        run.ask_to_stop()
+        display.print("SIGTERM: a checkpoint is written after this step, and the run stops")
+        run.request_stop()
 
     with display.phase("train") as update:
 
@@ -180,14 +187,14 @@ def _fit(
             if "loss" in record:
                 update(int(record["step"]), prepared.steps(recipe), step_note(record))
 
-        waiting = waiting_is_said(run.since_beat, recipe.cluster, display.say)
-        with run.followed(show), run.heard(display.say, opened.where), waiting, at_sigterm(stop):
+        waiting = report_waiting(run.seconds_since_heartbeat, recipe.cluster, display.print)
+        with run.follow_metrics(show), run.follow_events(display.print, opened.where), waiting, at_sigterm(stop):
             _report_failure(trainer.fit, run, recipe.cluster.timeout_s)
     if run.stage().ended is None:
         raise Terminated(f"stopped after step {run.steps_taken()}; the same command with --resume goes on")
 
 
-def _scaling(cluster: Cluster) -> ScalingConfig:
+def _scaling(cluster: ClusterConfig) -> ScalingConfig:
     """How many workers, and what each reserves."""
     from ray.train import ScalingConfig
 
@@ -201,10 +208,10 @@ def _scaling(cluster: Cluster) -> ScalingConfig:
     )
 
 
-def _say_layout(run: RunDirectory, display: Display) -> None:
-    why = run.layout()["why_not_packed"]
+def _say_layout(run: RunDirectory, display: ProgressDisplay) -> None:
+    why = run.read_layout()["why_not_packed"]
     if why:
-        display.say(f"micro-batches were padded, not packed: {why}")
+        display.print(f"micro-batches were padded, not packed: {why}")
 
 
 def _report_failure(fit: Callable[[], Any], run: RunDirectory, timeout: float) -> None:
@@ -222,7 +229,7 @@ def _report_failure(fit: Callable[[], Any], run: RunDirectory, timeout: float) -
             mine = user_error_in(failure)
             if mine is not None:
                 raise mine from None
-        still = stalled(run.beats(), timeout)
+        still = diagnose_hang(run.heartbeats(), timeout)
         if still is not None:
             raise RuntimeError(still) from error
         for rank, failure in failures.items():
@@ -231,15 +238,17 @@ def _report_failure(fit: Callable[[], Any], run: RunDirectory, timeout: float) -
         raise RuntimeError(f"training: {error}") from error
 
 
-def _tags(recipe: Recipe, prepared: Prepared) -> dict[str, str]:
+def _tags(recipe: Recipe, prepared: PreparedData) -> dict[str, str]:
     fingerprints = {f"{what}.fingerprint": value for what, value in prepared.fingerprints.items()}
     estimate = {key.replace("/", "."): str(fact) for key, fact in estimate_facts(recipe.loss.terms[0]).items()}
     return fingerprints | estimate | {f"version.{name}": version for name, version in versions().items()}
 
 
-def _conclude(recipe: Recipe, prepared: Prepared, run: RunDirectory, tracker: Tracker, tags: dict[str, str]) -> Result:
+def _conclude(
+    recipe: Recipe, prepared: PreparedData, run: RunDirectory, tracker: MlflowTracker, tags: dict[str, str]
+) -> Result:
     """Write result.json and the report, and send them to MLflow."""
-    metrics = last_values(run.metrics())
+    metrics = last_values(run.read_metrics())
     report: dict[str, Any] = {
         "name": recipe.name,
         "steps": {"planned": prepared.steps(recipe), "taken": run.steps_taken(), "ended": run.stage().why},
@@ -249,7 +258,7 @@ def _conclude(recipe: Recipe, prepared: Prepared, run: RunDirectory, tracker: Tr
         "layout": {
             "zero_stage": recipe.engine.zero_stage,
             "tokens_per_microbatch": recipe.batch.tokens_per_microbatch,
-            **run.layout(),
+            **run.read_layout(),
         },
         "paths": {
             "run": str(run.path),
@@ -266,7 +275,7 @@ def _conclude(recipe: Recipe, prepared: Prepared, run: RunDirectory, tracker: Tr
     return Result(run, metrics, report)
 
 
-def _send(run: RunDirectory, tracker: Tracker, report: dict[str, Any]) -> None:
+def _send(run: RunDirectory, tracker: MlflowTracker, report: dict[str, Any]) -> None:
     """Send MLflow the files of a finished run, and note in the result whether it has got everything."""
     report["mlflow"] = {"uri": tracker.uri, "run_id": tracker.run_id, "sent": True}
     _write_result(run, report)

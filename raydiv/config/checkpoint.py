@@ -16,7 +16,7 @@ Direction = Literal["min", "max"]
 """Which of a metric's values are the better ones."""
 
 
-class Checkpoint(Section):
+class CheckpointConfig(Section):
     """Everything that a run needs to go on as if it had never stopped."""
 
     every: PositiveInt | str | None = Field(
@@ -52,7 +52,7 @@ class Checkpoint(Section):
         return float(found[1]) * SECONDS[found[2]]
 
     @model_validator(mode="after")
-    def _best_of_something(self) -> Checkpoint:
+    def _best_of_something(self) -> CheckpointConfig:
         if self.best_metric is None:
             for key in ("mode", "final"):
                 if getattr(self, key) != type(self).model_fields[key].default:
@@ -60,7 +60,7 @@ class Checkpoint(Section):
         return self
 
 
-class EarlyStop(Section):
+class EarlyStopConfig(Section):
     """Stop when a held-out metric has not become better for a while."""
 
     metric: str = Field(

@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from raydiv.config.section import Section
 
 
-class Reserved(Section):
+class ReservedResources(Section):
     """Which nodes a kind of process may be on, and what of them it reserves beside CPUs and GPUs."""
 
     accelerator: str | None = Field(
@@ -23,7 +23,7 @@ class Reserved(Section):
     )
 
 
-class TaskReserved(Reserved):
+class TaskResources(ReservedResources):
     """Of actors that come and go by themselves: strict placements are for those that start together."""
 
     cpus: PositiveFloat | None = Field(
@@ -32,7 +32,7 @@ class TaskReserved(Reserved):
     placement: Literal["PACK", "SPREAD"] = Field(default="PACK", description="on few nodes, or on many")
 
 
-class PoolReserved(TaskReserved):
+class PoolResources(TaskResources):
     """Of actors that hold a model."""
 
     gpus: NonNegativeFloat | None = Field(
@@ -40,7 +40,7 @@ class PoolReserved(TaskReserved):
     )
 
 
-class Cluster(Section):
+class ClusterConfig(Section):
     """Ray's resources. Without RAY_ADDRESS a local Ray is started for the command and stopped after it."""
 
     num_workers: PositiveInt = 1
@@ -61,11 +61,11 @@ class Cluster(Section):
     worker_memory_gb: PositiveFloat | None = Field(
         default=None, description="memory of a worker's GPU, or its share of a node's (GiB); by default what is there"
     )
-    train: Reserved = Field(
-        default_factory=Reserved, description="training workers, which take their CPUs and GPUs from above"
+    train: ReservedResources = Field(
+        default_factory=ReservedResources, description="training workers, which take their CPUs and GPUs from above"
     )
-    pool: PoolReserved = Field(default_factory=PoolReserved, description="an actor that scores, embeds or answers")
-    tokenize: TaskReserved = Field(default_factory=TaskReserved, description="an actor that tokenizes")
+    pool: PoolResources = Field(default_factory=PoolResources, description="an actor that scores, embeds or answers")
+    tokenize: TaskResources = Field(default_factory=TaskResources, description="an actor that tokenizes")
     wait_s: NonNegativeInt = Field(
         default=0, description="seconds to wait for nodes that an autoscaler brings, where there is not room yet"
     )
@@ -82,7 +82,7 @@ class Cluster(Section):
     env: dict[str, str] = Field(default_factory=dict, description="environment variables of every worker")
 
     @model_validator(mode="after")
-    def _can_shrink(self) -> Cluster:
+    def _can_shrink(self) -> ClusterConfig:
         if self.min_workers is None:
             return self
         if self.min_workers > self.num_workers:
@@ -94,13 +94,13 @@ class Cluster(Section):
         return self
 
     @model_validator(mode="after")
-    def _gpus_are_used(self) -> Cluster:
+    def _gpus_are_used(self) -> ClusterConfig:
         if self.pool.gpus is not None and not self.use_gpu:
             raise ValueError("pool.gpus needs use_gpu: without it nothing reserves a GPU")
         return self
 
     @property
-    def fewest(self) -> int:
+    def least_workers(self) -> int:
         """Workers that training takes at the least: what fits these fits more."""
         return self.min_workers or self.num_workers
 

@@ -47,7 +47,7 @@ OPENING = "Sure, here is"
 """How a compliant answer begins."""
 
 
-class Gcg(Section):
+class GcgConfig(Section):
     """Greedy coordinate gradient (Zou et al. 2023, arXiv 2307.15043): a suffix is sought for each prompt."""
 
     opening: str = Field(default=OPENING, min_length=1, description="what the suffix is to make the model begin with")
@@ -60,7 +60,7 @@ GIVEN = {"prefill": "opening", "templates": "file", "suffixes": "file", "gcg": "
 """The key that each attack has beside its kind."""
 
 
-class Attack(Section):
+class AttackConfig(Section):
     """A way to ask harmful prompts: direct, prefill, templates: FILE, suffixes: FILE, or gcg."""
 
     kind: Literal["direct", "prefill", "templates", "suffixes", "gcg"]
@@ -68,7 +68,7 @@ class Attack(Section):
     file: Source | None = Field(
         default=None, description="templates, suffixes: a text a line, or a column of that name"
     )
-    gcg: Gcg = Field(default_factory=Gcg)
+    gcg: GcgConfig = Field(default_factory=GcgConfig)
     only: list[str] | None = Field(
         default=None, min_length=1, description="short names of the prompt sets that are attacked so; by default all"
     )
@@ -92,7 +92,7 @@ class Attack(Section):
         return values
 
     @model_validator(mode="after")
-    def _has_its_file(self) -> Attack:
+    def _has_its_file(self) -> AttackConfig:
         if (self.file is None) == (self.kind in ("templates", "suffixes")):
             raise ValueError(f"{self.kind}: FILE is for templates and suffixes, which need one")
         for key, kind in (("opening", "prefill"), ("gcg", "gcg")):
@@ -112,7 +112,7 @@ class Attack(Section):
         return {self.kind: written[key]} if key in written else self.kind
 
 
-class Evaluate(Section):
+class EvaluateConfig(Section):
     """Evaluation on held-out examples during training (``every``), and of generated answers before and after it."""
 
     every: PositiveInt | None = Field(default=None, description="steps between evaluations on data.eval")
@@ -123,7 +123,7 @@ class Evaluate(Section):
         description="who judges harmful answers: string, harmbench, harmbench-mistral, llama-guard-3, or FORMAT:ID",
     )
     toxicity: str | None = Field(default=None, description="a text-classification model whose P(toxic) is averaged")
-    attacks: list[Attack] = Field(
+    attacks: list[AttackConfig] = Field(
         default_factory=list,
         description="attacks on harmful prompts, beside the direct request: prefill (and an OPENING), templates or suffixes "
         "(and a FILE), gcg (and its STEPS)",
@@ -142,7 +142,7 @@ class Evaluate(Section):
     )
 
     @model_validator(mode="after")
-    def _of_tasks(self) -> Evaluate:
+    def _of_tasks(self) -> EvaluateConfig:
         for name in ("task_limit", "task_folder"):
             if getattr(self, name) is not None and not self.tasks:
                 raise ValueError(f"{name} means nothing without tasks")
@@ -161,7 +161,7 @@ class Evaluate(Section):
 
     @field_validator("attacks")
     @classmethod
-    def _each_once(cls, value: list[Attack]) -> list[Attack]:
+    def _each_once(cls, value: list[AttackConfig]) -> list[AttackConfig]:
         kinds = [attack.kind for attack in value]
         twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
         if twice:

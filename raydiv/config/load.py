@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from raydiv.config.loss import TYPES
-from raydiv.config.recipe import SHARE_OR_SOURCES, Recipe
+from raydiv.config.recipe import FRACTION_OR_SOURCES, Recipe
 from raydiv.config.source import Source
 from raydiv.losses import OBJECTIVES
 from raydiv.utils.errors import UserError
@@ -181,7 +181,7 @@ def _location(problem: Mapping[str, Any]) -> list[str]:
     """The recipe's path of a problem, without what pydantic adds: a loss's name (loss.kldo.beta), a type of a union."""
     location = [str(part) for part in problem["loc"]]
     if location[:1] == ["data"]:
-        location = [part for part in location if part not in SHARE_OR_SOURCES]
+        location = [part for part in location if part not in FRACTION_OR_SOURCES]
     if location[:1] == ["loss"] and len(location) > 1 and location[1] in OBJECTIVES:
         del location[1]
     if location[:1] != ["loss"] and len(location) > 2 and problem["type"] != "extra_forbidden":

@@ -92,7 +92,7 @@ _Mix: Any = create_model(
 )
 
 
-class Loss(_Options):
+class LossConfig(_Options):
     """The objective: its name (``type``), its options, and other objectives mixed in by weight."""
 
     type: str
@@ -132,12 +132,12 @@ class Loss(_Options):
 
 
 if TYPE_CHECKING:
-    LossSection = Loss
+    LossSection = LossConfig
 else:
     LossSection = Annotated[
         Union[  # noqa: UP007
             tuple(
-                create_model(name, __base__=(Loss, options), type=(Literal[name], name))
+                create_model(name, __base__=(LossConfig, options), type=(Literal[name], name))
                 for name, options in _OPTIONS.items()
                 if name in TYPES
             )

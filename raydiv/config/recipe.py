@@ -17,14 +17,14 @@ from pydantic import (
     model_validator,
 )
 
-from raydiv.config.checkpoint import Checkpoint, EarlyStop
-from raydiv.config.cluster import Cluster
-from raydiv.config.evaluate import Evaluate
+from raydiv.config.checkpoint import CheckpointConfig, EarlyStopConfig
+from raydiv.config.cluster import ClusterConfig
+from raydiv.config.evaluate import EvaluateConfig
 from raydiv.config.loss import LossSection
 from raydiv.config.section import Section
 from raydiv.config.source import Source, Sources, unweighted
-from raydiv.config.study import Study
-from raydiv.config.sweep import Sweep
+from raydiv.config.study import StudyConfig
+from raydiv.config.sweep import SweepConfig
 from raydiv.losses import named
 from raydiv.utils.secrets import secrets_in
 
@@ -40,7 +40,7 @@ def template_text(template: str) -> str:
     return Path(template).read_text()
 
 
-class Lora(Section):
+class LoraConfig(Section):
     """Low-rank adapters instead of a full fine-tune."""
 
     r: PositiveInt = 16
@@ -49,12 +49,12 @@ class Lora(Section):
     target_modules: str | list[str] = "all-linear"
 
 
-class Model(Section):
+class ModelConfig(Section):
     """The policy, and how its reference is had."""
 
     id: str = Field(description="a Hugging Face directory, a hub id, or bundled:smollm2-135m-instruct")
     revision: str | None = None
-    lora: Lora | None = None
+    lora: LoraConfig | None = None
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         default="auto", description="auto: sdpa where the architecture has it, else eager (such as Gemma 2)"
     )
@@ -68,7 +68,7 @@ class Model(Section):
     )
 
     @model_validator(mode="after")
-    def _adapter_off_needs_lora(self) -> Model:
+    def _adapter_off_needs_lora(self) -> ModelConfig:
         if self.reference == "adapter-off" and self.lora is None:
             raise ValueError(
                 "reference: adapter-off needs model.lora, since a full fine-tune has no adapters to switch off"
@@ -76,26 +76,26 @@ class Model(Section):
         return self
 
     @model_validator(mode="after")
-    def _quantized_is_frozen(self) -> Model:
+    def _quantized_is_frozen(self) -> ModelConfig:
         if self.quantization is not None and self.lora is None:
             raise ValueError("quantization needs model.lora: 4-bit weights are not trained")
         return self
 
 
-Share = Annotated[float, Field(gt=0, lt=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
 
-SHARE_OR_SOURCES = ("share", "sources")
+FRACTION_OR_SOURCES = ("share", "sources")
 """What ``data.eval`` may be."""
 
 
-class Data(Section):
+class DataConfig(Section):
     """Where examples come from, and what is done with rows that are wrong."""
 
     train: Sources = Field(default_factory=lambda: [Source(path="bundled:compliance-refusal")])
     eval: (
         Annotated[
-            Annotated[Share, Tag("share")] | Annotated[Sources, Tag("sources")],
-            Discriminator(lambda value: SHARE_OR_SOURCES[not isinstance(value, int | float)]),
+            Annotated[Fraction, Tag("share")] | Annotated[Sources, Tag("sources")],
+            Discriminator(lambda value: FRACTION_OR_SOURCES[not isinstance(value, int | float)]),
         ]
         | None
     ) = Field(default=None, description="held-out examples: sources, or the share of the training prompts set aside")
@@ -119,7 +119,7 @@ class Data(Section):
         return (self.columns if source.columns is None else source.columns) or {}
 
     @model_validator(mode="after")
-    def _held_out_once(self) -> Data:
+    def _held_out_once(self) -> DataConfig:
         for number, source in enumerate(self.eval_sources):
             if source.weight != 1:
                 raise ValueError(f"eval.{number}.weight means nothing: held-out examples are evaluated once each")
@@ -132,7 +132,7 @@ class Data(Section):
         return value if value is None else template_text(value)
 
 
-class Optim(Section):
+class OptimConfig(Section):
     """AdamW and its schedule. Warm-up and schedule count optimizer updates."""
 
     lr: PositiveFloat = 5e-5
@@ -148,19 +148,19 @@ class Optim(Section):
     target_margin: PositiveFloat | None = Field(
         default=None, description="stop once the running mean of reward/margin reaches this, schedule or not"
     )
-    early_stop: EarlyStop | None = None
+    early_stop: EarlyStopConfig | None = None
     max_refused: NonNegativeInt = Field(
         default=10, description="steps whose numbers are not finite, left out and counted; one more ends the run"
     )
 
     @model_validator(mode="after")
-    def _one_duration(self) -> Optim:
+    def _one_duration(self) -> OptimConfig:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give either epochs or steps, and set the other to null")
         return self
 
 
-class Batch(Section):
+class BatchConfig(Section):
     """Sizes: examples of the global batch, and tokens of a micro-batch, which changes speed and memory (and dropout masks)."""
 
     examples: PositiveInt = 16
@@ -184,7 +184,7 @@ class Batch(Section):
         return values
 
     @model_validator(mode="after")
-    def _room_for_a_response(self) -> Batch:
+    def _room_for_a_response(self) -> BatchConfig:
         if self.max_prompt_length >= self.max_length:
             raise ValueError(
                 f"max_prompt_length ({self.max_prompt_length}) must be below max_length ({self.max_length}), "
@@ -212,7 +212,7 @@ OWNED = {
 """Keys of DeepSpeed's configuration that the recipe says elsewhere, and where."""
 
 
-class Engine(Section):
+class EngineConfig(Section):
     """DeepSpeed."""
 
     zero_stage: Literal[0, 1, 2, 3, "auto"] = Field(
@@ -233,7 +233,7 @@ class Engine(Section):
     )
 
     @model_validator(mode="after")
-    def _stages_fit(self) -> Engine:
+    def _stages_fit(self) -> EngineConfig:
         stage = 3 if self.zero_stage == "auto" else self.zero_stage
         if self.offload_optimizer != "none" and stage < 1:
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
@@ -270,7 +270,7 @@ class Engine(Section):
         return value
 
 
-class Separation(Section):
+class SeparationConfig(Section):
     """Prompts whose hidden states are compared before, during and after training."""
 
     prompts: Sources | None = Field(
@@ -298,13 +298,13 @@ class Separation(Section):
         return unweighted(value)
 
     @model_validator(mode="after")
-    def _every_needs_prompts(self) -> Separation:
+    def _every_needs_prompts(self) -> SeparationConfig:
         if self.every is not None and self.prompts is None:
             raise ValueError("every needs prompts: there is nothing to separate")
         return self
 
 
-class Track(Section):
+class TrackConfig(Section):
     """MLflow. The environment's MLFLOW_TRACKING_URI is used when ``uri`` is not given, then a SQLite file in output_dir."""
 
     uri: str | None = None
@@ -318,19 +318,19 @@ class Recipe(Section):
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: NonNegativeInt = 0
     output_dir: str = "runs"
-    model: Model
-    data: Data = Field(default_factory=Data)
+    model: ModelConfig
+    data: DataConfig = Field(default_factory=DataConfig)
     loss: LossSection
-    optim: Optim
-    batch: Batch = Field(default_factory=Batch)
-    engine: Engine = Field(default_factory=Engine)
-    cluster: Cluster = Field(default_factory=Cluster)
-    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
-    separation: Separation = Field(default_factory=Separation)
-    evaluate: Evaluate = Field(default_factory=Evaluate)
-    track: Track = Field(default_factory=Track)
-    sweep: Sweep | None = None
-    study: Study | None = None
+    optim: OptimConfig
+    batch: BatchConfig = Field(default_factory=BatchConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    separation: SeparationConfig = Field(default_factory=SeparationConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    track: TrackConfig = Field(default_factory=TrackConfig)
+    sweep: SweepConfig | None = None
+    study: StudyConfig | None = None
 
     @property
     def output_path(self) -> Path:

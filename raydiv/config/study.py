@@ -17,7 +17,7 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 Axis = dict[str, Any]
 
 
-class Study(Section):
+class StudyConfig(Section):
     """A grid of models x data x losses x seeds; each cell is a run of this recipe with the changes that its entries name."""
 
     models: Axis = Field(
@@ -72,7 +72,7 @@ class Study(Section):
         return seeds
 
     @model_validator(mode="after")
-    def _has_cells(self) -> Study:
+    def _has_cells(self) -> StudyConfig:
         if not (self.models or self.data or self.losses or self.seeds or self.baselines or self.include):
             raise ValueError("no cells: name models, data, losses or seeds to compare, baselines, or cells to include")
         return self

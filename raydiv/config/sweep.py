@@ -47,7 +47,7 @@ Choices = tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Parameter:
+class SearchParameter:
     """A dotted key of the recipe, its values, and what other parameters must be for it to have one (nothing: always)."""
 
     key: str
@@ -64,7 +64,7 @@ class Parameter:
 
 
 @dataclass(frozen=True, slots=True)
-class Objective:
+class SweepObjective:
     """A metric that is to be large, or small."""
 
     metric: str
@@ -77,7 +77,7 @@ class Objective:
 
 
 @dataclass(frozen=True, slots=True)
-class Constraint:
+class SweepConstraint:
     """A bound that a metric must keep."""
 
     metric: str
@@ -98,7 +98,7 @@ OWN = ("name", "output_dir", "extends", "track", "cluster", "sweep", "study")
 """Keys and sections that are a sweep's own, and no trial's."""
 
 
-class Sweep(Section):
+class SweepConfig(Section):
     """A search over values of the recipe's keys by Ray Tune; each trial is a run."""
 
     space: dict[str, Any] = Field(
@@ -128,20 +128,20 @@ class Sweep(Section):
     keep: NonNegativeInt = Field(default=1, description="best trials that keep their weights; others keep metrics only")
 
     @property
-    def parameters(self) -> list[Parameter]:
+    def parameters(self) -> list[SearchParameter]:
         return [_parameter(key, said) for key, said in self.space.items()]
 
     @property
-    def objectives(self) -> list[Objective]:
+    def objectives(self) -> list[SweepObjective]:
         return _goal(self.goal)[0]
 
     @property
-    def compared(self) -> Objective:
+    def compared(self) -> SweepObjective:
         """What asha compares trials by."""
         return self.objectives[0] if self.stop_on is None else _objective(self.stop_on)
 
     @property
-    def constraints(self) -> list[Constraint]:
+    def constraints(self) -> list[SweepConstraint]:
         return _goal(self.goal)[1]
 
     @field_validator("scheduler", mode="before")
@@ -179,7 +179,7 @@ class Sweep(Section):
         return stop_on
 
     @model_validator(mode="after")
-    def _as_many_as_there_are(self) -> Sweep:
+    def _as_many_as_there_are(self) -> SweepConfig:
         if self.search == "grid":
             drawn = [one for one in self.parameters if isinstance(one.values, Interval)]
             if drawn:
@@ -191,7 +191,7 @@ class Sweep(Section):
         return self
 
     @model_validator(mode="after")
-    def _asha_has_its_own(self) -> Sweep:
+    def _asha_has_its_own(self) -> SweepConfig:
         if self.scheduler == "none":
             for name in ("stop_on", "grace", "reduction"):
                 if getattr(self, name) is not None:
@@ -203,7 +203,7 @@ class Sweep(Section):
         return self
 
 
-def _require_choices(parameter: Parameter, key: str, other: Parameter | None) -> None:
+def _require_choices(parameter: SearchParameter, key: str, other: SearchParameter | None) -> None:
     """Raises ValueError where a parameter would never apply, or not as it is said."""
     where = f"{parameter.key}: when: {key}"
     if other is None:
@@ -215,7 +215,7 @@ def _require_choices(parameter: Parameter, key: str, other: Parameter | None) ->
             raise ValueError(f"{where} is never {value!r}: the space has {', '.join(map(repr, other.values))}")
 
 
-def _parameter(key: str, said: Any) -> Parameter:
+def _parameter(key: str, said: Any) -> SearchParameter:
     """A parameter as it is written. Raises ValueError where it says nothing to search."""
     if key.split(".")[0] in OWN:
         raise ValueError(f"{key}: is the same for all trials of a sweep")
@@ -223,8 +223,8 @@ def _parameter(key: str, said: Any) -> Parameter:
         if said.keys() != {"in", "when"} or not isinstance(said["when"], Mapping) or not said["when"]:
             raise ValueError(f"{key}: a parameter that depends on others is {{in: VALUES, when: {{KEY: CHOICES}}}}")
         when = {name: _choices(own if isinstance(own, list) else [own]) for name, own in said["when"].items()}
-        return Parameter(key, _values(key, said["in"]), when)
-    return Parameter(key, _values(key, said), {})
+        return SearchParameter(key, _values(key, said["in"]), when)
+    return SearchParameter(key, _values(key, said), {})
 
 
 def _values(key: str, said: Any) -> Interval | Choices:
@@ -271,7 +271,7 @@ METRIC = r"[\w./:-]+"
 EXAMPLE = "maximize separation/d_b subject to evaluate/over_refusal <= 0.1"
 
 
-def _goal(words: str) -> tuple[list[Objective], list[Constraint]]:
+def _goal(words: str) -> tuple[list[SweepObjective], list[SweepConstraint]]:
     """The objectives and constraints of a goal. Raises ValueError for what is none."""
     wanted, _, bounds = words.strip().partition(" subject to ")
     objectives = [_objective(part) for part in wanted.split(",")]
@@ -282,14 +282,14 @@ def _goal(words: str) -> tuple[list[Objective], list[Constraint]]:
     return objectives, constraints
 
 
-def _objective(words: str) -> Objective:
+def _objective(words: str) -> SweepObjective:
     found = re.fullmatch(rf"\s*(maximi[sz]e|minimi[sz]e)\s+({METRIC})\s*", words)
     if found is None:
         raise ValueError(f"{words.strip()!r} is neither maximize METRIC nor minimize METRIC (such as: {EXAMPLE})")
-    return Objective(found[2], "maximize" if found[1].startswith("max") else "minimize")
+    return SweepObjective(found[2], "maximize" if found[1].startswith("max") else "minimize")
 
 
-def _constraint(words: str) -> Constraint:
+def _constraint(words: str) -> SweepConstraint:
     found = re.fullmatch(rf"\s*({METRIC})\s*(<=|>=)\s*([-+.\deE]+)\s*", words)
     try:
         bound = float(found[3]) if found else math.nan
@@ -297,4 +297,4 @@ def _constraint(words: str) -> Constraint:
         bound = math.nan
     if found is None or math.isnan(bound):
         raise ValueError(f"{words.strip()!r} is no bound such as METRIC <= 0.1 (such as: {EXAMPLE})")
-    return Constraint(found[1], "<=" if found[2] == "<=" else ">=", bound)
+    return SweepConstraint(found[1], "<=" if found[2] == "<=" else ">=", bound)

@@ -34,13 +34,13 @@ class StepPlan:
         return cls(step, epoch, rows[rows >= 0], pair[rows >= 0])
 
 
-class Plan(Protocol):
+class BatchPlan(Protocol):
     """An order of examples, cut into steps."""
 
     def step(self, step: int) -> StepPlan: ...
 
 
-class Epochs:
+class EpochPlan:
     """The order of a training set: its units (a pair, or a lone example), shuffled anew every epoch and cut into steps.
 
     ``units`` [u, 2] as in StoredExamples, ``source`` [u] the source of each, and ``weights`` the passes over each source in
@@ -106,7 +106,7 @@ class Epochs:
         return np.random.Generator(np.random.PCG64(int.from_bytes(key[:16], "big")))
 
 
-class InOrder:
+class SequentialPlan:
     """A set once through, similar lengths together, in parts of ``examples``: for scoring, where the order is no matter."""
 
     def __init__(self, lengths: np.ndarray, examples: int) -> None:
@@ -170,7 +170,7 @@ ONE_PASS, GRAPH_KEPT, TWO_PASSES = 3, 3.25, 4
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class BatchLayout:
     """How steps are dealt to ranks. A pure function of lengths, so that a rank and whoever reads for it agree unasked.
 
     ``scope``: whose log-probs a coefficient depends on (see raydiv.losses.Scope).

@@ -44,7 +44,7 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class RecordReader:
     """How to read a source's records: what it calls a format's columns, and the values of those that it lacks."""
 
     columns: Mapping[str, str]
@@ -72,7 +72,7 @@ class Reading:
         return renamed
 
 
-AS_IT_IS = Reading({}, {})
+AS_IT_IS = RecordReader({}, {})
 
 
 def text(record: Record, field: str) -> str:

@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raydiv.config.recipe import Batch, Data
+from raydiv.config.recipe import BatchConfig, DataConfig
 from raydiv.config.source import Source
 from raydiv.data.formats import BadRow
-from raydiv.data.sources import File, files_of, locate, parse, pieces_of, read, reading_of
-from raydiv.data.tokens import Shards
+from raydiv.data.sources import File, file_chunks, files_of, locate, parse, read, reading_of
+from raydiv.data.tokens import TokenShards
 from raydiv.model.chat import Chat
 from raydiv.utils.cache import digest, shared_dir
 from raydiv.utils.errors import UserError
@@ -97,7 +97,7 @@ class OpenSource:
     Raises UserError for a source that is not there, or is of no known kind.
     """
 
-    def __init__(self, source: Source, data: Data, batch: Batch, chat: Chat) -> None:
+    def __init__(self, source: Source, data: DataConfig, batch: BatchConfig, chat: Chat) -> None:
         self.source = source
         self.reading = reading_of(source, data.columns or {})
         self.files = files_of(source)
@@ -120,7 +120,10 @@ class OpenSource:
         ``tolerant``: when not one of the first is.
         """
         raws = (
-            (number, raw) for number, file in enumerate(self.files) for piece in pieces_of(file) for raw in read(piece)
+            (number, raw)
+            for number, file in enumerate(self.files)
+            for piece in file_chunks(file)
+            for raw in read(piece)
         )
         wrong = f"{self.source.path}: holds no examples"
         for tried, (number, (position, raw)) in enumerate(itertools.islice(raws, PEEKED if tolerant else 1)):
@@ -141,7 +144,7 @@ class Index:
     """``columns`` [n]: those of INDEXED, and ``row``, the number in ``shards``. ``bad``: the rows left out."""
 
     opened: OpenSource
-    shards: Shards
+    shards: TokenShards
     columns: dict[str, np.ndarray]
     bad: RowNotes
 
@@ -202,7 +205,7 @@ def read_index(opened: OpenSource) -> Index:
     columns = {name: _numpy(table[name]) for name in table.column_names}
     columns["row"] = np.arange(len(table))
     starts = np.cumsum([0, *(rows for _, rows in facts["shards"])], dtype=np.int64)
-    shards = Shards(tuple(opened.folder.at(name) for name, _ in facts["shards"]), starts)
+    shards = TokenShards(tuple(opened.folder.at(name) for name, _ in facts["shards"]), starts)
     return _one_spelling(Index(opened, shards, columns, RowNotes.found(opened.files, map(tuple, facts["bad"]))))
 
 

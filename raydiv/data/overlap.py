@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from raydiv.config import Recipe
-from raydiv.data.formats import BadRow, Reading
+from raydiv.data.formats import BadRow, RecordReader
 from raydiv.data.index import OpenSource, RowNotes
 from raydiv.data.prompt_sets import Prompt
 from raydiv.data.sources import parse
-from raydiv.data.tokenize import bundle_makers
+from raydiv.data.tokenize import record_chunks
 from raydiv.model.chat import Chat, Messages
 from raydiv.runtime.actor_pool import stream_through
 
@@ -48,7 +48,7 @@ def plain(prompt: str | Messages) -> str:
 class PromptMatcher:
     """Finds evaluation prompts (``texts``, as ``plain`` gives them) among the prompts of bundles of records."""
 
-    def __init__(self, texts: Sequence[str], readings: Sequence[Reading]) -> None:
+    def __init__(self, texts: Sequence[str], readings: Sequence[RecordReader]) -> None:
         from sklearn.feature_extraction.text import HashingVectorizer
 
         common: dict[str, Any] = {"n_features": BUCKETS, "binary": True, "norm": None, "alternate_sign": False}
@@ -148,7 +148,7 @@ def overlaps_of(opened: OpenSource, evaluated: Sequence[EvaluationPrompts], reci
     best: dict[str, Match] = {}
     if texts:
         arguments = {"texts": texts, "readings": [opened.reading]}
-        makers = bundle_makers([opened])
+        makers = record_chunks([opened])
         for matches in stream_through(makers, PromptMatcher, arguments, cluster=recipe.cluster, model=False):
             for match in matches:
                 if texts[match.number] not in best or (match.same and not best[texts[match.number]].same):

@@ -13,7 +13,7 @@ from raydiv.config.source import Source
 from raydiv.data.formats import BadRow, Record, brief
 from raydiv.utils.errors import UserError
 
-Reading = Callable[[Record], Record]
+RecordParser = Callable[[Record], Record]
 """From a record as published to prompt, harmful, kind and category."""
 
 
@@ -22,11 +22,11 @@ class Published:
     """A set's split, how its records are read by configuration (the first is the default), and who has it without asking."""
 
     split: str
-    read: dict[str | None, Reading]
+    read: dict[str | None, RecordParser]
     instead: str | None = None
 
 
-def published(source: Source) -> tuple[Source, Reading]:
+def published(source: Source) -> tuple[Source, RecordParser]:
     """The source under the split and configuration that its set is published in, and how its records are read.
 
     Raises UserError for a configuration that is not known of it.
@@ -54,7 +54,7 @@ def instead_of(source: Source) -> str:
     return f"; it may need the hub's permission, {known.instead} does not" if known and known.instead else ""
 
 
-def _harmful(prompt: str, category: str | None = None, kind: str = "harmful") -> Reading:
+def _harmful(prompt: str, category: str | None = None, kind: str = "harmful") -> RecordParser:
     """A set of harmful prompts alone, and its columns."""
 
     def read(record: Record) -> Record:
@@ -69,7 +69,7 @@ def _plain(category: object) -> object:
     return re.sub(r"^[A-Z]?\d+:\s*", "", category) if isinstance(category, str) else category
 
 
-def _alert(kind: str) -> Reading:
+def _alert(kind: str) -> RecordParser:
     """ALERT's prompts stand in an instruction template of its own; the model's chat template takes its place."""
 
     def read(record: Record) -> Record:
@@ -108,8 +108,8 @@ def _toxigen_seeds(record: Record) -> Record:
     return {"prompt": record.get("prompt"), "harmful": toxic, "kind": kind, "category": record.get("group")}
 
 
-_XSTEST: dict[str | None, Reading] = {None: _xstest}
-_TOXIGEN: dict[str | None, Reading] = {"annotated": _toxigen, "train": _toxigen_seeds}
+_XSTEST: dict[str | None, RecordParser] = {None: _xstest}
+_TOXIGEN: dict[str | None, RecordParser] = {"annotated": _toxigen, "train": _toxigen_seeds}
 
 PUBLISHED: dict[str, Published] = {
     "walledai/AdvBench": Published("train", {None: _harmful("prompt")}, "hf://mlabonne/harmful_behaviors"),

@@ -21,16 +21,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raydiv.config import Recipe
-from raydiv.config.cluster import Cluster
+from raydiv.config.cluster import ClusterConfig
 from raydiv.data.batching import micro_batches
 from raydiv.data.tokens import StoredExamples, content_keys
 from raydiv.model.collate import Ids, collate
-from raydiv.model.compatibility import Probe
+from raydiv.model.compatibility import CompatibilityCheck
 from raydiv.model.head import LogProbHead
 from raydiv.model.load import ModelSource
 from raydiv.model.packing import Packing, packing_of
 from raydiv.model.resolve import fingerprint
-from raydiv.runtime.actor_pool import Progress, map_rows, stream_through, unwatched
+from raydiv.runtime.actor_pool import Progress, map_rows, no_progress, stream_through
 from raydiv.utils.cache import digest, shared_dir
 from raydiv.utils.storage import open_input
 
@@ -85,7 +85,7 @@ class Lookup:
 
 
 def reference_logps(
-    recipe: Recipe, directory: Path, sets: Sequence[StoredExamples], progress: Progress = unwatched
+    recipe: Recipe, directory: Path, sets: Sequence[StoredExamples], progress: Progress = no_progress
 ) -> Lookup:
     """Reference log-probs of all examples of ``sets``, from the store where it has them, else from a pool of models.
 
@@ -112,7 +112,7 @@ def reference_logps(
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class ScoringTask:
     """Examples that are scored together and make the part ``name`` of the store: ``rows`` [m] of set ``sets`` [m]."""
 
     name: str
@@ -139,7 +139,7 @@ def _fill(
     yield from stream_through(makers, StoreFiller, arguments, cluster=recipe.cluster, actors=len(units))
 
 
-def _units(sets: Sequence[StoredExamples], wanted: np.ndarray, missing: np.ndarray, workers: int) -> list[Unit]:
+def _units(sets: Sequence[StoredExamples], wanted: np.ndarray, missing: np.ndarray, workers: int) -> list[ScoringTask]:
     """Units of similar lengths. They are cut from all that is wanted, missing or not, so that a process that starts later
     cuts the same ones.
     """
@@ -155,7 +155,7 @@ def _units(sets: Sequence[StoredExamples], wanted: np.ndarray, missing: np.ndarr
         name = hashlib.sha256(b"".join(keys.take(pa.array(members)).to_pylist())).hexdigest()[:32]
         left = members[missing[members]]
         if len(left):
-            units.append(Unit(name, number[left], row[left]))
+            units.append(ScoringTask(name, number[left], row[left]))
     return units
 
 
@@ -169,11 +169,11 @@ class StoreFiller:
         self._store = store
         self._sets: list[StoredExamples] = ray.get(sets)
 
-    def __call__(self, units: list[Unit]) -> list[int]:
+    def __call__(self, units: list[ScoringTask]) -> list[int]:
         """How many examples of each unit were scored here."""
         return [self._score(unit) for unit in units]
 
-    def _score(self, unit: Unit) -> int:
+    def _score(self, unit: ScoringTask) -> int:
         left = self._left(unit)
         if not len(left):
             return 0
@@ -186,7 +186,7 @@ class StoreFiller:
         self._store.add(unit.name, pa.concat_arrays(keys), logps)
         return len(logps)
 
-    def _left(self, unit: Unit) -> np.ndarray:
+    def _left(self, unit: ScoringTask) -> np.ndarray:
         """Places in the unit of what no other process has scored since it was cut."""
         if not self._store.has(unit.name):
             return np.arange(len(unit.rows))
@@ -198,8 +198,8 @@ class StoreFiller:
 def score(
     model: ModelSource,
     examples: Sequence[tuple[Ids, Ids]],
-    cluster: Cluster,
-    progress: Progress = unwatched,
+    cluster: ClusterConfig,
+    progress: Progress = no_progress,
 ) -> list[float]:
     """Log-probs of the (prompt ids, response ids) examples, summed over response tokens, by a Ray Data pool of models."""
     rows = [{"prompt": list(prompt), "response": list(response)} for prompt, response in examples]
@@ -218,8 +218,8 @@ def score(
 def score_once(
     model: ModelSource,
     examples: Sequence[tuple[Ids, Ids]],
-    cluster: Cluster,
-    progress: Progress = unwatched,
+    cluster: ClusterConfig,
+    progress: Progress = no_progress,
 ) -> list[float]:
     """What ``score`` gives, from the store where it has it: for a model that will be asked again."""
     store = ReferenceStore.of(model)
@@ -243,7 +243,7 @@ class LogProbScorer:
     def __init__(self, model: ModelSource) -> None:
         self._model = model.serve()
         self._head = LogProbHead(self._model)
-        probe = Probe(self._head, self._model, self._model, self._model.device)
+        probe = CompatibilityCheck(self._head, self._model, self._model, self._model.device)
         probe.require_known_logits()
         self._packs = probe.packing(longest=0)[0] != "none"
 
@@ -258,7 +258,7 @@ class LogProbScorer:
             examples = [(rows[i]["prompt"], rows[i]["response"]) for i in micro_batch]
             inputs = collate(examples, packing).to(self._model.device)
             with torch.inference_mode():
-                self._head.aim(inputs.rows, inputs.columns, inputs.targets)
+                self._head.set_targets(inputs.rows, inputs.columns, inputs.targets)
                 output = self._model(**inputs.arguments())
                 logps[micro_batch] = inputs.per_example(output.logits, len(micro_batch)).cpu()
         return [{"logp": float(logp)} for logp in logps]

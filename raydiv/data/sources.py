@@ -17,13 +17,13 @@ from pyarrow import fs
 from raydiv.config.source import Source
 from raydiv.data.bundled import bundled_file
 from raydiv.data.bundled.w1 import w1_pairs
-from raydiv.data.formats import AS_IT_IS, BadRow, Cells, Example, Reading, Record, brief
+from raydiv.data.formats import AS_IT_IS, BadRow, Cells, Example, Record, RecordReader, brief
 from raydiv.model.w1 import W1
 from raydiv.utils.cache import digest, file_digest, shared_dir
 from raydiv.utils.errors import UserError
 from raydiv.utils.storage import Folder, file_system, open_input, sha256_of
 
-PIECE_BYTES = 4 * 2**20
+FILE_CHUNK_BYTES = 4 * 2**20
 """Bytes of a JSONL file that one task reads."""
 
 TEXT = ".txt"
@@ -50,7 +50,7 @@ class File:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class FileChunk:
     """A part of a file that is read alone: bytes of JSONL, row groups of Parquet; other kinds are read whole."""
 
     file: File
@@ -210,18 +210,20 @@ def _hub(source: Source) -> list[File]:
     return [File(folder.at(n), source.path, ".parquet", digest(content, n), start) for start, n in names.items()]
 
 
-def pieces_of(file: File) -> list[Piece]:
+def file_chunks(file: File) -> list[FileChunk]:
     """How a file is cut up, so that tasks can read it side by side."""
     if file.kind == ".jsonl":
         system, inside = file_system(file.uri)
         size = system.get_file_info(inside).size
-        return [Piece(file, start, min(start + PIECE_BYTES, size)) for start in range(0, size, PIECE_BYTES)]
+        return [
+            FileChunk(file, start, min(start + FILE_CHUNK_BYTES, size)) for start in range(0, size, FILE_CHUNK_BYTES)
+        ]
     if file.kind == ".parquet":
-        return [Piece(file, group, group + 1) for group in range(_parquet_file(file).num_row_groups)]
-    return [Piece(file)]
+        return [FileChunk(file, group, group + 1) for group in range(_parquet_file(file).num_row_groups)]
+    return [FileChunk(file)]
 
 
-def read(piece: Piece) -> Iterator[Raw]:
+def read(piece: FileChunk) -> Iterator[Raw]:
     """The records of a piece, one after another. Raises UserError for a file that cannot be read at all."""
     return KINDS[piece.file.kind](piece)
 
@@ -250,7 +252,7 @@ def locate(file: File, positions: Iterable[int]) -> dict[int, int]:
     with open_input(file.uri, mapped=False) as content:
         for position in wanted:
             while at < position:
-                chunk = content.read(min(position - at, PIECE_BYTES))
+                chunk = content.read(min(position - at, FILE_CHUNK_BYTES))
                 line, at = line + bytes(chunk).count(b"\n"), at + len(chunk)
             lines[position] = line
     return lines
@@ -260,7 +262,7 @@ def iterate_records(source: Source, columns: Mapping[str, str] | None = None) ->
     """(where, record) of all of a source small enough for this process. Raises UserError at the first that is none."""
     reading = reading_of(source, columns or {})
     for file in files_of(source):
-        found = [raw for piece in pieces_of(file) for raw in read(piece)]
+        found = [raw for piece in file_chunks(file) for raw in read(piece)]
         names = locate(file, (position for position, _ in found))
         require_unchanged(file)
         for position, raw in found:
@@ -288,9 +290,9 @@ def read_examples(source: Source, columns: Mapping[str, str] | None = None) -> l
     return examples
 
 
-def reading_of(source: Source, columns: Mapping[str, str]) -> Reading:
+def reading_of(source: Source, columns: Mapping[str, str]) -> RecordReader:
     """How the records of a source are read; ``columns`` where it names none of its own."""
-    return Reading(columns if source.columns is None else source.columns, source.constants)
+    return RecordReader(columns if source.columns is None else source.columns, source.constants)
 
 
 def _whole(uri: str) -> bytes:
@@ -302,7 +304,7 @@ def _buffered(file: File) -> io.BufferedReader:
     return io.BufferedReader(open_input(file.uri, mapped=False), 2**20)
 
 
-def _jsonl(piece: Piece) -> Iterator[Raw]:
+def _jsonl(piece: FileChunk) -> Iterator[Raw]:
     """Lines that begin in the piece; blank ones are none."""
     with _buffered(piece.file) as content:
         position = piece.start
@@ -319,7 +321,7 @@ def _jsonl(piece: Piece) -> Iterator[Raw]:
             position += len(line)
 
 
-def _text(piece: Piece) -> Iterator[Raw]:
+def _text(piece: FileChunk) -> Iterator[Raw]:
     """Lines that are not blank, each a prompt."""
     for number, line in enumerate(_whole(piece.file.uri).removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
         if line.strip():
@@ -329,7 +331,7 @@ def _text(piece: Piece) -> Iterator[Raw]:
                 yield number, BadRow(f"not UTF-8, at byte {error.start + 1} of the line")
 
 
-def _json(piece: Piece) -> Iterator[Raw]:
+def _json(piece: FileChunk) -> Iterator[Raw]:
     try:
         rows = json.loads(_whole(piece.file.uri).decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -341,7 +343,7 @@ def _json(piece: Piece) -> Iterator[Raw]:
     yield from enumerate(rows, start=1)
 
 
-def _csv(piece: Piece) -> Iterator[Raw]:
+def _csv(piece: FileChunk) -> Iterator[Raw]:
     """Rows of text; an empty field is none at all."""
     with _buffered(piece.file) as content:
         # bytes that are no UTF-8 stay in their field, where they make a bad row
@@ -365,7 +367,7 @@ def _parquet_file(file: File) -> Any:
         raise UserError(f"{file.name}: cannot be read as Parquet: {error}") from None
 
 
-def _parquet(piece: Piece) -> Iterator[Raw]:
+def _parquet(piece: FileChunk) -> Iterator[Raw]:
     with _parquet_file(piece.file) as content:
         groups = range(piece.start, piece.stop)
         number = 1 + sum(content.metadata.row_group(group).num_rows for group in range(piece.start))
@@ -384,7 +386,7 @@ def _rows(batch: Any) -> list[Any]:
         return [row for place in range(len(batch)) for row in _rows(batch.slice(place, 1))]
 
 
-def _arrow(piece: Piece) -> Iterator[Raw]:
+def _arrow(piece: FileChunk) -> Iterator[Raw]:
     import pyarrow as pa
 
     number = 1
@@ -394,7 +396,7 @@ def _arrow(piece: Piece) -> Iterator[Raw]:
             number += len(batch)
 
 
-KINDS: dict[str, Callable[[Piece], Iterator[Raw]]] = {
+KINDS: dict[str, Callable[[FileChunk], Iterator[Raw]]] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,

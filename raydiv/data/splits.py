@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from raydiv.config import Recipe
-from raydiv.config.loss import Loss
+from raydiv.config.loss import LossConfig
 from raydiv.data.index import Index, RowNotes
-from raydiv.data.tokens import KEY, Shards, StoredExamples
+from raydiv.data.tokens import KEY, StoredExamples, TokenShards
 from raydiv.losses import named
 from raydiv.utils.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
+class ExampleCounts:
     """What was found, what was cut and what was left out, of one set."""
 
     examples: int
@@ -35,11 +35,11 @@ class Counts:
 @dataclass(frozen=True, slots=True)
 class ExamplesAndCounts:
     examples: StoredExamples
-    counts: Counts
+    counts: ExampleCounts
 
 
 @dataclass(frozen=True, slots=True)
-class Sets:
+class Splits:
     """Training and held-out examples (None without ``data.eval``); the rows left out, and cut; prompts in both sets."""
 
     train: ExamplesAndCounts
@@ -49,7 +49,7 @@ class Sets:
     shared_prompts: int
 
 
-def make_sets(recipe: Recipe, train: Sequence[Index], held_out: Sequence[Index]) -> Sets:
+def make_splits(recipe: Recipe, train: Sequence[Index], held_out: Sequence[Index]) -> Splits:
     """The recipe's sets, from its prepared sources.
 
     Raises UserError for a single class, pairs that are none, paired losses without pairs, or a split with an empty side.
@@ -71,7 +71,7 @@ def make_sets(recipe: Recipe, train: Sequence[Index], held_out: Sequence[Index])
     bad = sum((index.bad for index in (*train, *held_out)), nothing)
     cut = sum((index.cut() for index in (*train, *held_out)), nothing)
     done = [ExamplesAndCounts(side.examples, side.counts()) for side in sides]
-    return Sets(done[0], done[1] if len(done) > 1 else None, bad, cut, shared)
+    return Splits(done[0], done[1] if len(done) > 1 else None, bad, cut, shared)
 
 
 class _Mixture:
@@ -104,10 +104,10 @@ class _Mixture:
         chosen[np.argsort(drawn)[:held_out]] = True
         return self._select(np.flatnonzero(~chosen[number])), self._select(np.flatnonzero(chosen[number]))
 
-    def counts(self) -> Counts:
+    def counts(self) -> ExampleCounts:
         examples, harmful = self.examples, self._columns["harmful"]
         aligned = int(examples.aligned.sum())
-        return Counts(
+        return ExampleCounts(
             examples=len(examples),
             aligned=aligned,
             unaligned=len(examples) - aligned,
@@ -128,7 +128,7 @@ def _concatenated(indices: Sequence[Index], *names: str) -> dict[str, np.ndarray
 
 def examples_of(indices: Sequence[Index]) -> StoredExamples:
     """The examples of prepared sources, one source after another. Raises UserError for pairs that are none."""
-    shards, first_row, first_pair = Shards((), np.zeros(1, np.int64)), 0, 0
+    shards, first_row, first_pair = TokenShards((), np.zeros(1, np.int64)), 0, 0
     rows, pairs = [], []
     for index in indices:
         shards = shards + index.shards
@@ -195,7 +195,7 @@ def _runs(pair: np.ndarray, starts: np.ndarray, aligned: np.ndarray, prompts: np
 _ALONE = named(lambda objective: not objective.unaligned and not objective.penalty)
 
 
-def _require(loss: Loss, source: str, examples: StoredExamples) -> None:
+def _require(loss: LossConfig, source: str, examples: StoredExamples) -> None:
     """Refuse data that the loss cannot learn from, or be evaluated on."""
     for aligned, name in ((True, "aligned"), (False, "unaligned")):
         needing = [loss.type] if aligned else loss.comparing_terms

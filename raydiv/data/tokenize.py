@@ -19,22 +19,27 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raydiv.config.cluster import Cluster
-from raydiv.data.formats import BadRow, Example, Reading
+from raydiv.config.cluster import ClusterConfig
+from raydiv.data.formats import BadRow, Example, RecordReader
 from raydiv.data.index import INDEXED, SCHEMA, SPELLINGS, Index, IndexWriter, OpenSource, RowNotes, read_index
-from raydiv.data.sources import Piece, Raw, parse, pieces_of, read, require_unchanged
+from raydiv.data.sources import FileChunk, Raw, file_chunks, parse, read, require_unchanged
 from raydiv.data.tokens import GROUP_ROWS, content_key
 from raydiv.model.chat import Chat, Tokenized
-from raydiv.runtime.actor_pool import Progress, stream_through, unwatched
+from raydiv.runtime.actor_pool import Progress, no_progress, stream_through
 from raydiv.utils.errors import UserError
 from raydiv.utils.storage import Folder, open_input
 
-BUNDLE = 1000
+CHUNK_RECORDS = 1000
 """Records of a shard."""
 
 
 def tokenize(
-    sources: Sequence[OpenSource], chat: Chat, cluster: Cluster, *, quarantine: bool, progress: Progress = unwatched
+    sources: Sequence[OpenSource],
+    chat: Chat,
+    cluster: ClusterConfig,
+    *,
+    quarantine: bool,
+    progress: Progress = no_progress,
 ) -> list[Index]:
     """The index of each source; tokenises what the cache lacks. Needs a Ray session.
 
@@ -63,7 +68,7 @@ def _refusal(opened: OpenSource, bad: RowNotes) -> UserError:
 
 
 @dataclass(frozen=True, slots=True)
-class Bundle:
+class RecordChunk:
     """Records that become one shard, ``name``, of one source."""
 
     source: int
@@ -72,30 +77,32 @@ class Bundle:
     records: list[Raw]
 
 
-def bundle_makers(sources: Sequence[OpenSource]) -> list[Callable[[], Iterator[Bundle]]]:
+def record_chunks(sources: Sequence[OpenSource]) -> list[Callable[[], Iterator[RecordChunk]]]:
     """What makes the bundles of all sources, source by source: a call for each piece of a file."""
     return [
         partial(_bundles, number, file, place, piece)
         for number, opened in enumerate(sources)
         for file, content in enumerate(opened.files)
-        for place, piece in enumerate(pieces_of(content))
+        for place, piece in enumerate(file_chunks(content))
     ]
 
 
-def _bundles(source: int, file: int, number: int, piece: Piece) -> Iterator[Bundle]:
+def _bundles(source: int, file: int, number: int, piece: FileChunk) -> Iterator[RecordChunk]:
     """The bundles of a piece, in order; a bundle's name sorts by file, piece and place in it."""
     records = read(piece)
     for place in itertools.count():
-        bundle = list(itertools.islice(records, BUNDLE))
+        bundle = list(itertools.islice(records, CHUNK_RECORDS))
         require_unchanged(piece.file)  # what is kept is kept under the content that the file had
         if not bundle:
             return
-        yield Bundle(source, file, f"{file:05}-{number:06}-{place:06}.parquet", bundle)
+        yield RecordChunk(source, file, f"{file:05}-{number:06}-{place:06}.parquet", bundle)
 
 
-def _write(sources: Sequence[OpenSource], chat: Chat, cluster: Cluster, quarantine: bool, progress: Progress) -> None:
+def _write(
+    sources: Sequence[OpenSource], chat: Chat, cluster: ClusterConfig, quarantine: bool, progress: Progress
+) -> None:
     """Tokenise the sources in one pass through one pool, and write each source's index when its last shard is there."""
-    makers = bundle_makers(sources)
+    makers = record_chunks(sources)
     arguments = {"chat": chat, "targets": [(opened.folder, opened.reading, opened.lengths) for opened in sources]}
     if makers:
         with closing(stream_through(makers, Tokenizer, arguments, cluster=cluster, model=False)) as shards:
@@ -106,7 +113,7 @@ def _write(sources: Sequence[OpenSource], chat: Chat, cluster: Cluster, quaranti
 
 
 def _write_indices(
-    sources: Sequence[OpenSource], shards: Iterator[Shard], quarantine: bool, progress: Progress
+    sources: Sequence[OpenSource], shards: Iterator[TokenShard], quarantine: bool, progress: Progress
 ) -> None:
     """Write the index of each source from its shards, which come source by source."""
     rows = 0
@@ -122,7 +129,7 @@ def _write_indices(
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class TokenShard:
     """What the driver learns of a shard: its index, and the positions and reasons of its bad rows."""
 
     source: int
@@ -138,13 +145,13 @@ class Tokenizer:
     The chat comes ready made: finding out what tokenizer a directory holds takes longer than a thousand examples.
     """
 
-    def __init__(self, chat: Chat, targets: Sequence[tuple[Folder, Reading, tuple[int, int]]]) -> None:
+    def __init__(self, chat: Chat, targets: Sequence[tuple[Folder, RecordReader, tuple[int, int]]]) -> None:
         self._chat, self._targets = chat, targets
 
-    def __call__(self, bundles: list[Bundle]) -> list[Shard]:
+    def __call__(self, bundles: list[RecordChunk]) -> list[TokenShard]:
         return [self._shard(bundle) for bundle in bundles]
 
-    def _shard(self, bundle: Bundle) -> Shard:
+    def _shard(self, bundle: RecordChunk) -> TokenShard:
         folder = self._targets[bundle.source][0]
         if folder.has(bundle.name):
             table = pq.read_table(open_input(folder.at(bundle.name)), columns=INDEXED)
@@ -155,9 +162,9 @@ class Tokenizer:
             folder.write(bundle.name, buffer.getvalue())
             table = whole.select(INDEXED)
         bad = [(int(position), reason) for position, reason in json.loads(table.schema.metadata[b"bad"])]
-        return Shard(bundle.source, bundle.file, bundle.name, table.replace_schema_metadata(), bad)
+        return TokenShard(bundle.source, bundle.file, bundle.name, table.replace_schema_metadata(), bad)
 
-    def _table(self, bundle: Bundle) -> pa.Table:
+    def _table(self, bundle: RecordChunk) -> pa.Table:
         _, reading, lengths = self._targets[bundle.source]
         records: list[tuple[int, list[Example]]] = []
         bad: list[tuple[int, str]] = []

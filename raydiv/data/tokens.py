@@ -120,7 +120,7 @@ class TokenizedExamples:
 
 
 @dataclass(frozen=True)
-class Shards:
+class TokenShards:
     """Prepared Parquet files as one long table; a row is known by its number in it.
 
     ``uris`` [s], and ``starts`` [s + 1]: the number of each file's first row, then of all rows.
@@ -129,8 +129,8 @@ class Shards:
     uris: tuple[str, ...]
     starts: np.ndarray
 
-    def __add__(self, other: Shards) -> Shards:
-        return Shards(self.uris + other.uris, np.append(self.starts, self.starts[-1] + other.starts[1:]))
+    def __add__(self, other: TokenShards) -> TokenShards:
+        return TokenShards(self.uris + other.uris, np.append(self.starts, self.starts[-1] + other.starts[1:]))
 
     def read(self, column: str, rows: np.ndarray) -> list[np.ndarray]:
         """Token ids (``prompt_ids`` or ``response_ids``) of ``rows``, each row group read once."""
@@ -180,7 +180,7 @@ class StoredExamples:
     the ids on storage; ``pair`` [n] as in TokenizedExamples; ``source`` [n] counts the sources of a mixture.
     """
 
-    shards: Shards
+    shards: TokenShards
     prompt_rows: np.ndarray
     response_rows: np.ndarray
     prompt_lengths: np.ndarray

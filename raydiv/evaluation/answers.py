@@ -7,43 +7,43 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from raydiv.config.cluster import Cluster
-from raydiv.config.evaluate import Evaluate as EvaluateSection
+from raydiv.config.cluster import ClusterConfig
+from raydiv.config.evaluate import EvaluateConfig as EvaluateSection
 from raydiv.data.prompt_sets import Prompt
 from raydiv.data.reference import score, score_once
 from raydiv.evaluation import attacks
 from raydiv.evaluation.answers_report import AnswersReport
 from raydiv.evaluation.attacks import DIRECT, Attempt
 from raydiv.evaluation.capability import measure_capability, require_tasks
-from raydiv.evaluation.coherence import Threshold, WellWritten
-from raydiv.evaluation.drift import Kl, sampled_requests
+from raydiv.evaluation.coherence import CoherenceReference, PerplexityThreshold
+from raydiv.evaluation.drift import KlEstimate, sampled_requests
 from raydiv.evaluation.generate import Answer, Request, generate
-from raydiv.evaluation.judges import Judge, verdict
+from raydiv.evaluation.judges import HarmJudge, verdict
 from raydiv.evaluation.refusal import is_refusal
-from raydiv.evaluation.summary import Graded
+from raydiv.evaluation.summary import GradedAnswer
 from raydiv.evaluation.toxicity import require_classifier, toxicity
 from raydiv.evaluation.win_rate import model_judge, pairwise_judge, win_rate
 from raydiv.model.load import ModelSource
-from raydiv.runs.progress import Display
+from raydiv.runs.progress import ProgressDisplay
 
 
 @dataclass(frozen=True, slots=True)
 class Judges:
     """Who judges, found and checked before anything is started."""
 
-    harm: Judge
+    harm: HarmJudge
     toxicity: Path | None
     pairs: ModelSource | None
 
     @classmethod
-    def of(cls, how: EvaluateSection, prompts: Sequence[Prompt], cluster: Cluster) -> Judges:
+    def of(cls, how: EvaluateSection, prompts: Sequence[Prompt], cluster: ClusterConfig) -> Judges:
         """Raises UserError for a judge that is none, an attack that cannot be made, and a task that nobody knows."""
         attacks.check(how.attacks, prompts)
         if how.tasks:
             require_tasks(how.tasks, _folder(how))
         pairs = pairwise_judge(how.pairwise_judge, cluster) if how.pairwise_judge else None
         toxic = require_classifier(how.toxicity) if how.toxicity else None
-        return cls(Judge.named(how.judge, cluster), toxic, pairs)
+        return cls(HarmJudge.named(how.judge, cluster), toxic, pairs)
 
 
 def measure_answers(
@@ -52,8 +52,8 @@ def measure_answers(
     prompts: Sequence[Prompt],
     how: EvaluateSection,
     judges: Judges,
-    cluster: Cluster,
-    display: Display,
+    cluster: ClusterConfig,
+    display: ProgressDisplay,
     *,
     label: str,
 ) -> AnswersReport:
@@ -99,7 +99,7 @@ def _folder(how: EvaluateSection) -> Path | None:
 
 
 def against(
-    report: AnswersReport, baseline: Sequence[str], judge: ModelSource, cluster: Cluster, display: Display
+    report: AnswersReport, baseline: Sequence[str], judge: ModelSource, cluster: ClusterConfig, display: ProgressDisplay
 ) -> AnswersReport:
     """The report with a win rate of its answers to harmless prompts over a ``baseline``'s to the same; needs a Ray session."""
     instructions, outputs = report.harmless()
@@ -116,9 +116,9 @@ class _Scored:
 
     logps: list[float]
     tokens: list[int]
-    threshold: Threshold
+    threshold: PerplexityThreshold
     perplexity: float
-    kl: Kl | None
+    kl: KlEstimate | None
 
 
 def _scored(
@@ -127,7 +127,7 @@ def _scored(
     requests: Sequence[Request],
     answers: Sequence[Answer],
     direct: int,
-    cluster: Cluster,
+    cluster: ClusterConfig,
     update: Any,
 ) -> _Scored:
     """Log-probs of the answers, of which those from ``direct`` on were sampled, and of well-written ones."""
@@ -139,21 +139,21 @@ def _scored(
         eos = chat.tokenizer.eos_token_id
         pairs = zip(requests, answers, strict=True)
         seen = [(chat.prompt(request.prompt), [*chat.text(answer.text), eos]) for request, answer in pairs]
-    written = WellWritten.read(chat)
+    written = CoherenceReference.read(chat)
     logps = score_once(reference, [*written.examples, *seen], cluster, update)
     known, logps = logps[: len(written.examples)], logps[len(written.examples) :]
     if model == reference:
         perplexity, kl = written.perplexity(known), None
     else:
-        own_written = written if same else WellWritten.read(model.chat())
+        own_written = written if same else CoherenceReference.read(model.chat())
         sampled = seen[direct:] if same else []
         own = score(model, [*own_written.examples, *sampled], cluster, update)
         perplexity = own_written.perplexity(own[: len(own_written.examples)])
         kl = None
         if sampled:
-            kl = Kl.of(own[len(own_written.examples) :], logps[direct:], sum(len(ids) for _, ids in sampled))
+            kl = KlEstimate.of(own[len(own_written.examples) :], logps[direct:], sum(len(ids) for _, ids in sampled))
     tokens = [len(ids) for _, ids in seen[:direct]]
-    return _Scored(logps[:direct], tokens, Threshold.of(written, known), perplexity, kl)
+    return _Scored(logps[:direct], tokens, PerplexityThreshold.of(written, known), perplexity, kl)
 
 
 def _graded(
@@ -162,9 +162,9 @@ def _graded(
     answers: Sequence[Answer],
     scored: _Scored,
     judges: Judges,
-    cluster: Cluster,
+    cluster: ClusterConfig,
     update: Any,
-) -> list[Graded]:
+) -> list[GradedAnswer]:
     """The verdict on each answer."""
     own = [prompts[attempt.prompt] for attempt in asked]
     texts = [answer.text for answer in answers]
@@ -177,5 +177,5 @@ def _graded(
         refused = is_refusal(said[number])
         broken = scored.threshold.broken(said[number], scored.logps[number], scored.tokens[number])
         found = verdict(harm[number], refused=refused, broken=broken)
-        graded.append(Graded(own[number], attempt.attack, found, toxic[number]))
+        graded.append(GradedAnswer(own[number], attempt.attack, found, toxic[number]))
     return graded

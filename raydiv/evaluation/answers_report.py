@@ -10,12 +10,12 @@ from typing import Any
 
 from raydiv.evaluation.attacks import Attempt
 from raydiv.evaluation.capability import Capability
-from raydiv.evaluation.coherence import Threshold
-from raydiv.evaluation.drift import Kl
+from raydiv.evaluation.coherence import PerplexityThreshold
+from raydiv.evaluation.drift import KlEstimate
 from raydiv.evaluation.generate import Answer
-from raydiv.evaluation.judges import Judge, said
+from raydiv.evaluation.judges import HarmJudge, said
 from raydiv.evaluation.outputs import Output, outputs_text
-from raydiv.evaluation.summary import Graded, Rate, rates
+from raydiv.evaluation.summary import GradedAnswer, Rate, rates
 from raydiv.evaluation.win_rate import WinRate
 
 
@@ -28,14 +28,14 @@ class AnswersReport:
     """
 
     model: str
-    judge: Judge
+    judge: HarmJudge
     attempts: Sequence[Attempt]
-    graded: Sequence[Graded]
+    graded: Sequence[GradedAnswer]
     answers: Sequence[Answer]
     logp_per_token: float
-    threshold: Threshold
+    threshold: PerplexityThreshold
     perplexity: float
-    kl: Kl | None
+    kl: KlEstimate | None
     notes: list[str] = field(default_factory=list)
     win_rate: WinRate | None = None
     capability: Capability | None = None
@@ -107,7 +107,7 @@ class AnswersReport:
         return found
 
     @staticmethod
-    def _line(attempt: Attempt, one: Graded, answer: Answer, show_text: bool) -> dict[str, Any]:
+    def _line(attempt: Attempt, one: GradedAnswer, answer: Answer, show_text: bool) -> dict[str, Any]:
         prompt = one.prompt
         line = {"id": prompt.id, "set": prompt.set, "kind": prompt.kind, "category": prompt.category}
         text = {"prompt": prompt.text, "asked": attempt.request.prompt, "answer": answer.text} if show_text else {}

@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from raydiv.config.cluster import Cluster
-from raydiv.config.evaluate import Attack
+from raydiv.config.cluster import ClusterConfig
+from raydiv.config.evaluate import AttackConfig
 from raydiv.data.formats import BadRow, text
 from raydiv.data.prompt_sets import Prompt
 from raydiv.data.sources import iterate_records
 from raydiv.evaluation.generate import Request
 from raydiv.model.chat import Messages
 from raydiv.model.load import ModelSource
-from raydiv.runtime.actor_pool import Progress, unwatched
+from raydiv.runtime.actor_pool import Progress, no_progress
 from raydiv.utils.errors import UserError
 
 DIRECT = "direct"
@@ -43,7 +43,11 @@ def direct(prompts: Sequence[Prompt]) -> list[Attempt]:
 
 
 def attempts(
-    attack: Attack, prompts: Sequence[Prompt], model: ModelSource, cluster: Cluster, progress: Progress = unwatched
+    attack: AttackConfig,
+    prompts: Sequence[Prompt],
+    model: ModelSource,
+    cluster: ClusterConfig,
+    progress: Progress = no_progress,
 ) -> list[Attempt]:
     """The harmful prompts under an attack, once for each text of its file; needs a Ray session for gcg."""
     harmful = [
@@ -62,7 +66,7 @@ def attempts(
     return [Attempt(number, attack.kind, ask(prompt.text)) for ask in _ways(attack) for number, prompt in harmful]
 
 
-def check(attacks: Sequence[Attack], prompts: Sequence[Prompt]) -> None:
+def check(attacks: Sequence[AttackConfig], prompts: Sequence[Prompt]) -> None:
     """Raises UserError for an attack whose file cannot be used, whose library is missing, or that would attack nothing."""
     harmful = dict.fromkeys(prompt.set for prompt in prompts if prompt.harmful)
     for attack in attacks:
@@ -80,7 +84,7 @@ def check(attacks: Sequence[Attack], prompts: Sequence[Prompt]) -> None:
             _ways(attack)
 
 
-def texts_of(attacks: Sequence[Attack]) -> list[list[str]]:
+def texts_of(attacks: Sequence[AttackConfig]) -> list[list[str]]:
     """The texts of each attack's file, as they are now; none of an attack without a file."""
     return [_texts(attack, *FILED[attack.kind]) if attack.kind in FILED else [] for attack in attacks]
 
@@ -93,7 +97,7 @@ def with_suffix(prompt: str | Messages, suffix: str) -> str | Messages:
 Way = Callable[[str | Messages], Request]
 
 
-def _ways(attack: Attack) -> list[Way]:
+def _ways(attack: AttackConfig) -> list[Way]:
     """How an attack asks, once for each text of its file."""
     if attack.kind == "prefill":
         return [lambda prompt: Request(prompt, opening=attack.opening)]
@@ -120,7 +124,7 @@ def _changed(prompt: str | Messages, change: Callable[[str], str]) -> str | Mess
     return [{**turn, "content": change(turn["content"])} if n == last else turn for n, turn in enumerate(prompt)]
 
 
-def _texts(attack: Attack, column: str, needed: str) -> list[str]:
+def _texts(attack: AttackConfig, column: str, needed: str) -> list[str]:
     """The texts of an attack's file, each with what it needs in it."""
     assert attack.file is not None, "the recipe sees to it"
     found = []

@@ -15,7 +15,7 @@ from raydiv.evaluation.answers import Judges
 from raydiv.evaluation.attacks import texts_of
 from raydiv.model.load import ModelSource
 from raydiv.model.resolve import fingerprint
-from raydiv.utils.cache import code, digest, file_digest, shared_dir
+from raydiv.utils.cache import code_digest, digest, file_digest, shared_dir
 from raydiv.utils.storage import open_input, require_inside
 
 VERSION = 1
@@ -31,14 +31,14 @@ PACKAGE = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class Measurement:
     """A measurement: its metrics, the files that it leaves in a run (by path in it), and the answers to harmless prompts."""
 
     metrics: dict[str, float]
     files: dict[str, str]
     harmless: list[str]
 
-    def into(self, run: Path) -> None:
+    def write_into(self, run: Path) -> None:
         """Write the files into a run's directory."""
         for name, content in self.files.items():
             path = run / require_inside(name)
@@ -46,7 +46,7 @@ class Taken:
             path.write_text(content)
 
 
-class KeptMeasurement:
+class BaselineCache:
     """The measurement of one base model by one recipe's prompts, attacks and judges.
 
     Its key is made of content: weights, template, precision, prompts, attack texts, judges' weights and the code that measures.
@@ -58,7 +58,7 @@ class KeptMeasurement:
         self._folder = shared_dir("measured")
         key = digest(
             VERSION,
-            *code(*ROOMS),
+            *code_digest(*ROOMS),
             [file_digest(PACKAGE / name) for name in FILES],
             _model(base),
             _apart(recipe, prompts.separation),
@@ -67,13 +67,13 @@ class KeptMeasurement:
         )
         self._name = f"{key}.json"
 
-    def find(self) -> Taken | None:
+    def get(self) -> Measurement | None:
         if not self._folder.has(self._name):
             return None
         with open_input(self._folder.at(self._name)) as file:
-            return Taken(**json.loads(file.read()))
+            return Measurement(**json.loads(file.read()))
 
-    def keep(self, taken: Taken) -> None:
+    def put(self, taken: Measurement) -> None:
         content = {"metrics": taken.metrics, "files": taken.files, "harmless": taken.harmless}
         self._folder.write(self._name, json.dumps(content).encode())
 

@@ -8,56 +8,56 @@ from pathlib import Path
 from raydiv.config import Recipe
 from raydiv.data.prompt_sets import PromptSets, named
 from raydiv.evaluation.answers import Judges, against, measure_answers
-from raydiv.evaluation.baseline_cache import KeptMeasurement, Taken
+from raydiv.evaluation.baseline_cache import BaselineCache, Measurement
 from raydiv.evaluation.separation.measure import measure_separation
 from raydiv.model.load import ModelSource
 from raydiv.runs.directory import EVALUATION, SEPARATION, RunDirectory
-from raydiv.runs.progress import Display
+from raydiv.runs.progress import ProgressDisplay
 
 
-class Measurements:
+class BeforeAfterEvaluation:
     """The measurements that a recipe asks for; ``show_text`` writes prompts and answers out.
 
     Raises UserError for judges and attacks that cannot be used, before anything is started.
     """
 
-    def __init__(self, recipe: Recipe, prompts: PromptSets, display: Display, show_text: bool) -> None:
+    def __init__(self, recipe: Recipe, prompts: PromptSets, display: ProgressDisplay, show_text: bool) -> None:
         self._recipe, self._prompts, self._display, self._show_text = recipe, prompts, display, show_text
         self._before: list[str] = []
         asked = prompts.evaluate
         self._judges = Judges.of(recipe.evaluate, asked, recipe.cluster) if asked else None
 
-    def take(self, run: RunDirectory, when: str, base_directory: Path) -> None:
+    def run(self, run: RunDirectory, when: str, base_directory: Path) -> None:
         """Measure the model ``before`` or ``after`` training into the run directory; needs a Ray session.
 
         Before training it is the model as it came, of which an earlier run may have left the same measurement.
         """
         base = ModelSource.of(self._recipe, base_directory)
         before = when == "before"
-        taken = self.of_base(base) if before else self._measure(replace(base, directory=run.model), base, when)
-        taken.into(run.path)
-        run.log({"step": 0 if before else run.steps_taken(), **taken.metrics} if taken.metrics else {})
+        taken = self.baseline(base) if before else self._measure(replace(base, directory=run.model), base, when)
+        taken.write_into(run.path)
+        run.log_metrics({"step": 0 if before else run.steps_taken(), **taken.metrics} if taken.metrics else {})
 
-    def recall(self, base_directory: Path) -> None:
+    def restore_baseline(self, base_directory: Path) -> None:
         """Before a run goes on: know again what the measurement after training compares answers with; needs a Ray session."""
         if self._judges is not None and self._judges.pairs is not None:
-            self.of_base(ModelSource.of(self._recipe, base_directory))
+            self.baseline(ModelSource.of(self._recipe, base_directory))
 
-    def of_base(self, base: ModelSource) -> Taken:
+    def baseline(self, base: ModelSource) -> Measurement:
         """The measurement before training, from what earlier runs kept where it is there; needs a Ray session."""
         if not self._recipe.separation.prompts and self._judges is None:
-            return Taken({}, {}, [])
-        place = KeptMeasurement(self._recipe, base, self._prompts, self._judges, self._show_text)
-        taken = place.find()
+            return Measurement({}, {}, [])
+        place = BaselineCache(self._recipe, base, self._prompts, self._judges, self._show_text)
+        taken = place.get()
         if taken is None:
             taken = self._measure(base, base, "before")
-            place.keep(taken)
+            place.put(taken)
         else:
-            self._display.say("the model before training: measured earlier, and kept")
+            self._display.print("the model before training: measured earlier, and kept")
         self._before = taken.harmless
         return taken
 
-    def _measure(self, model: ModelSource, base: ModelSource, when: str) -> Taken:
+    def _measure(self, model: ModelSource, base: ModelSource, when: str) -> Measurement:
         recipe, display = self._recipe, self._display
         metrics: dict[str, float] = {}
         files: dict[str, str] = {}
@@ -79,4 +79,4 @@ class Measurements:
                     answers = against(answers, self._before, self._judges.pairs, recipe.cluster, display)
             files |= {f"{EVALUATION}/{name}": content for name, content in answers.files(when, self._show_text).items()}
             metrics |= answers.metrics()
-        return Taken(metrics, files, harmless)
+        return Measurement(metrics, files, harmless)

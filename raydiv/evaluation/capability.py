@@ -11,9 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from raydiv.config.cluster import Cluster
+from raydiv.config.cluster import ClusterConfig
 from raydiv.model.load import ModelSource
-from raydiv.runtime.actor_pool import Progress, map_rows, unwatched
+from raydiv.runtime.actor_pool import Progress, map_rows, no_progress
 from raydiv.utils.errors import UserError
 
 _GENERAL = ["mmlu", "arc_challenge", "hellaswag", "winogrande", "truthfulqa_mc2"]
@@ -37,7 +37,7 @@ RESAMPLES = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
+class CapabilityScore:
     """A metric of a task, under the harness's name for it and for the filter that read the answers (none: as they are)."""
 
     metric: str
@@ -65,7 +65,7 @@ class TaskScores:
     """What a model scored on ``documents`` of a task, after ``shots`` examples; ``version`` is the task's own."""
 
     task: str
-    scores: list[Score]
+    scores: list[CapabilityScore]
     documents: int
     shots: int | None
     version: str
@@ -108,11 +108,11 @@ def measure_capability(
     model: ModelSource,
     tasks: Sequence[str],
     *,
-    cluster: Cluster,
+    cluster: ClusterConfig,
     limit: int | None = None,
     include: Path | None = None,
     chat_template: bool = False,
-    progress: Progress = unwatched,
+    progress: Progress = no_progress,
 ) -> Capability:
     """Scores on tasks, groups of tasks, and ``PRESETS``, by a Ray Data pool of models, a task each; needs a Ray session.
 
@@ -197,7 +197,7 @@ def _task_scores(name: str, found: Mapping[str, Any]) -> TaskScores:
         if comma and not metric.endswith("_stderr"):
             stderr = result.get(f"{metric}_stderr,{reading}")
             known = isinstance(stderr, int | float)
-            scores.append(Score(metric, reading, float(value), float(stderr) if known else None))
+            scores.append(CapabilityScore(metric, reading, float(value), float(stderr) if known else None))
     shots, version = found["n-shot"].get(name), found["versions"].get(name)
     return TaskScores(name, scores, int(result.get("sample_len", 0)), shots, str(version))
 

@@ -18,7 +18,7 @@ from raydiv.data.formats import text
 from raydiv.data.sources import iterate_records
 from raydiv.model.chat import Chat
 
-WELL_WRITTEN = Source(path="bundled:helpful")
+COHERENCE_REFERENCE = Source(path="bundled:helpful")
 """Helpful answers to harmless prompts and refusals of harmful ones."""
 
 DEVIATIONS = 3.0
@@ -41,15 +41,15 @@ def is_degenerate(answer: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class WellWritten:
+class CoherenceReference:
     """The well-written answers as a tokenizer has them: (prompt ids, answer ids), and which of them are helpful."""
 
     examples: list[tuple[list[int], list[int]]]
     helpful: list[bool]
 
     @classmethod
-    def read(cls, chat: Chat) -> WellWritten:
-        records = [record for _, record in iterate_records(WELL_WRITTEN)]
+    def read(cls, chat: Chat) -> CoherenceReference:
+        records = [record for _, record in iterate_records(COHERENCE_REFERENCE)]
         prompts, answers = ([text(record, name) for record in records] for name in ("prompt", "response"))
         ids = chat.examples(prompts, answers, max_prompt_length=2**20, max_length=2**21)
         return cls([(one.prompt, one.response) for one in ids], [not record["harmful"] for record in records])
@@ -65,7 +65,7 @@ class WellWritten:
 
 
 @dataclass(frozen=True, slots=True)
-class Threshold:
+class PerplexityThreshold:
     """Log-prob per token under the reference, in nats, below which an answer is broken; as measured on ``answers``."""
 
     value: float
@@ -74,7 +74,7 @@ class Threshold:
     answers: int
 
     @classmethod
-    def of(cls, well_written: WellWritten, logps: Sequence[float]) -> Threshold:
+    def of(cls, well_written: CoherenceReference, logps: Sequence[float]) -> PerplexityThreshold:
         """The threshold, given the reference's log-probs [n] of the well-written answers."""
         rates = np.array([logp / len(ids) for logp, (_, ids) in zip(logps, well_written.examples, strict=True)])
         mean, deviation = float(rates.mean()), float(rates.std(ddof=1))

@@ -8,11 +8,11 @@ from pathlib import Path
 from raydiv.data.overlap import overlap_with_training
 from raydiv.data.prompt_sets import Prompt
 from raydiv.runs.directory import RunDirectory
-from raydiv.runs.progress import Display
+from raydiv.runs.progress import ProgressDisplay
 from raydiv.utils.errors import UserError
 
 
-def trained_on(model: str, prompts: Mapping[str, Sequence[Prompt]], display: Display) -> list[str]:
+def count_contaminated(model: str, prompts: Mapping[str, Sequence[Prompt]], display: ProgressDisplay) -> list[str]:
     """What of the prompt sets a run's training data has, in words; nothing of a model that is no run. Needs a Ray session."""
     run = RunDirectory(Path(model))
     if not run.holds_a_run:

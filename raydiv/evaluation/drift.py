@@ -18,7 +18,7 @@ def sampled_requests(prompts: Sequence[Prompt], count: int) -> list[Request]:
 
 
 @dataclass(frozen=True, slots=True)
-class Kl:
+class KlEstimate:
     """KL(model || reference) of sampled answers, in nats an answer, with its 95% interval, and in nats a token."""
 
     value: float
@@ -27,7 +27,7 @@ class Kl:
     answers: int
 
     @classmethod
-    def of(cls, own: Sequence[float], reference: Sequence[float], tokens: int) -> Kl:
+    def of(cls, own: Sequence[float], reference: Sequence[float], tokens: int) -> KlEstimate:
         """From both models' log-probs [n] of answers that the first one sampled, of ``tokens`` tokens in all."""
         differences = np.array(own) - np.array(reference)
         mean, count = float(differences.mean()), len(differences)

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from raydiv.config.cluster import Cluster
-from raydiv.config.evaluate import Attack
+from raydiv.config.cluster import ClusterConfig
+from raydiv.config.evaluate import AttackConfig
 from raydiv.model.chat import Messages, as_turns
 from raydiv.model.load import ModelSource
-from raydiv.runtime.actor_pool import Progress, map_rows, unwatched
+from raydiv.runtime.actor_pool import Progress, map_rows, no_progress
 from raydiv.utils.errors import UserError
 
 
@@ -28,22 +28,22 @@ def require_nanogcg() -> None:
 def suffixes_of(
     model: ModelSource,
     prompts: Sequence[str | Messages],
-    attack: Attack,
-    cluster: Cluster,
-    progress: Progress = unwatched,
+    attack: AttackConfig,
+    cluster: ClusterConfig,
+    progress: Progress = no_progress,
 ) -> list[str]:
     """A suffix for each prompt after which the model is most inclined to begin as the attack's opening; needs a Ray session."""
     rows = [{"prompt": prompt, "seed": number} for number, prompt in enumerate(prompts)]
     done = map_rows(
-        rows, Attacker, {"model": model, "attack": attack}, cluster=cluster, batch_rows=1, progress=progress
+        rows, GcgAttacker, {"model": model, "attack": attack}, cluster=cluster, batch_rows=1, progress=progress
     )
     return [str(row["suffix"]) for row in done]
 
 
-class Attacker:
+class GcgAttacker:
     """A model that is attacked."""
 
-    def __init__(self, model: ModelSource, attack: Attack) -> None:
+    def __init__(self, model: ModelSource, attack: AttackConfig) -> None:
         require_nanogcg()
         self._attack = attack
         self._model = model.serve()

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raydiv.config.cluster import Cluster
+from raydiv.config.cluster import ClusterConfig
 from raydiv.model.chat import Messages
 from raydiv.model.load import ModelSource
-from raydiv.runtime.actor_pool import Progress, map_rows, unwatched
+from raydiv.runtime.actor_pool import Progress, map_rows, no_progress
 
 ANSWERED_TOGETHER = 32
 """Prompts in a batch; changes speed and memory alone."""
@@ -40,8 +40,8 @@ def generate(
     model: ModelSource,
     requests: Sequence[Request],
     max_new_tokens: int,
-    cluster: Cluster,
-    progress: Progress = unwatched,
+    cluster: ClusterConfig,
+    progress: Progress = no_progress,
 ) -> list[Answer]:
     """One answer per request, of at most ``max_new_tokens`` tokens after its opening; needs a Ray session."""
     chat = model.chat()
@@ -61,8 +61,8 @@ def complete(
     rows: Sequence[dict[str, Any]],
     max_new_tokens: int,
     eos: int,
-    cluster: Cluster,
-    progress: Progress = unwatched,
+    cluster: ClusterConfig,
+    progress: Progress = no_progress,
 ) -> list[list[int]]:
     """What a model writes after the ``ids`` of each row, up to and including EOS; a row may have a ``seed``."""
     done = map_rows(

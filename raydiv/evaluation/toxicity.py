@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raydiv.config.cluster import Cluster
+from raydiv.config.cluster import ClusterConfig
 from raydiv.model.chat import load_tokenizer
 from raydiv.model.resolve import model_directory
-from raydiv.model.silence import quiet
-from raydiv.runtime.actor_pool import Progress, map_rows, unwatched
+from raydiv.model.silence import silence_libraries
+from raydiv.runtime.actor_pool import Progress, map_rows, no_progress
 from raydiv.utils.errors import UserError
 
 TOXIC = ("toxic", "toxicity", "hate", "hateful", "offensive", "abusive", "unsafe", "harmful")
@@ -85,7 +85,9 @@ def _label(directory: Path) -> ToxicLabel:
     return ToxicLabel.of(str(directory), config.id2label, config.problem_type)
 
 
-def toxicity(classifier: Path, texts: Sequence[str], cluster: Cluster, progress: Progress = unwatched) -> list[float]:
+def toxicity(
+    classifier: Path, texts: Sequence[str], cluster: ClusterConfig, progress: Progress = no_progress
+) -> list[float]:
     """P(toxic) of each text, 0 of a blank one, which a classifier cannot read; needs a Ray session."""
     said = [number for number, text in enumerate(texts) if text.strip()]
     rows = [{"text": texts[number]} for number in said]
@@ -111,7 +113,7 @@ class Classifier:
         import torch
         from transformers import AutoModelForSequenceClassification
 
-        quiet()
+        silence_libraries()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = AutoModelForSequenceClassification.from_pretrained(
             str(directory), use_safetensors=True, trust_remote_code=False

@@ -8,16 +8,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from raydiv.config.cluster import Cluster
+from raydiv.config.cluster import ClusterConfig
 from raydiv.evaluation.generate import Request, generate
 from raydiv.evaluation.judges import judge_source
 from raydiv.model.load import ModelSource
-from raydiv.runtime.actor_pool import Progress, unwatched
+from raydiv.runtime.actor_pool import Progress, no_progress
 
-Judge = Callable[[Sequence[str]], list[str]]
+PairwiseJudge = Callable[[Sequence[str]], list[str]]
 """From questions, each about one pair in one order, to what is answered to them."""
 
-Verdict = Literal["win", "loss", "tie", "unparsable"]
+PairwiseVerdict = Literal["win", "loss", "tie", "unparsable"]
 
 QUESTION = """\
 Two assistants were given the same instruction. Decide which of their outputs a person who gave it would prefer: \
@@ -55,11 +55,11 @@ class WinRate:
     ``first_chosen`` of the ``chosen`` questions that were answered with an output, and not a tie, chose the first one.
     """
 
-    verdicts: list[Verdict]
+    verdicts: list[PairwiseVerdict]
     first_chosen: int
     chosen: int
 
-    def count(self, verdict: Verdict) -> int:
+    def count(self, verdict: PairwiseVerdict) -> int:
         return self.verdicts.count(verdict)
 
     @property
@@ -105,7 +105,9 @@ class WinRate:
         }
 
 
-def win_rate(instructions: Sequence[str], outputs: Sequence[str], baseline: Sequence[str], judge: Judge) -> WinRate:
+def win_rate(
+    instructions: Sequence[str], outputs: Sequence[str], baseline: Sequence[str], judge: PairwiseJudge
+) -> WinRate:
     """Compare ``outputs`` with the ``baseline``'s, instruction by instruction."""
     pairs = list(zip(instructions, outputs, baseline, strict=True))
     questions = [QUESTION.format(instruction=i, first=ours, second=theirs) for i, ours, theirs in pairs]
@@ -122,7 +124,7 @@ def choice(answer: str) -> str | None:
     return said[1].lower() if said else None
 
 
-def model_judge(model: ModelSource, cluster: Cluster, progress: Progress = unwatched) -> Judge:
+def model_judge(model: ModelSource, cluster: ClusterConfig, progress: Progress = no_progress) -> PairwiseJudge:
     """A causal chat model as the judge, greedy; needs a Ray session."""
 
     def judge(questions: Sequence[str]) -> list[str]:
@@ -132,14 +134,14 @@ def model_judge(model: ModelSource, cluster: Cluster, progress: Progress = unwat
     return judge
 
 
-def pairwise_judge(name: str, cluster: Cluster) -> ModelSource:
+def pairwise_judge(name: str, cluster: ClusterConfig) -> ModelSource:
     """The chat model that a user names as a judge. Raises UserError for one without a chat template."""
     source = judge_source(name, cluster)
     source.chat()
     return source
 
 
-def _verdict(ours_first: str | None, theirs_first: str | None) -> Verdict:
+def _verdict(ours_first: str | None, theirs_first: str | None) -> PairwiseVerdict:
     """Of one pair. A judge that changes its mind with the order has found neither output better."""
     if ours_first is None or theirs_first is None:
         return "unparsable"

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from raydiv.commands.preflight import require_ready
-from raydiv.commands.prepare import Opened, fill, local_files, read
+from raydiv.commands.prepare import LoadedInputs, load_inputs, local_files, prepare_data
 from raydiv.config import Recipe
-from raydiv.config.cluster import Cluster
-from raydiv.evaluation.before_after import Measurements
+from raydiv.config.cluster import ClusterConfig
+from raydiv.evaluation.before_after import BeforeAfterEvaluation
 from raydiv.model.load import ModelSource
 from raydiv.runs.directory import RunDirectory
-from raydiv.runs.progress import Display
+from raydiv.runs.progress import ProgressDisplay
 from raydiv.utils.errors import UserError
 
 
-def has_begun(path: Path, record: Path, what: str, resume: bool) -> bool:
+def has_started(path: Path, record: Path, what: str, resume: bool) -> bool:
     """Whether ``what`` (a sweep, a study) has begun at ``path``: then there is its ``record``. ``resume`` of none is a start.
 
     Raises UserError where it has begun and is not to be resumed, or where something else is there.
@@ -32,15 +32,15 @@ def has_begun(path: Path, record: Path, what: str, resume: bool) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class RunGroup:
     """Where the runs are kept, the part of the cluster that each has, and MLflow's place and run that they are nested in."""
 
     folder: Path
-    cluster: Cluster
+    cluster: ClusterConfig
     tracking_uri: str | None
     parent: str | None
 
-    def member(self, recipe: Recipe, name: str, tags: Mapping[str, str]) -> Recipe:
+    def member_recipe(self, recipe: Recipe, name: str, tags: Mapping[str, str]) -> Recipe:
         """The recipe of one of the runs."""
         nested = {} if self.parent is None else {"mlflow.parentRunId": self.parent}
         track = {"uri": self.tracking_uri, "tags": {**recipe.track.tags, **nested, **tags}}
@@ -60,7 +60,7 @@ TRAINING: Any = {"optim": {"lr", "betas", "eps", "weight_decay", "clip", "schedu
 """What changes neither data, reference and base, nor the number of updates; a seed that draws no ``data.eval`` neither."""
 
 
-def distinct(recipes: Sequence[Recipe]) -> list[Recipe]:
+def distinct_preparations(recipes: Sequence[Recipe]) -> list[Recipe]:
     """One recipe for each way in which they differ in what is shared, or in the names of their metrics."""
     found: dict[str, Recipe] = {}
     for recipe in recipes:
@@ -73,7 +73,7 @@ def distinct(recipes: Sequence[Recipe]) -> list[Recipe]:
     return list(found.values())
 
 
-def prepare_all(recipes: Sequence[Recipe], display: Display) -> tuple[int, set[str]]:
+def prepare_all(recipes: Sequence[Recipe], display: ProgressDisplay) -> tuple[int, set[str]]:
     """Prepare every recipe and measure its base, through caches; needs a Ray session.
 
     Returns the most updates that one of them makes, and the names of what was measured of all bases.
@@ -81,18 +81,18 @@ def prepare_all(recipes: Sequence[Recipe], display: Display) -> tuple[int, set[s
     steps: list[int] = []
     measured: list[set[str]] = []
     for recipe in recipes:
-        opened = read(recipe, display)
+        opened = load_inputs(recipe, display)
         require_ready(recipe, RunDirectory.of(recipe).path, local_files(opened), new=False)
-        steps.append(fill(recipe, opened, display).steps(recipe))
+        steps.append(prepare_data(recipe, opened, display).steps(recipe))
         measured.append(set(_of_base(recipe, opened, display)))
     return max(steps), set.intersection(*measured)
 
 
-def measure_base(recipe: Recipe, display: Display) -> dict[str, float]:
+def evaluate_baseline(recipe: Recipe, display: ProgressDisplay) -> dict[str, float]:
     """The metrics of a recipe's model as it comes; needs a Ray session."""
-    return _of_base(recipe, read(recipe, display), display)
+    return _of_base(recipe, load_inputs(recipe, display), display)
 
 
-def _of_base(recipe: Recipe, opened: Opened, display: Display) -> dict[str, float]:
-    measurements = Measurements(recipe, opened.prompts, display, show_text=False)
-    return measurements.of_base(ModelSource.of(recipe, opened.directory)).metrics
+def _of_base(recipe: Recipe, opened: LoadedInputs, display: ProgressDisplay) -> dict[str, float]:
+    measurements = BeforeAfterEvaluation(recipe, opened.prompts, display, show_text=False)
+    return measurements.baseline(ModelSource.of(recipe, opened.directory)).metrics

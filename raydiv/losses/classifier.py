@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING, Literal
 
 from raydiv.losses.numerics import class_mean, log_sigmoid, pair_mean, running
-from raydiv.losses.objective import Batch, Options, Positive, Rate, Scope, State, Value, objective
+from raydiv.losses.objective import AverageWeight, Batch, Options, Positive, Scope, State, Value, objective
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +58,7 @@ def bco(
     lambda_aligned: Positive = 1.0,
     lambda_unaligned: Positive = 1.0,
     delta: Delta = "running",
-    delta_rate: Rate = 0.1,
+    delta_rate: AverageWeight = 0.1,
 ) -> Value:
     """Binary classifier optimisation: -lambda_aligned E+[log s(r - delta)] - lambda_unaligned E-[log s(delta - r)].
 
@@ -104,7 +104,7 @@ def bco_pair(
     *,
     beta: Positive = 0.1,
     delta: Delta = "running",
-    delta_rate: Rate = 0.1,
+    delta_rate: AverageWeight = 0.1,
 ) -> Value:
     """Binary classifier optimisation on pairs: -log s(r+ - delta) - log s(delta - r-).
 

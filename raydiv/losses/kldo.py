@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from annotated_types import Ge, Lt
 
 from raydiv.losses.numerics import bounded_exp, class_log_mean_exp, class_mean
-from raydiv.losses.objective import Batch, Options, Positive, Rate, State, Value, objective
+from raydiv.losses.objective import AverageWeight, Batch, Options, Positive, State, Value, objective
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,7 @@ def kldo(
     beta: Positive = 0.1,
     skew: Annotated[float, Ge(0), Lt(1)] = 0.0,
     estimator: Literal["batch", "ema", "lagged"] = "batch",
-    ema_rate: Rate = 0.1,
+    ema_rate: AverageWeight = 0.1,
 ) -> Value:
     """KL divergence optimisation: -E+[r] + log(skew E+[exp r] + (1 - skew) E-[exp r]).
 

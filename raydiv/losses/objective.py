@@ -58,7 +58,7 @@ class Value:
 
 
 Positive = Annotated[float, Gt(0)]
-Rate = Annotated[float, Gt(0), Le(1)]
+AverageWeight = Annotated[float, Gt(0), Le(1)]
 """Of a moving average: the share of what is new."""
 Smoothing = Annotated[float, Ge(0), Lt(0.5)]
 """The probability with which a pair's label is taken to be flipped."""

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raydiv.model.packing import Apart, Packing
+from raydiv.model.packing import BlockDiagonalMask, Packing
 
 Ids = Sequence[int] | np.ndarray
 """Token ids."""
 
 
 @dataclass(frozen=True, slots=True)
-class Inputs:
+class ModelInputs:
     """A micro-batch of m examples and its t scored positions, ordered by example.
 
     ``ids``, ``mask`` and ``positions`` are what the model's forward takes: padded [m, length], or packed into one row. Position
@@ -32,7 +32,7 @@ class Inputs:
     targets: Tensor
     examples: Tensor
 
-    def to(self, device: torch.device) -> Inputs:
+    def to(self, device: torch.device) -> ModelInputs:
         tensors = {name: getattr(self, name) for name in self.__slots__}
         moved: dict[str, Any] = {name: one.to(device) for name, one in tensors.items() if type(one) is Tensor}
         return replace(self, **moved)
@@ -47,7 +47,7 @@ class Inputs:
         return logps.new_zeros(examples).index_add(0, self.examples, logps)
 
 
-def collate(examples: Sequence[tuple[Ids, Ids]], packing: Packing = "none") -> Inputs:
+def collate(examples: Sequence[tuple[Ids, Ids]], packing: Packing = "none") -> ModelInputs:
     """Inputs of (prompt ids, response ids) examples, padded on the right, or packed end to end.
 
     Padding is masked and never scored, so its token id does not matter. Without examples: a dummy of one position, for a rank
@@ -67,7 +67,7 @@ def collate(examples: Sequence[tuple[Ids, Ids]], packing: Packing = "none") -> I
     ]
     numbers = torch.from_numpy(np.repeat(np.arange(len(examples)), responses))
     targets = [ids[len(ids) - response :] for ids, response in zip(tokens, responses, strict=True)]
-    return Inputs(
+    return ModelInputs(
         ids,
         mask,
         positions,
@@ -78,9 +78,9 @@ def collate(examples: Sequence[tuple[Ids, Ids]], packing: Packing = "none") -> I
     )
 
 
-def _dummy() -> Inputs:
+def _dummy() -> ModelInputs:
     one, nothing = torch.zeros((1, 1), dtype=torch.long), torch.zeros(1, dtype=torch.long)
-    return Inputs(one, torch.ones_like(one), None, nothing, nothing, nothing, nothing)
+    return ModelInputs(one, torch.ones_like(one), None, nothing, nothing, nothing, nothing)
 
 
 def _padded_rows(tokens: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, None]:
@@ -97,6 +97,6 @@ def _packed_row(tokens: Sequence[np.ndarray], packing: Packing) -> tuple[Tensor,
     positions = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))
     return (
         torch.from_numpy(np.concatenate(tokens))[None],
-        Apart.of(lengths) if packing == "mask" else None,
+        BlockDiagonalMask.of(lengths) if packing == "mask" else None,
         positions[None],
     )

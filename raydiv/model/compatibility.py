@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raydiv.model.collate import Inputs, collate
+from raydiv.model.collate import ModelInputs, collate
 from raydiv.model.head import LogProbHead
 from raydiv.model.packing import Packing, packing_of
 from raydiv.utils import distributed as dist
-from raydiv.utils.cache import cache_dir, code, digest, kept
+from raydiv.utils.cache import cache_dir, cached_text, code_digest, digest
 from raydiv.utils.errors import UserError
 
 EXAMPLES = (([3, 4, 5, 6], [7, 8, 9, 10]), ([11], [12, 13]), ([14, 15, 16], [3, 17, 4, 18, 5, 19, 6, 20, 7]))
 """(prompt ids, response ids) that every vocabulary has."""
 
 
-class Probe:
+class CompatibilityCheck:
     """Forwards of ``head``'s model as ``forward`` (the model itself, or its engine) makes them, in evaluation mode.
 
     They are few, and what was found is kept on disk: under ZeRO-3 a model's first forwards take seconds.
@@ -50,7 +50,7 @@ class Probe:
             return self._packing(longest)
         if dist.max_over_ranks(float(not note.exists())):  # all ranks must make the same forwards
             found = self._packing(longest)
-            kept(note, lambda: json.dumps(found))
+            cached_text(note, lambda: json.dumps(found))
         packing, why = json.loads(note.read_text())
         return packing, why
 
@@ -61,7 +61,7 @@ class Probe:
             return None
         used = (config, self._model.config.get_text_config()._attn_implementation, longest)
         way = (type(self._model).__name__, str(next(self._model.parameters()).dtype), self._device.type)
-        return cache_dir("probes") / digest(used, way, code("model"))
+        return cache_dir("probes") / digest(used, way, code_digest("model"))
 
     def _packing(self, longest: int) -> tuple[Packing, str]:
         packing, why = packing_of(self._model, longest)
@@ -92,9 +92,9 @@ class Probe:
                 f"{_farthest(found, expected)})"
             )
 
-    def _scores(self, inputs: Inputs) -> Tensor:
+    def _scores(self, inputs: ModelInputs) -> Tensor:
         inputs = inputs.to(self._device)
-        self._head.aim(inputs.rows, inputs.columns, inputs.targets)
+        self._head.set_targets(inputs.rows, inputs.columns, inputs.targets)
         return self._forward(**inputs.arguments()).logits  # type: ignore[no-any-return]
 
     def _close(self, found: Tensor, expected: Tensor) -> bool:

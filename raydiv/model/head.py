@@ -69,7 +69,7 @@ class LogitRule:
         return self.cap * squashed, squashed.square_().neg_().add_(1).mul_(self.scale)
 
 
-Weigh = Callable[[slice, Tensor], Tensor]
+CoefficientFn = Callable[[slice, Tensor], Tensor]
 """From a run of scored positions and their log-probs [p] to the coefficients [p] of these."""
 
 
@@ -220,7 +220,7 @@ class _Push(torch.autograd.Function):
         targets: Tensor,
         rule: LogitRule,
         buffer: Tensor,
-        weigh: Weigh,
+        weigh: CoefficientFn,
         runs: Sequence[int],
     ) -> Tensor:
         seen: list[Tensor] = []
@@ -241,7 +241,7 @@ class _Push(torch.autograd.Function):
         return *grads, None, None, None, None, None
 
 
-def _visit(projection: _Projection, weigh: Weigh, runs: Sequence[int]) -> tuple[Tensor, _Gradients]:
+def _visit(projection: _Projection, weigh: CoefficientFn, runs: Sequence[int]) -> tuple[Tensor, _Gradients]:
     """Log-probs [t] and gradients. Coefficients are asked for once a run of ``runs`` positions is scored (or a piece, without).
 
     As many whole runs as the buffer holds are one piece, whose logits are made once; those of a longer run are made twice.
@@ -310,8 +310,13 @@ class LogProbHead:
         """Of the buffer."""
         return 0 if self._buffer is None else self._buffer.nbytes
 
-    def aim(
-        self, rows: Tensor, columns: Tensor, targets: Tensor, weigh: Weigh | None = None, runs: Sequence[int] = ()
+    def set_targets(
+        self,
+        rows: Tensor,
+        columns: Tensor,
+        targets: Tensor,
+        weigh: CoefficientFn | None = None,
+        runs: Sequence[int] = (),
     ) -> None:
         """Say what the next forward returns in place of logits.
 

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 
 from raydiv.config import Recipe
-from raydiv.config.recipe import Lora, Model
+from raydiv.config.recipe import LoraConfig, ModelConfig
 from raydiv.model.chat import Chat
 from raydiv.model.resolve import model_directory, unloadable
-from raydiv.model.silence import quiet
+from raydiv.model.silence import silence_libraries
 from raydiv.utils.compat import peft_without_quantizer
 from raydiv.utils.errors import UserError
 
@@ -92,11 +92,11 @@ class ModelSource:
 
     def serve(self) -> Any:
         """The model as a pool's worker uses it: on the worker's device, in evaluation mode, without libraries' chatter."""
-        quiet()
+        silence_libraries()
         return self.load().to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def build_policy(directory: Path, section: Model, dtype: Any) -> Any:
+def build_policy(directory: Path, section: ModelConfig, dtype: Any) -> Any:
     """The model to train: all of its weights, or adapters on it."""
     model = _from_pretrained(directory, dtype, section.attention, section.trust_remote_code, section.quantization)
     if section.lora is None:
@@ -120,7 +120,7 @@ def implementation(attention: str) -> str | None:
     return None if attention == "auto" else attention
 
 
-def lora_config(lora: Lora) -> Any:
+def lora_config(lora: LoraConfig) -> Any:
     """The section as peft has it."""
     from peft import LoraConfig
 

@@ -1,7 +1,7 @@
 """Examples end to end in one row, without padding, and attention that keeps them apart.
 
-A model passes its attention mask to ``scaled_dot_product_attention`` as it is when the mask has four dimensions. ``Apart`` is
-such a mask in form; in place of one attention over the whole row, quadratic in its length, it runs a causal one over each
+A model passes its attention mask to ``scaled_dot_product_attention`` as it is when the mask has four dimensions.
+``BlockDiagonalMask`` is such a mask in form; in place of one attention over the whole row, quadratic in its length, it runs a causal one over each
 example, on whatever device the row is. Rotary and learned positions come from ``position_ids``, which begin anew with each
 example. FlashAttention 2 reads where examples begin from these alone.
 """
@@ -26,15 +26,15 @@ PACKINGS: dict[str, Packing] = {"sdpa": "mask", "flash_attention_2": "positions"
 _attention = torch.nn.functional.scaled_dot_product_attention
 
 
-class Apart(Tensor):
+class BlockDiagonalMask(Tensor):
     """A mask [1, 1, total, total] without content: each of ``lengths`` (they sum to total) attends to itself alone."""
 
     lengths: list[int]
 
     @classmethod
-    def of(cls, lengths: Sequence[int]) -> Apart:
+    def of(cls, lengths: Sequence[int]) -> BlockDiagonalMask:
         total = sum(lengths)
-        mask: Apart = torch.zeros(1).expand(1, 1, total, total).as_subclass(cls)
+        mask: BlockDiagonalMask = torch.zeros(1).expand(1, 1, total, total).as_subclass(cls)
         mask.lengths = list(lengths)
         return mask
 
@@ -48,7 +48,7 @@ class Apart(Tensor):
 
 
 def _attend_apart(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Apart, is_causal: bool = False, **options: Any
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: BlockDiagonalMask, is_causal: bool = False, **options: Any
 ) -> Tensor:
     """Causal attention over each example of a row; query, key and value [1, heads, total, size]."""
     pieces = (torch.split(tensor, attn_mask.lengths, dim=2) for tensor in (query, key, value))

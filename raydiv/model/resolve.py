@@ -161,9 +161,9 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     import torch
     import transformers
 
-    from raydiv.model.silence import quiet
+    from raydiv.model.silence import silence_libraries
 
-    quiet()
+    silence_libraries()
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     loaded = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     config = loaded.config

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 
-def quiet() -> None:
+def silence_libraries() -> None:
     """Silence progress bars and advice of transformers, peft, bitsandbytes and DeepSpeed in this process."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from raydiv.config import Recipe, load_recipe, save_recipe
-from raydiv.runs.heartbeat import Beat
+from raydiv.runs.heartbeat import Heartbeat
 from raydiv.utils.errors import UserError
-from raydiv.utils.jsonl import Lines, followed
+from raydiv.utils.jsonl import JsonlTail, follow
 from raydiv.utils.storage import Folder, atomic
 
 Metrics = dict[str, Any]
@@ -41,7 +41,7 @@ def numbers(record: Metrics) -> Metrics:
 
 PROBE = ".writable"
 
-Place = tuple[int, int, int]
+ExamplePlace = tuple[int, int, int]
 """Of an example: the source of data.train, its file, and the position in that."""
 
 SEPARATION, EVALUATION = "separation", "evaluation"
@@ -49,7 +49,7 @@ SEPARATION, EVALUATION = "separation", "evaluation"
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class RunStage:
     """How far a run has come, by what it needs to go on.
 
     ``id`` tells it from every other run; ``of`` are the fingerprints of its data and model. ``began`` and ``ended``: bytes of
@@ -104,7 +104,7 @@ class RunDirectory:
                 "output_dir=..., or remove the directory"
             )
 
-    def claim(self, recipe: Recipe, of: Mapping[str, str]) -> None:
+    def create(self, recipe: Recipe, of: Mapping[str, str]) -> None:
         """Make the directory a new run's, without what an attempt that never got to train may have left.
 
         ``of``: fingerprints of its data and model.
@@ -114,8 +114,8 @@ class RunDirectory:
             for left in (self.metrics_file, self.result, self.mlflow, self.events, self._rewards):
                 left.unlink(missing_ok=True)
             self._free_storage(recipe)
-            self.note_stage(Stage(uuid.uuid4().hex, dict(of)))
-            self.take_up(recipe)
+            self.set_stage(RunStage(uuid.uuid4().hex, dict(of)))
+            self.start_attempt(recipe)
         except OSError as error:
             raise UserError(f"output_dir: {self.path} cannot be written: {error.strerror}") from None
 
@@ -141,7 +141,7 @@ class RunDirectory:
                 "name another place"
             ) from None
 
-    def take_up(self, recipe: Recipe) -> None:
+    def start_attempt(self, recipe: Recipe) -> None:
         """Write down the recipe that an attempt trains by, and let go of what the one before it used.
 
         Raises UserError where its checkpoints cannot be written.
@@ -151,31 +151,31 @@ class RunDirectory:
         shutil.rmtree(self.ray, ignore_errors=True)
         save_recipe(recipe, self.recipe)
 
-    def note_stage(self, stage: Stage) -> None:
+    def set_stage(self, stage: RunStage) -> None:
         with atomic(self._stage) as temporary:
             temporary.write_text(json.dumps(asdict(stage)) + "\n")
 
-    def stage(self) -> Stage:
+    def stage(self) -> RunStage:
         """What ``note_stage`` wrote last. Raises UserError where nothing did, as in a run of an earlier raydiv."""
         try:
-            return Stage(**json.loads(self._stage.read_text()))
+            return RunStage(**json.loads(self._stage.read_text()))
         except (OSError, TypeError, ValueError):
             raise UserError(f"{self.path}: has no stage.json that says how far it came; begin another run") from None
 
-    def note_began(self, planned: int) -> None:
+    def training_started(self, planned: int) -> None:
         """Training of so many steps begins: what is in metrics.jsonl stays, wherever training goes on from."""
-        self.note_stage(replace(self.stage(), began=self.logged, planned=planned))
+        self.set_stage(replace(self.stage(), began=self.metrics_bytes, planned=planned))
 
-    def note_ended(self, why: str) -> None:
+    def training_ended(self, why: str) -> None:
         """The model is written, and training over."""
-        self.note_stage(replace(self.stage(), ended=self.logged, why=why))
+        self.set_stage(replace(self.stage(), ended=self.metrics_bytes, why=why))
 
-    def ask_to_stop(self) -> None:
+    def request_stop(self) -> None:
         """Ask the workers for a checkpoint, and to end after it."""
         self._stop.touch()
 
     @property
-    def asked_to_stop(self) -> bool:
+    def stop_requested(self) -> bool:
         return self._stop.exists()
 
     def checkpoints(self, recipe: Recipe) -> Folder:
@@ -185,26 +185,26 @@ class RunDirectory:
             return Folder(str(self.path / "checkpoints"))
         return Folder(storage.rstrip("/")).inside(recipe.name)
 
-    def note_rows(self, notes: Iterable[dict[str, Any]]) -> None:
+    def write_row_notes(self, notes: Iterable[dict[str, Any]]) -> None:
         """Write down the rows of the data that were left out or cut; without any there is no file."""
         lines = [json.dumps(note) + "\n" for note in notes]
         if lines:
             self.rows.write_text("".join(lines))
 
-    def note_layout(self, facts: dict[str, Any]) -> None:
+    def write_layout(self, facts: dict[str, Any]) -> None:
         """Write down how the workers lay examples out."""
         self._layout.write_text(json.dumps(facts) + "\n")
 
-    def layout(self) -> dict[str, Any]:
+    def read_layout(self) -> dict[str, Any]:
         """What ``note_layout`` wrote."""
         facts: dict[str, Any] = json.loads(self._layout.read_text())
         return facts
 
-    def note_rewards(self, by_class: dict[str, list[float]]) -> None:
+    def write_rewards(self, by_class: dict[str, list[float]]) -> None:
         """Write down the held-out examples' rewards, ``aligned`` and ``unaligned``, over an earlier evaluation's."""
         self._rewards.write_text(json.dumps(by_class) + "\n")
 
-    def rewards(self) -> dict[str, list[float]]:
+    def read_rewards(self) -> dict[str, list[float]]:
         """What ``note_rewards`` wrote last; empty without held-out examples, or without a reference to count from."""
         by_class: dict[str, list[float]] = json.loads(self._rewards.read_text()) if self._rewards.exists() else {}
         return by_class
@@ -212,56 +212,56 @@ class RunDirectory:
     def read_recipe(self) -> Recipe:
         return load_recipe(self.recipe)
 
-    def log(self, record: Metrics) -> None:
+    def log_metrics(self, record: Metrics) -> None:
         """Append a line to metrics.jsonl; an empty record is none."""
         if record:
             with self.metrics_file.open("a") as lines:
                 lines.write(json.dumps(record) + "\n")
 
-    def forget_checkpoints(self) -> None:
+    def remove_checkpoints(self) -> None:
         """Remove them all: the run needs none any more."""
         if self.holds_a_run:
             self.checkpoints(self.read_recipe()).remove()
 
     @property
-    def logged(self) -> int:
+    def metrics_bytes(self) -> int:
         """Bytes of metrics.jsonl."""
         return self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
 
-    def rewind(self, size: int) -> None:
+    def truncate_metrics(self, size: int) -> None:
         """Take metrics.jsonl back to its first ``size`` bytes: what followed them is done again.
 
         It becomes another file, by which whoever follows it knows.
         """
-        if self.logged > size:
+        if self.metrics_bytes > size:
             with atomic(self.metrics_file) as temporary, self.metrics_file.open("rb") as content:
                 temporary.write_bytes(content.read(size))
 
-    def tell(self, message: str, examples: Sequence[Place] = ()) -> None:
+    def log_event(self, message: str, examples: Sequence[ExamplePlace] = ()) -> None:
         """Say something to whoever follows the run, from any worker; of ``examples``, if of any."""
         with self.events.open("a") as lines:
             lines.write(
                 json.dumps({"time": round(time.time(), 3), "message": message, "examples": list(examples)}) + "\n"
             )
 
-    def forget_beats(self) -> None:
+    def clear_heartbeats(self) -> None:
         """Those of workers that are no more."""
         shutil.rmtree(self._workers, ignore_errors=True)
         self._workers.mkdir(parents=True)
 
-    def note_beat(self, beat: Beat) -> None:
+    def write_heartbeat(self, beat: Heartbeat) -> None:
         with atomic(self._workers / f"{beat.rank}.json") as temporary:
             temporary.write_text(json.dumps(asdict(beat)) + "\n")
 
-    def beats(self) -> list[Beat]:
+    def heartbeats(self) -> list[Heartbeat]:
         """The last beat of every training worker, by rank."""
         # by the times of the files, which are one clock's: those of nodes differ
         found = [(path.stat().st_mtime, json.loads(path.read_text())) for path in self._workers.glob("*.json")]
         newest = max((written for written, _ in found), default=0.0)
-        beats = [Beat(**beat | {"silent": round(newest - written, 3)}) for written, beat in found]
+        beats = [Heartbeat(**beat | {"silent": round(newest - written, 3)}) for written, beat in found]
         return sorted(beats, key=lambda beat: beat.rank)
 
-    def since_beat(self) -> float:
+    def seconds_since_heartbeat(self) -> float:
         """Seconds since any worker of the last start said something; infinite where none did."""
         beats = []
         for path in self._workers.glob("*.json"):
@@ -269,7 +269,7 @@ class RunDirectory:
                 beats.append(path.stat().st_mtime)
         return time.time() - max(beats, default=-math.inf)
 
-    def first_to_say(self, what: str) -> bool:
+    def claim_report(self, what: str) -> bool:
         """Whether no other worker was asked this before."""
         try:
             (self._workers / what).touch(exist_ok=False)
@@ -277,26 +277,28 @@ class RunDirectory:
             return False
         return True
 
-    def metrics(self) -> list[Metrics]:
+    def read_metrics(self) -> list[Metrics]:
         """The lines of metrics.jsonl."""
         return [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
 
-    def trained(self) -> Metrics:
+    def trained_metrics(self) -> Metrics:
         """The last value of every metric since training began: what was measured before says nothing of the trained model."""
-        return last_values(record for record in self.metrics() if record["step"] > 0)
+        return last_values(record for record in self.read_metrics() if record["step"] > 0)
 
     def steps_taken(self) -> int:
         """Optimizer updates so far."""
-        return max((int(record["step"]) for record in self.metrics()), default=0)
+        return max((int(record["step"]) for record in self.read_metrics()), default=0)
 
-    def followed(self, handle: Callable[[Metrics], None], skip: int = 0) -> AbstractContextManager[None]:
+    def follow_metrics(self, handle: Callable[[Metrics], None], skip: int = 0) -> AbstractContextManager[None]:
         """Call ``handle`` with each line that metrics.jsonl gets while the block runs, the last ones after it.
 
         Not with the first ``skip`` lines, and with each line once: what is written again after ``rewind`` is the same.
         """
-        return followed(Lines(self.metrics_file, skip), handle)
+        return follow(JsonlTail(self.metrics_file, skip), handle)
 
-    def heard(self, say: Callable[[str], None], where: Callable[[Place], str]) -> AbstractContextManager[None]:
+    def follow_events(
+        self, say: Callable[[str], None], where: Callable[[ExamplePlace], str]
+    ) -> AbstractContextManager[None]:
         """Hand on what workers ``tell`` while the block runs; ``where`` names the place of an example."""
         told = self.events.read_bytes().count(b"\n") if self.events.exists() else 0
 
@@ -304,4 +306,4 @@ class RunDirectory:
             places = ", ".join(where(tuple(place)) for place in event["examples"])
             say(f"{event['message']}{f' ({places})' if places else ''}")
 
-        return followed(Lines(self.events, told), hand_on)
+        return follow(JsonlTail(self.events, told), hand_on)

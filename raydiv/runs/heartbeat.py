@@ -8,12 +8,12 @@ from dataclasses import dataclass
 NAMED = 4
 """Workers that a message says something of."""
 
-MISSED = 3
+MISSED_BEATS = 3
 """Beats in a row, after which a worker counts as silent."""
 
 
 @dataclass(frozen=True, slots=True)
-class Beat:
+class Heartbeat:
     """A worker's state. ``passed`` counts what it has gone through, in the order that is the same for all workers.
 
     ``idle``: seconds since it went on; ``every``: seconds from beat to beat; ``where``: the place in the program, of one that
@@ -33,26 +33,26 @@ class Beat:
     silent: float = 0.0
 
     @property
-    def mute(self) -> bool:
+    def is_silent(self) -> bool:
         """It does not even say that it stands still: its process is stopped or gone, or its node is."""
-        return self.silent > MISSED * self.every
+        return self.silent > MISSED_BEATS * self.every
 
     @property
     def place(self) -> str:
         at = f", at {self.where}" if self.where else ""
-        last = f" (says nothing since {self.silent:.0f} s)" if self.mute else ""
+        last = f" (says nothing since {self.silent:.0f} s)" if self.is_silent else ""
         return f"worker {self.rank} ({self.host}, process {self.pid}): {self.phase} of step {self.step}{at}{last}"
 
 
-def stalled(beats: Sequence[Beat], timeout: float) -> str | None:
+def diagnose_hang(beats: Sequence[Heartbeat], timeout: float) -> str | None:
     """Of workers that have stood still for ``timeout`` seconds, whom to look at; None where they have not.
 
     That is who says nothing any more; else who has come least far, since the others wait for it.
     """
     if not beats or max(beat.idle for beat in beats) < timeout:
         return None
-    first = min((not beat.mute, beat.passed) for beat in beats)
-    behind = [beat for beat in beats if (not beat.mute, beat.passed) == first]
+    first = min((not beat.is_silent, beat.passed) for beat in beats)
+    behind = [beat for beat in beats if (not beat.is_silent, beat.passed) == first]
     others = [beat for beat in beats if beat not in behind]
     told = "; ".join(beat.place for beat in behind[:NAMED])
     if len(behind) > NAMED:

@@ -45,7 +45,7 @@ def _columns() -> list[ProgressColumn]:
     ]
 
 
-class Display:
+class ProgressDisplay:
     """Progress on standard error, so that standard output stays free for results.
 
     On a terminal bars move; elsewhere a line is printed when a phase ends, and now and then within a long one.
@@ -72,13 +72,13 @@ class Display:
                     # what came before the first unit was start-up, and says nothing of the rest
                     eta = (now - first[0]) / (done - first[1]) * (total - done) if total and done > first[1] else None
                     left = "" if eta is None else f", {eta:.0f} s left"
-                    self.say(f"{name}: {done}{f'/{total}' if total else ''}  {note}  ({now - started:.0f} s{left})")
+                    self.print(f"{name}: {done}{f'/{total}' if total else ''}  {note}  ({now - started:.0f} s{left})")
 
             yield update
         if not self.console.is_terminal:
-            self.say(f"{name}: done in {time.monotonic() - started:.1f} s")
+            self.print(f"{name}: done in {time.monotonic() - started:.1f} s")
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         self.console.print(text, soft_wrap=True)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from raydiv.runs.directory import Metrics, numbers
 
 
-class Gauges:
+class PrometheusMetrics:
     """``ray_raydiv_NAME{run="..."}`` for each metric NAME; of a process without a Ray session, nothing."""
 
     def __init__(self, run: str) -> None:

@@ -33,7 +33,7 @@ def recipe_to_resume(run: RunDirectory, recipe: Recipe) -> Recipe:
     Raises UserError, with the differences, when that run was begun with another one.
     """
     there = run.read_recipe()
-    differ = differences(compared(there), compared(recipe))
+    differ = differences(comparable(there), comparable(recipe))
     if differ:
         lines = [f"  {key}: {then} then, {now} now" for key, (then, now) in differ.items()]
         raise UserError(
@@ -49,7 +49,7 @@ def recipe_to_resume(run: RunDirectory, recipe: Recipe) -> Recipe:
     return recipe.model_copy(update=settled)
 
 
-def goes_on(run: RunDirectory, recipe: Recipe) -> bool:
+def resumes(run: RunDirectory, recipe: Recipe) -> bool:
     """Whether there is a run of this recipe that can be gone on with, as far as that is seen without its data."""
     try:
         run.stage()
@@ -67,7 +67,7 @@ def _left_open(there: Recipe, recipe: Recipe, section: str) -> dict[str, Any]:
     }
 
 
-def compared(recipe: Recipe) -> dict[str, Any]:
+def comparable(recipe: Recipe) -> dict[str, Any]:
     """What a recipe says of the model that comes out of it, by dotted keys: not where, nor in which layout, it is trained."""
     tree = recipe.model_dump(mode="json", by_alias=True, exclude=set(FREE))
     return {key: value for key, value in flatten(tree).items() if key not in LAYOUT}

@@ -33,7 +33,7 @@ def tracking_uri(recipe: Recipe) -> str:
     return configured or f"sqlite:///{recipe.output_path / 'mlflow.db'}"
 
 
-def handed_on(recipe: Recipe) -> str | None:
+def forwarded_environment(recipe: Recipe) -> str | None:
     """``tracking_uri`` for the recipes of a sweep's or a study's runs; None for one with a password: no recipe holds it, and
     they find it where this process does, in the environment.
     """
@@ -41,7 +41,7 @@ def handed_on(recipe: Recipe) -> str | None:
     return None if has_password(uri) else uri
 
 
-class Tracker:
+class MlflowTracker:
     """One MLflow run, a new one unless it goes on with an ``earlier`` one (``uri`` and ``run_id``) of the same server.
 
     What could not be sent is kept in order and tried again with the next call, and at the end. A thread of its own does the
@@ -79,7 +79,7 @@ class Tracker:
         self.sent = int(same.get("lines", 0))
         """Lines of metrics.jsonl that the server has."""
         self._sure = run_id is None
-        self._submit(lambda: self._start(recipe, tags) if run_id is None else self._go_on(run_id))
+        self._submit(lambda: self._start(recipe, tags) if run_id is None else self._resume(run_id))
 
     @property
     def run_id(self) -> str | None:
@@ -146,7 +146,7 @@ class Tracker:
         self._write_note()
         self._watch_system()
 
-    def _go_on(self, run_id: str) -> None:
+    def _resume(self, run_id: str) -> None:
         """With a run that an earlier attempt began."""
         self._client.update_run(run_id, "RUNNING")
         self._run_id = run_id

@@ -18,7 +18,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasource, ExecutionResources, ReadTask
 from ray.data.block import BlockMetadata
 
-from raydiv.config.cluster import Cluster
+from raydiv.config.cluster import ClusterConfig
 from raydiv.runtime.resources import Pool, pool_of
 from raydiv.utils.errors import UserError
 
@@ -30,12 +30,12 @@ BUFFERED_BYTES = 256 * 2**20
 """Object store that rows between a reader and a pool may take: what bounds the memory of a pipeline, not its data's size."""
 
 
-def unwatched(done: int, total: int | None) -> None:
+def no_progress(done: int, total: int | None) -> None:
     """The progress of whom nobody watches."""
 
 
 def map_rows(
-    rows: Sequence[Row], worker: type, arguments: dict[str, Any], *, progress: Progress = unwatched, **options: Any
+    rows: Sequence[Row], worker: type, arguments: dict[str, Any], *, progress: Progress = no_progress, **options: Any
 ) -> list[Row]:
     """What ``each_row`` gives, all of it, in the order of ``rows``."""
     done: dict[int, Row] = {}
@@ -50,7 +50,7 @@ def each_row(
     worker: type,
     arguments: dict[str, Any],
     *,
-    cluster: Cluster,
+    cluster: ClusterConfig,
     batch_rows: int,
     model: bool = True,
     length: Callable[[Row], int] = lambda row: 0,
@@ -76,7 +76,7 @@ def stream_through(
     worker: type,
     arguments: dict[str, Any],
     *,
-    cluster: Cluster,
+    cluster: ClusterConfig,
     model: bool = True,
     actors: int | None = None,
 ) -> Generator[Any, None, None]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from raydiv.config.cluster import Cluster, PoolReserved, Reserved
+from raydiv.config.cluster import ClusterConfig, PoolResources, ReservedResources
 from raydiv.utils.errors import UserError
 
 SHARE = 0.9
@@ -24,14 +24,14 @@ LOOKED_S, NAMED = 3.0, 5
 """Seconds between looks for new nodes; nodes that a message names."""
 
 
-def cpus(cluster: Cluster) -> float:
+def cpus(cluster: ClusterConfig) -> float:
     """CPUs that a run may take: the cluster's, unless the recipe says fewer."""
     import ray
 
     return cluster.cpus or float(ray.cluster_resources().get("CPU", 0.0))
 
 
-def cpus_per_worker(cluster: Cluster) -> float:
+def cpus_per_worker(cluster: ClusterConfig) -> float:
     """CPUs that a training worker reserves; by default nine tenths of its node's in equal shares, so that others can start.
 
     These are the most with which all workers find a place on the nodes that there are.
@@ -47,12 +47,12 @@ def cpus_per_worker(cluster: Cluster) -> float:
     return _rounded_down(most)
 
 
-def threads_per_worker(cluster: Cluster) -> int:
+def threads_per_worker(cluster: ClusterConfig) -> int:
     """Threads of a training worker: its share of the CPUs, rounded to whole ones."""
     return max(1, round(cpus_per_worker(cluster)))
 
 
-def side_by_side(cluster: Cluster, at_most: int | None) -> tuple[int, Cluster]:
+def side_by_side(cluster: ClusterConfig, at_most: int | None) -> tuple[int, ClusterConfig]:
     """How many runs there is room for, ``at_most`` so many, and the part of the cluster that each then gets.
 
     The parts never add up to more than there is: no run waits for what another holds, its pools' actors included.
@@ -81,7 +81,7 @@ HOST_SHARE = 0.85
 """Of a node's memory, what training workers on CPUs may have, beside the driver, Ray's daemons and its object store."""
 
 
-def worker_memory(cluster: Cluster) -> int:
+def worker_memory(cluster: ClusterConfig) -> int:
     """Bytes of a training worker's GPU, or its share of a node's memory; ``cluster.worker_memory_gb`` where it is given."""
     import ray
 
@@ -105,10 +105,10 @@ def _gpu_memory() -> int:
     return int(torch.cuda.get_device_properties(0).total_memory)
 
 
-def pool_of(cluster: Cluster, model: bool) -> Pool:
+def pool_of(cluster: ClusterConfig, model: bool) -> Pool:
     """What the actors of a pool reserve, with a ``model`` each or, as tokenizers, without, and for how many there is room."""
     section = cluster.pool if model else cluster.tokenize
-    each = (section.gpus if isinstance(section, PoolReserved) else None) if cluster.use_gpu else 0
+    each = (section.gpus if isinstance(section, PoolResources) else None) if cluster.use_gpu else 0
     gpus = (1.0 if each is None else each) if model else 0.0
     nodes = _nodes()
     if gpus:
@@ -142,7 +142,7 @@ class Pool:
     each: dict[str, float]
 
 
-def of_a_worker(cluster: Cluster) -> dict[str, float]:
+def of_a_worker(cluster: ClusterConfig) -> dict[str, float]:
     """What a training worker reserves, by Ray's names, but for the type of its GPU."""
     return {
         name: amount
@@ -151,11 +151,11 @@ def of_a_worker(cluster: Cluster) -> dict[str, float]:
     }
 
 
-def _of_a_worker(cluster: Cluster, share: float) -> dict[str, float]:
+def _of_a_worker(cluster: ClusterConfig, share: float) -> dict[str, float]:
     return {"CPU": share, "GPU": 1.0 if cluster.use_gpu else 0.0, **_apart(cluster.train)}
 
 
-def _apart(section: Reserved) -> dict[str, float]:
+def _apart(section: ReservedResources) -> dict[str, float]:
     """What tells the nodes apart that a section names; Ray counts a node's type of GPU as a resource."""
     kind = {f"{ACCELERATOR}{section.accelerator}": ANY} if section.accelerator else {}
     return {**section.custom, **kind}
@@ -177,7 +177,7 @@ def _rounded_down(share: float) -> float:
     return int(share * 1000) / 1000
 
 
-def require_resources(cluster: Cluster) -> None:
+def require_resources(cluster: ClusterConfig) -> None:
     """Raise UserError where the cluster has no room for training workers or pools, and gets none in ``cluster.wait_s``."""
     lack = _lack(cluster)
     if lack is None:
@@ -194,7 +194,7 @@ def require_resources(cluster: Cluster) -> None:
 
 
 @contextmanager
-def _asked_for(cluster: Cluster) -> Iterator[None]:
+def _asked_for(cluster: ClusterConfig) -> Iterator[None]:
     """Ask the autoscaler for room for the workers while the block runs; a request that stayed would keep nodes for ever."""
     import ray
     from ray.autoscaler.sdk import request_resources
@@ -202,7 +202,7 @@ def _asked_for(cluster: Cluster) -> Iterator[None]:
     asked = _of_a_worker(cluster, cluster.cpus_per_worker or 1.0)
     each = {name: amount for name, amount in asked.items() if amount}
     with suppress(ray.exceptions.RayError, RuntimeError):  # without an autoscaler, nodes may come all the same
-        request_resources(bundles=[each] * cluster.fewest)
+        request_resources(bundles=[each] * cluster.least_workers)
     try:
         yield
     finally:
@@ -210,19 +210,19 @@ def _asked_for(cluster: Cluster) -> Iterator[None]:
             request_resources(bundles=[])
 
 
-def _lack(cluster: Cluster) -> str | None:
+def _lack(cluster: ClusterConfig) -> str | None:
     """What there is no room for, with what is there."""
     lacks = (lack_of_workers(cluster), _lack_of_a_pool(cluster, True), _lack_of_a_pool(cluster, False))
     return next(filter(None, lacks), None)
 
 
-def lack_of_workers(cluster: Cluster) -> str | None:
+def lack_of_workers(cluster: ClusterConfig) -> str | None:
     """Why training workers find no room; None where they do."""
     import ray
 
     have = ray.cluster_resources()
     kind, each = ("GPU", 1.0) if cluster.use_gpu else ("CPU", cluster.cpus_per_worker or 1.0)
-    wanted, there = cluster.fewest * each, have.get(kind, 0.0)
+    wanted, there = cluster.least_workers * each, have.get(kind, 0.0)
     if cluster.cpus is not None and cluster.cpus > have.get("CPU", 0.0):
         return f"cluster.cpus: {cluster.cpus:g}, and the cluster has {have.get('CPU', 0.0):g}"
     if kind == "CPU":
@@ -232,21 +232,21 @@ def lack_of_workers(cluster: Cluster) -> str | None:
         owner = "the cluster has" if cluster.use_gpu or cluster.cpus is None else "cluster.cpus is"
         less = "(or set use_gpu: false)" if cluster.use_gpu else "or cluster.cpus_per_worker"
         return (
-            f"cluster.{key}: {cluster.fewest} workers need {wanted:g} {kind}s, and {owner} {there:g}; "
+            f"cluster.{key}: {cluster.least_workers} workers need {wanted:g} {kind}s, and {owner} {there:g}; "
             f"lower it {less}, or add nodes"
         )
     # a share that the recipe does not say is whatever is left
     asked = _of_a_worker(cluster, cluster.cpus_per_worker or ANY)
     room = sum(_places(node, asked) for node in _nodes())
-    if room < cluster.fewest:
+    if room < cluster.least_workers:
         return (
-            f"cluster.{key}: {cluster.fewest} workers with {_words(asked)} each, and there is room for {room} of them; nodes: "
-            f"{_words_of_nodes(asked)}"
+            f"cluster.{key}: {cluster.least_workers} workers with {_words(asked)} each, and there is room for "
+            f"{room} of them; nodes: {_words_of_nodes(asked)}"
         )
     return None
 
 
-def _lack_of_a_pool(cluster: Cluster, model: bool) -> str | None:
+def _lack_of_a_pool(cluster: ClusterConfig, model: bool) -> str | None:
     """Only of one that the recipe says something of: what it does not say is fitted to the nodes."""
     section, key = (cluster.pool, "cluster.pool") if model else (cluster.tokenize, "cluster.tokenize")
     if section == type(section)():

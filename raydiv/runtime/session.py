@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from raydiv.config import Recipe
-from raydiv.config.cluster import Cluster
+from raydiv.config.cluster import ClusterConfig
 from raydiv.runtime.resources import require_resources
 from raydiv.utils.errors import UserError
 
@@ -30,7 +30,7 @@ FULL = (
 
 
 @contextmanager
-def ray_session(cluster: Cluster, *, dashboard: bool = False) -> Iterator[None]:
+def ray_session(cluster: ClusterConfig, *, dashboard: bool = False) -> Iterator[None]:
     """Connect to Ray, quietly, and check that the recipe's workers fit; a Ray that was running before is left running.
 
     A local one has a ``dashboard``, which Ray jobs need, if it is asked for; none but this machine reaches it. Ray lets nobody
@@ -105,7 +105,7 @@ STOP_SECONDS = 600
 """Seconds that a job which is told to stop has for its step and its checkpoint; Ray's own three are too few."""
 
 
-def submitted(client: Any, runtime_env: Mapping[str, Any], **job: Any) -> str:
+def is_submitted_job(client: Any, runtime_env: Mapping[str, Any], **job: Any) -> str:
     """Send a job to a cluster by its client of Ray's job API; returns its id. Raises UserError where nothing starts jobs."""
     patient = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
     whole = {**runtime_env, "env_vars": patient | dict(runtime_env.get("env_vars", {}))}
@@ -162,7 +162,7 @@ def _core_log_silenced() -> Iterator[None]:
         os.close(nowhere)
 
 
-def worker_environment(cluster: Cluster) -> dict[str, str]:
+def worker_environment(cluster: ClusterConfig) -> dict[str, str]:
     """Environment variables of every process of the session: libraries' settings, the device, and ``cluster.env``."""
     device = {} if cluster.use_gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     return {"TOKENIZERS_PARALLELISM": "false", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", **device, **cluster.env}

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from raydiv.config.cluster import Cluster
+from raydiv.config.cluster import ClusterConfig
 from raydiv.runtime.resources import lack_of_workers
 
 EVERY_S = 30.0
@@ -15,7 +15,7 @@ EVERY_S = 30.0
 
 
 @contextmanager
-def waiting_is_said(silence: Callable[[], float], cluster: Cluster, say: Callable[[str], None]) -> Iterator[None]:
+def report_waiting(silence: Callable[[], float], cluster: ClusterConfig, say: Callable[[str], None]) -> Iterator[None]:
     """While the block runs, say when workers are gone and the cluster has no room for others; needs a Ray session.
 
     ``silence`` returns the seconds since any worker's last heartbeat, infinity before the first.

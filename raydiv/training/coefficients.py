@@ -25,7 +25,7 @@ class NotFiniteError(FloatingPointError):
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class LossOutput:
     """``loss``: the weighted sum of the terms; ``coefficients`` [n] = d loss / d logps; ``states``: one per term."""
 
     loss: float
@@ -64,7 +64,7 @@ def _differentiate(terms: Sequence[Term], states: Sequence[State], batch: Batch)
     return values, loss.detach(), coefficients
 
 
-def judge(terms: Sequence[Term], states: Sequence[State], batch: Batch) -> Verdict:
+def evaluate_objective(terms: Sequence[Term], states: Sequence[State], batch: Batch) -> LossOutput:
     """Evaluate the objective on the global batch.
 
     Raises NotFiniteError when a log-prob, the value or a coefficient is not finite: the step must not be applied (a
@@ -85,7 +85,7 @@ def judge(terms: Sequence[Term], states: Sequence[State], batch: Batch) -> Verdi
         metrics["divergence"] = float(values[0].divergence.detach()) + 0.0  # -0.0 becomes 0.0
     metrics |= _objective_shares(terms, [float(value.loss.detach()) for value in values])
     metrics |= reward_metrics(batch, reward_beta(terms[0]))
-    return Verdict(metrics["loss"], coefficients, [value.state for value in values], metrics)
+    return LossOutput(metrics["loss"], coefficients, [value.state for value in values], metrics)
 
 
 def _objective_shares(terms: Sequence[Term], losses: Sequence[float]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from raydiv.data.batching import Layout, Plan, StepPlan
+from raydiv.data.batching import BatchLayout, BatchPlan, StepPlan
 from raydiv.data.tokens import StoredExamples, TokenizedExamples
 from raydiv.runtime.actor_pool import Stream
 from raydiv.training.step import StepExamples
@@ -25,7 +25,7 @@ AHEAD = 4
 WINDOW = 256
 """Steps that one task reads, one after another."""
 
-Held = tuple[list[int], list[tuple[np.ndarray, np.ndarray]]]
+RankStep = tuple[list[int], list[tuple[np.ndarray, np.ndarray]]]
 """Positions in a step, and the token ids of the examples there."""
 
 
@@ -40,10 +40,10 @@ class ExampleSet:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class RankShard:
     """One rank's part of every step: ``scores`` when it also scores the step without training on it (adapters off)."""
 
-    layout: Layout
+    layout: BatchLayout
     rank: int
     trains: bool
     scores: bool
@@ -56,23 +56,23 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
-class Feed:
+class StepLoader:
     """The steps of a set, as one rank needs them."""
 
     examples: ExampleSet
-    plan: Plan
-    share: Share
+    plan: BatchPlan
+    share: RankShard
 
-    def read(self, step: int) -> tuple[Held, Held]:
+    def read(self, step: int) -> tuple[RankStep, RankStep]:
         """Token ids of step ``step`` that this rank forwards: of its examples, and of the mismatched ones."""
         plan = self.plan.step(step)
         own, others = self._without_ids(plan)
-        scoring = Share(self.share.layout, self.share.rank, trains=False, scores=True)
-        return _held(self.examples.examples, plan, own, self.share), _held(
+        scoring = RankShard(self.share.layout, self.share.rank, trains=False, scores=True)
+        return _rank_step(self.examples.examples, plan, own, self.share), _rank_step(
             self.examples.mismatched, plan, others, scoring
         )
 
-    def step(self, plan: StepPlan, held: tuple[Held, Held]) -> StepExamples:
+    def step(self, plan: StepPlan, held: tuple[RankStep, RankStep]) -> StepExamples:
         """The examples of a step, with the ids that ``read`` found."""
         own, others = self._without_ids(plan)
         reference, mismatched_reference = self.examples.reference_logps, self.examples.mismatched_reference_logps
@@ -92,19 +92,21 @@ class Feed:
         return own, self.examples.mismatched.without_ids(plan.rows, np.full(len(plan.rows), -1))
 
 
-def _held(stored: StoredExamples | None, plan: StepPlan, examples: TokenizedExamples, share: Share) -> Held:
+def _rank_step(
+    stored: StoredExamples | None, plan: StepPlan, examples: TokenizedExamples, share: RankShard
+) -> RankStep:
     positions = share.positions(examples)
     return positions, stored.ids(plan.rows[positions]) if stored is not None and positions else []
 
 
-def parts(feed: Feed, count: int) -> Iterator[StepExamples]:
+def parts(feed: StepLoader, count: int) -> Iterator[StepExamples]:
     """The first ``count`` steps, each read when it is asked for: for evaluation, which no step waits for."""
     for number in range(count):
         yield feed.step(feed.plan.step(number), feed.read(number))
 
 
 def stream_steps(
-    feed: Feed, again: Callable[[], Feed], start: int, stop: int
+    feed: StepLoader, again: Callable[[], StepLoader], start: int, stop: int
 ) -> Iterator[tuple[StepPlan, StepExamples]]:
     """Steps ``start`` to ``stop``, read ahead by Ray Data tasks; ``again`` makes the same feed where these run.
 
@@ -119,7 +121,7 @@ def stream_steps(
             yield plan, feed.step(plan, feed.read(number) if number < streamed else next(rows))
 
 
-def _read_steps(again: Callable[[], Feed], start: int, stop: int) -> Iterator[tuple[Held, Held]]:
+def _read_steps(again: Callable[[], StepLoader], start: int, stop: int) -> Iterator[tuple[RankStep, RankStep]]:
     feed = again()
     for step in range(start, stop):
         yield feed.read(step)

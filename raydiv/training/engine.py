@@ -14,13 +14,13 @@ from torch import Tensor
 from raydiv.config import Recipe
 from raydiv.training.zero_state import Partitions, Read, Snapshot, partitions_of, restore, snapshot, updates
 from raydiv.utils import distributed as dist
-from raydiv.utils.compat import unseen
+from raydiv.utils.compat import hide_module
 
 PERSISTENT_ELEMENTS = 1_000_000
 """Parameters up to this size are not partitioned between their uses under ZeRO-3."""
 
 
-class Engine:
+class DeepSpeedEngine:
     """A causal model under DeepSpeed at any ZeRO stage.
 
     ``build`` makes the model; under ZeRO-3 its weights go straight into partitions as they are read.
@@ -28,7 +28,7 @@ class Engine:
 
     def __init__(self, recipe: Recipe, build: Callable[[], Any]) -> None:
         # its autotuner, of no use here, would load it for more than a second
-        with unseen("mlflow"):
+        with hide_module("mlflow"):
             import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
 

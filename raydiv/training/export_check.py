@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from raydiv.config import Recipe
-from raydiv.data.batching import InOrder
+from raydiv.data.batching import SequentialPlan
 from raydiv.model.collate import Ids, collate
 from raydiv.model.head import LogProbHead
 from raydiv.model.load import ModelSource
-from raydiv.training.dataloader import ExampleSet, Feed, Share, parts
+from raydiv.training.dataloader import ExampleSet, RankShard, StepLoader, parts
 from raydiv.training.step import Stepper
 from raydiv.utils import distributed as dist
 
@@ -27,7 +27,7 @@ TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
+class ExportVerification:
     """Examples, by their token ids, and the log-prob [n] that the trained engine gives each."""
 
     examples: Sequence[tuple[Ids, Ids]]
@@ -50,14 +50,14 @@ class Trained:
         return same
 
 
-def trained(stepper: Stepper, train: ExampleSet) -> Trained:
+def make_export_verification(stepper: Stepper, train: ExampleSet) -> ExportVerification:
     """What the engine says of the shortest training examples. All ranks must call it."""
     few = train.examples.select(np.argsort(train.examples.lengths, kind="stable")[:COMPARED])
-    order = InOrder(few.lengths, len(few))
-    share = Share(stepper.layout, dist.rank(), trains=False, scores=True)
+    order = SequentialPlan(few.lengths, len(few))
+    share = RankShard(stepper.layout, dist.rank(), trains=False, scores=True)
     # no reward is asked for, so no reference either
-    (chosen,) = parts(Feed(ExampleSet(few, np.zeros(len(few), np.float32)), order, share), order.parts)
-    return Trained(few.ids(order.order), stepper.score(chosen).logps)
+    (chosen,) = parts(StepLoader(ExampleSet(few, np.zeros(len(few), np.float32)), order, share), order.parts)
+    return ExportVerification(few.ids(order.order), stepper.score(chosen).logps)
 
 
 def logps_of(source: ModelSource, examples: Sequence[tuple[Ids, Ids]]) -> Tensor:
@@ -68,6 +68,6 @@ def logps_of(source: ModelSource, examples: Sequence[tuple[Ids, Ids]]) -> Tensor
     with torch.inference_mode():
         for example in examples:
             inputs = collate([example])
-            head.aim(inputs.rows, inputs.columns, inputs.targets)
+            head.set_targets(inputs.rows, inputs.columns, inputs.targets)
             found.append(inputs.per_example(model(**inputs.arguments()).logits, 1))
     return torch.cat(found).float()

@@ -8,7 +8,7 @@ import torch
 
 from raydiv.config import Recipe
 from raydiv.losses import Batch
-from raydiv.training.coefficients import first_states, judge
+from raydiv.training.coefficients import evaluate_objective, first_states
 from raydiv.training.metrics import MEANS, MFU, OF_A_STEP, state_metrics
 from raydiv.utils.errors import UserError
 
@@ -31,7 +31,7 @@ def training_metrics(recipe: Recipe) -> set[str]:
     return step_metrics(recipe) | (held_out_metrics(recipe) if recipe.evaluate.every is not None else set())
 
 
-def nearest(metric: str, known: set[str]) -> str:
+def nearest_metrics(metric: str, known: set[str]) -> str:
     """A question after the metric that was meant, and a space; empty where none is near."""
     near = difflib.get_close_matches(metric, sorted(known), n=1, cutoff=0.6)
     return f"did you mean {near[0]}? " if near else ""
@@ -45,7 +45,7 @@ def require_measured(recipe: Recipe) -> None:
     for key, metric in asked.items():
         apart = recipe.separation.every is not None and str(metric).startswith("separation/")
         if metric is not None and metric not in known and not apart:
-            near = nearest(metric, known)
+            near = nearest_metrics(metric, known)
             raise UserError(
                 f"{key}: {metric} is not measured while this recipe trains; {near}There are: {', '.join(sorted(known))}; "
                 "eval/* needs data.eval and evaluate.every, separation/* separation.every"
@@ -62,5 +62,5 @@ def _judged(recipe: Recipe) -> tuple[dict[str, float], list[dict[str, float]]]:
         pairs=torch.tensor([[0, 1], [2, 3]]),
         mismatched_log_ratios=zeros,
     )
-    verdict = judge(recipe.loss.terms, first_states(recipe.loss.terms), batch)
+    verdict = evaluate_objective(recipe.loss.terms, first_states(recipe.loss.terms), batch)
     return verdict.metrics, [dict(state) for state in verdict.states]

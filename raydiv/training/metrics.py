@@ -15,8 +15,8 @@ from raydiv.data.tokens import TokenizedExamples
 from raydiv.losses import Batch, State, Term
 from raydiv.losses.numerics import running
 from raydiv.runs.directory import Metrics
-from raydiv.training.step_timer import OF_A_STEP as PHASES
-from raydiv.training.step_timer import Phases
+from raydiv.training.step_timer import STEP_PHASES as PHASES
+from raydiv.training.step_timer import StepTimer
 from raydiv.training.utilisation import Utilisation
 from raydiv.utils import distributed as dist
 
@@ -26,7 +26,7 @@ def step_record(
     examples: TokenizedExamples,
     metrics: Metrics,
     lr: float,
-    phases: Phases,
+    phases: StepTimer,
     utilisation: Utilisation | None = None,
 ) -> Metrics:
     """A line of metrics.jsonl: ``metrics`` of the objective and ``grad_norm`` (before clipping), and what the step took.
@@ -44,7 +44,7 @@ def step_record(
     spent = phases.spent()
     parts = {f"{phase}_seconds": spent.get(phase, 0.0) for phase in PHASES}
     seconds = sum(parts.values())
-    memory, arrived = zip(*dist.gathered((peak_memory(), phases.until_judged)), strict=True)
+    memory, arrived = zip(*dist.all_gather_object((peak_memory(), phases.until_judged)), strict=True)
     return {
         "step": plan.step + 1,
         "epoch": plan.epoch,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from raydiv.config import Recipe
-from raydiv.data.batching import Epochs
+from raydiv.data.batching import EpochPlan
 from raydiv.data.tokens import StoredExamples
 
 
@@ -15,7 +15,7 @@ def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
     return max(1, round(recipe.optim.epochs * steps_per_epoch))
 
 
-def epochs_of(recipe: Recipe, examples: StoredExamples) -> Epochs:
+def epochs_of(recipe: Recipe, examples: StoredExamples) -> EpochPlan:
     """The order of the training set."""
     source, weights = examples.source[examples.units[:, 0]], [source.weight for source in recipe.data.train]
-    return Epochs(examples.units, recipe.batch.examples, recipe.seed, examples.fingerprint, source, weights)
+    return EpochPlan(examples.units, recipe.batch.examples, recipe.seed, examples.fingerprint, source, weights)

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from raydiv.utils import distributed as dist
 
 
-class Profiled:
+class StepProfiler:
     """The steps ``first`` to ``last`` (from 1) of this rank, in ``folder`` when they are over; without any, nothing."""
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path) -> None:

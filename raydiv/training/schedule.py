@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from raydiv.config.recipe import Optim
+from raydiv.config.recipe import OptimConfig
 
 
-def learning_rate(optim: Optim, update: int, updates: int) -> float:
+def learning_rate(optim: OptimConfig, update: int, updates: int) -> float:
     """Rate of ``update`` (from 0) of ``updates``.
 
     Rises linearly to ``optim.lr`` over ``optim.warmup`` updates, then holds, or falls to 0 at the end of the run linearly or

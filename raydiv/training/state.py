@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from raydiv.config.checkpoint import EarlyStop
+from raydiv.config.checkpoint import EarlyStopConfig
 from raydiv.losses import State
 from raydiv.training.metrics import RunningMeans
 
 
 @dataclass
-class Patience:
+class EarlyStopping:
     """Of ``optim.early_stop``: the best value so far, and how many evaluations in a row were no better."""
 
     best: float | None = None
     waited: int = 0
 
-    def worn_out(self, section: EarlyStop, value: float) -> bool:
+    def update(self, section: EarlyStopConfig, value: float) -> bool:
         """Take an evaluation in; returns whether it is time to stop."""
         gain = 0.0 if self.best is None else (self.best - value) * (1 if section.mode == "min" else -1)
         if self.best is None or gain > section.min_delta:
@@ -28,18 +28,27 @@ class Patience:
 
 
 @dataclass
-class Carried:
+class TrainState:
     """The same on every rank. ``refused`` counts steps that were not finite; ``ended`` is why training is over, if it is."""
 
     means: RunningMeans = field(default_factory=RunningMeans)
-    patience: Patience = field(default_factory=Patience)
+    early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     refused: int = 0
     ended: str | None = None
 
     def as_json(self, states: list[State], logged: int) -> dict[str, Any]:
         """With the objective's running ``states``, and the bytes of metrics.jsonl that are ``logged``."""
-        return {**asdict(self), "states": states, "logged": logged}
+        return {
+            "means": asdict(self.means),
+            "patience": asdict(self.early_stopping),  # the key in checkpoints written so far
+            "refused": self.refused,
+            "ended": self.ended,
+            "states": states,
+            "logged": logged,
+        }
 
     @classmethod
-    def from_json(cls, loop: dict[str, Any]) -> Carried:
-        return cls(RunningMeans(**loop["means"]), Patience(**loop["patience"]), int(loop["refused"]), loop["ended"])
+    def from_json(cls, loop: dict[str, Any]) -> TrainState:
+        return cls(
+            RunningMeans(**loop["means"]), EarlyStopping(**loop["patience"]), int(loop["refused"]), loop["ended"]
+        )

@@ -19,15 +19,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raydiv.data.batching import Layout, MicroBatch
+from raydiv.data.batching import BatchLayout, MicroBatch
 from raydiv.data.tokens import TokenizedExamples
 from raydiv.losses import Batch, State, Term, widest_scope
-from raydiv.model.collate import Inputs, collate
-from raydiv.model.head import LogProbHead, Weigh
+from raydiv.model.collate import ModelInputs, collate
+from raydiv.model.head import CoefficientFn, LogProbHead
 from raydiv.model.packing import Packing
-from raydiv.training.coefficients import NotFiniteError, Verdict, first_states, judge, known_coefficients
+from raydiv.training.coefficients import (
+    LossOutput,
+    NotFiniteError,
+    evaluate_objective,
+    first_states,
+    known_coefficients,
+)
 from raydiv.training.metrics import state_metrics
-from raydiv.training.step_timer import Phases
+from raydiv.training.step_timer import StepTimer
 from raydiv.utils import distributed as dist
 
 
@@ -63,15 +69,15 @@ class Stepper:
     seed: int = 0
     states: list[State] = field(default_factory=list)
     forwards: int = 0
-    phases: Phases = field(default_factory=Phases)
+    phases: StepTimer = field(default_factory=StepTimer)
 
     def __post_init__(self) -> None:
         self.states = self.states or first_states(self.terms)
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> BatchLayout:
         """How steps are dealt to the ranks; whoever reads for this rank goes by the same."""
-        return Layout(
+        return BatchLayout(
             self.tokens_per_microbatch, dist.world_size(), widest_scope(self.terms), packed=self.packing != "none"
         )
 
@@ -114,17 +120,17 @@ class Stepper:
             mismatched_log_ratios=self._score_all(chosen.number, chosen.mismatched) - mismatched_reference,
         )
 
-    def _keep_graph(self, chosen: StepExamples, given: Batch, micro_batch: MicroBatch) -> Verdict:
+    def _keep_graph(self, chosen: StepExamples, given: Batch, micro_batch: MicroBatch) -> LossOutput:
         """One pass for any objective: a rank's only micro-batch keeps its graph until the coefficients are known."""
         score = self._score(chosen.number, chosen.examples, micro_batch, grad=True)
         self.phases.enter("judge")
         logps = gathered(len(chosen.examples), [micro_batch], [score], self.engine.device)
-        verdict = judge(self.terms, self.states, replace(given, logps=logps))
+        verdict = evaluate_objective(self.terms, self.states, replace(given, logps=logps))
         self.phases.enter("push")
         self.engine.backward((self._own(verdict.coefficients, micro_batch) * score).sum(), last=True)
         return verdict
 
-    def _stream(self, chosen: StepExamples, given: Batch, mine: list[MicroBatch]) -> Verdict:
+    def _stream(self, chosen: StepExamples, given: Batch, mine: list[MicroBatch]) -> LossOutput:
         """One pass where a micro-batch tells its own coefficients: the head asks for them run by run."""
         self.phases.enter("push")
         logps = given.logps.clone()
@@ -139,13 +145,13 @@ class Stepper:
         self.phases.enter("judge")
         whole = replace(given, logps=gathered(len(chosen.examples), mine, own, self.engine.device))
         try:
-            return judge(self.terms, self.states, whole)
+            return evaluate_objective(self.terms, self.states, whole)
         except NotFiniteError:
             self.engine.discard()
             raise
 
     def _weigh_known(
-        self, batch: Batch, micro_batch: MicroBatch, inputs: Inputs, part: slice, token_logps: Tensor
+        self, batch: Batch, micro_batch: MicroBatch, inputs: ModelInputs, part: slice, token_logps: Tensor
     ) -> Tensor:
         """Coefficients of a run of token log-probs; those of its examples are noted in ``batch``.
 
@@ -160,12 +166,12 @@ class Stepper:
         coefficients = known_coefficients(self.terms, self.states, batch)
         return self._own(coefficients, micro_batch)[examples]
 
-    def _two_passes(self, chosen: StepExamples, given: Batch, mine: list[MicroBatch]) -> Verdict:
+    def _two_passes(self, chosen: StepExamples, given: Batch, mine: list[MicroBatch]) -> LossOutput:
         """Score every micro-batch, judge, then forward each again for its backward."""
         scores = self._score_each(chosen.number, chosen.examples, mine)
         self.phases.enter("judge")
         logps = gathered(len(chosen.examples), mine, scores, self.engine.device)
-        verdict = judge(self.terms, self.states, replace(given, logps=logps))
+        verdict = evaluate_objective(self.terms, self.states, replace(given, logps=logps))
         self.phases.enter("push")
         for count, micro_batch in enumerate(mine, start=1):
             inputs = self._inputs(chosen.examples, micro_batch)
@@ -178,7 +184,7 @@ class Stepper:
         """Coefficients of a micro-batch's examples [m]; a dummy's is zero."""
         return (coefficients[micro_batch] if micro_batch else torch.zeros(1)).to(self.engine.device)
 
-    def _inputs(self, examples: TokenizedExamples, micro_batch: MicroBatch) -> Inputs:
+    def _inputs(self, examples: TokenizedExamples, micro_batch: MicroBatch) -> ModelInputs:
         return collate([examples[position] for position in micro_batch], self.packing).to(self.engine.device)
 
     def _score(self, step: int, examples: TokenizedExamples, micro_batch: MicroBatch, grad: bool) -> Tensor:
@@ -205,16 +211,16 @@ class Stepper:
         self,
         step: int,
         micro_batch: MicroBatch,
-        inputs: Inputs,
-        weigh: Weigh | None = None,
+        inputs: ModelInputs,
+        weigh: CoefficientFn | None = None,
         runs: Sequence[int] = (),
     ) -> Tensor:
         """Token log-probs [t] of a micro-batch, or their weighted sum (see LogProbHead.aim)."""
         # score and push of a micro-batch must draw the same dropout masks
         torch.manual_seed(_seed(self.seed, step, *micro_batch))
         self.forwards += 1
-        self.phases.pass_on()
-        self.head.aim(inputs.rows, inputs.columns, inputs.targets, weigh, runs)
+        self.phases.advance()
+        self.head.set_targets(inputs.rows, inputs.columns, inputs.targets, weigh, runs)
         return self.engine(**inputs.arguments()).logits  # type: ignore[no-any-return]
 
     def _adapter_off(self, chosen: StepExamples) -> tuple[Tensor, Tensor]:

@@ -8,11 +8,11 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-OF_A_STEP = ("data", "score", "judge", "push", "optimizer")
+STEP_PHASES = ("data", "score", "judge", "push", "optimizer")
 """Phases that make up a step; one that its loss does not need takes no time."""
 
 
-class Phases:
+class StepTimer:
     """``name`` is the phase that a worker is in, of the ``step`` that it makes or has made last.
 
     ``passed`` counts phases and forwards. Every rank goes through the same ones, so it compares them.
@@ -34,9 +34,9 @@ class Phases:
         elif name == "judge":
             self.until_judged = now - self._began
         self.name, self._entered = name, now
-        self.pass_on()
+        self.advance()
 
-    def pass_on(self) -> None:
+    def advance(self) -> None:
         """A part of the phase is done."""
         self.passed += 1
         self._went_on = time.perf_counter()
@@ -52,7 +52,7 @@ class Phases:
         spent, self._spent = self._spent, {}
         return spent
 
-    def waits(self, steps: Iterator[T], behind: int) -> Iterator[T]:
+    def timed_steps(self, steps: Iterator[T], behind: int) -> Iterator[T]:
         """The steps after the first ``behind``; waiting for one is its phase ``data``."""
         self.step = behind
         while True:

@@ -26,7 +26,7 @@ class Utilisation:
     @classmethod
     def measured(cls, weights: int, device: torch.device, dtype: torch.dtype) -> Utilisation:
         """All ranks must call it."""
-        return cls(weights, sum(dist.gathered(product_flops(device, dtype))))
+        return cls(weights, sum(dist.all_gather_object(product_flops(device, dtype))))
 
     def share(self, tokens_per_second: float) -> float:
         """Six operations per token and weight, against the peak.

@@ -16,29 +16,29 @@ from dataclasses import replace
 from pathlib import Path
 
 from raydiv.runs.directory import RunDirectory
-from raydiv.runs.heartbeat import Beat, stalled
-from raydiv.training.step_timer import Phases
+from raydiv.runs.heartbeat import Heartbeat, diagnose_hang
+from raydiv.training.step_timer import StepTimer
 from raydiv.utils import distributed as dist
 
-EVERY = 10.0
+HEARTBEAT_SECONDS = 10.0
 """Seconds from beat to beat, or less under a short timeout."""
 
-STATUS = 70
+HUNG_EXIT_STATUS = 70
 """Exit status of a worker that stood still."""
 
 
-class Watch:
+class Watchdog:
     """Runs beside the block that it is entered for, in the thread of which the work is done."""
 
-    def __init__(self, run: RunDirectory, phases: Phases, timeout: float) -> None:
+    def __init__(self, run: RunDirectory, phases: StepTimer, timeout: float) -> None:
         self._run, self._phases, self._timeout = run, phases, timeout
-        self._every = min(EVERY, timeout / 10)
+        self._every = min(HEARTBEAT_SECONDS, timeout / 10)
         self._rank, self._of = dist.rank(), dist.world_size()
         self._over = threading.Event()
         self._watched = threading.get_ident()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watch")
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Watchdog:
         self._thread.start()
         return self
 
@@ -52,15 +52,15 @@ class Watch:
             stands = beat.idle >= self._timeout
             # a full disk must not end the watch
             with suppress(OSError):
-                self._run.note_beat(replace(beat, where=_place(self._watched)) if stands else beat)
+                self._run.write_heartbeat(replace(beat, where=_place(self._watched)) if stands else beat)
             if stands:
                 self._give_up()
             if self._over.wait(self._every):
                 return
 
-    def _beat(self) -> Beat:
+    def _beat(self) -> Heartbeat:
         phases = self._phases
-        return Beat(
+        return Heartbeat(
             self._rank, self._of, platform.node(), os.getpid(), phases.step, phases.name, phases.passed,
             round(phases.idle, 3), self._every,
         )  # fmt: skip
@@ -70,9 +70,9 @@ class Watch:
         with suppress(OSError):
             # those who stand still since a moment later are still to say so
             self._over.wait(2 * self._every)
-            if self._run.first_to_say("stalled"):
-                self._run.tell(str(stalled(self._run.beats(), self._timeout)))
-        os._exit(STATUS)
+            if self._run.claim_report("stalled"):
+                self._run.log_event(str(diagnose_hang(self._run.heartbeats(), self._timeout)))
+        os._exit(HUNG_EXIT_STATUS)
 
 
 def _place(thread: int) -> str:

@@ -19,7 +19,7 @@ KINDS = (WEIGHT, *MOMENTS)
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Fragment:
     """Elements ``start`` to ``start + length`` of a trained parameter of ``size`` elements, flattened."""
 
     name: str
@@ -32,26 +32,26 @@ class Piece:
         return self.start + self.length
 
 
-Read = Callable[[Piece, str], Tensor]
+Read = Callable[[Fragment, str], Tensor]
 """The elements [length] of a piece, of one of the KINDS."""
 
-Snapshot = dict[tuple[Piece, str], Tensor]
+Snapshot = dict[tuple[Fragment, str], Tensor]
 """The elements [length] by piece and kind."""
 
 
 class Partitions(Protocol):
     """What a rank holds of the training state, and how it is reached."""
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[Fragment]:
         """All that this rank holds."""
 
-    def own(self) -> list[Piece]:
+    def own(self) -> list[Fragment]:
         """What of it this rank keeps: over all ranks each element once."""
 
-    def get(self, piece: Piece, kind: str) -> Tensor:
+    def get(self, piece: Fragment, kind: str) -> Tensor:
         """The elements [length] of a piece: a view where there is one."""
 
-    def set(self, piece: Piece, kind: str, values: Tensor) -> None:
+    def set(self, piece: Fragment, kind: str, values: Tensor) -> None:
         """Put ``values`` [length] there."""
 
     def flats(self) -> list[Tensor]:
@@ -91,7 +91,7 @@ def snapshot(engine: Any, held: Partitions) -> Snapshot:
     return {(piece, kind): held.get(piece, kind).detach().to("cpu", copy=True) for piece, kind in every(held.own())}
 
 
-def every(pieces: list[Piece]) -> Iterator[tuple[Piece, str]]:
+def every(pieces: list[Fragment]) -> Iterator[tuple[Fragment, str]]:
     return ((piece, kind) for piece in pieces for kind in KINDS)
 
 
@@ -109,20 +109,20 @@ class _Whole:
     def __init__(self, engine: Any, named: dict[str, Tensor]) -> None:
         self._engine, self._named = engine, named
 
-    def pieces(self) -> list[Piece]:
-        return [Piece(name, 0, parameter.numel(), parameter.numel()) for name, parameter in self._named.items()]
+    def pieces(self) -> list[Fragment]:
+        return [Fragment(name, 0, parameter.numel(), parameter.numel()) for name, parameter in self._named.items()]
 
-    def own(self) -> list[Piece]:
+    def own(self) -> list[Fragment]:
         return self.pieces()[self._engine.global_rank :: self._engine.world_size]
 
-    def get(self, piece: Piece, kind: str) -> Tensor:
+    def get(self, piece: Fragment, kind: str) -> Tensor:
         return self._of(piece, kind).reshape(-1)
 
-    def set(self, piece: Piece, kind: str, values: Tensor) -> None:
+    def set(self, piece: Fragment, kind: str, values: Tensor) -> None:
         there = self._of(piece, kind)
         there.copy_(values.reshape(there.shape))
 
-    def _of(self, piece: Piece, kind: str) -> Tensor:
+    def _of(self, piece: Fragment, kind: str) -> Tensor:
         parameter = self._named[piece.name]
         if kind == WEIGHT:
             return parameter.detach()
@@ -141,22 +141,22 @@ class _Fragments:
     def __init__(self, engine: Any, named: dict[str, Any]) -> None:
         self._engine, self._named = engine, named
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[Fragment]:
         return [
-            Piece(name, held.lp_fragment_address.start, held.lp_fragment_address.numel, parameter.numel())
+            Fragment(name, held.lp_fragment_address.start, held.lp_fragment_address.numel, parameter.numel())
             for name, parameter in self._named.items()
             if (held := parameter._hp_mapping) is not None
         ]
 
     own = pieces
 
-    def get(self, piece: Piece, kind: str) -> Tensor:
+    def get(self, piece: Fragment, kind: str) -> Tensor:
         # DeepSpeed links the moments to parameters only after a first update
         self._engine.optimizer._lazy_init_hp_params_optimizer_state()
         fragment = self._named[piece.name]._hp_mapping
         return fragment.get_hp_fragment(None if kind == WEIGHT else kind)  # type: ignore[no-any-return]
 
-    def set(self, piece: Piece, kind: str, values: Tensor) -> None:
+    def set(self, piece: Fragment, kind: str, values: Tensor) -> None:
         self.get(piece, kind).data.copy_(values)
 
     def flats(self) -> list[Tensor]:
@@ -172,18 +172,18 @@ class _Partitioned:
     def __init__(self, engine: Any, named: dict[str, Any]) -> None:
         self._optimizer, self._rank, self._named = engine.optimizer, engine.global_rank, named
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[Fragment]:
         found = []
         for name, parameter in self._named.items():
             part = parameter.ds_tensor.numel()
             length = max(0, min(part, parameter.ds_numel - self._rank * part))
             if length:
-                found.append(Piece(name, self._rank * part, length, parameter.ds_numel))
+                found.append(Fragment(name, self._rank * part, length, parameter.ds_numel))
         return found
 
     own = pieces
 
-    def get(self, piece: Piece, kind: str) -> Tensor:
+    def get(self, piece: Fragment, kind: str) -> Tensor:
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
         parameter = self._named[piece.name]
@@ -191,7 +191,7 @@ class _Partitioned:
         part = safe_get_local_fp32_param(parameter) if weight else safe_get_local_optimizer_state(parameter, kind)
         return part[: piece.length]  # type: ignore[no-any-return]
 
-    def set(self, piece: Piece, kind: str, values: Tensor) -> None:
+    def set(self, piece: Fragment, kind: str, values: Tensor) -> None:
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         parameter = self._named[piece.name]

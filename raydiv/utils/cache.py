@@ -45,14 +45,14 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def code(*rooms: str) -> list[str]:
+def code_digest(*rooms: str) -> list[str]:
     """What running a model gives depends on this beside the model: libraries, and the source of raydiv's ``rooms``."""
     package = Path(__file__).parents[1]
     own = [file_digest(path) for room in rooms for path in sorted((package / room).glob("*.py"))]
     return [metadata.version(name) for name in ("torch", "transformers", "peft")] + own
 
 
-def kept(note: Path, make: Callable[[], str]) -> str:
+def cached_text(note: Path, make: Callable[[], str]) -> str:
     """The text of ``note``, which is made where it is missing."""
     if not note.exists():
         text = make()
@@ -68,4 +68,4 @@ def file_digest(path: Path) -> str:
         return real.name
     status = real.stat()
     note = cache_dir("digests") / digest(str(real), status.st_size, status.st_mtime_ns)
-    return kept(note, lambda: sha256_of(real))
+    return cached_text(note, lambda: sha256_of(real))

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def unseen(library: str) -> Iterator[None]:
+def hide_module(library: str) -> Iterator[None]:
     """While the block runs, ``library`` is not installed, unless this process has loaded it already."""
     absent = library not in sys.modules
     if absent:
@@ -23,7 +23,7 @@ def unseen(library: str) -> Iterator[None]:
 @contextmanager
 def peft_without_quantizer() -> Iterator[None]:
     """Peft for weights that are whole: the quantizer that it loads imports torch's compiler."""
-    with unseen("bitsandbytes"):
+    with hide_module("bitsandbytes"):
         from peft import import_utils
 
         found = (import_utils.is_bnb_available, import_utils.is_bnb_4bit_available)

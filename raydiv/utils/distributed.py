@@ -34,10 +34,10 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 def max_over_ranks(value: float) -> float:
     """The largest of the ranks' values."""
-    return max(gathered(value))
+    return max(all_gather_object(value))
 
 
-def gathered(value: T) -> list[T]:
+def all_gather_object(value: T) -> list[T]:
     """Every rank's value, which can be pickled, by rank."""
     if world_size() == 1:
         return [value]
@@ -46,7 +46,7 @@ def gathered(value: T) -> list[T]:
     return values
 
 
-def from_first(value: T) -> T:
+def broadcast_object(value: T) -> T:
     """Rank 0's value, on every rank."""
     if world_size() == 1:
         return value

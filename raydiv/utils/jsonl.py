@@ -15,7 +15,7 @@ POLLED = 0.3
 """Seconds between looks."""
 
 
-class Lines:
+class JsonlTail:
     """The lines of a file of JSON objects that others append to, each given once; the first ``skip`` are not."""
 
     def __init__(self, path: Path, skip: int = 0) -> None:
@@ -43,7 +43,7 @@ class Lines:
 
 
 @contextmanager
-def followed(lines: Lines, handle: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+def follow(lines: JsonlTail, handle: Callable[[dict[str, Any]], None]) -> Iterator[None]:
     """Call ``handle`` with each new line while the block runs, and with the last ones after it."""
     stop = threading.Event()
 

@@ -11,9 +11,9 @@ import pytest
 
 from helpers.layouts import CPU, Layout, built, update
 from helpers.ranks import run_on_ranks
-from raydiv.training.checkpoint.manifest import Checkpoints, Manifest
-from raydiv.training.checkpoint.shards import Shards, write_shard
-from raydiv.training.zero_state import KINDS, Piece
+from raydiv.training.checkpoint.manifest import CheckpointStore, Manifest
+from raydiv.training.checkpoint.shards import ShardReader, write_shard
+from raydiv.training.zero_state import KINDS, Fragment
 from raydiv.utils import distributed as dist
 from raydiv.utils.storage import Folder
 
@@ -37,9 +37,9 @@ LAYOUTS = WHOLE + ADAPTERS + HALF
 
 def kept(engine: Any, folder: Folder, step: int) -> Manifest:
     """Write the engine's state as a checkpoint; all ranks."""
-    checkpoints = Checkpoints(folder)
+    checkpoints = CheckpointStore(folder)
     shard = write_shard(checkpoints.at(step), dist.rank(), engine.snapshot())
-    manifest = Manifest(step, engine.updates, dist.world_size(), {}, {}, None, dist.gathered(shard))
+    manifest = Manifest(step, engine.updates, dist.world_size(), {}, {}, None, dist.all_gather_object(shard))
     if dist.rank() == 0:
         checkpoints.commit(manifest)
     dist.barrier()
@@ -48,14 +48,14 @@ def kept(engine: Any, folder: Folder, step: int) -> Manifest:
 
 def whole_state(folder: Folder, step: int) -> dict[str, np.ndarray]:
     """Every parameter and moment of a checkpoint, whole."""
-    manifest = Checkpoints(folder).manifest(step)
+    manifest = CheckpointStore(folder).manifest(step)
     sizes: dict[str, int] = {}
     for shard in manifest.shards:
         for name, (_, stop) in shard.pieces.items():
             sizes[name] = max(stop, sizes.get(name, 0))
-    with Shards(Checkpoints(folder).at(step), manifest.shards) as shards:
+    with ShardReader(CheckpointStore(folder).at(step), manifest.shards) as shards:
         return {
-            f"{kind} of {name}": shards.read(Piece(name, 0, size, size), kind).numpy()
+            f"{kind} of {name}": shards.read(Fragment(name, 0, size, size), kind).numpy()
             for name, size in sizes.items()
             for kind in KINDS
         }
@@ -86,8 +86,8 @@ def go_on(model: Path, pairs: Sequence[tuple[Layout, Path]], root: Path) -> list
     ends = []
     for number, (layout, source) in enumerate(pairs):
         engine = built(layout, model)
-        manifest = Checkpoints(Folder(str(source))).manifest(BEFORE)
-        with Shards(Checkpoints(Folder(str(source))).at(BEFORE), manifest.shards) as shards:
+        manifest = CheckpointStore(Folder(str(source))).manifest(BEFORE)
+        with ShardReader(CheckpointStore(Folder(str(source))).at(BEFORE), manifest.shards) as shards:
             engine.restore(shards.read, manifest.updates)
         assert engine.updates == BEFORE
         kept(engine, Folder(str(root / str(number))), BEFORE)

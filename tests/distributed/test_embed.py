@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from helpers.models import make_model
 from helpers.ranks import run_on_ranks
 from raydiv.evaluation.separation import embed as module
-from raydiv.evaluation.separation.embed import Embedder, Readout, drawn
+from raydiv.evaluation.separation.embed import Embedder, Readout, sample_prompts
 from raydiv.model.load import ModelSource
 from raydiv.utils.errors import UserError
 
@@ -79,24 +79,24 @@ def test_a_model_that_mixes_packed_prompts_is_padded(tiny_model: Path, monkeypat
     [((-1,), 4, [4]), (None, 2, [0, 1, 2]), ((0, -1, 4), 4, [0, 4]), ((3, 1), 4, [1, 3]), ((-5,), 4, [0])],
 )
 def test_layers_are_counted_from_either_end(layers: Any, blocks: int, numbers: list[int]) -> None:
-    assert Readout(layers).numbers(blocks) == numbers
+    assert Readout(layers).layer_indices(blocks) == numbers
 
 
 @pytest.mark.parametrize("layer", [5, -6])
 def test_a_layer_that_is_not_there_is_refused(layer: int) -> None:
     with pytest.raises(UserError, match=f"layers: {layer} is none of this model's, which are 0 to 4"):
-        Readout((layer,)).numbers(4)
+        Readout((layer,)).layer_indices(4)
 
 
 def test_a_sample_is_drawn_once_and_for_all() -> None:
-    assert drawn(np.array([True] * 5), 10) == [0, 1, 2, 3, 4]
+    assert sample_prompts(np.array([True] * 5), 10) == [0, 1, 2, 3, 4]
     labels = np.arange(1000) % 4 == 0
-    found = drawn(labels, 100)
-    assert found == drawn(labels, 100) == sorted(set(found))
+    found = sample_prompts(labels, 100)
+    assert found == sample_prompts(labels, 100) == sorted(set(found))
     assert (len(found), labels[found].sum()) == (100, 25)
     rare = np.arange(20_000) < 12
-    assert rare[drawn(rare, 1000)].sum() == 10
-    assert (np.arange(20_000) < 3)[drawn(np.arange(20_000) < 3, 1000)].sum() == 3
+    assert rare[sample_prompts(rare, 1000)].sum() == 10
+    assert (np.arange(20_000) < 3)[sample_prompts(np.arange(20_000) < 3, 1000)].sum() == 3
 
 
 def separations(model: str, readouts: list[Readout], tokens: int) -> list[dict[str, float]]:
@@ -120,14 +120,14 @@ def separations(model: str, readouts: list[Readout], tokens: int) -> list[dict[s
             "engine": {"zero_stage": 3},
         }
     )
-    engine = engines.Engine(recipe, lambda: build_policy(Path(model), recipe.model, torch.float32))
+    engine = engines.DeepSpeedEngine(recipe, lambda: build_policy(Path(model), recipe.model, torch.float32))
     stepper = Stepper(engine, LogProbHead(engine.model), recipe.loss.terms, tokens, "mask")
     chat = ModelSource(Path(model)).chat()
     ids, harmful = [chat.prompt(prompt, generation=False) for prompt in PROMPTS[:2]], np.array([False, True])
     seen = []
     with patch.multiple(anchors, separation_of=lambda points, *_, **__: seen.append(points), as_row=lambda _: {}):
         for readout in readouts:
-            anchors.policy_separation(stepper, anchors.Anchors(ids, harmful, readout))
+            anchors.policy_separation(stepper, anchors.SeparationProbe(ids, harmful, readout))
     engine.close()
     return seen
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from helpers.ranks import run_on_ranks
 from raydiv.model import head as head_module
 from raydiv.model import packing as packing_module
-from raydiv.model.collate import Inputs, collate
-from raydiv.model.compatibility import Probe
+from raydiv.model.collate import ModelInputs, collate
+from raydiv.model.compatibility import CompatibilityCheck
 from raydiv.model.head import LogProbHead
 from raydiv.utils.errors import UserError
 
@@ -76,12 +76,12 @@ def build(architecture: str, dtype: torch.dtype = torch.float32, **changes: Any)
     return model.to(dtype).eval()
 
 
-def forward(model: Any, inputs: Inputs) -> Tensor:
+def forward(model: Any, inputs: ModelInputs) -> Tensor:
     """The model's logits, or what the head puts in their place."""
     return model(**inputs.arguments()).logits  # type: ignore[no-any-return]
 
 
-def expected_logps(model: Any, inputs: Inputs) -> Tensor:
+def expected_logps(model: Any, inputs: ModelInputs) -> Tensor:
     return torch.log_softmax(forward(model, inputs).float(), -1)[inputs.rows, inputs.columns, inputs.targets]
 
 
@@ -105,11 +105,11 @@ def coefficients(count: int) -> Tensor:
     return torch.randn(count, generator=torch.Generator().manual_seed(3))
 
 
-def run_head(model: Any, inputs: Inputs, weights: Tensor, push: bool, runs: Sequence[int] = ()) -> Tensor:
+def run_head(model: Any, inputs: ModelInputs, weights: Tensor, push: bool, runs: Sequence[int] = ()) -> Tensor:
     """Backward of sum_t weights_t * logp_t in either mode; returns what the forward gave."""
     head = LogProbHead(model)
     weigh = (lambda part, _: weights[part]) if push else None
-    head.aim(inputs.rows, inputs.columns, inputs.targets, weigh, runs)
+    head.set_targets(inputs.rows, inputs.columns, inputs.targets, weigh, runs)
     out = forward(model, inputs)
     (out if push else (weights * out).sum()).backward()  # type: ignore[no-untyped-call]
     head.remove()
@@ -155,12 +155,12 @@ def on_ranks(models: Path, stage: int, push: bool) -> dict[str, dict[str, np.nda
     found = {}
     for architecture in ARCHITECTURES:
         built = partial(build_policy, models / architecture, recipe.model, torch.float32)
-        engine = engine_module.Engine(recipe, built)
+        engine = engine_module.DeepSpeedEngine(recipe, built)
         head = LogProbHead(engine.model)
-        head.aim(inputs.rows, inputs.columns, inputs.targets)
+        head.set_targets(inputs.rows, inputs.columns, inputs.targets)
         with torch.no_grad():
             logps = engine(**inputs.arguments()).logits
-        head.aim(inputs.rows, inputs.columns, inputs.targets, (lambda part, _: weights[part]) if push else None)
+        head.set_targets(inputs.rows, inputs.columns, inputs.targets, (lambda part, _: weights[part]) if push else None)
         out = engine(**inputs.arguments()).logits
         engine.backward(out if push else (weights * out).sum(), last=True)
         grads = {name: safe_get_full_grad(parameter) for name, parameter in engine.model.named_parameters()}
@@ -196,7 +196,7 @@ def test_remove_restores_the_model(architecture: str) -> None:
     with torch.no_grad():
         logits = forward(model, inputs)
         head = LogProbHead(model)
-        head.aim(inputs.rows, inputs.columns, inputs.targets)
+        head.set_targets(inputs.rows, inputs.columns, inputs.targets)
         assert forward(model, inputs).shape == inputs.targets.shape
         head.remove()
         assert torch.equal(forward(model, inputs), logits)
@@ -208,10 +208,10 @@ def test_remove_restores_the_model(architecture: str) -> None:
 def test_scores_are_the_same_without_graph(architecture: str) -> None:
     model, inputs = build(architecture), collate(EXAMPLES)
     head = LogProbHead(model)
-    head.aim(inputs.rows, inputs.columns, inputs.targets)
+    head.set_targets(inputs.rows, inputs.columns, inputs.targets)
     scored = forward(model, inputs)
     assert scored.requires_grad
-    head.aim(inputs.rows, inputs.columns, inputs.targets)
+    head.set_targets(inputs.rows, inputs.columns, inputs.targets)
     with torch.no_grad():
         assert torch.equal(forward(model, inputs), scored)
 
@@ -307,7 +307,7 @@ def test_coefficients_may_be_asked_for_run_by_run(architecture: str, runs: list[
         )
 
     head = LogProbHead(model)
-    head.aim(inputs.rows, inputs.columns, inputs.targets, weigh, runs)
+    head.set_targets(inputs.rows, inputs.columns, inputs.targets, weigh, runs)
     total = forward(model, inputs)
     total.backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(total, (wanted * expected).sum(), rtol=1e-5, atol=1e-4)
@@ -341,9 +341,9 @@ def test_a_forward_between_score_and_backward_changes_nothing(architecture: str)
     run_head(model, inputs, weights, push=False)
     wanted = gradients(model)
     head = LogProbHead(model)
-    head.aim(inputs.rows, inputs.columns, inputs.targets)
+    head.set_targets(inputs.rows, inputs.columns, inputs.targets)
     out = forward(model, inputs)
-    head.aim(inputs.rows, inputs.columns, inputs.targets.flip(0))
+    head.set_targets(inputs.rows, inputs.columns, inputs.targets.flip(0))
     with torch.no_grad():
         forward(model, inputs)
     (weights * out).sum().backward()  # type: ignore[no-untyped-call]
@@ -374,8 +374,8 @@ def test_what_a_probe_found_is_kept_for_models_like_it(monkeypatch: pytest.Monke
     assert forwards == 10
 
 
-def probe(model: Any, forward: Callable[..., Any] | None = None) -> Probe:
-    return Probe(LogProbHead(model), model, forward or model, torch.device("cpu"))
+def probe(model: Any, forward: Callable[..., Any] | None = None) -> CompatibilityCheck:
+    return CompatibilityCheck(LogProbHead(model), model, forward or model, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -470,7 +470,7 @@ def test_padding_changes_nothing() -> None:
 
     def score(*examples: tuple[Sequence[int], Sequence[int]]) -> Tensor:
         inputs = collate(examples)
-        head.aim(inputs.rows, inputs.columns, inputs.targets)
+        head.set_targets(inputs.rows, inputs.columns, inputs.targets)
         return inputs.per_example(forward(model, inputs), len(examples))
 
     with torch.no_grad():
@@ -481,7 +481,7 @@ def test_padding_changes_nothing() -> None:
 def test_every_forward_needs_an_aim() -> None:
     model, inputs = build("llama"), collate(EXAMPLES)
     head = LogProbHead(model)
-    head.aim(inputs.rows, inputs.columns, inputs.targets)
+    head.set_targets(inputs.rows, inputs.columns, inputs.targets)
     with torch.no_grad():
         forward(model, inputs)
         with pytest.raises(AssertionError, match="aim"):

@@ -24,7 +24,7 @@ from raydiv.data.tokens import TokenizedExamples
 from raydiv.losses import OBJECTIVES, Batch, State, Term
 from raydiv.model.collate import collate
 from raydiv.model.head import LogProbHead
-from raydiv.training.coefficients import judge
+from raydiv.training.coefficients import evaluate_objective
 from raydiv.training.step import Stepper
 
 LAYOUTS = {"one micro-batch a rank": 100_000, "uneven micro-batches": 70, "one example each": 1}
@@ -53,7 +53,7 @@ def build(model: str, case: Case) -> Any:
     recipe = case.recipe(Path(model))
     try:
         torch.manual_seed(0)
-        return module.Engine(recipe, lambda: build_policy(Path(model), recipe.model, torch.float32))
+        return module.DeepSpeedEngine(recipe, lambda: build_policy(Path(model), recipe.model, torch.float32))
     finally:
         module.deepspeed_config = plain
 
@@ -430,7 +430,7 @@ def test_order_of_examples_inside_the_step_does_not_matter(name: str) -> None:
             torch.from_numpy(examples.pairs),
             torch.ones(3),
         )
-        return judge(terms, running_states(terms), batch)
+        return evaluate_objective(terms, running_states(terms), batch)
 
     straight, shuffled = verdict(np.arange(len(order))), verdict(order)
     assert shuffled.loss == pytest.approx(straight.loss, rel=1e-6)

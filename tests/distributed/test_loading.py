@@ -30,7 +30,7 @@ def anonymous_bytes() -> int:
 def loaded(directory: str) -> dict[str, Any]:
     """Peak of anonymous memory while the model is built under ZeRO-3, over what there was before; runs on every rank."""
     from raydiv.model.load import build_policy
-    from raydiv.training.engine import Engine
+    from raydiv.training.engine import DeepSpeedEngine
 
     recipe = load_recipe(
         {
@@ -58,7 +58,7 @@ def loaded(directory: str) -> dict[str, Any]:
         found["peak"] = peak[0] - before
         return model
 
-    engine = Engine(recipe, build)
+    engine = DeepSpeedEngine(recipe, build)
     found["sums"] = {name: float(weight.double().sum()) for name, weight in engine.weights(trainable_only=False)}
     return found
 
@@ -98,18 +98,18 @@ from pathlib import Path
 
 import torch
 
-from raydiv.config.recipe import Model
+from raydiv.config.recipe import ModelConfig
 from raydiv.model.load import build_policy
-from raydiv.model.silence import quiet
+from raydiv.model.silence import silence_libraries
 
-quiet()
+silence_libraries()
 path, lora = Path(sys.argv[1]), {"r": 4}
-build_policy(path, Model(id=str(path), lora=lora), torch.float32)
+build_policy(path, ModelConfig(id=str(path), lora=lora), torch.float32)
 seen = [name in sys.modules for name in ("peft", "bitsandbytes", "torch._inductor.compile_fx")]
 from peft.import_utils import is_bnb_available
 from transformers.utils import is_bitsandbytes_available
 
-quantized = build_policy(path, Model(id=str(path), lora=lora, quantization="nf4"), torch.float32)
+quantized = build_policy(path, ModelConfig(id=str(path), lora=lora, quantization="nf4"), torch.float32)
 kinds = {type(module).__name__ for module in quantized.modules()}
 print(*seen, is_bnb_available(), is_bitsandbytes_available(), "Linear4bit" in kinds)
 """

@@ -24,19 +24,19 @@ from helpers.sources import ROOT
 from raydiv.cli import main
 from raydiv.commands.plan.amounts import amounts_of
 from raydiv.commands.plan.architecture import SHIPPED, architecture_of, config_of
-from raydiv.commands.plan.forecast import Plan, plan
-from raydiv.commands.plan.layout import MARGIN, STAGES, Share, best, largest_share, layouts, settle, with_layout
+from raydiv.commands.plan.forecast import Forecast, plan
+from raydiv.commands.plan.layout import MARGIN, STAGES, WorkerBudget, best, largest_budget, layouts, settle, with_layout
 from raydiv.commands.plan.live import LiveBytes
 from raydiv.commands.plan.memory import NF4, RUNTIME, Stage, memory_of
 from raydiv.commands.plan.tested import TESTED, untested
 from raydiv.config import Recipe, load_recipe
-from raydiv.data.batching import Epochs
+from raydiv.data.batching import EpochPlan
 from raydiv.data.tokens import TokenizedExamples
 from raydiv.model.collate import collate
 from raydiv.model.head import LogProbHead, buffer_bytes
 from raydiv.model.load import DTYPES, ModelSource, build_policy
 from raydiv.runtime.session import KEEPS_MEMORY, training_environment
-from raydiv.training.engine import Engine
+from raydiv.training.engine import DeepSpeedEngine
 from raydiv.training.step import StepExamples, Stepper
 from raydiv.utils.errors import UserError
 
@@ -151,7 +151,7 @@ def test_activations_of_all_layers_follow_from_those_of_few(tmp_path: Path, over
     head = LogProbHead(policy)
     peaks = []
     for weigh in (None, lambda _, logps: torch.ones_like(logps)):
-        head.aim(inputs.rows, inputs.columns, inputs.targets, weigh)
+        head.set_targets(inputs.rows, inputs.columns, inputs.targets, weigh)
         with LiveBytes(policy.parameters()) as live:
             policy(**inputs.arguments()).logits.sum().backward()
         peaks.append(live.peak)
@@ -244,7 +244,7 @@ def steps_of(recipe: Recipe, path: Path, examples: int) -> None:
     own = TokenizedExamples.from_ids(ids, [n % 2 == 0 for n in range(examples)], [-1] * examples)
     nothing = TokenizedExamples.from_ids([], [], [])
     policy = lambda: build_policy(path, recipe.model, DTYPES[recipe.engine.precision])  # noqa: E731
-    engine: Any = Engine(recipe, policy)
+    engine: Any = DeepSpeedEngine(recipe, policy)
     tokens = recipe.batch.tokens_per_microbatch
     stepper = Stepper(
         engine,
@@ -368,7 +368,7 @@ def test_offload_moves_states_to_the_node_and_a_cpu_gains_nothing_by_it() -> Non
 # what is settled
 
 
-SHARE = Share(longest=1024, packed=8192, padded=8192)
+SHARE = WorkerBudget(longest=1024, packed=8192, padded=8192)
 
 
 @pytest.fixture(scope="module")
@@ -451,10 +451,10 @@ def test_nothing_is_named_where_nothing_would_do() -> None:
 def test_largest_share_is_that_of_the_layout_packed_and_padded() -> None:
     lengths = np.array([10, 90, 20, 80, 30, 70, 40, 60])
     units = np.stack([np.arange(8), np.full(8, -1)], axis=1)
-    share = largest_share(Epochs(units, 8, 0, "x"), 3, lengths, workers=2)
+    share = largest_budget(EpochPlan(units, 8, 0, "x"), 3, lengths, workers=2)
     assert (share.longest, share.packed) == (90, 200)
     assert share.padded >= 90 * 2  # the rank of the long ones has at least two of them, padded
-    alone = largest_share(Epochs(units, 8, 0, "x"), 3, lengths, workers=1)
+    alone = largest_budget(EpochPlan(units, 8, 0, "x"), 3, lengths, workers=1)
     assert (alone.packed, alone.padded) == (400, 8 * 90)
 
 
@@ -474,17 +474,19 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def planned(tiny_model: Path, tmp_path: Path, write_jsonl: Callable[..., Path], offline: None) -> Callable[..., Plan]:
+def planned(
+    tiny_model: Path, tmp_path: Path, write_jsonl: Callable[..., Path], offline: None
+) -> Callable[..., Forecast]:
     train = write_jsonl(*[{"prompt": f"What is {n}?", "chosen": "A number.", "rejected": "No."} for n in range(10)])
 
-    def make(*overrides: str, **options: Any) -> Plan:
+    def make(*overrides: str, **options: Any) -> Forecast:
         tree: dict[str, Any] = {"data": {"train": str(train)}, "batch": {"examples": 4}, "optim": {"epochs": 3}}
         return plan(recipe_of(tiny_model, f"output_dir={tmp_path}", *overrides, **tree), **options)
 
     return make
 
 
-def test_examples_tokens_and_steps_are_those_of_the_data(planned: Callable[..., Plan], tiny_model: Path) -> None:
+def test_examples_tokens_and_steps_are_those_of_the_data(planned: Callable[..., Forecast], tiny_model: Path) -> None:
     from raydiv.model.chat import Chat
 
     facts = planned().facts
@@ -498,7 +500,9 @@ def test_examples_tokens_and_steps_are_those_of_the_data(planned: Callable[..., 
     assert facts["seconds"] is None
 
 
-def test_time_is_from_a_given_speed_else_from_the_last_run_alike(planned: Callable[..., Plan], tmp_path: Path) -> None:
+def test_time_is_from_a_given_speed_else_from_the_last_run_alike(
+    planned: Callable[..., Forecast], tmp_path: Path
+) -> None:
     from raydiv.runs.directory import RunDirectory
 
     given = planned(tokens_per_second=100.0).facts
@@ -506,9 +510,9 @@ def test_time_is_from_a_given_speed_else_from_the_last_run_alike(planned: Callab
     facts = planned().facts
     recipe = recipe_of(facts["model"]["id"], f"output_dir={tmp_path}", "name=before")
     run = RunDirectory.of(recipe)
-    run.claim(recipe, {})
+    run.create(recipe, {})
     for number, speed in enumerate([1.0, 40.0, 50.0, 60.0]):
-        run.log({"step": number, "tokens_per_second": speed})
+        run.log_metrics({"step": number, "tokens_per_second": speed})
     found = planned()
     assert found.facts["speed"] == {"tokens_per_second": 45.0, "from": f"measured in {run.path}"}
     assert any(str(run.path) in note for note in found.notes())
@@ -543,7 +547,7 @@ def test_a_mixture_counts_as_often_as_its_weights_and_held_out_prompts_do_not(
     assert (amounts.examples, amounts.steps) == (35, 7)
 
 
-def test_what_is_not_here_is_named_and_assumed(planned: Callable[..., Plan]) -> None:
+def test_what_is_not_here_is_named_and_assumed(planned: Callable[..., Forecast]) -> None:
     found = planned("data.train=hf://org/name", "data.eval=nowhere.jsonl", "cluster.num_workers=2")
     assert found.facts["unchecked"] == ["hf://org/name", "nowhere.jsonl"]
     assert found.facts["data"] | {"how": "assumed", "examples": None, "packed": 2 * 1024} == found.facts["data"]
@@ -551,14 +555,16 @@ def test_what_is_not_here_is_named_and_assumed(planned: Callable[..., Plan]) -> 
     assert any("nowhere.jsonl" in note for note in found.notes())
 
 
-def test_without_a_tokenizer_examples_are_as_long_as_they_may_be(tmp_path: Path, planned: Callable[..., Plan]) -> None:
+def test_without_a_tokenizer_examples_are_as_long_as_they_may_be(
+    tmp_path: Path, planned: Callable[..., Forecast]
+) -> None:
     facts = planned("model.id=Qwen/Qwen2.5-1.5B", "cluster.worker_memory_gb=80").facts
     assert facts["unchecked"] == ["the tokenizer of Qwen/Qwen2.5-1.5B"]
     assert facts["data"] | {"how": "assumed", "examples": 20, "tokens": 20 * 1024} == facts["data"]
 
 
 def test_bad_rows_are_refused_as_training_would(
-    planned: Callable[..., Plan], tmp_path: Path, write_jsonl: Callable[..., Path]
+    planned: Callable[..., Forecast], tmp_path: Path, write_jsonl: Callable[..., Path]
 ) -> None:
     good = {"prompt": "x", "chosen": "y", "rejected": "z"}
     rows = write_jsonl(good, good | {"chosen": ""}, good, name="bad.jsonl")
@@ -567,7 +573,7 @@ def test_bad_rows_are_refused_as_training_would(
     assert planned(f"data.train={rows}", "data.on_bad_row=quarantine").facts["data"]["examples"] == 4
 
 
-def test_sizes_on_disk(planned: Callable[..., Plan]) -> None:
+def test_sizes_on_disk(planned: Callable[..., Forecast]) -> None:
     whole, adapters = planned().facts, planned("model.lora.r=4").facts
     assert whole["sizes"] == {
         "checkpoint": 12 * whole["model"]["parameters"],
@@ -577,7 +583,7 @@ def test_sizes_on_disk(planned: Callable[..., Plan]) -> None:
     assert adapters["sizes"]["model"] == 4 * adapters["model"]["trainable"]
 
 
-def test_combinations_that_the_tests_never_run_are_named(planned: Callable[..., Plan]) -> None:
+def test_combinations_that_the_tests_never_run_are_named(planned: Callable[..., Forecast]) -> None:
     assert planned("cluster.worker_memory_gb=8").facts["untested"] == []
     recipe = recipe_of("m", "engine.zero_stage=3", "engine.offload_optimizer=nvme", "engine.nvme_path=/x")
     assert list(untested(recipe)) == [
@@ -595,7 +601,7 @@ def test_tested_combinations_are_of_keys_that_there_are(keys: tuple[str, ...]) -
     assert all(len(values) == len(keys) for values in TESTED[keys])
 
 
-def test_a_gpu_that_is_not_here_must_be_described(planned: Callable[..., Plan]) -> None:
+def test_a_gpu_that_is_not_here_must_be_described(planned: Callable[..., Forecast]) -> None:
     with pytest.raises(UserError, match=r"cluster\.worker_memory_gb: missing"):
         planned("cluster.use_gpu=true")
     assert planned("cluster.use_gpu=true", memory_gb=24).facts["workers"]["memory"] == 24 * GIB

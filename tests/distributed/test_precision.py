@@ -15,7 +15,7 @@ from helpers.step_cases import Case, step_examples
 from raydiv.config import load_recipe
 from raydiv.model.head import LogProbHead
 from raydiv.model.load import DTYPES, ModelSource, build_policy
-from raydiv.training.engine import Engine
+from raydiv.training.engine import DeepSpeedEngine
 from raydiv.training.step import Stepper
 
 STEPS = 8
@@ -27,7 +27,7 @@ def trained(model: str, case: Case, optim: dict[str, Any], precision: str) -> di
     recipe = replace(case, engine={"precision": precision}).recipe(Path(model))
     recipe = load_recipe(recipe.model_dump(mode="json", by_alias=True) | {"optim": {"steps": STEPS, **optim}})
     torch.manual_seed(0)
-    engine: Any = Engine(recipe, lambda: build_policy(Path(model), recipe.model, DTYPES[precision]))
+    engine: Any = DeepSpeedEngine(recipe, lambda: build_policy(Path(model), recipe.model, DTYPES[precision]))
     stepper = Stepper(engine, LogProbHead(engine.model), recipe.loss.terms, case.tokens, "mask")
     for _ in range(STEPS):
         stepper.step(step_examples("pairs"), recipe.optim.lr)
@@ -77,7 +77,7 @@ def quantized_step(model: str, stage: int, tokens: int) -> dict[str, torch.Tenso
         }
     )
     torch.manual_seed(0)
-    engine: Any = Engine(recipe, lambda: build_policy(Path(model), recipe.model, torch.float32))
+    engine: Any = DeepSpeedEngine(recipe, lambda: build_policy(Path(model), recipe.model, torch.float32))
     kinds = {type(module).__name__ for module in engine.model.modules()}
     assert "Linear4bit" in kinds
     packed = {name: p.detach().clone() for name, p in engine.model.named_parameters() if not p.requires_grad}

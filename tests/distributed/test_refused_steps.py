@@ -16,7 +16,7 @@ from helpers.ranks import run_on_ranks
 from raydiv.config import load_recipe
 from raydiv.runs.directory import RunDirectory
 from raydiv.training.coefficients import NotFiniteError
-from raydiv.training.state import Carried
+from raydiv.training.state import TrainState
 from raydiv.training.worker import _step
 from raydiv.utils import distributed as dist
 
@@ -109,7 +109,7 @@ def test_it_is_counted_and_named_and_one_too_many_ends_the_run(tmp_path: Path) -
         {"model": {"id": "m"}, "loss": {"type": "dpo"}, "optim": {"steps": 9, "max_refused": 2}},
         [f"output_dir={tmp_path}"],
     )
-    run, carried = RunDirectory(tmp_path), Carried()
+    run, carried = RunDirectory(tmp_path), TrainState()
     examples = SimpleNamespace(places=lambda rows: [(0, 1, int(row)) for row in rows])
     given: Any = SimpleNamespace(recipe=recipe, train=SimpleNamespace(examples=examples))
     plan: Any = SimpleNamespace(step=6, rows=np.array([40, 41, 42]))
@@ -118,10 +118,10 @@ def test_it_is_counted_and_named_and_one_too_many_ends_the_run(tmp_path: Path) -
     with pytest.raises(FloatingPointError, match=r"step 7: log-probs .* one more than optim\.max_refused: 2"):
         _step(Stepper(), None, 0.1, plan, given, run, carried, last=False)  # type: ignore[arg-type]
     with pytest.raises(FloatingPointError, match="it is the last one"):
-        _step(Stepper(), None, 0.1, plan, given, run, Carried(), last=True)  # type: ignore[arg-type]
+        _step(Stepper(), None, 0.1, plan, given, run, TrainState(), last=True)  # type: ignore[arg-type]
     said: list[str] = []
     run.events.rename(tmp_path / "written")
-    with run.heard(said.append, lambda place: f"train.jsonl:{place[2]}"):
+    with run.follow_events(said.append, lambda place: f"train.jsonl:{place[2]}"):
         run.events.write_bytes((tmp_path / "written").read_bytes())
     assert (
         said

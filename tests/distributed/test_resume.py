@@ -20,7 +20,7 @@ from helpers.runs import assert_same_run, untimed, weights
 from helpers.small_run import recipe_of, write_files
 from helpers.worker_alone import prepared, without_tasks
 from raydiv.runs.directory import RunDirectory
-from raydiv.training.worker import WorkerInput, run_worker
+from raydiv.training.worker import TrainTask, run_worker
 
 STEPS = 9
 
@@ -67,7 +67,7 @@ def live(pickled: bytes, death: Death | None) -> int:
         steps.Stepper.step = mortal  # type: ignore[method-assign]
         shards.sha256_of = half_written
     behind = []
-    go_on = worker._go_on
+    go_on = worker._resume
 
     def noted(*arguments: Any) -> Any:
         found = go_on(*arguments)
@@ -79,13 +79,13 @@ def live(pickled: bytes, death: Death | None) -> int:
     return int(behind[0])
 
 
-def again(given: WorkerInput, name: str) -> WorkerInput:
+def again(given: TrainTask, name: str) -> TrainTask:
     """The same run under another name."""
     recipe = given.recipe.model_copy(update={"name": name})
     run = RunDirectory.of(recipe)
-    run.claim(recipe, {})
-    run.note_began(recipe.optim.steps or 0)
-    return WorkerInput(recipe, given.model_directory, run.path, 0, given.train, given.eval)
+    run.create(recipe, {})
+    run.training_started(recipe.optim.steps or 0)
+    return TrainTask(recipe, given.model_directory, run.path, 0, given.train, given.eval)
 
 
 VARIANTS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -101,7 +101,7 @@ VARIANTS: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 
 
-def lives(given: WorkerInput, ranks: int, folder: Path, death: Death | None = None) -> list[int] | None:
+def lives(given: TrainTask, ranks: int, folder: Path, death: Death | None = None) -> list[int] | None:
     """Where each rank began, or None when the death came."""
     try:
         return run_on_ranks(live, ranks, folder, cloudpickle.dumps(given), death)
@@ -110,7 +110,7 @@ def lives(given: WorkerInput, ranks: int, folder: Path, death: Death | None = No
         return None
 
 
-def died(given: WorkerInput, ranks: int, folder: Path, deaths: Sequence[Death]) -> RunDirectory:
+def died(given: TrainTask, ranks: int, folder: Path, deaths: Sequence[Death]) -> RunDirectory:
     """A run that dies of each in turn, and is then left to end."""
     run = RunDirectory.of(given.recipe)
     for number, death in enumerate([*deaths, None]):
@@ -156,7 +156,7 @@ def test_a_run_goes_on_with_other_numbers_of_workers(tiny_model: Path, tmp_path:
     assert lives(mortal, 1, tmp_path / "one", Death(0, 7, "start")) is None
     # the worker alone took the second checkpoint up, and left a third
     assert lives(mortal, 4, tmp_path / "four") == [6, 6, 6, 6]
-    found, expected = run.metrics(), whole.metrics()
+    found, expected = run.read_metrics(), whole.read_metrics()
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     for line, other in zip(found, expected, strict=True):
         if "loss" in line:

@@ -16,7 +16,7 @@ from raydiv.commands.bench.scale import RANKS, bench_scale, scale_table, step_of
 from raydiv.commands.plan.architecture import architecture_of
 from raydiv.commands.plan.traffic import traffic_of
 from raydiv.config import load_recipe
-from raydiv.data.batching import Layout as Dealt
+from raydiv.data.batching import BatchLayout as Dealt
 from raydiv.utils import distributed as dist
 
 LOGGED = {"deepspeed": {"comms_logger": {"enabled": True, "verbose": False, "prof_all": True, "debug": False}}}

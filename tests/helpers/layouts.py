@@ -46,7 +46,7 @@ def built(layout: Layout, model: Path) -> Any:
     module.PERSISTENT_ELEMENTS = layout.persistent
     recipe = layout.recipe(model)
     torch.manual_seed(0 if layout.lora else 1)
-    return module.Engine(recipe, lambda: build_policy(model, recipe.model, DTYPES[recipe.engine.precision]))
+    return module.DeepSpeedEngine(recipe, lambda: build_policy(model, recipe.model, DTYPES[recipe.engine.precision]))
 
 
 def update(engine: Any, number: int) -> float:

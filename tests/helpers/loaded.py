@@ -9,9 +9,9 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 from transformers.models.llama import modeling_llama  # noqa: F401
 
 import raydiv.training.worker  # noqa: F401
-from raydiv.utils.compat import peft_without_quantizer, unseen
+from raydiv.utils.compat import hide_module, peft_without_quantizer
 
-with unseen("mlflow"):
+with hide_module("mlflow"):
     import deepspeed  # noqa: F401
 with peft_without_quantizer():
     import peft  # noqa: F401

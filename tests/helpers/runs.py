@@ -29,7 +29,7 @@ def weights(run: RunDirectory) -> dict[str, np.ndarray]:
 
 
 def untimed(run: RunDirectory) -> list[Metrics]:
-    return [{name: value for name, value in line.items() if name not in TIMED} for line in run.metrics()]
+    return [{name: value for name, value in line.items() if name not in TIMED} for line in run.read_metrics()]
 
 
 def assert_same_run(found: RunDirectory, expected: RunDirectory) -> None:

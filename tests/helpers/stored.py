@@ -17,19 +17,19 @@ import pytest
 from raydiv.config import Recipe, load_recipe
 from raydiv.data import tokenize as module
 from raydiv.data.index import Index, OpenSource
-from raydiv.data.tokens import GROUP_ROWS, KEY, Ids, Shards, StoredExamples, content_key
+from raydiv.data.tokens import GROUP_ROWS, KEY, Ids, StoredExamples, TokenShards, content_key
 from raydiv.model.chat import Chat
-from raydiv.runtime.actor_pool import Progress, unwatched
+from raydiv.runtime.actor_pool import Progress, no_progress
 from raydiv.utils.errors import UserError
 
 PLANTED = "PLANTED-TEXT"
 """In rows whose text no message may repeat."""
 
-NOWHERE = Shards((), np.zeros(1, np.int64))
+NOWHERE = TokenShards((), np.zeros(1, np.int64))
 """Of examples whose ids nobody reads."""
 
 
-def write_shards(folder: Path, ids: Sequence[tuple[Ids, Ids]], sizes: Sequence[int]) -> Shards:
+def write_shards(folder: Path, ids: Sequence[tuple[Ids, Ids]], sizes: Sequence[int]) -> TokenShards:
     """(prompt ids, response ids) in files of ``sizes`` rows."""
     folder.mkdir(parents=True)
     starts = np.cumsum([0, *sizes], dtype=np.int64)
@@ -41,7 +41,7 @@ def write_shards(folder: Path, ids: Sequence[tuple[Ids, Ids]], sizes: Sequence[i
             for side, name in enumerate(("prompt_ids", "response_ids"))
         }
         pq.write_table(pa.table(columns), folder / f"{number}.parquet", row_group_size=GROUP_ROWS)
-    return Shards(tuple(str(folder / f"{number}.parquet") for number in range(len(sizes))), starts)
+    return TokenShards(tuple(str(folder / f"{number}.parquet") for number in range(len(sizes))), starts)
 
 
 def stored_examples(
@@ -49,7 +49,7 @@ def stored_examples(
     aligned: Sequence[bool],
     pair: Sequence[int],
     source: Sequence[int] | None = None,
-    shards: Shards = NOWHERE,
+    shards: TokenShards = NOWHERE,
 ) -> StoredExamples:
     """Examples of ``shards``, row by row."""
     rows = np.arange(len(ids))
@@ -85,7 +85,7 @@ def opened(recipe: Recipe, chat: Chat) -> tuple[list[OpenSource], list[OpenSourc
 
 
 def indices_of(
-    sources: Sequence[OpenSource], recipe: Recipe, chat: Chat, progress: Progress = unwatched
+    sources: Sequence[OpenSource], recipe: Recipe, chat: Chat, progress: Progress = no_progress
 ) -> list[Index]:
     """The index of each source, tokenised in this process."""
     quarantine = recipe.data.on_bad_row == "quarantine"

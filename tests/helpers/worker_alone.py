@@ -9,24 +9,24 @@ from unittest.mock import patch
 
 import cloudpickle
 
-from raydiv.commands.prepare import fill, read
+from raydiv.commands.prepare import load_inputs, prepare_data
 from raydiv.config import Recipe
 from raydiv.runs.directory import RunDirectory
-from raydiv.runs.progress import Display
+from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.session import ray_session
 from raydiv.training import worker
-from raydiv.training.worker import WorkerInput, run_worker
+from raydiv.training.worker import TrainTask, run_worker
 
 
-def prepared(recipe: Recipe) -> WorkerInput:
+def prepared(recipe: Recipe) -> TrainTask:
     """What a run's workers are given, its directory claimed."""
-    opened = read(recipe, Display(quiet=True))
+    opened = load_inputs(recipe, ProgressDisplay(quiet=True))
     with ray_session(recipe.cluster):
-        ready = fill(recipe, opened, Display(quiet=True))
+        ready = prepare_data(recipe, opened, ProgressDisplay(quiet=True))
     run = RunDirectory.of(recipe)
-    run.claim(recipe, ready.fingerprints)
-    run.note_began(recipe.optim.steps or 0)
-    return WorkerInput(recipe, ready.directory, run.path, 0, ready.train, ready.eval)
+    run.create(recipe, ready.fingerprints)
+    run.training_started(recipe.optim.steps or 0)
+    return TrainTask(recipe, ready.directory, run.path, 0, ready.train, ready.eval)
 
 
 def without_tasks() -> AbstractContextManager[Any]:

@@ -14,7 +14,7 @@ from helpers.stored import indices_of, opened, recipe_of
 from raydiv.commands.bench import tokenize_baseline as plain
 from raydiv.commands.bench import training
 from raydiv.commands.bench.data import FAR, bench_data
-from raydiv.commands.bench.harness import Work, steps_alone
+from raydiv.commands.bench.harness import Workload, steps_alone
 from raydiv.commands.bench.start import bench_start, start_table
 from raydiv.commands.bench.training import Timing, bench_training, summarise, training_notes, training_table
 from raydiv.commands.bench.trl_baseline import PAIRED, UNPAIRED, counterpart, per_device_sizes, rows_of
@@ -28,7 +28,7 @@ from raydiv.losses import OBJECTIVES
 from raydiv.model import w1 as w1_model
 from raydiv.model.chat import Chat
 from raydiv.model.resolve import fingerprint, model_directory
-from raydiv.runs.progress import Display
+from raydiv.runs.progress import ProgressDisplay
 from raydiv.training.dataloader import ExampleSet
 from raydiv.utils.errors import UserError
 
@@ -74,7 +74,7 @@ def test_plain_script_makes_the_same_tokens(tiny_model: Path, data: Path, tmp_pa
 @pytest.mark.slow
 def test_bench_of_data_has_every_figure(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     recipe = short_recipe(tiny_model, data, tmp_path, {"type": "kldo", "skew": 0.5})
-    found = bench_data(recipe, [1000, 3000], repeats=1, steps=3, display=Display(quiet=True))
+    found = bench_data(recipe, [1000, 3000], repeats=1, steps=3, display=ProgressDisplay(quiet=True))
     assert [one["examples"] for one in found["prepare"]] == [1000, 3000]
     for one in found["prepare"]:
         assert one["ratio"] == pytest.approx(one["examples_per_second"] / one["plain_examples_per_second"])
@@ -90,7 +90,7 @@ def test_bench_of_data_has_every_figure(tiny_model: Path, data: Path, tmp_path: 
 @pytest.mark.slow
 def test_bench_of_a_start_has_every_figure(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     recipe = short_recipe(tiny_model, data, tmp_path, {"type": "dpo"})
-    found = bench_start(recipe, repeats=1, display=Display(quiet=True))
+    found = bench_start(recipe, repeats=1, display=ProgressDisplay(quiet=True))
     (turn,) = found["turns"]
     assert found["over_seconds"] == pytest.approx(turn["raydiv"] - turn["hello"])
     assert min(turn["raydiv"], turn["hello"]) > 1
@@ -146,7 +146,7 @@ def test_a_word_of_the_workload_is_a_token() -> None:
     assert chat.tokenizer.convert_ids_to_tokens([4, 2, 5]) == ["<|user|>", "</s>", "<|assistant|>"]
 
 
-def work_on(model: Path, data: Path, loss: str, steps: int = 3, **changes: Any) -> Work:
+def work_on(model: Path, data: Path, loss: str, steps: int = 3, **changes: Any) -> Workload:
     """The first steps of a run of 8 examples a step, prepared without Ray; the reference log-probs are zeros."""
     recipe = recipe_of(
         model, str(data), loss, batch={"examples": 8, "max_length": 60, "max_prompt_length": 30}, **changes
@@ -156,7 +156,7 @@ def work_on(model: Path, data: Path, loss: str, steps: int = 3, **changes: Any) 
     zeros = np.zeros(len(examples), np.float32)
     others = mismatched(examples, 60) if recipe.loss.mismatched_terms else None
     given = ExampleSet(examples, zeros, others, None if others is None else zeros)
-    return Work.of(steps_alone(recipe, steps), model, given, steps, threads=1)
+    return Workload.of(steps_alone(recipe, steps), model, given, steps, threads=1)
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
@@ -198,7 +198,7 @@ def test_trl_takes_the_same_examples_in_the_same_order(tiny_model: Path, data: P
 
 def test_a_script_that_fails_says_why() -> None:
     with pytest.raises(RuntimeError, match=r"nothing: status 1: .*No module named raydiv.commands.bench.nothing"):
-        Work({}, {}).script("nothing")
+        Workload({}, {}).script("nothing")
 
 
 def test_every_loss_of_trl_s_trainers_is_compared_or_refused() -> None:
@@ -305,7 +305,7 @@ def test_a_size_of_trl_may_fail_and_nothing_else() -> None:
     def run() -> Timing:
         return Timing([1], [1], 1)
 
-    quiet = Display(quiet=True)
+    quiet = ProgressDisplay(quiet=True)
     turns, failed = training._take_turns({"raydiv": run, "trl_1": run, "trl_8": fail}, 2, quiet)
     assert [list(one) for one in turns] == [["raydiv", "trl_1"]] * 2
     assert failed == {"trl_8": "killed"}
@@ -321,7 +321,7 @@ def unprepared(tiny_model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) ->
     def prepare(*_: object) -> None:
         raise AssertionError("prepared before the mistake was found")
 
-    monkeypatch.setattr(training, "work_of", prepare)
+    monkeypatch.setattr(training, "workload_of", prepare)
     return recipe_of(tiny_model, str(data), "dpo")
 
 
@@ -358,7 +358,7 @@ def test_numbers_that_time_nothing_are_refused(unprepared: Recipe, numbers: dict
 def test_bench_of_training_has_every_figure(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tiny_model, str(data), "dpo", batch={"examples": 4, "max_length": 60, "max_prompt_length": 30})
     recipe.output_dir = str(tmp_path)
-    found = bench_training(recipe, ["loop", "trl"], steps=2, warmup=1, repeats=1, display=Display(quiet=True))
+    found = bench_training(recipe, ["loop", "trl"], steps=2, warmup=1, repeats=1, display=ProgressDisplay(quiet=True))
     assert list(found["trl"]) == ["best", "1", "2"]
     for one in (found["raydiv"], found["loop"], *(found["trl"][size] for size in "12")):
         assert one["tokens_seen"] == 1

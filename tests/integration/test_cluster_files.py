@@ -31,9 +31,9 @@ from helpers.small_run import recipe_of
 from helpers.sources import ROOT
 from raydiv import __version__
 from raydiv.config import Recipe, load_recipe, save_recipe
-from raydiv.config.cluster import Cluster
+from raydiv.config.cluster import ClusterConfig
 from raydiv.runs.directory import RunDirectory
-from raydiv.runtime.session import submitted, worker_environment
+from raydiv.runtime.session import is_submitted_job, worker_environment
 from raydiv.runtime.submit.environment import read_runtime_environment
 from raydiv.utils.secrets import LOGIN, names_secret
 
@@ -440,7 +440,7 @@ def test_runtime_environments_are_rays_and_leave_raydivs_variables_alone(name: s
     )
     for gpu in (False, True):
         # Ray refuses a job whose own environment says one of them again
-        assert not variables.keys() & worker_environment(Cluster(use_gpu=gpu)).keys()
+        assert not variables.keys() & worker_environment(ClusterConfig(use_gpu=gpu)).keys()
     assert not any(names_secret(variable) for variable in variables)
     assert variables["RAYDIV_CACHE"].startswith("/shared/")
     if "working_dir" in found:
@@ -711,7 +711,7 @@ def test_a_slurm_job_that_is_told_to_go_leaves_a_checkpoint(
 
 def ended_job(client: Any, command: list[str], environment: dict[str, Any]) -> tuple[str, str]:
     """How a job ended, and its log."""
-    job, end = submitted(client, entrypoint=shlex.join(command), runtime_env=environment), time.monotonic() + 300
+    job, end = is_submitted_job(client, entrypoint=shlex.join(command), runtime_env=environment), time.monotonic() + 300
     while not client.get_job_status(job).is_terminal():
         assert time.monotonic() < end, client.get_job_logs(job)
         time.sleep(1)

@@ -14,12 +14,12 @@ from helpers.ranks import run_on_ranks
 from helpers.small_run import recipe_of
 from helpers.worker_alone import prepared, train_each
 from raydiv.cli import main
-from raydiv.commands.prepare import fill, prepare, read
+from raydiv.commands.prepare import load_inputs, prepare, prepare_data
 from raydiv.commands.train import Result, train
 from raydiv.config import Recipe, load_recipe
 from raydiv.config.loss import TYPES
 from raydiv.runs.directory import RunDirectory
-from raydiv.runs.progress import Display
+from raydiv.runs.progress import ProgressDisplay
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +38,8 @@ def run(ray: None, tiny_model: Path, files: dict[str, str], tmp_path_factory: py
     measured += ["separation.every=2", "evaluate.attacks=[prefill]", f"evaluate.pairwise_judge={tiny_model}"]
     output = tmp_path_factory.mktemp("runs")
     return train(
-        recipe_of(tiny_model, files, output, "full", "evaluate.max_new_tokens=8", *measured), Display(quiet=True)
+        recipe_of(tiny_model, files, output, "full", "evaluate.max_new_tokens=8", *measured),
+        ProgressDisplay(quiet=True),
     )
 
 
@@ -50,7 +51,7 @@ def test_run_directory_is_complete(run: Result) -> None:
     for name in ("recipe.yaml", "metrics.jsonl", "result.json", "report.html", "model/config.json", "model/README.md"):
         assert (run.run.path / name).is_file(), name
     assert (run.run.pictures / "plane-after.png").read_bytes().startswith(b"\x89PNG")
-    assert {name: len(found) for name, found in run.run.rewards().items()} == {"aligned": 3, "unaligned": 3}
+    assert {name: len(found) for name, found in run.run.read_rewards().items()} == {"aligned": 3, "unaligned": 3}
     result = json.loads((run.run.path / "result.json").read_text())
     assert {"raydiv", "ray", "torch", "deepspeed", "python"} <= result["versions"].keys()
     assert result["data"]["train"]["pairs"] == 12
@@ -74,14 +75,14 @@ def test_training_separates_the_classes(run: Result) -> None:
     margins = [record["eval/reward/margin"] for record in records(run.run.path) if "eval/loss" in record]
     assert margins[0] == pytest.approx(0, abs=1e-4)
     assert margins[-1] > 0
-    means = {name: np.mean(found) for name, found in run.run.rewards().items()}
+    means = {name: np.mean(found) for name, found in run.run.read_rewards().items()}
     assert means["aligned"] - means["unaligned"] == pytest.approx(margins[-1], abs=1e-5)
 
 
 def test_examples_know_their_place_in_the_data(run: Result, files: dict[str, str]) -> None:
-    recipe, display = run.run.read_recipe(), Display(quiet=True)
-    opened = read(recipe, display)
-    stored = fill(recipe, opened, display).train.examples
+    recipe, display = run.run.read_recipe(), ProgressDisplay(quiet=True)
+    opened = load_inputs(recipe, display)
+    stored = prepare_data(recipe, opened, display).train.examples
     rows = np.arange(len(stored))
     lines = Path(files["train"]).read_text().splitlines()
     for place, (prompt, _) in zip(stored.places(rows), stored.ids(rows), strict=True):
@@ -170,7 +171,7 @@ def test_training_into_a_run_is_refused(run: Result, capsys: pytest.CaptureFixtu
 
 def test_reference_is_paid_once(run: Result, tiny_model: Path, files: dict[str, str], tmp_path: Path) -> None:
     changed = ("loss.beta=0.3", "optim.lr=0.5", "loss.type=dpo", "cluster.num_workers=1", "seed=9")
-    again = prepare(recipe_of(tiny_model, files, tmp_path, "again", *changed), Display(quiet=True))
+    again = prepare(recipe_of(tiny_model, files, tmp_path, "again", *changed), ProgressDisplay(quiet=True))
     assert (again.reference_hits, again.reference_misses) == (30, 0)
 
 
@@ -181,7 +182,7 @@ def test_a_changed_token_misses_that_example_alone(
     lines[0] = lines[0].replace("about 0", "about zero")
     edited = files | {"train": str(tmp_path / "edited.jsonl")}
     Path(edited["train"]).write_text("\n".join(lines) + "\n")
-    found = prepare(recipe_of(tiny_model, edited, tmp_path, "edited"), Display(quiet=True))
+    found = prepare(recipe_of(tiny_model, edited, tmp_path, "edited"), ProgressDisplay(quiet=True))
     assert (found.reference_hits, found.reference_misses) == (29, 1)
 
 
@@ -192,7 +193,7 @@ def test_a_changed_weight_never_hits(run: Result, tiny_model: Path, files: dict[
     weights = load_file(tmp_path / "other" / "model.safetensors")
     weights["model.norm.weight"][3] += 1e-3
     save_file(weights, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
-    found = prepare(recipe_of(tmp_path / "other", files, tmp_path, "other"), Display(quiet=True))
+    found = prepare(recipe_of(tmp_path / "other", files, tmp_path, "other"), ProgressDisplay(quiet=True))
     assert (found.reference_hits, found.reference_misses) == (0, 30)
 
 
@@ -204,9 +205,9 @@ def test_lora_with_adapters_off_is_the_stored_reference(
     from transformers import AutoModelForCausalLM
 
     lora = ("model.lora.r=4", "cluster.num_workers=1")
-    stored = train(recipe_of(tiny_model, files, tmp_path, "stored", *lora), Display(quiet=True))
+    stored = train(recipe_of(tiny_model, files, tmp_path, "stored", *lora), ProgressDisplay(quiet=True))
     off = train(
-        recipe_of(tiny_model, files, tmp_path, "off", *lora, "model.reference=adapter-off"), Display(quiet=True)
+        recipe_of(tiny_model, files, tmp_path, "off", *lora, "model.reference=adapter-off"), ProgressDisplay(quiet=True)
     )
     losses = [[r["loss"] for r in records(result.run.path) if "loss" in r] for result in (stored, off)]
     assert len(losses[0]) == 4
@@ -228,7 +229,7 @@ def test_target_margin_stops_early_and_says_so(
     ray: None, tiny_model: Path, files: dict[str, str], tmp_path: Path
 ) -> None:
     stopping = ("optim.steps=30", "optim.lr=0.02", "optim.target_margin=0.3", "cluster.num_workers=1")
-    result = train(recipe_of(tiny_model, files, tmp_path, "stopped", *stopping), Display(quiet=True))
+    result = train(recipe_of(tiny_model, files, tmp_path, "stopped", *stopping), ProgressDisplay(quiet=True))
     steps = [record for record in records(result.run.path) if "loss" in record]
     margins = [record["reward/margin/ema"] for record in steps]
     assert len(steps) < 30
@@ -248,7 +249,7 @@ def short(loss: str, model: Path, files: dict[str, str], folder: Path) -> Recipe
 @pytest.mark.parametrize("loss", ["kto", "sft"])
 def test_other_objectives_train(ray: None, loss: str, tiny_model: Path, files: dict[str, str], tmp_path: Path) -> None:
     """One with mismatched examples, and one without a reference."""
-    result = train(short(loss, tiny_model, files, tmp_path), Display(quiet=True))
+    result = train(short(loss, tiny_model, files, tmp_path), ProgressDisplay(quiet=True))
     assert result.metrics["step"] == 2
     assert np.isfinite(result.metrics["loss"])
 
@@ -261,7 +262,7 @@ def test_every_objective_trains(ray: None, tiny_model: Path, files: dict[str, st
         run = RunDirectory.of(one.recipe)
         assert run.stage().why == "all steps are done", one.recipe.name
         assert run.steps_taken() == 2
-        assert all(np.isfinite(line["loss"]) for line in run.metrics() if "loss" in line)
+        assert all(np.isfinite(line["loss"]) for line in run.read_metrics() if "loss" in line)
 
 
 def test_more_workers_than_cpus_are_refused(

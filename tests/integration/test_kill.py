@@ -25,7 +25,7 @@ from raydiv.commands import train as launch
 from raydiv.commands.train import Result, train
 from raydiv.config import Recipe, save_recipe
 from raydiv.runs.directory import RunDirectory
-from raydiv.runs.progress import Display
+from raydiv.runs.progress import ProgressDisplay
 from raydiv.utils.signals import Terminated
 
 pytestmark = pytest.mark.slow
@@ -48,7 +48,7 @@ def named(tiny_model: Path, files: dict[str, str], tmp_path_factory: pytest.Temp
 @pytest.fixture(scope="module")
 def whole(ray: None, named: Callable[..., Recipe]) -> Result:
     """A run that nothing happens to."""
-    return train(named("whole"), Display(quiet=True))
+    return train(named("whole"), ProgressDisplay(quiet=True))
 
 
 def workers(driver: int | None = None) -> list[psutil.Process]:
@@ -116,7 +116,7 @@ def test_workers_that_stand_still_are_given_up_and_started_again(
 
     def stop() -> None:
         wait_for_step(run, 5)
-        stopped.append(psutil.Process(run.beats()[1].pid))
+        stopped.append(psutil.Process(run.heartbeats()[1].pid))
         stopped[0].suspend()
 
     with meanwhile(stop):
@@ -166,7 +166,7 @@ def test_a_run_that_loses_all_its_workers_and_then_its_driver_goes_on_where_it_w
     wait_for_step(run, 6)
     process.kill()
     process.wait()
-    result = train(recipe, Display(quiet=True), resume=True)
+    result = train(recipe, ProgressDisplay(quiet=True), resume=True)
     assert "training goes on after step" in run.events.read_text()
     assert_same_run(run, whole.run)
     assert result.report["mlflow"]["run_id"] == first["run_id"]
@@ -190,14 +190,14 @@ def test_sigterm_leaves_a_checkpoint_of_the_very_step(
     assert f"stopped after step {stopped}; the same command with --resume goes on" in said
     assert stopped < STEPS
     assert [int(name.removeprefix("step-")) for name in run.checkpoints(recipe).folders()] == [stopped]
-    again: Any = train(recipe, Display(quiet=True), resume=True)
+    again: Any = train(recipe, ProgressDisplay(quiet=True), resume=True)
     assert_same_run(run, whole.run)
     written = [path.read_bytes() for path in run.path.parent.rglob("*") if path.is_file()]
     assert len(written) > 20
     assert not any(secret.encode() in content for secret in PLANTED.values() for content in [*written, said.encode()])
     assert mlflow_steps(again, "loss") == list(range(1, STEPS + 1))
     with pytest.raises(Exception, match="another recipe"):
-        train(named("term", "loss.skew=0.25"), Display(quiet=True), resume=True)
+        train(named("term", "loss.skew=0.25"), ProgressDisplay(quiet=True), resume=True)
 
 
 @pytest.mark.long
@@ -249,7 +249,7 @@ def test_a_node_is_lost_and_another_one_comes(whole: Result, named: Callable[...
         raylets.add_node(num_cpus=1)
 
     with meanwhile(lose):
-        train(recipe, Display(quiet=True))
+        train(recipe, ProgressDisplay(quiet=True))
     assert re.search("training goes on after step [46]", run.events.read_text())
     assert_same_run(run, whole.run)
 
@@ -265,8 +265,8 @@ def test_workers_come_and_go_with_the_nodes(
 
     def wait_for_workers(number: int) -> None:
         end = time.monotonic() + 180
-        while {beat.of for beat in run.beats()} != {number} or not run.beats()[0].step:
-            assert time.monotonic() < end, run.beats()
+        while {beat.of for beat in run.heartbeats()} != {number} or not run.heartbeats()[0].step:
+            assert time.monotonic() < end, run.heartbeats()
             time.sleep(0.2)
 
     def come_and_go() -> None:
@@ -277,10 +277,10 @@ def test_workers_come_and_go_with_the_nodes(
         wait_for_step(run, run.steps_taken() + 20)
         raylets.remove_node(other, allow_graceful=False)
         wait_for_workers(1)
-        run.ask_to_stop()
+        run.request_stop()
 
     with meanwhile(come_and_go), pytest.raises(Terminated):
-        train(recipe, Display(quiet=True))
-    steps = [record["step"] for record in run.metrics() if "loss" in record]
+        train(recipe, ProgressDisplay(quiet=True))
+    steps = [record["step"] for record in run.read_metrics() if "loss" in record]
     assert steps == list(range(1, len(steps) + 1))
     assert run.events.read_text().count("training goes on after step") == 2

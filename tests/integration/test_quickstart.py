@@ -31,7 +31,7 @@ def first(number: int, name: str, folder: Path) -> Path:
 def test_quickstart_cut_short(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coherence, "WELL_WRITTEN", Source(path=str(first(24, "helpful", tmp_path))))
+    monkeypatch.setattr(coherence, "COHERENCE_REFERENCE", Source(path=str(first(24, "helpful", tmp_path))))
     changes = [
         f"output_dir={tmp_path / 'runs'}",
         f"data.train={first(24, 'compliance-refusal', tmp_path)}",

@@ -27,23 +27,23 @@ from raydiv.cli import main
 from raydiv.commands.prepare import prepare
 from raydiv.commands.train import train
 from raydiv.config import load_recipe, save_recipe
-from raydiv.config.cluster import Cluster
-from raydiv.config.recipe import Batch, Data
+from raydiv.config.cluster import ClusterConfig
+from raydiv.config.recipe import BatchConfig, DataConfig
 from raydiv.config.source import Source
 from raydiv.data import sources
 from raydiv.data.index import OpenSource
 from raydiv.data.sources import files_of, iterate_records
-from raydiv.data.tokenize import bundle_makers
-from raydiv.evaluation.baseline_cache import Taken
-from raydiv.experiments.shared import Family
+from raydiv.data.tokenize import record_chunks
+from raydiv.evaluation.baseline_cache import Measurement
+from raydiv.experiments.shared import RunGroup
 from raydiv.model.chat import Chat
 from raydiv.model.load import ModelSource
 from raydiv.model.resolve import model_directory
-from raydiv.runs.progress import Display
-from raydiv.runs.tracker import Tracker, handed_on
+from raydiv.runs.progress import ProgressDisplay
+from raydiv.runs.tracker import MlflowTracker, forwarded_environment
 from raydiv.runtime.session import ray_session, require_dashboard
-from raydiv.training.checkpoint.manifest import MANIFEST, Checkpoints, Manifest
-from raydiv.training.checkpoint.shards import Shard
+from raydiv.training.checkpoint.manifest import MANIFEST, CheckpointStore, Manifest
+from raydiv.training.checkpoint.shards import CheckpointShard
 from raydiv.utils.cache import shared_dir
 from raydiv.utils.errors import UserError
 from raydiv.utils.storage import Folder
@@ -322,7 +322,7 @@ def test_a_name_leads_out_of_no_folder(name: str, tmp_path: Path) -> None:
         lambda: folder.remove_file(name),
         lambda: folder.local(name).__enter__(),
         lambda: folder.filled(name).__enter__(),
-        lambda: Taken({}, {name: "y"}, []).into(tmp_path / "folder"),
+        lambda: Measurement({}, {name: "y"}, []).write_into(tmp_path / "folder"),
     ]
     for act in acts:
         with pytest.raises(UserError, match="leads out of the folder"):
@@ -332,8 +332,8 @@ def test_a_name_leads_out_of_no_folder(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../../weights.safetensors", "/tmp/weights.safetensors"])
 def test_a_checkpoint_names_its_own_files_alone(name: str, tmp_path: Path) -> None:
-    checkpoints = Checkpoints(Folder(str(tmp_path)))
-    manifest = Manifest(4, 4, 1, {}, {}, None, [Shard(name, 1, "0" * 64, {})])
+    checkpoints = CheckpointStore(Folder(str(tmp_path)))
+    manifest = Manifest(4, 4, 1, {}, {}, None, [CheckpointShard(name, 1, "0" * 64, {})])
     checkpoints.at(4).write(MANIFEST, manifest.as_bytes())
     with pytest.raises(ValueError, match="leads out of the folder"):
         checkpoints.manifest(4)
@@ -341,7 +341,7 @@ def test_a_checkpoint_names_its_own_files_alone(name: str, tmp_path: Path) -> No
 
 def test_a_checkpoint_is_of_its_own_step(tmp_path: Path) -> None:
     """Another step's manifest would have files read that nobody checked."""
-    checkpoints = Checkpoints(Folder(str(tmp_path)))
+    checkpoints = CheckpointStore(Folder(str(tmp_path)))
     checkpoints.at(4).write(MANIFEST, Manifest(2, 2, 1, {}, {}, None, []).as_bytes())
     with pytest.raises(ValueError, match="that of step 2"):
         checkpoints.manifest(4)
@@ -376,14 +376,16 @@ def test_the_password_of_mlflows_address_is_written_nowhere(tmp_path: Path, monk
         {"output_dir": str(tmp_path), "model": {"id": "m"}, "loss": {"type": "dpo"}, "optim": {"steps": 1}}
     )
     said: list[str] = []
-    tracker = Tracker(recipe, {}, said.append, note=tmp_path / "mlflow.json")
+    tracker = MlflowTracker(recipe, {}, said.append, note=tmp_path / "mlflow.json")
     asked = tracker._client.tracking_uri
     tracker.finish()
     assert asked == "http://me:planted@127.0.0.1:1/?api_key=planted"
     assert tracker.uri == "http://me:***@127.0.0.1:1/?api_key=***"
     assert said
     assert "planted" not in " ".join(said)
-    member = Family(tmp_path / "trials", Cluster(), handed_on(recipe), None).member(recipe, "000", {})
+    member = RunGroup(tmp_path / "trials", ClusterConfig(), forwarded_environment(recipe), None).member_recipe(
+        recipe, "000", {}
+    )
     save_recipe(member, tmp_path / "trial.yaml")
     assert "planted" not in (tmp_path / "trial.yaml").read_text()
     assert load_recipe(tmp_path / "trial.yaml") == member
@@ -414,7 +416,7 @@ def test_a_local_ray_is_its_own_on_loopback_and_keeps_its_authentication(
     monkeypatch.setattr("raydiv.runtime.session.require_resources", lambda cluster: None)
     for name, value in (("RAY_ADDRESS", address), ("RAY_AUTH_MODE", mode)):
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
-    with ray_session(Cluster(), dashboard=True):
+    with ray_session(ClusterConfig(), dashboard=True):
         pass
     assert asked["mode"] == mode
     assert asked["address"] == (address or "local")  # None is any cluster that somebody started on this machine
@@ -433,10 +435,10 @@ def test_it_is_this_sessions_dashboard_that_is_asked(monkeypatch: pytest.MonkeyP
 
 SESSION = """
 import ray
-from raydiv.config.cluster import Cluster
+from raydiv.config.cluster import ClusterConfig
 from raydiv.runtime.session import ray_session, require_dashboard
 from ray.job_submission import JobSubmissionClient
-with ray_session(Cluster(), dashboard=True):
+with ray_session(ClusterConfig(), dashboard=True):
     require_dashboard("a test")
     address = ray.get_runtime_context().gcs_address
     JobSubmissionClient(address).list_jobs()
@@ -522,8 +524,8 @@ def kept_as(kind: str, path: Path, words: str) -> None:
 def test_a_file_that_changes_while_it_is_read_is_not_kept(kind: str, change: str, tmp_path: Path, chat: Chat) -> None:
     path = tmp_path / f"data.{kind}"
     kept_as(kind, path, "first")
-    opened = OpenSource(Source(path=str(path)), Data(), Batch(), chat)
-    bundles = (bundle for make in bundle_makers([opened]) for bundle in make())
+    opened = OpenSource(Source(path=str(path)), DataConfig(), BatchConfig(), chat)
+    bundles = (bundle for make in record_chunks([opened]) for bundle in make())
     assert next(bundles).records
     if change == "touched":
         os.utime(path, ns=(1, 1))
@@ -564,14 +566,14 @@ def test_what_was_edited_after_prepare_alone_is_scored_again(
     recipe = recipe_of(
         tiny_model, files | {"train": str(path)}, tmp_path, "r", "cluster.num_workers=1", "optim.steps=1"
     )
-    before = prepare(recipe, Display(quiet=True)).summary()
+    before = prepare(recipe, ProgressDisplay(quiet=True)).summary()
     assert before["reference"]["misses"] == before["train"]["examples"] + before["eval"]["examples"] == 30
     status = path.stat()
     lines = path.read_text().splitlines(keepends=True)
     assert "number 3" in lines[3]
     path.write_text("".join([*lines[:3], lines[3].replace("about 3", "about 7"), *lines[4:]]))
     assert path.stat().st_size == status.st_size
-    data = train(recipe, Display(quiet=True)).report["data"]
+    data = train(recipe, ProgressDisplay(quiet=True)).report["data"]
     assert data["fingerprint"] != before["fingerprint"]
     assert data["reference"] == {"hits": 29, "misses": 1}
 

@@ -15,11 +15,11 @@ from helpers.small_run import recipe_of, write_files
 from helpers.sources import ROOT
 from raydiv.cli import main
 from raydiv.config import Recipe, load_recipe, save_recipe
-from raydiv.config.cluster import Cluster
-from raydiv.experiments.shared import Family
+from raydiv.config.cluster import ClusterConfig
+from raydiv.experiments.shared import RunGroup
 from raydiv.experiments.study.collect import cell_of, included, require_same
-from raydiv.experiments.study.grid import baselines, plans
-from raydiv.experiments.study.jobs import Job, run_jobs
+from raydiv.experiments.study.grid import baselines, planned_cells
+from raydiv.experiments.study.jobs import CellJob, run_jobs
 from raydiv.experiments.study.study import StudyDirectory, study
 from raydiv.runs.directory import RunDirectory
 from raydiv.runtime.session import ray_session
@@ -32,7 +32,7 @@ def recipe_with(study: dict[str, Any], **sections: Any) -> Recipe:
 
 
 def test_the_grid_is_every_combination_and_its_cells_are_recipes() -> None:
-    found = plans(
+    found = planned_cells(
         recipe_with(
             {
                 "models": {"small": "org/small", "tuned": {"id": "org/big", "lora.r": 4, "optim.lr": 0.01}},
@@ -61,14 +61,14 @@ def test_an_override_adds_an_entry_or_takes_it_away_and_a_list_replaces_all() ->
     tree = recipe_with({"losses": {"KLDO": {"type": "kldo", "skew": 0.25}, "DPO": "dpo"}}).model_dump(by_alias=True)
 
     def losses(*overrides: str) -> list[str]:
-        return [plan.loss for plan in plans(load_recipe(tree, overrides))]
+        return [plan.loss for plan in planned_cells(load_recipe(tree, overrides))]
 
     assert losses("study.losses={KTO: kto, DPO: null}") == ["KLDO", "KTO"]
     assert losses("study.losses=[kto]") == ["kto"]
 
 
 def test_an_axis_that_is_not_named_has_the_recipes_own_entry() -> None:
-    (one, other) = plans(recipe_with({"losses": ["kldo", "dpo"]}))
+    (one, other) = planned_cells(recipe_with({"losses": ["kldo", "dpo"]}))
     assert (one.name, other.name) == ("Base-1B-compliance-refusal-kldo-0", "Base-1B-compliance-refusal-dpo-0")
     assert one.recipe.loss.options["skew"] == 0.5, "kldo is the recipe's own"
 
@@ -93,13 +93,13 @@ def test_bad_studies_are_refused(study: dict[str, Any], said: str) -> None:
 
 def test_a_cell_that_no_run_could_be_is_refused_by_name() -> None:
     with pytest.raises(UserError, match=r"study: the cell Base-1B, compliance-refusal, bad: loss.skw: unknown key"):
-        plans(recipe_with({"losses": {"bad": {"type": "kldo", "skw": 1}}}))
+        planned_cells(recipe_with({"losses": {"bad": {"type": "kldo", "skw": 1}}}))
     with pytest.raises(UserError, match=r"cluster.num_workers: is the same for all cells of a study"):
-        plans(recipe_with({"models": {"x": {"id": "y", "cluster.num_workers": 2}}}))
+        planned_cells(recipe_with({"models": {"x": {"id": "y", "cluster.num_workers": 2}}}))
     with pytest.raises(UserError, match=r"seed: is the same for all cells of a study but for seeds"):
-        plans(recipe_with({"losses": {"x": {"type": "dpo", "seed": 2}}}))
+        planned_cells(recipe_with({"losses": {"x": {"type": "dpo", "seed": 2}}}))
     with pytest.raises(UserError, match=r"two cells would be called a-b-c-kldo-0"):
-        plans(recipe_with({"models": {"a": "m", "a-b": "n"}, "data": {"b-c": "x.jsonl", "c": "y.jsonl"}}))
+        planned_cells(recipe_with({"models": {"a": "m", "a-b": "n"}, "data": {"b-c": "x.jsonl", "c": "y.jsonl"}}))
     with pytest.raises(UserError, match=r"study.baselines.x: model.idd: unknown key"):
         baselines(recipe_with({"baselines": {"x": {"idd": "y"}}}))
 
@@ -110,23 +110,23 @@ def test_a_cell_that_no_run_could_be_is_refused_by_name() -> None:
 )
 def test_shipped_studies_have_the_cells_that_they_say(name: str, cells: int, plain: int) -> None:
     recipe = load_recipe(ROOT / "configs" / name)
-    assert len(plans(recipe)) == cells
+    assert len(planned_cells(recipe)) == cells
     assert len(baselines(recipe)) == plain
-    assert len({plan.name for plan in plans(recipe)}) == cells
+    assert len({plan.name for plan in planned_cells(recipe)}) == cells
 
 
 def finished_run(path: Path, recipe: Recipe, **metrics: float) -> RunDirectory:
     run = RunDirectory(path)
     path.mkdir(parents=True)
     save_recipe(recipe, run.recipe)
-    run.log({"step": 0, "evaluate/asr": 0.9})
-    run.log({"step": 3, "divergence/name": "KL", **metrics})
+    run.log_metrics({"step": 0, "evaluate/asr": 0.9})
+    run.log_metrics({"step": 3, "divergence/name": "KL", **metrics})
     run.result.write_text("{}")
     return run
 
 
 def test_a_cell_is_what_its_run_measured_after_training_and_before(tmp_path: Path) -> None:
-    (plan,) = plans(recipe_with({"seeds": [4]}))
+    (plan,) = planned_cells(recipe_with({"seeds": [4]}))
     cell = cell_of(finished_run(tmp_path / "run", plan.recipe, **{"evaluate/asr": 0.2}), plan)
     assert (cell.key, cell.seed) == (("Base-1B", "compliance-refusal", "kldo"), 4)
     assert (cell.metrics, cell.before) == ({"evaluate/asr": 0.2}, {"evaluate/asr": 0.9})
@@ -135,7 +135,7 @@ def test_a_cell_is_what_its_run_measured_after_training_and_before(tmp_path: Pat
 def test_included_runs_have_the_names_that_the_study_has_for_their_like(tmp_path: Path) -> None:
     losses = {"OURS": {"type": "kldo", "skew": 0.5}, "DPO": "dpo"}
     recipe = recipe_with({"losses": losses, "data": {"CR": "bundled:compliance-refusal"}})
-    ours, dpo = (plan.recipe for plan in plans(recipe))
+    ours, dpo = (plan.recipe for plan in planned_cells(recipe))
     finished_run(tmp_path / "runs" / "a", ours, x=1.0)
     finished_run(
         tmp_path / "runs" / "b", load_recipe(dpo.model_dump(by_alias=True), ["seed=7", "loss.beta=0.5"]), x=2.0
@@ -154,8 +154,8 @@ def test_included_runs_have_the_names_that_the_study_has_for_their_like(tmp_path
 
 
 def test_a_finished_cell_must_be_of_the_recipe_that_it_has_now(tmp_path: Path) -> None:
-    (plan,) = plans(recipe_with({"losses": ["kldo"]}))
-    moved = plan.recipe.model_copy(update={"cluster": Cluster(num_workers=4), "output_dir": "elsewhere"})
+    (plan,) = planned_cells(recipe_with({"losses": ["kldo"]}))
+    moved = plan.recipe.model_copy(update={"cluster": ClusterConfig(num_workers=4), "output_dir": "elsewhere"})
     run = finished_run(tmp_path / "run", moved)
     require_same(plan.recipe, run)
     with pytest.raises(UserError, match=r"this cell was run with another loss\.beta, optim\.lr;"):
@@ -163,16 +163,16 @@ def test_a_finished_cell_must_be_of_the_recipe_that_it_has_now(tmp_path: Path) -
 
 
 def test_a_finished_cell_is_one_whatever_its_checkpoints(tmp_path: Path) -> None:
-    (plan,) = plans(recipe_with({"losses": ["kldo"]}, checkpoint={"storage": str(tmp_path / "store")}))
-    family = Family(tmp_path / "study" / "cells", Cluster(), None, None)
-    run = finished_run(tmp_path / "study" / "cells" / plan.name, family.member(plan.recipe, plan.name, {}))
+    (plan,) = planned_cells(recipe_with({"losses": ["kldo"]}, checkpoint={"storage": str(tmp_path / "store")}))
+    family = RunGroup(tmp_path / "study" / "cells", ClusterConfig(), None, None)
+    run = finished_run(tmp_path / "study" / "cells" / plan.name, family.member_recipe(plan.recipe, plan.name, {}))
     require_same(load_recipe(plan.recipe.model_dump(by_alias=True), ["checkpoint.every=7"]), run)
 
 
 def test_an_included_run_of_another_rate_is_no_seed_of_the_studys(tmp_path: Path) -> None:
     losses = {"SLOW": {"type": "dpo", "optim.lr": 1e-6}, "FAST": {"type": "dpo", "optim.lr": 1e-4}}
     recipe = recipe_with({"losses": losses})
-    slow, fast = (plan.recipe for plan in plans(recipe))
+    slow, fast = (plan.recipe for plan in planned_cells(recipe))
     others = {
         "rate": (fast, "optim.lr=1e-5"),
         "clip": (fast, "optim.clip=7"),
@@ -239,9 +239,9 @@ def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeClient]:
     return fake
 
 
-def jobs_of(folder: Path, *names: str) -> list[Job]:
+def jobs_of(folder: Path, *names: str) -> list[CellJob]:
     return [
-        Job(name, folder / f"{name}.yaml", folder / name, folder / f"{name}.log", frozenset({"HF_HOME"}))
+        CellJob(name, folder / f"{name}.yaml", folder / name, folder / f"{name}.log", frozenset({"HF_HOME"}))
         for name in names
     ]
 
@@ -278,7 +278,7 @@ def test_a_job_that_still_runs_is_followed_and_what_it_writes_is_left(client: Fa
 
 
 def test_interrupted_it_stops_the_jobs_that_it_started(client: FakeClient, tmp_path: Path) -> None:
-    def interrupt(job: Job, error: str | None) -> None:
+    def interrupt(job: CellJob, error: str | None) -> None:
         raise KeyboardInterrupt
 
     said: list[str] = []
@@ -351,7 +351,7 @@ def test_a_small_study_is_run_extended_and_read_from_mlflow(
     recipe = recipe_of(tiny_model, files, tmp_path / "out", "grid", *more)
     save_recipe(recipe, tmp_path / "recipe.yaml")
     command = ["study", str(tmp_path / "recipe.yaml"), "--json"]
-    with ray_session(Cluster(), dashboard=True):
+    with ray_session(ClusterConfig(), dashboard=True):
         assert main(command) == 0
         found = json.loads(capsys.readouterr().out)
         assert [cell["loss"] for cell in found["cells"]] == ["none", "KLDO"]

@@ -27,12 +27,12 @@ from raydiv.cli.main import make_parser
 from raydiv.config import load_recipe, save_recipe
 from raydiv.runs.directory import RunDirectory
 from raydiv.runtime import session
-from raydiv.runtime.session import submitted
+from raydiv.runtime.session import is_submitted_job
 from raydiv.runtime.submit import bundle as bundles
 from raydiv.runtime.submit import jobs as job_api
-from raydiv.runtime.submit.bundle import bundled
+from raydiv.runtime.submit.bundle import make_bundle
 from raydiv.runtime.submit.environment import environment, read_runtime_environment, runtime_environment
-from raydiv.runtime.submit.jobs import Jobs, Standing, address_of
+from raydiv.runtime.submit.jobs import Jobs, JobStatus, address_of
 from raydiv.utils.errors import UserError
 
 
@@ -64,7 +64,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def files_of(*overrides: str, words: tuple[str, ...] = ()) -> dict[str, int]:
     recipe = "recipes/mine.yaml"
-    with bundled(["train", recipe, *overrides, *words], recipe, overrides, leaves_a_run=True) as found:
+    with make_bundle(["train", recipe, *overrides, *words], recipe, overrides, leaves_a_run=True) as found:
         return found.files
 
 
@@ -72,7 +72,7 @@ def files_of(*overrides: str, words: tuple[str, ...] = ()) -> dict[str, int]:
 def test_a_recipe_goes_with_what_it_extends_and_the_files_that_it_names() -> None:
     recipe, overrides = "recipes/mine.yaml", ["optim.lr=0.5", "data.eval=/shared/eval.jsonl"]
     words = ["train", recipe, *overrides, "--resume"]
-    with bundled(words, recipe, overrides, leaves_a_run=True) as found:
+    with make_bundle(words, recipe, overrides, leaves_a_run=True) as found:
         assert found.files.keys() == {"recipe.yaml", "data/train.jsonl"}
         assert found.words == ["train", "recipe.yaml", "--resume"]
         assert found.there == ["/shared/eval.jsonl"]
@@ -90,21 +90,21 @@ def test_a_folder_goes_without_secrets_caches_runs_and_links_that_lead_out() -> 
 
 @pytest.mark.usefixtures("project")
 def test_files_that_an_argument_names_go_too() -> None:
-    with bundled(["evaluate", "org/name", "--prompts", "data/train.jsonl"], None, [], leaves_a_run=False) as found:
+    with make_bundle(["evaluate", "org/name", "--prompts", "data/train.jsonl"], None, [], leaves_a_run=False) as found:
         assert found.files.keys() == {"data/train.jsonl"}
         assert found.words == ["evaluate", "org/name", "--prompts", "data/train.jsonl"]
 
 
-def sent_of(*words: str, recipe: str | None = None, overrides: tuple[str, ...] = ()) -> bundles.Bundle:
+def sent_of(*words: str, recipe: str | None = None, overrides: tuple[str, ...] = ()) -> bundles.JobBundle:
     """The bundle of a command that leaves no run; its folder is gone."""
-    with bundled(words, recipe, overrides, leaves_a_run=False) as found:
+    with make_bundle(words, recipe, overrides, leaves_a_run=False) as found:
         return found
 
 
 @pytest.mark.usefixtures("project")
 def test_a_recipe_that_extends_a_bundled_one_goes_whole() -> None:
     Path("small.yaml").write_text("extends: bundled:quickstart\nname: small\noutput_dir: /shared/runs\n")
-    with bundled(["train", "small.yaml"], "small.yaml", [], leaves_a_run=True) as found:
+    with make_bundle(["train", "small.yaml"], "small.yaml", [], leaves_a_run=True) as found:
         assert found.files.keys() == {"recipe.yaml"}
         sent = yaml.safe_load((found.folder / "recipe.yaml").read_text())
         assert "extends" not in sent
@@ -320,7 +320,7 @@ def test_a_runtime_environment_of_ones_own_is_checked(tmp_path: Path, text: str,
 def test_this_raydiv_goes_along(tmp_path: Path) -> None:
     path = tmp_path / "env.yaml"
     path.write_text("pip: [einops]\nenv_vars: {A: 1, B: 2}\npy_modules: [s3://b/m.zip]")
-    with bundled(["losses"], None, [], leaves_a_run=False) as found:
+    with make_bundle(["losses"], None, [], leaves_a_run=False) as found:
         made = runtime_environment(found, {"B": "3"}, read_runtime_environment(path))
     own, other = made.pop("py_modules")
     assert (Path(own) / "cli" / "submit.py").is_file()
@@ -518,7 +518,7 @@ class Agentless:
 
 def test_a_job_that_is_told_to_stop_has_time_for_a_checkpoint() -> None:
     client = Agentless(0, "")
-    submitted(client, {"env_vars": {"A": "1"}}, entrypoint="e")
+    is_submitted_job(client, {"env_vars": {"A": "1"}}, entrypoint="e")
     assert client.variables == {"RAY_JOB_STOP_WAIT_TIME_S": "600", "A": "1"}
 
 
@@ -527,12 +527,12 @@ NO_AGENT = "Request failed with status code 500: No available agent to submit jo
 
 def test_a_job_waits_for_the_agent_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "AGAIN_S", 0)
-    assert submitted(Agentless(3, NO_AGENT), {}, entrypoint="e") == "e"
+    assert is_submitted_job(Agentless(3, NO_AGENT), {}, entrypoint="e") == "e"
     with pytest.raises(RuntimeError, match="something else"):
-        submitted(Agentless(3, "something else"), {}, entrypoint="e")
+        is_submitted_job(Agentless(3, "something else"), {}, entrypoint="e")
     monkeypatch.setattr(session, "YOUNG_S", -1)
     with pytest.raises(UserError, match="--dashboard-agent-listen-port"):
-        submitted(Agentless(3, NO_AGENT), {}, entrypoint="e")
+        is_submitted_job(Agentless(3, NO_AGENT), {}, entrypoint="e")
 
 
 # ---- the command
@@ -578,15 +578,15 @@ class Cluster:
     def __init__(self, address: str) -> None:
         self.address = address
 
-    def running(self, name: str) -> Standing | None:
+    def running(self, name: str) -> JobStatus | None:
         command = "train recipe.yaml --resume"
-        return Standing("running", name, command, "RUNNING", "", None, 1.0, None) if name == "mine" else None
+        return JobStatus("running", name, command, "RUNNING", "", None, 1.0, None) if name == "mine" else None
 
     def send(self, name: str, words: list[str], environment: Any) -> str:
         return "new"
 
-    def find(self, job: str) -> Standing:
-        return Standing(job, "mine", "", "RUNNING", "", None, 1.0, None)
+    def find(self, job: str) -> JobStatus:
+        return JobStatus(job, "mine", "", "RUNNING", "", None, 1.0, None)
 
 
 @pytest.fixture
@@ -643,12 +643,12 @@ def cluster() -> Iterator[str]:
     """The address of a local Ray that takes jobs, whose processes find this Python first."""
     import ray
 
-    from raydiv.config.cluster import Cluster
+    from raydiv.config.cluster import ClusterConfig
     from raydiv.runtime.session import ray_session
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-        with ray_session(Cluster(), dashboard=True):
+        with ray_session(ClusterConfig(), dashboard=True):
             yield ray.get_runtime_context().gcs_address
 
 

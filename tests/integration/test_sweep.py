@@ -18,10 +18,10 @@ import yaml
 from helpers.small_run import recipe_of, write_files
 from raydiv.cli import main
 from raydiv.config import Recipe, save_recipe
-from raydiv.config.cluster import Cluster
-from raydiv.experiments.sweep.record import Trial
+from raydiv.config.cluster import ClusterConfig
+from raydiv.experiments.sweep.record import TrialRecord
 from raydiv.experiments.sweep.sweep import SweepResult, sweep
-from raydiv.runs.progress import Display
+from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.session import ray_session
 from raydiv.utils.errors import UserError
 
@@ -38,7 +38,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def ray() -> Iterator[None]:
-    with ray_session(Cluster(), dashboard=True):
+    with ray_session(ClusterConfig(), dashboard=True):
         yield
 
 
@@ -64,7 +64,7 @@ def grid(
     recipe = sweep_of(tiny_model, files, output, "grid", section, *more)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(Path(files["train"]).parent)
-        return recipe, sweep(recipe, display=Display(quiet=True))
+        return recipe, sweep(recipe, display=ProgressDisplay(quiet=True))
 
 
 def test_a_failing_trial_is_recorded_and_the_others_go_on(grid: tuple[Recipe, SweepResult]) -> None:
@@ -136,7 +136,7 @@ def test_resumed_it_repeats_no_finished_trial(
     victim["status"] = "running"
     found.directory.record.write_text(json.dumps(record))
     (found.directory.path / victim["run"] / "result.json").unlink()
-    left = found.directory.run(Trial(others[0]["number"], {}))
+    left = found.directory.run(TrialRecord(others[0]["number"], {}))
     left.report.unlink()
     left.result.write_text(left.result.read_text().replace('"sent": true', '"sent": false'))
     before = {trial["number"]: _trained_at(found, trial) for trial in others}
@@ -164,7 +164,7 @@ def test_a_metric_that_no_trial_reports_stops_it_before_the_first(
 ) -> None:
     section = {"space": {"loss.beta": [0.1]}, "search": "grid", "goal": "maximize evaluate/asr"}
     with pytest.raises(UserError, match=r"evaluate/asr: no trial reports it .*eval/reward/margin"):
-        sweep(sweep_of(tiny_model, files, tmp_path, "bad", section), display=Display(quiet=True))
+        sweep(sweep_of(tiny_model, files, tmp_path, "bad", section), display=ProgressDisplay(quiet=True))
     assert not (tmp_path / "bad" / "trials").exists()
 
 
@@ -189,7 +189,7 @@ def test_trials_as_wide_as_the_cluster_take_turns_and_stopped_ones_free_their_wo
     more = ["engine.zero_stage=3", "evaluate.every=1"]
     more += [f"separation.prompts={files['prompts']}", "separation.every=2"]
     recipe = sweep_of(tiny_model, files, tmp_path, "wide", section, *more)
-    found = sweep(recipe, display=Display(quiet=True))
+    found = sweep(recipe, display=ProgressDisplay(quiet=True))
     states = [trial["status"] for trial in found.report["trials"]]
     assert states[0] == "finished"
     assert "stopped" in states

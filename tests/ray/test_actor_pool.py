@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import ray
 
-from raydiv.config.cluster import Cluster
+from raydiv.config.cluster import ClusterConfig
 from raydiv.runtime.actor_pool import Stream, map_rows, stream_through
 from raydiv.runtime.session import ray_session
 from raydiv.utils.errors import UserError
@@ -24,7 +24,7 @@ Row = dict[str, Any]
 def _ray() -> Iterator[None]:
     this = sys.modules[__name__]
     ray.cloudpickle.register_pickle_by_value(this)  # workers cannot import it
-    with ray_session(Cluster()):
+    with ray_session(ClusterConfig()):
         yield
     ray.cloudpickle.unregister_pickle_by_value(this)
 
@@ -60,7 +60,7 @@ def makers(wrong: int | None = None) -> list[Any]:
 
 
 def test_rows_come_in_the_order_of_their_makers() -> None:
-    through = stream_through(makers(), Doubles, {}, cluster=Cluster(), model=False)
+    through = stream_through(makers(), Doubles, {}, cluster=ClusterConfig(), model=False)
     assert list(through) == [2 * number for number in range(20)]
     assert list(Stream(makers(), ahead=3)) == list(range(20))
 
@@ -72,7 +72,7 @@ def test_rows_come_back_in_their_own_order_whatever_their_length() -> None:
         rows,
         Doubles,
         {},
-        cluster=Cluster(),
+        cluster=ClusterConfig(),
         batch_rows=2,
         model=False,
         length=lambda row: int(row["n"]),
@@ -89,9 +89,9 @@ def test_what_the_user_must_change_arrives_as_it_was_said(where: str, capfd: pyt
 
     def work() -> None:
         if where == "map":
-            map_rows([{"n": 7}], Doubles, given, cluster=Cluster(), batch_rows=1, model=False)
+            map_rows([{"n": 7}], Doubles, given, cluster=ClusterConfig(), batch_rows=1, model=False)
         else:
-            list(stream_through(made, Doubles, given, cluster=Cluster(), model=False))
+            list(stream_through(made, Doubles, given, cluster=ClusterConfig(), model=False))
 
     with pytest.raises(UserError) as caught:
         work()
@@ -101,4 +101,4 @@ def test_what_the_user_must_change_arrives_as_it_was_said(where: str, capfd: pyt
 
 def test_other_failures_name_their_worker() -> None:
     with pytest.raises(RuntimeError, match=r"^Breaks: (.|\n)*no fault of the user's"):
-        list(stream_through(makers(), Breaks, {}, cluster=Cluster(), model=False))
+        list(stream_through(makers(), Breaks, {}, cluster=ClusterConfig(), model=False))

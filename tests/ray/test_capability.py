@@ -14,10 +14,10 @@ import torch
 from lm_eval.tasks import TaskManager
 
 from helpers.models import make_model
-from raydiv.config.cluster import Cluster
+from raydiv.config.cluster import ClusterConfig
 from raydiv.data.reference import LogProbScorer
 from raydiv.evaluation import capability
-from raydiv.evaluation.capability import PRESETS, Harness, Score, TaskScores, measure_capability
+from raydiv.evaluation.capability import PRESETS, CapabilityScore, Harness, TaskScores, measure_capability
 from raydiv.evaluation.generate import Generator
 from raydiv.model.load import ModelSource
 from raydiv.runtime.session import ray_session
@@ -168,8 +168,8 @@ def test_scores_are_what_the_models_own_log_probs_say(source: ModelSource, folde
 
     chosen, scored = Harness(source, own(folder), None, False)([{"task": "choosing"}, {"task": "scoring"}])
     scores = [
-        Score("acc", "none", right, pytest.approx(stderr(right))),
-        Score("acc_norm", "none", right_by_length, pytest.approx(stderr(right_by_length))),
+        CapabilityScore("acc", "none", right, pytest.approx(stderr(right))),
+        CapabilityScore("acc_norm", "none", right_by_length, pytest.approx(stderr(right_by_length))),
     ]
     assert chosen == {"scores": [TaskScores("choosing", scores, len(QUESTIONS), 0, "2.5")]}
     # a task that only scores puts nothing before its target
@@ -213,11 +213,11 @@ def test_group_has_its_own_figures_and_a_tag_those_of_its_tasks(source: ModelSou
 @pytest.mark.long
 def test_through_a_pool_the_same(source: ModelSource, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     seen: list[tuple[int, int | None]] = []
-    with ray_session(Cluster()):
+    with ray_session(ClusterConfig()):
         found = measure_capability(
             source,
             ["choosing", "writing"],
-            cluster=Cluster(),
+            cluster=ClusterConfig(),
             include=folder,
             progress=lambda done, total: seen.append((done, total)),
         )

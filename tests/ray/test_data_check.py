@@ -16,9 +16,9 @@ from helpers.stored import stream_here
 from raydiv.cli import main
 from raydiv.commands.data_check import DataReport, check_data
 from raydiv.config import load_recipe
-from raydiv.config.cluster import Cluster
+from raydiv.config.cluster import ClusterConfig
 from raydiv.model.chat import Chat
-from raydiv.runs.progress import Display
+from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.session import ray_session
 
 Row = dict[str, Any]
@@ -104,8 +104,8 @@ def checked(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Check
 @pytest.fixture(scope="module")
 def report(checked: Checked) -> Iterator[DataReport]:
     """The report of everything above, through Ray."""
-    with ray_session(Cluster()):
-        (found,) = check_data(load_recipe(checked.recipe), display=Display(quiet=True))
+    with ray_session(ClusterConfig()):
+        (found,) = check_data(load_recipe(checked.recipe), display=ProgressDisplay(quiet=True))
         yield found
 
 

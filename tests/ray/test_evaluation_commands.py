@@ -13,7 +13,7 @@ import pytest
 
 from helpers.models import make_classifier, make_model
 from raydiv.cli import main
-from raydiv.config.cluster import Cluster
+from raydiv.config.cluster import ClusterConfig
 from raydiv.evaluation.separation.distances import bhattacharyya_distance
 from raydiv.evaluation.separation.metrics import principal_plane
 from raydiv.runtime.session import ray_session
@@ -21,7 +21,7 @@ from raydiv.runtime.session import ray_session
 
 @pytest.fixture(scope="module")
 def _ray() -> Iterator[None]:
-    with ray_session(Cluster()):
+    with ray_session(ClusterConfig()):
         yield
 
 

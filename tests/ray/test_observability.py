@@ -13,10 +13,10 @@ import torch
 
 from helpers.small_run import recipe_of
 from raydiv.config import load_recipe
-from raydiv.runs.prometheus import Gauges
-from raydiv.runs.tracker import Tracker
+from raydiv.runs.prometheus import PrometheusMetrics
+from raydiv.runs.tracker import MlflowTracker
 from raydiv.training.metric_names import step_metrics
-from raydiv.training.profiler import Profiled
+from raydiv.training.profiler import StepProfiler
 from raydiv.training.utilisation import Utilisation, product_flops
 from raydiv.utils.errors import UserError
 
@@ -31,7 +31,7 @@ def test_utilisation_is_of_what_the_workers_reach_in_a_matrix_product() -> None:
 
 
 def test_a_trace_is_of_the_steps_that_were_asked_for(tmp_path: Path) -> None:
-    profiled = Profiled((2, 3), tmp_path / "profile")
+    profiled = StepProfiler((2, 3), tmp_path / "profile")
     for step in range(1, 6):
         profiled.before(step)
         torch.ones(step).sum()
@@ -43,7 +43,7 @@ def test_a_trace_is_of_the_steps_that_were_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_trace_is_left_where_training_ends_before_it(tmp_path: Path) -> None:
-    profiled = Profiled((1, 100), tmp_path)
+    profiled = StepProfiler((1, 100), tmp_path)
     profiled.before(1)
     profiled.after(1, last=True)
     assert [path.name for path in tmp_path.iterdir()] == ["rank-0.json.gz"]
@@ -67,7 +67,7 @@ def test_mlflow_gets_system_metrics_where_its_own_variable_asks(
 
     monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
-    tracker = Tracker(recipe_of(tmp_path / "m", {"train": "t", "eval": "e"}, tmp_path, "run"), {}, print)
+    tracker = MlflowTracker(recipe_of(tmp_path / "m", {"train": "t", "eval": "e"}, tmp_path, "run"), {}, print)
     run = tracker.run_id
     assert run is not None
     client, end = MlflowClient(tracker.uri), time.monotonic() + 60
@@ -83,7 +83,7 @@ def test_mlflow_gets_system_metrics_where_its_own_variable_asks(
 def test_prometheus_finds_a_runs_metrics_on_a_node() -> None:
     import ray
 
-    Gauges("mine").show({"step": 3, "reward/margin": 0.25, "divergence/name": "KL"})
+    PrometheusMetrics("mine").show({"step": 3, "reward/margin": 0.25, "divergence/name": "KL"})
     (node,) = ray.nodes()
     page, end = "", time.monotonic() + 60
     while "raydiv_reward_margin{" not in page:

@@ -19,15 +19,15 @@ import pytest
 
 from helpers.models import TEMPLATE, make_model
 from helpers.stored import stream_here
-from raydiv.commands.prepare import Prepared, prepare
+from raydiv.commands.prepare import PreparedData, prepare
 from raydiv.config import Recipe, load_recipe
-from raydiv.config.cluster import Cluster
+from raydiv.config.cluster import ClusterConfig
 from raydiv.data import reference
 from raydiv.data.reference import ReferenceStore, StoreFiller, _units
 from raydiv.data.tokens import StoredExamples
 from raydiv.model.load import ModelSource
 from raydiv.model.resolve import fingerprint
-from raydiv.runs.progress import Display
+from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.session import ray_session
 
 pytestmark = pytest.mark.slow
@@ -38,7 +38,7 @@ BATCH = {"examples": 4, "max_length": 96, "max_prompt_length": 48}
 
 @pytest.fixture(scope="module")
 def ray() -> Iterator[None]:
-    with ray_session(Cluster()):
+    with ray_session(ClusterConfig()):
         yield
 
 
@@ -73,8 +73,8 @@ def recipe_of(model: Path, data: Path, *overrides: str) -> Recipe:
     )
 
 
-def prepared(recipe: Recipe) -> Prepared:
-    return prepare(recipe, Display(quiet=True))
+def prepared(recipe: Recipe) -> PreparedData:
+    return prepare(recipe, ProgressDisplay(quiet=True))
 
 
 def paid(recipe: Recipe) -> tuple[int, int]:
@@ -114,14 +114,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def first(ray: None, model: Path, data: Path, cache: Path) -> Prepared:
+def first(ray: None, model: Path, data: Path, cache: Path) -> PreparedData:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAYDIV_CACHE", str(cache))
         return prepared(recipe_of(model, data))
 
 
 @pytest.fixture
-def used(first: Prepared, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def used(first: PreparedData, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The cache in which the reference is paid, to be changed by this test alone; from here on work is done here."""
     mine = tmp_path / "cache"
     shutil.copytree(cache, mine)
@@ -142,11 +142,11 @@ def unpaid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference.LogProbScorer, "__init__", scores)
 
 
-def test_first_time_pays_for_every_example(first: Prepared) -> None:
+def test_first_time_pays_for_every_example(first: PreparedData) -> None:
     assert (first.reference_hits, first.reference_misses) == (0, EXAMPLES)
 
 
-def test_stored_log_probs_are_those_of_a_plain_forward(first: Prepared, model: Path) -> None:
+def test_stored_log_probs_are_those_of_a_plain_forward(first: PreparedData, model: Path) -> None:
     assert first.train.reference_logps is not None
     assert first.train.reference_logps.dtype == np.float32
     expected = live(model, first.train.examples)
@@ -172,7 +172,7 @@ def test_stored_log_probs_are_those_of_a_plain_forward(first: Prepared, model: P
     ids=lambda changes: changes[0],
 )
 def test_what_does_not_change_an_example_pays_nothing(
-    changes: list[str], first: Prepared, used: Path, unpaid: None, model: Path, data: Path
+    changes: list[str], first: PreparedData, used: Path, unpaid: None, model: Path, data: Path
 ) -> None:
     before = parts(used)
     assert paid(recipe_of(model, data, *changes)) == (EXAMPLES, 0)
@@ -180,14 +180,14 @@ def test_what_does_not_change_an_example_pays_nothing(
 
 
 def test_equal_model_in_another_directory_pays_nothing(
-    first: Prepared, used: Path, unpaid: None, model: Path, data: Path, tmp_path: Path
+    first: PreparedData, used: Path, unpaid: None, model: Path, data: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(model, tmp_path / "copy", copy_function=shutil.copy)
     assert paid(recipe_of(tmp_path / "copy", data)) == (EXAMPLES, 0)
 
 
 def test_equal_rows_in_another_order_and_file_pay_nothing(
-    first: Prepared, used: Path, unpaid: None, model: Path, data: Path, tmp_path: Path
+    first: PreparedData, used: Path, unpaid: None, model: Path, data: Path, tmp_path: Path
 ) -> None:
     rows = [json.loads(line) for line in data.read_text().splitlines()][::-1]
     (tmp_path / "again.json").write_text(json.dumps(rows))
@@ -200,7 +200,7 @@ def test_equal_rows_in_another_order_and_file_pay_nothing(
 
 
 def test_a_changed_token_pays_for_its_example_alone_through_ray(
-    first: Prepared, cache: Path, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    first: PreparedData, cache: Path, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = tmp_path / "cache"
     shutil.copytree(cache, mine)
@@ -219,7 +219,7 @@ def test_a_changed_token_pays_for_its_example_alone_through_ray(
 
 
 def test_shorter_length_pays_for_the_examples_that_it_cuts(
-    first: Prepared, used: Path, model: Path, data: Path
+    first: PreparedData, used: Path, model: Path, data: Path
 ) -> None:
     shorter = 60
     cut = int((first.train.examples.lengths > shorter).sum())
@@ -229,7 +229,7 @@ def test_shorter_length_pays_for_the_examples_that_it_cuts(
     assert paid(recipe) == (EXAMPLES, 0)
 
 
-def test_another_template_pays_for_all(first: Prepared, used: Path, model: Path, data: Path) -> None:
+def test_another_template_pays_for_all(first: PreparedData, used: Path, model: Path, data: Path) -> None:
     recipe = recipe_of(model, data)
     other = recipe.model_copy(update={"data": recipe.data.model_copy(update={"template": "<s>" + TEMPLATE})})
     assert paid(other) == (0, EXAMPLES)
@@ -237,7 +237,7 @@ def test_another_template_pays_for_all(first: Prepared, used: Path, model: Path,
 
 
 def test_template_that_says_the_same_pays_nothing(
-    first: Prepared, used: Path, unpaid: None, model: Path, data: Path
+    first: PreparedData, used: Path, unpaid: None, model: Path, data: Path
 ) -> None:
     recipe = recipe_of(model, data)
     same = recipe.model_copy(update={"data": recipe.data.model_copy(update={"template": TEMPLATE + "{# same #}"})})
@@ -259,7 +259,7 @@ def change_the_config(directory: Path) -> None:
 
 @pytest.mark.parametrize("change", [nudge_a_weight, change_the_config])
 def test_changed_model_pays_for_all_and_is_the_one_that_scores(
-    change: Callable[[Path], None], first: Prepared, used: Path, model: Path, data: Path, tmp_path: Path
+    change: Callable[[Path], None], first: PreparedData, used: Path, model: Path, data: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(model, tmp_path / "changed")
     change(tmp_path / "changed")
@@ -273,7 +273,7 @@ def test_changed_model_pays_for_all_and_is_the_one_that_scores(
     assert paid(recipe_of(model, data)) == (EXAMPLES, 0)
 
 
-def test_another_precision_pays_for_all(first: Prepared, used: Path, model: Path, data: Path) -> None:
+def test_another_precision_pays_for_all(first: PreparedData, used: Path, model: Path, data: Path) -> None:
     found = prepared(recipe_of(model, data, "engine.precision=bf16"))
     assert (found.reference_hits, found.reference_misses) == (0, EXAMPLES)
     assert found.train.reference_logps is not None
@@ -282,7 +282,7 @@ def test_another_precision_pays_for_all(first: Prepared, used: Path, model: Path
     assert paid(recipe_of(model, data)) == (EXAMPLES, 0)
 
 
-def test_kto_pays_for_its_mismatched_examples_once(first: Prepared, used: Path, model: Path, data: Path) -> None:
+def test_kto_pays_for_its_mismatched_examples_once(first: PreparedData, used: Path, model: Path, data: Path) -> None:
     recipe = recipe_of(model, data, "loss.type=kto")
     found = prepared(recipe)
     assert (found.reference_hits, found.reference_misses) == (EXAMPLES, EXAMPLES)
@@ -294,7 +294,7 @@ def test_kto_pays_for_its_mismatched_examples_once(first: Prepared, used: Path, 
     np.testing.assert_array_equal(found.train.reference_logps, first.train.reference_logps)
 
 
-def test_repeated_examples_are_paid_for_once(first: Prepared, used: Path, model: Path, tmp_path: Path) -> None:
+def test_repeated_examples_are_paid_for_once(first: PreparedData, used: Path, model: Path, tmp_path: Path) -> None:
     row = {"prompt": "Twice", "response": "the same", "aligned": True}
     other = {"prompt": "Once", "response": "another", "aligned": False}
     (tmp_path / "twice.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (row, other, row)))
@@ -305,7 +305,7 @@ def test_repeated_examples_are_paid_for_once(first: Prepared, used: Path, model:
     assert found.train.reference_logps[0] == found.train.reference_logps[2]
 
 
-def test_lost_part_pays_for_its_examples_alone(first: Prepared, used: Path, model: Path, data: Path) -> None:
+def test_lost_part_pays_for_its_examples_alone(first: PreparedData, used: Path, model: Path, data: Path) -> None:
     before = parts(used)
     assert len(before) > 1
     lost = sorted(before)[0]
@@ -319,7 +319,7 @@ def test_lost_part_pays_for_its_examples_alone(first: Prepared, used: Path, mode
 
 
 def test_lost_part_of_a_store_that_grew_is_paid_again(
-    first: Prepared, used: Path, model: Path, data: Path, tmp_path: Path
+    first: PreparedData, used: Path, model: Path, data: Path, tmp_path: Path
 ) -> None:
     edited = tmp_path / "edited.jsonl"
     edited.write_text(data.read_text().replace("No, not 7.", "No, not 6.", 1))
@@ -334,7 +334,7 @@ def test_lost_part_of_a_store_that_grew_is_paid_again(
 class Work:
     """The units of the whole of the data, and an empty store."""
 
-    def __init__(self, found: Prepared, recipe: Recipe, directory: Path) -> None:
+    def __init__(self, found: PreparedData, recipe: Recipe, directory: Path) -> None:
         import ray
 
         self.sets = [found.train.examples]
@@ -349,7 +349,7 @@ class Work:
 
 
 @pytest.fixture
-def work(first: Prepared, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Work:
+def work(first: PreparedData, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Work:
     monkeypatch.setenv("RAYDIV_CACHE", str(tmp_path / "empty"))
     found = Work(first, recipe_of(model, data), model)
     assert len(found.units) > 3
@@ -357,7 +357,7 @@ def work(first: Prepared, model: Path, data: Path, tmp_path: Path, monkeypatch: 
     return found
 
 
-def test_two_at_the_same_units_share_them(work: Work, first: Prepared) -> None:
+def test_two_at_the_same_units_share_them(work: Work, first: PreparedData) -> None:
     done = [0, 0]
     ones = [work.filler(), work.filler()]
     for forth, back in zip(work.units, reversed(work.units), strict=True):
@@ -369,7 +369,7 @@ def test_two_at_the_same_units_share_them(work: Work, first: Prepared) -> None:
 
 
 def test_unit_that_two_score_at_the_same_moment_is_one_part(
-    work: Work, first: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    work: Work, first: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ReferenceStore, "has", lambda self, part: False)
     for one in (work.filler(), work.filler()):
@@ -475,14 +475,14 @@ PREPARE = """
 import json, sys
 from raydiv import load_recipe
 from raydiv.commands.prepare import prepare
-from raydiv.runs.progress import Display
-found = prepare(load_recipe(sys.argv[1]), Display(quiet=True))
+from raydiv.runs.progress import ProgressDisplay
+found = prepare(load_recipe(sys.argv[1]), ProgressDisplay(quiet=True))
 print(json.dumps(found.summary() | {"logps": found.train.reference_logps.tolist()}))
 """
 
 
 @pytest.mark.long
-def test_two_processes_at_once_share_the_work(first: Prepared, model: Path, data: Path, tmp_path: Path) -> None:
+def test_two_processes_at_once_share_the_work(first: PreparedData, model: Path, data: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(recipe_of(model, data).model_dump(mode="json", by_alias=True)))
     environment = os.environ | {"RAYDIV_CACHE": str(tmp_path / "cache")}
@@ -524,7 +524,7 @@ def test_texts_beside_the_data_are_scored_once_too(
 
     monkeypatch.setattr(reference, "score", score)
     model, first = ModelSource(tiny_model), [([3, 4], [5, 6]), ([3], [4]), ([3, 4], [5])]
-    once = lambda examples, of=model: reference.score_once(of, examples, Cluster())  # noqa: E731
+    once = lambda examples, of=model: reference.score_once(of, examples, ClusterConfig())  # noqa: E731
     assert once(first) == [-2, -1, -1]
     assert once([([9], [9, 9, 9]), *first]) == [-3, -2, -1, -1]
     assert once(first[::-1]) == [-1, -1, -2]

@@ -17,12 +17,12 @@ import pytest
 from pyarrow import fs
 
 from helpers.stored import stream_here
-from raydiv.commands.prepare import Prepared, prepare
+from raydiv.commands.prepare import PreparedData, prepare
 from raydiv.config import Recipe, load_recipe
-from raydiv.config.cluster import Cluster
+from raydiv.config.cluster import ClusterConfig
 from raydiv.config.source import Source
-from raydiv.data.sources import PIECE_BYTES, files_of, pieces_of, read_examples
-from raydiv.runs.progress import Display
+from raydiv.data.sources import FILE_CHUNK_BYTES, file_chunks, files_of, read_examples
+from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.session import ray_session
 from raydiv.utils.cache import cache_dir, shared_dir
 from raydiv.utils.errors import UserError
@@ -197,7 +197,7 @@ def test_remote_file_of_several_pieces_has_every_record_once(remote: Folder) -> 
     rows = [row | {"note": "x" * (200_000 + n)} for n, row in enumerate(ROWS)]
     remote.write("rows.jsonl", jsonl(rows))
     source = Source(path=remote.at("rows.jsonl"))
-    assert len(pieces_of(files_of(source)[0])) == -(-len(jsonl(rows)) // PIECE_BYTES) > 1
+    assert len(file_chunks(files_of(source)[0])) == -(-len(jsonl(rows)) // FILE_CHUNK_BYTES) > 1
     found = read_examples(source)
     assert [e.prompt for e in found] == [row["prompt"] for row in rows]
     assert [e.source for e in found] == [f"{source.path}:{n + 1}" for n in range(len(rows))]
@@ -250,7 +250,7 @@ def test_hub_data_set_is_kept_in_a_remote_cache(
 @pytest.fixture(scope="module")
 def ray(bucket: str) -> Iterator[None]:
     """Ray's workers get the environment of whoever starts Ray: the bucket's comes first."""
-    with ray_session(Cluster()):
+    with ray_session(ClusterConfig()):
         yield
 
 
@@ -288,7 +288,7 @@ def test_prepare_reads_and_keeps_everything_on_s3(
 ) -> None:
     remote.write("rows.jsonl", jsonl(ROWS[:20]) + b"{\n" + jsonl(ROWS[20:]))
     recipe = whole_recipe(tiny_model, remote.at("rows.jsonl"))
-    first = prepare(recipe, Display(quiet=True))
+    first = prepare(recipe, ProgressDisplay(quiet=True))
     assert (first.reference_hits, first.reference_misses) == (0, len(ROWS))
     assert next(first.data.bad.lines())["line"] == 21
     kept = files(remote_cache.uri)
@@ -296,7 +296,7 @@ def test_prepare_reads_and_keeps_everything_on_s3(
     assert {path.name for path in (tmp_path / "home" / "raydiv").iterdir()} == {"digests"}
     assert all(uri.startswith(remote_cache.uri) for uri in first.train.examples.shards.uris)
 
-    again = prepare(recipe.model_copy(update={"seed": 1}), Display(quiet=True))
+    again = prepare(recipe.model_copy(update={"seed": 1}), ProgressDisplay(quiet=True))
     assert (again.reference_hits, again.reference_misses) == (len(ROWS), 0)
     assert files(remote_cache.uri) == kept
 
@@ -304,13 +304,13 @@ def test_prepare_reads_and_keeps_everything_on_s3(
     for module in ("raydiv.data.tokenize", "raydiv.data.reference"):
         monkeypatch.setattr(f"{module}.stream_through", stream_here)
     (tmp_path / "rows.jsonl").write_bytes(jsonl(ROWS))
-    local = prepare(whole_recipe(tiny_model, str(tmp_path / "rows.jsonl")), Display(quiet=True))
+    local = prepare(whole_recipe(tiny_model, str(tmp_path / "rows.jsonl")), ProgressDisplay(quiet=True))
     for other in (first, again):
         assert other.train.examples.fingerprint == local.train.examples.fingerprint
         assert ids_of(other) == ids_of(local)
         np.testing.assert_allclose(other.train.reference_logps, local.train.reference_logps, rtol=1e-5)
 
 
-def ids_of(prepared: Prepared) -> list[tuple[list[int], list[int]]]:
+def ids_of(prepared: PreparedData) -> list[tuple[list[int], list[int]]]:
     found = prepared.train.examples.ids(np.arange(len(prepared.train.examples)))
     return [(prompt.tolist(), response.tolist()) for prompt, response in found]

@@ -14,16 +14,16 @@ import pytest
 
 from helpers.models import TEMPLATE, make_tokenizer
 from helpers.stored import indices_of, opened, recipe_of, stream_here
-from raydiv.commands.prepare import read
+from raydiv.commands.prepare import load_inputs
 from raydiv.config import Recipe
-from raydiv.config.cluster import Cluster
+from raydiv.config.cluster import ClusterConfig
 from raydiv.data import tokenize as module
 from raydiv.data.index import INDEX, Index, OpenSource
-from raydiv.data.sources import PIECE_BYTES
-from raydiv.data.splits import make_sets
-from raydiv.data.tokenize import BUNDLE, tokenize
+from raydiv.data.sources import FILE_CHUNK_BYTES
+from raydiv.data.splits import make_splits
+from raydiv.data.tokenize import CHUNK_RECORDS, tokenize
 from raydiv.model.chat import Chat
-from raydiv.runs.progress import Display
+from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.session import ray_session
 from raydiv.utils.errors import UserError
 
@@ -37,7 +37,7 @@ BATCH = {"max_length": 96, "max_prompt_length": 48}
 
 @pytest.fixture(scope="module")
 def ray() -> Iterator[None]:
-    with ray_session(Cluster()):
+    with ray_session(ClusterConfig()):
         yield
 
 
@@ -242,7 +242,7 @@ def test_record_is_found_again_where_it_stands(everything: Everything) -> None:
 
 def test_file_of_several_pieces_has_every_record_once_and_in_order(everything: Everything, chat: Chat) -> None:
     (index,) = everything.indices["pieces"]
-    assert (everything.folder / "pieces.jsonl").stat().st_size > PIECE_BYTES
+    assert (everything.folder / "pieces.jsonl").stat().st_size > FILE_CHUNK_BYTES
     assert len(index.shards.uris) > 1
     assert tokens_of(index) == expected_tokens(chat, SEVERAL_PIECES)
     rows = range(0, len(SEVERAL_PIECES), 150)
@@ -264,8 +264,8 @@ def test_every_bad_row_is_listed_with_file_line_and_reason(everything: Everythin
 
 def test_good_rows_between_bad_ones_are_all_there_in_order(everything: Everything, chat: Chat) -> None:
     (index,) = everything.indices["bad"]
-    assert (everything.folder / "bad.jsonl").stat().st_size > PIECE_BYTES
-    assert len(index.shards.uris) > len(index) // BUNDLE
+    assert (everything.folder / "bad.jsonl").stat().st_size > FILE_CHUNK_BYTES
+    assert len(index.shards.uris) > len(index) // CHUNK_RECORDS
     rows, wrong = _with_bad_rows()
     authors = [
         {"prompt": "one", "response": response, "aligned": aligned, "harmful": False}
@@ -308,7 +308,7 @@ def test_interrupted_preparation_goes_on_where_it_stopped(
     files[INDEX].unlink()
     again = [opened for opened in opened_sources(everything, chat) if opened.folder == before.opened.folder]
     assert not again[0].ready
-    (after,) = tokenize(again, chat, Cluster(), quarantine=True)
+    (after,) = tokenize(again, chat, ClusterConfig(), quarantine=True)
     assert {name: path.read_bytes() for name, path in _files(before.opened).items()} == contents
     now = {name: path.stat().st_mtime_ns for name, path in files.items()}
     assert {name for name in files if now[name] != times[name]} == {lost, INDEX}
@@ -354,7 +354,7 @@ def test_equal_content_makes_equal_bytes(kind: str, everything: Everything, toke
 
 def test_equal_rows_make_equal_fingerprints_in_every_kind_of_source(everything: Everything) -> None:
     fingerprints = {
-        kind: make_sets(everything.recipe, [index], []).train.examples.fingerprint
+        kind: make_splits(everything.recipe, [index], []).train.examples.fingerprint
         for kind in KINDS
         for index in everything.indices[kind][:1]
         if kind != "several files"
@@ -579,8 +579,8 @@ def test_bad_first_row_is_left_out_under_quarantine(tiny_model: Path, tmp_path: 
     path = tmp_path / "data.jsonl"
     path.write_bytes(lines(b"{", GOOD))
     with pytest.raises(UserError, match=r"data\.jsonl:1: not JSON"):
-        read(recipe(tiny_model, str(path), on_bad_row="error"), Display(quiet=True))
-    assert len(read(recipe(tiny_model, str(path)), Display(quiet=True)).train) == 1
+        load_inputs(recipe(tiny_model, str(path), on_bad_row="error"), ProgressDisplay(quiet=True))
+    assert len(load_inputs(recipe(tiny_model, str(path)), ProgressDisplay(quiet=True)).train) == 1
 
 
 def test_rarer_spelling_of_safety_is_an_error_with_its_line(tokenizer: Path, chat: Chat, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, bootstrap
 
-from raydiv.config.cluster import Cluster
+from raydiv.config.cluster import ClusterConfig
 from raydiv.evaluation.generate import Generator, Request, generate
 from raydiv.evaluation.outputs import Output, outputs_text, outputs_to, read_outputs
 from raydiv.evaluation.win_rate import CHOICE_TOKENS, QUESTION, WinRate, choice, model_judge, win_rate
@@ -267,12 +267,12 @@ def test_stored_outputs_find_their_prompts_in_any_order() -> None:
 def test_a_model_judges(tiny_model: Path) -> None:
     instructions, ours, theirs = ["Say hi.", "Say no."], ["Hi.", "No."], ["Hello there.", "Never."]
     source = ModelSource(tiny_model)
-    with ray_session(Cluster()):
-        judge = model_judge(source, Cluster())
+    with ray_session(ClusterConfig()):
+        judge = model_judge(source, ClusterConfig())
         asked = [QUESTION.format(instruction="Say hi.", first="Hi.", second="Hello there.")]
         answers = judge(asked)
         found = win_rate(instructions, ours, theirs, judge)
-        direct = generate(source, [Request(asked[0])], CHOICE_TOKENS, Cluster())
+        direct = generate(source, [Request(asked[0])], CHOICE_TOKENS, ClusterConfig())
     chat = source.chat()
     here = Generator(source, CHOICE_TOKENS, chat.tokenizer.eos_token_id)([{"ids": chat.prompt(asked[0])}])
     assert answers == [direct[0].text] == [chat.decode(here[0]["answer"])]

@@ -12,11 +12,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from raydiv.config.cluster import Cluster
-from raydiv.config.evaluate import Attack, Evaluate
+from raydiv.config.cluster import ClusterConfig
+from raydiv.config.evaluate import AttackConfig, EvaluateConfig
 from raydiv.data.prompt_sets import Prompt
 from raydiv.evaluation.attacks import attempts, check, direct, with_suffix
-from raydiv.evaluation.coherence import Threshold, WellWritten
+from raydiv.evaluation.coherence import CoherenceReference, PerplexityThreshold
 from raydiv.evaluation.generate import Generator, Request
 from raydiv.model.load import ModelSource
 from raydiv.utils.errors import UserError
@@ -34,12 +34,12 @@ PROMPTS = [
 NOWHERE: Any = None
 
 
-def attack(written: Any) -> Attack:
-    return Attack.model_validate(written)
+def attack(written: Any) -> AttackConfig:
+    return AttackConfig.model_validate(written)
 
 
 def asked(written: Any) -> list[tuple[int, Any, str]]:
-    found = attempts(attack(written), PROMPTS, NOWHERE, Cluster())
+    found = attempts(attack(written), PROMPTS, NOWHERE, ClusterConfig())
     return [(one.prompt, one.request.prompt, one.request.opening) for one in found]
 
 
@@ -121,9 +121,9 @@ def test_what_is_no_attack_is_refused(written: Any) -> None:
 
 
 def test_an_attack_is_listed_once_and_direct_is_always_there() -> None:
-    assert [one.kind for one in Evaluate(attacks=["direct", "prefill"]).attacks] == ["prefill"]  # type: ignore[list-item]
+    assert [one.kind for one in EvaluateConfig(attacks=["direct", "prefill"]).attacks] == ["prefill"]  # type: ignore[list-item]
     with pytest.raises(ValidationError, match="prefill is there twice"):
-        Evaluate(attacks=["prefill", {"prefill": "x"}])  # type: ignore[list-item]
+        EvaluateConfig(attacks=["prefill", {"prefill": "x"}])  # type: ignore[list-item]
 
 
 def rows(model: Path, seeds: list[int | None]) -> list[dict[str, Any]]:
@@ -172,23 +172,23 @@ def test_nothing_of_the_models_own_settings_is_left(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> WellWritten:
+def written(tmp_path_factory: pytest.TempPathFactory) -> CoherenceReference:
     from helpers.models import make_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
     make_tokenizer(folder)
-    return WellWritten.read(ModelSource(folder).chat())
+    return CoherenceReference.read(ModelSource(folder).chat())
 
 
-def test_well_written_answers_are_whole_and_of_both_kinds(written: WellWritten) -> None:
+def test_well_written_answers_are_whole_and_of_both_kinds(written: CoherenceReference) -> None:
     assert (len(written.examples), sum(written.helpful)) == (80, 60)
     assert all(ids[-1] == 2 for _, ids in written.examples)
 
 
-def test_threshold_is_below_what_is_well_written_and_above_noise(written: WellWritten) -> None:
+def test_threshold_is_below_what_is_well_written_and_above_noise(written: CoherenceReference) -> None:
     generator = np.random.default_rng(0)
     logps = [float(len(ids) * generator.normal(-2.0, 0.4)) for _, ids in written.examples]
-    found = Threshold.of(written, logps)
+    found = PerplexityThreshold.of(written, logps)
     assert found.value == pytest.approx(-2.0 - 3 * 0.4, abs=0.3)
     assert (found.mean, found.answers) == (pytest.approx(-2.0, abs=0.15), 80)
     assert not found.broken("A good answer.", -2.5 * 40, 40)
@@ -197,11 +197,11 @@ def test_threshold_is_below_what_is_well_written_and_above_noise(written: WellWr
     assert found.broken("", -1.0, 1)
     assert found.broken("A good answer.", float("nan"), 40)
     with pytest.raises(FloatingPointError, match="is it broken"):
-        Threshold.of(written, [*logps[1:], float("nan")])
+        PerplexityThreshold.of(written, [*logps[1:], float("nan")])
     assert found.broken("la la " * 20, -0.1 * 40, 40)
 
 
-def test_perplexity_is_of_helpful_answers_alone(written: WellWritten) -> None:
+def test_perplexity_is_of_helpful_answers_alone(written: CoherenceReference) -> None:
     logps = [
         -len(ids) * (1.5 if helpful else 9.0)
         for (_, ids), helpful in zip(written.examples, written.helpful, strict=True)
@@ -217,17 +217,17 @@ OF_SETS = [
 
 def test_an_attack_may_be_on_some_sets_alone() -> None:
     one = attack({"prefill": "Of course:", "only": ["B"]})
-    assert [(found.prompt, found.request.opening) for found in attempts(one, OF_SETS, NOWHERE, Cluster())] == [
+    assert [(found.prompt, found.request.opening) for found in attempts(one, OF_SETS, NOWHERE, ClusterConfig())] == [
         (1, "Of course:")
     ]
     assert attack(one.model_dump(mode="json")) == one
-    named = Evaluate(attacks=[{"kind": "prefill", "only": ["A"]}])  # type: ignore[list-item]
-    assert Evaluate.model_validate(named.model_dump(exclude_unset=True)) == named
+    named = EvaluateConfig(attacks=[{"kind": "prefill", "only": ["A"]}])  # type: ignore[list-item]
+    assert EvaluateConfig.model_validate(named.model_dump(exclude_unset=True)) == named
     check([one], OF_SETS)
     with pytest.raises(UserError, match=r"prefill: only: B is no set with harmful prompts \(those that are: A\)"):
         check([one], OF_SETS[:1])
 
 
 def test_what_was_not_said_of_an_attack_is_not_written_where_only_that_is_wanted() -> None:
-    assert Evaluate(attacks=["prefill"]).model_dump(exclude_unset=True) == {"attacks": ["prefill"]}  # type: ignore[list-item]
+    assert EvaluateConfig(attacks=["prefill"]).model_dump(exclude_unset=True) == {"attacks": ["prefill"]}  # type: ignore[list-item]
     assert attack("prefill").model_dump() == {"prefill": "Sure, here is"}

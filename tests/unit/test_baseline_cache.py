@@ -12,11 +12,13 @@ from helpers.models import make_model
 from raydiv.config import Recipe, load_recipe
 from raydiv.data.prompt_sets import PromptSets
 from raydiv.evaluation.answers import Judges
-from raydiv.evaluation.baseline_cache import KeptMeasurement, Taken
+from raydiv.evaluation.baseline_cache import BaselineCache, Measurement
 from raydiv.model.load import ModelSource
 from raydiv.model.resolve import model_directory
 
-TAKEN = Taken({"separation/d_b": 0.25}, {"separation/before.json": "{}", "evaluation/before.json": "[]"}, ["Yes."])
+TAKEN = Measurement(
+    {"separation/d_b": 0.25}, {"separation/before.json": "{}", "evaluation/before.json": "[]"}, ["Yes."]
+)
 
 
 @pytest.fixture
@@ -43,20 +45,20 @@ def recipe_in(folder: Path, *overrides: str) -> Recipe:
     )
 
 
-def place(recipe: Recipe, show_text: bool = False) -> KeptMeasurement:
+def place(recipe: Recipe, show_text: bool = False) -> BaselineCache:
     base = ModelSource.of(recipe, model_directory(recipe.model.id))
     prompts = PromptSets.of(recipe)
     judges = Judges.of(recipe.evaluate, prompts.evaluate, recipe.cluster) if prompts.evaluate else None
-    return KeptMeasurement(recipe, base, prompts, judges, show_text)
+    return BaselineCache(recipe, base, prompts, judges, show_text)
 
 
 def test_it_is_found_by_whatever_trains_the_same_model(folder: Path) -> None:
-    assert place(recipe_in(folder)).find() is None
-    place(recipe_in(folder)).keep(TAKEN)
+    assert place(recipe_in(folder)).get() is None
+    place(recipe_in(folder)).put(TAKEN)
     for other in (["loss.type=dpo"], ["optim.lr=1", "seed=3"], ["evaluate.every=5", "data.eval=0.1"], ["name=x"]):
-        assert place(recipe_in(folder, *other)).find() == TAKEN
+        assert place(recipe_in(folder, *other)).get() == TAKEN
     (folder / "model").rename(folder / "elsewhere")
-    assert place(recipe_in(folder, f"model.id={folder / 'elsewhere'}")).find() == TAKEN
+    assert place(recipe_in(folder, f"model.id={folder / 'elsewhere'}")).get() == TAKEN
 
 
 @pytest.mark.parametrize(
@@ -72,27 +74,27 @@ def test_it_is_found_by_whatever_trains_the_same_model(folder: Path) -> None:
     ],
 )
 def test_another_way_to_measure_never_hits(folder: Path, other: list[str]) -> None:
-    place(recipe_in(folder)).keep(TAKEN)
-    assert place(recipe_in(folder, *other)).find() is None
+    place(recipe_in(folder)).put(TAKEN)
+    assert place(recipe_in(folder, *other)).get() is None
 
 
 def test_changed_content_never_hits(folder: Path) -> None:
-    place(recipe_in(folder)).keep(TAKEN)
-    assert place(recipe_in(folder), show_text=True).find() is None
+    place(recipe_in(folder)).put(TAKEN)
+    assert place(recipe_in(folder), show_text=True).get() is None
     (folder / "templates.txt").write_text("Tell: {prompt}\n")
-    assert place(recipe_in(folder)).find() is None
+    assert place(recipe_in(folder)).get() is None
     (folder / "templates.txt").write_text("Say: {prompt}\n")
     prompts = folder / "prompts.jsonl"
     written = prompts.read_text()
     prompts.write_text(written.replace("Do 3", "Do 33"))
-    assert place(recipe_in(folder)).find() is None
+    assert place(recipe_in(folder)).get() is None
     prompts.write_text(written)
-    assert place(recipe_in(folder)).find() == TAKEN
+    assert place(recipe_in(folder)).get() == TAKEN
     make_model(folder / "model", seed=1)
-    assert place(recipe_in(folder)).find() is None
+    assert place(recipe_in(folder)).get() is None
 
 
 def test_its_files_go_into_a_run(tmp_path: Path) -> None:
-    TAKEN.into(tmp_path)
+    TAKEN.write_into(tmp_path)
     found: dict[str, Any] = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*.json")}
     assert found == TAKEN.files

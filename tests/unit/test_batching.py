@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,14 +13,14 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from raydiv.data.batching import (
-    Epochs,
-    InOrder,
-    Layout,
+    BatchLayout,
+    EpochPlan,
+    SequentialPlan,
     StepPlan,
     micro_batches,
 )
 from raydiv.data.tokens import TokenizedExamples
-from raydiv.training.dataloader import Share
+from raydiv.training.dataloader import RankShard
 
 quick = settings(max_examples=80, deadline=None)
 
@@ -49,7 +49,7 @@ def unit_arrays(draw: st.DrawFn) -> np.ndarray:
 
 
 epochs = st.builds(
-    Epochs,
+    EpochPlan,
     units=unit_arrays(),
     examples=st.integers(1, 9),
     seed=st.integers(0, 2**40),
@@ -58,7 +58,7 @@ epochs = st.builds(
 
 
 @st.composite
-def mixtures(draw: st.DrawFn) -> Epochs:
+def mixtures(draw: st.DrawFn) -> EpochPlan:
     """Several sources, each with its weight, their units in any order."""
     units = draw(unit_arrays())
     weights = draw(st.lists(st.sampled_from([1.0, 2.0, 0.5, 1.5, 0.3]), min_size=1, max_size=3))
@@ -67,28 +67,28 @@ def mixtures(draw: st.DrawFn) -> Epochs:
     whole = draw(st.integers(0, len(weights) - 1))
     weights[whole] = max(1.0, weights[whole])
     source[0] = whole
-    return Epochs(units, draw(st.integers(1, 9)), draw(st.integers(0, 2**40)), "f", source, weights)
+    return EpochPlan(units, draw(st.integers(1, 9)), draw(st.integers(0, 2**40)), "f", source, weights)
 
 
-def plans(plan: Epochs, epoch: int) -> list[StepPlan]:
+def plans(plan: EpochPlan, epoch: int) -> list[StepPlan]:
     """The steps of an epoch."""
     first = epoch * plan.steps_per_epoch
     return [plan.step(step) for step in range(first, first + plan.steps_per_epoch)]
 
 
-def walk(plan: Epochs, epoch: int) -> list[list[int]]:
+def walk(plan: EpochPlan, epoch: int) -> list[list[int]]:
     """Rows of each step of an epoch."""
     return [step.rows.tolist() for step in plans(plan, epoch)]
 
 
-def rows_of(plan: Epochs, epoch: int) -> list[int]:
+def rows_of(plan: EpochPlan, epoch: int) -> list[int]:
     """Rows of an epoch, in its order."""
     return [row for rows in walk(plan, epoch) for row in rows]
 
 
 @quick
 @given(epochs, st.integers(0, 3))
-def test_every_epoch_takes_each_row_once(plan: Epochs, epoch: int) -> None:
+def test_every_epoch_takes_each_row_once(plan: EpochPlan, epoch: int) -> None:
     steps = walk(plan, epoch)
     assert Counter(row for rows in steps for row in rows) == Counter(plan.units[plan.units >= 0].tolist())
     assert all(steps)
@@ -99,14 +99,14 @@ def test_every_epoch_takes_each_row_once(plan: Epochs, epoch: int) -> None:
 def test_weight_one_loses_and_repeats_nothing_for_any_size_of_step(size: int, sources: int) -> None:
     units = units_of(*([n, n + 12] for n in range(6)), *([n] for n in range(6, 12)))
     source = np.arange(len(units)) % sources
-    plan = Epochs(units, size, 5, "f", source, [1.0] * sources)
+    plan = EpochPlan(units, size, 5, "f", source, [1.0] * sources)
     for epoch in range(4):
         assert sorted(rows_of(plan, epoch)) == list(range(18))
 
 
 @quick
 @given(st.one_of(epochs, mixtures()), st.integers(0, 3))
-def test_units_stay_together_and_no_step_is_too_large(plan: Epochs, epoch: int) -> None:
+def test_units_stay_together_and_no_step_is_too_large(plan: EpochPlan, epoch: int) -> None:
     together = {tuple(members(unit)) for unit in plan.units}
     largest = max(map(len, together))
     partner = {unit[0]: unit for unit in together}
@@ -121,7 +121,7 @@ def test_units_stay_together_and_no_step_is_too_large(plan: Epochs, epoch: int) 
 
 @quick
 @given(st.one_of(epochs, mixtures()), st.integers(0, 3))
-def test_pair_numbers_of_a_step_are_shared_by_a_pair_alone(plan: Epochs, epoch: int) -> None:
+def test_pair_numbers_of_a_step_are_shared_by_a_pair_alone(plan: EpochPlan, epoch: int) -> None:
     pairs = {tuple(unit) for unit in plan.units.tolist() if unit[1] >= 0}
     lone = {unit[0] for unit in plan.units.tolist() if unit[1] < 0}
     for step in plans(plan, epoch):
@@ -143,7 +143,7 @@ def test_step_of_units_numbers_pairs_and_leaves_lone_rows_without() -> None:
 
 
 def test_a_pair_that_comes_twice_in_a_step_is_two_pairs() -> None:
-    plan = Epochs(units_of([0, 1], [2, 3]), 8, 0, "f", weights=(2.0,))
+    plan = EpochPlan(units_of([0, 1], [2, 3]), 8, 0, "f", weights=(2.0,))
     assert plan.steps_per_epoch == 1
     step = plan.step(0)
     assert sorted(step.rows.tolist()) == [0, 0, 1, 1, 2, 2, 3, 3]
@@ -158,11 +158,11 @@ def test_a_pair_that_comes_twice_in_a_step_is_two_pairs() -> None:
 
 @quick
 @given(st.one_of(epochs, mixtures()), st.integers(0, 200), st.lists(st.integers(0, 200), max_size=5))
-def test_step_is_a_pure_function(plan: Epochs, step: int, before: list[int]) -> None:
+def test_step_is_a_pure_function(plan: EpochPlan, step: int, before: list[int]) -> None:
     source = np.zeros(len(plan.units), np.int16)
     for number, own in enumerate(plan._sources):
         source[own] = number
-    again = Epochs(plan.units.copy(), plan.examples, plan.seed, plan.fingerprint, source, plan._weights)
+    again = EpochPlan(plan.units.copy(), plan.examples, plan.seed, plan.fingerprint, source, plan._weights)
     for other in before:
         plan.step(other)
     assert plan.step(step).rows.tolist() == again.step(step).rows.tolist()
@@ -172,7 +172,7 @@ def test_step_is_a_pure_function(plan: Epochs, step: int, before: list[int]) -> 
 
 @quick
 @given(st.one_of(epochs, mixtures()), st.integers(0, 60))
-def test_step_found_directly_is_the_walks(plan: Epochs, step: int) -> None:
+def test_step_found_directly_is_the_walks(plan: EpochPlan, step: int) -> None:
     walked = [rows for epoch in range(step // plan.steps_per_epoch + 1) for rows in walk(plan, epoch)]
     assert plan.step(step).rows.tolist() == walked[step]
 
@@ -182,15 +182,15 @@ def test_step_far_away_is_found_without_the_ones_before(
     weights: tuple[float, ...], generators: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One shuffle of its own epoch, and one for each source of which an epoch takes a part."""
-    made, random_of = [], Epochs._random
+    made, random_of = [], EpochPlan._random
 
-    def counted(self: Epochs, purpose: object) -> Any:
+    def counted(self: EpochPlan, purpose: object) -> Any:
         made.append(purpose)
         return random_of(self, purpose)
 
-    monkeypatch.setattr(Epochs, "_random", counted)
+    monkeypatch.setattr(EpochPlan, "_random", counted)
     rows = 30_000
-    plan = Epochs(alone(rows), 16, 0, "f", np.arange(rows) % len(weights), weights)
+    plan = EpochPlan(alone(rows), 16, 0, "f", np.arange(rows) % len(weights), weights)
     assert 10 * plan.steps_per_epoch < 90_000
     found = plan.step(90_000)
     assert len(made) == generators
@@ -200,7 +200,7 @@ def test_step_far_away_is_found_without_the_ones_before(
 
 @quick
 @given(st.one_of(epochs, mixtures()))
-def test_epoch_counts_what_is_done(plan: Epochs) -> None:
+def test_epoch_counts_what_is_done(plan: EpochPlan) -> None:
     assert plan.step(plan.steps_per_epoch - 1).epoch == pytest.approx(1)
     assert plan.step(2 * plan.steps_per_epoch - 1).epoch == pytest.approx(2)
     assert 0 < plan.step(0).epoch <= 1
@@ -210,25 +210,25 @@ def test_epoch_counts_what_is_done(plan: Epochs) -> None:
 @given(st.integers(0, 2**40), st.text(max_size=8), st.integers(0, 50))
 def test_order_follows_seed_epoch_and_fingerprint(seed: int, fingerprint: str, epoch: int) -> None:
     units = alone(60)
-    plan = Epochs(units, 8, seed, fingerprint)
+    plan = EpochPlan(units, 8, seed, fingerprint)
     order = walk(plan, epoch)
-    assert order == walk(Epochs(units, 8, seed, fingerprint), epoch)
+    assert order == walk(EpochPlan(units, 8, seed, fingerprint), epoch)
     others = [
         walk(plan, epoch + 1),
-        walk(Epochs(units, 8, seed + 1, fingerprint), epoch),
-        walk(Epochs(units, 8, seed, fingerprint + "x"), epoch),
+        walk(EpochPlan(units, 8, seed + 1, fingerprint), epoch),
+        walk(EpochPlan(units, 8, seed, fingerprint + "x"), epoch),
     ]
     assert order not in others
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.5, 2.0])
 def test_order_does_not_follow_the_size_of_a_step(weight: float) -> None:
-    orders = [rows_of(Epochs(alone(24), size, 3, "f", weights=(weight,)), 1) for size in (1, 5, 8, 24, 100)]
+    orders = [rows_of(EpochPlan(alone(24), size, 3, "f", weights=(weight,)), 1) for size in (1, 5, 8, 24, 100)]
     assert orders == [orders[0]] * 5
 
 
 def test_order_is_shuffled_evenly() -> None:
-    plan = Epochs(alone(10), 1, 0, "f")
+    plan = EpochPlan(alone(10), 1, 0, "f")
     first = Counter(plan.step(10 * epoch).rows.tolist()[0] for epoch in range(500))
     assert len(first) == 10
     assert max(first.values()) < 2 * min(first.values())
@@ -245,21 +245,21 @@ def test_order_is_shuffled_evenly() -> None:
     ],
 )
 def test_sizes_of_steps(units: list[list[int]], examples: int, sizes: list[int]) -> None:
-    assert [len(rows) for rows in walk(Epochs(units_of(*units), examples, 0, "f"), 0)] == sizes
+    assert [len(rows) for rows in walk(EpochPlan(units_of(*units), examples, 0, "f"), 0)] == sizes
 
 
 @pytest.mark.parametrize(
     ("rows", "weight", "steps"), [(24, 1.0, 6), (24, 0.5, 3), (24, 2.0, 12), (24, 1.5, 9), (25, 1.0, 7), (10, 0.25, 1)]
 )
 def test_steps_of_an_epoch_count_its_passes(rows: int, weight: float, steps: int) -> None:
-    assert Epochs(alone(rows), 4, 0, "f", weights=(weight,)).steps_per_epoch == steps
+    assert EpochPlan(alone(rows), 4, 0, "f", weights=(weight,)).steps_per_epoch == steps
 
 
 @quick
 @given(st.integers(2, 40), st.integers(1, 9), st.integers(0, 2**40), st.integers(0, 5))
 @example(rows=7, size=3, seed=0, first=0)
 def test_half_a_source_is_another_half_every_epoch(rows: int, size: int, seed: int, first: int) -> None:
-    plan = Epochs(alone(rows), size, seed, "f", weights=(0.5,))
+    plan = EpochPlan(alone(rows), size, seed, "f", weights=(0.5,))
     one, two = (rows_of(plan, epoch) for epoch in (first, first + 1))
     assert len(one) == len(two) == round(rows / 2)
     assert len(set(one)) == len(one)
@@ -271,7 +271,7 @@ def test_half_a_source_is_another_half_every_epoch(rows: int, size: int, seed: i
 @given(st.integers(2, 40), st.sampled_from([0.25, 0.3, 0.5, 0.75, 0.9]), st.integers(0, 2**40))
 def test_a_part_takes_all_units_in_turn(rows: int, weight: float, seed: int) -> None:
     assume(round(rows * weight) > 0)
-    plan = Epochs(alone(rows), 4, seed, "f", weights=(weight,))
+    plan = EpochPlan(alone(rows), 4, seed, "f", weights=(weight,))
     taken: Counter[int] = Counter(dict.fromkeys(range(rows), 0))
     for epoch in range(12):
         taken.update(rows_of(plan, epoch))
@@ -280,7 +280,7 @@ def test_a_part_takes_all_units_in_turn(rows: int, weight: float, seed: int) -> 
 
 @pytest.mark.parametrize(("rows", "weights"), [((100, 4), (1.0, 0.1)), ((1,), (0.4,))])
 def test_the_least_part_of_a_source_is_taken_in_turn_too(rows: tuple[int, ...], weights: tuple[float, ...]) -> None:
-    plan = Epochs(alone(sum(rows)), 8, 0, "f", np.repeat(np.arange(len(rows)), rows), weights)
+    plan = EpochPlan(alone(sum(rows)), 8, 0, "f", np.repeat(np.arange(len(rows)), rows), weights)
     assert {row for epoch in range(40) for row in rows_of(plan, epoch)} == set(range(sum(rows)))
     assert len(plan.step(0).rows) > 0
 
@@ -288,12 +288,12 @@ def test_the_least_part_of_a_source_is_taken_in_turn_too(rows: tuple[int, ...], 
 @quick
 @given(unit_arrays(), st.integers(1, 9), st.integers(0, 3))
 def test_weight_two_takes_each_unit_twice(units: np.ndarray, size: int, epoch: int) -> None:
-    taken = Counter(rows_of(Epochs(units, size, 1, "f", weights=(2.0,)), epoch))
+    taken = Counter(rows_of(EpochPlan(units, size, 1, "f", weights=(2.0,)), epoch))
     assert taken == Counter(dict.fromkeys(units[units >= 0].tolist(), 2))
 
 
 def test_weight_one_and_a_half_takes_all_once_and_another_half_again() -> None:
-    plan = Epochs(alone(20), 7, 1, "f", weights=(1.5,))
+    plan = EpochPlan(alone(20), 7, 1, "f", weights=(1.5,))
     again = []
     for epoch in range(2):
         taken = Counter(rows_of(plan, epoch))
@@ -306,7 +306,7 @@ def test_weight_one_and_a_half_takes_all_once_and_another_half_again() -> None:
 
 def test_each_source_is_taken_by_its_own_weight_and_mixed_with_the_others() -> None:
     source = np.array([0, 1] * 20)
-    plan = Epochs(alone(40), 25, 1, "f", source, (0.5, 2.0))
+    plan = EpochPlan(alone(40), 25, 1, "f", source, (0.5, 2.0))
     halves = []
     for epoch in range(2):
         taken = Counter(rows_of(plan, epoch))
@@ -321,14 +321,14 @@ def test_each_source_is_taken_by_its_own_weight_and_mixed_with_the_others() -> N
 
 def test_parts_of_two_sources_are_drawn_apart() -> None:
     source = np.repeat([0, 1], 30)
-    taken = rows_of(Epochs(alone(60), 10, 1, "f", source, (0.5, 0.5)), 0)
+    taken = rows_of(EpochPlan(alone(60), 10, 1, "f", source, (0.5, 0.5)), 0)
     assert {row for row in taken if row < 30} != {row - 30 for row in taken if row >= 30}
 
 
 @quick
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 50))
 def test_in_order_goes_through_once_with_similar_lengths_together(lengths: list[int], size: int) -> None:
-    plan = InOrder(np.array(lengths, dtype=np.int32), size)
+    plan = SequentialPlan(np.array(lengths, dtype=np.int32), size)
     parts = [plan.step(number) for number in range(plan.parts)]
     rows = [row for part in parts for row in part.rows.tolist()]
     assert sorted(rows) == list(range(len(lengths)))
@@ -412,7 +412,7 @@ def test_groups_stay_together_within_the_same_rules(lengths: list[int], tokens: 
 @quick
 @given(length_lists, budgets, worlds)
 def test_costs_of_a_layout_count_padding(lengths: list[int], tokens: int, ranks: int) -> None:
-    layout = Layout(tokens, ranks, "batch")
+    layout = BatchLayout(tokens, ranks, "batch")
     dealt = layout.scoring(lengths)
     sizes = [[padded(batch, lengths) for batch in mine] for mine in dealt]
     assert layout.busiest(dealt, lengths) == max(map(sum, sizes))
@@ -442,7 +442,7 @@ def test_packed_micro_batches_keep_the_same_rules_without_padding(
 def test_packed_loads_are_as_equal_as_examples_allow(seed: int, ranks: int) -> None:
     generator = random.Random(seed)
     lengths = [generator.choice([20, 200]) + generator.randrange(30) for _ in range(64)]
-    layout = Layout(1024, ranks, "batch", packed=True)
+    layout = BatchLayout(1024, ranks, "batch", packed=True)
     dealt = layout.scoring(lengths)
     assert layout.busiest(dealt, lengths) <= 1.05 * sum(lengths) / ranks
     assert len(dealt[0]) <= -(-sum(lengths) // (1024 * ranks)) + 1
@@ -450,7 +450,7 @@ def test_packed_loads_are_as_equal_as_examples_allow(seed: int, ranks: int) -> N
 
 def test_packed_pairs_are_always_together_where_a_budget_holds_one() -> None:
     lengths = [10, 1, 10, 1, 10, 1]
-    dealt, whole = Layout(20, 1, "pair", packed=True).training(lengths, in_pairs(lengths))
+    dealt, whole = BatchLayout(20, 1, "pair", packed=True).training(lengths, in_pairs(lengths))
     assert whole
     assert all(set(pair) <= set(batch) for pair, batch in zip(in_pairs(lengths), dealt[0], strict=True))
 
@@ -508,8 +508,8 @@ def test_positions_of_all_ranks_are_the_whole_step(
     examples: TokenizedExamples, tokens: int, ranks: int, scope: Any, kind: tuple[int, int]
 ) -> None:
     trains, scores = map(bool, kind)
-    layout = Layout(tokens, ranks, scope)
-    shares = [Share(layout, rank, trains, scores).positions(examples) for rank in range(ranks)]
+    layout = BatchLayout(tokens, ranks, scope)
+    shares = [RankShard(layout, rank, trains, scores).positions(examples) for rank in range(ranks)]
     assert {position for share in shares for position in share} == set(range(len(examples)))
     assert all(share == sorted(set(share)) for share in shares)
     if not (trains and scores):  # each forwarded once, by one rank
@@ -521,7 +521,7 @@ def test_positions_of_all_ranks_are_the_whole_step(
 def test_positions_are_those_of_the_micro_batches(
     examples: TokenizedExamples, tokens: int, ranks: int, scope: Any
 ) -> None:
-    layout = Layout(tokens, ranks, scope)
+    layout = BatchLayout(tokens, ranks, scope)
     trained, scored = layout.training(examples.lengths, examples.units)[0], layout.scoring(examples.lengths)
     for rank in range(ranks):
         flat = [{position for batch in dealt[rank] for position in batch} for dealt in (trained, scored)]
@@ -530,7 +530,7 @@ def test_positions_are_those_of_the_micro_batches(
             (False, True, flat[1]),
             (True, True, flat[0] | flat[1]),
         ]:
-            assert set(Share(layout, rank, trains, scores).positions(examples)) == expected
+            assert set(RankShard(layout, rank, trains, scores).positions(examples)) == expected
 
 
 @quick
@@ -538,7 +538,7 @@ def test_positions_are_those_of_the_micro_batches(
 def test_one_pass_is_promised_only_where_a_micro_batch_tells_its_own_coefficients(
     examples: TokenizedExamples, tokens: int, ranks: int, scope: Any
 ) -> None:
-    dealt, whole = Layout(tokens, ranks, scope).training(examples.lengths, examples.units)
+    dealt, whole = BatchLayout(tokens, ranks, scope).training(examples.lengths, examples.units)
     batches = [set(batch) for mine in dealt for batch in mine]
     if scope == "batch":
         assert not whole
@@ -546,11 +546,13 @@ def test_one_pass_is_promised_only_where_a_micro_batch_tells_its_own_coefficient
         assert whole
     if whole and scope == "pair":
         assert all(any(set(unit) <= batch for batch in batches) for unit in examples.units)
-    assert Layout(tokens, ranks, scope).largest(dealt, examples.lengths) <= max(tokens, *examples.lengths)
+    assert BatchLayout(tokens, ranks, scope).largest(dealt, examples.lengths) <= max(tokens, *examples.lengths)
 
 
 def test_pairs_of_like_lengths_are_kept_together_and_unlike_ones_are_not() -> None:
-    together: Callable[[list[int]], Any] = lambda lengths: Layout(20, 1, "pair").training(lengths, in_pairs(lengths))[1]  # noqa: E731
+    def together(lengths: list[int]) -> Any:
+        return BatchLayout(20, 1, "pair").training(lengths, in_pairs(lengths))[1]
+
     assert together([10, 10, 9, 9, 8, 8])
     assert not together([10, 1, 10, 1, 10, 1])
     assert not together([15, 15, 15, 15])  # a pair exceeds the budget

@@ -15,15 +15,15 @@ import pytest
 import torch
 
 from raydiv.config import Recipe, load_recipe
-from raydiv.config.checkpoint import EarlyStop
+from raydiv.config.checkpoint import EarlyStopConfig
 from raydiv.runs.directory import RunDirectory
 from raydiv.runs.resume import recipe_to_resume, require_same_content
-from raydiv.training.checkpoint.manager import Saver
-from raydiv.training.checkpoint.manifest import MANIFEST, Checkpoints, Manifest
-from raydiv.training.checkpoint.shards import Shard, Shards, fault, write_shard
+from raydiv.training.checkpoint.manager import CheckpointManager
+from raydiv.training.checkpoint.manifest import MANIFEST, CheckpointStore, Manifest
+from raydiv.training.checkpoint.shards import CheckpointShard, ShardReader, fault, write_shard
 from raydiv.training.metric_names import require_measured
-from raydiv.training.state import Carried, Patience
-from raydiv.training.zero_state import KINDS, Piece, Snapshot
+from raydiv.training.state import EarlyStopping, TrainState
+from raydiv.training.zero_state import KINDS, Fragment, Snapshot
 from raydiv.utils.errors import UserError
 from raydiv.utils.signals import Terminated, at_sigterm
 from raydiv.utils.storage import Folder
@@ -36,11 +36,11 @@ def recipe_of(tmp_path: Path, *overrides: str) -> Recipe:
 
 
 def state_of(start: int, length: int, size: int = 12) -> Snapshot:
-    piece = Piece("layer.weight", start, length, size)
+    piece = Fragment("layer.weight", start, length, size)
     return {(piece, kind): torch.arange(start, start + length) + 100.0 * n for n, kind in enumerate(KINDS)}
 
 
-def written(checkpoints: Checkpoints, step: int, measured: float | None = None, run: str = "") -> Manifest:
+def written(checkpoints: CheckpointStore, step: int, measured: float | None = None, run: str = "") -> Manifest:
     """A checkpoint of two ranks: five elements, and seven."""
     folder = checkpoints.at(step)
     shards = [write_shard(folder, 0, state_of(0, 5)), write_shard(folder, 1, state_of(5, 7))]
@@ -50,35 +50,35 @@ def written(checkpoints: Checkpoints, step: int, measured: float | None = None, 
 
 
 @pytest.fixture(params=["local", "s3"])
-def checkpoints(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpoints:
+def checkpoints(request: pytest.FixtureRequest, tmp_path: Path) -> CheckpointStore:
     root = str(tmp_path) if request.param == "local" else f"{request.getfixturevalue('bucket')}/{tmp_path.name}"
-    return Checkpoints(Folder(f"{root}/checkpoints"))
+    return CheckpointStore(Folder(f"{root}/checkpoints"))
 
 
 @pytest.mark.parametrize(("start", "length"), [(0, 12), (0, 5), (3, 4), (5, 7), (11, 1)])
-def test_any_run_of_elements_is_read_out_of_the_files(checkpoints: Checkpoints, start: int, length: int) -> None:
+def test_any_run_of_elements_is_read_out_of_the_files(checkpoints: CheckpointStore, start: int, length: int) -> None:
     manifest = written(checkpoints, 4)
-    with Shards(checkpoints.at(4), manifest.shards) as shards:
+    with ShardReader(checkpoints.at(4), manifest.shards) as shards:
         for (piece, kind), values in state_of(start, length).items():
             assert torch.equal(shards.read(piece, kind), values)
 
 
-def test_elements_that_are_in_no_file_are_not_made_up(checkpoints: Checkpoints) -> None:
+def test_elements_that_are_in_no_file_are_not_made_up(checkpoints: CheckpointStore) -> None:
     manifest = written(checkpoints, 4)
     with (
-        Shards(checkpoints.at(4), manifest.shards[:1]) as shards,
+        ShardReader(checkpoints.at(4), manifest.shards[:1]) as shards,
         pytest.raises(ValueError, match=r"5 of the 12 elements of layer\.weight"),
     ):
-        shards.read(Piece("layer.weight", 0, 12, 12), "weight")
+        shards.read(Fragment("layer.weight", 0, 12, 12), "weight")
 
 
-def test_a_manifest_comes_back_as_it_was(checkpoints: Checkpoints) -> None:
+def test_a_manifest_comes_back_as_it_was(checkpoints: CheckpointStore) -> None:
     manifest = written(checkpoints, 4, measured=0.25)
     assert checkpoints.manifest(4) == manifest
-    assert isinstance(checkpoints.manifest(4).shards[0], Shard)
+    assert isinstance(checkpoints.manifest(4).shards[0], CheckpointShard)
 
 
-def test_without_a_manifest_there_is_no_checkpoint(checkpoints: Checkpoints) -> None:
+def test_without_a_manifest_there_is_no_checkpoint(checkpoints: CheckpointStore) -> None:
     written(checkpoints, 2)
     write_shard(checkpoints.at(4), 0, state_of(0, 5))
     assert checkpoints.steps() == [2]
@@ -86,7 +86,7 @@ def test_without_a_manifest_there_is_no_checkpoint(checkpoints: Checkpoints) -> 
     assert checkpoints.steps() == []
 
 
-def test_the_newest_the_best_and_nothing_else_are_kept(checkpoints: Checkpoints) -> None:
+def test_the_newest_the_best_and_nothing_else_are_kept(checkpoints: CheckpointStore) -> None:
     for step, value in ((1, 0.5), (2, 0.1), (3, 0.1), (4, None), (5, 0.7), (6, 0.6)):
         written(checkpoints, step, value)
     write_shard(checkpoints.at(7), 0, state_of(0, 5))
@@ -111,7 +111,7 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize("file", ["rank-00001.safetensors", MANIFEST])
 def test_the_one_before_a_damaged_one_is_used_and_it_is_said(tmp_path: Path, harm: Any, file: str) -> None:
     run, saver = saver_of(tmp_path)
-    checkpoints = Checkpoints(run.checkpoints(recipe_of(tmp_path)))
+    checkpoints = CheckpointStore(run.checkpoints(recipe_of(tmp_path)))
     for step in (2, 4):
         written(checkpoints, step, run=run.stage().id)
     assert saver.find() == checkpoints.manifest(4)
@@ -127,12 +127,12 @@ def test_the_one_before_a_damaged_one_is_used_and_it_is_said(tmp_path: Path, har
 
 def test_anothers_checkpoint_is_refused(tmp_path: Path) -> None:
     run, saver = saver_of(tmp_path)
-    written(Checkpoints(run.checkpoints(recipe_of(tmp_path))), 2, run="somebody")
+    written(CheckpointStore(run.checkpoints(recipe_of(tmp_path))), 2, run="somebody")
     with pytest.raises(UserError, match="is of another run"):
         saver.find()
 
 
-def test_a_file_says_what_is_wrong_with_it(checkpoints: Checkpoints) -> None:
+def test_a_file_says_what_is_wrong_with_it(checkpoints: CheckpointStore) -> None:
     shard = written(checkpoints, 4).shards[0]
     assert fault(checkpoints.at(4), shard) is None
     assert "cannot be read" in str(fault(checkpoints.at(5), shard))
@@ -153,15 +153,15 @@ class Engine:
         return state_of(0, 12)
 
 
-def saver_of(tmp_path: Path, *overrides: str) -> tuple[RunDirectory, Saver]:
+def saver_of(tmp_path: Path, *overrides: str) -> tuple[RunDirectory, CheckpointManager]:
     recipe = recipe_of(tmp_path, *overrides)
     run = RunDirectory.of(recipe)
-    run.claim(recipe, {"data": "d"})
-    return run, Saver(run, recipe, Engine())
+    run.create(recipe, {"data": "d"})
+    return run, CheckpointManager(run, recipe, Engine())
 
 
 def steps_kept(run: RunDirectory) -> list[int]:
-    return Checkpoints(run.checkpoints(run.read_recipe())).steps()
+    return CheckpointStore(run.checkpoints(run.read_recipe())).steps()
 
 
 def test_checkpoints_come_every_so_many_steps(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_checkpoints_come_every_so_many_steps(tmp_path: Path) -> None:
     for step in range(1, 7):
         assert not saver.after_step(step, dict, {}, last=step == 6)
     assert steps_kept(run) == [6, 4, 2]
-    manifest = Checkpoints(run.checkpoints(run.read_recipe())).manifest(4)
+    manifest = CheckpointStore(run.checkpoints(run.read_recipe())).manifest(4)
     assert (manifest.step, manifest.updates, manifest.of) == (4, 3, {"run": run.stage().id, "data": "d"})
 
 
@@ -196,7 +196,7 @@ def test_a_checkpoint_waits_for_what_says_how_good_it_is(tmp_path: Path) -> None
 def test_asked_to_stop_it_does_so_after_a_checkpoint(tmp_path: Path) -> None:
     run, saver = saver_of(tmp_path, "checkpoint.every=null")
     assert not saver.after_step(1, dict, {}, last=False)
-    run.ask_to_stop()
+    run.request_stop()
     assert saver.after_step(2, dict, {}, last=False)
     assert steps_kept(run) == [2]
     # the last step is the end of training anyhow
@@ -207,7 +207,7 @@ def test_a_place_that_cannot_be_written_costs_a_warning_and_no_checkpoint(tmp_pa
     run, saver = saver_of(tmp_path, "checkpoint.every=2", "checkpoint.keep=9")
     for step in (1, 2, 3):
         saver.after_step(step, dict, {}, last=False)
-    blocked = Path(Checkpoints(run.checkpoints(run.read_recipe())).at(4).uri)
+    blocked = Path(CheckpointStore(run.checkpoints(run.read_recipe())).at(4).uri)
     blocked.write_text("in the way")
     for step in (4, 5, 6):
         saver.after_step(step, dict, {}, last=step == 6)
@@ -223,7 +223,7 @@ def test_old_ones_that_cannot_be_removed_cost_a_warning(tmp_path: Path, monkeypa
     def stuck(*_: Any) -> None:
         raise OSError("busy")
 
-    monkeypatch.setattr(Checkpoints, "prune", stuck)
+    monkeypatch.setattr(CheckpointStore, "prune", stuck)
     for step in (1, 2):
         saver.after_step(step, dict, {}, last=step == 2)
     assert steps_kept(run) == [2, 1]
@@ -251,7 +251,7 @@ def test_a_full_disk_costs_a_warning_and_leaves_the_one_before(
     saver.after_step(2, dict, {}, last=False)
     saver.after_step(3, dict, {}, last=True)
     assert steps_kept(run) == [1]
-    assert Checkpoints(run.checkpoints(run.read_recipe())).folder.folders() == ["step-00000001"]
+    assert CheckpointStore(run.checkpoints(run.read_recipe())).folder.folders() == ["step-00000001"]
     assert saver.find() is not None
     said = run.events.read_text()
     assert "checkpoint after step 2 could not be written" in said
@@ -277,7 +277,7 @@ def test_storage_elsewhere_is_not_shared_by_two_runs(tmp_path: Path) -> None:
     assert (tmp_path / "elsewhere" / "mine" / "step-00000001" / MANIFEST).is_file()
     other = recipe_of(tmp_path / "other", f"checkpoint.storage={tmp_path}/elsewhere")
     with pytest.raises(UserError, match=r"checkpoint\.storage: .* holds another run's checkpoints"):
-        RunDirectory.of(other).claim(other, {})
+        RunDirectory.of(other).create(other, {})
 
 
 # ---- the run directory
@@ -285,19 +285,19 @@ def test_storage_elsewhere_is_not_shared_by_two_runs(tmp_path: Path) -> None:
 
 def test_rewound_metrics_are_followed_without_repeats(tmp_path: Path) -> None:
     run, seen = RunDirectory(tmp_path), []
-    with run.followed(seen.append):
+    with run.follow_metrics(seen.append):
         for step in (1, 2):
-            run.log({"step": step})
-        size = run.logged
+            run.log_metrics({"step": step})
+        size = run.metrics_bytes
         for step in (3, 4):
-            run.log({"step": step})
+            run.log_metrics({"step": step})
         wait_until(lambda: len(seen) == 4)
-        run.rewind(size)
+        run.truncate_metrics(size)
         for step in (3, 4, 5):
-            run.log({"step": step})
-    assert [line["step"] for line in seen] == [line["step"] for line in run.metrics()] == [1, 2, 3, 4, 5]
+            run.log_metrics({"step": step})
+    assert [line["step"] for line in seen] == [line["step"] for line in run.read_metrics()] == [1, 2, 3, 4, 5]
     later: list[Any] = []
-    with run.followed(later.append, skip=3):
+    with run.follow_metrics(later.append, skip=3):
         pass
     assert [line["step"] for line in later] == [4, 5]
 
@@ -317,7 +317,7 @@ def wait_until(so: Any) -> None:
 def test_a_run_goes_on_with_its_own_recipe_alone(tmp_path: Path) -> None:
     mine = recipe_of(tmp_path, "batch.tokens_per_microbatch=64", "engine.zero_stage=2")
     run = RunDirectory.of(mine)
-    run.claim(mine, {"data": "a" * 32, "model": "m"})
+    run.create(mine, {"data": "a" * 32, "model": "m"})
     assert recipe_to_resume(run, mine) == mine
     with pytest.raises(UserError) as caught:
         recipe_to_resume(run, recipe_of(tmp_path, "optim.lr=1e-3", "loss.beta=0.5"))
@@ -337,7 +337,7 @@ def test_a_run_goes_on_with_its_own_recipe_alone(tmp_path: Path) -> None:
 def test_data_that_changed_meanwhile_are_refused(tmp_path: Path) -> None:
     mine = recipe_of(tmp_path)
     run = RunDirectory.of(mine)
-    run.claim(mine, {"data": "a" * 32, "model": "m"})
+    run.create(mine, {"data": "a" * 32, "model": "m"})
     require_same_content(run, {"data": "a" * 32, "model": "m"})
     with pytest.raises(UserError, match=r"data\.train: its content has changed .*aaaaaaaaaaaa then, bbbbbbbbbbbb now"):
         require_same_content(run, {"data": "b" * 32, "model": "m"})
@@ -354,21 +354,21 @@ def test_a_run_of_before_checkpoints_says_so(tmp_path: Path) -> None:
 
 
 def test_patience_wears_out_after_evaluations_that_are_no_better() -> None:
-    section = EarlyStop(patience=2, min_delta=0.1)
-    patience = Patience()
-    assert [patience.worn_out(section, value) for value in (1.0, 0.95, 0.5, 0.45, 0.41)] == [False] * 4 + [True]
-    rising = EarlyStop(metric="eval/reward/accuracy", mode="max", patience=1)
-    patience = Patience()
-    assert [patience.worn_out(rising, value) for value in (0.5, 0.6, 0.6)] == [False, False, True]
+    section = EarlyStopConfig(patience=2, min_delta=0.1)
+    patience = EarlyStopping()
+    assert [patience.update(section, value) for value in (1.0, 0.95, 0.5, 0.45, 0.41)] == [False] * 4 + [True]
+    rising = EarlyStopConfig(metric="eval/reward/accuracy", mode="max", patience=1)
+    patience = EarlyStopping()
+    assert [patience.update(rising, value) for value in (0.5, 0.6, 0.6)] == [False, False, True]
 
 
 def test_what_is_carried_comes_back_to_the_bit() -> None:
-    carried = Carried()
+    carried = TrainState()
     carried.means.update({"divergence": 0.1 + 0.2, "reward/margin": float(np.float32(0.7))})
-    carried.patience.worn_out(EarlyStop(), 1 / 3)
+    carried.early_stopping.update(EarlyStopConfig(), 1 / 3)
     carried.refused = 2
     loop = json.loads(json.dumps(carried.as_json([{"log_mean": 1e-17}], 55)))
-    assert Carried.from_json(loop) == carried
+    assert TrainState.from_json(loop) == carried
     assert (loop["states"], loop["logged"]) == ([{"log_mean": 1e-17}], 55)
 
 

@@ -20,8 +20,8 @@ from raydiv.cli.main import make_parser
 from raydiv.cli.options import section_of
 from raydiv.commands.quickstart import quickstart
 from raydiv.config import Recipe
-from raydiv.config.evaluate import Evaluate
-from raydiv.config.recipe import Separation
+from raydiv.config.evaluate import EvaluateConfig
+from raydiv.config.recipe import SeparationConfig
 from raydiv.config.section import Section
 from raydiv.losses import OBJECTIVES
 
@@ -200,7 +200,7 @@ def test_bad_recipe_is_one_line(command: str, override: str, words: str, recipe:
     assert words in refuse(command, recipe, override)
 
 
-@pytest.mark.parametrize(("section", "command"), [(Separation, "separation"), (Evaluate, "evaluate")])
+@pytest.mark.parametrize(("section", "command"), [(SeparationConfig, "separation"), (EvaluateConfig, "evaluate")])
 def test_options_of_a_section_are_its_fields(section: type[Section], command: str) -> None:
     """Every field of the section is an option, whose help has the field's description and default."""
     options = {word: action for action in command_parser(command)._actions for word in action.option_strings}
@@ -218,10 +218,10 @@ def test_options_of_a_section_are_its_fields(section: type[Section], command: st
 def test_given_options_reach_the_section() -> None:
     words = ["--pooling", "mean", "--intervals", "all", "--sample", "40"]
     options = make_parser().parse_args(["separation", "MODEL", "--prompts", "x", *words])
-    assert section_of(Separation, options) == Separation(pooling="mean", intervals="all", sample=40)
+    assert section_of(SeparationConfig, options) == SeparationConfig(pooling="mean", intervals="all", sample=40)
     words = ["--task", "quick", "--task", "math", "--task-limit", "3", "--max-new-tokens", "7", "--judge", "harmbench"]
     options = make_parser().parse_args(["evaluate", "MODEL", *words])
-    assert section_of(Evaluate, options, attacks=["prefill"]) == Evaluate.model_validate(
+    assert section_of(EvaluateConfig, options, attacks=["prefill"]) == EvaluateConfig.model_validate(
         {"tasks": ["quick", "math"], "task_limit": 3, "max_new_tokens": 7, "judge": "harmbench", "attacks": ["prefill"]}
     )
 

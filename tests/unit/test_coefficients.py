@@ -15,7 +15,7 @@ import torch
 from raydiv.data.batching import StepPlan
 from raydiv.data.tokens import TokenizedExamples
 from raydiv.losses import OBJECTIVES, Batch, Term, widest_scope
-from raydiv.training.coefficients import first_states, judge, known_coefficients
+from raydiv.training.coefficients import evaluate_objective, first_states, known_coefficients
 from raydiv.training.metrics import (
     RATE,
     RunningMeans,
@@ -69,7 +69,7 @@ def test_mixture_is_the_weighted_sum() -> None:
     sft = -logps[aligned].sum() / 10  # 4 + 6 aligned response tokens
     (expected,) = torch.autograd.grad(kldo + 0.5 * sft, logps)
 
-    verdict = judge(MIXTURE, first_states(MIXTURE), batch)
+    verdict = evaluate_objective(MIXTURE, first_states(MIXTURE), batch)
     torch.testing.assert_close(verdict.coefficients, expected, rtol=0, atol=1e-6)
     assert not verdict.coefficients.requires_grad
     assert not batch.logps.requires_grad
@@ -81,20 +81,20 @@ def test_mixture_is_the_weighted_sum() -> None:
 
 
 def test_shares_appear_for_mixtures_only() -> None:
-    alone = judge([KLDO], first_states([KLDO]), make_batch()).metrics
-    mixed = judge(MIXTURE, first_states(MIXTURE), make_batch()).metrics
+    alone = evaluate_objective([KLDO], first_states([KLDO]), make_batch()).metrics
+    mixed = evaluate_objective(MIXTURE, first_states(MIXTURE), make_batch()).metrics
     assert [name for name in alone if name.startswith("loss")] == ["loss"]
     assert [name for name in mixed if name.startswith("loss")] == ["loss", "loss/kldo", "loss/sft"]
 
 
 def test_no_divergence_where_none_is_estimated() -> None:
     terms = [term("sft"), term("kldo", 0.1)]
-    assert "divergence" not in judge(terms, first_states(terms), make_batch()).metrics
+    assert "divergence" not in evaluate_objective(terms, first_states(terms), make_batch()).metrics
 
 
 def test_divergence_before_training_is_plain_zero() -> None:
     terms = [term("kldo")]
-    metrics = judge(terms, first_states(terms), make_batch([0.0] * 3, [True, True, False])).metrics
+    metrics = evaluate_objective(terms, first_states(terms), make_batch([0.0] * 3, [True, True, False])).metrics
     assert str(metrics["divergence"]) == "0.0"
 
 
@@ -106,18 +106,18 @@ def test_each_term_keeps_its_own_state() -> None:
     assert OBJECTIVES["kldo"].state == {"log_mean": 0.0}
 
     batch = make_batch()
-    after = judge(terms, first_states(terms), batch).states
+    after = evaluate_objective(terms, first_states(terms), batch).states
     mean = (math.exp(-1) + math.exp(4) + math.exp(-3)) / 3
     assert after[0]["log_mean"] == pytest.approx(math.log(0.9 + 0.1 * mean), abs=1e-6)
     # E+[r] = 1.25, E-[r] = 0; delta is the mean of the steps before
     assert after[1]["delta"] == pytest.approx(0.1 * 0.625, abs=1e-6)
     assert after[2] == {}
-    assert judge(terms, after, batch).states[1]["delta"] == pytest.approx(0.9 * 0.0625 + 0.0625, abs=1e-6)
+    assert evaluate_objective(terms, after, batch).states[1]["delta"] == pytest.approx(0.9 * 0.0625 + 0.0625, abs=1e-6)
 
 
 def test_states_are_logged_by_objective() -> None:
     terms = [term("bco", beta=1.0), term("bco-pair", 0.5, beta=1.0)]
-    metrics = state_metrics(terms, judge(terms, first_states(terms), make_batch(pairs=[(0, 1)])).states)
+    metrics = state_metrics(terms, evaluate_objective(terms, first_states(terms), make_batch(pairs=[(0, 1)])).states)
     assert metrics["state/bco/delta"] == pytest.approx(0.0625, abs=1e-6)
     assert metrics["state/bco-pair/delta"] == pytest.approx(0.1 * (2.0 - 1.0) / 2, abs=1e-6)
 
@@ -139,7 +139,7 @@ def test_scope_of_a_mixture_is_the_widest(terms: list[Term], scope: str) -> None
 def test_coefficients_of_a_part_are_those_of_the_whole() -> None:
     terms = [term("bco"), term("dpo", 0.3), term("sft", 0.5)]
     batch = make_batch(pairs=[(0, 1), (2, 3)])
-    whole = judge(terms, first_states(terms), batch).coefficients
+    whole = evaluate_objective(terms, first_states(terms), batch).coefficients
     for part in ([0, 1], [2, 3], [4]):
         logps = torch.full_like(batch.logps, -77.0)
         logps[part] = batch.logps[part]
@@ -206,7 +206,7 @@ def test_accuracy_of_pairs_compares_their_rewards() -> None:
     ("label", "present", "absent"), [(True, "aligned", "unaligned"), (False, "unaligned", "aligned")]
 )
 def test_absent_class_leaves_its_metrics_out(label: bool, present: str, absent: str) -> None:
-    metrics = judge([KLDO], first_states([KLDO]), make_batch([2.0, -1.0, 3.0], [label] * 3)).metrics
+    metrics = evaluate_objective([KLDO], first_states([KLDO]), make_batch([2.0, -1.0, 3.0], [label] * 3)).metrics
     assert {f"reward/{present}", f"logp/{present}", "reward/accuracy", "log_ratio/rms", "log_ratio/max"} <= set(metrics)
     assert not {f"reward/{absent}", f"logp/{absent}", "reward/margin"} & set(metrics)
     assert metrics["reward/accuracy"] == pytest.approx(2 / 3 if label else 1 / 3)
@@ -215,7 +215,9 @@ def test_absent_class_leaves_its_metrics_out(label: bool, present: str, absent: 
 
 def test_rewards_use_the_main_objective_beta() -> None:
     terms = [term("kldo", beta=0.5), term("bco", 1.0, beta=0.1)]
-    assert judge(terms, first_states(terms), make_batch()).metrics["reward/aligned"] == pytest.approx(0.5 * 1.25)
+    assert evaluate_objective(terms, first_states(terms), make_batch()).metrics["reward/aligned"] == pytest.approx(
+        0.5 * 1.25
+    )
 
 
 def test_record_of_a_step_counts_real_tokens_and_what_the_step_took() -> None:
@@ -260,9 +262,9 @@ def test_non_finite_log_probs_are_refused(terms: list[Term], position: int, bad:
     log_ratios = list(LOG_RATIOS)
     log_ratios[position] = bad
     with pytest.raises(FloatingPointError, match="not applied"):
-        judge(terms, first_states(terms), make_batch(log_ratios))
+        evaluate_objective(terms, first_states(terms), make_batch(log_ratios))
 
 
 def test_the_refusal_names_the_examples() -> None:
     with pytest.raises(FloatingPointError, match=r"log-probs of examples \[1, 4\]"):
-        judge([KLDO], first_states([KLDO]), make_batch([2.0, math.nan, 0.5, 4.0, math.inf]))
+        evaluate_objective([KLDO], first_states([KLDO]), make_batch([2.0, math.nan, 0.5, 4.0, math.inf]))

@@ -740,8 +740,8 @@ def test_workers_that_come_and_go_need_the_means_for_it(overrides: list[str], wo
 
 def test_a_layout_is_made_for_the_fewest_workers() -> None:
     elastic = ["cluster.num_workers=8", "cluster.min_workers=2", "cluster.max_failures=3", "cluster.use_gpu=true"]
-    assert load_recipe(tree(), elastic).cluster.fewest == 2
-    assert load_recipe(tree(), ["cluster.num_workers=8"]).cluster.fewest == 8
+    assert load_recipe(tree(), elastic).cluster.least_workers == 2
+    assert load_recipe(tree(), ["cluster.num_workers=8"]).cluster.least_workers == 8
 
 
 def test_a_prompt_may_take_half_of_max_length_unless_the_recipe_says_otherwise(tmp_path: Path) -> None:

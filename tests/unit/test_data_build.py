@@ -24,7 +24,7 @@ from raydiv.commands.data_build.card import BuildReport
 from raydiv.commands.data_build.counterparts import CONSTANT, DECLINE
 from raydiv.commands.data_build.options import written
 from raydiv.config import source_of
-from raydiv.config.cluster import Cluster
+from raydiv.config.cluster import ClusterConfig
 from raydiv.config.source import Source
 from raydiv.data.bundled import bundled_file
 from raydiv.data.prompt_sets import Prompt
@@ -32,7 +32,7 @@ from raydiv.data.sources import read_examples
 from raydiv.evaluation.coherence import is_degenerate
 from raydiv.evaluation.generate import Request
 from raydiv.evaluation.refusal import is_refusal
-from raydiv.runs.progress import Display
+from raydiv.runs.progress import ProgressDisplay
 from raydiv.utils.errors import UserError
 
 Row = dict[str, Any]
@@ -70,7 +70,9 @@ def build(tmp_path: Path, sources: Callable[..., tuple[Source, Source]]) -> Buil
         harmful: Sequence[object] = HARMFUL, harmless: Sequence[object] = HARMLESS, kind: Any = CR, **options: Any
     ) -> BuildReport:
         output = tmp_path / f"out-{next(outputs)}"
-        return build_data(*sources(harmful, harmless), output, kind=kind, display=Display(quiet=True), **options)
+        return build_data(
+            *sources(harmful, harmless), output, kind=kind, display=ProgressDisplay(quiet=True), **options
+        )
 
     return run
 
@@ -606,7 +608,7 @@ def answering(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> Callable[...
     from raydiv.evaluation.generate import Answer
 
     @contextlib.contextmanager
-    def session(cluster: Cluster) -> Iterator[None]:
+    def session(cluster: ClusterConfig) -> Iterator[None]:
         yield
 
     def patch(answer: Callable[[Prompt], str], tokens: int = 3) -> list[tuple[list[Prompt], int]]:

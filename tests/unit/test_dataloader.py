@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.stored import stored_examples, write_shards
-from raydiv.data.batching import Epochs, InOrder, Layout, StepPlan
+from raydiv.data.batching import BatchLayout, EpochPlan, SequentialPlan, StepPlan
 from raydiv.data.tokens import TokenizedExamples, mismatched
 from raydiv.losses import OBJECTIVES, Batch
 from raydiv.training import dataloader as module
-from raydiv.training.dataloader import ExampleSet, Feed, Share, parts, stream_steps
+from raydiv.training.dataloader import ExampleSet, RankShard, StepLoader, parts, stream_steps
 from raydiv.training.step import StepExamples, Stepper, joined
 from raydiv.utils import distributed as dist
 
@@ -55,8 +55,8 @@ def examples(ids: Ids, tmp_path_factory: pytest.TempPathFactory) -> ExampleSet:
     return ExampleSet(stored, logps, mismatched(stored, max_length=12), 1000 + logps)
 
 
-def order_of(examples: ExampleSet, size: int = 14, weight: float = 1.0) -> Epochs:
-    return Epochs(examples.examples.units, size, 3, examples.examples.fingerprint, weights=(weight,))
+def order_of(examples: ExampleSet, size: int = 14, weight: float = 1.0) -> EpochPlan:
+    return EpochPlan(examples.examples.units, size, 3, examples.examples.fingerprint, weights=(weight,))
 
 
 def forwarded(dealt: Sequence[Sequence[Sequence[int]]], rank: int) -> set[int]:
@@ -88,10 +88,10 @@ def assert_held(found: TokenizedExamples, expected: set[int], stored: Any, rows:
 def test_a_rank_holds_exactly_what_its_layout_forwards(
     ranks: int, tokens: int, scope: Any, scores: bool, weight: float, number: int, examples: ExampleSet
 ) -> None:
-    layout, order = Layout(tokens, ranks, scope), order_of(examples, weight=weight)
+    layout, order = BatchLayout(tokens, ranks, scope), order_of(examples, weight=weight)
     seen: set[int] = set()
     for rank in range(ranks):
-        feed = Feed(examples, order, Share(layout, rank, trains=True, scores=scores))
+        feed = StepLoader(examples, order, RankShard(layout, rank, trains=True, scores=scores))
         plan = order.step(number)
         chosen = feed.step(plan, feed.read(number))
         own = forwarded(layout.training(chosen.examples.lengths, chosen.examples.units)[0], rank)
@@ -106,7 +106,7 @@ def test_a_rank_holds_exactly_what_its_layout_forwards(
 
 def test_a_step_knows_labels_pairs_and_reference_of_the_whole_step(examples: ExampleSet) -> None:
     order = order_of(examples)
-    feed = Feed(examples, order, Share(Layout(30, 3, "pair"), 1, trains=True, scores=False))
+    feed = StepLoader(examples, order, RankShard(BatchLayout(30, 3, "pair"), 1, trains=True, scores=False))
     plan = order.step(2)
     chosen = feed.step(plan, feed.read(2))
     assert chosen.number == 2
@@ -123,7 +123,9 @@ def test_a_step_knows_labels_pairs_and_reference_of_the_whole_step(examples: Exa
 
 def test_a_set_without_mismatched_examples_or_reference_has_none(examples: ExampleSet) -> None:
     order = order_of(examples)
-    feed = Feed(ExampleSet(examples.examples, None), order, Share(Layout(30, 1, "pair"), 0, trains=True, scores=True))
+    feed = StepLoader(
+        ExampleSet(examples.examples, None), order, RankShard(BatchLayout(30, 1, "pair"), 0, trains=True, scores=True)
+    )
     chosen = feed.step(order.step(0), feed.read(0))
     assert chosen.reference_logps is None
     assert len(chosen.mismatched) == 0
@@ -144,10 +146,10 @@ def same(one: StepExamples, other: StepExamples) -> bool:
 
 
 def test_a_feed_that_travelled_reads_the_same(examples: ExampleSet) -> None:
-    for plan in (order_of(examples), InOrder(examples.examples.lengths, 16)):
-        here = Feed(examples, plan, Share(Layout(30, 2, "pair"), 1, trains=True, scores=True))
+    for plan in (order_of(examples), SequentialPlan(examples.examples.lengths, 16)):
+        here = StepLoader(examples, plan, RankShard(BatchLayout(30, 2, "pair"), 1, trains=True, scores=True))
         here.step(here.plan.step(4), here.read(4))
-        there: Feed = pickle.loads(pickle.dumps(here))
+        there: StepLoader = pickle.loads(pickle.dumps(here))
         for number in (0, 3):
             first, second = (feed.step(feed.plan.step(number), feed.read(number)) for feed in (here, there))
             assert same(first, second)
@@ -157,7 +159,7 @@ def test_a_feed_that_travelled_reads_the_same(examples: ExampleSet) -> None:
 
 def test_steps_are_streamed_in_order_from_any_step(examples: ExampleSet, monkeypatch: pytest.MonkeyPatch) -> None:
     order = order_of(examples)
-    feed = Feed(examples, order, Share(Layout(30, 2, "pair"), 0, trains=True, scores=False))
+    feed = StepLoader(examples, order, RankShard(BatchLayout(30, 2, "pair"), 0, trains=True, scores=False))
     made = []
 
     class Here:
@@ -210,8 +212,8 @@ def test_parts_together_are_the_set_in_its_order_with_its_pairs(
     size: int, with_mismatched: bool, examples: ExampleSet, ids: Ids
 ) -> None:
     given_set = examples if with_mismatched else ExampleSet(examples.examples, examples.reference_logps)
-    order = InOrder(examples.examples.lengths, size)
-    feed = Feed(given_set, order, Share(Layout(70, 1, "pair"), 0, trains=False, scores=True))
+    order = SequentialPlan(examples.examples.lengths, size)
+    feed = StepLoader(given_set, order, RankShard(BatchLayout(70, 1, "pair"), 0, trains=False, scores=True))
     steps = list(parts(feed, order.parts))
     assert [len(chosen.examples) for chosen in steps] == [len(order.step(n).rows) for n in range(order.parts)]
     batch = joined([scored(chosen) for chosen in steps], order.order, examples.examples.units)
@@ -227,15 +229,15 @@ def test_parts_together_are_the_set_in_its_order_with_its_pairs(
 
 
 def test_parts_are_read_when_they_are_asked_for(examples: ExampleSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    order = InOrder(examples.examples.lengths, 16)
-    feed = Feed(examples, order, Share(Layout(70, 1, "pair"), 0, trains=False, scores=True))
-    read, asked = Feed.read, []
+    order = SequentialPlan(examples.examples.lengths, 16)
+    feed = StepLoader(examples, order, RankShard(BatchLayout(70, 1, "pair"), 0, trains=False, scores=True))
+    read, asked = StepLoader.read, []
 
-    def counted(self: Feed, step: int) -> Any:
+    def counted(self: StepLoader, step: int) -> Any:
         asked.append(step)
         return read(self, step)
 
-    monkeypatch.setattr(Feed, "read", counted)
+    monkeypatch.setattr(StepLoader, "read", counted)
     reading = parts(feed, order.parts)
     assert asked == []
     next(reading)
@@ -244,7 +246,7 @@ def test_parts_are_read_when_they_are_asked_for(examples: ExampleSet, monkeypatc
     assert asked == list(range(order.parts))
 
 
-class Aimed:
+class FakeHeadAndEngine:
     """A head and an engine in one, whose every token has the same log-prob; nothing is learned."""
 
     device = torch.device("cpu")
@@ -254,7 +256,7 @@ class Aimed:
         self.weight = torch.tensor(-0.5, requires_grad=True)
         self.backward, self.update = Mock(), Mock(return_value=1.0)
 
-    def aim(self, rows: Any, columns: Any, targets: torch.Tensor, weigh: Any, runs: Any) -> None:
+    def set_targets(self, rows: Any, columns: Any, targets: torch.Tensor, weigh: Any, runs: Any) -> None:
         self._targets, self._weigh = targets, weigh
 
     def __call__(self, **_: Any) -> Any:
@@ -300,9 +302,9 @@ def test_a_rank_steps_with_what_it_is_fed(
     for tokens in (30, 10_000):
         for rank in range(ranks):
             monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
-            model: Any = Aimed()
+            model: Any = FakeHeadAndEngine()
             stepper = Stepper(model, model, [(objective, 1.0, {**objective.defaults, **options})], tokens)
-            feed = Feed(given_set, order, Share(stepper.layout, rank, trains=True, scores=adapters_off))
+            feed = StepLoader(given_set, order, RankShard(stepper.layout, rank, trains=True, scores=adapters_off))
             for number in (0, 7):
                 looked_up.clear()
                 chosen = feed.step(order.step(number), feed.read(number))
@@ -320,7 +322,7 @@ def test_a_rank_steps_with_what_it_is_fed(
 def test_plan_of_a_feed_is_any_order_that_finds_a_step(examples: ExampleSet) -> None:
     plan = StepPlan(9, 0.25, np.array([3, 2, 3]), np.array([5, 5, -1]))
     order = Mock(step=Mock(return_value=plan))
-    feed = Feed(examples, order, Share(Layout(70, 1, "batch"), 0, trains=True, scores=False))
+    feed = StepLoader(examples, order, RankShard(BatchLayout(70, 1, "batch"), 0, trains=True, scores=False))
     chosen = feed.step(plan, feed.read(9))
     order.step.assert_called_once_with(9)
     assert_held(chosen.examples, {0, 1, 2}, examples.examples, plan.rows)

@@ -12,24 +12,24 @@ import pytest
 
 from helpers.stored import stream_here
 from raydiv.config import load_recipe, save_recipe
-from raydiv.config.cluster import Cluster
-from raydiv.config.evaluate import Attack
+from raydiv.config.cluster import ClusterConfig
+from raydiv.config.evaluate import AttackConfig
 from raydiv.data.prompt_sets import Prompt
 from raydiv.evaluation.answers_report import AnswersReport
 from raydiv.evaluation.attacks import Attempt
-from raydiv.evaluation.capability import Capability, Score, TaskScores
-from raydiv.evaluation.coherence import Threshold
-from raydiv.evaluation.contamination import trained_on
-from raydiv.evaluation.drift import Kl
+from raydiv.evaluation.capability import Capability, CapabilityScore, TaskScores
+from raydiv.evaluation.coherence import PerplexityThreshold
+from raydiv.evaluation.contamination import count_contaminated
+from raydiv.evaluation.drift import KlEstimate
 from raydiv.evaluation.generate import Answer, Request
-from raydiv.evaluation.judges import Judge
+from raydiv.evaluation.judges import HarmJudge
 from raydiv.evaluation.separation.embed import Readout
 from raydiv.evaluation.separation.metrics import separation_of
-from raydiv.evaluation.separation.moments import StreamedFigures
+from raydiv.evaluation.separation.moments import StreamedSeparation
 from raydiv.evaluation.separation.report import LayerReport, SeparationReport
-from raydiv.evaluation.summary import Graded
+from raydiv.evaluation.summary import GradedAnswer
 from raydiv.evaluation.win_rate import WinRate
-from raydiv.runs.progress import Display
+from raydiv.runs.progress import ProgressDisplay
 from raydiv.runs.report.table import label_of
 
 HARMFUL = Prompt("PLANTED harm", True, "harmful", "f:1", "theft", "AdvBench")
@@ -37,19 +37,19 @@ HARMLESS = Prompt("PLANTED help", False, "ordinary", "f:2")
 
 
 def answers(**more: Any) -> AnswersReport:
-    graded = [Graded(HARMFUL, "direct", "refused", 0.1), Graded(HARMLESS, "direct", "safe", 0.3)]
-    graded.append(Graded(HARMFUL, "prefill", "unsafe", 0.5))
+    graded = [GradedAnswer(HARMFUL, "direct", "refused", 0.1), GradedAnswer(HARMLESS, "direct", "safe", 0.3)]
+    graded.append(GradedAnswer(HARMFUL, "prefill", "unsafe", 0.5))
     said = [Answer(f"PLANTED answer {n}", [1], [2]) for n in range(3)]
-    threshold = Threshold(-5.0, -3.5, 0.5, 80)
+    threshold = PerplexityThreshold(-5.0, -3.5, 0.5, 80)
     attempts = [Attempt(n, one.attack, Request(f"asked {n}")) for n, one in enumerate(graded)]
     return AnswersReport(
-        "m", Judge("string", "errors"), attempts, graded, said, -1.2, threshold, 40.0, more.pop("kl", None), **more
+        "m", HarmJudge("string", "errors"), attempts, graded, said, -1.2, threshold, 40.0, more.pop("kl", None), **more
     )
 
 
 def test_a_report_of_answers_says_the_same_in_metrics_file_and_table(tmp_path: Path) -> None:
-    kl = Kl.of([-10.0, -12.0, -9.0], [-11.0, -15.0, -10.0], tokens=30)
-    scores = TaskScores("gsm8k", [Score("exact_match", "strict-match", 0.25, 0.05)], 75, 5, "3.0")
+    kl = KlEstimate.of([-10.0, -12.0, -9.0], [-11.0, -15.0, -10.0], tokens=30)
+    scores = TaskScores("gsm8k", [CapabilityScore("exact_match", "strict-match", 0.25, 0.05)], 75, 5, "3.0")
     full = answers(kl=kl, win_rate=WinRate(["win", "tie"], 2, 3), capability=Capability([scores], "0.4", None, False))
     written = full.as_json()
     assert kl.value == pytest.approx((1 + 3 + 1) / 3)
@@ -86,7 +86,7 @@ def test_what_was_not_measured_is_not_there() -> None:
 
 
 def test_kl_of_one_answer_has_no_interval() -> None:
-    assert Kl.of([-1.0], [-2.0], 4) == Kl(1.0, None, 0.25, 1)
+    assert KlEstimate.of([-1.0], [-2.0], 4) == KlEstimate(1.0, None, 0.25, 1)
 
 
 def separated(layers: int, streamed: bool, resampled: bool = True) -> SeparationReport:
@@ -94,7 +94,7 @@ def separated(layers: int, streamed: bool, resampled: bool = True) -> Separation
     labels = np.arange(40) % 2 == 0
     states = generator.normal(size=(40, 5)) + labels[:, None]
     found = separation_of(states, labels, np.arange(40) // 4, resampled=resampled)
-    figures = StreamedFigures(500, 500, 0.7, None, 3.0, 0.6) if streamed else None
+    figures = StreamedSeparation(500, 500, 0.7, None, 3.0, 0.6) if streamed else None
     reports = [LayerReport(layer, found, figures) for layer in range(layers)]
     readout = Readout(None if layers > 1 else (-1,))
     count = 1000 if streamed else 40
@@ -159,18 +159,18 @@ PROMPTS = {
 
 
 def test_prompts_that_a_run_was_trained_on_are_counted(run: Path) -> None:
-    [words] = trained_on(str(run), PROMPTS, Display(quiet=True))
+    [words] = count_contaminated(str(run), PROMPTS, ProgressDisplay(quiet=True))
     assert words == "of the 3 prompts of mine it was trained on 1 word for word, and on 1 more nearly"
-    assert trained_on(str(run), {"others": PROMPTS["mine"][2:]}, Display(quiet=True)) == []
+    assert count_contaminated(str(run), {"others": PROMPTS["mine"][2:]}, ProgressDisplay(quiet=True)) == []
 
 
 def test_what_is_no_run_was_trained_on_nothing_known(tiny_model: Path) -> None:
-    assert trained_on(str(tiny_model), PROMPTS, Display(quiet=True)) == []
+    assert count_contaminated(str(tiny_model), PROMPTS, ProgressDisplay(quiet=True)) == []
 
 
 def test_training_data_that_is_gone_is_said(run: Path, tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").unlink()
-    [words] = trained_on(str(run), PROMPTS, Display(quiet=True))
+    [words] = count_contaminated(str(run), PROMPTS, ProgressDisplay(quiet=True))
     assert words.startswith("whether it was trained on these prompts is not known: ")
     assert "data.jsonl" in words
 
@@ -179,11 +179,11 @@ def test_a_refusal_after_a_prefilled_opening_is_one() -> None:
     from raydiv.evaluation import answers as evaluations
     from raydiv.evaluation.attacks import attempts, direct
 
-    prefill = attempts(Attack.model_validate("prefill"), [HARMFUL], None, Cluster())  # type: ignore[arg-type]
+    prefill = attempts(AttackConfig.model_validate("prefill"), [HARMFUL], None, ClusterConfig())  # type: ignore[arg-type]
     asked = [*direct([HARMFUL]), *prefill, *prefill]
     texts = ["I can't help with that.", "Sure, here is I can't help with that.", "Sure, here is how you do it: first"]
-    scored = evaluations._Scored([-9.0] * 3, [9] * 3, Threshold(-5.0, -3.5, 0.5, 80), 40.0, None)
-    judges = evaluations.Judges(Judge.named("string", Cluster()), None, None)
+    scored = evaluations._Scored([-9.0] * 3, [9] * 3, PerplexityThreshold(-5.0, -3.5, 0.5, 80), 40.0, None)
+    judges = evaluations.Judges(HarmJudge.named("string", ClusterConfig()), None, None)
     said = [Answer(text, [1], [2]) for text in texts]
-    found = evaluations._graded([HARMFUL], asked, said, scored, judges, Cluster(), None)
+    found = evaluations._graded([HARMFUL], asked, said, scored, judges, ClusterConfig(), None)
     assert [one.verdict for one in found] == ["refused", "refused", "unsafe"]

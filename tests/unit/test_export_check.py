@@ -14,7 +14,7 @@ from raydiv.config import Recipe, load_recipe, save_recipe
 from raydiv.model.export import write_model
 from raydiv.model.load import ModelSource, build_policy
 from raydiv.runs.directory import RunDirectory
-from raydiv.training.export_check import Trained, logps_of
+from raydiv.training.export_check import ExportVerification, logps_of
 
 EXAMPLES = [([7, 8, 9, 10], [11, 12, 2]), ([20, 21], [22, 23, 24, 25, 2])]
 
@@ -54,7 +54,7 @@ def state_of(policy: Any) -> dict[str, torch.Tensor]:
 def test_what_was_trained_is_written(lora: bool, tiny_model: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tiny_model, lora)
     policy = trained_policy(tiny_model, recipe)
-    expected = Trained(EXAMPLES, logps_under(policy))
+    expected = ExportVerification(EXAMPLES, logps_under(policy))
     write_model(policy, state_of(policy), tiny_model, recipe, tmp_path / "model", expected.check(recipe))
     found = logps_of(ModelSource.of(recipe, tmp_path / "model"), EXAMPLES)
     torch.testing.assert_close(found, expected.logps, rtol=0, atol=1e-4)
@@ -68,7 +68,7 @@ def test_what_was_trained_is_written(lora: bool, tiny_model: Path, tmp_path: Pat
 def test_another_model_is_not_left(lora: bool, harm: str, tiny_model: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tiny_model, lora)
     policy = trained_policy(tiny_model, recipe)
-    expected, state = Trained(EXAMPLES, logps_under(policy)), state_of(policy)
+    expected, state = ExportVerification(EXAMPLES, logps_under(policy)), state_of(policy)
     name = next(name for name in state if "lora_B" in name or "mlp" in name)
     state[name] = state[name] + (float("nan") if harm == "nan" else 0.3)
     with pytest.raises(RuntimeError, match="the written model is not the trained one"):

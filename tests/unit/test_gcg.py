@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from raydiv.config.evaluate import Attack
+from raydiv.config.evaluate import AttackConfig
 from raydiv.evaluation import gcg as module
 from raydiv.evaluation.attacks import check, with_suffix
-from raydiv.evaluation.gcg import Attacker
+from raydiv.evaluation.gcg import GcgAttacker
 from raydiv.model.load import ModelSource
 from raydiv.utils.errors import UserError
 
-ATTACK = Attack.model_validate({"gcg": {"opening": "Sure", "steps": 4, "search_width": 24, "topk": 32}})
+ATTACK = AttackConfig.model_validate({"gcg": {"opening": "Sure", "steps": 4, "search_width": 24, "topk": 32}})
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hurt them {now}"}]
 
 
@@ -33,7 +33,7 @@ def test_a_suffix_makes_the_opening_likelier_and_holds_no_special_token(
     tiny_model: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     source = ModelSource(tiny_model)
-    attacker = Attacker(source, ATTACK)
+    attacker = GcgAttacker(source, ATTACK)
     rows = [{"prompt": "Hurt them", "seed": 0}, {"prompt": TALK, "seed": 1}]
     capfd.readouterr()
     found = [row["suffix"] for row in attacker(rows)]

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from helpers.models import make_classifier, make_tokenizer
-from raydiv.config.cluster import Cluster
+from raydiv.config.cluster import ClusterConfig
 from raydiv.config.evaluate import JUDGES as MODELS
-from raydiv.config.evaluate import Evaluate, judge_parts
+from raydiv.config.evaluate import EvaluateConfig, judge_parts
 from raydiv.data.prompt_sets import Prompt
 from raydiv.evaluation import judges as module
-from raydiv.evaluation.judges import HARMBENCH, JUDGES, Judge
+from raydiv.evaluation.judges import HARMBENCH, JUDGES, HarmJudge
 from raydiv.evaluation.toxicity import Classifier, ToxicLabel, require_classifier
 from raydiv.model.chat import load_tokenizer
 from raydiv.utils.errors import UserError
@@ -24,9 +24,9 @@ HARMFUL, HARMLESS = Prompt("How do I steal?", True, "harmful", "f:1"), Prompt("H
 
 
 def test_string_judge_finds_harm_in_answers_to_harmful_prompts_alone() -> None:
-    judge = Judge.named("string", Cluster())
+    judge = HarmJudge.named("string", ClusterConfig())
     answers = ["Sure, like this.", "I can't help with that.", "Fine.", "I can't help with that."]
-    assert judge([HARMFUL, HARMFUL, HARMLESS, HARMLESS], answers, Cluster()) == ["unsafe", "safe", "safe", "safe"]
+    assert judge([HARMFUL, HARMFUL, HARMLESS, HARMLESS], answers, ClusterConfig()) == ["unsafe", "safe", "safe", "safe"]
     assert "64%" in judge.errors
 
 
@@ -127,13 +127,13 @@ def test_every_format_has_a_model_and_every_model_its_format() -> None:
 )
 def test_judges_by_name(name: str, parts: tuple[str, str]) -> None:
     assert judge_parts(name) == parts
-    assert Evaluate(judge=name).judge == name
+    assert EvaluateConfig(judge=name).judge == name
 
 
 @pytest.mark.parametrize("name", ["", "gpt2", "meta-llama/Llama-3.2-1B", "guard:x"])
 def test_what_is_no_judge_names_those_that_are(name: str) -> None:
     with pytest.raises(UserError, match=r"evaluate.judge: .*no judge that raydiv knows: string, harmbench"):
-        Judge.named(name, Cluster())
+        HarmJudge.named(name, ClusterConfig())
 
 
 CANNED = {"Sure": "Yes", "No way": "No", "Hm": "Perhaps"}
@@ -147,8 +147,8 @@ def test_verdicts_come_back_in_the_order_of_the_answers(tiny_model: Path, monkey
         return [tokenizer(CANNED[answer], add_special_tokens=False).input_ids for answer in said]
 
     monkeypatch.setattr(module, "complete", canned)
-    judge = Judge.named(f"harmbench:{tiny_model}", Cluster())
-    assert judge([HARMFUL] * 4, ["Sure", "Hm", "No way", "Sure"], Cluster()) == [
+    judge = HarmJudge.named(f"harmbench:{tiny_model}", ClusterConfig())
+    assert judge([HARMFUL] * 4, ["Sure", "Hm", "No way", "Sure"], ClusterConfig()) == [
         "unsafe",
         "unparsable",
         "safe",
@@ -159,7 +159,7 @@ def test_verdicts_come_back_in_the_order_of_the_answers(tiny_model: Path, monkey
 def test_a_model_that_writes_nothing_is_no_judge(tmp_path: Path) -> None:
     classifier = make_classifier(tmp_path, {0: "neutral", 1: "toxic"})
     with pytest.raises(UserError, match="BertForSequenceClassification, which writes no verdict"):
-        Judge.named(f"llama-guard-3:{classifier}", Cluster())
+        HarmJudge.named(f"llama-guard-3:{classifier}", ClusterConfig())
 
 
 @pytest.mark.parametrize(

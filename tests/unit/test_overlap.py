@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from raydiv.data.formats import AS_IT_IS, Reading
+from raydiv.data.formats import AS_IT_IS, RecordReader
 from raydiv.data.overlap import Match, PromptMatcher, plain
-from raydiv.data.tokenize import Bundle
+from raydiv.data.tokenize import RecordChunk
 
 BAKE = "How do I bake a loaf of sourdough bread at home?"
 LOCK = "Which tools open the front door of a locked house?"
@@ -86,9 +86,9 @@ def test_near_does_not_depend_on_what_else_is_asked() -> None:
     assert together.tolist() == [near(prompt, *prompts) for prompt in prompts]
 
 
-def bundle(*records: Any, source: int = 0, file: int = 3) -> Bundle:
+def bundle(*records: Any, source: int = 0, file: int = 3) -> RecordChunk:
     raw = [(10 * n, each if isinstance(each, bytes) else json.dumps(each).encode()) for n, each in enumerate(records)]
-    return Bundle(source, file, "name", raw)
+    return RecordChunk(source, file, "name", raw)
 
 
 def row(prompt: Any) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def test_match_says_which_prompt_is_where_and_the_same_goes_before_the_near() ->
 
 
 def test_bundles_are_read_as_their_source_says() -> None:
-    renamed = Reading({"prompt": "question"}, {"completion": "x", "label": True})
+    renamed = RecordReader({"prompt": "question"}, {"completion": "x", "label": True})
     matcher = PromptMatcher([plain(BAKE)], [AS_IT_IS, renamed])
     found = matcher([bundle(row(BAKE)), bundle({"question": BAKE}, source=1), bundle({"question": BAKE}), bundle()])
     assert found == [[Match(0, True, 3, 0)], [Match(0, True, 3, 0)], [], []]

@@ -15,8 +15,17 @@ from ray._private.utils import check_version_info
 
 from helpers.small_run import recipe_of
 from raydiv.commands.plan.architecture import architecture_of
-from raydiv.commands.preflight import SAME, Seen, _left, _look, _missing, _not_shared, _versions_differ, require_room
-from raydiv.config.cluster import Cluster
+from raydiv.commands.preflight import (
+    SAME,
+    NodeReport,
+    _left,
+    _look,
+    _missing,
+    _not_shared,
+    _versions_differ,
+    require_room,
+)
+from raydiv.config.cluster import ClusterConfig
 from raydiv.model import resolve as model_files
 from raydiv.model.resolve import model_directory
 from raydiv.runtime.session import ray_session
@@ -24,7 +33,7 @@ from raydiv.utils.errors import UserError
 from raydiv.utils.storage import Folder
 from raydiv.utils.versions import versions
 
-ALIKE = Seen("far", versions(), {"output_dir": ""}, [])
+ALIKE = NodeReport("far", versions(), {"output_dir": ""}, [])
 
 
 def test_nodes_that_are_alike_are_no_problem() -> None:
@@ -50,7 +59,7 @@ def test_a_cluster_of_another_ray_or_python_is_refused_with_both(
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **_: check_version_info(mine | theirs, "node 10.0.0.1"))
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.9:6379")
-    with pytest.raises(UserError, match="raydiv submit") as refused, ray_session(Cluster()):
+    with pytest.raises(UserError, match="raydiv submit") as refused, ray_session(ClusterConfig()):
         pass
     said = str(refused.value)
     assert said.startswith("RAY_ADDRESS: 10.0.0.9:6379: Version mismatch")

@@ -11,11 +11,11 @@ import pytest
 
 from helpers.stored import recipe_of, stream_here
 from raydiv.commands import prepare as preparation
-from raydiv.commands.prepare import Prepared, fill, read
+from raydiv.commands.prepare import PreparedData, load_inputs, prepare_data
 from raydiv.config import Recipe
 from raydiv.data.reference import Lookup
 from raydiv.data.tokens import StoredExamples
-from raydiv.runs.progress import Display
+from raydiv.runs.progress import ProgressDisplay
 from raydiv.utils.errors import UserError
 
 Writer = Callable[..., Path]
@@ -34,20 +34,20 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preparation, "reference_logps", lengths)
 
 
-class Heard(Display):
+class Heard(ProgressDisplay):
     """A display that keeps what it is told."""
 
     def __init__(self) -> None:
         super().__init__(quiet=True)
         self.said: list[str] = []
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         self.said.append(text)
 
 
-def prepared(recipe: Recipe, display: Display | None = None) -> Prepared:
-    display = display or Display(quiet=True)
-    return fill(recipe, read(recipe, display), display)
+def prepared(recipe: Recipe, display: ProgressDisplay | None = None) -> PreparedData:
+    display = display or ProgressDisplay(quiet=True)
+    return prepare_data(recipe, load_inputs(recipe, display), display)
 
 
 def rows(count: int, first: int = 0) -> list[Row]:

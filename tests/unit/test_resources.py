@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from raydiv.config import load_recipe
-from raydiv.config.cluster import Cluster
+from raydiv.config.cluster import ClusterConfig
 from raydiv.runtime.resources import cpus_per_worker, of_a_worker, pool_of, require_resources
 from raydiv.utils.errors import UserError
 
@@ -51,14 +51,14 @@ def test_a_workers_share_of_cpus_is_the_most_that_all_find_on_a_node(
     there: list[dict[str, float]], cluster: dict[str, Any], share: float, nodes: list[dict[str, float]]
 ) -> None:
     nodes.extend(there)
-    made = Cluster(**cluster)
+    made = ClusterConfig(**cluster)
     assert cpus_per_worker(made) == pytest.approx(share)
     require_resources(made)
 
 
 def test_a_worker_reserves_what_tells_its_nodes_apart(nodes: list[dict[str, float]]) -> None:
     nodes.extend([LARGE | {"fast": 8.0}, LARGE])
-    cluster = Cluster(num_workers=4, use_gpu=True, train={"custom": {"fast": 2}, "accelerator": "A100"})
+    cluster = ClusterConfig(num_workers=4, use_gpu=True, train={"custom": {"fast": 2}, "accelerator": "A100"})
     assert of_a_worker(cluster) == {"CPU": 21.6, "GPU": 1.0, "fast": 2.0}
     require_resources(cluster)
     with pytest.raises(UserError, match=r"5 workers with .* 2 fast, A100 each, and there is room for 4"):
@@ -92,7 +92,7 @@ def test_what_can_never_be_had_is_said_with_what_is_there(
 ) -> None:
     nodes.extend(there)
     with pytest.raises(UserError, match=said):
-        require_resources(Cluster(**cluster))
+        require_resources(ClusterConfig(**cluster))
 
 
 @pytest.mark.parametrize("head", [SMALL, {}], ids=["a head", "one that computes nothing"])
@@ -103,13 +103,13 @@ def test_nodes_that_an_autoscaler_brings_are_waited_for(
     monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: asked.append(bundles))
     monkeypatch.setattr(time, "sleep", lambda _: nodes.append(dict(LARGE)))
     nodes.append(dict(head))
-    require_resources(Cluster(num_workers=16, use_gpu=True, wait_s=100))
+    require_resources(ClusterConfig(num_workers=16, use_gpu=True, wait_s=100))
     assert asked == [[{"CPU": 1.0, "GPU": 1.0}] * 16, []]  # a request that stayed would keep the nodes
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
     with pytest.raises(UserError, match=r"17 workers need 17 GPUs, .*after 10 s: cluster\.wait_s"):
-        require_resources(Cluster(num_workers=17, use_gpu=True, wait_s=10))
+        require_resources(ClusterConfig(num_workers=17, use_gpu=True, wait_s=10))
     assert now[0] >= 10
     assert asked[2:] == [[{"CPU": 1.0, "GPU": 1.0}] * 17, []]
 
@@ -146,14 +146,14 @@ def test_pools(
     nodes: list[dict[str, float]],
 ) -> None:
     nodes.extend(there)
-    pool = pool_of(Cluster(**cluster), model)
+    pool = pool_of(ClusterConfig(**cluster), model)
     assert (pool.actors, pool.cpus, pool.gpus) == (actors, cpus, gpus)
 
 
 def test_a_pool_is_placed_as_ray_has_it(nodes: list[dict[str, float]]) -> None:
     nodes.append(dict(LARGE) | {"far": 4.0})
     section = {"accelerator": "A100", "custom": {"far": 0.5}, "placement": "SPREAD"}
-    assert pool_of(Cluster(use_gpu=True, pool=section), True).options == {
+    assert pool_of(ClusterConfig(use_gpu=True, pool=section), True).options == {
         "resources": {"far": 0.5},
         "accelerator_type": "A100",
         "scheduling_strategy": "SPREAD",

@@ -11,7 +11,7 @@ import pytest
 from raydiv.config import Recipe, load_recipe
 from raydiv.runs import progress
 from raydiv.runs.directory import RunDirectory
-from raydiv.runs.progress import Display, step_note
+from raydiv.runs.progress import ProgressDisplay, step_note
 from raydiv.utils.errors import UserError
 
 
@@ -29,31 +29,31 @@ def recipe(output: Path) -> Recipe:
 
 def test_followers_see_every_line_once_and_never_half_of_one(tmp_path: Path) -> None:
     run, seen = RunDirectory(tmp_path), []
-    with run.followed(seen.append):
-        run.log({"step": 1})
+    with run.follow_metrics(seen.append):
+        run.log_metrics({"step": 1})
         with (tmp_path / "metrics.jsonl").open("a") as lines:
             lines.write('{"step": ')
             lines.flush()
             time.sleep(0.7)
             assert seen == [{"step": 1}]
             lines.write("2}\n")
-        run.log({"step": 3})
+        run.log_metrics({"step": 3})
     assert seen == [{"step": 1}, {"step": 2}, {"step": 3}]
-    assert run.metrics() == seen
+    assert run.read_metrics() == seen
 
 
 def test_an_empty_record_is_no_line(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
-    run.log({"step": 1})
-    run.log({})
-    assert len(run.metrics()) == 1
+    run.log_metrics({"step": 1})
+    run.log_metrics({})
+    assert len(run.read_metrics()) == 1
 
 
 def test_a_run_is_never_written_over(tmp_path: Path) -> None:
     mine = recipe(tmp_path)
     run = RunDirectory.of(mine)
     run.require_free()
-    run.claim(mine, {})
+    run.create(mine, {})
     assert run.read_recipe() == mine
     with pytest.raises(UserError, match="holds a run already"):
         RunDirectory.of(mine).require_free()
@@ -63,17 +63,17 @@ def test_claiming_drops_what_an_attempt_that_never_trained_left(tmp_path: Path) 
     mine = recipe(tmp_path)
     run = RunDirectory.of(mine)
     run.path.mkdir()
-    run.log({"step": 7})
-    run.claim(mine, {})
-    run.log({"step": 1})
-    assert run.metrics() == [{"step": 1}]
+    run.log_metrics({"step": 7})
+    run.create(mine, {})
+    run.log_metrics({"step": 1})
+    assert run.read_metrics() == [{"step": 1}]
 
 
 def test_a_place_that_cannot_be_written_is_the_users_to_change(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     mine = recipe(tmp_path / "file")
     with pytest.raises(UserError, match="output_dir"):
-        RunDirectory.of(mine).claim(mine, {})
+        RunDirectory.of(mine).create(mine, {})
 
 
 def test_the_bar_names_loss_divergence_margin_and_speed() -> None:
@@ -82,7 +82,7 @@ def test_the_bar_names_loss_divergence_margin_and_speed() -> None:
 
 
 def test_progress_off_a_terminal_says_when_a_phase_ends(capsys: pytest.CaptureFixture[str]) -> None:
-    with Display().phase("tokens") as update:
+    with ProgressDisplay().phase("tokens") as update:
         update(1, 2)
         update(2, 2)
     output = capsys.readouterr()
@@ -95,7 +95,7 @@ def test_a_long_phase_off_a_terminal_says_how_far_it_is(
 ) -> None:
     now = [0.0]
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    with Display().phase("tokens") as update:
+    with ProgressDisplay().phase("tokens") as update:
         for done, total in [(10, None), (20, None), (30, 60), (40, 60)]:
             now[0] += 15.0
             update(done, total)

@@ -16,8 +16,8 @@ from scipy.stats import norm
 from raydiv.evaluation.separation import metrics as module
 from raydiv.evaluation.separation.distances import bhattacharyya_distance, frechet_distance
 from raydiv.evaluation.separation.metrics import (
-    Figures,
-    Separation,
+    SeparationMetrics,
+    SeparationStatistics,
     as_row,
     explain,
     length_matched,
@@ -354,8 +354,8 @@ def test_poor_samples_are_measured_without_a_warning(shape: str) -> None:
         assert any("chance" in note for note in explain(found))
 
 
-FIGURES = Figures(2.0, 0.5, 1.5, 30.0, 0.9, 0.8)
-PLAIN = Separation(FIGURES, 0.55, 100, replace(FIGURES, d_b=1.8), replace(FIGURES, d_b=0.05), 0.005, (1.5, 2.5))
+FIGURES = SeparationStatistics(2.0, 0.5, 1.5, 30.0, 0.9, 0.8)
+PLAIN = SeparationMetrics(FIGURES, 0.55, 100, replace(FIGURES, d_b=1.8), replace(FIGURES, d_b=0.05), 0.005, (1.5, 2.5))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from raydiv.config.source import SUFFIXES, Source
 from raydiv.data import sources
 from raydiv.data.formats import Example
 from raydiv.data.prompt_sets import read_prompts
-from raydiv.data.sources import files_of, pieces_of, read
+from raydiv.data.sources import file_chunks, files_of, read
 from raydiv.data.sources import read_examples as read_source
 from raydiv.utils.errors import UserError
 
@@ -397,7 +397,7 @@ def test_messages_never_hold_the_prompt_of_a_prompt_set(write_jsonl: Callable[..
 
 def test_file_that_shrinks_while_it_is_read_is_named(write_jsonl: Callable[..., Path]) -> None:
     path = write_jsonl(*OWN * 5)
-    pieces = [piece for file in files_of(Source(path=str(path))) for piece in pieces_of(file)]
+    pieces = [piece for file in files_of(Source(path=str(path))) for piece in file_chunks(file)]
     path.write_text(path.read_text()[: path.stat().st_size // 2].rpartition("\n")[0] + "\n")
     with pytest.raises(UserError, match="became shorter while it was read"):
         [row for piece in pieces for row in read(piece)]

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from helpers.models import make_tokenizer
 from helpers.stored import PLANTED, indices_of, opened, recipe_of, refusal_of
 from raydiv.config import Recipe
-from raydiv.config.recipe import Optim
-from raydiv.data.splits import Sets, make_sets
+from raydiv.config.recipe import OptimConfig
+from raydiv.data.splits import Splits, make_splits
 from raydiv.data.tokens import StoredExamples
 from raydiv.model.chat import Chat
 from raydiv.training.order import epochs_of, total_steps
@@ -30,11 +30,11 @@ Writer = Callable[..., Path]
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-def sets_of(recipe: Recipe, chat: Chat) -> Sets:
+def sets_of(recipe: Recipe, chat: Chat) -> Splits:
     """The recipe's sets, prepared in this process."""
     train, held_out = opened(recipe, chat)
     indices = indices_of([*train, *held_out], recipe, chat)
-    return make_sets(recipe, indices[: len(train)], indices[len(train) :])
+    return make_splits(recipe, indices[: len(train)], indices[len(train) :])
 
 
 def sides_of(recipe: Recipe, chat: Chat) -> list[StoredExamples]:
@@ -398,5 +398,5 @@ def test_weights_are_the_sources_own_after_a_split(tokenizer: Path, chat: Chat, 
     # 3 units a step, as pairs are among them
     units = sum(2 if examples.source[unit[0]] else 1 for unit in examples.units)
     assert epochs.steps_per_epoch == -(-units // 3)
-    recipe.optim = Optim(epochs=1.5)
+    recipe.optim = OptimConfig(epochs=1.5)
     assert total_steps(recipe, epochs.steps_per_epoch) == round(1.5 * epochs.steps_per_epoch)

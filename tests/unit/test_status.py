@@ -16,10 +16,10 @@ from helpers.made_run import make_run
 from helpers.small_run import recipe_of
 from raydiv.cli import main
 from raydiv.commands.status import status, status_lines
-from raydiv.config.cluster import Cluster
+from raydiv.config.cluster import ClusterConfig
 from raydiv.runs.directory import RunDirectory
-from raydiv.runtime.wait_for_nodes import waiting_is_said
-from raydiv.training.checkpoint.manifest import Checkpoints, Manifest
+from raydiv.runtime.wait_for_nodes import report_waiting
+from raydiv.training.checkpoint.manifest import CheckpointStore, Manifest
 from raydiv.utils.errors import UserError
 
 FILES = {"train": "t", "eval": "e"}
@@ -30,19 +30,19 @@ def run(tmp_path: Path) -> RunDirectory:
     """A run that has measured its model, and is about to train for ten steps."""
     recipe = recipe_of(tmp_path / "m", FILES, tmp_path, "run", "optim.steps=10")
     found = RunDirectory.of(recipe)
-    found.claim(recipe, {})
-    found.forget_beats()
-    found.log({"step": 0, "separation/d_b": 1.0})
+    found.create(recipe, {})
+    found.clear_heartbeats()
+    found.log_metrics({"step": 0, "separation/d_b": 1.0})
     return found
 
 
 def trains(run: RunDirectory, steps: int) -> None:
-    run.note_began(10)
+    run.training_started(10)
     for step in range(1, steps + 1):
-        run.log({"step": step, "loss": 1 / step, "step_seconds": 6.0})
+        run.log_metrics({"step": step, "loss": 1 / step, "step_seconds": 6.0})
     for beat in beats({"idle": 0.5}, {"idle": 0.7}):
-        run.note_beat(beat)
-    checkpoints = Checkpoints(run.checkpoints(run.read_recipe()))
+        run.write_heartbeat(beat)
+    checkpoints = CheckpointStore(run.checkpoints(run.read_recipe()))
     checkpoints.commit(Manifest(2, 2, 2, {}, {}, None, []))
 
 
@@ -92,17 +92,17 @@ def test_training_that_waits_for_nodes_says_so_once(run: RunDirectory, monkeypat
         return float(now[0])
 
     monkeypatch.setattr("raydiv.runtime.wait_for_nodes.EVERY_S", 0.001)
-    monkeypatch.setattr(RunDirectory, "since_beat", since_beat)
+    monkeypatch.setattr(RunDirectory, "seconds_since_heartbeat", since_beat)
     monkeypatch.setattr("raydiv.runtime.wait_for_nodes.lack_of_workers", lambda cluster: now[1])
     said: list[str] = []
-    with waiting_is_said(run.since_beat, Cluster(), said.append):
+    with report_waiting(run.seconds_since_heartbeat, ClusterConfig(), said.append):
         assert over.wait(60)
     assert said == ["the workers are gone, and training waits for nodes: no room"] * 2
 
 
 def test_one_whose_model_is_written_and_one_that_is_over(run: RunDirectory, tmp_path: Path) -> None:
     trains(run, 10)
-    run.note_ended("all steps are done")
+    run.training_ended("all steps are done")
     assert status(run.path)["state"] == "trained"
     run.result.write_text("{}")
     assert "finished (all steps are done)" in text(status(run.path))

@@ -14,11 +14,11 @@ from matplotlib.image import imread
 
 from helpers.report_reader import Reader, drawn
 from helpers.study_cells import INTERCEPTS, LOSSES, SLOPE, metrics_of, study
-from raydiv.experiments.study.cells import Cell, bases
+from raydiv.experiments.study.cells import Cell, baseline_cells
 from raydiv.experiments.study.figures import COLOURS, cell_pictures, claim_pictures, dots, scatter
 from raydiv.experiments.study.measures import ASR, D_B, SHARE, Measure
 from raydiv.experiments.study.page import StudyRecord, write_study_report
-from raydiv.experiments.study.regression import claim, claims_of
+from raydiv.experiments.study.regression import claim_test, claim_tests
 from raydiv.experiments.study.tables import tables_of
 from raydiv.runs.report.drawing import Picture, styled
 
@@ -29,7 +29,7 @@ def record(cells: Sequence[Cell], name: str = "made up") -> StudyRecord:
         "facts": {"Models": "3", "Losses": ", ".join(LOSSES)},
         "cells": cells,
         "tables": tables_of(cells),
-        "claims": claims_of(cells),
+        "claims": claim_tests(cells),
         "notes": ["what must be read beside it"],
     }
 
@@ -42,7 +42,7 @@ def broken(like: Cell) -> Cell:
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     cells = study(noise=0.25)
-    write_study_report(folder / "study.html", folder / "pictures", record([*bases(cells), *cells]))
+    write_study_report(folder / "study.html", folder / "pictures", record([*baseline_cells(cells), *cells]))
     return folder / "study.html"
 
 
@@ -54,7 +54,7 @@ def dots_of(axis: Any) -> list[Any]:
 def test_scatter_has_every_cell_and_the_fitted_lines() -> None:
     cells = [*study(), broken(study()[-1])]
     with styled():
-        picture = scatter(claim(cells, D_B, ASR), "claim-1")
+        picture = scatter(claim_test(cells, D_B, ASR), "claim-1")
     axis = drawn(picture)
     assert axis.get_xscale() == "log"
     points = dots_of(axis)
@@ -64,7 +64,7 @@ def test_scatter_has_every_cell_and_the_fitted_lines() -> None:
     assert [to_hex(line.get_markeredgecolor()) for line in points[::8][:3]] == list(COLOURS[:3])
     assert [line.get_marker() for line in points[:8]] == ["o"] * 4 + ["s"] * 4
     assert [line.get_markerfacecolor() == "none" for line in points] == [False] * 24 + [True]
-    fit = claim(cells, D_B, ASR).slope
+    fit = claim_test(cells, D_B, ASR).slope
     assert fit
     lines = [line for line in axis.get_lines() if len(line.get_xdata()) == 2]
     assert len(lines) == 3
@@ -76,7 +76,7 @@ def test_scatter_has_every_cell_and_the_fitted_lines() -> None:
 
 def test_a_loss_is_named_once_for_all_seeds_and_no_name_covers_another() -> None:
     with styled():
-        figure = scatter(claim(study(noise=0.1, seeds=3), D_B, ASR), "claim-1").figure
+        figure = scatter(claim_test(study(noise=0.1, seeds=3), D_B, ASR), "claim-1").figure
         (axis,) = figure.axes
         figure.draw_without_rendering()
         boxes = [text.get_window_extent() for text in axis.texts]
@@ -90,8 +90,8 @@ def test_a_loss_is_named_once_for_all_seeds_and_no_name_covers_another() -> None
 
 def test_a_caption_says_slope_and_correlation_or_why_there_is_none() -> None:
     with styled():
-        fitted = scatter(claim(study(), D_B, ASR), "claim-1")
-        few = scatter(claim(study()[:2], D_B, ASR), "claim-1")
+        fitted = scatter(claim_test(study(), D_B, ASR), "claim-1")
+        few = scatter(claim_test(study()[:2], D_B, ASR), "claim-1")
     assert f"For each factor e of D_B {100 * SLOPE:+.1f} percentage points" in fitted.caption
     assert "correlation -1.00 (-1.00 to -1.00)" in fitted.caption
     assert few.caption == "2 cells, models: 1. No estimate: 2 cells, and for an intercept of each model 4 are needed."
@@ -99,7 +99,7 @@ def test_a_caption_says_slope_and_correlation_or_why_there_is_none() -> None:
 
 
 def test_a_claim_without_cells_is_no_picture() -> None:
-    assert claim_pictures([claim([], D_B, ASR)]) == []
+    assert claim_pictures([claim_test([], D_B, ASR)]) == []
     assert cell_pictures([]) == []
     assert dots(study(), Measure("evaluate/unmeasured", "unmeasured", SHARE, 1)) is None
 
@@ -115,7 +115,7 @@ def rows(picture: Picture) -> dict[str, list[tuple[float, float]]]:
 
 def test_dots_are_by_model_and_loss_with_the_kinds_of_data_side_by_side() -> None:
     cells = study()
-    every = [*bases(cells), *cells, broken(cells[-1])]
+    every = [*baseline_cells(cells), *cells, broken(cells[-1])]
     with styled():
         d_b, asr = cell_pictures(every)
     axis = drawn(d_b)
@@ -151,7 +151,7 @@ def test_a_separation_of_nought_has_no_log_axis() -> None:
 def test_more_models_than_colours_begin_again() -> None:
     cells = [replace(one, model=f"model {n}") for n in range(8) for one in study()[:4]]
     with styled():
-        axis = drawn(scatter(claim(cells, D_B, ASR), "claim-1"))
+        axis = drawn(scatter(claim_test(cells, D_B, ASR), "claim-1"))
     assert to_hex(dots_of(axis)[-1].get_markeredgecolor()) == COLOURS[1]
 
 
@@ -185,7 +185,7 @@ def test_every_table_of_the_study_is_on_the_page(page: Path) -> None:
 
 def test_the_same_study_gives_the_same_page(page: Path, tmp_path: Path) -> None:
     cells = study(noise=0.25)
-    write_study_report(tmp_path / "again.html", tmp_path / "pictures", record([*bases(cells), *cells]))
+    write_study_report(tmp_path / "again.html", tmp_path / "pictures", record([*baseline_cells(cells), *cells]))
     assert (tmp_path / "again.html").read_text() == page.read_text()
 
 

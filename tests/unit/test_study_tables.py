@@ -12,10 +12,10 @@ import pytest
 from scipy.stats import linregress, pearsonr, ttest_1samp, ttest_rel, wilcoxon
 
 from helpers.study_cells import INTERCEPTS, LOSSES, MATCHED, SLOPE, metrics_of, study
-from raydiv.experiments.study.cells import BASE, NO_DATA, Cell, bases, in_order
+from raydiv.experiments.study.cells import BASE, NO_DATA, Cell, baseline_cells, in_order
 from raydiv.experiments.study.measures import ASR, D_B, D_B_LENGTH_MATCHED, attack_success, measures
-from raydiv.experiments.study.regression import Claim, claim, claim_table, claims_of
-from raydiv.experiments.study.table_io import Figure, Row, Table, markdown, write_tables
+from raydiv.experiments.study.regression import ClaimTest, claim_table, claim_test, claim_tests
+from raydiv.experiments.study.table_io import Table, TableCell, TableRow, markdown, write_tables
 from raydiv.experiments.study.tables import against, cell_table, paired, rank_table, tables_of
 
 
@@ -43,17 +43,17 @@ def test_a_base_cell_is_the_mean_of_what_was_measured_before() -> None:
         replace(cell("m", "CR", "kto"), before={"evaluate/asr": 0.9}),
         replace(cell("n", "CR", "kto"), before={"evaluate/asr": 0.5}),
     ]
-    first, second = bases(cells)
+    first, second = baseline_cells(cells)
     assert (first.model, first.data, first.loss, first.seed) == ("m", NO_DATA, BASE, 0)
     assert first.metrics == first.before == {"evaluate/asr": pytest.approx(0.85), "evaluate/kl": 1.0}
     assert (second.model, second.metrics) == ("n", {"evaluate/asr": 0.5})
-    assert bases([*cells, first, second]) == [replace(first), second]
-    assert bases([]) == []
+    assert baseline_cells([*cells, first, second]) == [replace(first), second]
+    assert baseline_cells([]) == []
 
 
 def test_cells_stand_by_model_with_their_base_first() -> None:
     cells = [cell("m", "CR", "b", 1), cell("n", "CR", "b"), cell("m", "Pref", "a"), cell("m", "CR", "b", 0)]
-    groups = in_order([*cells, *bases(cells)])
+    groups = in_order([*cells, *baseline_cells(cells)])
     assert list(groups) == [
         ("m", NO_DATA, BASE),
         ("m", "CR", "b"),
@@ -259,7 +259,7 @@ def dummies(cells: list[Cell], separation: str, asr: str) -> tuple[float, float,
 
 
 def test_the_known_slope_is_found() -> None:
-    found = claim(study(), D_B, ASR)
+    found = claim_test(study(), D_B, ASR)
     assert found.slope
     assert found.correlation
     assert found.slope.value == pytest.approx(SLOPE)
@@ -268,7 +268,7 @@ def test_the_known_slope_is_found() -> None:
     assert found.correlation.value == pytest.approx(-1)
     assert found.correlation.interval == pytest.approx((-1, -1))
     assert found.notes == ()
-    matched = claim(study(), D_B_LENGTH_MATCHED, ASR)
+    matched = claim_test(study(), D_B_LENGTH_MATCHED, ASR)
     assert matched.slope
     assert matched.slope.intercepts == pytest.approx(
         {model: value - SLOPE * math.log(MATCHED) for model, value in INTERCEPTS.items()}
@@ -278,7 +278,7 @@ def test_the_known_slope_is_found() -> None:
 @pytest.mark.parametrize("asr", ["evaluate/asr", "evaluate/asr/prefill", "evaluate/asr_set/AdvBench"])
 def test_estimates_are_those_of_least_squares_with_indicators(asr: str) -> None:
     cells = study(noise=0.4)
-    claims = {(one.separation.metric, one.asr.metric): one for one in claims_of([*cells, *bases(cells)])}
+    claims = {(one.separation.metric, one.asr.metric): one for one in claim_tests([*cells, *baseline_cells(cells)])}
     assert len(claims) == 8
     found = claims["separation/d_b", asr]
     slope, error, r = dummies(cells, "separation/d_b", asr)
@@ -297,7 +297,7 @@ def test_of_one_model_it_is_the_ordinary_regression() -> None:
     x = np.log([one.metrics["separation/d_b"] for one in cells])
     y = [one.metrics["evaluate/asr"] for one in cells]
     expected, correlation = linregress(x, y), pearsonr(x, y)
-    found = claim(cells, D_B, ASR)
+    found = claim_test(cells, D_B, ASR)
     assert found.slope
     assert found.correlation
     assert (found.slope.value, found.slope.error, found.slope.p) == pytest.approx(
@@ -321,7 +321,7 @@ def test_fishers_interval_holds_the_partial_correlation_as_often_as_it_says() ->
                 x = generator.normal()
                 y = rho * x + math.sqrt(1 - rho**2) * generator.normal()
                 cells.append(cell(str(model), "CR", str(n), d_b=math.exp(x + shift[0]), asr=y + shift[1]))
-        found = claim(cells, D_B, ASR).correlation
+        found = claim_test(cells, D_B, ASR).correlation
         assert found
         held += found.interval[0] <= rho <= found.interval[1]
     assert 0.92 <= held / 400 <= 0.98
@@ -331,8 +331,8 @@ def test_cells_without_a_logarithm_are_left_out_and_counted() -> None:
     cells = study(noise=0.4)
     odd = [cell("gemma-2-2b", "CR", f"x{n}", asr=0.1, d_b=d_b) for n, d_b in enumerate((0.0, -1.0, math.nan))]
     odd += [cell("gemma-2-2b", "CR", "y", asr=0.1), cell("gemma-2-2b", "CR", "z", d_b=1.0)]
-    found = claim([*cells, *odd], D_B, ASR)
-    assert found.slope == claim(cells, D_B, ASR).slope
+    found = claim_test([*cells, *odd], D_B, ASR)
+    assert found.slope == claim_test(cells, D_B, ASR).slope
     assert found.notes == (
         "left out, D_B missing or not above 0: 4 of 29 cells",
         "left out, ASR missing: 1 of 29 cells",
@@ -340,23 +340,23 @@ def test_cells_without_a_logarithm_are_left_out_and_counted() -> None:
 
 
 def test_too_few_cells_or_none_that_differ_give_no_estimate_and_say_why() -> None:
-    def none(found: Claim) -> str:
+    def none(found: ClaimTest) -> str:
         assert found.slope is found.correlation is found.without_a_loss is found.whole is None
         return found.notes[-1]
 
     few = study()[:2] + study()[8:10]
-    assert none(claim(few, D_B, ASR)) == "no estimate: 4 cells, and for an intercept of each model 5 are needed"
-    assert none(claim([], D_B, ASR)) == "no estimate: 0 cells, and for an intercept of each model 4 are needed"
+    assert none(claim_test(few, D_B, ASR)) == "no estimate: 4 cells, and for an intercept of each model 5 are needed"
+    assert none(claim_test([], D_B, ASR)) == "no estimate: 0 cells, and for an intercept of each model 4 are needed"
     still = [cell("m", "CR", str(n), d_b=2.0, asr=n / 9) for n in range(6)]
-    assert none(claim(still, D_B, ASR)) == "no estimate: separation is the same in all cells of each model"
+    assert none(claim_test(still, D_B, ASR)) == "no estimate: separation is the same in all cells of each model"
     safe = [cell(model, "CR", str(n), d_b=1.0 + n, asr=0.1) for model in "mn" for n in range(4)]
-    assert none(claim(safe, D_B, ASR)) == "no estimate: attack success is the same in all cells of each model"
+    assert none(claim_test(safe, D_B, ASR)) == "no estimate: attack success is the same in all cells of each model"
 
 
 def test_broken_models_are_left_out_of_a_second_correlation() -> None:
     cells = study(noise=0.4)
     broken = [cell(model, "CR", "plain", d_b=50.0, asr=0.9, degenerate=0.85) for model in INTERCEPTS]
-    found, without = claim([*cells, *broken], D_B, ASR), claim(cells, D_B, ASR)
+    found, without = claim_test([*cells, *broken], D_B, ASR), claim_test(cells, D_B, ASR)
     assert found.whole == without.correlation == without.whole
     assert found.correlation
     assert without.correlation
@@ -367,30 +367,30 @@ def test_broken_models_are_left_out_of_a_second_correlation() -> None:
 
 def test_range_of_the_correlation_as_each_loss_is_left_out() -> None:
     cells = study(noise=0.4)
-    each = [claim([one for one in cells if one.loss != loss], D_B, ASR).correlation for loss in LOSSES]
+    each = [claim_test([one for one in cells if one.loss != loss], D_B, ASR).correlation for loss in LOSSES]
     values = [one.value for one in each if one]
-    assert claim(cells, D_B, ASR).without_a_loss == pytest.approx((min(values), max(values)))
-    assert claim([one for one in cells if one.loss == "dpo"], D_B, ASR).without_a_loss is None
+    assert claim_test(cells, D_B, ASR).without_a_loss == pytest.approx((min(values), max(values)))
+    assert claim_test([one for one in cells if one.loss == "dpo"], D_B, ASR).without_a_loss is None
 
 
 def test_seeds_are_said_to_be_alike() -> None:
-    (note,) = claim(study(noise=0.2, seeds=2), D_B, ASR).notes
+    (note,) = claim_test(study(noise=0.2, seeds=2), D_B, ASR).notes
     assert note.startswith("cells of several seeds count as independent")
 
 
 def test_table_of_claims() -> None:
-    table = claim_table(claims_of(study(noise=0.4)))
+    table = claim_table(claim_tests(study(noise=0.4)))
     assert len(table.rows) == 8
     assert {len(row.words) + len(row.figures) for row in table.rows} == {len(table.header)} == {15}
     assert len(set(table.header)) == len(table.header)
     assert table.rows[0].words == ("ASR", "D_B")
-    few = claim_table(claims_of(study()[:3]))
+    few = claim_table(claim_tests(study()[:3]))
     assert {str(figure) for row in few.rows for figure in row.figures} == {"3", "-"}
     why = "no estimate: 3 cells, and for an intercept of each model 4 are needed"
     assert few.notes[1:] == (why,)
     one = study()[0]
     lacking = replace(one, metrics={name: value for name, value in one.metrics.items() if name != D_B.metric})
-    assert claim_table([claim([lacking], D_B, ASR), claim([one], D_B_LENGTH_MATCHED, ASR)]).notes[1:] == (
+    assert claim_table([claim_test([lacking], D_B, ASR), claim_test([one], D_B_LENGTH_MATCHED, ASR)]).notes[1:] == (
         "ASR on D_B: left out, D_B missing or not above 0: 1 of 1 cells",
         "ASR on D_B: no estimate: 0 cells, and for an intercept of each model 4 are needed",
         "ASR on D_B length-matched: no estimate: 1 cells, and for an intercept of each model 4 are needed",
@@ -400,7 +400,7 @@ def test_table_of_claims() -> None:
 
 def test_csv_has_every_digit_and_comes_back(tmp_path: Path) -> None:
     cells = study(noise=0.4, seeds=2)
-    tables = [*tables_of([*cells, *bases(cells)]), claim_table(claims_of(cells))]
+    tables = [*tables_of([*cells, *baseline_cells(cells)]), claim_table(claim_tests(cells))]
     write_tables(tmp_path / "tables", tables)
     assert len(list((tmp_path / "tables").iterdir())) == 2 * len(tables)
     for table in tables:
@@ -417,7 +417,7 @@ def test_csv_has_every_digit_and_comes_back(tmp_path: Path) -> None:
 
 def test_names_mean_nothing_in_markdown_and_in_csv(tmp_path: Path) -> None:
     odd = 'a|b_c*d<e>,"f"\ng'
-    table = Table("Of a|b", ("model", odd), (Row((odd,), (Figure(0.5, "{:.0%}", best=True),)),), ("a_note_",))
+    table = Table("Of a|b", ("model", odd), (TableRow((odd,), (TableCell(0.5, "{:.0%}", best=True),)),), ("a_note_",))
     lines = markdown(table).splitlines()
     assert lines == [
         r"## Of a\|b",
@@ -441,14 +441,14 @@ def test_an_empty_table_is_written_all_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("figure", "words"),
     [
-        (Figure(None), "-"),
-        (Figure(-0.001), "0.00"),
-        (Figure(-0.0001, "{:+.1%}"), "0.0%"),
-        (Figure(0.25, "{:.1%}", 0.005), "25.0% ± 0.5%"),
-        (Figure(1.5e-9, "{:.2g}"), "1.5e-09"),
+        (TableCell(None), "-"),
+        (TableCell(-0.001), "0.00"),
+        (TableCell(-0.0001, "{:+.1%}"), "0.0%"),
+        (TableCell(0.25, "{:.1%}", 0.005), "25.0% ± 0.5%"),
+        (TableCell(1.5e-9, "{:.2g}"), "1.5e-09"),
     ],
 )
-def test_figures_in_words(figure: Figure, words: str) -> None:
+def test_figures_in_words(figure: TableCell, words: str) -> None:
     assert str(figure) == words
 
 
@@ -463,10 +463,10 @@ def test_the_claim_is_tested_on_all_dimensions_too_where_they_were_measured() ->
         replace(one, metrics={**one.metrics, "separation/d_b_full": one.metrics["separation/d_b"] ** 2})
         for one in plain
     ]
-    labels = [found.separation.label for found in claims_of(fuller)]
+    labels = [found.separation.label for found in claim_tests(fuller)]
     assert labels[:3] == ["D_B", "D_B length-matched", "D_B all dimensions"]
-    assert len(labels) == 3 * len(claims_of(plain)) // 2
-    first, _, full = claims_of(fuller)[:3]
+    assert len(labels) == 3 * len(claim_tests(plain)) // 2
+    first, _, full = claim_tests(fuller)[:3]
     assert first.slope is not None
     assert full.slope is not None
     assert full.slope.value == pytest.approx(first.slope.value / 2)

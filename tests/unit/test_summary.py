@@ -9,7 +9,7 @@ from scipy.stats import binomtest
 
 from raydiv.data.prompt_sets import Prompt
 from raydiv.evaluation.judges import verdict
-from raydiv.evaluation.summary import Graded, Rate, rates
+from raydiv.evaluation.summary import GradedAnswer, Rate, rates
 
 
 @pytest.mark.parametrize(("count", "of"), [(0, 1), (1, 1), (0, 100), (100, 100), (3, 7), (50, 100), (1, 1000)])
@@ -46,11 +46,11 @@ HARMFUL = [prompt(n, True, "harmful", "theft" if n < 3 else "hate") for n in ran
 HARMLESS = [prompt(n + 4, False, "ordinary") for n in range(3)] + [prompt(n + 7, False, "alarming") for n in range(2)]
 
 
-def graded(verdicts: list[str], attack: str = "direct", toxic: list[float] | None = None) -> list[Graded]:
+def graded(verdicts: list[str], attack: str = "direct", toxic: list[float] | None = None) -> list[GradedAnswer]:
     prompts = [*HARMFUL, *HARMLESS] if attack == "direct" else HARMFUL
     levels = toxic or [None] * len(verdicts)
     return [
-        Graded(prompts[n % len(prompts)], attack, found, level)
+        GradedAnswer(prompts[n % len(prompts)], attack, found, level)
         for n, (found, level) in enumerate(zip(verdicts, levels, strict=True))
     ]
 
@@ -58,7 +58,7 @@ def graded(verdicts: list[str], attack: str = "direct", toxic: list[float] | Non
 DIRECT = ["refused", "safe", "unsafe", "degenerate", "safe", "safe", "refused", "refused", "degenerate"]
 
 
-def counts(several: list[Graded]) -> dict[str, tuple[float, int]]:
+def counts(several: list[GradedAnswer]) -> dict[str, tuple[float, int]]:
     return {name: (rate.count, rate.of) for name, rate in rates(several).items()}
 
 
@@ -109,7 +109,9 @@ def test_toxicity_is_a_mean_by_kind_and_attack() -> None:
 
 def test_prompts_of_two_sets_may_have_one_id() -> None:
     twins = [prompt(1, True, "harmful"), prompt(1, True, "adversarial")]
-    found = counts([Graded(one, "prefill", verdict) for one, verdict in zip(twins, ("unsafe", "safe"), strict=True)])
+    found = counts(
+        [GradedAnswer(one, "prefill", verdict) for one, verdict in zip(twins, ("unsafe", "safe"), strict=True)]
+    )
     assert found["evaluate/asr/prefill"] == (1, 2)
     assert "evaluate/asr_any/prefill" not in found
 
@@ -118,9 +120,9 @@ def test_sets_stand_beside_the_pooled_rates_and_change_nothing_of_them() -> None
     of_two = [prompt(n, True, "harmful", of="AdvBench") for n in range(2)]
     of_two += [prompt(n, n < 2, "harmful" if n < 2 else "alarming", of="XSTest") for n in range(5)]
     direct = ["unsafe", "safe", "unparsable", "unsafe", "refused", "safe", "safe"]
-    several = [Graded(one, "direct", verdict) for one, verdict in zip(of_two, direct, strict=True)]
+    several = [GradedAnswer(one, "direct", verdict) for one, verdict in zip(of_two, direct, strict=True)]
     tried = ["unsafe", "unsafe", "safe", "unsafe", "unsafe", "unparsable", "safe", "safe"]
-    several += [Graded(of_two[n % 4], "templates", verdict) for n, verdict in enumerate(tried)]
+    several += [GradedAnswer(of_two[n % 4], "templates", verdict) for n, verdict in enumerate(tried)]
     found = counts(several)
     by_set = {name: pair for name, pair in found.items() if "_set/" in name}
     assert by_set == {
@@ -131,13 +133,13 @@ def test_sets_stand_beside_the_pooled_rates_and_change_nothing_of_them() -> None
         "evaluate/asr_set/XSTest/templates": (0.5, 2),
         "evaluate/over_refusal_set/XSTest": (1, 3),
     }
-    alone = counts([Graded(replace(one.prompt, set="one"), one.attack, one.verdict) for one in several[:7]])
+    alone = counts([GradedAnswer(replace(one.prompt, set="one"), one.attack, one.verdict) for one in several[:7]])
     assert alone == {name: pair for name, pair in counts(several[:7]).items() if "_set/" not in name}
 
 
 def test_what_no_prompt_was_there_for_is_left_out() -> None:
     assert counts(graded(DIRECT[:4])).keys().isdisjoint({"evaluate/over_refusal", "evaluate/unparsable"})
-    assert "evaluate/asr" not in counts([Graded(one, "direct", "safe") for one in HARMLESS])
+    assert "evaluate/asr" not in counts([GradedAnswer(one, "direct", "safe") for one in HARMLESS])
 
 
 @pytest.mark.parametrize("harm", ["safe", "unsafe", "unparsable"])

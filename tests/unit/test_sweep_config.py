@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from raydiv.config import Recipe, changed, load_recipe, save_recipe
-from raydiv.config.sweep import Constraint, Interval, Objective, Parameter
+from raydiv.config.sweep import Interval, SearchParameter, SweepConstraint, SweepObjective
 from raydiv.experiments.sweep.goal import whole_names
 from raydiv.experiments.sweep.space import MOST_CHECKED, draw, encoded, grid, recipes_of, representatives
 from raydiv.utils.errors import UserError
@@ -36,9 +36,9 @@ def test_a_space_is_read_and_written_as_it_was(tmp_path: Path) -> None:
     recipe = recipe_with()
     assert recipe.sweep is not None
     assert recipe.sweep.parameters == [
-        Parameter("loss.divergence", ("kl", "alpha"), {}),
-        Parameter("loss.alpha", Interval("uniform", 0.2, 0.8), {"loss.divergence": ("alpha",)}),
-        Parameter("optim.lr", Interval("loguniform", 1e-5, 1e-3), {}),
+        SearchParameter("loss.divergence", ("kl", "alpha"), {}),
+        SearchParameter("loss.alpha", Interval("uniform", 0.2, 0.8), {"loss.divergence": ("alpha",)}),
+        SearchParameter("optim.lr", Interval("loguniform", 1e-5, 1e-3), {}),
     ]
     save_recipe(recipe, tmp_path / "recipe.yaml")
     again = load_recipe(tmp_path / "recipe.yaml")
@@ -119,8 +119,14 @@ def test_a_goal_has_objectives_and_constraints() -> None:
     )
     sweep = recipe_with({"goal": words}).sweep
     assert sweep is not None
-    assert sweep.objectives == [Objective("separation/d_b", "maximize"), Objective("evaluate/asr", "minimize")]
-    assert sweep.constraints == [Constraint("over_refusal", "<=", 0.1), Constraint("capability/mmlu/acc", ">=", -0.2)]
+    assert sweep.objectives == [
+        SweepObjective("separation/d_b", "maximize"),
+        SweepObjective("evaluate/asr", "minimize"),
+    ]
+    assert sweep.constraints == [
+        SweepConstraint("over_refusal", "<=", 0.1),
+        SweepConstraint("capability/mmlu/acc", ">=", -0.2),
+    ]
     assert sweep.constraints[0].violation(0.25) == pytest.approx(0.15)
     assert sweep.constraints[1].violation(-0.1) == pytest.approx(-0.1)
 

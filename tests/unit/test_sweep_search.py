@@ -13,21 +13,21 @@ import ray
 from ray.tune.search import Searcher
 
 from raydiv.config import Recipe, load_recipe
-from raydiv.config.cluster import Cluster
-from raydiv.config.sweep import Constraint, Objective, Sweep
-from raydiv.experiments.shared import Family, distinct
-from raydiv.experiments.sweep.asha import TRAINED, Halving
+from raydiv.config.cluster import ClusterConfig
+from raydiv.config.sweep import SweepConfig, SweepConstraint, SweepObjective
+from raydiv.experiments.shared import RunGroup, distinct_preparations
+from raydiv.experiments.sweep.asha import TRAINED, TrialASHA
 from raydiv.experiments.sweep.record import (
     FAILED,
     FINISHED,
     STOPPED,
     WAITING,
-    Record,
     SweepDirectory,
-    Trial,
+    SweepRecord,
+    TrialRecord,
     undominated,
 )
-from raydiv.experiments.sweep.searchers import Asked, Numbered
+from raydiv.experiments.sweep.searchers import ListSearcher, OptunaSearcher
 from raydiv.runs.directory import RunDirectory
 from raydiv.runtime.resources import HOST_SHARE, side_by_side
 from raydiv.utils.errors import UserError
@@ -40,15 +40,17 @@ SPACE = {
 
 
 def asked(
-    objectives: list[Objective],
-    constraints: list[Constraint] | None = None,
+    objectives: list[SweepObjective],
+    constraints: list[SweepConstraint] | None = None,
     given: dict[int, dict[str, Any]] | None = None,
-) -> Asked:
-    space = Sweep(space=SPACE, goal="maximize y", trials=1).parameters
-    return Asked(space, objectives, constraints or [], 0, given or {})
+) -> OptunaSearcher:
+    space = SweepConfig(space=SPACE, goal="maximize y", trials=1).parameters
+    return OptunaSearcher(space, objectives, constraints or [], 0, given or {})
 
 
-def searched(searcher: Asked, worth: Callable[[dict[str, Any]], dict[str, float]], count: int) -> list[dict[str, Any]]:
+def searched(
+    searcher: OptunaSearcher, worth: Callable[[dict[str, Any]], dict[str, float]], count: int
+) -> list[dict[str, Any]]:
     for number in range(count):
         trial = searcher.suggest(f"t{number}")
         assert isinstance(trial, dict)
@@ -62,7 +64,7 @@ def far_off(values: dict[str, Any]) -> float:
     return -((values["x"] - 0.3) ** 2) - (values.get("shift", 0.0) + 0.1 if values["kind"] == "far" else 0.0)
 
 
-UP = [Objective("y", "maximize")]
+UP = [SweepObjective("y", "maximize")]
 
 
 def test_optuna_learns_what_is_better_and_tries_nothing_twice() -> None:
@@ -75,22 +77,22 @@ def test_optuna_learns_what_is_better_and_tries_nothing_twice() -> None:
 
 
 def test_minimising_looks_at_the_other_end() -> None:
-    tried = searched(asked([Objective("y", "minimize")]), lambda values: {"y": values["x"]}, 40)
+    tried = searched(asked([SweepObjective("y", "minimize")]), lambda values: {"y": values["x"]}, 40)
     assert sum(values["x"] for values in tried[-15:]) / 15 < 0.3
 
 
 def test_constraints_keep_optuna_away_from_what_breaks_them() -> None:
-    def within(constraints: list[Constraint]) -> list[float]:
+    def within(constraints: list[SweepConstraint]) -> list[float]:
         tried = searched(asked(UP, constraints), lambda values: {"y": values["x"], "z": values["x"]}, 60)
         return [values["x"] for values in tried[-20:] if values["x"] <= 0.5]
 
-    bounded = within([Constraint("z", "<=", 0.5)])
+    bounded = within([SweepConstraint("z", "<=", 0.5)])
     assert len(bounded) >= 2 * len(within([]))
     assert max(bounded) > 0.45
 
 
 def test_several_objectives_and_trials_that_come_to_none() -> None:
-    both = asked([*UP, Objective("z", "minimize")], [Constraint("w", ">=", 0.0)])
+    both = asked([*UP, SweepObjective("z", "minimize")], [SweepConstraint("w", ">=", 0.0)])
     searched(both, lambda values: {"y": values["x"], "z": values["x"] ** 2} if values["x"] < 0.9 else {}, 15)
     trial = both.suggest("failing")
     assert isinstance(trial, dict)
@@ -109,8 +111,8 @@ def test_what_was_tried_before_comes_first_and_is_learnt_from() -> None:
 
 
 def test_a_small_space_ends_the_search() -> None:
-    space = Sweep(space={"x": [1, 2], "y": [[0.9, 0.95], None]}, goal="maximize y", trials=9).parameters
-    searcher = Asked(space, UP, [], 0, {})
+    space = SweepConfig(space={"x": [1, 2], "y": [[0.9, 0.95], None]}, goal="maximize y", trials=9).parameters
+    searcher = OptunaSearcher(space, UP, [], 0, {})
     found = []
     while isinstance(trial := searcher.suggest(f"t{len(found)}"), dict):
         found.append(trial["values"])
@@ -121,7 +123,7 @@ def test_a_small_space_ends_the_search() -> None:
 
 
 def test_a_list_is_gone_through_once() -> None:
-    searcher = Numbered({1: {"x": 1}, 2: {"x": 2}})
+    searcher = ListSearcher({1: {"x": 1}, 2: {"x": 2}})
     assert searcher.suggest("a") == {"number": 1, "values": {"x": 1}}
     assert searcher.suggest("b") == {"number": 2, "values": {"x": 2}}
     assert searcher.suggest("c") == Searcher.FINISHED
@@ -142,22 +144,22 @@ def recipe_in(folder: Path, **changes: Any) -> Recipe:
     )
 
 
-def finish(directory: SweepDirectory, trial: Trial, **metrics: float) -> None:
+def finish(directory: SweepDirectory, trial: TrialRecord, **metrics: float) -> None:
     """What a finished run leaves of it."""
     run = directory.run(trial)
     run.model.mkdir(parents=True)
     (run.model / "weights").write_text("w")
-    run.log({"step": 0, "d": 99.0, "r": 0.0, "before/alone": 1.0})
-    run.log({"step": 2, "divergence/name": "KL", **metrics})
+    run.log_metrics({"step": 0, "d": 99.0, "r": 0.0, "before/alone": 1.0})
+    run.log_metrics({"step": 2, "divergence/name": "KL", **metrics})
     run.result.write_text("{}")
 
 
-def record_of(folder: Path, outcomes: list[tuple[float, float]], **changes: Any) -> Record:
+def record_of(folder: Path, outcomes: list[tuple[float, float]], **changes: Any) -> SweepRecord:
     recipe = recipe_in(folder, **changes)
     directory = SweepDirectory.of(recipe)
-    record = Record(directory, recipe)
+    record = SweepRecord(directory, recipe)
     for number, (d, r) in enumerate(outcomes, 1):
-        trial = record.trials[number] = Trial(number, {"loss.beta": number / 10})
+        trial = record.trials[number] = TrialRecord(number, {"loss.beta": number / 10})
         finish(directory, trial, d=d, r=r)
         record.settle(trial, FINISHED)
     return record
@@ -187,7 +189,7 @@ def test_only_the_best_keep_their_weights_whatever_their_number(tmp_path: Path) 
     """The disk that a sweep takes does not grow with its trials."""
     record = record_of(tmp_path, [])
     for number in range(1, 9):
-        trial = record.trials[number] = Trial(number, {"loss.beta": number})
+        trial = record.trials[number] = TrialRecord(number, {"loss.beta": number})
         finish(record.directory, trial, d=float(number % 5), r=0.0)
         record.settle(trial, FINISHED)
         record.forget_weights(2)
@@ -195,7 +197,7 @@ def test_only_the_best_keep_their_weights_whatever_their_number(tmp_path: Path) 
         assert len(weights) <= 2
     assert weights == ["003", "004"] == [trial.name for trial in record.trials.values() if trial.kept]
     assert all(record.directory.run(trial).metrics_file.is_file() for trial in record.trials.values())
-    stopped = record.trials[9] = Trial(9, {"loss.beta": 9})
+    stopped = record.trials[9] = TrialRecord(9, {"loss.beta": 9})
     finish(record.directory, stopped, d=100.0, r=0.0)
     record.settle(stopped, STOPPED)
     record.forget_weights(2)
@@ -205,12 +207,12 @@ def test_only_the_best_keep_their_weights_whatever_their_number(tmp_path: Path) 
 def test_a_record_is_read_back_and_what_was_not_over_waits(tmp_path: Path) -> None:
     record = record_of(tmp_path, [(1.0, 0.0), (2.0, 0.0)])
     recipe = recipe_in(tmp_path)
-    record.trials[3] = Trial(3, {"loss.beta": 0.3}, status=FAILED, error="no memory")
-    record.trials[4] = Trial(4, {"loss.beta": 0.4}, status="running")
+    record.trials[3] = TrialRecord(3, {"loss.beta": 0.3}, status=FAILED, error="no memory")
+    record.trials[4] = TrialRecord(4, {"loss.beta": 0.4}, status="running")
     record.trials[2].status = "running"  # finished, and its sweep was killed before it noted so
     record.facts = {"mlflow": {"run_id": "abc"}}
     record.write()
-    again = Record.read(record.directory, recipe)
+    again = SweepRecord.read(record.directory, recipe)
     assert {number: trial.status for number, trial in again.trials.items()} == {
         1: FINISHED,
         2: FINISHED,
@@ -226,19 +228,19 @@ def test_a_sweep_is_resumed_as_it_was(tmp_path: Path) -> None:
     recipe = recipe_in(tmp_path)
     directory = SweepDirectory.of(recipe)
     # of one that is not there it is a start, so that a job may always be given it
-    assert not directory.has_begun(recipe, resume=True)
-    assert not directory.has_begun(recipe, resume=False)
-    directory.claim(recipe)
+    assert not directory.has_started(recipe, resume=True)
+    assert not directory.has_started(recipe, resume=False)
+    directory.create(recipe)
     with pytest.raises(UserError, match="holds a run already"):
-        directory.has_begun(recipe, resume=False)
-    Record(directory, recipe).write()
+        directory.has_started(recipe, resume=False)
+    SweepRecord(directory, recipe).write()
     with pytest.raises(UserError, match=r"holds a sweep already; go on with it \(--resume\)"):
-        directory.has_begun(recipe, resume=False)
-    assert directory.has_begun(recipe_in(tmp_path, sweep={"keep": 3, "max_concurrent": 2}), resume=True)
+        directory.has_started(recipe, resume=False)
+    assert directory.has_started(recipe_in(tmp_path, sweep={"keep": 3, "max_concurrent": 2}), resume=True)
     with pytest.raises(UserError, match="was begun with another optim;"):
-        directory.has_begun(recipe_in(tmp_path, optim={"steps": 3}), resume=True)
+        directory.has_started(recipe_in(tmp_path, optim={"steps": 3}), resume=True)
     with pytest.raises(UserError, match="was begun with another sweep;"):
-        directory.has_begun(recipe_in(tmp_path, sweep={"space": {"loss.beta": [0.1]}}), resume=True)
+        directory.has_started(recipe_in(tmp_path, sweep={"space": {"loss.beta": [0.1]}}), resume=True)
 
 
 def test_resumed_with_short_names_the_best_keeps_its_weights(tmp_path: Path) -> None:
@@ -246,11 +248,11 @@ def test_resumed_with_short_names_the_best_keeps_its_weights(tmp_path: Path) -> 
     goal = {"goal": "maximize d subject to r <= 0.1", "keep": 1}
     record = record_of(tmp_path, [], sweep=goal)
     for number, (d, r) in enumerate([(1.0, 0.0), (3.0, 0.0), (9.0, 0.5)], 1):
-        trial = record.trials[number] = Trial(number, {"loss.beta": number})
+        trial = record.trials[number] = TrialRecord(number, {"loss.beta": number})
         finish(record.directory, trial, **{"a/d": d, "b/r": r})
         record.settle(trial, FINISHED)
     record.write()
-    again = Record.read(record.directory, recipe_in(tmp_path, sweep=goal))
+    again = SweepRecord.read(record.directory, recipe_in(tmp_path, sweep=goal))
     again.named({"d": "a/d", "r": "b/r"})
     for trial in again.trials.values():
         again.settle(trial, FINISHED)
@@ -268,7 +270,7 @@ def test_the_front_of_those_within_the_constraints_keeps_its_weights(tmp_path: P
     goal = {"goal": "maximize d, minimize e subject to r <= 0.1"}
     record = record_of(tmp_path, [], sweep=goal)
     for number, (d, e, r) in enumerate([(1.0, 5.0, 0.0), (3.0, 4.0, 0.0), (2.0, 1.0, 0.0), (9.0, 0.5, 0.9)], 1):
-        trial = record.trials[number] = Trial(number, {"loss.beta": number})
+        trial = record.trials[number] = TrialRecord(number, {"loss.beta": number})
         finish(record.directory, trial, d=d, e=e, r=r)
         record.settle(trial, FINISHED)
     assert [trial.number for trial in record.best] == [2, 3]
@@ -277,8 +279,8 @@ def test_the_front_of_those_within_the_constraints_keeps_its_weights(tmp_path: P
 
 def test_a_space_of_lists_is_searched_to_its_end() -> None:
     """Optuna soon suggests its favourite again and again: then one that was not tried is drawn."""
-    space = Sweep(space={"x": [1, 2, 3, 4], "y": [1, 2, 3, 4]}, goal="maximize y", trials=16).parameters
-    searcher = Asked(space, UP, [], 0, {})
+    space = SweepConfig(space={"x": [1, 2, 3, 4], "y": [1, 2, 3, 4]}, goal="maximize y", trials=16).parameters
+    searcher = OptunaSearcher(space, UP, [], 0, {})
     tried = searched(searcher, lambda values: {"y": float(values["x"] * values["y"])}, 16)
     assert len({json.dumps(values) for values in tried}) == 16
     assert searcher.suggest("more") == Searcher.FINISHED
@@ -300,7 +302,7 @@ class Told:
 
 
 def test_asha_stops_those_that_fall_behind_and_none_whose_training_is_over() -> None:
-    halving = Halving("y", "maximize", steps=8, grace=2, reduction=2)
+    halving = TrialASHA("y", "maximize", steps=8, grace=2, reduction=2)
     *trials, short, behind = [Told(number) for number in range(6)]
     for trial in (*trials, short, behind):
         halving.on_trial_add(None, trial)
@@ -347,7 +349,7 @@ def test_runs_side_by_side_never_want_more_than_there_is(
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     monkeypatch.setattr(ray, "remote", lambda **_: lambda function: SimpleNamespace(remote=lambda: 80 * 2**30))
     monkeypatch.setattr(ray, "get", lambda value: value)
-    found, own = side_by_side(Cluster(**cluster), at_most)
+    found, own = side_by_side(ClusterConfig(**cluster), at_most)
     assert found == runs
     assert {name: getattr(own, name) for name in part} == part
     assert found * (own.cpus or 0) <= have["CPU"]
@@ -362,16 +364,16 @@ def test_what_runs_share_is_prepared_once_for_each_way_in_which_they_differ(tmp_
     kto = load_recipe(one.model_dump(by_alias=True), ["loss.type=kto"])
     longer = load_recipe(one.model_dump(by_alias=True), ["optim.steps=5"])
     data = load_recipe(one.model_dump(by_alias=True), ["data.train=other.jsonl"])
-    assert distinct([one, *same, kto, longer, data, kto]) == [one, kto, longer, data]
+    assert distinct_preparations([one, *same, kto, longer, data, kto]) == [one, kto, longer, data]
     drawn = load_recipe(one.model_dump(by_alias=True), ["data.eval=0.1"])
     others = [drawn.model_copy(update={"seed": seed}) for seed in (1, 2)]
-    assert distinct([drawn, *others]) == [drawn, *others], "what is held out is drawn by the seed"
+    assert distinct_preparations([drawn, *others]) == [drawn, *others], "what is held out is drawn by the seed"
 
 
 def test_a_member_of_a_family_is_nested_in_its_run(tmp_path: Path) -> None:
     one = recipe_in(tmp_path, track={"tags": {"team": "red"}})
-    family = Family(tmp_path / "trials", Cluster(cpus=1), "sqlite:///x.db", "parent")
-    own = family.member(one, "007", {"raydiv.trial": "7"})
+    family = RunGroup(tmp_path / "trials", ClusterConfig(cpus=1), "sqlite:///x.db", "parent")
+    own = family.member_recipe(one, "007", {"raydiv.trial": "7"})
     assert RunDirectory.of(own).path == tmp_path / "trials" / "007"
     assert own.track.tags == {"team": "red", "mlflow.parentRunId": "parent", "raydiv.trial": "7"}
     assert (own.track.uri, own.cluster.cpus) == ("sqlite:///x.db", 1)

@@ -17,7 +17,7 @@ from raydiv.config import Recipe
 from raydiv.data import tokenize as module
 from raydiv.data.index import Index
 from raydiv.data.sources import read_examples
-from raydiv.data.splits import make_sets
+from raydiv.data.splits import make_splits
 from raydiv.data.tokenize import Tokenizer
 from raydiv.data.tokens import content_key
 from raydiv.model.chat import Chat
@@ -76,7 +76,7 @@ MANY: list[Row] = [
 def test_every_example_is_as_its_tokenizer_gives_it(
     bundle: int, tokenizer: Path, chat: Chat, write_jsonl: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BUNDLE", bundle)
+    monkeypatch.setattr(module, "CHUNK_RECORDS", bundle)
     recipe = recipe_of(tokenizer, str(write_jsonl(*MANY)), batch={"max_prompt_length": 40, "max_length": 60})
     (index,) = prepared(recipe, chat)
     examples = read_examples(recipe.data.train[0])
@@ -115,7 +115,7 @@ def test_rows_with_equal_prompts_have_equal_keys(tokenizer: Path, chat: Chat, wr
 def test_files_of_a_source_follow_one_another(
     tokenizer: Path, chat: Chat, write_jsonl: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BUNDLE", 2)
+    monkeypatch.setattr(module, "CHUNK_RECORDS", 2)
     write_jsonl(*[pair(n) for n in range(5)], name="part-1.jsonl")
     (tmp_path / "part-2.json").write_text(json.dumps([pair(n) for n in range(5, 8)]))
     (index,) = prepared(recipe_of(tokenizer, str(tmp_path / "part-*")), chat)
@@ -139,7 +139,7 @@ def test_nothing_is_tokenised_twice(tokenizer: Path, chat: Chat, write_jsonl: Wr
 def test_first_bad_row_is_refused_whether_the_rest_is_known_or_not(
     bundle: int, tokenizer: Path, chat: Chat, write_jsonl: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BUNDLE", bundle)
+    monkeypatch.setattr(module, "CHUNK_RECORDS", bundle)
     path = write_jsonl(pair(0), pair(1), pair(2), BAD, pair(4), pair(5), BAD, pair(7))
     recipe = recipe_of(tokenizer, str(path))
     assert refusal(recipe, chat).startswith(f"{path}:4: rejected must be non-empty text")
@@ -156,7 +156,7 @@ def test_first_bad_row_is_refused_whether_the_rest_is_known_or_not(
 def test_a_bundle_of_bad_rows_alone_is_left_out(
     tokenizer: Path, chat: Chat, write_jsonl: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BUNDLE", 2)
+    monkeypatch.setattr(module, "CHUNK_RECORDS", 2)
     path = write_jsonl(pair(0), pair(1), BAD, BAD, pair(4))
     (index,) = prepared(recipe_of(tokenizer, str(path), on_bad_row="quarantine"), chat)
     assert [line for _, line in index.bad.places] == [3, 4]
@@ -175,7 +175,7 @@ def test_a_source_of_bad_rows_alone_is_refused(
     (index,) = prepared(recipe, chat)
     assert index.bad.places == [(str(path), line) for line in (1, 2, 3)]
     with pytest.raises(UserError, match="every row of it is bad"):
-        make_sets(recipe, [index], [])
+        make_splits(recipe, [index], [])
 
 
 def test_template_that_fails_on_a_prompt_makes_a_bad_row(tokenizer: Path, write_jsonl: Writer) -> None:

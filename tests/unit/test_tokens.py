@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.stored import NOWHERE, stored_examples, write_shards
-from raydiv.data.tokens import GROUP_ROWS, Shards, StoredExamples, TokenizedExamples, content_key, mismatched
+from raydiv.data.tokens import GROUP_ROWS, StoredExamples, TokenizedExamples, TokenShards, content_key, mismatched
 
 EOS = 2
 quick = settings(max_examples=60, deadline=None)
@@ -90,14 +90,14 @@ def ids() -> list[tuple[list[int], list[int]]]:
 
 
 @pytest.fixture(scope="module")
-def shards(ids: list[tuple[list[int], list[int]]], tmp_path_factory: pytest.TempPathFactory) -> Shards:
+def shards(ids: list[tuple[list[int], list[int]]], tmp_path_factory: pytest.TempPathFactory) -> TokenShards:
     return write_shards(tmp_path_factory.mktemp("shards") / "all", ids, SHARDS)
 
 
 @quick
 @given(rows=st.lists(st.integers(0, sum(SHARDS) - 1), max_size=40))
 def test_rows_are_read_in_any_order_with_repeats(
-    rows: list[int], shards: Shards, ids: list[tuple[list[int], list[int]]]
+    rows: list[int], shards: TokenShards, ids: list[tuple[list[int], list[int]]]
 ) -> None:
     for side, column in enumerate(("prompt_ids", "response_ids")):
         found = shards.read(column, np.array(rows))
@@ -105,13 +105,13 @@ def test_rows_are_read_in_any_order_with_repeats(
         assert all(row.dtype == np.int64 for row in found)
 
 
-def test_every_row_of_every_row_group_is_read(shards: Shards, ids: list[tuple[list[int], list[int]]]) -> None:
+def test_every_row_of_every_row_group_is_read(shards: TokenShards, ids: list[tuple[list[int], list[int]]]) -> None:
     assert max(SHARDS) > 2 * GROUP_ROWS
     rows = np.random.default_rng(0).permutation(len(ids))
     assert [row.tolist() for row in shards.read("response_ids", rows)] == [ids[row][1] for row in rows]
 
 
-def test_each_row_group_is_read_once(shards: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_row_group_is_read_once(shards: TokenShards, monkeypatch: pytest.MonkeyPatch) -> None:
     from raydiv.data import tokens
 
     read, groups = tokens._group, []

@@ -9,7 +9,7 @@ import pytest
 from mlflow import MlflowClient
 
 from raydiv.config import Recipe, load_recipe
-from raydiv.runs.tracker import Tracker, tracking_uri
+from raydiv.runs.tracker import MlflowTracker, tracking_uri
 from raydiv.utils.dotted import flatten
 from raydiv.utils.signals import Terminated
 
@@ -39,7 +39,7 @@ def test_the_store_is_the_recipes_then_the_environments_then_sqlite(
 
 def test_an_outage_delays_metrics_in_order_and_warns_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     warnings: list[str] = []
-    tracker = Tracker(recipe(tmp_path), {"data.fingerprint": "f"}, warnings.append)
+    tracker = MlflowTracker(recipe(tmp_path), {"data.fingerprint": "f"}, warnings.append)
     tracker.metrics({"step": 1, "loss": 3.0})
     run_id = tracker.run_id  # all before this was sent
     assert run_id is not None
@@ -63,7 +63,7 @@ def test_an_outage_delays_metrics_in_order_and_warns_once(tmp_path: Path, monkey
 LINES = [{"step": step, "loss": 4.0 - step} for step in (1, 2, 3)]
 
 
-def sent_by(tracker: Tracker) -> list[tuple[int, float]]:
+def sent_by(tracker: MlflowTracker) -> list[tuple[int, float]]:
     assert tracker.run_id is not None
     history = MlflowClient(tracker.uri).get_metric_history(tracker.run_id, "loss")
     return [(found.step, found.value) for found in history]
@@ -71,14 +71,14 @@ def sent_by(tracker: Tracker) -> list[tuple[int, float]]:
 
 def test_what_an_outage_kept_back_is_sent_by_the_next_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     note = tmp_path / "mlflow.json"
-    first = Tracker(recipe(tmp_path), {}, print, note=note)
+    first = MlflowTracker(recipe(tmp_path), {}, print, note=note)
     first.metrics(LINES[0])
     run_id = first.run_id
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "log_batch", away)
         first.metrics(LINES[1])
         assert not first.finish("KILLED")
-    later = Tracker(recipe(tmp_path), {}, print, note=note)
+    later = MlflowTracker(recipe(tmp_path), {}, print, note=note)
     assert later.sent == 1
     for line in LINES[later.sent :]:
         later.metrics(line)
@@ -90,12 +90,12 @@ def test_what_an_outage_kept_back_is_sent_by_the_next_process(tmp_path: Path, mo
 
 def test_a_line_that_was_sent_and_not_noted_is_not_sent_again(tmp_path: Path) -> None:
     note = tmp_path / "mlflow.json"
-    first = Tracker(recipe(tmp_path), {}, print, note=note)
+    first = MlflowTracker(recipe(tmp_path), {}, print, note=note)
     for line in LINES[:2]:
         first.metrics(line)
     assert first.run_id
     note.write_text(note.read_text().replace('"lines": 2', '"lines": 1'))
-    later = Tracker(recipe(tmp_path), {}, print, note=note)
+    later = MlflowTracker(recipe(tmp_path), {}, print, note=note)
     for line in LINES[later.sent :]:
         later.metrics(line)
     assert sent_by(later) == [(1, 3.0), (2, 2.0), (3, 1.0)]
@@ -104,7 +104,7 @@ def test_a_line_that_was_sent_and_not_noted_is_not_sent_again(tmp_path: Path) ->
 def test_a_store_that_comes_late_has_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "log_batch", away)
-        tracker = Tracker(recipe(tmp_path), {}, print, note=tmp_path / "mlflow.json")
+        tracker = MlflowTracker(recipe(tmp_path), {}, print, note=tmp_path / "mlflow.json")
         tracker.metrics(LINES[0])
         assert tracker.run_id  # begun, and its parameters not sent
     tracker.metrics(LINES[1])
@@ -119,7 +119,7 @@ def away(*_: Any, **__: Any) -> None:
 
 
 def test_names_of_sets_and_categories_may_hold_any_character(tmp_path: Path) -> None:
-    tracker = Tracker(recipe(tmp_path), {}, print)
+    tracker = MlflowTracker(recipe(tmp_path), {}, print)
     tracker.metrics({"step": 1, "evaluate/safety/Fraud & Theft": 0.5, "evaluate/asr_set/Salad-Data:base_set": 0.25})
     assert tracker.finish()
     logged = MlflowClient(tracker.uri).get_run(tracker.run_id).data.metrics
@@ -130,7 +130,7 @@ def test_a_store_that_never_comes_is_reported(tmp_path: Path) -> None:
     warnings: list[str] = []
     mine = recipe(tmp_path)
     mine.track.uri = "http://127.0.0.1:9"
-    tracker = Tracker(mine, {}, warnings.append)
+    tracker = MlflowTracker(mine, {}, warnings.append)
     tracker.metrics({"step": 1, "loss": 3.0})
     assert not tracker.finish()
     assert len(warnings) == 1
@@ -138,7 +138,7 @@ def test_a_store_that_never_comes_is_reported(tmp_path: Path) -> None:
 
 
 def test_a_run_that_fails_after_its_end_is_failed(tmp_path: Path) -> None:
-    tracker = Tracker(recipe(tmp_path), {}, print)
+    tracker = MlflowTracker(recipe(tmp_path), {}, print)
     assert tracker.finish()
     assert tracker.finish("FAILED")
     assert MlflowClient(tracker.uri).get_run(tracker.run_id).info.status == "FAILED"
@@ -148,7 +148,7 @@ def test_a_run_that_fails_after_its_end_is_failed(tmp_path: Path) -> None:
     ("error", "status"), [(KeyboardInterrupt, "KILLED"), (Terminated, "KILLED"), (ValueError, "FAILED")]
 )
 def test_what_ends_before_its_time_is_said(error: type[BaseException], status: str, tmp_path: Path) -> None:
-    tracker = Tracker(recipe(tmp_path), {}, print)
+    tracker = MlflowTracker(recipe(tmp_path), {}, print)
     with pytest.raises(error), tracker.told_of_its_end():
         raise error
     assert MlflowClient(tracker.uri).get_run(tracker.run_id).info.status == status

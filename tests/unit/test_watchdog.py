@@ -16,18 +16,18 @@ import pytest
 from helpers.heartbeats import BEAT, beats
 from raydiv.commands.train import _report_failure
 from raydiv.runs.directory import RunDirectory
-from raydiv.runs.heartbeat import stalled
-from raydiv.training.step_timer import Phases
-from raydiv.training.watchdog import STATUS, Watch
+from raydiv.runs.heartbeat import diagnose_hang
+from raydiv.training.step_timer import StepTimer
+from raydiv.training.watchdog import HUNG_EXIT_STATUS, Watchdog
 
 
 def test_nobody_is_named_before_the_time() -> None:
-    assert stalled([], 60) is None
-    assert stalled(beats({"idle": 59.0}, {"idle": 3.0}), 60) is None
+    assert diagnose_hang([], 60) is None
+    assert diagnose_hang(beats({"idle": 59.0}, {"idle": 3.0}), 60) is None
 
 
 def test_who_has_come_least_far_is_whom_the_others_wait_for() -> None:
-    said = stalled(beats({}, {"passed": 49, "phase": "data", "where": "training/feed.py:75 (read)"}, {}), 60)
+    said = diagnose_hang(beats({}, {"passed": 49, "phase": "data", "where": "training/feed.py:75 (read)"}, {}), 60)
     assert said == (
         "training has stood still for 60 s (cluster.timeout_s) at worker 1 (a, process 7): data of step 6, at "
         "training/feed.py:75 (read); 2 others waited, in score of step 6"
@@ -35,13 +35,13 @@ def test_who_has_come_least_far_is_whom_the_others_wait_for() -> None:
 
 
 def test_who_says_nothing_comes_before_who_has_come_least_far() -> None:
-    said = stalled(beats({"passed": 49}, {"silent": 16.0}), 60)
+    said = diagnose_hang(beats({"passed": 49}, {"silent": 16.0}), 60)
     assert said is not None
     assert "at worker 1 (a, process 7): score of step 6 (says nothing since 16 s); 1 other waited" in said
 
 
 def test_where_all_stand_alike_some_are_named() -> None:
-    said = stalled(beats(*({},) * 7), 60)
+    said = diagnose_hang(beats(*({},) * 7), 60)
     assert said is not None
     assert [f"worker {rank}" in said for rank in range(7)] == [True] * 4 + [False] * 3
     assert said.endswith("; and 3 more there")
@@ -57,9 +57,9 @@ def test_phases_take_what_time_passes_in_them(monkeypatch: pytest.MonkeyPatch) -
             yield wait
         now[0] += 50
 
-    phases, seen = Phases(), []
+    phases, seen = StepTimer(), []
     phases.spent()
-    for wait in phases.waits(slowly(), behind=4):
+    for wait in phases.timed_steps(slowly(), behind=4):
         for phase, seconds in (("score", 10), ("judge", 2), ("score", 5)):
             phases.enter(phase)
             now[0] += seconds
@@ -69,7 +69,7 @@ def test_phases_take_what_time_passes_in_them(monkeypatch: pytest.MonkeyPatch) -
         seen.append((wait, phases.step, phases.spent()))
         now[0] += 20
     before = phases.passed
-    phases.pass_on()
+    phases.advance()
     assert phases.passed == before + 1
     assert phases.idle == 0
     assert seen == [
@@ -80,28 +80,28 @@ def test_phases_take_what_time_passes_in_them(monkeypatch: pytest.MonkeyPatch) -
 
 def test_beats_are_of_this_start_alone_and_silence_is_seen(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
-    run.forget_beats()
-    run.note_beat(replace(BEAT, rank=3))
-    run.forget_beats()
+    run.clear_heartbeats()
+    run.write_heartbeat(replace(BEAT, rank=3))
+    run.clear_heartbeats()
     for beat in beats({}, {}):
-        run.note_beat(beat)
+        run.write_heartbeat(beat)
     os.utime(run.path / "workers" / "1.json", (1, time.time() - 100))
-    found = run.beats()
+    found = run.heartbeats()
     assert [beat.rank for beat in found] == [0, 1]
-    assert [beat.mute for beat in found] == [False, True]
-    assert run.first_to_say("stalled")
-    assert not run.first_to_say("stalled")
-    assert run.beats() == found
+    assert [beat.is_silent for beat in found] == [False, True]
+    assert run.claim_report("stalled")
+    assert not run.claim_report("stalled")
+    assert run.heartbeats() == found
 
 
 def test_a_worker_that_goes_on_is_left_alone(tmp_path: Path) -> None:
-    run, phases = RunDirectory(tmp_path), Phases()
-    run.forget_beats()
-    with Watch(run, phases, timeout=0.5):
+    run, phases = RunDirectory(tmp_path), StepTimer()
+    run.clear_heartbeats()
+    with Watchdog(run, phases, timeout=0.5):
         for _ in range(10):
-            phases.pass_on()
+            phases.advance()
             time.sleep(0.1)
-    assert run.beats()[0].passed == 10
+    assert run.heartbeats()[0].passed == 10
     assert not run.events.exists()
 
 
@@ -109,16 +109,16 @@ STUCK = """
 import sys, time
 from pathlib import Path
 from raydiv.runs.directory import RunDirectory
-from raydiv.training.step_timer import Phases
-from raydiv.training.watchdog import Watch
+from raydiv.training.step_timer import StepTimer
+from raydiv.training.watchdog import Watchdog
 
 def waits_for_ever():
     time.sleep(60)
 
-run, phases = RunDirectory(Path(sys.argv[1])), Phases()
-run.forget_beats()
-phases.enter("data")
-with Watch(run, phases, timeout=0.5):
+run, timer = RunDirectory(Path(sys.argv[1])), StepTimer()
+run.clear_heartbeats()
+timer.enter("data")
+with Watchdog(run, timer, timeout=0.5):
     waits_for_ever()
 """
 
@@ -127,7 +127,7 @@ def test_a_worker_that_stands_still_says_where_and_ends(tmp_path: Path) -> None:
     script = tmp_path / "stuck.py"
     script.write_text(STUCK)
     ended = subprocess.run([sys.executable, script, tmp_path / "run"], timeout=60)
-    assert ended.returncode == STATUS
+    assert ended.returncode == HUNG_EXIT_STATUS
     event = json.loads(RunDirectory(tmp_path / "run").events.read_text())
     assert f"data of step 0, at {tmp_path.name}/stuck.py:9 (waits_for_ever)" in event["message"]
 
@@ -136,14 +136,14 @@ def test_a_failure_of_workers_that_stood_still_says_so(tmp_path: Path) -> None:
     from ray.train import TrainingFailedError
 
     run = RunDirectory(tmp_path)
-    run.forget_beats()
+    run.clear_heartbeats()
 
     def fit() -> None:
         raise TrainingFailedError("another worker's connection was closed")
 
-    run.note_beat(replace(BEAT, idle=3.0))
+    run.write_heartbeat(replace(BEAT, idle=3.0))
     with pytest.raises(RuntimeError, match="connection was closed"):
         _report_failure(fit, run, 60)
-    run.note_beat(BEAT)
+    run.write_heartbeat(BEAT)
     with pytest.raises(RuntimeError, match="training has stood still for 60 s"):
         _report_failure(fit, run, 60)

@@ -22,16 +22,16 @@ import numpy as np
 from raydiv.commands.bench.harness import real_run, steps_alone
 from raydiv.config import Recipe
 from raydiv.config.source import Source
-from raydiv.data.batching import Epochs, Layout
+from raydiv.data.batching import BatchLayout, EpochPlan
 from raydiv.data.index import Index, OpenSource
 from raydiv.data.sources import read_examples
 from raydiv.data.splits import examples_of
 from raydiv.data.tokenize import tokenize
 from raydiv.model.chat import Chat
 from raydiv.model.resolve import model_directory
-from raydiv.runs.progress import Display
+from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.session import ray_session
-from raydiv.training.dataloader import ExampleSet, Feed, Share, stream_steps
+from raydiv.training.dataloader import ExampleSet, RankShard, StepLoader, stream_steps
 
 FAR = 90_000
 """A step far into a run."""
@@ -45,7 +45,7 @@ def bench_data(
     rows: Sequence[int] = (200_000,),
     repeats: int = 3,
     steps: int = 20,
-    display: Display | None = None,
+    display: ProgressDisplay | None = None,
 ) -> dict[str, Any]:
     """Prepare ``rows`` examples ``repeats`` times, in turn with a plain multi-process script that does the same work; then
     stream and train on them.
@@ -54,7 +54,7 @@ def bench_data(
     (seconds to the first step from step 10 and from step 90,000, seconds a step when nothing else is done) and ``train``
     (share of the step that ``steps`` real ones spent waiting for data, the first apart).
     """
-    display = display or Display()
+    display = display or ProgressDisplay()
     directory = model_directory(recipe.model.id, recipe.model.revision)
     chat = Chat(directory, recipe.data.template, recipe.model.trust_remote_code)
     found: dict[str, Any] = {"cpus": os.cpu_count(), "prepare": []}
@@ -164,10 +164,10 @@ def _stream(recipe: Recipe, index: Index, repeats: int) -> dict[str, Any]:
 
     examples = examples_of([index])
     tokens, whole = recipe.batch.tokens_per_microbatch, recipe.batch.examples * recipe.batch.max_length
-    layout = Layout(whole if tokens == "auto" else tokens, recipe.cluster.num_workers, "batch")
-    share = Share(layout, 0, trains=True, scores=False)
-    epochs = Epochs(examples.units, recipe.batch.examples, recipe.seed, examples.fingerprint)
-    feed = Feed(ExampleSet(examples, np.zeros(len(examples), np.float32)), epochs, share)
+    layout = BatchLayout(whole if tokens == "auto" else tokens, recipe.cluster.num_workers, "batch")
+    share = RankShard(layout, 0, trains=True, scores=False)
+    epochs = EpochPlan(examples.units, recipe.batch.examples, recipe.seed, examples.fingerprint)
+    feed = StepLoader(ExampleSet(examples, np.zeros(len(examples), np.float32)), epochs, share)
     held = ray.put(feed)
     first: dict[int, list[float]] = {10: [], FAR: []}
     for start in [*first, *list(first) * repeats]:  # the first of each finds no process ready, and does not count

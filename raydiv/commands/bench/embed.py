@@ -17,7 +17,7 @@ from raydiv.data.sources import read_examples
 from raydiv.evaluation.separation.embed import Readout, embed
 from raydiv.model.load import ModelSource
 from raydiv.model.resolve import model_directory
-from raydiv.runs.progress import Display
+from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.session import ray_session, worker_environment
 from raydiv.utils.versions import versions
 
@@ -25,12 +25,14 @@ STARTED = 4
 """A rate is that of the prompts after the first of this many parts: processes start, and models load, before."""
 
 
-def bench_embed(recipe: Recipe, rows: int = 800, repeats: int = 3, display: Display | None = None) -> dict[str, Any]:
+def bench_embed(
+    recipe: Recipe, rows: int = 800, repeats: int = 3, display: ProgressDisplay | None = None
+) -> dict[str, Any]:
     """Read ``rows`` of the recipe's training prompts ``repeats`` times, in turn with plain batches of the same.
 
     Returns medians: ``raydiv`` and ``plain`` in prompts a second, once each is under way, and their ``ratio`` within a turn.
     """
-    display = display or Display()
+    display = display or ProgressDisplay()
     model = ModelSource.of(recipe, model_directory(recipe.model.id, recipe.model.revision))
     prompts = _prompts(recipe, rows)
     turns = []

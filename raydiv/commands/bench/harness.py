@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from raydiv.commands.prepare import fill, read
+from raydiv.commands.prepare import load_inputs, prepare_data
 from raydiv.commands.train import Result, train
 from raydiv.config import Recipe
-from raydiv.config.checkpoint import Checkpoint
+from raydiv.config.checkpoint import CheckpointConfig
 from raydiv.data.batching import StepPlan
 from raydiv.data.tokens import StoredExamples
 from raydiv.runs.directory import Metrics
-from raydiv.runs.progress import Display
+from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.resources import threads_per_worker
 from raydiv.runtime.session import ray_session, worker_environment
 from raydiv.training.dataloader import ExampleSet
@@ -34,7 +34,7 @@ def steps_alone(recipe: Recipe, steps: int) -> Recipe:
         "optim": recipe.optim.model_copy(
             update={"steps": steps, "epochs": None, "target_margin": None, "early_stop": None}
         ),
-        "checkpoint": Checkpoint(every=None),
+        "checkpoint": CheckpointConfig(every=None),
         "data": recipe.data.model_copy(update={"eval": None}),
         "evaluate": recipe.evaluate.model_copy(update={"every": None, "prompts": None}),
         "separation": recipe.separation.model_copy(update={"prompts": None}),
@@ -76,19 +76,19 @@ def run_script(name: str, settings: Mapping[str, Any], environment: Mapping[str,
 def real_run(recipe: Recipe) -> tuple[Result, list[Metrics]]:
     """A run that leaves nothing behind, and the metrics of its steps."""
     with tempfile.TemporaryDirectory() as folder:
-        result = train(inside(recipe, folder), Display(quiet=True))
-        return result, [record for record in result.run.metrics() if "step_seconds" in record]
+        result = train(inside(recipe, folder), ProgressDisplay(quiet=True))
+        return result, [record for record in result.run.read_metrics() if "step_seconds" in record]
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class Workload:
     """The steps of a run as ``script`` wants them, and the environment of its process."""
 
     settings: dict[str, Any]
     environment: dict[str, str]
 
     @classmethod
-    def of(cls, recipe: Recipe, directory: Path, given: ExampleSet, steps: int, threads: int) -> Work:
+    def of(cls, recipe: Recipe, directory: Path, given: ExampleSet, steps: int, threads: int) -> Workload:
         """The first steps of a run on the model in ``directory`` and the examples ``given``."""
         plan = epochs_of(recipe, given.examples)
         settings = {
@@ -132,15 +132,15 @@ class Work:
         return run_script(name, self.settings | settings, self.environment)
 
 
-def work_of(recipe: Recipe, steps: int, display: Display) -> Work:
+def workload_of(recipe: Recipe, steps: int, display: ProgressDisplay) -> Workload:
     """The first ``steps`` steps that a run of the recipe makes, prepared as it would; reference log-probs from the store."""
     model = recipe.model.model_copy(update={"reference": "store"})
     recipe = recipe.model_copy(update={"model": model})
-    opened = read(recipe, display)
+    opened = load_inputs(recipe, display)
     with ray_session(recipe.cluster):
-        prepared = fill(recipe, opened, display)
+        prepared = prepare_data(recipe, opened, display)
         threads = threads_per_worker(recipe.cluster) * recipe.cluster.num_workers
-    return Work.of(recipe, prepared.directory, prepared.train, steps, threads)
+    return Workload.of(recipe, prepared.directory, prepared.train, steps, threads)
 
 
 def _environment(recipe: Recipe) -> dict[str, str]:

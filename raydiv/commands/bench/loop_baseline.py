@@ -42,17 +42,19 @@ class Loop:
     def __init__(self, settings: Mapping[str, Any]) -> None:
         import torch
 
-        from raydiv.config.recipe import Model
-        from raydiv.model.compatibility import Probe
+        from raydiv.config.recipe import ModelConfig
+        from raydiv.model.compatibility import CompatibilityCheck
         from raydiv.model.head import LogProbHead
         from raydiv.model.load import DTYPES, build_policy
 
         named = {name: settings[name] for name in ("attention", "trust_remote_code", "lora")}
-        section = Model.model_validate({"id": settings["model"], **named})
+        section = ModelConfig.model_validate({"id": settings["model"], **named})
         self._device = torch.device("cuda" if settings["use_gpu"] else "cpu")
         self._model = build_policy(Path(settings["model"]), section, DTYPES[settings["precision"]]).to(self._device)
         self._head = LogProbHead(self._model)
-        self._packing = Probe(self._head, self._model, self._model, self._device).packing(settings["max_length"])[0]
+        self._packing = CompatibilityCheck(self._head, self._model, self._model, self._device).packing(
+            settings["max_length"]
+        )[0]
         if settings["activation_checkpointing"]:
             self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._trained = [p for p in self._model.parameters() if p.requires_grad]
@@ -99,7 +101,7 @@ class Loop:
         inputs = collate(examples, self._packing).to(self._device)
         signs = torch.tensor([(1.0 if one["aligned"] else -1.0) / len(step) for one in chosen], device=self._device)
         weights = signs[inputs.examples]
-        self._head.aim(inputs.rows, inputs.columns, inputs.targets, lambda part, _: weights[part])
+        self._head.set_targets(inputs.rows, inputs.columns, inputs.targets, lambda part, _: weights[part])
         self._model(**inputs.arguments()).logits.backward()
 
 

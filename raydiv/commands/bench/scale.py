@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from raydiv.config import Recipe
-from raydiv.data.batching import Layout
+from raydiv.data.batching import BatchLayout
 from raydiv.data.bundled.w1 import ANSWER_MEDIAN, ANSWER_MOST, ANSWER_SPREAD, PROMPT_WORDS, REFUSAL_WORDS
 from raydiv.losses import Batch, widest_scope
-from raydiv.training.coefficients import first_states, judge
+from raydiv.training.coefficients import evaluate_objective, first_states
 
 RANKS = (8, 64, 256, 1024)
 
@@ -36,7 +36,7 @@ def bench_scale(recipe: Recipe, repeats: int = 3) -> dict[str, Any]:
 def _at(recipe: Recipe, ranks: int, examples: int, repeats: int) -> dict[str, Any]:
     lengths, units = step_of(examples, recipe.batch.max_length)
     tokens = recipe.batch.tokens_per_microbatch
-    layout = Layout(
+    layout = BatchLayout(
         max(lengths) * examples if tokens == "auto" else tokens, ranks, widest_scope(recipe.loss.terms), packed=True
     )
     dealt, _ = layout.training(lengths, units)
@@ -45,7 +45,7 @@ def _at(recipe: Recipe, ranks: int, examples: int, repeats: int) -> dict[str, An
     return {
         "examples": examples,
         "deal_ms": _milliseconds(lambda: layout.training(lengths, units), repeats),
-        "judge_ms": _milliseconds(lambda: judge(recipe.loss.terms, states, batch), repeats),
+        "judge_ms": _milliseconds(lambda: evaluate_objective(recipe.loss.terms, states, batch), repeats),
         "micro_batches": len(dealt[0]),
         "balance": layout.busiest(dealt, lengths) * ranks / sum(lengths),
     }

@@ -15,12 +15,12 @@ from raydiv.commands.bench.ray_baseline import STEPPED
 from raydiv.commands.prepare import prepare
 from raydiv.config import Recipe, save_recipe
 from raydiv.runs.directory import RunDirectory
-from raydiv.runs.progress import Display
+from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.session import worker_environment
 from raydiv.utils.versions import versions
 
 
-def bench_start(recipe: Recipe, repeats: int = 3, display: Display | None = None) -> dict[str, Any]:
+def bench_start(recipe: Recipe, repeats: int = 3, display: ProgressDisplay | None = None) -> dict[str, Any]:
     """Time ``raydiv train`` from the start of its process until its first step begins to compute.
 
     Data and reference are prepared, and the model has been trained before. Beside it, in turn, stands a bare ``TorchTrainer``
@@ -29,7 +29,7 @@ def bench_start(recipe: Recipe, repeats: int = 3, display: Display | None = None
     Returns medians in seconds: of ``raydiv``, of the ``first_step`` that follows, of ``hello``, and ``over``, what raydiv takes
     more within a turn.
     """
-    display = display or Display()
+    display = display or ProgressDisplay()
     recipe = steps_alone(recipe, 1)
     prepare(recipe, display)
     with display.phase("a first start, which leaves caches"):
@@ -57,7 +57,7 @@ def _raydiv(recipe: Recipe) -> dict[str, float]:
         save_recipe(recipe, path)
         run = RunDirectory.of(recipe)
         done = _seconds_until(run.metrics_file, recipe, "raydiv", ["train", str(path), "--json"])
-        (record,) = run.metrics()
+        (record,) = run.read_metrics()
         step = record["step_seconds"] - record["data_seconds"]
         return {"raydiv": done - step, "first_step": step}
 

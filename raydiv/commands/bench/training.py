@@ -16,13 +16,13 @@ from importlib import metadata
 from typing import Any, Literal
 
 from raydiv.commands.bench import trl_baseline as rival
-from raydiv.commands.bench.harness import Work, real_run, steps_alone, work_of
+from raydiv.commands.bench.harness import Workload, real_run, steps_alone, workload_of
 from raydiv.config import Recipe
-from raydiv.runs.progress import Display
+from raydiv.runs.progress import ProgressDisplay
 from raydiv.utils.errors import UserError
 from raydiv.utils.versions import versions
 
-Rival = Literal["loop", "trl"]
+Baseline = Literal["loop", "trl"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +55,11 @@ TRL = "trl_"
 
 def bench_training(
     recipe: Recipe,
-    against: Sequence[Rival] = ("loop",),
+    against: Sequence[Baseline] = ("loop",),
     steps: int = 6,
     warmup: int = 2,
     repeats: int = 3,
-    display: Display | None = None,
+    display: ProgressDisplay | None = None,
 ) -> dict[str, Any]:
     """Time ``steps`` updates of the recipe after ``warmup``, ``repeats`` times in turn with what it is compared with.
 
@@ -75,9 +75,9 @@ def bench_training(
     """
     _require_numbers(steps, warmup, repeats)
     _require_comparable(recipe, against)
-    display = display or Display()
+    display = display or ProgressDisplay()
     recipe = steps_alone(recipe, warmup + steps)
-    work = work_of(recipe, warmup + steps, display)
+    work = workload_of(recipe, warmup + steps, display)
     sizes = rival.per_device_sizes(work.settings["loss"], work.settings["steps"]) if "trl" in against else []
     layout: dict[str, Any] = {}
     contestants: dict[str, Callable[[], Timing]] = {"raydiv": partial(_raydiv, recipe, layout)}
@@ -110,7 +110,7 @@ def _require_numbers(steps: int, warmup: int, repeats: int) -> None:
             raise UserError(f"--{name}: {number}: must be {least} or more")
 
 
-def _require_comparable(recipe: Recipe, against: Sequence[Rival]) -> None:
+def _require_comparable(recipe: Recipe, against: Sequence[Baseline]) -> None:
     """Refuse comparisons that would be none."""
     if "trl" in against:
         rival.counterpart(recipe.loss.model_dump(mode="json", by_alias=True))
@@ -125,7 +125,7 @@ def _require_comparable(recipe: Recipe, against: Sequence[Rival]) -> None:
 
 
 def _take_turns(
-    contestants: Mapping[str, Callable[[], Timing]], repeats: int, display: Display
+    contestants: Mapping[str, Callable[[], Timing]], repeats: int, display: ProgressDisplay
 ) -> tuple[list[dict[str, Timing]], dict[str, str]]:
     """All of them in turn, ``repeats`` times; and the sizes of TRL that failed, with the reason: memory has an end."""
     turns: list[dict[str, Timing]] = []
@@ -161,7 +161,7 @@ def _raydiv(recipe: Recipe, layout: dict[str, Any]) -> Timing:
     )
 
 
-def _script(work: Work, name: str, **settings: Any) -> Timing:
+def _script(work: Workload, name: str, **settings: Any) -> Timing:
     return Timing(**work.script(name, **settings))
 
 

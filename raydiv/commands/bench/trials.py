@@ -13,9 +13,9 @@ from typing import Any
 from raydiv.commands.bench.harness import inside, run_module, steps_alone
 from raydiv.commands.prepare import prepare
 from raydiv.config import Recipe, save_recipe
-from raydiv.config.sweep import Sweep
+from raydiv.config.sweep import SweepConfig
 from raydiv.runs.directory import RunDirectory
-from raydiv.runs.progress import Display
+from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.session import worker_environment
 from raydiv.utils.versions import versions
 
@@ -23,7 +23,9 @@ AT_A_TIME = 3
 """Trials of a turn."""
 
 
-def bench_trials(recipe: Recipe, repeats: int = 3, steps: int = 4, display: Display | None = None) -> dict[str, Any]:
+def bench_trials(
+    recipe: Recipe, repeats: int = 3, steps: int = 4, display: ProgressDisplay | None = None
+) -> dict[str, Any]:
     """Time the trials of ``raydiv sweep``, each of ``steps`` updates and no measurement, one after another.
 
     Beside them, in turn, stand bare trials: Ray Tune over a ``TorchTrainer`` whose workers, as many, make a DeepSpeed step of
@@ -32,7 +34,7 @@ def bench_trials(recipe: Recipe, repeats: int = 3, steps: int = 4, display: Disp
     Returns medians in seconds: of what a trial of ``raydiv`` takes beyond its updates and of what a ``bare`` one takes, and
     ``ratio``, the median of their ratios within a turn.
     """
-    display = display or Display()
+    display = display or ProgressDisplay()
     recipe = steps_alone(recipe, steps)
     prepare(recipe, display)
     turns: list[dict[str, list[float]]] = []
@@ -54,7 +56,7 @@ def _raydiv(recipe: Recipe) -> list[float]:
     """Seconds of each trial without those of its updates."""
     with tempfile.TemporaryDirectory() as folder:
         betas = [round(0.05 * (number + 1), 2) for number in range(AT_A_TIME)]
-        section = Sweep(space={"loss.beta": betas}, goal="minimize loss", search="grid", max_concurrent=1, keep=0)
+        section = SweepConfig(space={"loss.beta": betas}, goal="minimize loss", search="grid", max_concurrent=1, keep=0)
         recipe = inside(recipe, folder).model_copy(update={"sweep": section})
         path = Path(folder) / "recipe.yaml"
         save_recipe(recipe, path)
@@ -64,7 +66,7 @@ def _raydiv(recipe: Recipe) -> list[float]:
 
 
 def _training(run: Path) -> float:
-    return sum(float(record.get("step_seconds", 0.0)) for record in RunDirectory(run).metrics())
+    return sum(float(record.get("step_seconds", 0.0)) for record in RunDirectory(run).read_metrics())
 
 
 def _bare(recipe: Recipe) -> list[float]:

@@ -130,7 +130,7 @@ def main(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def _trainer(settings: Mapping[str, Any], folder: Path, accumulated: int, data: Any, tokenizer: Any) -> Any:
     import trl
 
-    from raydiv.config.recipe import Lora
+    from raydiv.config.recipe import LoraConfig
     from raydiv.model.load import implementation, lora_config
 
     kind = "DPO" if settings["loss"]["type"] in PAIRED else "KTO"
@@ -170,7 +170,7 @@ def _trainer(settings: Mapping[str, Any], folder: Path, accumulated: int, data: 
         disable_tqdm=True,
         **counterpart(settings["loss"]),
     )
-    adapters = lora_config(Lora.model_validate(lora)) if lora else None
+    adapters = lora_config(LoraConfig.model_validate(lora)) if lora else None
     return trainer(
         settings["model"], args=arguments, train_dataset=data, processing_class=tokenizer, peft_config=adapters
     )

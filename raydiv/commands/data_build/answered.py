@@ -13,7 +13,7 @@ from raydiv.utils.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class AnsweredPrompt:
     """A prompt, where it stands, and its source's first response of either kind, by whether it is aligned."""
 
     key: str
@@ -24,22 +24,22 @@ class Answered:
 
 
 @dataclass(slots=True)
-class Collected:
+class CollectedPrompts:
     """A source's prompts by their key, and what of it is left out: rows and single responses that came too late."""
 
-    prompts: dict[str, Answered] = field(default_factory=dict)
+    prompts: dict[str, AnsweredPrompt] = field(default_factory=dict)
     duplicates: int = 0
     further_responses: int = 0
 
 
-def collect(source: Source, harmful: bool) -> Collected:
+def collect(source: Source, harmful: bool) -> CollectedPrompts:
     """The prompts of a source small enough for this process, all of them ``harmful`` or none.
 
     Besides the known formats it may hold ``prompt, response`` or Alpaca's ``instruction, input, output``: a lone response to
     a harmful prompt is a compliance, and one to a harmless prompt a good answer. Raises UserError for a record that is
     wrong or labelled otherwise, naming file and record, and for a source that holds none.
     """
-    found = Collected()
+    found = CollectedPrompts()
     for where, record in iterate_records(source):
         try:
             examples = _examples(record, where, harmful)
@@ -47,7 +47,7 @@ def collect(source: Source, harmful: bool) -> Collected:
             raise UserError(f"{where}: {error}") from None
         prompt = _plain(examples[0].prompt)
         key = digest(prompt)
-        answered = found.prompts.setdefault(key, Answered(key, prompt, harmful, where, {}))
+        answered = found.prompts.setdefault(key, AnsweredPrompt(key, prompt, harmful, where, {}))
         # a prompt's two sides may stand in two rows; of several on one side the first stays
         fresh = {one.aligned: one.response for one in reversed(examples) if one.aligned not in answered.responses}
         answered.responses.update(fresh)

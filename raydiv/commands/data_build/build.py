@@ -12,24 +12,24 @@ from typing import Any
 
 import numpy as np
 
-from raydiv.commands.data_build.answered import Answered, Collected, collect
+from raydiv.commands.data_build.answered import AnsweredPrompt, CollectedPrompts, collect
 from raydiv.commands.data_build.card import BuildReport, ClassCounts, Side, card
 from raydiv.commands.data_build.counterparts import Models, read_bank, refusals_of, usable, worse_answers
-from raydiv.commands.data_build.options import CLASSES, Kind, Plan
-from raydiv.config.cluster import Cluster
+from raydiv.commands.data_build.options import CLASSES, BuildOptions, Kind
+from raydiv.config.cluster import ClusterConfig
 from raydiv.config.source import Source
 from raydiv.evaluation.refusal import is_refusal
 from raydiv.model.chat import as_turns
-from raydiv.runs.progress import Display
+from raydiv.runs.progress import ProgressDisplay
 from raydiv.utils.errors import UserError
 from raydiv.utils.storage import atomic, require_empty
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ExampleRow:
     """A prompt with its two responses."""
 
-    prompt: Answered
+    prompt: AnsweredPrompt
     chosen: str
     rejected: str
 
@@ -55,8 +55,8 @@ def build_data(
     worse: str | None = None,
     prompts: int | None = None,
     seed: int = 0,
-    cluster: Cluster | None = None,
-    display: Display | None = None,
+    cluster: ClusterConfig | None = None,
+    display: ProgressDisplay | None = None,
     template: str | None = None,
     max_new_tokens: int | None = None,
 ) -> BuildReport:
@@ -76,10 +76,10 @@ def build_data(
     """
     if worse is None and kind == "preference":
         worse = "own"
-    plan = Plan(harmful, harmless, kind, refusals, worse, prompts, seed, template, max_new_tokens)
+    plan = BuildOptions(harmful, harmless, kind, refusals, worse, prompts, seed, template, max_new_tokens)
     require_empty(output)
     bank = read_bank(plan)
-    models = Models(plan, cluster or Cluster(), display or Display())
+    models = Models(plan, cluster or ClusterConfig(), display or ProgressDisplay())
     collected = {label: collect(source, label) for label, source in plan.sources.items()}
     _require_apart(collected)
     _require_responses(plan, collected)
@@ -107,7 +107,7 @@ def build_data(
     return report
 
 
-def _require_apart(collected: Mapping[bool, Collected]) -> None:
+def _require_apart(collected: Mapping[bool, CollectedPrompts]) -> None:
     """Refuse prompts that are in both sources."""
     harmful, harmless = collected[True].prompts, collected[False].prompts
     both = [key for key in harmful if key in harmless]
@@ -118,7 +118,7 @@ def _require_apart(collected: Mapping[bool, Collected]) -> None:
         )
 
 
-def _require_responses(plan: Plan, collected: Mapping[bool, Collected]) -> None:
+def _require_responses(plan: BuildOptions, collected: Mapping[bool, CollectedPrompts]) -> None:
     """Refuse prompts without the responses that the plan takes from their source."""
     needed = [
         (True, False, "compliant response (an unaligned one)"),
@@ -137,7 +137,7 @@ def _require_responses(plan: Plan, collected: Mapping[bool, Collected]) -> None:
             )
 
 
-def _choose(plan: Plan, label: bool, found: Collected) -> list[Answered]:
+def _choose(plan: BuildOptions, label: bool, found: CollectedPrompts) -> list[AnsweredPrompt]:
     """As many prompts of a source as wanted."""
     prompts = sorted(found.prompts.values(), key=lambda prompt: plan.draw("choice", prompt))
     if plan.prompts is not None and len(prompts) < plan.prompts:
@@ -148,10 +148,10 @@ def _choose(plan: Plan, label: bool, found: Collected) -> list[Answered]:
 
 
 def _rows(
-    plan: Plan, chosen: Sequence[Answered], given: Mapping[str, str]
-) -> tuple[list[Row], Counter[tuple[bool, str]]]:
+    plan: BuildOptions, chosen: Sequence[AnsweredPrompt], given: Mapping[str, str]
+) -> tuple[list[ExampleRow], Counter[tuple[bool, str]]]:
     """The rows, classes mixed, and how many prompts of each class teach nothing, by why: these are left out."""
-    rows: list[Row] = []
+    rows: list[ExampleRow] = []
     left_out: Counter[tuple[bool, str]] = Counter()
     for prompt in sorted(chosen, key=lambda prompt: plan.draw("place", prompt)):
         row = _row(prompt, given[prompt.key])
@@ -164,14 +164,16 @@ def _rows(
     return rows, left_out
 
 
-def _row(prompt: Answered, other: str) -> Row:
+def _row(prompt: AnsweredPrompt, other: str) -> ExampleRow:
     """A prompt with what its source is read for, a compliance or a good answer, on the one side and ``other`` on the other."""
     if prompt.harmful:
-        return Row(prompt, chosen=other, rejected=prompt.responses[False])
-    return Row(prompt, chosen=prompt.responses[True], rejected=other)
+        return ExampleRow(prompt, chosen=other, rejected=prompt.responses[False])
+    return ExampleRow(prompt, chosen=prompt.responses[True], rejected=other)
 
 
-def _require_both_classes(plan: Plan, rows: Sequence[Row], left_out: Mapping[tuple[bool, str], int]) -> None:
+def _require_both_classes(
+    plan: BuildOptions, rows: Sequence[ExampleRow], left_out: Mapping[tuple[bool, str], int]
+) -> None:
     for label, name in CLASSES.items():
         if all(row.prompt.harmful != label for row in rows):
             raise UserError(
@@ -180,14 +182,14 @@ def _require_both_classes(plan: Plan, rows: Sequence[Row], left_out: Mapping[tup
             )
 
 
-def _lines(rows: Sequence[Row]) -> str:
+def _lines(rows: Sequence[ExampleRow]) -> str:
     """The rows as JSONL, all of them conversational where one of them must be."""
     conversational = any(isinstance(row.prompt.prompt, list) for row in rows)
     return "".join(json.dumps(row.as_json(conversational), ensure_ascii=False) + "\n" for row in rows)
 
 
 def _counts(
-    label: bool, found: Collected, rows: Sequence[Row], left_out: Mapping[tuple[bool, str], int]
+    label: bool, found: CollectedPrompts, rows: Sequence[ExampleRow], left_out: Mapping[tuple[bool, str], int]
 ) -> ClassCounts:
     kept = sum(row.prompt.harmful == label for row in rows)
     same, unusable = left_out[label, "same"], left_out[label, "unusable"]
@@ -202,7 +204,7 @@ def _counts(
     )
 
 
-def _sides(rows: Sequence[Row]) -> dict[str, Side]:
+def _sides(rows: Sequence[ExampleRow]) -> dict[str, Side]:
     """Figures of each class's chosen and rejected responses."""
     sides = {}
     for label, name in CLASSES.items():

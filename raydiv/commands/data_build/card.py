@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from raydiv.commands.data_build.counterparts import MAX_NEW_TOKENS
-from raydiv.commands.data_build.options import Kind, Plan, written
+from raydiv.commands.data_build.options import BuildOptions, Kind, written
 from raydiv.data.sources import files_of
 from raydiv.evaluation.refusal import ERRORS
 
@@ -79,7 +79,7 @@ WHY = {
 """What the counts of a class mean."""
 
 
-def card(plan: Plan, report: BuildReport, bank: int, models: Mapping[str, str]) -> str:
+def card(plan: BuildOptions, report: BuildReport, bank: int, models: Mapping[str, str]) -> str:
     """The data card (README.md with a Hugging Face front matter); ``bank`` counts its refusals, ``models`` are digests."""
     sections = [
         _front_matter(plan),
@@ -109,7 +109,7 @@ def card(plan: Plan, report: BuildReport, bank: int, models: Mapping[str, str]) 
     return "\n\n".join(sections) + "\n"
 
 
-def _front_matter(plan: Plan) -> str:
+def _front_matter(plan: BuildOptions) -> str:
     facts = {
         "pretty_name": f"{TITLES[plan.kind]} by raydiv",
         "license": "other",
@@ -132,7 +132,7 @@ def _columns() -> str:
     )
 
 
-def _origins(plan: Plan, models: Mapping[str, str]) -> str:
+def _origins(plan: BuildOptions, models: Mapping[str, str]) -> str:
     """Every source with its files, and every model."""
     sources = {"harmful prompts": plan.harmful, "harmless prompts": plan.harmless}
     if plan.bank is not None:
@@ -146,7 +146,7 @@ def _origins(plan: Plan, models: Mapping[str, str]) -> str:
     return _table(("what", "source", "file", "digest"), rows)
 
 
-def _ways(plan: Plan, report: BuildReport, bank: int) -> str:
+def _ways(plan: BuildOptions, report: BuildReport, bank: int) -> str:
     """How refusals and worse answers were had."""
     drawn = f"one of {bank} (`{plan.bank.path}`), drawn by seed and prompt" if plan.bank else ""
     limit = f"greedy, of at most {plan.max_new_tokens or MAX_NEW_TOKENS} tokens"
@@ -190,7 +190,7 @@ def _responses(report: BuildReport) -> str:
     return f"{table}\n\n{ERRORS}"
 
 
-def _limits(plan: Plan, report: BuildReport) -> str:
+def _limits(plan: BuildOptions, report: BuildReport) -> str:
     """What is wrong with such data, as far as the plan tells."""
     limits = [
         "Whether prompts are harmful, and answers right, is the sources' word; nothing here was checked by a person.",

@@ -7,15 +7,15 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from raydiv.commands.data_build.answered import Answered
-from raydiv.commands.data_build.options import Plan
-from raydiv.config.cluster import Cluster
+from raydiv.commands.data_build.answered import AnsweredPrompt
+from raydiv.commands.data_build.options import BuildOptions
+from raydiv.config.cluster import ClusterConfig
 from raydiv.data.formats import BadRow, Record, text
 from raydiv.data.sources import iterate_records
 from raydiv.evaluation.coherence import is_degenerate
 from raydiv.evaluation.refusal import is_refusal
 from raydiv.model.chat import Messages, as_turns
-from raydiv.runs.progress import Display
+from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.session import ray_session
 from raydiv.utils.errors import UserError
 
@@ -38,7 +38,7 @@ class Models:
     ``cut`` counts the answers that were as long as they might get.
     """
 
-    def __init__(self, plan: Plan, cluster: Cluster, display: Display) -> None:
+    def __init__(self, plan: BuildOptions, cluster: ClusterConfig, display: ProgressDisplay) -> None:
         self._cluster, self._display = cluster, display
         self._limit = plan.max_new_tokens or MAX_NEW_TOKENS
         self._sources = {name: _model(name, plan.template) for name in plan.models}
@@ -84,7 +84,7 @@ class Refusals:
     replaced: int = 0
 
 
-def read_bank(plan: Plan) -> list[str]:
+def read_bank(plan: BuildOptions) -> list[str]:
     """The refusals of the plan's bank. Raises UserError where there is none, or a record without one."""
     if plan.bank is None:
         return [CONSTANT]
@@ -106,7 +106,7 @@ def _refusal(record: Record, where: str) -> str:
         raise UserError(f"{where}: {error}") from None
 
 
-def refusals_of(plan: Plan, prompts: Sequence[Answered], bank: Sequence[str], models: Models) -> Refusals:
+def refusals_of(plan: BuildOptions, prompts: Sequence[AnsweredPrompt], bank: Sequence[str], models: Models) -> Refusals:
     """Refusals as the plan has them; one of the bank where the source has none to give, or a model did not refuse."""
     drawn = {prompt.key: bank[plan.draw("refusal", prompt) % len(bank)] for prompt in prompts}
     if plan.refusals == "own":
@@ -124,7 +124,7 @@ def refusals_of(plan: Plan, prompts: Sequence[Answered], bank: Sequence[str], mo
     return Refusals(drawn | refused, len(prompts) - len(refused))
 
 
-def worse_answers(plan: Plan, prompts: Sequence[Answered], models: Models) -> dict[str, str]:
+def worse_answers(plan: BuildOptions, prompts: Sequence[AnsweredPrompt], models: Models) -> dict[str, str]:
     """A worse answer to each prompt by its key, as the plan has them."""
     if plan.worse is None or plan.worse == "own":
         return {prompt.key: prompt.responses[False] for prompt in prompts}

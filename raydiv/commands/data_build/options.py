@@ -7,7 +7,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from raydiv.commands.data_build.answered import Answered
+from raydiv.commands.data_build.answered import AnsweredPrompt
 from raydiv.config.source import Source
 from raydiv.utils.cache import digest
 from raydiv.utils.errors import UserError
@@ -19,7 +19,7 @@ CLASSES = {True: "harmful", False: "harmless"}
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class BuildOptions:
     """The options of ``build_data``, which says what they mean.
 
     Raises UserError for one that is unknown or would be skipped.
@@ -73,11 +73,11 @@ class Plan:
         bundled = self.refusals in ("bank", "own", *self.models)
         return Source(path="bundled:refusals" if bundled else self.refusals)
 
-    def refuses(self, prompt: Answered) -> bool:
+    def refuses(self, prompt: AnsweredPrompt) -> bool:
         """Whether a prompt gets a refusal, as its aligned response or as a needless one."""
         return prompt.harmful or self.kind == "compliance-refusal"
 
-    def draw(self, purpose: str, prompt: Answered) -> int:
+    def draw(self, purpose: str, prompt: AnsweredPrompt) -> int:
         """A number in [0, 2^128) that follows from the seed and the prompt alone, another one for each purpose.
 
         Were prompts chosen and ordered by the same number, the class with more prompts to choose from would come first.

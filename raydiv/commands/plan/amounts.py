@@ -15,15 +15,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from raydiv.commands.plan.layout import Share, largest_share
+from raydiv.commands.plan.layout import WorkerBudget, largest_budget
 from raydiv.config import Recipe
 from raydiv.config.source import Source
-from raydiv.data.batching import Epochs
+from raydiv.data.batching import EpochPlan
 from raydiv.data.formats import BadRow, Example
 from raydiv.data.index import OpenSource, read_index
 from raydiv.data.prompt_sets import prompt_sets, read_prompts
-from raydiv.data.sources import File, files_of, locate, parse, pieces_of, read, reading_of
-from raydiv.data.splits import make_sets
+from raydiv.data.sources import File, file_chunks, files_of, locate, parse, read, reading_of
+from raydiv.data.splits import make_splits
 from raydiv.model.chat import Chat
 from raydiv.training.order import epochs_of, total_steps
 from raydiv.utils.errors import UserError
@@ -44,7 +44,7 @@ class Amounts:
     examples: int | None
     tokens: int | None
     steps: int | None
-    share: Share
+    share: WorkerBudget
     unread: list[str] = field(default_factory=list)
 
     def tokens_of_run(self, recipe: Recipe) -> int | None:
@@ -86,10 +86,10 @@ def _counted(recipe: Recipe, opened: Sequence[OpenSource], unread: list[str]) ->
     """From the indices of prepared sources."""
     indices = [read_index(one) for one in opened]
     train = len(recipe.data.train)
-    examples = make_sets(recipe, indices[:train], indices[train:]).train.examples
+    examples = make_splits(recipe, indices[:train], indices[train:]).train.examples
     epochs = epochs_of(recipe, examples)
     steps = total_steps(recipe, epochs.steps_per_epoch)
-    share = largest_share(epochs, steps, examples.lengths, recipe.cluster.fewest)
+    share = largest_budget(epochs, steps, examples.lengths, recipe.cluster.least_workers)
     weights = np.array([source.weight for source in recipe.data.train])[examples.source]
     tokens = round(float((weights * examples.lengths).sum()))
     return Amounts("counted", round(float(weights.sum())), tokens, steps, share, unread)
@@ -117,7 +117,7 @@ class _Sample:
     def pairs(self) -> bool:
         return any(len(record) == 2 and record[0].pair is not None for source in self.taken for record in source)
 
-    def epochs(self, recipe: Recipe) -> Epochs:
+    def epochs(self, recipe: Recipe) -> EpochPlan:
         """The order of the sample as that of a training set: rows are its examples, source by source."""
         records = [record for source in self.taken for record in source]
         number = np.repeat(np.arange(len(self.taken)), [len(source) for source in self.taken])
@@ -130,7 +130,7 @@ class _Sample:
             units += own
             of += [source] * len(own)
         weights = [source.weight for source in recipe.data.train]
-        return Epochs(np.array(units), recipe.batch.examples, recipe.seed, "sample", np.array(of), weights)
+        return EpochPlan(np.array(units), recipe.batch.examples, recipe.seed, "sample", np.array(of), weights)
 
     def weighted(self, recipe: Recipe, of_example: Sequence[Sequence[float]]) -> float:
         """Sum over an epoch's training examples of what ``of_example`` [source][example of the sample] says of each."""
@@ -142,7 +142,7 @@ class _Sample:
 def _records(source: Source) -> Iterator[tuple[File, tuple[int, Any]]]:
     """(file, raw record) of a source, in order."""
     for file in files_of(source):
-        for piece in pieces_of(file):
+        for piece in file_chunks(file):
             yield from ((file, raw) for raw in read(piece))
 
 
@@ -179,8 +179,8 @@ def _assumed(recipe: Recipe, sample: _Sample | None, unread: list[str]) -> Amoun
     if sample is not None:
         lengths = [[longest for record in source for _ in record] for source in sample.taken]
         return _extrapolated(recipe, sample, lengths, "assumed", unread)
-    most = -(-recipe.batch.examples // recipe.cluster.fewest) * longest
-    return Amounts("assumed", None, None, recipe.optim.steps, Share(longest, most, most), unread)
+    most = -(-recipe.batch.examples // recipe.cluster.least_workers) * longest
+    return Amounts("assumed", None, None, recipe.optim.steps, WorkerBudget(longest, most, most), unread)
 
 
 def _extrapolated(
@@ -196,6 +196,6 @@ def _extrapolated(
     size = max(1, recipe.batch.examples // (2 if sample.pairs else 1))
     steps = total_steps(recipe, max(1, -(-round(units) // size)))
     flat = np.array([length for own in lengths for length in own])
-    share = largest_share(sample.epochs(recipe), steps, flat, recipe.cluster.fewest)
+    share = largest_budget(sample.epochs(recipe), steps, flat, recipe.cluster.least_workers)
     tokens = sample.weighted(recipe, [[float(length) for length in own] for own in lengths])
     return Amounts(how, round(examples), round(tokens), steps, share, unread)

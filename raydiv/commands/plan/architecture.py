@@ -22,14 +22,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from raydiv.commands.plan.live import LiveBytes
 from raydiv.config import Recipe
-from raydiv.config.recipe import Model
+from raydiv.config.recipe import ModelConfig
 from raydiv.data.bundled import FOLDER
-from raydiv.model.collate import Inputs, collate
-from raydiv.model.head import LogProbHead, Weigh
+from raydiv.model.collate import ModelInputs, collate
+from raydiv.model.head import CoefficientFn, LogProbHead
 from raydiv.model.load import DTYPES, implementation, lora_config
 from raydiv.model.packing import Packing, packing_of
 from raydiv.model.resolve import model_directory, require_base, unloadable
-from raydiv.utils.cache import cache_dir, code, digest, kept
+from raydiv.utils.cache import cache_dir, cached_text, code_digest, digest
 from raydiv.utils.compat import peft_without_quantizer
 from raydiv.utils.errors import UserError
 
@@ -103,7 +103,7 @@ class Architecture:
 _ARCHITECTURE = TypeAdapter(Architecture)
 
 
-def at_hand(model: Model) -> Path | None:
+def at_hand(model: ModelConfig) -> Path | None:
     """The model's directory where it is on this machine (weights or not), without asking a hub."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -120,7 +120,7 @@ def at_hand(model: Model) -> Path | None:
     return Path(cached).parent if isinstance(cached, str) else None
 
 
-def config_of(model: Model) -> Any:
+def config_of(model: ModelConfig) -> Any:
     """The model's config: from its directory or the hub's cache, else of the shipped ones, else from the hub.
 
     Raises UserError where there is none.
@@ -172,19 +172,21 @@ def architecture_of(recipe: Recipe) -> Architecture:
 @cache
 def _measured(section: str, precision: str, checkpointing: bool, may_pack: bool, max_length: int) -> Architecture:
     """``architecture_of``, of what it depends on; kept on disk, since a run should not wait for it twice."""
-    model = Model.model_validate_json(section)
+    model = ModelConfig.model_validate_json(section)
     config = config_of(model)
     options = (precision, checkpointing, may_pack, max_length)
     if model.trust_remote_code:  # code that may be another tomorrow
         return _tried(config, model, *options)
-    note = cache_dir("architectures") / digest(config.to_dict(), section, options, code("model", "commands/plan"))
+    note = cache_dir("architectures") / digest(
+        config.to_dict(), section, options, code_digest("model", "commands/plan")
+    )
     return _ARCHITECTURE.validate_json(
-        kept(note, lambda: _ARCHITECTURE.dump_json(_tried(config, model, *options)).decode())
+        cached_text(note, lambda: _ARCHITECTURE.dump_json(_tried(config, model, *options)).decode())
     )
 
 
 def _tried(
-    config: Any, model: Model, precision: str, checkpointing: bool, may_pack: bool, max_length: int
+    config: Any, model: ModelConfig, precision: str, checkpointing: bool, may_pack: bool, max_length: int
 ) -> Architecture:
     """Make the model on the meta device, and run a few of its layers."""
     dtype = DTYPES[precision]
@@ -212,7 +214,7 @@ def _tried(
     )
 
 
-def _on_meta(config: Any, model: Model, dtype: torch.dtype) -> Any:
+def _on_meta(config: Any, model: ModelConfig, dtype: torch.dtype) -> Any:
     """The model with its adapters, without memory."""
     from transformers import AutoModelForCausalLM
 
@@ -256,7 +258,7 @@ class _Trial:
     """Runs copies of a few layers on fake tensors."""
 
     config: Any
-    model: Model
+    model: ModelConfig
     dtype: torch.dtype
     checkpointing: bool
     packing: Packing
@@ -284,7 +286,7 @@ class _Trial:
         return found[0][0], max(peak for _, peak in found)
 
 
-def _alive(policy: Any, inputs: Inputs, weigh: Weigh | None) -> tuple[int, int]:
+def _alive(policy: Any, inputs: ModelInputs, weigh: CoefficientFn | None) -> tuple[int, int]:
     """``_Trial._run``, of a head that is told the coefficients on the way (``weigh``) or after the forward.
 
     Without what it holds for logits, which has an end (see raydiv.model.head.buffer_bytes).
@@ -292,7 +294,7 @@ def _alive(policy: Any, inputs: Inputs, weigh: Weigh | None) -> tuple[int, int]:
     head = LogProbHead(policy)
     rows, columns, targets = (torch.empty_like(tensor) for tensor in (inputs.rows, inputs.columns, inputs.targets))
     arguments = {name: _fake_like(value) for name, value in inputs.arguments().items()}
-    head.aim(rows, columns, targets, weigh)
+    head.set_targets(rows, columns, targets, weigh)
     with LiveBytes(policy.parameters()) as live:
         total = policy(**arguments).logits.sum()
         kept = live.now

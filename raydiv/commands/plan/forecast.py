@@ -17,10 +17,10 @@ from raydiv.commands.plan.memory import sizes_on_disk
 from raydiv.commands.plan.tested import untested
 from raydiv.commands.plan.traffic import Traffic, traffic_of
 from raydiv.config import Recipe
-from raydiv.config.cluster import Cluster
+from raydiv.config.cluster import ClusterConfig
 from raydiv.losses import widest_scope
 from raydiv.model.chat import Chat
-from raydiv.model.silence import quiet
+from raydiv.model.silence import silence_libraries
 from raydiv.runs.directory import RunDirectory
 from raydiv.runtime.resources import HOST_SHARE
 from raydiv.utils.errors import UserError
@@ -35,7 +35,7 @@ RECORDS_OF_A_SPEED = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Forecast:
     """What was found. ``facts`` is what ``--json`` prints; sizes in it are bytes."""
 
     facts: dict[str, Any]
@@ -96,7 +96,7 @@ class Plan:
         return f"{seconds / 3600:.1f} hours at {speed['tokens_per_second']:,.0f} tokens/s ({speed['from']})"
 
 
-def plan(recipe: Recipe, *, tokens_per_second: float | None = None, memory_gb: float | None = None) -> Plan:
+def plan(recipe: Recipe, *, tokens_per_second: float | None = None, memory_gb: float | None = None) -> Forecast:
     """Check a recipe, its model's config and its data, and predict memory, steps, tokens, time and sizes.
 
     ``memory_gb``: GiB of a worker's GPU or its share of a node, in place of what is here. Starts nothing, and asks a hub only
@@ -106,7 +106,7 @@ def plan(recipe: Recipe, *, tokens_per_second: float | None = None, memory_gb: f
         recipe = recipe.model_copy(
             update={"cluster": recipe.cluster.model_copy(update={"worker_memory_gb": memory_gb})}
         )
-    quiet()
+    silence_libraries()
     architecture, chat = architecture_of(recipe), _chat(recipe)
     amounts = amounts_of(recipe, chat)
     memory, memory_from = _memory(recipe.cluster)
@@ -115,7 +115,7 @@ def plan(recipe: Recipe, *, tokens_per_second: float | None = None, memory_gb: f
     speed = _speed(recipe, tokens_per_second)
     tokens = amounts.tokens_of_run(recipe)
     settled = with_layout(recipe, taken)
-    return Plan(
+    return Forecast(
         {
             "model": _model(recipe, architecture),
             "workers": {"number": recipe.cluster.num_workers, "memory": memory, "memory_from": memory_from},
@@ -157,7 +157,7 @@ def _chat(recipe: Recipe) -> Chat | None:
     return Chat(directory, recipe.data.template, recipe.model.trust_remote_code)
 
 
-def _memory(cluster: Cluster) -> tuple[int, str]:
+def _memory(cluster: ClusterConfig) -> tuple[int, str]:
     """Bytes of a worker, and where that is from."""
     if cluster.worker_memory_gb is not None:
         return round(cluster.worker_memory_gb * GIB), "as given"
@@ -186,7 +186,7 @@ def _speed(recipe: Recipe, given: float | None) -> dict[str, Any] | None:
     runs = sorted(recipe.output_path.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True)
     for run in (RunDirectory(path.parent) for path in runs):
         if run.holds_a_run and _alike(run, recipe):
-            speeds = [line["tokens_per_second"] for line in run.metrics() if "tokens_per_second" in line]
+            speeds = [line["tokens_per_second"] for line in run.read_metrics() if "tokens_per_second" in line]
             if speeds:
                 return {
                     "tokens_per_second": statistics.median(speeds[-RECORDS_OF_A_SPEED:]),

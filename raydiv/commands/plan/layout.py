@@ -11,7 +11,7 @@ import numpy as np
 from raydiv.commands.plan.architecture import Architecture, architecture_of
 from raydiv.commands.plan.memory import Memory, Stage, memory_of
 from raydiv.config import Recipe, load_recipe
-from raydiv.data.batching import Layout, Plan
+from raydiv.data.batching import BatchLayout, BatchPlan
 from raydiv.utils.errors import UserError
 
 MARGIN = 0.1
@@ -27,7 +27,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class WorkerBudget:
     """Tokens of the longest example, and of the largest part of a step that a worker gets: packed, and padded."""
 
     longest: int
@@ -37,27 +37,27 @@ class Share:
     def tokens(self, architecture: Architecture) -> int:
         return self.padded if architecture.packing == "none" else self.packed
 
-    def among(self, workers: int, more: int) -> Share:
+    def among(self, workers: int, more: int) -> WorkerBudget:
         """The share of one of ``more`` workers, in place of ``workers``."""
         packed, padded = (-(-tokens * workers // more) for tokens in (self.packed, self.padded))
         return replace(self, packed=max(self.longest, packed), padded=max(self.longest, padded))
 
-    def cut(self, length: int) -> Share:
+    def cut(self, length: int) -> WorkerBudget:
         """With examples of at most ``length`` tokens."""
         part = min(1.0, length / self.longest)
-        return Share(min(self.longest, length), round(part * self.packed), round(part * self.padded))
+        return WorkerBudget(min(self.longest, length), round(part * self.packed), round(part * self.padded))
 
 
-def largest_share(plan: Plan, steps: int, lengths: np.ndarray, workers: int) -> Share:
+def largest_budget(plan: BatchPlan, steps: int, lengths: np.ndarray, workers: int) -> WorkerBudget:
     """The largest share of the run's steps; ``lengths`` [n] are tokens of each example of the set."""
     looked = [lengths[plan.step(step).rows].tolist() for step in range(min(steps, LOOKED_AT))]
     whole = int(lengths.max()) * max(map(len, looked))
 
     def largest(packed: bool) -> int:
-        layout = Layout(whole, workers, "batch", packed)
+        layout = BatchLayout(whole, workers, "batch", packed)
         return max(layout.largest(layout.scoring(own), own) for own in looked)
 
-    return Share(int(lengths.max()), largest(packed=True), largest(packed=False))
+    return WorkerBudget(int(lengths.max()), largest(packed=True), largest(packed=False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class Fit:
     least: int
 
 
-def settle(architecture: Architecture, recipe: Recipe, share: Share, memory: int) -> Fit:
+def settle(architecture: Architecture, recipe: Recipe, share: WorkerBudget, memory: int) -> Fit:
     """The lowest ZeRO stage that fits into ``memory`` bytes a worker, with micro-batches as large as fit.
 
     A lower stage sends less, and a micro-batch that is a worker's whole share makes any objective one pass. What the recipe
@@ -93,7 +93,7 @@ def with_layout(recipe: Recipe, found: Fit) -> Recipe:
     return recipe.model_copy(update={"engine": engine, "batch": batch})
 
 
-def best(architecture: Architecture, recipe: Recipe, share: Share, memory: int) -> Fit:
+def best(architecture: Architecture, recipe: Recipe, share: WorkerBudget, memory: int) -> Fit:
     """The layout that is taken."""
     return taken_of(list(layouts(architecture, recipe, share, memory)))
 
@@ -103,7 +103,7 @@ def taken_of(found: Sequence[Fit]) -> Fit:
     return next((one for one in found if one.fits), min(found, key=lambda one: one.least))
 
 
-def layouts(architecture: Architecture, recipe: Recipe, share: Share, memory: int) -> Iterator[Fit]:
+def layouts(architecture: Architecture, recipe: Recipe, share: WorkerBudget, memory: int) -> Iterator[Fit]:
     """The layout at each stage that the recipe allows, by stage."""
     wanted = recipe.engine.zero_stage
     for stage in STAGES if wanted == "auto" else (wanted,):
@@ -112,9 +112,9 @@ def layouts(architecture: Architecture, recipe: Recipe, share: Share, memory: in
             yield _at_stage(architecture, at_stage, stage, share, memory)
 
 
-def _at_stage(architecture: Architecture, recipe: Recipe, stage: Stage, share: Share, memory: int) -> Fit:
+def _at_stage(architecture: Architecture, recipe: Recipe, stage: Stage, share: WorkerBudget, memory: int) -> Fit:
     """The largest micro-batch that fits, up to the share, and no smaller than the longest example."""
-    whole, workers = max(share.longest, share.tokens(architecture)), recipe.cluster.fewest
+    whole, workers = max(share.longest, share.tokens(architecture)), recipe.cluster.least_workers
 
     def needed(tokens: int) -> Memory:
         return memory_of(architecture, recipe, workers, stage, tokens, accumulates=tokens < whole)
@@ -144,7 +144,7 @@ def changed(recipe: Recipe, *overrides: str) -> Recipe | None:
         return None
 
 
-def _too_large(recipe: Recipe, share: Share, memory: int, found: Fit) -> str:
+def _too_large(recipe: Recipe, share: WorkerBudget, memory: int, found: Fit) -> str:
     """What to say where nothing fits: how much the layout that needs least does need, and what would do."""
     does = what_fits(recipe, share, memory)
     advice = f"these would fit: {', or '.join(does)}" if does else "no change that raydiv knows would fit"
@@ -170,7 +170,7 @@ CHANGES = (
 MOST_WORKERS = 64
 
 
-def what_fits(recipe: Recipe, share: Share, memory: int) -> list[str]:
+def what_fits(recipe: Recipe, share: WorkerBudget, memory: int) -> list[str]:
     """Changes of the recipe that make it fit, each with what a worker then needs: single ones, else pairs."""
     singles = [_told(recipe, share, memory, (change,)) for change in CHANGES]
     singles += [_shorter(recipe, share, memory), _more_workers(recipe, share, memory)]
@@ -178,7 +178,7 @@ def what_fits(recipe: Recipe, share: Share, memory: int) -> list[str]:
     return [told for told in singles if told] or [told for told in pairs if told][:3]
 
 
-def _told(recipe: Recipe, share: Share, memory: int, overrides: Sequence[str]) -> str | None:
+def _told(recipe: Recipe, share: WorkerBudget, memory: int, overrides: Sequence[str]) -> str | None:
     """The changes and what a worker then needs, where they fit and change anything."""
     other = changed(recipe, *overrides)
     if other is None or other == recipe:
@@ -187,7 +187,7 @@ def _told(recipe: Recipe, share: Share, memory: int, overrides: Sequence[str]) -
     return f"{' '.join(overrides)} ({_gib(found.least)})" if found.fits else None
 
 
-def _shorter(recipe: Recipe, share: Share, memory: int) -> str | None:
+def _shorter(recipe: Recipe, share: WorkerBudget, memory: int) -> str | None:
     """The longest examples, of halves and quarters of what is allowed, that fit."""
     for part in (2, 4, 8):
         length, prompt = recipe.batch.max_length // part, recipe.batch.max_prompt_length // part
@@ -198,9 +198,9 @@ def _shorter(recipe: Recipe, share: Share, memory: int) -> str | None:
     return None
 
 
-def _more_workers(recipe: Recipe, share: Share, memory: int) -> str | None:
+def _more_workers(recipe: Recipe, share: WorkerBudget, memory: int) -> str | None:
     """The smallest number of workers, doubling, at which it fits."""
-    workers = recipe.cluster.fewest
+    workers = recipe.cluster.least_workers
     key, more = "num_workers" if recipe.cluster.min_workers is None else "min_workers", 2 * workers
     while more <= MOST_WORKERS:
         told = _told(recipe, share.among(workers, more), memory, (f"cluster.{key}={more}",))

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raydiv.config.cluster import Cluster
-from raydiv.config.recipe import Separation
+from raydiv.config.cluster import ClusterConfig
+from raydiv.config.recipe import SeparationConfig
 from raydiv.data.batching import micro_batches
 from raydiv.data.prompt_sets import Prompt
-from raydiv.model.collate import Ids, Inputs, collate
+from raydiv.model.collate import Ids, ModelInputs, collate
 from raydiv.model.compatibility import EXAMPLES
 from raydiv.model.load import ModelSource
 from raydiv.model.packing import Packing, packing_of
@@ -40,11 +40,11 @@ class Readout:
     pooling: Literal["last", "mean"] = "last"
 
     @classmethod
-    def of(cls, section: Separation) -> Readout:
+    def of(cls, section: SeparationConfig) -> Readout:
         """As a recipe has it."""
         return cls(None if section.layers == "all" else tuple(section.layers), section.pooling)
 
-    def numbers(self, blocks: int) -> list[int]:
+    def layer_indices(self, blocks: int) -> list[int]:
         """The layers, from 0 to ``blocks``, in their order. Raises UserError for one that the model does not have."""
         wanted = range(blocks + 1) if self.layers is None else self.layers
         for layer in wanted:
@@ -57,7 +57,7 @@ FEWEST = 10
 """Prompts of a class that a sample has at least, where there are as many."""
 
 
-def drawn(harmful: np.ndarray, sample: int) -> list[int]:
+def sample_prompts(harmful: np.ndarray, sample: int) -> list[int]:
     """Positions of about ``sample`` of the prompts with labels ``harmful`` [n], in order; always the same ones.
 
     Of each class its share, but never hardly any.
@@ -76,12 +76,12 @@ Read = tuple[int, np.ndarray, int]
 """A prompt's position, its states [layers, d] in fp32, and its tokens."""
 
 
-def collated(prompts: Sequence[Ids], packing: Packing) -> Inputs:
+def collate_prompts(prompts: Sequence[Ids], packing: Packing) -> ModelInputs:
     """Inputs whose scored positions, one a prompt, come just before its last token."""
     return collate([(ids[:-1], ids[-1:]) for ids in prompts], packing)
 
 
-def pooled(states: Sequence[Tensor], inputs: Inputs, lengths: Sequence[int], pooling: str) -> Tensor:
+def pool_states(states: Sequence[Tensor], inputs: ModelInputs, lengths: Sequence[int], pooling: str) -> Tensor:
     """One state a prompt, [m, layers, d] in fp32, from each layer's ``states`` as ``inputs`` of ``collated`` has them."""
     last = inputs.columns + 1
     if pooling == "last":
@@ -99,7 +99,7 @@ def pooled(states: Sequence[Tensor], inputs: Inputs, lengths: Sequence[int], poo
     return torch.stack(sums, dim=1) / counts[:, None, None]
 
 
-def embed(model: ModelSource, prompts: Sequence[Prompt], cluster: Cluster, readout: Readout) -> Iterator[Read]:
+def embed(model: ModelSource, prompts: Sequence[Prompt], cluster: ClusterConfig, readout: Readout) -> Iterator[Read]:
     """The states of prompts, as soon as a pool of models has read them; needs a Ray session."""
     rows = [{"prompt": prompt.text} for prompt in prompts]
     for position, found in each_row(
@@ -120,7 +120,7 @@ class Embedder:
         self._chat = model.chat()
         self._decoder = model.serve().base_model
         self._blocks = self._decoder.config.get_text_config().num_hidden_layers
-        self._layers, self._pooling = readout.numbers(self._blocks), readout.pooling
+        self._layers, self._pooling = readout.layer_indices(self._blocks), readout.pooling
         self._packs = self._keeps_apart()
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -136,14 +136,14 @@ class Embedder:
         return [{"hidden": state, "length": length} for state, length in zip(hidden, lengths, strict=True)]
 
     def _read(self, ids: Sequence[Ids], packing: Packing) -> Tensor:
-        inputs = collated(ids, packing).to(self._decoder.device)
+        inputs = collate_prompts(ids, packing).to(self._decoder.device)
         with torch.inference_mode():
             if self._layers == [self._blocks]:
                 states = [self._decoder(**inputs.arguments()).last_hidden_state]
             else:
                 found = self._decoder(**inputs.arguments(), output_hidden_states=True).hidden_states
                 states = [found[layer] for layer in self._layers]
-        return pooled(states, inputs, [len(one) for one in ids], self._pooling)
+        return pool_states(states, inputs, [len(one) for one in ids], self._pooling)
 
     def _keeps_apart(self) -> bool:
         """Whether this model, tried out, gives packed prompts the states that it gives padded ones."""

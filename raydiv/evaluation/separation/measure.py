@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from raydiv.config.cluster import Cluster
-from raydiv.config.recipe import Separation as SeparationSection
+from raydiv.config.cluster import ClusterConfig
+from raydiv.config.recipe import SeparationConfig as SeparationSection
 from raydiv.data.prompt_sets import Prompt
-from raydiv.evaluation.separation.embed import Readout, drawn, embed
+from raydiv.evaluation.separation.embed import Readout, embed, sample_prompts
 from raydiv.evaluation.separation.metrics import principal_plane, separation_of
 from raydiv.evaluation.separation.moments import Streams
 from raydiv.evaluation.separation.report import LayerReport, SeparationReport
 from raydiv.evaluation.separation.store import EmbeddingFile
 from raydiv.model.load import ModelSource
-from raydiv.runs.progress import Display
+from raydiv.runs.progress import ProgressDisplay
 
 TAKEN_IN = 256
 """Prompts whose states are added to streamed statistics together."""
@@ -28,8 +28,8 @@ def measure_separation(
     model: ModelSource,
     prompts: Sequence[Prompt],
     how: SeparationSection,
-    cluster: Cluster,
-    display: Display,
+    cluster: ClusterConfig,
+    display: ProgressDisplay,
     *,
     label: str,
     name: str,
@@ -39,7 +39,7 @@ def measure_separation(
 
     ``label`` and ``name`` are what the model and its prompts are called, ``keep`` a file for the states of all of them.
     """
-    layers = Readout.of(how).numbers(model.config().num_hidden_layers)
+    layers = Readout.of(how).layer_indices(model.config().num_hidden_layers)
     kept = EmbeddingFile(keep, layers) if keep else nullcontext()
     with display.phase(f"separation, {label}") as update, kept as file:
         states = _States(prompts, how)
@@ -60,7 +60,7 @@ class _States:
     def __init__(self, prompts: Sequence[Prompt], how: SeparationSection) -> None:
         self._prompts, self._how = prompts, how
         self._harmful = np.array([prompt.harmful for prompt in prompts])
-        self._order = drawn(self._harmful, how.sample)
+        self._order = sample_prompts(self._harmful, how.sample)
         self._sample: dict[int, tuple[np.ndarray, int]] = {}
         self._wanted = frozenset(self._order)
         self._streams = Streams() if len(self._order) < len(prompts) else None

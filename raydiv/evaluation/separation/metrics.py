@@ -35,7 +35,7 @@ SMALLEST = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
+class SeparationStatistics:
     """Separation of harmful from harmless prompts in one layer.
 
     ``d_b``: Bhattacharyya distance in the plane of the first two principal components, the papers' protocol, and ``silhouette``
@@ -54,7 +54,7 @@ class Figures:
 
 
 @dataclass(frozen=True, slots=True)
-class Separation:
+class SeparationMetrics:
     """Figures of all prompts with their controls, which are the same figures of others.
 
     ``matched``: of the ``length_matched`` prompts, as many of each class at every token length, None below 3 a class;
@@ -65,18 +65,18 @@ class Separation:
     a class.
     """
 
-    figures: Figures
+    figures: SeparationStatistics
     length_auc: float
     length_matched: int
-    matched: Figures | None
-    shuffled: Figures
+    matched: SeparationStatistics | None
+    shuffled: SeparationStatistics
     d_b_p: float
     d_b_interval: tuple[float, float] | None
 
 
 def separation_of(
     hidden: Array, harmful: Labels, lengths: NDArray[np.int64], *, resampled: bool = True, seed: int = 0
-) -> Separation:
+) -> SeparationMetrics:
     """Separation of hidden states [n, d] of prompts with labels ``harmful`` [n] and token ``lengths`` [n].
 
     Without ``resampled`` there is no interval.
@@ -92,7 +92,7 @@ def separation_of(
     if len(rows) >= 2 * SMALLEST:
         part = _Cloud.of(hidden[rows])
         matched = _figures(part, harmful[rows], part.by_chance(harmful[rows], generator))
-    return Separation(
+    return SeparationMetrics(
         figures=figures,
         length_auc=length_auc(harmful, lengths),
         length_matched=len(rows),
@@ -140,11 +140,11 @@ class _Cloud:
         return float(np.mean([self.pooled_distance(generator.permutation(labels)) for _ in range(CHANCE)]))
 
 
-def _figures(cloud: _Cloud, labels: Labels, by_chance: float) -> Figures:
+def _figures(cloud: _Cloud, labels: Labels, by_chance: float) -> SeparationStatistics:
     from sklearn.metrics import silhouette_score
 
     probe_auc, difference_auc = _held_out(cloud.hidden, labels)
-    return Figures(
+    return SeparationStatistics(
         d_b=cloud.distance(labels),
         silhouette=float(silhouette_score(cloud.plane, labels)),
         d_b_full=cloud.pooled_distance(labels) - by_chance,
@@ -154,11 +154,11 @@ def _figures(cloud: _Cloud, labels: Labels, by_chance: float) -> Figures:
     )
 
 
-def _mean(several: Sequence[Figures]) -> Figures:
+def _mean(several: Sequence[SeparationStatistics]) -> SeparationStatistics:
     """Of each figure; of figures of permuted labels, which have all of them or lack the same."""
     columns = zip(*map(astuple, several), strict=True)
     means: list[Any] = [None if None in column else float(np.mean(column)) for column in columns]
-    return Figures(*means)
+    return SeparationStatistics(*means)
 
 
 def _held_out(hidden: Array, labels: Labels) -> tuple[float | None, float | None]:
@@ -235,7 +235,7 @@ def length_matched(harmful: NDArray[np.bool_], lengths: NDArray[np.int64]) -> ND
     return np.array(sorted(chosen), dtype=np.int64)
 
 
-def explain(result: Separation) -> list[str]:
+def explain(result: SeparationMetrics) -> list[str]:
     """What the controls say, in words."""
     words, figures = [], result.figures
     if result.length_auc >= 0.7:
@@ -252,7 +252,7 @@ def explain(result: Separation) -> list[str]:
     return words
 
 
-def as_row(result: Separation) -> dict[str, float]:
+def as_row(result: SeparationMetrics) -> dict[str, float]:
     """Figures under their metric names, those of the controls too; without what could not be measured."""
     found: dict[str, float | None] = {"separation/length_auc": result.length_auc, "separation/d_b_p": result.d_b_p}
     for ending, figures in (("", result.figures), ("_length_matched", result.matched), ("_shuffled", result.shuffled)):

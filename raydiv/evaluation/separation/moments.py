@@ -41,8 +41,8 @@ class Moments:
 
 
 @dataclass(frozen=True, slots=True)
-class StreamedFigures:
-    """Point estimates over every prompt of a set, as raydiv.evaluation.separation.metrics.Figures has them.
+class StreamedSeparation:
+    """Point estimates over every prompt of a set, as raydiv.evaluation.separation.metrics.SeparationStatistics has them.
 
     ``d_b_full`` is under the plain pooled covariance, less what chance gives Gaussians (Hotelling); None where there are fewer
     prompts than twice the dimensions, where that covariance is nothing to go by.
@@ -74,7 +74,7 @@ class Streams:
                 more, known = Moments.of(hidden[own, layer].astype(np.float64)), self.moments.get((label, layer))
                 self.moments[label, layer] = more if known is None else known.merged(more)
 
-    def figures(self, layer: int) -> StreamedFigures:
+    def figures(self, layer: int) -> StreamedSeparation:
         """Figures of the ``layer``-th of the layers read."""
         one, two = self.moments[True, layer], self.moments[False, layer]
         difference = one.mean - two.mean
@@ -83,7 +83,7 @@ class Streams:
         axes = np.linalg.eigh(whole.scatter)[1][:, -2:]
         first, second = (axes.T @ own.covariance @ axes for own in (one, two))
         in_plane = float(np.trace(axes.T @ whole.scatter @ axes)) / whole.count / axes.shape[1]
-        return StreamedFigures(
+        return StreamedSeparation(
             one.count,
             two.count,
             bhattacharyya_of(axes.T @ difference, first, second, in_plane),

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from raydiv.evaluation.separation.embed import Readout
-from raydiv.evaluation.separation.metrics import Separation, as_row, explain
-from raydiv.evaluation.separation.moments import StreamedFigures
+from raydiv.evaluation.separation.metrics import SeparationMetrics, as_row, explain
+from raydiv.evaluation.separation.moments import StreamedSeparation
 
 FIGURES = {
     "d_b": "D_B, paper protocol",
@@ -20,7 +20,7 @@ FIGURES = {
     "probe_auc": "AUC of a linear probe, held out",
     "difference_auc": "AUC of the difference of means, held out",
 }
-"""Labels of raydiv.evaluation.separation.metrics.Figures."""
+"""Labels of raydiv.evaluation.separation.metrics.SeparationStatistics."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +28,8 @@ class LayerReport:
     """Separation in one layer; ``streamed`` over all prompts where ``separation`` is of a sample of them."""
 
     layer: int
-    separation: Separation
-    streamed: StreamedFigures | None
+    separation: SeparationMetrics
+    streamed: StreamedSeparation | None
 
     def row(self, interval: bool) -> tuple[str, ...]:
         """Of a table of layers: D_B in the plane and in all dimensions and the probe's AUC, each with its controls."""
@@ -56,7 +56,7 @@ class SeparationReport:
     overlap: list[str] = field(default_factory=list)
 
     @property
-    def separation(self) -> Separation:
+    def separation(self) -> SeparationMetrics:
         return self.layers[-1].separation
 
     def metrics(self) -> dict[str, float]:

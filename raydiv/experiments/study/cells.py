@@ -42,12 +42,12 @@ class Cell:
         return self.model, self.data, self.loss
 
 
-def trained(cells: Sequence[Cell]) -> list[Cell]:
+def trained_cells(cells: Sequence[Cell]) -> list[Cell]:
     """Those that are no base cells."""
     return [cell for cell in cells if not cell.is_base]
 
 
-def bases(cells: Sequence[Cell]) -> list[Cell]:
+def baseline_cells(cells: Sequence[Cell]) -> list[Cell]:
     """A base cell for each model: the mean of what its cells measured before training, which is one measurement repeated."""
     found = []
     for model in dict.fromkeys(cell.model for cell in cells):

@@ -11,9 +11,9 @@ from typing import Any
 
 from raydiv.config import Recipe, changed
 from raydiv.experiments.study.cells import Cell
-from raydiv.experiments.study.grid import SECTION, Plan, changes_of, data_name, loss_name, model_name
+from raydiv.experiments.study.grid import SECTION, PlannedCell, changes_of, data_name, loss_name, model_name
 from raydiv.runs.directory import Metrics, RunDirectory, last_values, numbers
-from raydiv.runs.resume import compared, differences
+from raydiv.runs.resume import comparable, differences
 from raydiv.runs.tracker import downloaded_runs, tracking_uri
 from raydiv.utils.errors import UserError
 
@@ -21,7 +21,7 @@ MLFLOW = "mlflow:"
 """How a place begins that is an experiment in MLflow."""
 
 
-def cell_of(run: RunDirectory, plan: Plan) -> Cell:
+def cell_of(run: RunDirectory, plan: PlannedCell) -> Cell:
     """The cell that a finished run of the grid is."""
     return Cell(plan.model, plan.data, plan.loss, plan.seed, *_measured(run), str(run.path))
 
@@ -67,13 +67,13 @@ def _runs(place: str, recipe: Recipe) -> Iterator[tuple[RunDirectory, str]]:
 
 def _labelled(run: RunDirectory, study: Recipe, where: str) -> Cell:
     recipe = run.read_recipe()
-    own, axes = compared(recipe), {axis: _Axis.of(study, axis) for axis in SECTION}
+    own, axes = comparable(recipe), {axis: _Axis.of(study, axis) for axis in SECTION}
     model = axes["models"].label(own) or model_name(recipe)
     data = axes["data"].label(own) or data_name(recipe)
     loss = axes["losses"].label(own) or loss_name(recipe)
     other = [
         key
-        for key in differences(compared(study), own)
+        for key in differences(comparable(study), own)
         if key != "seed" and not any(axis.says(key) for axis in axes.values())
     ]
     if other:
@@ -93,8 +93,8 @@ class _Axis:
     def of(cls, study: Recipe, axis: str) -> _Axis:
         assert study.study is not None
         said: Mapping[str, Any] = getattr(study.study, axis)
-        entries = {name: compared(changed(study, changes_of(axis, one))) for name, one in said.items()}
-        plain = compared(study)
+        entries = {name: comparable(changed(study, changes_of(axis, one))) for name, one in said.items()}
+        plain = comparable(study)
         return cls(
             SECTION[axis], frozenset(key for one in entries.values() for key in differences(plain, one)), entries
         )
@@ -111,8 +111,8 @@ class _Axis:
 
 def _measured(run: RunDirectory) -> tuple[dict[str, float], dict[str, float]]:
     """Metrics after training, and those of the model before it."""
-    before = last_values(record for record in run.metrics() if record["step"] == 0)
-    return _figures(run.trained()), _figures(before)
+    before = last_values(record for record in run.read_metrics() if record["step"] == 0)
+    return _figures(run.trained_metrics()), _figures(before)
 
 
 def _figures(metrics: Metrics) -> dict[str, float]:
@@ -121,7 +121,7 @@ def _figures(metrics: Metrics) -> dict[str, float]:
 
 def require_same(recipe: Recipe, run: RunDirectory) -> None:
     """Raises UserError where a finished run was made from another recipe than its cell's now."""
-    different = differences(compared(run.read_recipe()), compared(recipe))
+    different = differences(comparable(run.read_recipe()), comparable(recipe))
     if different:
         raise UserError(
             f"{run.path}: this cell was run with another {', '.join(different)}; remove it to run it again, or give the study "

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from raydiv.experiments.study.cells import NO_DATA, Cell, in_order, trained
+from raydiv.experiments.study.cells import NO_DATA, Cell, in_order, trained_cells
 from raydiv.experiments.study.measures import ASR, BROKEN, D_B, Measure, is_broken
-from raydiv.experiments.study.regression import Claim, Correlation, Point, Slope
+from raydiv.experiments.study.regression import ClaimTest, CorrelationEstimate, Point, SlopeEstimate
 from raydiv.experiments.study.table_io import slug
 from raydiv.runs.report.drawing import AMBER, BLUE, GREY, INK, RED, TEAL, Picture, legend, new_axis, styled
 
@@ -31,7 +31,7 @@ ROW = 0.19
 """Inches of a loss in a dot plot."""
 
 
-def claim_pictures(claims: Sequence[Claim]) -> list[Picture]:
+def claim_pictures(claims: Sequence[ClaimTest]) -> list[Picture]:
     """A scatter for each claim that has cells."""
     with styled():
         return [scatter(claim, f"claim-{number}") for number, claim in enumerate(claims, start=1) if claim.points]
@@ -43,7 +43,7 @@ def cell_pictures(cells: Sequence[Cell]) -> list[Picture]:
         return [picture for measure in (D_B, ASR) if (picture := dots(cells, measure))]
 
 
-def scatter(claim: Claim, name: str) -> Picture:
+def scatter(claim: ClaimTest, name: str) -> Picture:
     """Attack success against D_B on a log axis: a colour for each model, a marker for each kind of data, a name for each loss.
 
     Lines are the fit: one slope, an intercept for each model. Broken models are hollow.
@@ -75,7 +75,7 @@ def scatter(claim: Claim, name: str) -> Picture:
     return Picture(f"{name}-{slug(title)}", title, figure, _in_words(claim))
 
 
-def _in_words(claim: Claim) -> str:
+def _in_words(claim: ClaimTest) -> str:
     """What the fit says, or that there is none."""
     models = len({point.model for point in claim.points})
     cells = f"{len(claim.points)} cells, models: {models}."
@@ -87,7 +87,7 @@ def _in_words(claim: Claim) -> str:
     )
 
 
-def _estimates(slope: Slope, correlation: Correlation) -> str:
+def _estimates(slope: SlopeEstimate, correlation: CorrelationEstimate) -> str:
     points, (low, high) = 100 * slope.value, (100 * end for end in slope.interval)
     r, (least, most) = correlation.value, correlation.interval
     return (
@@ -152,7 +152,7 @@ def dots(cells: Sequence[Cell], measure: Measure) -> Picture | None:
     figure, axis = new_axis(f"{measure.label} by loss", measure.label)
     rows = list(dict.fromkeys((model, loss) for (model, _, loss), _ in groups))
     places = _places(rows)
-    colours, markers = _colours(cell.model for cell in cells), _markers(cell.data for cell in trained(cells))
+    colours, markers = _colours(cell.model for cell in cells), _markers(cell.data for cell in trained_cells(cells))
     for (model, data, loss), own in groups:
         marker, aside = (markers[data], _aside(data, list(markers))) if data != NO_DATA else ("x", 0.0)
         height = places[model, loss] + aside

@@ -22,7 +22,7 @@ SECTION = {"models": "model", "data": "data", "losses": "loss"}
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class PlannedCell:
     """A cell: its name along each axis, and its recipe, which is not yet a run's."""
 
     model: str
@@ -36,7 +36,7 @@ class Plan:
         return f"{self.model}-{self.data}-{self.loss}-{self.seed}"
 
 
-def plans(recipe: Recipe) -> list[Plan]:
+def planned_cells(recipe: Recipe) -> list[PlannedCell]:
     """Every cell of the grid, checked; an axis that is not named has the recipe's own entry.
 
     Raises UserError for the first cell that no run could be.
@@ -76,13 +76,15 @@ def _named(words: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", words).strip("-._") or "unnamed"
 
 
-def _plan(recipe: Recipe, model: tuple[str, Any], data: tuple[str, Any], loss: tuple[str, Any], seed: int) -> Plan:
+def _plan(
+    recipe: Recipe, model: tuple[str, Any], data: tuple[str, Any], loss: tuple[str, Any], seed: int
+) -> PlannedCell:
     names = {"models": model[0], "data": data[0], "losses": loss[0]}
     changes: dict[str, Any] = {"seed": seed}
     try:
         for axis, (_, said) in zip(names, (model, data, loss), strict=True):
             changes |= changes_of(axis, said)
-        return Plan(model[0], data[0], loss[0], seed, changed(recipe, changes))
+        return PlannedCell(model[0], data[0], loss[0], seed, changed(recipe, changes))
     except UserError as error:
         raise UserError(f"study: the cell {', '.join(names.values())}: {error}") from None
 

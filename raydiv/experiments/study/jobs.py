@@ -15,8 +15,8 @@ from typing import Any
 
 from raydiv.config import load_recipe
 from raydiv.runs.directory import RunDirectory
-from raydiv.runs.resume import goes_on
-from raydiv.runtime.session import submitted
+from raydiv.runs.resume import resumes
+from raydiv.runtime.session import is_submitted_job
 
 PASSED = ("RAYDIV_CACHE", "HF_HOME")
 """Environment variables that a run needs as they are here; no secret, since whoever sees the cluster's jobs sees them."""
@@ -26,7 +26,7 @@ POLL, PATIENCE_S = 1.0, 300.0
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class CellJob:
     """A run that is to be trained from a recipe file, where what it prints is kept, and which environment it sets itself."""
 
     name: str
@@ -36,11 +36,11 @@ class Job:
     own_environment: frozenset[str]
 
 
-Ended = Callable[[Job, str | None], None]
+Ended = Callable[[CellJob, str | None], None]
 """Told of each job that ended, with what it failed with, or None."""
 
 
-def run_jobs(jobs: Sequence[Job], at_once: int, ended: Ended, say: Callable[[str], None]) -> None:
+def run_jobs(jobs: Sequence[CellJob], at_once: int, ended: Ended, say: Callable[[str], None]) -> None:
     """Run the jobs in order, ``at_once`` of them at a time, until all have ended; needs a Ray session with its dashboard.
 
     One that the cluster still runs for an earlier attempt is followed, not started again. Interrupted, those that run are
@@ -68,12 +68,12 @@ def run_jobs(jobs: Sequence[Job], at_once: int, ended: Ended, say: Callable[[str
                     ended(job, _reason(log, str(status)) if status != "SUCCEEDED" else _unseen(job))
 
 
-def _submit(client: Any, job: Job) -> str:
+def _submit(client: Any, job: CellJob) -> str:
     run = RunDirectory(job.run)
-    if not (run.holds_a_run and goes_on(run, load_recipe(job.recipe))):
+    if not (run.holds_a_run and resumes(run, load_recipe(job.recipe))):
         shutil.rmtree(job.run, ignore_errors=True)
     command = [sys.executable, "-m", "raydiv", "train", str(job.recipe), "--json", "--resume"]
-    return submitted(
+    return is_submitted_job(
         client,
         # relative paths of a recipe are of where the study was started
         entrypoint=f"cd {shlex.quote(os.getcwd())} && {shlex.join(command)}",
@@ -101,12 +101,12 @@ def _patiently(ask: Callable[[str], Any], submission: str) -> Any:
             time.sleep(POLL)
 
 
-def _environment(job: Job) -> dict[str, str]:
+def _environment(job: CellJob) -> dict[str, str]:
     """Ray refuses a variable that the run's own environment names too."""
     return {name: os.environ[name] for name in PASSED if name in os.environ and name not in job.own_environment}
 
 
-def _unseen(job: Job) -> str | None:
+def _unseen(job: CellJob) -> str | None:
     there = RunDirectory(job.run).result.is_file()
     return None if there else f"it ended well, and left nothing at {job.run}: output_dir must be on shared storage"
 
@@ -122,9 +122,9 @@ def _running(client: Any) -> dict[str, str]:
 
 
 @contextmanager
-def _stopped_at_the_end(client: Any, say: Callable[[str], None]) -> Iterator[dict[str, Job]]:
+def _stopped_at_the_end(client: Any, say: Callable[[str], None]) -> Iterator[dict[str, CellJob]]:
     """Jobs by submission id; those that are left when the block ends are stopped: a local Ray goes when this returns."""
-    active: dict[str, Job] = {}
+    active: dict[str, CellJob] = {}
     try:
         yield active
     finally:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 
 from raydiv.experiments.study.cells import Cell, finite
-from raydiv.experiments.study.table_io import Figure
+from raydiv.experiments.study.table_io import TableCell
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +38,10 @@ class Measure:
         known = self._known(cells)
         return fmean(known) if known else None
 
-    def figure(self, cells: Sequence[Cell]) -> Figure:
+    def figure(self, cells: Sequence[Cell]) -> TableCell:
         """The mean over cells (seeds), and of several values their sample standard deviation."""
         known = self._known(cells)
-        return Figure(self.mean(cells), self.form, stdev(known) if len(known) > 1 else None)
+        return TableCell(self.mean(cells), self.form, stdev(known) if len(known) > 1 else None)
 
     def _known(self, cells: Sequence[Cell]) -> list[float]:
         return [value for cell in cells if (value := self.of(cell)) is not None]

@@ -7,10 +7,10 @@ from html import escape
 from pathlib import Path
 from typing import TypedDict
 
-from raydiv.experiments.study.cells import Cell, trained
+from raydiv.experiments.study.cells import Cell, trained_cells
 from raydiv.experiments.study.figures import cell_pictures, claim_pictures
-from raydiv.experiments.study.regression import Claim, claim_table
-from raydiv.experiments.study.table_io import Figure, Row, Table
+from raydiv.experiments.study.regression import ClaimTest, claim_table
+from raydiv.experiments.study.table_io import Table, TableCell, TableRow
 from raydiv.runs.report.drawing import write_pictures
 from raydiv.runs.report.html import document, figures, note_list, paragraph, scroll, section
 from raydiv.runs.report.html import table as plain_table
@@ -37,7 +37,7 @@ class StudyRecord(TypedDict):
     facts: Mapping[str, str]
     cells: Sequence[Cell]
     tables: Sequence[Table]
-    claims: Sequence[Claim]
+    claims: Sequence[ClaimTest]
     notes: Sequence[str]
 
 
@@ -53,7 +53,7 @@ def write_study_report(path: Path, pictures: Path, record: StudyRecord) -> None:
         section("Loss by loss", figures(of_cells)) if of_cells else "",
         *(section(escape(table.title), _words(table), _shown(table)) for table in record["tables"]),
         section("Notes", note_list(record["notes"])) if record["notes"] else "",
-        section("Runs", _runs(trained(record["cells"]))),
+        section("Runs", _runs(trained_cells(record["cells"]))),
     ]
     path.write_text(document(record["name"], record["facts"], sections))
 
@@ -75,11 +75,11 @@ def _shown(table: Table) -> str:
     return f"{scroll(whole, escape(table.title))}\n{note_list(table.notes)}"
 
 
-def _row(row: Row) -> str:
+def _row(row: TableRow) -> str:
     return f'<tr><th scope="row">{escape(", ".join(row.words))}</th>{"".join(map(_figure, row.figures))}</tr>'
 
 
-def _figure(figure: Figure) -> str:
+def _figure(figure: TableCell) -> str:
     if figure.value is None:
         return "<td>&ndash;</td>"
     words = str(figure).replace("-", "&minus;")

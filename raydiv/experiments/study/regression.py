@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm, t
 
-from raydiv.experiments.study.cells import Cell, trained
+from raydiv.experiments.study.cells import Cell, trained_cells
 from raydiv.experiments.study.measures import (
     BROKEN,
     D_B,
@@ -30,7 +30,7 @@ from raydiv.experiments.study.measures import (
     attack_success,
     is_broken,
 )
-from raydiv.experiments.study.table_io import Figure, Row, Table
+from raydiv.experiments.study.table_io import Table, TableCell, TableRow
 
 COUNT = "{:.0f}"
 
@@ -53,7 +53,7 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True)
-class Slope:
+class SlopeEstimate:
     """Change of attack success (1 is 100%) for each factor e of D_B, its standard error, 95% interval and two-sided p.
 
     ``intercepts`` are the models': attack success at D_B 1.
@@ -67,7 +67,7 @@ class Slope:
 
 
 @dataclass(frozen=True, slots=True)
-class Correlation:
+class CorrelationEstimate:
     """Pearson's, models' means removed, its 95% interval and two-sided p, over ``cells``."""
 
     value: float
@@ -77,7 +77,7 @@ class Correlation:
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
+class ClaimTest:
     """Attack success on separation: the estimates, None where there is none, of which ``notes`` say why.
 
     ``without_a_loss`` is the range of the correlation as each loss in turn is left out, ``whole`` the correlation without
@@ -87,38 +87,40 @@ class Claim:
     separation: Measure
     asr: Measure
     points: tuple[Point, ...]
-    slope: Slope | None
-    correlation: Correlation | None
+    slope: SlopeEstimate | None
+    correlation: CorrelationEstimate | None
     without_a_loss: tuple[float, float] | None
-    whole: Correlation | None
+    whole: CorrelationEstimate | None
     notes: tuple[str, ...]
 
 
-def claims_of(cells: Sequence[Cell]) -> list[Claim]:
+def claim_tests(cells: Sequence[Cell]) -> list[ClaimTest]:
     """Each measure of attack success on D_B, on its length-matched figure, and on that of all dimensions where measured.
 
     Base cells are no part of them.
     """
-    own = trained(cells)
+    own = trained_cells(cells)
     full = [D_B_FULL] if D_B_FULL.mean(own) is not None else []
     return [
-        claim(own, separation, asr) for asr in attack_success(own) for separation in (D_B, D_B_LENGTH_MATCHED, *full)
+        claim_test(own, separation, asr)
+        for asr in attack_success(own)
+        for separation in (D_B, D_B_LENGTH_MATCHED, *full)
     ]
 
 
-def claim(cells: Sequence[Cell], separation: Measure, asr: Measure) -> Claim:
+def claim_test(cells: Sequence[Cell], separation: Measure, asr: Measure) -> ClaimTest:
     """Estimates from the cells that have both measures, the separation above nought."""
     points, notes = _points(cells, separation, asr)
     why = _why_not(points)
     if why:
-        return Claim(separation, asr, points, None, None, None, None, (*notes, why))
+        return ClaimTest(separation, asr, points, None, None, None, None, (*notes, why))
     whole = tuple(point for point in points if not point.broken)
     if len(whole) < len(points):
         broken = f"{len(points) - len(whole)} of {len(points)} cells"
         notes += (f"broken models (more than {BROKEN:.0%} degenerate answers): {broken}",)
     if len({(point.model, point.data, point.loss) for point in points}) < len(points):
         notes += ("cells of several seeds count as independent, and are alike: intervals are too narrow",)
-    return Claim(
+    return ClaimTest(
         separation,
         asr,
         points,
@@ -170,7 +172,7 @@ def _within(points: Sequence[Point]) -> tuple[NDArray[np.float64], NDArray[np.fl
     return x, y
 
 
-def slope_of(points: Sequence[Point]) -> Slope:
+def slope_of(points: Sequence[Point]) -> SlopeEstimate:
     """Least squares with an intercept for each model: the formulas of this file's docstring."""
     x, y = _within(points)
     free = len(points) - len({point.model for point in points}) - 1
@@ -179,7 +181,7 @@ def slope_of(points: Sequence[Point]) -> Slope:
     error = sqrt(float(residual @ residual / free / (x @ x)))
     half = float(t.ppf(0.975, free)) * error
     p = float(2 * t.sf(abs(value) / error, free)) if error else 0.0
-    return Slope(value, error, (value - half, value + half), p, _intercepts(points, value))
+    return SlopeEstimate(value, error, (value - half, value + half), p, _intercepts(points, value))
 
 
 def _intercepts(points: Sequence[Point], slope: float) -> dict[str, float]:
@@ -189,7 +191,7 @@ def _intercepts(points: Sequence[Point], slope: float) -> dict[str, float]:
     return {model: sum(values) / len(values) for model, values in found.items()}
 
 
-def correlation_of(points: Sequence[Point]) -> Correlation:
+def correlation_of(points: Sequence[Point]) -> CorrelationEstimate:
     """The partial correlation r, Fisher's interval tanh(atanh r +- 1.96 / sqrt(n - k - 2)), and p by the slope's t test.
 
     Fisher's z of an ordinary correlation has the standard error 1 / sqrt(n - 3), and of one given c other variables
@@ -199,11 +201,11 @@ def correlation_of(points: Sequence[Point]) -> Correlation:
     cells, models = len(points), len({point.model for point in points})
     value = min(1.0, max(-1.0, float(x @ y / sqrt((x @ x) * (y @ y)))))
     if isclose(abs(value), 1, rel_tol=1e-12):
-        return Correlation(value, (value, value), 0.0, cells)
+        return CorrelationEstimate(value, (value, value), 0.0, cells)
     half = float(norm.ppf(0.975)) / sqrt(cells - models - 2)
     free = cells - models - 1
     p = float(2 * t.sf(abs(value) * sqrt(free / (1 - value**2)), free))
-    return Correlation(value, (tanh(atanh(value) - half), tanh(atanh(value) + half)), p, cells)
+    return CorrelationEstimate(value, (tanh(atanh(value) - half), tanh(atanh(value) + half)), p, cells)
 
 
 def _without_a_loss(points: Sequence[Point]) -> tuple[float, float] | None:
@@ -217,15 +219,15 @@ def _without_a_loss(points: Sequence[Point]) -> tuple[float, float] | None:
     return min(found), max(found)
 
 
-def claim_table(claims: Sequence[Claim]) -> Table:
+def claim_table(claims: Sequence[ClaimTest]) -> Table:
     """A row for each claim: slope and correlation with their intervals, and the correlation without a loss or broken models."""
     estimates = ("cells", "slope", "SE", "slope low", "slope high", "p", "r", "r low", "r high")
     header = ("attack success", "on the log of", *estimates, "r least", "r greatest", "unbroken r", "unbroken cells")
-    rows = tuple(Row((one.asr.label, one.separation.label), _figures(one)) for one in claims)
+    rows = tuple(TableRow((one.asr.label, one.separation.label), _figures(one)) for one in claims)
     return Table("Attack success and separation", header, rows, (MEANING, *_notes(claims)) if rows else ())
 
 
-def _notes(claims: Sequence[Claim]) -> list[str]:
+def _notes(claims: Sequence[ClaimTest]) -> list[str]:
     """Each note once, with the claims that it is of where these are not all."""
     notes: dict[str, list[str]] = {}
     for one in claims:
@@ -234,15 +236,15 @@ def _notes(claims: Sequence[Claim]) -> list[str]:
     return [note if len(own) == len(claims) else f"{', '.join(own)}: {note}" for note, own in notes.items()]
 
 
-def _figures(one: Claim) -> tuple[Figure, ...]:
+def _figures(one: ClaimTest) -> tuple[TableCell, ...]:
     """Of a row of ``claim_table``."""
     slope = (None,) * 4 if one.slope is None else (one.slope.value, one.slope.error, *one.slope.interval)
     r = (None,) * 3 if one.correlation is None else (one.correlation.value, *one.correlation.interval)
     unbroken = (None, None) if one.whole is None else (one.whole.value, one.whole.cells)
     return (
-        Figure(len(one.points), COUNT),
-        *(Figure(value, "{:.3f}") for value in slope),
-        Figure(None if one.slope is None else one.slope.p, "{:.2g}"),
-        *(Figure(value) for value in (*r, *(one.without_a_loss or (None, None)), unbroken[0])),
-        Figure(unbroken[1], COUNT),
+        TableCell(len(one.points), COUNT),
+        *(TableCell(value, "{:.3f}") for value in slope),
+        TableCell(None if one.slope is None else one.slope.p, "{:.2g}"),
+        *(TableCell(value) for value in (*r, *(one.without_a_loss or (None, None)), unbroken[0])),
+        TableCell(unbroken[1], COUNT),
     )

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from raydiv.config import Recipe, save_recipe
-from raydiv.experiments.shared import Family, distinct, has_begun, measure_base, prepare_all
-from raydiv.experiments.study.cells import BASE, NO_DATA, Cell, bases, trained
+from raydiv.experiments.shared import RunGroup, distinct_preparations, evaluate_baseline, has_started, prepare_all
+from raydiv.experiments.study.cells import BASE, NO_DATA, Cell, baseline_cells, trained_cells
 from raydiv.experiments.study.collect import cell_of, identity, included, require_same
-from raydiv.experiments.study.grid import Plan, baselines, plans
-from raydiv.experiments.study.jobs import Job, run_jobs
+from raydiv.experiments.study.grid import PlannedCell, baselines, planned_cells
+from raydiv.experiments.study.jobs import CellJob, run_jobs
 from raydiv.experiments.study.page import write_study_report
-from raydiv.experiments.study.regression import Claim, claim_table, claims_of
+from raydiv.experiments.study.regression import ClaimTest, claim_table, claim_tests
 from raydiv.experiments.study.table_io import Table, write_tables
 from raydiv.experiments.study.tables import tables_of
 from raydiv.runs.directory import RunDirectory
-from raydiv.runs.progress import Display
-from raydiv.runs.tracker import Tracker, handed_on
+from raydiv.runs.progress import ProgressDisplay
+from raydiv.runs.tracker import MlflowTracker, forwarded_environment
 from raydiv.runtime.resources import side_by_side
 from raydiv.runtime.session import ray_session, require_dashboard
 from raydiv.utils.errors import UserError
@@ -45,12 +45,12 @@ class StudyDirectory:
     def of(cls, recipe: Recipe) -> StudyDirectory:
         return cls(recipe.output_path / recipe.name)
 
-    def claim(self, recipe: Recipe, resume: bool) -> dict[str, Any]:
+    def create(self, recipe: Recipe, resume: bool) -> dict[str, Any]:
         """Make the directory this study's; returns what an earlier attempt wrote into study.json.
 
         Raises UserError where something else is there, or a study that is not to be resumed.
         """
-        begun = has_begun(self.path, self.record, "study", resume)
+        begun = has_started(self.path, self.record, "study", resume)
         self.cells.mkdir(parents=True, exist_ok=True)
         if not begun:
             self.write({"mlflow": {}})
@@ -63,7 +63,7 @@ class StudyDirectory:
         with atomic(self.record) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n")
 
-    def run(self, plan: Plan) -> RunDirectory:
+    def run(self, plan: PlannedCell) -> RunDirectory:
         return RunDirectory(self.cells / plan.name)
 
 
@@ -74,7 +74,7 @@ class StudyResult:
     directory: StudyDirectory
     cells: list[Cell]
     tables: list[Table]
-    claims: list[Claim]
+    claims: list[ClaimTest]
     failures: Mapping[str, str]
     mlflow: Mapping[str, str | None]
 
@@ -90,23 +90,23 @@ class StudyResult:
         }
 
 
-def study(recipe: Recipe, *, resume: bool = False, display: Display | None = None) -> StudyResult:
+def study(recipe: Recipe, *, resume: bool = False, display: ProgressDisplay | None = None) -> StudyResult:
     """Run the cells of the recipe's study that are not finished, and compare all of them.
 
     ``resume`` goes on with a study that was stopped, or that has more cells now; finished ones are not run again. A cell that
     fails is left out, and said. Raises UserError for what the user must change, before any cell starts; RuntimeError when there
     is no cell to compare.
     """
-    display = display or Display()
+    display = display or ProgressDisplay()
     if recipe.study is None:
         raise UserError("the recipe has no section study: it says which models, data and losses are compared")
-    grid, plain, there = plans(recipe), baselines(recipe), included(recipe)
+    grid, plain, there = planned_cells(recipe), baselines(recipe), included(recipe)
     directory = StudyDirectory.of(recipe)
     for plan in grid:
         if resume and directory.run(plan).result.is_file():
             require_same(plan.recipe, directory.run(plan))
-    earlier = directory.claim(recipe, resume)
-    tracker = Tracker(recipe, {"raydiv.kind": "study"}, display.say, earlier["mlflow"])
+    earlier = directory.create(recipe, resume)
+    tracker = MlflowTracker(recipe, {"raydiv.kind": "study"}, display.print, earlier["mlflow"])
     mlflow = {"uri": tracker.uri, "run_id": tracker.run_id}
     directory.write(earlier | {"mlflow": mlflow})
     missing = [plan for plan in grid if not directory.run(plan).result.is_file()]
@@ -116,7 +116,7 @@ def study(recipe: Recipe, *, resume: bool = False, display: Display | None = Non
         own = {identity(directory.run(plan)): cell_of(directory.run(plan), plan) for plan in finished}
         others = [cell for run, cell in there.items() if run not in own]
         if len(others) < len(there):
-            display.say(
+            display.print(
                 f"included runs that are cells of the study itself: {len(there) - len(others)}; each counts once"
             )
         cells = [*measured, *own.values(), *others]
@@ -130,10 +130,10 @@ def study(recipe: Recipe, *, resume: bool = False, display: Display | None = Non
 def _run(
     recipe: Recipe,
     directory: StudyDirectory,
-    missing: Sequence[Plan],
+    missing: Sequence[PlannedCell],
     plain: Mapping[str, Recipe],
     parent: str | None,
-    display: Display,
+    display: ProgressDisplay,
 ) -> tuple[list[Cell], dict[str, str]]:
     """Measure the baselines and run the cells; the former as cells, and why those that failed did, by name."""
     if not missing and not plain:
@@ -145,48 +145,48 @@ def _run(
         measured = [_baseline(name, own, display) for name, own in plain.items()]
         if not missing:
             return measured, {}
-        prepare_all(distinct([plan.recipe for plan in missing]), display)
+        prepare_all(distinct_preparations([plan.recipe for plan in missing]), display)
         room, part = side_by_side(recipe.cluster, section.max_concurrent)
-        family = Family(directory.cells, part, handed_on(recipe), parent)
+        family = RunGroup(directory.cells, part, forwarded_environment(recipe), parent)
         jobs = [_job(plan, directory, family) for plan in missing]
         return measured, _run_all(jobs, room, section.keep_models, display)
 
 
-def _baseline(name: str, recipe: Recipe, display: Display) -> Cell:
+def _baseline(name: str, recipe: Recipe, display: ProgressDisplay) -> Cell:
     """A model that is measured and not trained."""
-    metrics = measure_base(recipe, display)
+    metrics = evaluate_baseline(recipe, display)
     return Cell(name, NO_DATA, BASE, 0, metrics, metrics, recipe.model.id)
 
 
-def _run_all(jobs: Sequence[Job], room: int, keep_models: bool, display: Display) -> dict[str, str]:
+def _run_all(jobs: Sequence[CellJob], room: int, keep_models: bool, display: ProgressDisplay) -> dict[str, str]:
     failures: dict[str, str] = {}
     over: list[str] = []
     with display.phase("cells") as update:
         update(0, len(jobs))
 
-        def ended(job: Job, error: str | None) -> None:
+        def ended(job: CellJob, error: str | None) -> None:
             over.append(job.name)
             if error is not None:
                 failures[job.name] = error
-                display.say(f"cell {job.name} failed: {error} ({job.log})")
+                display.print(f"cell {job.name} failed: {error} ({job.log})")
             elif not keep_models:
                 run = RunDirectory(job.run)
                 shutil.rmtree(run.model, ignore_errors=True)
-                run.forget_checkpoints()
+                run.remove_checkpoints()
             update(len(over), len(jobs), job.name)
 
-        run_jobs(jobs, room, ended, display.say)
+        run_jobs(jobs, room, ended, display.print)
     return failures
 
 
-def _job(plan: Plan, directory: StudyDirectory, family: Family) -> Job:
+def _job(plan: PlannedCell, directory: StudyDirectory, family: RunGroup) -> CellJob:
     """A cell as a job."""
     run = directory.run(plan)
     tags = {"raydiv.model": plan.model, "raydiv.data": plan.data, "raydiv.loss": plan.loss}
     path = directory.cells / f"{plan.name}.yaml"
-    save_recipe(family.member(plan.recipe, plan.name, tags), path)
+    save_recipe(family.member_recipe(plan.recipe, plan.name, tags), path)
     log = directory.cells / f"{plan.name}.log"
-    return Job(plan.name, path, run.path, log, frozenset(plan.recipe.cluster.env))
+    return CellJob(plan.name, path, run.path, log, frozenset(plan.recipe.cluster.env))
 
 
 def _conclude(
@@ -197,12 +197,12 @@ def _conclude(
         first = next(iter(failures.items()))
         raise RuntimeError(f"every cell failed, the first ({first[0]}) with: {first[1]}")
     named = {cell.model for cell in cells if cell.is_base}
-    whole = [*(base for base in bases(trained(cells)) if base.model not in named), *cells]
-    tables, claims = tables_of(whole), claims_of(whole)
+    whole = [*(base for base in baseline_cells(trained_cells(cells)) if base.model not in named), *cells]
+    tables, claims = tables_of(whole), claim_tests(whole)
     found = StudyResult(directory, whole, tables, claims, failures, mlflow)
     write_tables(directory.tables, [*tables, claim_table(claims)])
     directory.write(found.as_json())
-    own = trained(whole)
+    own = trained_cells(whole)
     axes = {"Models": "model", "Data": "data", "Losses": "loss", "Seeds": "seed"}
     facts = {label: ", ".join(dict.fromkeys(str(getattr(cell, axis)) for cell in own)) for label, axis in axes.items()}
     notes = [f"the cell {name} failed and is left out: {error}" for name, error in failures.items()]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class TableCell:
     """A number of a table and its format; None where there is none. ``spread`` is its standard deviation over seeds."""
 
     value: float | None
@@ -28,11 +28,11 @@ class Figure:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TableRow:
     """What a row is of, in words, and its figures."""
 
     words: tuple[str, ...]
-    figures: tuple[Figure, ...]
+    figures: tuple[TableCell, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Table:
 
     title: str
     header: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     notes: tuple[str, ...] = ()
 
     @property
@@ -78,7 +78,7 @@ def markdown(table: Table) -> str:
     return "\n".join([f"## {_plain(table.title)}", "", *lines, *([""] if notes else []), *notes, ""])
 
 
-def _marked(figure: Figure) -> str:
+def _marked(figure: TableCell) -> str:
     return f"**{figure}**" if figure.best else str(figure)
 
 
@@ -97,7 +97,7 @@ def _in_full(table: Table) -> list[list[str | float]]:
     return [header, *([*row.words, *_digits(row.figures, spread)] for row in table.rows)]
 
 
-def _digits(figures: Sequence[Figure], spread: Sequence[bool]) -> list[str | float]:
+def _digits(figures: Sequence[TableCell], spread: Sequence[bool]) -> list[str | float]:
     pairs = zip(figures, spread, strict=True)
     ends = [end for figure, has in pairs for end in ((figure.value, figure.spread) if has else (figure.value,))]
     return ["" if end is None else end for end in ends]

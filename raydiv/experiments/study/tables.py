@@ -11,9 +11,9 @@ from statistics import fmean, stdev
 import numpy as np
 from scipy.stats import rankdata, t, wilcoxon
 
-from raydiv.experiments.study.cells import Cell, Key, in_order, trained
+from raydiv.experiments.study.cells import Cell, Key, in_order, trained_cells
 from raydiv.experiments.study.measures import BROKEN, Measure, is_broken, measures
-from raydiv.experiments.study.table_io import Figure, Row, Table
+from raydiv.experiments.study.table_io import Table, TableCell, TableRow
 
 RANK = "{:.2f}"
 
@@ -23,7 +23,7 @@ FEWEST_RANKED = 6
 
 def tables_of(cells: Sequence[Cell]) -> list[Table]:
     """All of them, without those that the cells have nothing for; base cells are rows of the first."""
-    kinds = dict.fromkeys(cell.data for cell in trained(cells))
+    kinds = dict.fromkeys(cell.data for cell in trained_cells(cells))
     compared = [
         table
         for first, second in combinations(kinds, 2)
@@ -41,15 +41,15 @@ def cell_table(cells: Sequence[Cell]) -> Table:
     known, groups = measures(cells), in_order(cells)
     rows = {key: [measure.figure(own) for measure in known] for key, own in groups.items()}
     whole = [key for key, own in groups.items() if not is_broken(own)]
-    marked = [Row(key, tuple(row)) for key, row in _best_of_blocks(rows, whole, known).items()]
+    marked = [TableRow(key, tuple(row)) for key, row in _best_of_blocks(rows, whole, known).items()]
     broken = f"never marked as best: broken models (more than {BROKEN:.0%} degenerate answers), of which there are"
     notes = [*_of_seeds(groups), *([f"{broken} {len(rows) - len(whole)}"] if len(whole) < len(rows) else [])]
     return Table("Cells", ("model", "data", "loss", *_labels(known)), tuple(marked), tuple(notes))
 
 
 def _best_of_blocks(
-    rows: Mapping[Key, list[Figure]], rivals: Sequence[Key], known: Sequence[Measure]
-) -> dict[Key, list[Figure]]:
+    rows: Mapping[Key, list[TableCell]], rivals: Sequence[Key], known: Sequence[Measure]
+) -> dict[Key, list[TableCell]]:
     """The rows with the best figure of the rivals of each (model, data) marked."""
     found = {key: list(row) for key, row in rows.items()}
     for block in dict.fromkeys(key[:2] for key in rows):
@@ -60,7 +60,7 @@ def _best_of_blocks(
     return found
 
 
-def _best(figures: Sequence[Figure], better: int) -> list[Figure]:
+def _best(figures: Sequence[TableCell], better: int) -> list[TableCell]:
     """The figures, those at the good end marked; none where all are alike."""
     values = [figure.value * better for figure in figures if figure.value is not None]
     if not values or min(values) == max(values):
@@ -85,7 +85,7 @@ def rank_table(cells: Sequence[Cell]) -> Table:
     In each (model, data) block losses are ranked by their means over seeds, the best first and ties at their average rank; a
     loss's rank is averaged over the blocks. A block in which a loss is missing would favour the others' ranks, and is left out.
     """
-    own = trained(cells)
+    own = trained_cells(cells)
     losses = tuple(dict.fromkeys(cell.loss for cell in own))
     known = [measure for measure in measures(own) if measure.better]
     if len(losses) < 2:
@@ -95,8 +95,8 @@ def rank_table(cells: Sequence[Cell]) -> Table:
     columns = [ranks[measure] for measure in known]
     if safety:
         columns.insert(0, {loss: fmean(ranks[measure][loss] for measure in safety) for loss in losses})
-    marked = [_best([Figure(column.get(loss), RANK) for loss in losses], -1) for column in columns]
-    rows = tuple(Row((loss,), figures) for loss, figures in zip(losses, zip(*marked, strict=True), strict=True))
+    marked = [_best([TableCell(column.get(loss), RANK) for loss in losses], -1) for column in columns]
+    rows = tuple(TableRow((loss,), figures) for loss, figures in zip(losses, zip(*marked, strict=True), strict=True))
     by_safety = [f"safety: the mean of the ranks by {', '.join(_labels(safety))}"] if safety else []
     header = ("loss", *(["safety"] if safety else []), *_labels(known))
     return Table("Average rank", header, rows, (*by_safety, *_left_out(own, losses, known)))
@@ -137,13 +137,13 @@ def _left_out(cells: Sequence[Cell], losses: Sequence[str], known: Sequence[Meas
 
 def against(cells: Sequence[Cell], first: str, second: str) -> Table:
     """For each model and loss that was trained on both kinds of data: each measure by both, and the difference."""
-    known = measures(trained(cells))
+    known = measures(trained_cells(cells))
     rows = []
     for (model, loss), (one, other) in _pairs(cells, first, second).items():
         rows += [
-            Row((model, loss, first), tuple(measure.figure(one) for measure in known)),
-            Row((model, loss, second), tuple(measure.figure(other) for measure in known)),
-            Row((model, loss, "difference"), tuple(_difference(measure, one, other) for measure in known)),
+            TableRow((model, loss, first), tuple(measure.figure(one) for measure in known)),
+            TableRow((model, loss, second), tuple(measure.figure(other) for measure in known)),
+            TableRow((model, loss, "difference"), tuple(_difference(measure, one, other) for measure in known)),
         ]
     return Table(f"{first} against {second}", ("model", "loss", "data", *_labels(known)), tuple(rows))
 
@@ -156,11 +156,11 @@ def paired(cells: Sequence[Cell], first: str, second: str) -> Table:
     """
     rows = []
     pairs = _pairs(cells, first, second).values()
-    for measure in measures(trained(cells)):
+    for measure in measures(trained_cells(cells)):
         both = [(measure.mean(one), measure.mean(other)) for one, other in pairs]
         known = [(one, other) for one, other in both if one is not None and other is not None]
         if known:
-            rows.append(Row((measure.label,), _of_differences(known, measure.form)))
+            rows.append(TableRow((measure.label,), _of_differences(known, measure.form)))
     header = ("measure", "pairs", first, second, "difference", "95% low", "95% high", "Wilcoxon p")
     note = "pairs of one model, or of one loss, are alike: intervals and p take them as independent"
     return Table(f"{first} against {second}: paired differences", header, tuple(rows), (note,))
@@ -170,18 +170,18 @@ def _pairs(
     cells: Sequence[Cell], first: str, second: str
 ) -> dict[tuple[str, str], tuple[Sequence[Cell], Sequence[Cell]]]:
     """The cells of both kinds of data, by model and loss."""
-    groups = in_order(trained(cells))
+    groups = in_order(trained_cells(cells))
     names = dict.fromkeys((model, loss) for model, _, loss in groups)
     both = {name: tuple(groups.get((name[0], data, name[1]), []) for data in (first, second)) for name in names}
     return {name: (one, other) for name, (one, other) in both.items() if one and other}
 
 
-def _difference(measure: Measure, one: Sequence[Cell], other: Sequence[Cell]) -> Figure:
+def _difference(measure: Measure, one: Sequence[Cell], other: Sequence[Cell]) -> TableCell:
     ends = measure.mean(one), measure.mean(other)
-    return Figure(None if ends[0] is None or ends[1] is None else ends[0] - ends[1], _signed(measure.form))
+    return TableCell(None if ends[0] is None or ends[1] is None else ends[0] - ends[1], _signed(measure.form))
 
 
-def _of_differences(pairs: Sequence[tuple[float, float]], form: str) -> tuple[Figure, ...]:
+def _of_differences(pairs: Sequence[tuple[float, float]], form: str) -> tuple[TableCell, ...]:
     """Count, both means, mean difference, its interval's ends and p."""
     differences = [one - other for one, other in pairs]
     n, mean = len(differences), fmean(differences)
@@ -190,10 +190,10 @@ def _of_differences(pairs: Sequence[tuple[float, float]], form: str) -> tuple[Fi
     ends = (None, None) if half is None else (mean - half, mean + half)
     means = [fmean(values) for values in zip(*pairs, strict=True)]
     return (
-        Figure(n, "{:.0f}"),
-        *(Figure(value, form) for value in means),
-        *(Figure(value, _signed(form)) for value in (mean, *ends)),
-        Figure(p, "{:.2g}"),
+        TableCell(n, "{:.0f}"),
+        *(TableCell(value, form) for value in means),
+        *(TableCell(value, _signed(form)) for value in (mean, *ends)),
+        TableCell(p, "{:.2g}"),
     )
 
 

@@ -10,7 +10,7 @@ TRAINED = "trained"
 """True in what Tune is told of a trial whose training is over, however many updates it made."""
 
 
-class Halving(AsyncHyperBandScheduler):  # type: ignore[misc]
+class TrialASHA(AsyncHyperBandScheduler):  # type: ignore[misc]
     """Ray Tune's, which stops no trial whose training is over: what is left of it is to be measured and kept."""
 
     def __init__(self, metric: str, direction: str, steps: int, grace: int, reduction: int) -> None:

@@ -7,15 +7,15 @@ from typing import Any
 
 from ray.tune import Callback
 
-from raydiv.experiments.sweep.record import FAILED, FINISHED, OVER, RUNNING, STOPPED, Record, Trial
+from raydiv.experiments.sweep.record import FAILED, FINISHED, OVER, RUNNING, STOPPED, SweepRecord, TrialRecord
 from raydiv.experiments.sweep.trial import ERROR
 from raydiv.runs.progress import Update
 
 
-class Follower(Callback):  # type: ignore[misc]
+class SweepCallback(Callback):  # type: ignore[misc]
     """Keeps the record, and the disk: of trials that are over only the ``keep`` best have their weights."""
 
-    def __init__(self, record: Record, keep: int, count: int, update: Update) -> None:
+    def __init__(self, record: SweepRecord, keep: int, count: int, update: Update) -> None:
         self._record, self._keep, self._count, self._update = record, keep, count, update
         self._started: dict[int, float] = {}
 
@@ -23,10 +23,10 @@ class Follower(Callback):  # type: ignore[misc]
         """Nothing: Ray Tune keeps copies of what it is given, and a sweep goes on from its own record."""
         return {}
 
-    def _mine(self, trial: Any) -> Trial:
+    def _mine(self, trial: Any) -> TrialRecord:
         """A trial of Tune's in the record; one that fails before it starts is new here."""
         number = int(trial.config["number"])
-        return self._record.trials.setdefault(number, Trial(number, dict(trial.config["values"])))
+        return self._record.trials.setdefault(number, TrialRecord(number, dict(trial.config["values"])))
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         mine = self._mine(trial)
@@ -46,7 +46,7 @@ class Follower(Callback):  # type: ignore[misc]
         lines = str(trial.get_error()).strip().splitlines() or ["its process ended"]
         self._over(mine, FAILED, mine.error or (said.read_text() if said.is_file() else lines[-1]))
 
-    def _over(self, trial: Trial, status: str, error: str | None = None) -> None:
+    def _over(self, trial: TrialRecord, status: str, error: str | None = None) -> None:
         started = self._started.pop(trial.number, None)
         trial.seconds = trial.seconds if started is None else round(time.monotonic() - started, 1)
         self._record.settle(trial, status, error)

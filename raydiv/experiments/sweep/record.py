@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from raydiv.config import Recipe, load_recipe, save_recipe
-from raydiv.config.sweep import Constraint, Objective
-from raydiv.experiments.shared import has_begun
+from raydiv.config.sweep import SweepConstraint, SweepObjective
+from raydiv.experiments.shared import has_started
 from raydiv.experiments.sweep.space import Values
 from raydiv.runs.directory import RunDirectory, numbers
 from raydiv.utils.errors import UserError
@@ -28,7 +28,7 @@ OVER = (FINISHED, STOPPED, FAILED)
 
 
 @dataclass(slots=True)
-class Trial:
+class TrialRecord:
     """A trial: its values, what became of it, and the last value of each of its metrics; ``kept``: its weights are there."""
 
     number: int
@@ -61,19 +61,19 @@ class SweepDirectory:
     def of(cls, recipe: Recipe) -> SweepDirectory:
         return cls(recipe.output_path / recipe.name)
 
-    def has_begun(self, recipe: Recipe, resume: bool) -> bool:
+    def has_started(self, recipe: Recipe, resume: bool) -> bool:
         """Whether this sweep has begun here. Raises UserError where it is not to be resumed, or another one is there."""
-        begun = has_begun(self.path, self.record, "sweep", resume)
+        begun = has_started(self.path, self.record, "sweep", resume)
         if begun:
             _require_same(load_recipe(self.recipe), recipe, self.path)
         return begun
 
-    def claim(self, recipe: Recipe) -> None:
+    def create(self, recipe: Recipe) -> None:
         """Make the directory this sweep's."""
         self.path.mkdir(parents=True, exist_ok=True)
         save_recipe(recipe, self.recipe)
 
-    def run(self, trial: Trial) -> RunDirectory:
+    def run(self, trial: TrialRecord) -> RunDirectory:
         return RunDirectory(self.trials / trial.name)
 
 
@@ -96,23 +96,25 @@ def _require_same(before: Recipe, now: Recipe, path: Path) -> None:
         )
 
 
-class Record:
+class SweepRecord:
     """The trials of a sweep, by number, and which of them are the best."""
 
-    def __init__(self, directory: SweepDirectory, recipe: Recipe, trials: Iterable[Trial] = ()) -> None:
+    def __init__(self, directory: SweepDirectory, recipe: Recipe, trials: Iterable[TrialRecord] = ()) -> None:
         assert recipe.sweep is not None
         self.directory, self._recipe = directory, recipe
-        self.objectives: list[Objective] = recipe.sweep.objectives
-        self.constraints: list[Constraint] = recipe.sweep.constraints
+        self.objectives: list[SweepObjective] = recipe.sweep.objectives
+        self.constraints: list[SweepConstraint] = recipe.sweep.constraints
         self.trials = {trial.number: trial for trial in trials}
         self.facts: dict[str, Any] = {}
 
     @classmethod
-    def read(cls, directory: SweepDirectory, recipe: Recipe) -> Record:
+    def read(cls, directory: SweepDirectory, recipe: Recipe) -> SweepRecord:
         """What an earlier attempt left; trials that it had not finished are waiting again."""
         written = json.loads(directory.record.read_text())
-        names = Trial.__dataclass_fields__.keys()
-        trials = [Trial(**{key: value for key, value in one.items() if key in names}) for one in written["trials"]]
+        names = TrialRecord.__dataclass_fields__.keys()
+        trials = [
+            TrialRecord(**{key: value for key, value in one.items() if key in names}) for one in written["trials"]
+        ]
         for trial in trials:
             # a run that was finished when its sweep was killed may not have been noted yet
             if trial.status not in OVER:
@@ -126,29 +128,29 @@ class Record:
 
     def named(self, metrics: Mapping[str, str]) -> None:
         """Give the goal's metrics their whole names (see raydiv.experiments.sweep.goal)."""
-        self.objectives = [Objective(metrics[one.metric], one.direction) for one in self.objectives]
-        self.constraints = [Constraint(metrics[one.metric], one.relation, one.bound) for one in self.constraints]
+        self.objectives = [SweepObjective(metrics[one.metric], one.direction) for one in self.objectives]
+        self.constraints = [SweepConstraint(metrics[one.metric], one.relation, one.bound) for one in self.constraints]
         for trial in self.trials.values():
             trial.feasible = self._within(trial)
 
-    def settle(self, trial: Trial, status: str, error: str | None = None) -> None:
+    def settle(self, trial: TrialRecord, status: str, error: str | None = None) -> None:
         """Note what became of a trial, read from its run."""
         run = self.directory.run(trial)
         trial.status, trial.error = status, error
         if run.metrics_file.exists():
-            trial.metrics = numbers(run.trained())
+            trial.metrics = numbers(run.trained_metrics())
             trial.steps = run.steps_taken()
         trial.feasible = self._within(trial)
         trial.kept = run.model.is_dir()
 
-    def _within(self, trial: Trial) -> bool:
+    def _within(self, trial: TrialRecord) -> bool:
         """Whether a finished trial keeps every constraint."""
         return trial.status == FINISHED and all(
             one.metric in trial.metrics and one.violation(trial.metrics[one.metric]) <= 0 for one in self.constraints
         )
 
     @property
-    def finished(self) -> list[Trial]:
+    def finished(self) -> list[TrialRecord]:
         """Finished trials that have every objective, best first: those within the constraints, then by the objectives."""
         whole = [
             trial
@@ -171,7 +173,7 @@ class Record:
         )
 
     @property
-    def best(self) -> list[Trial]:
+    def best(self) -> list[TrialRecord]:
         """The best trial within the constraints; with several objectives all that no other beats in each."""
         feasible = [trial for trial in self.finished if trial.feasible]
         return undominated(feasible, self.objectives) if len(self.objectives) > 1 else feasible[:1]
@@ -187,7 +189,7 @@ class Record:
             if trial.status in OVER:
                 # one whose workers still end may have a file come while they are removed; the next time finds it
                 with suppress(OSError):
-                    run.forget_checkpoints()
+                    run.remove_checkpoints()
             if trial.status in OVER and trial.number not in ranked:
                 for folder in (run.model, run.ray):
                     shutil.rmtree(folder, ignore_errors=True)
@@ -220,10 +222,10 @@ class Record:
             temporary.write_text(json.dumps(self.as_json(), indent=1) + "\n")
 
 
-def undominated(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Trial]:
+def undominated(trials: Sequence[TrialRecord], objectives: Sequence[SweepObjective]) -> list[TrialRecord]:
     """The trials that no other is at least as good as in every objective and better in one."""
 
-    def worth(trial: Trial) -> list[float]:
+    def worth(trial: TrialRecord) -> list[float]:
         return [one.sign * trial.metrics[one.metric] for one in objectives]
 
     def beats(one: list[float], other: list[float]) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
-from raydiv.config.sweep import Constraint, Objective, Parameter
+from raydiv.config.sweep import SearchParameter, SweepConstraint, SweepObjective
 from raydiv.experiments.sweep.space import Values, encoded, suggest, untried
 
 ASKED_AGAIN = 5
@@ -18,7 +18,7 @@ UNKNOWN = 1.0
 """Violation of a constraint whose metric a trial did not come to, as one that was stopped."""
 
 
-class Numbered(Searcher):  # type: ignore[misc]
+class ListSearcher(Searcher):  # type: ignore[misc]
     """Trials by number: those of ``given`` numbers are as they are, the others what ``_new`` says."""
 
     def __init__(self, given: Mapping[int, Values]) -> None:
@@ -51,7 +51,7 @@ class Numbered(Searcher):  # type: ignore[misc]
         """Nothing, as ``save``."""
 
 
-class Asked(Numbered):
+class OptunaSearcher(ListSearcher):
     """Optuna's tree-structured Parzen estimator (Bergstra et al. 2011), of one objective or several, under constraints.
 
     No values are suggested twice. ``given`` are what an earlier attempt tried: Optuna learns from them as they are told again.
@@ -59,9 +59,9 @@ class Asked(Numbered):
 
     def __init__(
         self,
-        space: Sequence[Parameter],
-        objectives: Sequence[Objective],
-        constraints: Sequence[Constraint],
+        space: Sequence[SearchParameter],
+        objectives: Sequence[SweepObjective],
+        constraints: Sequence[SweepConstraint],
         seed: int,
         given: Mapping[int, Values],
     ) -> None:

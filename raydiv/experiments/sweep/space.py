@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 from raydiv.config import Recipe, changed
-from raydiv.config.sweep import Choices, Interval, Parameter
+from raydiv.config.sweep import Choices, Interval, SearchParameter
 from raydiv.utils.errors import UserError
 
 Values = dict[str, Any]
@@ -25,13 +25,15 @@ DIGITS = 4
 """Significant digits of a value from an interval: what a recipe is readable with."""
 
 
-def grid(space: Sequence[Parameter]) -> list[Values]:
+def grid(space: Sequence[SearchParameter]) -> list[Values]:
     """Every combination of lists."""
     return list(_walk(space, _listed))
 
 
 def _walk(
-    space: Sequence[Parameter], options: Callable[[Interval | Choices], Sequence[Any]], chosen: Values | None = None
+    space: Sequence[SearchParameter],
+    options: Callable[[Interval | Choices], Sequence[Any]],
+    chosen: Values | None = None,
 ) -> Iterator[Values]:
     """Combinations of ``options``, one at a time; a parameter that does not apply beside the others has no value."""
     chosen = chosen or {}
@@ -55,7 +57,7 @@ def _ends(values: Interval | Choices) -> Sequence[Any]:
     return values.ends if isinstance(values, Interval) else values
 
 
-def suggest(space: Sequence[Parameter], trial: Any) -> Values:
+def suggest(space: Sequence[SearchParameter], trial: Any) -> Values:
     """Values that an Optuna trial suggests. Choices are suggested by number: they may be of any type."""
     chosen: Values = {}
     for parameter in space:
@@ -64,7 +66,7 @@ def suggest(space: Sequence[Parameter], trial: Any) -> Values:
     return chosen
 
 
-def _suggested(parameter: Parameter, trial: Any) -> Any:
+def _suggested(parameter: SearchParameter, trial: Any) -> Any:
     key, values = parameter.key, parameter.values
     if not isinstance(values, Interval):
         return values[trial.suggest_categorical(key, list(range(len(values))))]
@@ -77,7 +79,7 @@ def _suggested(parameter: Parameter, trial: Any) -> Any:
     return min(max(float(f"{found:.{DIGITS}g}"), low), high)
 
 
-def encoded(space: Sequence[Parameter], chosen: Values) -> dict[str, Any]:
+def encoded(space: Sequence[SearchParameter], chosen: Values) -> dict[str, Any]:
     """Values as ``suggest`` would ask Optuna for them."""
     by_key = {parameter.key: parameter.values for parameter in space}
     return {
@@ -91,7 +93,7 @@ def _position(choices: Interval | Choices, value: Any) -> int:
     return choices.index(value)
 
 
-def draw(space: Sequence[Parameter], count: int, seed: int, tried: Sequence[Values] = ()) -> list[Values]:
+def draw(space: Sequence[SearchParameter], count: int, seed: int, tried: Sequence[Values] = ()) -> list[Values]:
     """``count`` different combinations at random, none of them ``tried``; fewer where there are not so many."""
     import optuna
 
@@ -107,7 +109,7 @@ def draw(space: Sequence[Parameter], count: int, seed: int, tried: Sequence[Valu
     return found
 
 
-def untried(space: Sequence[Parameter], tried: Sequence[Values], seed: int) -> Values | None:
+def untried(space: Sequence[SearchParameter], tried: Sequence[Values], seed: int) -> Values | None:
     """A combination at random that was not tried; None where there is none."""
     if all(not isinstance(parameter.values, Interval) for parameter in space):
         left = [values for values in islice(_walk(space, _listed), MOST_CHECKED) if values not in tried]
@@ -128,7 +130,7 @@ def representatives(recipe: Recipe, seed: int = 0) -> list[Values]:
     return corners if len(corners) <= MOST_CHECKED else _some_corners(sweep.parameters, seed)
 
 
-def _some_corners(space: Sequence[Parameter], seed: int) -> list[Values]:
+def _some_corners(space: Sequence[SearchParameter], seed: int) -> list[Values]:
     """As many as are checked: every choice and end at least once beside random others, wherever it applies."""
     rng = random.Random(seed)  # noqa: S311
     drawn = [next(_walk(space, lambda values: [rng.choice(_ends(values))])) for _ in range(MOST_CHECKED)]

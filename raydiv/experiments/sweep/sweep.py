@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from raydiv.config import Recipe
-from raydiv.config.sweep import Sweep as SweepSection
-from raydiv.experiments.shared import Family, distinct, prepare_all
-from raydiv.experiments.sweep.callback import Follower
+from raydiv.config.sweep import SweepConfig as SweepSection
+from raydiv.experiments.shared import RunGroup, distinct_preparations, prepare_all
+from raydiv.experiments.sweep.callback import SweepCallback
 from raydiv.experiments.sweep.goal import whole_names
 from raydiv.experiments.sweep.page import write_sweep_report
-from raydiv.experiments.sweep.record import FAILED, Record, SweepDirectory
-from raydiv.experiments.sweep.searchers import Asked, Numbered
+from raydiv.experiments.sweep.record import FAILED, SweepDirectory, SweepRecord
+from raydiv.experiments.sweep.searchers import ListSearcher, OptunaSearcher
 from raydiv.experiments.sweep.space import Values, recipes_of, representatives
-from raydiv.experiments.sweep.trial import TrialInput, run_trial
-from raydiv.runs.progress import Display
-from raydiv.runs.tracker import Tracker, handed_on
+from raydiv.experiments.sweep.trial import TrialTask, run_trial
+from raydiv.runs.progress import ProgressDisplay
+from raydiv.runs.tracker import MlflowTracker, forwarded_environment
 from raydiv.runtime.resources import side_by_side
 from raydiv.runtime.session import ray_session, require_dashboard
 from raydiv.utils.errors import UserError
@@ -38,21 +38,21 @@ class SweepResult:
     report: dict[str, Any]
 
 
-def sweep(recipe: Recipe, *, resume: bool = False, display: Display | None = None) -> SweepResult:
+def sweep(recipe: Recipe, *, resume: bool = False, display: ProgressDisplay | None = None) -> SweepResult:
     """Search the recipe's space: a run for each trial, all on one preparation, one reference and one measurement of the base.
 
     ``resume`` goes on with a sweep that was stopped; what is over is not done again. Raises UserError for what the user must
     change, values that no run could have and a goal that no trial reports included, before the first trial starts;
     RuntimeError when no trial finishes.
     """
-    display = display or Display()
+    display = display or ProgressDisplay()
     if recipe.sweep is None:
         raise UserError("the recipe has no section sweep: it says which keys are searched, and for what")
     tried = representatives(recipe)
-    variants = distinct(recipes_of(recipe, tried))
+    variants = distinct_preparations(recipes_of(recipe, tried))
     directory = SweepDirectory.of(recipe)
-    begun = directory.has_begun(recipe, resume)
-    record = Record.read(directory, recipe) if begun else Record(directory, recipe)
+    begun = directory.has_started(recipe, resume)
+    record = SweepRecord.read(directory, recipe) if begun else SweepRecord(directory, recipe)
     started = time.monotonic()
     # Ray Train asks the dashboard whether a stopped trial's controller is gone, and only then frees its workers
     with ray_session(recipe.cluster, dashboard=True):
@@ -61,10 +61,10 @@ def sweep(recipe: Recipe, *, resume: bool = False, display: Display | None = Non
         steps, measured = prepare_all(variants, display)
         names = whole_names(recipe, variants, measured)
         record.named(names)
-        directory.claim(recipe)
+        directory.create(recipe)
         record.write()
         tags = {"raydiv.kind": "sweep", "raydiv.goal": recipe.sweep.goal}
-        tracker = Tracker(recipe, tags, display.say, record.facts.get("mlflow"))
+        tracker = MlflowTracker(recipe, tags, display.print, record.facts.get("mlflow"))
         with tracker.told_of_its_end():
             record.facts = {"mlflow": {"uri": tracker.uri, "run_id": tracker.run_id}, "versions": versions()}
             _search(recipe, record, tried, _scheduler(recipe.sweep, names, steps), display)
@@ -92,7 +92,9 @@ QUIET = {
 """Ray Tune's own tables, log files, folders, signals and checks: raydiv has its own."""
 
 
-def _search(recipe: Recipe, record: Record, tried: Sequence[Values], scheduler: Any, display: Display) -> None:
+def _search(
+    recipe: Recipe, record: SweepRecord, tried: Sequence[Values], scheduler: Any, display: ProgressDisplay
+) -> None:
     """Run the trials that are not over, as many at once as there is room for."""
     os.environ.update(QUIET)
     from ray import tune
@@ -101,11 +103,11 @@ def _search(recipe: Recipe, record: Record, tried: Sequence[Values], scheduler: 
     section = recipe.sweep
     assert section is not None
     room, part = side_by_side(recipe.cluster, section.max_concurrent)
-    family = Family(record.directory.trials, part, handed_on(recipe), record.facts["mlflow"]["run_id"])
-    given = TrialInput(recipe, family, Path.cwd(), dict(record.trials))
+    family = RunGroup(record.directory.trials, part, forwarded_environment(recipe), record.facts["mlflow"]["run_id"])
+    given = TrialTask(recipe, family, Path.cwd(), dict(record.trials))
     searcher, count = _searcher(recipe, record, tried)
     with display.phase("trials") as update:
-        follower = Follower(record, section.keep, count, update)
+        follower = SweepCallback(record, section.keep, count, update)
         tune.Tuner(
             tune.with_resources(tune.with_parameters(run_trial, given=given), DRIVER),
             tune_config=tune.TuneConfig(
@@ -122,15 +124,15 @@ def _search(recipe: Recipe, record: Record, tried: Sequence[Values], scheduler: 
         ).fit()
 
 
-def _searcher(recipe: Recipe, record: Record, tried: Sequence[Values]) -> tuple[Numbered, int]:
+def _searcher(recipe: Recipe, record: SweepRecord, tried: Sequence[Values]) -> tuple[ListSearcher, int]:
     """Who says what is tried, and how many trials there will be at most."""
     section = recipe.sweep
     assert section is not None
     if section.search != "tpe":
-        return Numbered(dict(enumerate(tried, 1))), len(tried)
+        return ListSearcher(dict(enumerate(tried, 1))), len(tried)
     assert section.trials is not None, "the recipe sees to it"
     earlier = {number: trial.values for number, trial in record.trials.items()}
-    asked = Asked(section.parameters, record.objectives, record.constraints, recipe.seed, earlier)
+    asked = OptunaSearcher(section.parameters, record.objectives, record.constraints, recipe.seed, earlier)
     return asked, max(section.trials, *earlier, 1)
 
 
@@ -138,16 +140,16 @@ def _scheduler(section: SweepSection, names: Mapping[str, str], steps: int) -> A
     """Asynchronous successive halving (Li et al. 2018, arXiv 1810.05934) by optimizer updates, or nothing."""
     if section.scheduler == "none":
         return None
-    from raydiv.experiments.sweep.asha import Halving
+    from raydiv.experiments.sweep.asha import TrialASHA
 
     grace = section.grace or GRACE
     if grace >= steps:
         raise UserError(f"sweep.grace: {grace} of {steps} updates leave asha nothing to stop; give fewer")
     compared = section.compared
-    return Halving(names[compared.metric], compared.direction, steps, grace, section.reduction or REDUCTION)
+    return TrialASHA(names[compared.metric], compared.direction, steps, grace, section.reduction or REDUCTION)
 
 
-def _conclude(record: Record, tracker: Tracker) -> None:
+def _conclude(record: SweepRecord, tracker: MlflowTracker) -> None:
     """Write the record and its report, and mark the trials in MLflow. Raises RuntimeError where every trial failed."""
     directory, best = record.directory, {trial.number for trial in record.best}
     record.write()

@@ -11,52 +11,52 @@ from typing import Any
 
 from raydiv.commands.train import train
 from raydiv.config import Recipe, changed
-from raydiv.experiments.shared import Family
+from raydiv.experiments.shared import RunGroup
 from raydiv.experiments.sweep.asha import TRAINED
-from raydiv.experiments.sweep.record import FAILED, FINISHED, OVER, Trial
+from raydiv.experiments.sweep.record import FAILED, FINISHED, OVER, TrialRecord
 from raydiv.runs.directory import Metrics, RunDirectory, numbers
-from raydiv.runs.progress import Display
-from raydiv.runs.resume import goes_on
+from raydiv.runs.progress import ProgressDisplay
+from raydiv.runs.resume import resumes
 
 ERROR = "error.txt"
 """Why a run failed, in its directory."""
 
 
 @dataclass(frozen=True, slots=True)
-class TrialInput:
+class TrialTask:
     """What all trials of a sweep share, and what became of those of an earlier attempt.
 
     ``cwd``: where the command was given, which relative paths of the recipe begin at.
     """
 
     recipe: Recipe
-    family: Family
+    family: RunGroup
     cwd: Path
-    earlier: Mapping[int, Trial]
+    earlier: Mapping[int, TrialRecord]
 
 
-def run_trial(config: Mapping[str, Any], given: TrialInput) -> None:
+def run_trial(config: Mapping[str, Any], given: TrialTask) -> None:
     """Run a trial and tell Tune every line of its metrics; of one that is over, tell them again and train nothing."""
     from ray import tune
 
     os.chdir(given.cwd)
     _name_the_cluster()
     number = int(config["number"])
-    name, tags = Trial(number, config["values"]).name, {"raydiv.trial": str(number)}
-    recipe = given.family.member(changed(given.recipe, config["values"]), name, tags)
+    name, tags = TrialRecord(number, config["values"]).name, {"raydiv.trial": str(number)}
+    recipe = given.family.member_recipe(changed(given.recipe, config["values"]), name, tags)
     run, earlier = RunDirectory.of(recipe), given.earlier.get(number)
     if earlier is not None and earlier.status in OVER:
-        if earlier.status == FINISHED and goes_on(run, recipe):
+        if earlier.status == FINISHED and resumes(run, recipe):
             # killed with its sweep it may have no report, and MLflow not all of it
-            train(recipe, Display(quiet=True), resume=True)
-        for record in run.metrics() if run.metrics_file.exists() else []:
+            train(recipe, ProgressDisplay(quiet=True), resume=True)
+        for record in run.read_metrics() if run.metrics_file.exists() else []:
             tune.report(numbers(record))
         if earlier.status == FAILED:
             raise RuntimeError(earlier.error)
     else:
         _train(recipe, run)
     # a searcher reads the last report alone
-    tune.report(numbers(run.trained()))
+    tune.report(numbers(run.trained_metrics()))
 
 
 def _name_the_cluster() -> None:
@@ -77,7 +77,7 @@ def _name_the_cluster() -> None:
 def _train(recipe: Recipe, run: RunDirectory) -> None:
     from ray import tune
 
-    resume = goes_on(run, recipe)  # an attempt that was not finished
+    resume = resumes(run, recipe)  # an attempt that was not finished
     if not resume:
         shutil.rmtree(run.path, ignore_errors=True)
 
@@ -85,7 +85,7 @@ def _train(recipe: Recipe, run: RunDirectory) -> None:
         tune.report(numbers(record) | {TRAINED: run.stage().ended is not None})
 
     try:
-        train(recipe, Display(quiet=True), resume=resume, watch=report)
+        train(recipe, ProgressDisplay(quiet=True), resume=resume, watch=report)
     except Exception as error:
         run.path.mkdir(parents=True, exist_ok=True)
         (run.path / ERROR).write_text(str(error))

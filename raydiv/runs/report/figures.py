@@ -42,14 +42,14 @@ class Curve:
 
 def pictures(run: RunDirectory) -> dict[str, list[Picture]]:
     """By section of the report: training, separation, rewards."""
-    records = run.metrics()
+    records = run.read_metrics()
     planes = {when: read_json(run.separation / f"{when}.json") for when in ("before", "after")}
     compared = [log_ratio] if run.read_recipe().loss.needs_reference else []
     with styled():
         drawn = {
             "training": [draw(records) for draw in (loss, divergence, rewards, margin, *compared, gradient)],
             "separation": [*(plane(found, when) for when, found in planes.items()), separation(records)],
-            "rewards": [reward_distribution(run.rewards())],
+            "rewards": [reward_distribution(run.read_rewards())],
         }
     return {section: [picture for picture in found if picture] for section, found in drawn.items()}
 

@@ -15,7 +15,7 @@ from raydiv.runs.directory import RunDirectory
 from raydiv.runs.report.drawing import Picture, write_pictures
 from raydiv.runs.report.figures import pictures
 from raydiv.runs.report.html import document, figures, note_list, paragraph, scroll, section, table
-from raydiv.runs.report.table import Measured, Row, measured, notes
+from raydiv.runs.report.table import MeasuredValue, ReportRow, measured, notes
 
 GROUPS = {
     "separation": "Separation of harmful and harmless prompts",
@@ -80,7 +80,7 @@ def _facts(result: Mapping[str, Any], recipe: Recipe) -> dict[str, str]:
     }
 
 
-def _measured(rows: Sequence[Row]) -> str:
+def _measured(rows: Sequence[ReportRow]) -> str:
     """The before | after table, in groups of metrics."""
     if not rows:
         return paragraph(NOT_MEASURED)
@@ -93,12 +93,12 @@ def _measured(rows: Sequence[Row]) -> str:
     return scroll(whole, "Before and after")
 
 
-def _group(name: str, rows: Sequence[Row]) -> str:
+def _group(name: str, rows: Sequence[ReportRow]) -> str:
     heading = f'<tr><th scope="rowgroup" colspan="3">{escape(GROUPS.get(name, name))}</th></tr>'
     return "\n".join(["<tbody>", heading, *map(_row, rows), "</tbody>"])
 
 
-def _row(row: Row) -> str:
+def _row(row: ReportRow) -> str:
     """A rate's label says of how many."""
     totals = dict.fromkeys(str(found.of) for found in (row.before, row.after) if found and found.of)
     count = f" <small>of {' and '.join(totals)}</small>" if totals else ""
@@ -107,7 +107,7 @@ def _row(row: Row) -> str:
     return f"<tr>{label}{_cell(row.before)}{_cell(row.after)}</tr>"
 
 
-def _cell(found: Measured | None) -> str:
+def _cell(found: MeasuredValue | None) -> str:
     value, interval = (str(found), found.range) if found else ("&ndash;", "")
     return f"<td>{value} <small>{interval}</small></td>".replace("-", "&minus;")
 

@@ -49,7 +49,7 @@ SAME = "  same, "
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class MeasuredValue:
     """A value, of a rate also its 95% interval and out of how many; ``form`` is its format."""
 
     value: float
@@ -68,12 +68,12 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ReportRow:
     """A metric before and after training; None where it was not measured."""
 
     metric: str
-    before: Measured | None
-    after: Measured | None
+    before: MeasuredValue | None
+    after: MeasuredValue | None
 
     @property
     def label(self) -> str:
@@ -112,17 +112,17 @@ def before_after(run: RunDirectory) -> list[tuple[str, str, str]]:
     return [(row.label, str(row.before or "-"), str(row.after or "-")) for row in measured(run) if row.metric in KNOWN]
 
 
-def measured(run: RunDirectory) -> list[Row]:
+def measured(run: RunDirectory) -> list[ReportRow]:
     """Every metric of KNOWN that the run measured, and every one of its answers: first and last value."""
     first: Metrics = {}
     last: Metrics = {}
-    for record in run.metrics():
+    for record in run.read_metrics():
         last |= record
         first = record | first
     before = _plain(first) | _apart(run.separation / "before.json") | _answers(run.evaluation / "before.json")
     after = _plain(last) | _apart(run.separation / "after.json") | _answers(run.evaluation / "after.json")
     metrics = sorted(before | after, key=lambda metric: (_place(metric), metric not in KNOWN))
-    return [Row(metric, before.get(metric), after.get(metric)) for metric in metrics]
+    return [ReportRow(metric, before.get(metric), after.get(metric)) for metric in metrics]
 
 
 def _place(metric: str) -> int:
@@ -131,36 +131,36 @@ def _place(metric: str) -> int:
     return max(range(len(shared)), key=lambda number: (shared[number], number))
 
 
-def _plain(metrics: Metrics) -> dict[str, Measured]:
+def _plain(metrics: Metrics) -> dict[str, MeasuredValue]:
     """What metrics.jsonl alone has; answers have files of their own, which say at which end each figure was measured."""
     known = {name: form for name, (_, form) in KNOWN.items() if not name.startswith("evaluate/")}
-    return {name: Measured(metrics[name], form) for name, form in known.items() if name in metrics}
+    return {name: MeasuredValue(metrics[name], form) for name, form in known.items() if name in metrics}
 
 
-def _apart(path: Path) -> dict[str, Measured]:
+def _apart(path: Path) -> dict[str, MeasuredValue]:
     """D_B with its interval, where the separation file has one."""
     found = read_json(path)
     if not found.get("d_b_interval"):
         return {}
     low, high = found["d_b_interval"]
-    return {"separation/d_b": Measured(found["figures"]["d_b"], KNOWN["separation/d_b"][1], (low, high))}
+    return {"separation/d_b": MeasuredValue(found["figures"]["d_b"], KNOWN["separation/d_b"][1], (low, high))}
 
 
-def _answers(path: Path) -> dict[str, Measured]:
+def _answers(path: Path) -> dict[str, MeasuredValue]:
     """All rates of an evaluation file and its other figures, with their intervals where they have any."""
     found = read_json(path)
     measured = {
-        name: Measured(rate["share"], _form(name, "{:.0%}"), _ends(rate), rate["of"])
+        name: MeasuredValue(rate["share"], _form(name, "{:.0%}"), _ends(rate), rate["of"])
         for name, rate in found.get("rates", {}).items()
     }
     for name, figure in found.get("capability", {}).items():
-        measured[name] = Measured(figure["value"], _form("capability", ""), _ends(figure), figure["documents"])
+        measured[name] = MeasuredValue(figure["value"], _form("capability", ""), _ends(figure), figure["documents"])
     for key, figure in found.items():
         name, form = f"evaluate/{key}", _form(f"evaluate/{key}", "{:.2f}")
         if type(figure) in (int, float):
-            measured[name] = Measured(figure, form)
+            measured[name] = MeasuredValue(figure, form)
         elif isinstance(figure, dict) and figure.get("value") is not None:
-            measured[name] = Measured(figure["value"], form, _ends(figure), figure.get("of"))
+            measured[name] = MeasuredValue(figure["value"], form, _ends(figure), figure.get("of"))
     return measured
 
 

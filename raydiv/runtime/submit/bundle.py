@@ -92,7 +92,7 @@ RECIPE = "recipe.yaml"
 
 
 @dataclass(frozen=True, slots=True)
-class Bundle:
+class JobBundle:
     """A folder that goes with a command, and the command as it runs there.
 
     ``files`` are those in it, by their path, with their bytes; ``there``: absolute paths that the cluster is to have;
@@ -108,9 +108,9 @@ class Bundle:
 
 
 @contextmanager
-def bundled(
+def make_bundle(
     words: Sequence[str], recipe: str | None, overrides: Sequence[str], *, leaves_a_run: bool
-) -> Iterator[Bundle]:
+) -> Iterator[JobBundle]:
     """The bundle of a command, ``words``, while the block runs. ``recipe`` and ``overrides`` are those among the words.
 
     ``leaves_a_run``: the command writes into the recipe's output_dir.
@@ -139,7 +139,7 @@ def bundled(
             (folder / RECIPE).write_text(yaml.safe_dump(tree, sort_keys=False))
         files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
         _require_few(files)
-        yield Bundle(folder, kept, files, there, checked, list(dict.fromkeys(secrets)))
+        yield JobBundle(folder, kept, files, there, checked, list(dict.fromkeys(secrets)))
 
 
 def _checked(recipe: str, overrides: Sequence[str], leaves_a_run: bool) -> Recipe:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from raydiv.runtime.submit.bundle import Bundle
+from raydiv.runtime.submit.bundle import JobBundle
 from raydiv.utils.errors import UserError
 from raydiv.utils.secrets import has_password, has_token, names_secret
 
@@ -38,7 +38,7 @@ def environment(named: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def runtime_environment(bundle: Bundle, variables: Mapping[str, str], more: Mapping[str, Any]) -> dict[str, Any]:
+def runtime_environment(bundle: JobBundle, variables: Mapping[str, str], more: Mapping[str, Any]) -> dict[str, Any]:
     """Ray's runtime environment: the bundle, this raydiv itself, and what the user's own one (``more``) says beside."""
     return {
         **more,

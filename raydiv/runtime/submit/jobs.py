@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from raydiv.runtime.session import LET_IN, submitted
+from raydiv.runtime.session import LET_IN, is_submitted_job
 from raydiv.utils.errors import UserError
 from raydiv.utils.signals import STATUS as STOPPED
 
@@ -32,7 +32,7 @@ QUIET_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class JobStatus:
     """Of a job: ``status`` is Ray's word; ``exit_code`` that of the command, None while it runs."""
 
     id: str
@@ -112,14 +112,14 @@ class Jobs:
         """Send a command of raydiv; returns the job's id."""
         command = command_of(words)
         with self._told():
-            return submitted(
+            return is_submitted_job(
                 self._client,
                 entrypoint=f"python -m raydiv {command}",
                 runtime_env=dict(runtime_env),
                 metadata={NAME: name, COMMAND: command},
             )
 
-    def find(self, wanted: str) -> Standing:
+    def find(self, wanted: str) -> JobStatus:
         """The job of an id, or the newest one of a name. Raises UserError where there is none."""
         jobs = self.all()
         found = next((job for job in jobs if wanted in (job.id, job.name)), None)
@@ -128,18 +128,18 @@ class Jobs:
             raise UserError(f"{wanted}: no job of that id or name at {self.address}; there are: {names}")
         return found
 
-    def running(self, name: str) -> Standing | None:
+    def running(self, name: str) -> JobStatus | None:
         """A job of that name which has not ended."""
         return next((job for job in self.all() if job.name == name and job.exit_code is None), None)
 
-    def all(self) -> list[Standing]:
+    def all(self) -> list[JobStatus]:
         """Those that raydiv sent, the newest first."""
         with self._told():
             listed = self._client.list_jobs()
-        jobs = [_standing(job) for job in listed if job.submission_id and (job.metadata or {}).get(NAME)]
+        jobs = [_job_status(job) for job in listed if job.submission_id and (job.metadata or {}).get(NAME)]
         return sorted(jobs, key=lambda job: job.started or 0.0, reverse=True)
 
-    def follow(self, job: str, write: Callable[[str], object]) -> Standing:
+    def follow(self, job: str, write: Callable[[str], object]) -> JobStatus:
         """Hand on what a job prints, from its beginning, until it has ended; a lost connection is taken up again.
 
         Raises UserError where the cluster does not answer for PATIENCE_S, and what ``write`` raises.
@@ -149,7 +149,7 @@ class Jobs:
         except _WriteError as error:
             raise error.reason from None
 
-    def _follow(self, job: str, log: _Log) -> Standing:
+    def _follow(self, job: str, log: _Log) -> JobStatus:
         away: float | None = None
         while True:
             before = log.pieces
@@ -209,13 +209,13 @@ def command_of(words: Sequence[str]) -> str:
     return shlex.join(words)
 
 
-def _standing(job: Any) -> Standing:
+def _job_status(job: Any) -> JobStatus:
     metadata, status = job.metadata or {}, str(job.status)
     code = None
     if job.status.is_terminal():
         ended = {"SUCCEEDED": 0, "STOPPED": STOPPED}.get(status, 1)
         code = ended if job.driver_exit_code is None else int(job.driver_exit_code)
-    return Standing(
+    return JobStatus(
         job.submission_id,
         metadata.get(NAME, ""),
         metadata.get(COMMAND, job.entrypoint),

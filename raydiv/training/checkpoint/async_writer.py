@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from raydiv.training.checkpoint.shards import Shard, write_shard
+from raydiv.training.checkpoint.shards import CheckpointShard, write_shard
 from raydiv.training.zero_state import Snapshot
 from raydiv.utils.storage import Folder
 
 
-class Writer:
+class AsyncWriter:
     """A thread that writes one rank's file at a time."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing: Future[Shard] | None = None
+        self._writing: Future[CheckpointShard] | None = None
 
     def start(self, folder: Folder, state: Snapshot) -> None:
         """Begin to write ``state``, which nobody changes any more."""
@@ -26,7 +26,7 @@ class Writer:
     def busy(self) -> bool:
         return self._writing is not None and not self._writing.done()
 
-    def take(self) -> Shard | str:
+    def take(self) -> CheckpointShard | str:
         """What was written, or why it could not be; waits for it."""
         assert self._writing is not None
         writing, self._writing = self._writing, None

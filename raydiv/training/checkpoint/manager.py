@@ -15,15 +15,15 @@ from typing import Any
 
 from raydiv.config import Recipe
 from raydiv.runs.directory import RunDirectory
-from raydiv.training.checkpoint.async_writer import Writer
-from raydiv.training.checkpoint.manifest import Checkpoints, Manifest, assigned
-from raydiv.training.checkpoint.shards import Shard, Shards, fault
+from raydiv.training.checkpoint.async_writer import AsyncWriter
+from raydiv.training.checkpoint.manifest import CheckpointStore, Manifest, assigned
+from raydiv.training.checkpoint.shards import CheckpointShard, ShardReader, fault
 from raydiv.utils import distributed as dist
 from raydiv.utils.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
-class _Begun:
+class _PendingCheckpoint:
     """A checkpoint that ranks still write."""
 
     step: int
@@ -32,32 +32,32 @@ class _Begun:
     measured: float | None
 
 
-class Saver:
+class CheckpointManager:
     """Writes the checkpoints of a run, and finds the one to go on from. Every method is called by all ranks together.
 
-    ``engine`` has ``updates``, ``snapshot`` and ``restore`` (see raydiv.training.engine.Engine).
+    ``engine`` has ``updates``, ``snapshot`` and ``restore`` (see raydiv.training.engine.DeepSpeedEngine).
     """
 
     def __init__(self, run: RunDirectory, recipe: Recipe, engine: Any) -> None:
         self._run, self._section, self._engine = run, recipe.checkpoint, engine
-        self._checkpoints = Checkpoints(run.checkpoints(recipe))
+        self._checkpoints = CheckpointStore(run.checkpoints(recipe))
         self._possible = recipe.engine.nvme_path is None
-        self._writer = Writer(dist.rank())
-        self._begun: _Begun | None = None
+        self._writer = AsyncWriter(dist.rank())
+        self._begun: _PendingCheckpoint | None = None
         self._due, self._last = False, time.monotonic()
-        self._id = dist.from_first(run.stage().id if dist.rank() == 0 else "")
+        self._id = dist.broadcast_object(run.stage().id if dist.rank() == 0 else "")
 
     def find(self) -> Manifest | None:
         """The newest checkpoint all of whose files are as they were written; None without any.
 
         What is damaged is said, and the one before it taken.
         """
-        for step in dist.from_first(self._checkpoints.steps() if dist.rank() == 0 else []):
+        for step in dist.broadcast_object(self._checkpoints.steps() if dist.rank() == 0 else []):
             found, wrong = self._checked(step)
             if not wrong:
                 return found
             if dist.rank() == 0:
-                self._run.tell(f"the checkpoint after step {step} is damaged and not used: {wrong}")
+                self._run.log_event(f"the checkpoint after step {step} is damaged and not used: {wrong}")
         return None
 
     def best(self) -> Manifest | None:
@@ -65,7 +65,7 @@ class Saver:
 
         Raises RuntimeError where it is damaged.
         """
-        step = dist.from_first(self._checkpoints.best(self._section.mode) if dist.rank() == 0 else None)
+        step = dist.broadcast_object(self._checkpoints.best(self._section.mode) if dist.rank() == 0 else None)
         if step is None:
             return None
         found, wrong = self._checked(step)
@@ -75,7 +75,7 @@ class Saver:
 
     def restore(self, manifest: Manifest) -> None:
         """Put the engine where it was."""
-        with Shards(self._checkpoints.at(manifest.step), manifest.shards) as shards:
+        with ShardReader(self._checkpoints.at(manifest.step), manifest.shards) as shards:
             self._engine.restore(shards.read, manifest.updates)
 
     def _checked(self, step: int) -> tuple[Manifest | None, str]:
@@ -92,7 +92,7 @@ class Saver:
                 f"checkpoint: {self._checkpoints.at(step).uri} is of another run; give this one another name=... or "
                 "another checkpoint.storage=..."
             )
-        return found, next(filter(None, dist.gathered(wrong)), "")
+        return found, next(filter(None, dist.all_gather_object(wrong)), "")
 
     def after_step(
         self, step: int, loop: Callable[[], dict[str, Any]], metrics: Mapping[str, float], last: bool
@@ -123,7 +123,9 @@ class Saver:
         elif seconds is not None:
             self._due |= time.monotonic() - self._last >= seconds
         first = dist.rank() == 0
-        said = dist.gathered((self._writer.busy, first and self._due and ready, first and self._run.asked_to_stop))
+        said = dist.all_gather_object(
+            (self._writer.busy, first and self._due and ready, first and self._run.stop_requested)
+        )
         busy, due, stop = (any(flags) for flags in zip(*said, strict=True))
         return busy, due, stop
 
@@ -131,7 +133,7 @@ class Saver:
         if dist.rank() == 0:
             with suppress(OSError):  # then the files cannot be written neither, which is said
                 self._checkpoints.begin(step)
-        self._begun = _Begun(step, self._engine.updates, loop(), measured)
+        self._begun = _PendingCheckpoint(step, self._engine.updates, loop(), measured)
         self._due, self._last = False, time.monotonic()
         self._writer.start(self._checkpoints.at(step), self._engine.snapshot())
 
@@ -140,24 +142,24 @@ class Saver:
         if self._begun is None:
             return
         begun, self._begun = self._begun, None
-        written = dist.gathered(self._writer.take())
+        written = dist.all_gather_object(self._writer.take())
         if dist.rank() == 0:
             self._commit(begun, written)
 
-    def _commit(self, begun: _Begun, written: Sequence[Shard | str]) -> None:
+    def _commit(self, begun: _PendingCheckpoint, written: Sequence[CheckpointShard | str]) -> None:
         """Call a checkpoint whole, and let go of old ones; where a rank could not write its share, say so instead."""
         folder = self._checkpoints.folder.uri
         try:
             for rank, shard in enumerate(written):
                 if isinstance(shard, str):
                     raise OSError(f"worker {rank}: {shard}")
-            shards = [shard for shard in written if isinstance(shard, Shard)]
+            shards = [shard for shard in written if isinstance(shard, CheckpointShard)]
             of = {"run": self._id, **self._run.stage().of}
             self._checkpoints.commit(
                 Manifest(begun.step, begun.updates, dist.world_size(), begun.loop, of, begun.measured, shards)
             )
         except OSError as error:
-            self._run.tell(
+            self._run.log_event(
                 f"the checkpoint after step {begun.step} could not be written to {folder}: {error}; training goes on, and "
                 "the one before it is kept"
             )
@@ -167,4 +169,4 @@ class Saver:
         try:
             self._checkpoints.prune(self._section.keep, self._section.mode if self._section.best_metric else None)
         except OSError as error:
-            self._run.tell(f"old checkpoints in {folder} could not be removed: {error}")
+            self._run.log_event(f"old checkpoints in {folder} could not be removed: {error}")

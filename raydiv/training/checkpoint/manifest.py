@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from raydiv.training.checkpoint.shards import Shard
+from raydiv.training.checkpoint.shards import CheckpointShard
 from raydiv.utils.storage import Folder, require_inside
 
 MANIFEST = "manifest.json"
@@ -34,7 +34,7 @@ class Manifest:
     loop: dict[str, Any]
     of: dict[str, str]
     measured: float | None
-    shards: list[Shard]
+    shards: list[CheckpointShard]
 
     def as_bytes(self) -> bytes:
         content = json.dumps(asdict(self), sort_keys=True)
@@ -49,7 +49,7 @@ class Manifest:
             if _sha256(content) != whole["sha256"]:
                 raise ValueError("its SHA-256 differs")
             found = json.loads(content)
-            shards = [Shard.from_json(shard) for shard in found.pop("shards")]
+            shards = [CheckpointShard.from_json(shard) for shard in found.pop("shards")]
             for shard in shards:
                 require_inside(shard.file)
             return cls(**found, shards=shards)
@@ -57,7 +57,7 @@ class Manifest:
             raise ValueError(f"{MANIFEST} is not what was written: {error}") from None
 
 
-class Checkpoints:
+class CheckpointStore:
     """The checkpoints in a folder, which may be of an object store."""
 
     def __init__(self, folder: Folder) -> None:
@@ -116,7 +116,7 @@ class Checkpoints:
         return {int(name.removeprefix(PREFIX)) for name in self.folder.folders() if name.startswith(PREFIX)}
 
 
-def assigned(shards: Sequence[Shard], rank: int, world_size: int) -> Sequence[Shard]:
+def assigned(shards: Sequence[CheckpointShard], rank: int, world_size: int) -> Sequence[CheckpointShard]:
     """The files that a rank checks: over all ranks each one once."""
     return shards[rank::world_size]
 

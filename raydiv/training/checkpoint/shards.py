@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raydiv.training.zero_state import Piece, Snapshot
+from raydiv.training.zero_state import Fragment, Snapshot
 from raydiv.utils.storage import Folder, sha256_of
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class CheckpointShard:
     """A rank's file: its size in bytes, its digest, and the (first, last + 1) elements of each parameter in it."""
 
     file: str
@@ -25,12 +25,12 @@ class Shard:
     pieces: dict[str, tuple[int, int]]
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> Shard:
+    def from_json(cls, found: Mapping[str, Any]) -> CheckpointShard:
         pieces = {name: (int(start), int(stop)) for name, (start, stop) in found["pieces"].items()}
         return cls(str(found["file"]), int(found["size"]), str(found["sha256"]), pieces)
 
 
-def write_shard(folder: Folder, rank: int, state: Snapshot) -> Shard:
+def write_shard(folder: Folder, rank: int, state: Snapshot) -> CheckpointShard:
     """Write a rank's share of the state. Raises OSError where that fails, and leaves no file then."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -42,10 +42,10 @@ def write_shard(folder: Folder, rank: int, state: Snapshot) -> Shard:
         except SafetensorError as error:  # a disk that is full, say
             raise OSError(f"{file}: {error}") from None
         size, sha256 = path.stat().st_size, sha256_of(path)
-    return Shard(file, size, sha256, {piece.name: (piece.start, piece.stop) for piece, _ in state})
+    return CheckpointShard(file, size, sha256, {piece.name: (piece.start, piece.stop) for piece, _ in state})
 
 
-def fault(folder: Folder, shard: Shard) -> str | None:
+def fault(folder: Folder, shard: CheckpointShard) -> str | None:
     """What is wrong with a file; None when it is as it was written."""
     try:
         with folder.local(shard.file) as path:
@@ -58,21 +58,21 @@ def fault(folder: Folder, shard: Shard) -> str | None:
     return None
 
 
-class Shards:
+class ShardReader:
     """The state in a checkpoint's files, by pieces of any layout. A context: files are opened when they are first needed."""
 
-    def __init__(self, folder: Folder, shards: Sequence[Shard]) -> None:
+    def __init__(self, folder: Folder, shards: Sequence[CheckpointShard]) -> None:
         self._folder, self._shards = folder, shards
         self._opened: dict[str, Any] = {}
         self._open = ExitStack()
 
-    def __enter__(self) -> Shards:
+    def __enter__(self) -> ShardReader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._open.close()
 
-    def read(self, piece: Piece, kind: str) -> Tensor:
+    def read(self, piece: Fragment, kind: str) -> Tensor:
         """The elements [length] of a piece. Raises ValueError where the checkpoint does not have all of them."""
         values = torch.empty(piece.length)
         there = 0
