@@ -102,33 +102,33 @@ class LossConfig(_Options):
     def terms(self) -> list[Term]:
         """The main objective, then those mixed in."""
         mixed = [term for _, term in self.mix if term is not None]
-        return [(self.objective, 1.0, self.options), *((term.objective, term.weight, term.options) for term in mixed)]
+        return [Term(self.objective, 1.0, self.options), *(Term(t.objective, t.weight, t.options) for t in mixed)]
 
     @property
     def paired_terms(self) -> list[str]:
         """Names of the objectives that take pairs."""
-        return [objective.name for objective, _, _ in self.terms if objective.data == "paired"]
+        return [term.name for term in self.terms if term.objective.data == "paired"]
 
     @property
     def bounded(self) -> bool:
         """Whether something keeps the objective from falling without end: its own ceiling, or a penalty mixed in."""
-        estimates = self.objective.divergence(self.options) != "none"
-        held = any(objective.penalty for objective, _, _ in self.terms)
-        return held or not estimates or self.objective.ceiling(self.options) is not None
+        main = self.terms[0]
+        held = any(term.objective.penalty for term in self.terms)
+        return held or main.divergence == "none" or main.ceiling is not None
 
     @property
     def comparing_terms(self) -> list[str]:
         """Names of the objectives that take unaligned examples too; aligned ones are always needed."""
-        return [objective.name for objective, _, _ in self.terms if objective.unaligned]
+        return [term.name for term in self.terms if term.objective.unaligned]
 
     @property
     def mismatched_terms(self) -> list[str]:
         """Names of the objectives that take mismatched examples."""
-        return [objective.name for objective, _, _ in self.terms if objective.mismatched]
+        return [term.name for term in self.terms if term.objective.mismatched]
 
     @property
     def needs_reference(self) -> bool:
-        return any(objective.reference for objective, _, _ in self.terms)
+        return any(term.objective.reference for term in self.terms)
 
 
 if TYPE_CHECKING:

@@ -392,7 +392,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _mixes_others(self) -> Recipe:
-        names = [objective.name for objective, _, _ in self.loss.terms]
+        names = [term.name for term in self.loss.terms]
         if len(set(names)) < len(names):
             raise ValueError(
                 f"loss.mix.{self.loss.type}: is the main objective already; mix in others, or set it to null"

@@ -66,9 +66,7 @@ def distinct_preparations(recipes: Sequence[Recipe]) -> list[Recipe]:
     for recipe in recipes:
         drawn = isinstance(recipe.data.eval, float)
         tree = recipe.model_dump(mode="json", by_alias=True, exclude=TRAINING if drawn else TRAINING | {"seed": True})
-        terms = [
-            (objective.name, objective.divergence(options) == "none") for objective, _, options in recipe.loss.terms
-        ]
+        terms = [(term.name, term.divergence == "none") for term in recipe.loss.terms]
         found.setdefault(repr((tree, terms)), recipe)
     return list(found.values())
 

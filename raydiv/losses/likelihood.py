@@ -32,6 +32,7 @@ def _nll(batch: Batch) -> Tensor:
 @objective(
     paper="maximum likelihood of the aligned responses",
     data="unpaired",
+    reward_scale=None,
     divergence="none",
     reference=False,
     unaligned=False,
@@ -85,6 +86,7 @@ def simpo(
 @objective(
     paper="Hong et al. 2024 (arXiv 2403.07691), eq. 4 and 7",
     data="paired",
+    reward_scale=None,
     divergence=f"{JS_OF_PAIRS}, by its odds term",
     ceiling=lambda options: math.log(2),
     reference=False,

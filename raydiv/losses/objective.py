@@ -83,6 +83,7 @@ class Objective:
     function: Callable[..., Value]
     paper: str
     data: Literal["unpaired", "paired"]
+    reward_scale: str | None
     divergence: Callable[[Options], str]
     ceiling: Callable[[Options], float | None]
     scope: Callable[[Options], Scope]
@@ -128,15 +129,46 @@ class Objective:
         }
 
 
-Term = tuple[Objective, float, dict[str, Any]]
-"""(objective, weight, all of its options). Of several the first is the main one, the others are mixed in."""
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One term of the training loss: an objective, its weight in the sum, and the values of all its options.
+
+    Of several terms the first is the main one; the others are mixed in.
+    """
+
+    objective: Objective
+    weight: float
+    options: Options
+
+    @property
+    def name(self) -> str:
+        return self.objective.name
+
+    @property
+    def reward_scale(self) -> float:
+        """The factor that turns a log-ratio into a reward; 1 where no option scales it."""
+        option = self.objective.reward_scale
+        return 1.0 if option is None else float(self.options[option])
+
+    @property
+    def divergence(self) -> str:
+        return self.objective.divergence(self.options)
+
+    @property
+    def ceiling(self) -> float | None:
+        return self.objective.ceiling(self.options)
+
+    @property
+    def scope(self) -> Scope:
+        return self.objective.scope(self.options)
+
 
 OBJECTIVES: dict[str, Objective] = {}
 
 
 def widest_scope(terms: Sequence[Term]) -> Scope:
     """Whose log-probs a coefficient of the weighted sum depends on."""
-    scopes = {objective.scope(options) for objective, _, options in terms}
+    scopes = {term.scope for term in terms}
     return "batch" if "batch" in scopes else "pair" if "pair" in scopes else "example"
 
 
@@ -149,6 +181,7 @@ def objective(
     *,
     paper: str,
     data: Literal["unpaired", "paired"],
+    reward_scale: str | None = "beta",
     divergence: str | Callable[[Options], str],
     ceiling: Callable[[Options], float | None] = lambda options: None,
     scope: Scope | Callable[[Options], Scope] | None = None,
@@ -168,12 +201,15 @@ def objective(
 
     def register(function: Callable[..., Value]) -> Callable[..., Value]:
         name = function.__name__.replace("_", "-")
-        assert name not in OBJECTIVES, f"two objectives are called {name}"
+        assert name not in OBJECTIVES, f"duplicate objective {name}"
+        options = inspect.signature(function).parameters
+        assert reward_scale is None or reward_scale in options, f"{name} has no option {reward_scale}: see reward_scale"
         OBJECTIVES[name] = Objective(
             name,
             function,
             paper,
             data,
+            reward_scale,
             divergence if callable(divergence) else lambda options: divergence,
             ceiling,
             reach if callable(reach) else lambda options: reach,

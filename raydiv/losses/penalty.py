@@ -11,6 +11,7 @@ from raydiv.losses.objective import Batch, State, Value, objective
 @objective(
     paper="raydiv's; a trust region on the log-ratios",
     data="unpaired",
+    reward_scale=None,
     divergence="none",
     unaligned=False,
     scope="example",

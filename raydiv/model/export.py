@@ -74,7 +74,7 @@ def _finish(directory: Path, tokenizer_from: Path, recipe: Recipe, adapter: bool
 
 
 def _model_card(recipe: Recipe, adapter: bool) -> str:
-    terms = [f"{weight:g} x {objective.name} {options}" for objective, weight, options in recipe.loss.terms]
+    terms = [f"{term.weight:g} x {term.name} {term.options}" for term in recipe.loss.terms]
     length = recipe.optim.steps or f"{recipe.optim.epochs:g} epochs"
     how = "full fine-tune" if recipe.model.lora is None else f"LoRA, r {recipe.model.lora.r}"
     return f"""---

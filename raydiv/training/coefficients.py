@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from raydiv.losses import Batch, State, Term, Value
-from raydiv.training.metrics import reward_beta, reward_metrics
+from raydiv.training.metrics import reward_metrics
 
 
 class NotFiniteError(FloatingPointError):
@@ -36,7 +36,7 @@ class LossOutput:
 
 def first_states(terms: Sequence[Term]) -> list[State]:
     """The running state of each term before the first step."""
-    return [dict(objective.state) for objective, _, _ in terms]
+    return [dict(term.objective.state) for term in terms]
 
 
 def known_coefficients(terms: Sequence[Term], states: Sequence[State], batch: Batch) -> Tensor:
@@ -56,10 +56,9 @@ def _differentiate(terms: Sequence[Term], states: Sequence[State], batch: Batch)
     logps = batch.logps.detach().requires_grad_()
     watched = replace(batch, logps=logps)
     values = [
-        objective.function(watched, state, **options)
-        for (objective, _, options), state in zip(terms, states, strict=True)
+        term.objective.function(watched, state, **term.options) for term, state in zip(terms, states, strict=True)
     ]
-    loss = torch.stack([weight * value.loss for (_, weight, _), value in zip(terms, values, strict=True)]).sum()
+    loss = torch.stack([term.weight * value.loss for term, value in zip(terms, values, strict=True)]).sum()
     (coefficients,) = torch.autograd.grad(loss, logps)
     return values, loss.detach(), coefficients
 
@@ -84,10 +83,10 @@ def evaluate_objective(terms: Sequence[Term], states: Sequence[State], batch: Ba
     if values[0].divergence is not None:
         metrics["divergence"] = float(values[0].divergence.detach()) + 0.0  # -0.0 becomes 0.0
     metrics |= _objective_shares(terms, [float(value.loss.detach()) for value in values])
-    metrics |= reward_metrics(batch, reward_beta(terms[0]))
+    metrics |= reward_metrics(batch, terms[0].reward_scale)
     return LossOutput(metrics["loss"], coefficients, [value.state for value in values], metrics)
 
 
 def _objective_shares(terms: Sequence[Term], losses: Sequence[float]) -> dict[str, float]:
     """``loss/NAME`` of each term, unweighted, when there are several."""
-    return {f"loss/{term[0].name}": loss for term, loss in zip(terms, losses, strict=True)} if len(terms) > 1 else {}
+    return {f"loss/{term.name}": loss for term, loss in zip(terms, losses, strict=True)} if len(terms) > 1 else {}

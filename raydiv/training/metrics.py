@@ -87,25 +87,18 @@ class RunningMeans:
 
 def estimate_facts(main: Term) -> Metrics:
     """``divergence/name`` and, where there is one, ``divergence/ceiling`` of a run's main objective; empty if it has none."""
-    objective, _, options = main
-    name, ceiling = objective.divergence(options), objective.ceiling(options)
-    if name == "none":
+    if main.divergence == "none":
         return {}
-    return {"divergence/name": name} | ({} if ceiling is None else {"divergence/ceiling": ceiling})
+    return {"divergence/name": main.divergence} | ({} if main.ceiling is None else {"divergence/ceiling": main.ceiling})
 
 
 def state_metrics(terms: Sequence[Term], states: Sequence[State]) -> dict[str, float]:
     """``state/OBJECTIVE/NAME``: the running quantities that the step leaves to the next."""
     return {
-        f"state/{objective.name}/{name}": number
-        for (objective, _, _), state in zip(terms, states, strict=True)
+        f"state/{term.name}/{name}": number
+        for term, state in zip(terms, states, strict=True)
         for name, number in state.items()
     }
-
-
-def reward_beta(main: Term) -> float:
-    """What a log-ratio is multiplied with to be a reward: the main objective's beta, 1 where it has none."""
-    return float(main[2].get("beta", 1.0))
 
 
 def rewards(batch: Batch, beta: float) -> Tensor:

@@ -19,7 +19,7 @@ from raydiv.training.checkpoint.manager import CheckpointManager
 from raydiv.training.coefficients import NotFiniteError, evaluate_objective
 from raydiv.training.dataloader import ExampleSet, RankShard, StepLoader, parts, stream_steps
 from raydiv.training.export_check import ExportVerification, make_export_verification
-from raydiv.training.metrics import estimate_facts, reward_beta, rewards, step_record
+from raydiv.training.metrics import estimate_facts, rewards, step_record
 from raydiv.training.order import epochs_of, total_steps
 from raydiv.training.profiler import StepProfiler
 from raydiv.training.schedule import learning_rate
@@ -273,7 +273,7 @@ def _held_out(stepper: Stepper, given: TrainTask, run: RunDirectory, step: int) 
     batch = joined(scored, order.order, given.eval.examples.units)
     metrics = evaluate_objective(stepper.terms, stepper.states, batch).metrics
     if dist.rank() == 0 and given.recipe.loss.needs_reference:
-        reward = rewards(batch, reward_beta(stepper.terms[0]))
+        reward = rewards(batch, stepper.terms[0].reward_scale)
         classes = {"aligned": batch.aligned, "unaligned": ~batch.aligned}
         run.write_rewards({name: reward[members].tolist() for name, members in classes.items()})
     # the held-out set is judged as one more step would be, and the state after it thrown away

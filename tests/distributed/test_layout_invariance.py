@@ -32,7 +32,7 @@ LAYOUTS = {"one micro-batch a rank": 100_000, "uneven micro-batches": 70, "one e
 
 def running_states(terms: Sequence[Term]) -> list[State]:
     """States that have moved."""
-    return [dict.fromkeys(objective.state, 0.4) for objective, _, _ in terms]
+    return [dict.fromkeys(term.objective.state, 0.4) for term in terms]
 
 
 def build(model: str, case: Case) -> Any:
@@ -89,7 +89,9 @@ def steps(model: str, cases: list[Case]) -> list[dict[str, Any]]:
                 engine = build(model, case)
                 head, first = LogProbHead(engine.model), trained_weights(engine)
             stepper = stepper_of(engine, head, model, case)
-            metrics = stepper.step(step_examples(case.examples, any(term[0].mismatched for term in stepper.terms)), LR)
+            metrics = stepper.step(
+                step_examples(case.examples, any(term.objective.mismatched for term in stepper.terms)), LR
+            )
             weights = {
                 name.removeprefix("base_model.model."): weight.numpy()
                 for name, weight in trained_weights(engine).items()
@@ -143,10 +145,8 @@ def plain_step(model_directory: Path, case: Case) -> PlainStep:
         logps(chosen.mismatched).detach() - chosen.mismatched_reference_logps,
     )
     values = [
-        weight * objective.function(batch, state, **options).loss
-        for (objective, weight, options), state in zip(
-            recipe.loss.terms, running_states(recipe.loss.terms), strict=True
-        )
+        term.weight * term.objective.function(batch, state, **term.options).loss
+        for term, state in zip(recipe.loss.terms, running_states(recipe.loss.terms), strict=True)
     ]
     loss = sum(values)
     loss.backward()
@@ -414,7 +414,7 @@ def test_order_of_examples_inside_the_step_does_not_matter(name: str) -> None:
     generator = np.random.default_rng(0)
     order = generator.permutation(len(chosen.examples))
     logps = chosen.reference_logps + torch.tensor(generator.normal(0, 10, len(order)), dtype=torch.float32)
-    terms = [(OBJECTIVES[name], 1.0, OBJECTIVES[name].defaults)]
+    terms = [Term(OBJECTIVES[name], 1.0, OBJECTIVES[name].defaults)]
 
     def verdict(rows: np.ndarray) -> Any:
         examples = TokenizedExamples.from_ids(

@@ -74,7 +74,7 @@ def live(pickled: bytes, death: Death | None) -> int:
         behind.append(found[0])
         return found
 
-    with without_tasks(), patch.object(worker, "_go_on", noted):
+    with without_tasks(), patch.object(worker, "_resume", noted):
         run_worker(cloudpickle.loads(pickled), None)
     return int(behind[0])
 

@@ -112,7 +112,7 @@ def recipe_prompts(run: Result) -> str:
 
 def test_recipe_in_the_run_reloads_exactly(run: Result) -> None:
     recipe = load_recipe(run.run.path / "recipe.yaml")
-    assert recipe.loss.terms[1][1] == 0.5
+    assert recipe.loss.terms[1].weight == 0.5
     assert load_recipe(recipe.model_dump(by_alias=True)) == recipe
 
 

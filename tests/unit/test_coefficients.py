@@ -15,6 +15,7 @@ import torch
 from raydiv.data.batching import StepPlan
 from raydiv.data.tokens import TokenizedExamples
 from raydiv.losses import OBJECTIVES, Batch, Term, widest_scope
+from raydiv.losses.objective import objective as register_objective
 from raydiv.training.coefficients import evaluate_objective, first_states, known_coefficients
 from raydiv.training.metrics import (
     RATE,
@@ -54,7 +55,7 @@ def make_batch(
 
 def term(name: str, weight: float = 1.0, **options: Any) -> Term:
     """A term with all of its options, as a recipe gives it."""
-    return OBJECTIVES[name], weight, {**OBJECTIVES[name].defaults, **options}
+    return Term(OBJECTIVES[name], weight, {**OBJECTIVES[name].defaults, **options})
 
 
 KLDO = term("kldo", beta=BETA, skew=SKEW)
@@ -218,6 +219,18 @@ def test_rewards_use_the_main_objective_beta() -> None:
     assert evaluate_objective(terms, first_states(terms), make_batch()).metrics["reward/aligned"] == pytest.approx(
         0.5 * 1.25
     )
+
+
+def test_an_objective_declares_the_option_that_scales_its_reward() -> None:
+    assert term("kldo", beta=0.5).reward_scale == 0.5
+    assert {name for name, objective in OBJECTIVES.items() if objective.reward_scale is None} == {
+        "log-ratio-l2",
+        "orpo",
+        "sft",
+    }
+    assert term("orpo").reward_scale == 1.0
+    with pytest.raises(AssertionError, match="beta"):
+        register_objective(paper="", data="paired", divergence="none")(lambda batch, state: None)  # type: ignore[arg-type]
 
 
 def test_record_of_a_step_counts_real_tokens_and_what_the_step_took() -> None:

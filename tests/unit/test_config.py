@@ -98,7 +98,7 @@ def test_override_makes_missing_sections() -> None:
     recipe = load_recipe(tree(), ["model.lora.r=4", "loss.mix.sft.weight=2", "cluster.env.A=b", "data.eval=0.25"])
     assert recipe.model.lora is not None
     assert recipe.model.lora.r == 4
-    assert [(o.name, weight) for o, weight, _ in recipe.loss.terms] == [("kldo", 1.0), ("sft", 2.0)]
+    assert [(term.name, term.weight) for term in recipe.loss.terms] == [("kldo", 1.0), ("sft", 2.0)]
     assert (recipe.cluster.env, recipe.data.eval) == ({"A": "b"}, 0.25)
 
 
@@ -226,13 +226,13 @@ def test_null_takes_an_option_back() -> None:
     )
     changes = ["loss.estimator=batch", "loss.ema_rate=null", "loss.mix.sft=null"]
     changed = load_recipe(recipe.model_dump(by_alias=True), changes)
-    assert changed.loss.terms[0][2]["ema_rate"] == 0.1
+    assert changed.loss.terms[0].options["ema_rate"] == 0.1
     assert len(changed.loss.terms) == 1
 
 
 def test_resolved_mix_lists_its_terms_alone() -> None:
     loss = load_recipe(tree(loss={"type": "dpo", "mix": {"log-ratio-l2": {"weight": 0.2}}})).loss
-    assert [term[0].name for term in loss.terms] == ["dpo", "log-ratio-l2"]
+    assert [term.name for term in loss.terms] == ["dpo", "log-ratio-l2"]
     assert loss.model_dump(by_alias=True)["mix"].keys() == {"log-ratio-l2"}
 
 
@@ -418,18 +418,18 @@ def test_reference_that_no_term_reads_is_refused() -> None:
 def test_another_loss_drops_the_former_options_and_keeps_beta_and_mix(tmp_path: Path) -> None:
     before = {"type": "kldo", "beta": 0.7, "skew": 0.5, "estimator": "ema", "mix": {"sft": {"weight": 2.0}}}
     recipe = load_recipe(tree(loss=before), ["loss.type=dpo", "loss.label_smoothing=0.1"])
-    (main, _, options), (mixed, weight, _) = recipe.loss.terms
-    assert (main.name, options) == ("dpo", {"beta": 0.7, "label_smoothing": 0.1})
-    assert (mixed.name, weight) == ("sft", 2.0)
+    main, mixed = recipe.loss.terms
+    assert (main.name, main.options) == ("dpo", {"beta": 0.7, "label_smoothing": 0.1})
+    assert (mixed.name, mixed.weight) == ("sft", 2.0)
 
     write(tmp_path / "base.yaml", "model: {id: m}\nloss: {type: kldo, beta: 0.7, skew: 0.5}\noptim: {steps: 3}\n")
     child = write(tmp_path / "child.yaml", "extends: base.yaml\nloss: {type: bco}\n")
-    assert load_recipe(child).loss.terms[0][2] == OBJECTIVES["bco"].defaults | {"beta": 0.7}
+    assert load_recipe(child).loss.terms[0].options == OBJECTIVES["bco"].defaults | {"beta": 0.7}
 
 
 def test_same_loss_again_keeps_its_options() -> None:
     recipe = load_recipe(tree(loss={"type": "kldo", "skew": 0.5}), ["loss.type=kldo"])
-    assert recipe.loss.terms[0][2]["skew"] == 0.5
+    assert recipe.loss.terms[0].options["skew"] == 0.5
 
 
 @pytest.mark.parametrize("overrides", [["loss.type=dpo", "loss.skew=0.2"], ["loss.skew=0.2", "loss.type=dpo"]])

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from helpers.stored import stored_examples, write_shards
 from raydiv.data.batching import BatchLayout, EpochPlan, SequentialPlan, StepPlan
 from raydiv.data.tokens import TokenizedExamples, mismatched
-from raydiv.losses import OBJECTIVES, Batch
+from raydiv.losses import OBJECTIVES, Batch, Term
 from raydiv.training import dataloader as module
 from raydiv.training.dataloader import ExampleSet, RankShard, StepLoader, parts, stream_steps
 from raydiv.training.step import StepExamples, Stepper, joined
@@ -303,7 +303,7 @@ def test_a_rank_steps_with_what_it_is_fed(
         for rank in range(ranks):
             monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
             model: Any = FakeHeadAndEngine()
-            stepper = Stepper(model, model, [(objective, 1.0, {**objective.defaults, **options})], tokens)
+            stepper = Stepper(model, model, [Term(objective, 1.0, {**objective.defaults, **options})], tokens)
             feed = StepLoader(given_set, order, RankShard(stepper.layout, rank, trains=True, scores=adapters_off))
             for number in (0, 7):
                 looked_up.clear()

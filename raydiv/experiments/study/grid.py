@@ -68,7 +68,7 @@ def data_name(recipe: Recipe) -> str:
 
 def loss_name(recipe: Recipe) -> str:
     """What a recipe's loss is called where a study has no name for it."""
-    return "_".join(objective.name for objective, _, _ in recipe.loss.terms)
+    return "_".join(term.name for term in recipe.loss.terms)
 
 
 def _named(words: str) -> str:

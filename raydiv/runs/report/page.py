@@ -70,7 +70,7 @@ def page(run: RunDirectory, drawn: Mapping[str, Sequence[Picture]]) -> str:
 
 def _facts(result: Mapping[str, Any], recipe: Recipe) -> dict[str, str]:
     """What the run was."""
-    mixed = [f"{weight:g} {objective.name}" for objective, weight, _ in recipe.loss.terms[1:]]
+    mixed = [f"{term.weight:g} {term.name}" for term in recipe.loss.terms[1:]]
     return {
         "Model": recipe.model.id + (f", LoRA r {recipe.model.lora.r}" if recipe.model.lora else ""),
         "Objective": " + ".join([recipe.loss.type, *mixed]),
