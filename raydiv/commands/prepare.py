@@ -12,7 +12,7 @@ from raydiv.commands.preflight import CACHE, require_nodes
 from raydiv.config import Recipe
 from raydiv.data.index import OpenSource
 from raydiv.data.prompt_sets import PromptSets
-from raydiv.data.reference import reference_logps
+from raydiv.data.reference_scorer import reference_logps
 from raydiv.data.splits import Splits, make_splits
 from raydiv.data.tokenize import tokenize
 from raydiv.data.tokens import KEY, StoredExamples, content_key, mismatched

@@ -10,7 +10,7 @@ from typing import Any
 from raydiv.config.cluster import ClusterConfig
 from raydiv.config.evaluate import EvaluateConfig as EvaluateSection
 from raydiv.data.prompt_sets import Prompt
-from raydiv.data.reference import score, score_once
+from raydiv.data.reference_scorer import score, score_once
 from raydiv.evaluation import attacks
 from raydiv.evaluation.answers_report import AnswersReport
 from raydiv.evaluation.attacks import DIRECT, Attempt

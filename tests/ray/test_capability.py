@@ -15,7 +15,7 @@ from lm_eval.tasks import TaskManager
 
 from helpers.models import make_model
 from raydiv.config.cluster import ClusterConfig
-from raydiv.data.reference import LogProbScorer
+from raydiv.data.reference_scorer import LogProbScorer
 from raydiv.evaluation import capability
 from raydiv.evaluation.capability import PRESETS, CapabilityScore, Harness, TaskScores, measure_capability
 from raydiv.evaluation.generate import Generator

@@ -22,8 +22,9 @@ from helpers.stored import stream_here
 from raydiv.commands.prepare import PreparedData, prepare
 from raydiv.config import Recipe, load_recipe
 from raydiv.config.cluster import ClusterConfig
-from raydiv.data import reference
-from raydiv.data.reference import ReferenceStore, StoreFiller, _units
+from raydiv.data import reference_scorer
+from raydiv.data.reference_scorer import StoreFiller, _scoring_tasks
+from raydiv.data.reference_store import ReferenceStore
 from raydiv.data.tokens import StoredExamples
 from raydiv.model.load import ModelSource
 from raydiv.model.resolve import fingerprint
@@ -126,7 +127,7 @@ def used(first: PreparedData, cache: Path, tmp_path: Path, monkeypatch: pytest.M
     mine = tmp_path / "cache"
     shutil.copytree(cache, mine)
     monkeypatch.setenv("RAYDIV_CACHE", str(mine))
-    for module in ("raydiv.data.tokenize", "raydiv.data.reference"):
+    for module in ("raydiv.data.tokenize", "raydiv.data.reference_scorer"):
         monkeypatch.setattr(f"{module}.stream_through", stream_here)
     return mine
 
@@ -138,8 +139,8 @@ def unpaid(monkeypatch: pytest.MonkeyPatch) -> None:
     def scores(*_: Any, **__: Any) -> Any:
         raise AssertionError("a model was loaded to score what is in the store")
 
-    monkeypatch.setattr(reference, "stream_through", scores)
-    monkeypatch.setattr(reference.LogProbScorer, "__init__", scores)
+    monkeypatch.setattr(reference_scorer, "stream_through", scores)
+    monkeypatch.setattr(reference_scorer.LogProbScorer, "__init__", scores)
 
 
 def test_first_time_pays_for_every_example(first: PreparedData) -> None:
@@ -341,7 +342,7 @@ class Work:
         self.keys = self.sets[0].keys
         self.store = ReferenceStore(fingerprint(directory), recipe.engine.precision)
         everything = np.arange(len(self.keys))
-        self.units = _units(self.sets, everything, np.ones(len(self.keys), dtype=bool), workers=2)
+        self.units = _scoring_tasks(self.sets, everything, np.ones(len(self.keys), dtype=bool), workers=2)
         self._arguments = ModelSource.of(recipe, directory), self.store, ray.put(self.sets)
 
     def filler(self) -> StoreFiller:
@@ -382,14 +383,14 @@ def test_who_comes_later_cuts_the_same_units(work: Work) -> None:
     missing = np.ones(EXAMPLES, dtype=bool)
     done = work.units[1]
     missing[done.rows] = False
-    later = _units(work.sets, np.arange(EXAMPLES), missing, workers=2)
+    later = _scoring_tasks(work.sets, np.arange(EXAMPLES), missing, workers=2)
     assert [unit.name for unit in later] == [unit.name for unit in work.units if unit is not done]
     assert [unit.rows.tolist() for unit in later] == [unit.rows.tolist() for unit in work.units if unit is not done]
 
 
 def test_units_together_are_what_is_missing_once(work: Work) -> None:
     missing = np.arange(EXAMPLES) % 3 != 0
-    rows = np.concatenate([unit.rows for unit in _units(work.sets, np.arange(EXAMPLES), missing, workers=2)])
+    rows = np.concatenate([unit.rows for unit in _scoring_tasks(work.sets, np.arange(EXAMPLES), missing, workers=2)])
     assert sorted(rows.tolist()) == np.flatnonzero(missing).tolist()
 
 
@@ -512,7 +513,7 @@ def test_two_processes_at_once_share_the_work(first: PreparedData, model: Path, 
 def test_texts_beside_the_data_are_scored_once_too(
     tiny_model: Path, own_cache: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from raydiv.data import reference
+    from raydiv.data import reference_scorer
     from raydiv.data.tokens import content_keys
     from raydiv.model.load import ModelSource
 
@@ -522,9 +523,9 @@ def test_texts_beside_the_data_are_scored_once_too(
         asked.append(len(examples))
         return [-float(len(response)) for _, response in examples]
 
-    monkeypatch.setattr(reference, "score", score)
+    monkeypatch.setattr(reference_scorer, "score", score)
     model, first = ModelSource(tiny_model), [([3, 4], [5, 6]), ([3], [4]), ([3, 4], [5])]
-    once = lambda examples, of=model: reference.score_once(of, examples, ClusterConfig())  # noqa: E731
+    once = lambda examples, of=model: reference_scorer.score_once(of, examples, ClusterConfig())  # noqa: E731
     assert once(first) == [-2, -1, -1]
     assert once([([9], [9, 9, 9]), *first]) == [-3, -2, -1, -1]
     assert once(first[::-1]) == [-1, -1, -2]

@@ -301,7 +301,7 @@ def test_prepare_reads_and_keeps_everything_on_s3(
     assert files(remote_cache.uri) == kept
 
     monkeypatch.setenv("RAYDIV_CACHE", str(tmp_path / "local"))
-    for module in ("raydiv.data.tokenize", "raydiv.data.reference"):
+    for module in ("raydiv.data.tokenize", "raydiv.data.reference_scorer"):
         monkeypatch.setattr(f"{module}.stream_through", stream_here)
     (tmp_path / "rows.jsonl").write_bytes(jsonl(ROWS))
     local = prepare(whole_recipe(tiny_model, str(tmp_path / "rows.jsonl")), ProgressDisplay(quiet=True))

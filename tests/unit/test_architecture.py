@@ -30,7 +30,7 @@ LIBRARIES = {
     "ray": {
         "runtime",
         "runs.prometheus",
-        "data.reference",
+        "data.reference_scorer",
         "commands.train",
         "commands.preflight",
         "commands.bench",

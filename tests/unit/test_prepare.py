@@ -13,7 +13,7 @@ from helpers.stored import recipe_of, stream_here
 from raydiv.commands import prepare as preparation
 from raydiv.commands.prepare import PreparedData, load_inputs, prepare_data
 from raydiv.config import Recipe
-from raydiv.data.reference import Lookup
+from raydiv.data.reference_scorer import Lookup
 from raydiv.data.tokens import StoredExamples
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.utils.errors import UserError

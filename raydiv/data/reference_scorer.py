@@ -1,0 +1,227 @@
+"""Reference log-probs of tokenised examples: from the reference store, and the missing ones from a pool of models."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raydiv.config import Recipe
+from raydiv.config.cluster import ClusterConfig
+from raydiv.data.batching import micro_batches
+from raydiv.data.reference_store import ReferenceStore
+from raydiv.data.tokens import StoredExamples, content_keys
+from raydiv.model.collate import Ids, collate
+from raydiv.model.compatibility import CompatibilityCheck
+from raydiv.model.head import LogProbHead
+from raydiv.model.load import ModelSource
+from raydiv.model.packing import Packing, packing_of
+from raydiv.runtime.actor_pool import Progress, map_rows, no_progress, stream_through
+from raydiv.utils.cache import digest
+
+TASK_EXAMPLES = 1024
+"""Maximum examples of a scoring task. A task becomes one part of the store."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """``logps[i]`` [n_i] of the i-th example set, fp32; how many distinct examples were stored already, and how many scored."""
+
+    logps: list[np.ndarray]
+    hits: int
+    misses: int
+
+
+def reference_logps(
+    recipe: Recipe, directory: Path, example_sets: Sequence[StoredExamples], progress: Progress = no_progress
+) -> Lookup:
+    """Reference log-probs of all examples of ``example_sets``, from the store or else from a pool of models.
+
+    A finished task is stored at once. So an interrupted pass resumes where it stopped, and two concurrent passes share
+    their work.
+    """
+    store = ReferenceStore.of(ModelSource.of(recipe, directory))
+    keys = pa.concat_arrays([examples.keys for examples in example_sets])
+    logps = store.look_up(keys)
+    _, distinct = np.unique(keys.dictionary_encode().indices.to_numpy(), return_index=True)
+    missing = int(np.isnan(logps[distinct]).sum())
+    scored = 0
+    if missing:
+        for count in _score_missing(store, recipe, directory, example_sets, distinct, np.isnan(logps)):
+            scored += count
+            progress(scored, missing)
+        logps = store.look_up(keys)
+        if np.isnan(logps).any():
+            raise RuntimeError(
+                f"the reference store lacks {int(np.isnan(logps).sum())} log-probs that were just scored"
+            )
+    ends = np.cumsum([len(examples) for examples in example_sets])[:-1]
+    return Lookup(np.split(logps, ends), len(distinct) - scored, scored)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringTask:
+    """Examples that are scored together and make the part ``name`` of the store: row ``rows[m]`` of set ``sets[m]``."""
+
+    name: str
+    sets: np.ndarray
+    rows: np.ndarray
+
+
+def _score_missing(
+    store: ReferenceStore,
+    recipe: Recipe,
+    directory: Path,
+    example_sets: Sequence[StoredExamples],
+    distinct: np.ndarray,
+    missing: np.ndarray,
+) -> Iterator[int]:
+    """Score the ``distinct`` examples that are ``missing`` [n]; yields the number of examples of each finished task."""
+    import ray
+
+    tasks = _scoring_tasks(example_sets, distinct, missing, int(ray.cluster_resources().get("CPU", 1)))
+    # concurrent processes work on the same tasks: starting elsewhere, each finds those of the others done
+    random.shuffle(tasks)
+    arguments = {
+        "model": ModelSource.of(recipe, directory),
+        "store": store,
+        "example_sets": ray.put(list(example_sets)),
+    }
+    makers = [partial(iter, tasks)]
+    yield from stream_through(makers, StoreFiller, arguments, cluster=recipe.cluster, actors=len(tasks))
+
+
+def _scoring_tasks(
+    example_sets: Sequence[StoredExamples], distinct: np.ndarray, missing: np.ndarray, workers: int
+) -> list[ScoringTask]:
+    """Tasks of similar lengths.
+
+    They are cut from all ``distinct`` examples, missing or not, so that a process that starts later cuts the same tasks.
+    """
+    set_numbers = np.repeat(np.arange(len(example_sets)), [len(examples) for examples in example_sets])
+    rows = np.concatenate([np.arange(len(examples)) for examples in example_sets])
+    lengths = np.concatenate([examples.lengths for examples in example_sets])
+    keys = pa.concat_arrays([examples.keys for examples in example_sets])
+    order = distinct[np.argsort(-lengths[distinct], kind="stable")]
+    size = max(1, min(TASK_EXAMPLES, -(-len(order) // (4 * workers))))
+    tasks = []
+    for start in range(0, len(order), size):
+        members = order[start : start + size]
+        name = hashlib.sha256(b"".join(keys.take(pa.array(members)).to_pylist())).hexdigest()[:32]
+        unscored = members[missing[members]]
+        if len(unscored):
+            tasks.append(ScoringTask(name, set_numbers[unscored], rows[unscored]))
+    return tasks
+
+
+class StoreFiller:
+    """A pool's actor: a model that scores tasks and stores each result."""
+
+    def __init__(self, model: ModelSource, store: ReferenceStore, example_sets: Any) -> None:
+        import ray
+
+        self._scorer = LogProbScorer(model)
+        self._store = store
+        self._example_sets: list[StoredExamples] = ray.get(example_sets)
+
+    def __call__(self, tasks: list[ScoringTask]) -> list[int]:
+        """The number of examples of each task that were scored here."""
+        return [self._score(task) for task in tasks]
+
+    def _score(self, task: ScoringTask) -> int:
+        unscored = self._unscored(task)
+        if not len(unscored):
+            return 0
+        examples, keys = [], []
+        for number in np.unique(task.sets[unscored]).tolist():
+            rows = task.rows[unscored][task.sets[unscored] == number]
+            stored = self._example_sets[number]
+            examples += [{"prompt": prompt, "response": response} for prompt, response in stored.ids(rows)]
+            keys.append(stored.keys.take(pa.array(rows)))
+        logps = [result["logp"] for result in self._scorer(examples)]
+        self._store.add(task.name, pa.concat_arrays(keys), logps)
+        return len(logps)
+
+    def _unscored(self, task: ScoringTask) -> np.ndarray:
+        """Positions in the task of the examples that no other process has scored since the task was cut."""
+        if not self._store.has(task.name):
+            return np.arange(len(task.rows))
+        places = zip(task.sets.tolist(), task.rows.tolist(), strict=True)
+        keys = [self._example_sets[number].keys[row].as_py() for number, row in places]
+        return np.flatnonzero(np.isnan(self._store.look_up(pa.array(keys, pa.binary(36)))))
+
+
+def score(
+    model: ModelSource,
+    examples: Sequence[tuple[Ids, Ids]],
+    cluster: ClusterConfig,
+    progress: Progress = no_progress,
+) -> list[float]:
+    """Log-probs of (prompt ids, response ids) examples, summed over response tokens, from a pool of models."""
+    rows = [{"prompt": list(prompt), "response": list(response)} for prompt, response in examples]
+    results = map_rows(
+        rows,
+        LogProbScorer,
+        {"model": model},
+        cluster=cluster,
+        batch_rows=64,
+        progress=progress,
+        length=lambda row: len(row["prompt"]) + len(row["response"]),
+    )
+    return [float(result["logp"]) for result in results]
+
+
+def score_once(
+    model: ModelSource,
+    examples: Sequence[tuple[Ids, Ids]],
+    cluster: ClusterConfig,
+    progress: Progress = no_progress,
+) -> list[float]:
+    """The result of ``score``, from the store where it has it: for a model that scores the same examples again."""
+    store = ReferenceStore.of(model)
+    keys = content_keys(examples)
+    logps = store.look_up(keys)
+    missing = np.flatnonzero(np.isnan(logps))
+    if len(missing):
+        logps[missing] = score(model, [examples[row] for row in missing.tolist()], cluster, progress)
+        missing_keys = keys.take(pa.array(missing))
+        store.add(digest(missing_keys.to_pylist()), missing_keys, logps[missing].tolist())
+    return [float(logp) for logp in logps]
+
+
+TOKENS_PER_FORWARD = 4096
+"""Token budget of a scoring forward; affects speed and memory alone."""
+
+
+class LogProbScorer:
+    """A pool's actor: a model that scores tokenised examples."""
+
+    def __init__(self, model: ModelSource) -> None:
+        self._model = model.serve()
+        self._head = LogProbHead(self._model)
+        check = CompatibilityCheck(self._head, self._model, self._model, self._model.device)
+        check.require_known_logits()
+        self._packs = check.packing(longest=0)[0] != "none"
+
+    def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows with ``prompt`` and ``response`` ids -> rows with ``logp``."""
+        import torch
+
+        lengths = [len(row["prompt"]) + len(row["response"]) for row in rows]
+        logps = torch.zeros(len(rows))
+        packing: Packing = packing_of(self._model, max(lengths, default=0))[0] if self._packs else "none"
+        for micro_batch in micro_batches(lengths, TOKENS_PER_FORWARD, ranks=1, packed=packing != "none")[0]:
+            examples = [(rows[i]["prompt"], rows[i]["response"]) for i in micro_batch]
+            inputs = collate(examples, packing).to(self._model.device)
+            with torch.inference_mode():
+                self._head.set_targets(inputs.rows, inputs.columns, inputs.targets)
+                output = self._model(**inputs.arguments())
+                logps[micro_batch] = inputs.per_example(output.logits, len(micro_batch)).cpu()
+        return [{"logp": float(logp)} for logp in logps]

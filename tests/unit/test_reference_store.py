@@ -1,0 +1,34 @@
+"""The reference store's layout on disk: entries of earlier versions are found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from raydiv.data.reference_store import ReferenceStore
+from raydiv.data.tokens import content_keys
+
+EXAMPLE = ([1, 2], [3, 4])
+KEY = "2cc5e4d47c5f3c5fbe635a5a5b7bb3925befba158d899cc3c8f1ffe80670ea8b02000000"
+
+
+@pytest.mark.parametrize(
+    ("quantization", "folder"),
+    [(None, "fa7cbd1d8809118b6450de8d6233e747"), ("nf4", "afb49de31ed9956eec2b80771d7d259e")],
+)
+def test_entries_written_by_the_first_release_are_found(
+    quantization: str | None, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYDIV_CACHE", str(tmp_path))
+    written = tmp_path / "reference" / folder
+    written.mkdir(parents=True)
+    pq.write_table(
+        pa.table({"key": pa.array([bytes.fromhex(KEY)], pa.binary(36)), "logp": pa.array([-1.5], pa.float32())}),
+        written / "part.parquet",
+    )
+    store = ReferenceStore("weights", "float32", quantization)
+    np.testing.assert_array_equal(store.look_up(content_keys([EXAMPLE, ([1], [2])])), [np.float32(-1.5), np.nan])
