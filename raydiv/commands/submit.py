@@ -67,7 +67,7 @@ def submit(
         jobs = jobs_at(address, checked.cluster.address if checked is not None else None, token_path)
         running = jobs.running(name)
         if running is None:
-            job = jobs.send(name, bundle.words, runtime_environment(bundle, variables, more))
+            job = jobs.submit_command(name, bundle.words, runtime_environment(bundle, variables, more))
             return Submission(jobs, job, name, bundle)
         if running.command != command_of(bundle.words):
             raise UserError(

@@ -1,179 +1,162 @@
-"""A Ray session: the cluster that RAY_ADDRESS names, or a local one that lives as long as the command."""
+"""A Ray session: the cluster at RAY_ADDRESS, or a local one for the length of the command."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from raydiv.config import Recipe
 from raydiv.config.cluster import ClusterConfig
 from raydiv.runtime.resources import require_resources
+from raydiv.utils import compat
 from raydiv.utils.errors import UserError
 
-LET_IN = (
-    "a cluster that asks for a token wants RAY_AUTH_MODE=token and its own token, in RAY_AUTH_TOKEN, in the file that "
-    "RAY_AUTH_TOKEN_PATH names or in ~/.ray/auth_token"
+AUTH_HELP = (
+    "a cluster with token authentication needs RAY_AUTH_MODE=token, and its token in RAY_AUTH_TOKEN, in the file "
+    "RAY_AUTH_TOKEN_PATH, or in ~/.ray/auth_token"
 )
-"""What to do where a cluster does not let us in; of a wrong token Ray says no more than that it could not connect."""
+"""Also for a wrong token, for which Ray reports only that it could not connect."""
 
-
-FULL = (
-    "Ray's object store is full, and so is the disk that it spills to (95% of it is as far as Ray goes): free some of the disk "
-    "that has /tmp/ray, or name another folder in RAY_TMPDIR before Ray starts; what was prepared so far is kept"
+DISK_FULL = (
+    "Ray's object store is full, and so is the disk that it spills to (Ray uses at most 95% of it): free space on the disk of "
+    "/tmp/ray, or set RAY_TMPDIR to another folder before Ray starts; finished parts are kept and are not computed again"
 )
 
 
 @contextmanager
 def ray_session(cluster: ClusterConfig, *, dashboard: bool = False) -> Iterator[None]:
-    """Connect to Ray, quietly, and check that the recipe's workers fit; a Ray that was running before is left running.
+    """Connect to Ray without its log output, and check that the recipe's workers fit.
 
-    A local one has a ``dashboard``, which Ray jobs need, if it is asked for; none but this machine reaches it. Ray lets nobody
-    into a local one without a token, the user's own or one that it makes, and nothing here turns that off.
+    Ray is shut down when the block ends, unless it was initialized before. A local Ray starts a ``dashboard``, which Ray jobs
+    need, only on request, and only this machine reaches it. Ray requires a token for it, the user's or one that it makes;
+    nothing here turns that off.
 
-    Every process of the session gets ``cluster.env``, and DeepSpeed's word for the device.
+    Every process of the session has ``worker_environment``.
+
+    Raises UserError where the cluster cannot be joined or lacks resources, and RuntimeError where Ray's disk is full.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # an idle accelerator must not be hidden from workers, nor warned about
+    # Ray must neither hide an idle accelerator from workers nor warn about it
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     warnings.filterwarnings("ignore", category=FutureWarning)
     import ray
 
-    ours = not ray.is_initialized()
-    if ours:
-        address = os.environ.get("RAY_ADDRESS")
-        try:
-            with _core_log_silenced():
-                ray.init(
-                    # nothing said means the newest cluster that anybody has started on this machine
-                    address=address or "local",
-                    **({} if address else {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}),
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    runtime_env={"env_vars": worker_environment(cluster)},
-                )
-        except ray.exceptions.AuthenticationError:
-            raise UserError(
-                f"RAY_ADDRESS: {address}: RAY_AUTH_MODE is token, and there is none here; {LET_IN}"
-            ) from None
-        except ConnectionError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"RAY_ADDRESS: no cluster at {address} that lets us in: {reason}; {LET_IN}") from None
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            if not reason.startswith("Version mismatch"):
-                raise
-            raise UserError(
-                f"RAY_ADDRESS: {address}: {reason}; give the command with the cluster's versions, or send it by raydiv submit"
-            ) from None
+    owns_session = not ray.is_initialized()
+    if owns_session:
+        _init_ray(cluster, dashboard)
     try:
-        _quiet_ray_data()
+        _configure_ray_data()
         require_resources(cluster)
         yield
     except (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError):
-        raise RuntimeError(FULL) from None
+        raise RuntimeError(DISK_FULL) from None
     finally:
-        if ours:
+        if owns_session:
             ray.shutdown()
 
 
-def require_dashboard(wanted_by: str) -> None:
-    """Raise UserError when nothing answers of a cluster's dashboard, which a local Ray has where it is asked for."""
+def _init_ray(cluster: ClusterConfig, dashboard: bool) -> None:
+    """Join the cluster at RAY_ADDRESS, or start a local one. Raises UserError where the cluster cannot be joined."""
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        with _core_log_silenced():
+            ray.init(
+                # without an address Ray joins the newest cluster that any user started on this machine
+                address=address or "local",
+                **({} if address else {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}),
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env={"env_vars": worker_environment(cluster)},
+            )
+    except ray.exceptions.AuthenticationError:
+        raise UserError(
+            f"RAY_ADDRESS: {address}: RAY_AUTH_MODE is token, and no token was found; {AUTH_HELP}"
+        ) from None
+    except ConnectionError as error:
+        raise UserError(f"RAY_ADDRESS: cannot connect to {address}: {_one_line(error)[:200]}; {AUTH_HELP}") from None
+    except RuntimeError as error:
+        if not compat.is_version_mismatch(error):
+            raise
+        raise UserError(
+            f"RAY_ADDRESS: {address}: {_one_line(error)}; use the cluster's versions here, or raydiv submit"
+        ) from None
+
+
+def require_dashboard(command: str) -> None:
+    """Raise UserError where the cluster has no dashboard that answers. A local Ray has one only on request."""
     import ray
     from ray.util.state import list_nodes
     from ray.util.state.exception import RayStateApiException
 
     try:
-        # nothing said means the cluster of this machine, and there may be several
+        # without an address: a cluster of this machine, which may have several
         list_nodes(ray.get_runtime_context().gcs_address, limit=1, timeout=20)
     except (RayStateApiException, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{wanted_by} needs the dashboard of the Ray cluster, which does not answer: {reason}"
+            f"{command} needs the dashboard of the Ray cluster, which does not answer: {_one_line(error)[:200]}"
         ) from None
 
 
-YOUNG_S, AGAIN_S = 60.0, 3.0
-"""Seconds that a cluster which has just begun has to take a job, and between tries."""
-
-STOP_SECONDS = 600
-"""Seconds that a job which is told to stop has for its step and its checkpoint; Ray's own three are too few."""
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
-def is_submitted_job(client: Any, runtime_env: Mapping[str, Any], **job: Any) -> str:
-    """Send a job to a cluster by its client of Ray's job API; returns its id. Raises UserError where nothing starts jobs."""
-    patient = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
-    whole = {**runtime_env, "env_vars": patient | dict(runtime_env.get("env_vars", {}))}
-    end = time.monotonic() + YOUNG_S
-    while True:
-        try:
-            return str(client.submit_job(runtime_env=whole, **job))
-        except RuntimeError as error:
-            if "No available agent" not in str(error):
-                raise
-            if time.monotonic() > end:
-                raise UserError(
-                    "the Ray cluster's job agent does not answer. One Ray of a machine has its port (52365): end the other, or "
-                    "start the cluster's head with a port of its own (ray start --head --dashboard-agent-listen-port PORT)"
-                ) from None
-            time.sleep(AGAIN_S)
-
-
-KEEPS_MEMORY = {
+KEEP_FREED_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(2**31),
     "MALLOC_TRIM_THRESHOLD_": str(2**31),
     "MALLOC_ARENA_MAX": "1",  # Ray runs the loop in a thread, whose own arena would hold no large block
 }
-"""glibc's allocator keeps what is freed for the next request. ZeRO frees and asks for the same large tensors at every step:
-with pages fresh from the kernel each time, a step of two workers takes a third longer. The price is up to as much memory again.
+"""Make glibc's allocator keep freed memory. ZeRO frees and allocates the same large tensors in every step; with new pages from
+the kernel each time, a step of two workers takes a third longer. The cost: up to twice the memory.
 """
 
 
 def training_environment(recipe: Recipe, roomy: bool) -> dict[str, str]:
-    """Environment variables of training workers, beside ``worker_environment``; ``cluster.env`` goes over them.
+    """Environment variables of training workers in addition to ``worker_environment``; ``cluster.env`` overrides them.
 
-    ``roomy``: they have twice the memory that they need.
+    ``roomy``: the workers have twice the memory that they need.
     """
-    gains = roomy and recipe.engine.zero_stage != 0 and not recipe.cluster.use_gpu
-    return (KEEPS_MEMORY if gains else {}) | recipe.cluster.env
+    keep_memory = roomy and recipe.engine.zero_stage != 0 and not recipe.cluster.use_gpu
+    return (KEEP_FREED_MEMORY if keep_memory else {}) | recipe.cluster.env
 
 
 @contextmanager
 def _core_log_silenced() -> Iterator[None]:
-    """Keep notes of Ray's C++ core to its own developers off the terminal; what fails is raised all the same.
+    """Keep log lines of Ray's C++ core off the terminal; its errors are raised all the same.
 
-    The core announces the log level that it is given, hence the redirection.
+    RAY_BACKEND_LOG_LEVEL is not enough: the core prints the level that it is set to. So stderr is redirected as well.
     """
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     sys.stderr.flush()
-    saved = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    stderr = os.dup(2)
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 2)
     try:
         yield
     finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nowhere)
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(devnull)
 
 
 def worker_environment(cluster: ClusterConfig) -> dict[str, str]:
-    """Environment variables of every process of the session: libraries' settings, the device, and ``cluster.env``."""
+    """Environment variables of every process of the session: settings of libraries, DeepSpeed's device, ``cluster.env``."""
     device = {} if cluster.use_gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     return {"TOKENIZERS_PARALLELISM": "false", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", **device, **cluster.env}
 
 
-def _quiet_ray_data() -> None:
+def _configure_ray_data() -> None:
     import ray
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it calls an error it raises too
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its logged errors are raised as well
     for name in ("ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)

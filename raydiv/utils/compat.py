@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
@@ -38,3 +39,27 @@ def _forget(found: tuple[object, ...]) -> None:
     """What peft remembers of what is installed holds for this block, or not in it."""
     for one in found:
         getattr(one, "cache_clear", lambda: None)()
+
+
+def server_ray_version(client: Any) -> str:
+    """Ray's version on the cluster of a ``JobSubmissionClient``; its public ``get_version`` returns the job API's version.
+
+    Checked with Ray 2.60: ``SubmissionClient._server_ray_version``, set when the client connects.
+    """
+    return str(client._server_ray_version)
+
+
+def is_missing_job_agent(error: RuntimeError) -> bool:
+    """Whether Ray refused a job because no agent has started yet: it raises a bare RuntimeError with this text.
+
+    Checked with Ray 2.60: ``ray.dashboard.modules.job.job_head``.
+    """
+    return "No available agent" in str(error)
+
+
+def is_version_mismatch(error: RuntimeError) -> bool:
+    """Whether ``ray.init`` refused a cluster of another Python or Ray: it raises a bare RuntimeError with this text.
+
+    Checked with Ray 2.60: ``ray._private.utils.check_version_info``.
+    """
+    return str(error).lstrip().startswith("Version mismatch")

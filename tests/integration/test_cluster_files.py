@@ -33,8 +33,9 @@ from raydiv import __version__
 from raydiv.config import Recipe, load_recipe, save_recipe
 from raydiv.config.cluster import ClusterConfig
 from raydiv.runs.directory import RunDirectory
-from raydiv.runtime.session import is_submitted_job, worker_environment
+from raydiv.runtime.session import worker_environment
 from raydiv.runtime.submit.environment import read_runtime_environment
+from raydiv.runtime.submit.jobs import NAME_KEY, Jobs
 from raydiv.utils.secrets import LOGIN, names_secret
 
 FOLDER = ROOT / "cluster"
@@ -709,20 +710,10 @@ def test_a_slurm_job_that_is_told_to_go_leaves_a_checkpoint(
     assert not left_behind()
 
 
-def ended_job(client: Any, command: list[str], environment: dict[str, Any]) -> tuple[str, str]:
-    """How a job ended, and its log."""
-    job, end = is_submitted_job(client, entrypoint=shlex.join(command), runtime_env=environment), time.monotonic() + 300
-    while not client.get_job_status(job).is_terminal():
-        assert time.monotonic() < end, client.get_job_logs(job)
-        time.sleep(1)
-    return str(client.get_job_status(job)), client.get_job_logs(job)
-
-
 @pytest.mark.long
 def test_a_job_runs_in_the_runtime_environment(named: Callable[..., Recipe], tmp_path: Path) -> None:
     import ray
     from ray.cluster_utils import Cluster as Nodes
-    from ray.job_submission import JobSubmissionClient
 
     recipe = named("job", "cluster.num_workers=1")
     save_recipe(recipe, tmp_path / "recipe.yaml")
@@ -737,9 +728,9 @@ def test_a_job_runs_in_the_runtime_environment(named: Callable[..., Recipe], tmp
     head = {"num_cpus": 2, "include_dashboard": True, "dashboard_agent_listen_port": port}
     cluster = Nodes(initialize_head=True, shutdown_at_exit=False, head_node_args=head)
     try:
-        client = JobSubmissionClient(f"http://{cluster.head_node.webui_url}")
-        status, said = ended_job(client, command, environment)
-        assert status == "SUCCEEDED", said
+        jobs, log = Jobs(f"http://{cluster.head_node.webui_url}"), list[str]()
+        job = jobs.submit(shlex.join(command), environment, {NAME_KEY: "job"})
+        assert jobs.follow(job, log.append).status == "SUCCEEDED", "".join(log)
     finally:
         cluster.shutdown()
     assert RunDirectory.of(recipe).result.exists()

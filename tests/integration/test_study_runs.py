@@ -186,6 +186,19 @@ def test_an_included_run_of_another_rate_is_no_seed_of_the_studys(tmp_path: Path
     assert named == {"rate": "dpo", "clip": "FAST (other optim.clip)", "seed": "SLOW", "fast": "FAST"}
 
 
+def job_details(name: str, status: JobStatus, run: Path) -> SimpleNamespace:
+    return SimpleNamespace(
+        submission_id=name,
+        metadata={"raydiv.run": str(run)},
+        status=status,
+        driver_exit_code=None,
+        message=None,
+        entrypoint="",
+        start_time=None,
+        end_time=None,
+    )
+
+
 class FakeClient:
     """Jobs that end after as many looks as their name says; those with an x in it fail."""
 
@@ -193,32 +206,34 @@ class FakeClient:
         self.there, self.looks, self.submitted, self.stopped = there, dict[str, int](), [], []
         self.most = self.away = 0
         self.runs: dict[str, Path] = {}
+        self._server_ray_version = "2.60.0"
 
     def list_jobs(self) -> list[Any]:
-        return self.there
+        if self.away and self.looks:
+            self.away -= 1
+            raise RuntimeError("Request failed with status code 500")
+        return self.there + [job_details(name, self._status(name), self.runs[name]) for name in self.runs]
+
+    def _status(self, name: str) -> JobStatus:
+        if name in self.looks:
+            self.looks[name] += 1
+            if self.looks[name] < int(name[0]):
+                return JobStatus.RUNNING
+            del self.looks[name]
+            if "u" not in name:
+                self.runs[name].mkdir(parents=True, exist_ok=True)
+                (self.runs[name] / "result.json").write_text("{}")
+        return JobStatus.FAILED if "x" in name else JobStatus.SUCCEEDED
 
     def submit_job(self, *, entrypoint: str, metadata: dict[str, str], runtime_env: dict[str, Any]) -> str:
         assert entrypoint.startswith(f"cd {Path.cwd()} && ")
         assert runtime_env["env_vars"].keys() == {"RAYDIV_CACHE", "RAY_JOB_STOP_WAIT_TIME_S"}, "nothing is set twice"
         assert (runtime_env["working_dir"], runtime_env["py_modules"]) == ("gcs://w.zip", ["gcs://m.zip"])
-        self.runs[metadata["name"]] = Path(metadata["raydiv.runs.directory"])
+        self.runs[metadata["name"]] = Path(metadata["raydiv.run"])
         self.submitted.append(metadata["name"])
         self.looks[metadata["name"]] = 0
         self.most = max(self.most, len(self.looks))
         return metadata["name"]
-
-    def get_job_status(self, name: str) -> JobStatus:
-        if self.away:
-            self.away -= 1
-            raise RuntimeError("Request failed with status code 500")
-        self.looks[name] = self.looks.get(name, 0) + 1
-        if self.looks[name] < int(name[0]):
-            return JobStatus.RUNNING
-        del self.looks[name]
-        if name in self.runs and "u" not in name:
-            self.runs[name].mkdir(parents=True, exist_ok=True)
-            (self.runs[name] / "result.json").write_text("{}")
-        return JobStatus.FAILED if "x" in name else JobStatus.SUCCEEDED
 
     def get_job_logs(self, name: str) -> str:
         return "noise\nraydiv: the run failed: out of memory\nnoise\n" if "x" in name else "{}"
@@ -233,7 +248,8 @@ def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeClient]:
     monkeypatch.setattr("ray.job_submission.JobSubmissionClient", lambda address: fake)
     given = {"working_dir": "gcs://w.zip", "py_modules": ["gcs://m.zip"], "env_vars": {"MINE": "1"}}
     monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(gcs_address="here", runtime_env=given))
-    monkeypatch.setattr("raydiv.experiments.study.jobs.POLL", 0.0)
+    monkeypatch.setattr("raydiv.experiments.study.jobs.POLL_S", 0.0)
+    monkeypatch.setattr("raydiv.runtime.submit.jobs.RETRY_S", 0.0)
     monkeypatch.setenv("HF_HOME", "here")
     monkeypatch.setenv("HF_TOKEN", "secret")
     return fake
@@ -263,10 +279,8 @@ def test_a_job_that_still_runs_is_followed_and_what_it_writes_is_left(client: Fa
         (tmp_path / name).mkdir()
         (tmp_path / name / "left").write_text("")
     (tmp_path / "1b" / "result.json").write_text("{}")
-    running = SimpleNamespace(
-        status=JobStatus.RUNNING, metadata={"raydiv.runs.directory": str(tmp_path / "1b")}, submission_id="1b"
-    )
-    client.there = [running, SimpleNamespace(status=JobStatus.FAILED, metadata=None, submission_id="0")]
+    client.runs["1b"], client.looks["1b"] = tmp_path / "1b", -1  # running when the study starts
+    client.there = [SimpleNamespace(status=JobStatus.FAILED, metadata=None, submission_id="0")]
     ended: list[str] = []
     run_jobs(jobs_of(tmp_path, "1a", "1b"), 1, lambda job, error: ended.append(job.name), print)
     assert client.submitted == ["1a"]
@@ -300,7 +314,7 @@ def test_a_dashboard_that_is_away_for_a_moment_ends_no_job(client: FakeClient, t
 def test_one_that_stays_away_is_said_and_all_jobs_are_told_to_stop(
     client: FakeClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raydiv.experiments.study.jobs.PATIENCE_S", 0.0)
+    monkeypatch.setattr("raydiv.runtime.submit.jobs.MAX_OUTAGE_S", 0.0)
     client.away = 10**9
     asked: list[str] = []
 
@@ -314,6 +328,17 @@ def test_one_that_stays_away_is_said_and_all_jobs_are_told_to_stop(
     assert asked == ["9a", "9b"]
 
 
+def test_a_job_that_the_cluster_no_longer_lists_ends_the_study(client: FakeClient, tmp_path: Path) -> None:
+    def lose(name: str) -> str:
+        del client.runs[name]
+        return "{}"
+
+    client.get_job_logs = lose  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="job 9b of 9b is missing"):
+        run_jobs(jobs_of(tmp_path, "1a", "9b"), 2, lambda job, error: client.runs.clear(), print)
+    assert client.stopped == ["9b"]
+
+
 def test_a_study_without_its_section_is_none() -> None:
     plain = load_recipe({"model": {"id": "x"}, "loss": {"type": "dpo"}, "optim": {"steps": 1}})
     with pytest.raises(UserError, match="has no section study"):
@@ -324,7 +349,7 @@ def test_killed_as_soon_as_it_has_begun_it_can_be_gone_on_with(tmp_path: Path, m
     def killed(*given: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("raydiv.experiments.study.study.Tracker", killed)
+    monkeypatch.setattr("raydiv.experiments.study.study.MlflowTracker", killed)
     recipe = recipe_with({"losses": ["dpo"]}, output_dir=str(tmp_path))
     with pytest.raises(KeyboardInterrupt):
         study(recipe, resume=True)  # of one that is not there it is a start

@@ -26,8 +26,6 @@ from raydiv.cli import submit as submit_cli
 from raydiv.cli.main import make_parser
 from raydiv.config import load_recipe, save_recipe
 from raydiv.runs.directory import RunDirectory
-from raydiv.runtime import session
-from raydiv.runtime.session import is_submitted_job
 from raydiv.runtime.submit import bundle as bundles
 from raydiv.runtime.submit import jobs as job_api
 from raydiv.runtime.submit.bundle import make_bundle
@@ -338,7 +336,7 @@ def test_the_flag_goes_before_the_environment_and_that_before_the_recipe(monkeyp
     assert address_of(None, "http://recipe") == "http://env"
     monkeypatch.delenv("RAY_ADDRESS")
     assert address_of(None, "http://recipe") == "http://recipe"
-    with pytest.raises(UserError, match="no cluster is named"):
+    with pytest.raises(UserError, match=r"--address .*RAY_ADDRESS.*cluster\.address"):
         address_of(None, None)
 
 
@@ -394,7 +392,7 @@ class _Status(str):
 def test_a_log_is_handed_on_once_whatever_the_connection_does(
     lost_after: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job_api, "AGAIN_S", 0)
+    monkeypatch.setattr(job_api, "RETRY_S", 0)
     said: list[str] = []
     ended = jobs_of(Client(PIECES, lost_after)).follow("id", said.append)
     assert "".join(said) == "one\ntwo\nthree\nfour"
@@ -420,7 +418,7 @@ REFUSED = requests.exceptions.ConnectionError("Connection refused")
 def test_a_cluster_may_be_away_for_a_while(
     lost: Exception, lost_after: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job_api, "AGAIN_S", 0)
+    monkeypatch.setattr(job_api, "RETRY_S", 0)
     client = Client(PIECES, lost_after, [REFUSED, RuntimeError("status code 503"), ConnectionResetError()])
     client.lost = lost
     said: list[str] = []
@@ -444,19 +442,17 @@ def test_the_end_of_a_log_may_be_away_for_a_while(monkeypatch: pytest.MonkeyPatc
                 raise late.pop()
             return super().get_job_logs(job)
 
-    monkeypatch.setattr(job_api, "AGAIN_S", 0)
+    monkeypatch.setattr(job_api, "RETRY_S", 0)
     said: list[str] = []
     jobs_of(Ended(PIECES, [])).follow("id", said.append)
     assert "".join(said) == "".join(PIECES)
 
 
 def test_a_cluster_that_stays_away_is_given_up_with_how_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_api, "AGAIN_S", 0.01)
-    monkeypatch.setattr(job_api, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(job_api, "RETRY_S", 0.01)
+    monkeypatch.setattr(job_api, "MAX_OUTAGE_S", 0.1)
     client = Client(PIECES, [0] * 1000, [REFUSED] * 1000)
-    with pytest.raises(
-        UserError, match=r"http://here: has not answered for 0 s; job id goes on .*raydiv submit logs id"
-    ):
+    with pytest.raises(UserError, match=r"http://here: .* for 0 s: .*raydiv submit logs id"):
         jobs_of(client).follow("id", print)
     assert 1 < 1000 - len(client.away) < 20
 
@@ -464,7 +460,7 @@ def test_a_cluster_that_stays_away_is_given_up_with_how_to_come_back(monkeypatch
 def test_a_cluster_that_lets_nobody_in_is_left_at_once() -> None:
     from ray.exceptions import AuthenticationError
 
-    with pytest.raises(UserError, match="lets nobody in without its token"):
+    with pytest.raises(UserError, match=r"http://here: .*RAY_AUTH_TOKEN_PATH"):
         jobs_of(Client(PIECES, [1], [AuthenticationError("no")])).follow("id", print)
 
 
@@ -476,8 +472,8 @@ def test_of_a_connection_that_died_in_its_sleep_nothing_is_heard(monkeypatch: py
                 yield piece
             await asyncio.sleep(60 if asleep else 0)
 
-    monkeypatch.setattr(job_api, "AGAIN_S", 0)
-    monkeypatch.setattr(job_api, "QUIET_S", 0.05)
+    monkeypatch.setattr(job_api, "RETRY_S", 0)
+    monkeypatch.setattr(job_api, "IDLE_TIMEOUT_S", 0.05)
     said: list[str] = []
     jobs_of(Asleep(PIECES, [2, 3])).follow("id", said.append)
     assert "".join(said) == "".join(PIECES)
@@ -498,7 +494,7 @@ def test_where_nobody_reads_on_no_connection_is_blamed() -> None:
 
 @pytest.mark.parametrize("error", [REFUSED, ConnectionResetError(), aiohttp.ClientConnectionError()])
 def test_a_cluster_that_is_away_is_said_in_one_line(error: Exception) -> None:
-    with pytest.raises(UserError, match="http://here: no Ray dashboard answers there"):
+    with pytest.raises(UserError, match="http://here: no Ray dashboard"):
         jobs_of(Client(PIECES, [], [error])).all()
 
 
@@ -518,7 +514,7 @@ class Agentless:
 
 def test_a_job_that_is_told_to_stop_has_time_for_a_checkpoint() -> None:
     client = Agentless(0, "")
-    is_submitted_job(client, {"env_vars": {"A": "1"}}, entrypoint="e")
+    jobs_of(client).submit("e", {"env_vars": {"A": "1"}}, {})
     assert client.variables == {"RAY_JOB_STOP_WAIT_TIME_S": "600", "A": "1"}
 
 
@@ -526,13 +522,13 @@ NO_AGENT = "Request failed with status code 500: No available agent to submit jo
 
 
 def test_a_job_waits_for_the_agent_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "AGAIN_S", 0)
-    assert is_submitted_job(Agentless(3, NO_AGENT), {}, entrypoint="e") == "e"
+    monkeypatch.setattr(job_api, "RETRY_S", 0)
+    assert jobs_of(Agentless(3, NO_AGENT)).submit("e", {}, {}) == "e"
     with pytest.raises(RuntimeError, match="something else"):
-        is_submitted_job(Agentless(3, "something else"), {}, entrypoint="e")
-    monkeypatch.setattr(session, "YOUNG_S", -1)
+        jobs_of(Agentless(3, "something else")).submit("e", {}, {})
+    monkeypatch.setattr(job_api, "AGENT_TIMEOUT_S", -1)
     with pytest.raises(UserError, match="--dashboard-agent-listen-port"):
-        is_submitted_job(Agentless(3, NO_AGENT), {}, entrypoint="e")
+        jobs_of(Agentless(3, NO_AGENT)).submit("e", {}, {})
 
 
 # ---- the command
@@ -551,8 +547,8 @@ BUILT = ("--harmful", "a", "--harmless", "b", "--kind", "preference")
         (["submit", "--token-path", "/nowhere", "status"], "no such file"),
         (["submit", "--", "submit", "status"], "cannot be submit itself"),
         (["submit", "status", "--", "losses"], "stands before --"),
-        (["submit", "status"], "no cluster is named"),
-        (["submit", "--address", "http://127.0.0.1:9", "status"], "no Ray dashboard answers there"),
+        (["submit", "status"], "cluster.address"),
+        (["submit", "--address", "http://127.0.0.1:9", "status"], "http://127.0.0.1:9: no Ray dashboard"),
         (["submit", "--", "quickstart"], "output_dir: runs is relative"),
         (["submit", "--", "export", "/shared/runs/mine", "out"], "DEST: out is relative"),
         (["submit", "--", "export", "runs/mine", "/shared/out"], "RUN: runs/mine is relative: finished runs do not go"),
@@ -582,7 +578,7 @@ class Cluster:
         command = "train recipe.yaml --resume"
         return JobStatus("running", name, command, "RUNNING", "", None, 1.0, None) if name == "mine" else None
 
-    def send(self, name: str, words: list[str], environment: Any) -> str:
+    def submit_command(self, name: str, words: list[str], environment: Any) -> str:
         return "new"
 
     def find(self, job: str) -> JobStatus:
@@ -767,6 +763,6 @@ def test_a_study_that_is_sent_gives_its_cells_what_came_along(
     (cell,) = (tmp_path / "runs" / "many" / "cells").glob("*/result.json")
     jobs = JobSubmissionClient(cluster).list_jobs()
     (sent,) = [job for job in jobs if job.metadata and job.metadata.get("raydiv.name") == "many"]
-    (own,) = [job for job in jobs if job.metadata and job.metadata.get("raydiv.runs.directory") == str(cell.parent)]
+    (own,) = [job for job in jobs if job.metadata and job.metadata.get("raydiv.run") == str(cell.parent)]
     for what in ("working_dir", "py_modules"):
         assert own.runtime_env[what] == sent.runtime_env[what]

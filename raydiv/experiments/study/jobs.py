@@ -10,19 +10,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from raydiv.config import load_recipe
 from raydiv.runs.directory import RunDirectory
 from raydiv.runs.resume import resumes
-from raydiv.runtime.session import is_submitted_job
+from raydiv.runtime.submit.jobs import CONNECTION_ERRORS, Jobs
 
 PASSED = ("RAYDIV_CACHE", "HF_HOME")
 """Environment variables that a run needs as they are here; no secret, since whoever sees the cluster's jobs sees them."""
 
-POLL, PATIENCE_S = 1.0, 300.0
-"""Seconds between looks at the jobs, and that the cluster may fail to answer one."""
+RUN_KEY = "raydiv.run"
+"""Key of a job's metadata: the run that it trains."""
+
+POLL_S = 1.0
+"""Seconds between two requests for the status of the jobs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,37 +52,39 @@ def run_jobs(jobs: Sequence[CellJob], at_once: int, ended: Ended, say: Callable[
     too. Where the study is a job itself, its jobs have what came with it: its folder, its version of raydiv.
     """
     import ray
-    from ray.job_submission import JobSubmissionClient
 
-    client = JobSubmissionClient(ray.get_runtime_context().gcs_address)
-    already = _running(client)
-    waiting = sorted(jobs, key=lambda job: str(job.run) not in already)
-    with _stopped_at_the_end(client, say) as active:
+    cluster = Jobs(ray.get_runtime_context().gcs_address)
+    earlier = cluster.retry(lambda: cluster.all(RUN_KEY))
+    running = {status.name: status.id for status in earlier if status.exit_code is None}
+    waiting = sorted(jobs, key=lambda job: str(job.run) not in running)
+    with _stopped_at_the_end(cluster, say) as active:
         while waiting or active:
             while waiting and len(active) < at_once:
                 job = waiting.pop(0)
-                active[already.get(str(job.run)) or _submit(client, job)] = job
-            time.sleep(POLL)
+                active[running.get(str(job.run)) or _submit(cluster, job)] = job
+            time.sleep(POLL_S)
+            statuses = {status.id: status for status in cluster.retry(lambda: cluster.all(RUN_KEY))}
             for submission, job in list(active.items()):
-                status = _patiently(client.get_job_status, submission)
-                if status.is_terminal():
+                status = statuses.get(submission)
+                if status is None:
+                    raise RuntimeError(f"job {submission} of {job.name} is missing from the cluster's list of jobs")
+                if status.exit_code is not None:
                     del active[submission]
-                    log = _patiently(client.get_job_logs, submission)
+                    log = cluster.retry(partial(cluster.log, submission))
                     job.log.write_text(log)
-                    ended(job, _reason(log, str(status)) if status != "SUCCEEDED" else _unseen(job))
+                    ended(job, _unseen(job) if status.status == "SUCCEEDED" else _reason(log, status.status))
 
 
-def _submit(client: Any, job: CellJob) -> str:
+def _submit(cluster: Jobs, job: CellJob) -> str:
     run = RunDirectory(job.run)
     if not (run.holds_a_run and resumes(run, load_recipe(job.recipe))):
         shutil.rmtree(job.run, ignore_errors=True)
     command = [sys.executable, "-m", "raydiv", "train", str(job.recipe), "--json", "--resume"]
-    return is_submitted_job(
-        client,
+    return cluster.submit(
         # relative paths of a recipe are of where the study was started
-        entrypoint=f"cd {shlex.quote(os.getcwd())} && {shlex.join(command)}",
-        runtime_env={**_came_along(), "env_vars": _environment(job)},
-        metadata={"raydiv.runs.directory": str(job.run), "name": job.name},
+        f"cd {shlex.quote(os.getcwd())} && {shlex.join(command)}",
+        {**_came_along(), "env_vars": _environment(job)},
+        {RUN_KEY: str(job.run), "name": job.name},
     )
 
 
@@ -87,18 +93,6 @@ def _came_along() -> dict[str, Any]:
     import ray
 
     return {key: value for key, value in ray.get_runtime_context().runtime_env.items() if key != "env_vars"}
-
-
-def _patiently(ask: Callable[[str], Any], submission: str) -> Any:
-    """What the cluster says of a job. A dashboard that is away for a moment is no reason to end the others."""
-    end = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            return ask(submission)
-        except (RuntimeError, OSError):
-            if time.monotonic() > end:
-                raise
-            time.sleep(POLL)
 
 
 def _environment(job: CellJob) -> dict[str, str]:
@@ -111,34 +105,23 @@ def _unseen(job: CellJob) -> str | None:
     return None if there else f"it ended well, and left nothing at {job.run}: output_dir must be on shared storage"
 
 
-def _running(client: Any) -> dict[str, str]:
-    """Jobs that have not ended, by the run that they train."""
-    jobs = [info for info in client.list_jobs() if not info.status.is_terminal() and info.metadata]
-    return {
-        info.metadata["raydiv.runs.directory"]: info.submission_id
-        for info in jobs
-        if "raydiv.runs.directory" in info.metadata
-    }
-
-
 @contextmanager
-def _stopped_at_the_end(client: Any, say: Callable[[str], None]) -> Iterator[dict[str, CellJob]]:
+def _stopped_at_the_end(cluster: Jobs, say: Callable[[str], None]) -> Iterator[dict[str, CellJob]]:
     """Jobs by submission id; those that are left when the block ends are stopped: a local Ray goes when this returns."""
     active: dict[str, CellJob] = {}
     try:
         yield active
     finally:
         for submission in active:
-            with suppress(RuntimeError, OSError):  # one that cannot be told keeps no other from it
-                client.stop_job(submission)
+            with suppress(*CONNECTION_ERRORS):  # an error for one job must not keep the others running
+                cluster.stop(submission)
         if active:
             say(
                 f"cells told to stop: {len(active)}; one that trains writes a checkpoint, and Ctrl-C again does not wait"
             )
-        for submission in active:
-            with suppress(RuntimeError, OSError):
-                while not client.get_job_status(submission).is_terminal():
-                    time.sleep(POLL)
+        with suppress(*CONNECTION_ERRORS):
+            while any(status.id in active and status.exit_code is None for status in cluster.all(RUN_KEY)):
+                time.sleep(POLL_S)
 
 
 def _reason(log: str, status: str) -> str:

@@ -1,4 +1,4 @@
-"""The jobs of a cluster, through Ray's job API: sent, found by id or name, followed and stopped."""
+"""Ray jobs of a cluster, through Ray's job API: submit, list, follow and stop them."""
 
 from __future__ import annotations
 
@@ -6,34 +6,43 @@ import asyncio
 import os
 import shlex
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from raydiv.runtime.session import LET_IN, is_submitted_job
+from raydiv.runtime.session import AUTH_HELP
+from raydiv.utils import compat
 from raydiv.utils.errors import UserError
-from raydiv.utils.signals import STATUS as STOPPED
+from raydiv.utils.signals import STATUS as SIGTERM_STATUS
 
-OLDEST = "2.55"
-"""Ray that a cluster is to have at the least: that of pyproject.toml."""
+MIN_RAY_VERSION = "2.55"
+"""Oldest Ray of a cluster; the lower bound in pyproject.toml."""
 
-NAME, COMMAND = "raydiv.name", "raydiv.command"
-"""Of a job's metadata."""
+NAME_KEY, COMMAND_KEY = "raydiv.name", "raydiv.command"
+"""Keys of a job's metadata."""
 
-AGAIN_S = 3.0
-"""Seconds before a log that has not ended, or whose connection was lost, is taken up again."""
+RETRY_S = 3.0
+"""Seconds before a request that failed, or a lost connection, is tried again."""
 
-PATIENCE_S = 600.0
-"""Seconds that a cluster may be away while a job is followed: its dashboard restarts, or a laptop has changed networks."""
+MAX_OUTAGE_S = 600.0
+"""Seconds that a cluster may not answer: its dashboard restarts, or a laptop changes networks."""
 
-QUIET_S = 300.0
-"""Seconds without a word after which a log is taken up again: of a connection that died in its sleep nothing is heard."""
+IDLE_TIMEOUT_S = 300.0
+"""Seconds without a message after which a log is reconnected: a connection lost while a laptop slept reports no error."""
+
+AGENT_TIMEOUT_S = 60.0
+"""Seconds that a new cluster has to start its job agent."""
+
+STOP_SECONDS = 600
+"""Seconds that a stopped job has for its current step and its checkpoint; Ray's default is 3."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class JobStatus:
-    """Of a job: ``status`` is Ray's word; ``exit_code`` that of the command, None while it runs."""
+    """``status`` is Ray's; ``exit_code`` is the command's, None while it runs."""
 
     id: str
     name: str
@@ -45,150 +54,142 @@ class JobStatus:
     ended: float | None
 
 
-class _AwayError(UserError):
-    """Nothing answers at a cluster's address."""
+class _UnreachableError(UserError):
+    """No dashboard answers at a cluster's address."""
 
 
-LOST = (_AwayError, RuntimeError, OSError)
-"""What is raised where a connection is lost, or a dashboard or what stands before it cannot answer for a moment."""
+class OutageError(RuntimeError):
+    """A cluster that answered before has not answered for MAX_OUTAGE_S."""
 
 
-class _WriteError(Exception):
-    """What was read could not be handed on, by no fault of the connection."""
-
-    def __init__(self, reason: OSError) -> None:
-        self.reason = reason
-
-
-class _Log:
-    """A log that is always read from its beginning, and handed on once. ``pieces`` counts those that were read."""
-
-    def __init__(self, write: Callable[[str], object]) -> None:
-        self._write, self._written, self.pieces = write, 0, 0
-
-    async def take(self, pieces: AsyncIterator[str]) -> None:
-        """Raises TimeoutError where nothing comes for QUIET_S, and _WriteError."""
-        read, now = 0, asyncio.get_running_loop().time
-        async with asyncio.timeout(QUIET_S) as quiet:
-            async for piece in pieces:
-                quiet.reschedule(now() + QUIET_S)
-                self._hand_on(piece, read)
-                read += len(piece)
-                self.pieces += 1
-
-    def take_whole(self, text: str) -> None:
-        self._hand_on(text, 0)
-
-    def _hand_on(self, piece: str, at: int) -> None:
-        """What of a piece, which begins ``at`` so many characters, is new."""
-        new = piece[max(0, self._written - at) :]
-        if new:
-            try:
-                self._write(new)
-            except OSError as error:
-                raise _WriteError(error) from None
-            self._written = at + len(piece)
+CONNECTION_ERRORS = (_UnreachableError, RuntimeError, OSError)
+"""Errors of a lost connection, and of a dashboard or proxy that cannot answer for a moment."""
 
 
 class Jobs:
-    """The jobs of the cluster at an ``address``: http://HEAD:8265, or HEAD:6379 where that is reached.
+    """The jobs of the cluster at ``address``: http://HEAD:8265, or HEAD:6379 where that port is reachable.
 
-    Raises UserError where there is none, where it lets nobody in without a token, and where its Ray is too old.
+    Raises UserError where no cluster answers, where it refuses the token, and where its Ray is too old.
     """
 
     def __init__(self, address: str) -> None:
-        import ray
         from packaging.version import parse
         from ray.job_submission import JobSubmissionClient
 
         self.address = address
-        with self._told():
+        with self._user_errors():
             self._client = JobSubmissionClient(address)
-        theirs = str(self._client._server_ray_version or ray.__version__)
-        if parse(theirs) < parse(OLDEST):
-            raise UserError(f"{address}: runs Ray {theirs}, and raydiv needs {OLDEST} or newer there")
+        version = compat.server_ray_version(self._client)
+        if parse(version) < parse(MIN_RAY_VERSION):
+            raise UserError(f"{address}: runs Ray {version}; raydiv needs Ray {MIN_RAY_VERSION} or newer there")
 
-    def send(self, name: str, words: Sequence[str], runtime_env: Mapping[str, Any]) -> str:
-        """Send a command of raydiv; returns the job's id."""
+    def submit(self, entrypoint: str, runtime_env: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
+        """Submit a job; returns its id. Raises UserError where no agent of the cluster starts jobs."""
+        variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), **runtime_env.get("env_vars", {})}
+        job = {"runtime_env": {**runtime_env, "env_vars": variables}, "metadata": dict(metadata)}
+        end = time.monotonic() + AGENT_TIMEOUT_S
+        while True:
+            try:
+                with self._user_errors():
+                    return str(self._client.submit_job(entrypoint=entrypoint, **job))
+            except RuntimeError as error:
+                if not compat.is_missing_job_agent(error):
+                    raise
+                if time.monotonic() > end:
+                    raise UserError(
+                        f"{self.address}: the Ray cluster's job agent does not answer. Only one Ray of a machine can have its "
+                        "port (52365): stop the other one, or start the cluster's head with another port (ray start --head "
+                        "--dashboard-agent-listen-port PORT)"
+                    ) from None
+            time.sleep(RETRY_S)
+
+    def submit_command(self, name: str, words: Sequence[str], runtime_env: Mapping[str, Any]) -> str:
+        """Submit a command of raydiv; returns the job's id."""
         command = command_of(words)
-        with self._told():
-            return is_submitted_job(
-                self._client,
-                entrypoint=f"python -m raydiv {command}",
-                runtime_env=dict(runtime_env),
-                metadata={NAME: name, COMMAND: command},
-            )
+        return self.submit(f"python -m raydiv {command}", runtime_env, {NAME_KEY: name, COMMAND_KEY: command})
 
-    def find(self, wanted: str) -> JobStatus:
-        """The job of an id, or the newest one of a name. Raises UserError where there is none."""
+    def find(self, job: str) -> JobStatus:
+        """The job with an id, or the newest one with a name. Raises UserError where there is none."""
         jobs = self.all()
-        found = next((job for job in jobs if wanted in (job.id, job.name)), None)
-        if found is None:
-            names = ", ".join(dict.fromkeys(job.name for job in jobs)) or "none of raydiv's"
-            raise UserError(f"{wanted}: no job of that id or name at {self.address}; there are: {names}")
-        return found
+        status = next((status for status in jobs if job in (status.id, status.name)), None)
+        if status is None:
+            names = ", ".join(dict.fromkeys(status.name for status in jobs)) or "none"
+            raise UserError(f"{job}: no job with this id or name at {self.address}; raydiv's jobs there: {names}")
+        return status
 
     def running(self, name: str) -> JobStatus | None:
-        """A job of that name which has not ended."""
+        """A job with this name that has not ended."""
         return next((job for job in self.all() if job.name == name and job.exit_code is None), None)
 
-    def all(self) -> list[JobStatus]:
-        """Those that raydiv sent, the newest first."""
-        with self._told():
-            listed = self._client.list_jobs()
-        jobs = [_job_status(job) for job in listed if job.submission_id and (job.metadata or {}).get(NAME)]
+    def all(self, key: str = NAME_KEY) -> list[JobStatus]:
+        """The jobs whose metadata has ``key``, newest first; the key's value is their name."""
+        with self._user_errors():
+            details = self._client.list_jobs()
+        jobs = [_job_status(job, key) for job in details if job.submission_id and (job.metadata or {}).get(key)]
         return sorted(jobs, key=lambda job: job.started or 0.0, reverse=True)
 
-    def follow(self, job: str, write: Callable[[str], object]) -> JobStatus:
-        """Hand on what a job prints, from its beginning, until it has ended; a lost connection is taken up again.
+    def log(self, job: str) -> str:
+        """What a job has printed so far."""
+        with self._user_errors():
+            return str(self._client.get_job_logs(job))
 
-        Raises UserError where the cluster does not answer for PATIENCE_S, and what ``write`` raises.
-        """
-        try:
-            return self._follow(job, _Log(write))
-        except _WriteError as error:
-            raise error.reason from None
-
-    def _follow(self, job: str, log: _Log) -> JobStatus:
-        away: float | None = None
+    def retry(self, request: Callable[[], T]) -> T:
+        """What ``request`` returns, repeated while the cluster does not answer. Raises OutageError after MAX_OUTAGE_S."""
+        end = time.monotonic() + MAX_OUTAGE_S
         while True:
-            before = log.pieces
-            whole = self._read(job, log)
-            if whole or log.pieces > before:
-                away = None
             try:
-                found = self.find(job)
-                if found.exit_code is not None:
-                    if not whole:
-                        with self._told():
-                            log.take_whole(self._client.get_job_logs(job))
-                    return found
-                away = None
-            except LOST:
-                away = time.monotonic() if away is None else away
-                if time.monotonic() - away >= PATIENCE_S:
-                    raise UserError(
-                        f"{self.address}: has not answered for {PATIENCE_S:.0f} s; job {job} goes on without us, and raydiv "
-                        f"submit logs {job} follows it again"
+                return request()
+            except CONNECTION_ERRORS as error:
+                if time.monotonic() >= end:
+                    raise OutageError(
+                        f"{self.address}: the cluster has not answered for {MAX_OUTAGE_S:.0f} s: {error}"
                     ) from None
-            time.sleep(AGAIN_S)
+            time.sleep(RETRY_S)
 
-    def _read(self, job: str, log: _Log) -> bool:
-        """Whether the log could be read as far as it goes."""
-        try:
-            with self._told():
-                asyncio.run(log.take(self._client.tail_job_logs(job)))
-        except LOST:
-            return False
-        return True
+    def follow(self, job: str, write: Callable[[str], object]) -> JobStatus:
+        """Write what a job prints, from its beginning, until it has ended; reconnects where the connection is lost.
+
+        Returns the status of the ended job. Raises UserError where the cluster does not answer for MAX_OUTAGE_S, and what
+        ``write`` raises.
+        """
+        log = _LogWriter(write)
+        while True:
+            complete = self._tail(job, log)
+            try:
+                status = self.retry(lambda: self.find(job))
+                if status.exit_code is not None:
+                    if not complete:
+                        log.write(self.retry(lambda: self.log(job)))
+                    return status
+            except OutageError as error:
+                raise UserError(
+                    f"{error}; job {job} was not stopped: raydiv submit logs {job} follows it again"
+                ) from None
+            time.sleep(RETRY_S)
+
+    def _tail(self, job: str, log: _LogWriter) -> bool:
+        """Write a job's log from its beginning as it arrives; returns whether it was read to its end."""
+        position, messages = 0, self._client.tail_job_logs(job)
+        with asyncio.Runner() as runner:
+            while True:
+                try:
+                    with self._user_errors():
+                        text = runner.run(asyncio.wait_for(anext(messages, None), IDLE_TIMEOUT_S))
+                except CONNECTION_ERRORS:
+                    return False
+                if text is None:
+                    return True
+                log.write(text, position)
+                position += len(text)
 
     def stop(self, job: str) -> None:
-        """Ask a job to end: it gets SIGTERM, and the time for a checkpoint."""
-        with self._told():
+        """Stop a job: it gets SIGTERM, and STOP_SECONDS for a checkpoint."""
+        with self._user_errors():
             self._client.stop_job(job)
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _user_errors(self) -> Iterator[None]:
+        """Raise the client's authentication and connection errors as UserError."""
         import aiohttp
         import ray.exceptions
         import requests
@@ -196,42 +197,56 @@ class Jobs:
         try:
             yield
         except ray.exceptions.AuthenticationError:
-            raise UserError(f"{self.address}: lets nobody in without its token; {LET_IN}") from None
-        except (ConnectionError, requests.exceptions.ConnectionError, aiohttp.ClientError):  # of three families
-            raise _AwayError(
-                f"{self.address}: no Ray dashboard answers there; is the cluster up, and the port open (kubectl port-forward, "
-                "ray dashboard, ssh -L 8265:localhost:8265)?"
+            raise UserError(f"{self.address}: the cluster refused the request without its token; {AUTH_HELP}") from None
+        except (ConnectionError, requests.exceptions.ConnectionError, aiohttp.ClientError):  # three unrelated classes
+            raise _UnreachableError(
+                f"{self.address}: no Ray dashboard answers there. Is the cluster up, and the port forwarded (kubectl "
+                "port-forward, ray dashboard, ssh -L 8265:localhost:8265)?"
             ) from None
 
 
+class _LogWriter:
+    """Writes a log that every connection sends from its beginning, each part once."""
+
+    def __init__(self, write: Callable[[str], object]) -> None:
+        self._write, self._written = write, 0
+
+    def write(self, text: str, position: int = 0) -> None:
+        """Write what is new of ``text``, which begins at ``position`` of the log."""
+        new = text[max(0, self._written - position) :]
+        if new:
+            self._write(new)
+            self._written = position + len(text)
+
+
 def command_of(words: Sequence[str]) -> str:
-    """A command of raydiv as a job has it, and as one of its name is compared with it."""
+    """A command of raydiv as a job's metadata has it."""
     return shlex.join(words)
 
 
-def _job_status(job: Any) -> JobStatus:
-    metadata, status = job.metadata or {}, str(job.status)
-    code = None
-    if job.status.is_terminal():
-        ended = {"SUCCEEDED": 0, "STOPPED": STOPPED}.get(status, 1)
-        code = ended if job.driver_exit_code is None else int(job.driver_exit_code)
+def _job_status(details: Any, name_key: str) -> JobStatus:
+    metadata, status = details.metadata or {}, str(details.status)
+    exit_code = None
+    if details.status.is_terminal():
+        by_status = {"SUCCEEDED": 0, "STOPPED": SIGTERM_STATUS}.get(status, 1)
+        exit_code = by_status if details.driver_exit_code is None else int(details.driver_exit_code)
     return JobStatus(
-        job.submission_id,
-        metadata.get(NAME, ""),
-        metadata.get(COMMAND, job.entrypoint),
+        details.submission_id,
+        metadata.get(name_key, ""),
+        metadata.get(COMMAND_KEY, details.entrypoint),
         status,
-        " ".join((job.message or "").split()),
-        code,
-        job.start_time / 1000 if job.start_time else None,
-        job.end_time / 1000 if job.end_time else None,
+        " ".join((details.message or "").split()),
+        exit_code,
+        details.start_time / 1000 if details.start_time else None,
+        details.end_time / 1000 if details.end_time else None,
     )
 
 
-def address_of(flag: str | None, recipe: str | None) -> str:
-    """The cluster that a flag, RAY_ADDRESS or a recipe names, in this order. Raises UserError where none does."""
-    found = flag or os.environ.get("RAY_ADDRESS") or recipe
-    if not found:
+def address_of(option: str | None, recipe: str | None) -> str:
+    """The cluster's address: that of --address, RAY_ADDRESS or the recipe, in this order. Raises UserError without any."""
+    address = option or os.environ.get("RAY_ADDRESS") or recipe
+    if not address:
         raise UserError(
-            "no cluster is named: --address http://HEAD:8265, RAY_ADDRESS, or cluster.address in the recipe"
+            "no cluster address: set --address http://HEAD:8265, RAY_ADDRESS, or cluster.address in the recipe"
         )
-    return found
+    return address
