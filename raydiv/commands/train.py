@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from raydiv.commands.plan.architecture import architecture_of
-from raydiv.commands.plan.layout import largest_budget, settle, with_layout
+from raydiv.commands.plan.layout import largest_budget, choose_layout, with_layout
 from raydiv.commands.preflight import require_ready
 from raydiv.commands.prepare import LoadedInputs, PreparedData, load_inputs, local_files, prepare_data
 from raydiv.config import Recipe
@@ -137,7 +137,7 @@ def resolve_layout(recipe: Recipe, prepared: PreparedData) -> tuple[Recipe, bool
         epochs, prepared.steps(recipe), prepared.train.examples.lengths, recipe.cluster.least_workers
     )
     architecture, memory = architecture_of(recipe), worker_memory(recipe.cluster)
-    found = settle(architecture, recipe, share, memory)
+    found = choose_layout(architecture, recipe, share, memory)
     return with_layout(recipe, found), 2 * found.memory.total <= memory
 
 
@@ -158,7 +158,7 @@ def _fit(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     anchors = SeparationProbe.of(recipe, opened.chat, opened.prompts.separation)
-    weights = architecture_of(recipe).multiplied
+    weights = architecture_of(recipe).multiplied_parameters
     given = TrainTask(recipe, prepared.directory, run.path, weights, prepared.train, prepared.eval, anchors)
     trainer = TorchTrainer(
         worker_entry,

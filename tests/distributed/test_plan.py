@@ -22,20 +22,30 @@ from helpers.models import make_model
 from helpers.ranks import run_on_ranks
 from helpers.sources import ROOT
 from raydiv.cli import main
-from raydiv.commands.plan.amounts import amounts_of
+from raydiv.commands.plan.amounts import measure_data
 from raydiv.commands.plan.architecture import SHIPPED, architecture_of, config_of
 from raydiv.commands.plan.forecast import Forecast, plan
-from raydiv.commands.plan.layout import MARGIN, STAGES, WorkerBudget, best, largest_budget, layouts, settle, with_layout
+from raydiv.commands.plan.layout import (
+    MARGIN,
+    STAGES,
+    WorkerBudget,
+    best_layout,
+    choose_layout,
+    fitting_changes,
+    largest_budget,
+    stage_layouts,
+    with_layout,
+)
 from raydiv.commands.plan.live import LiveBytes
 from raydiv.commands.plan.memory import NF4, RUNTIME, Stage, memory_of
-from raydiv.commands.plan.tested import TESTED, untested
+from raydiv.commands.plan.tested import TESTED, untested_combinations
 from raydiv.config import Recipe, load_recipe
 from raydiv.data.batching import EpochPlan
 from raydiv.data.tokens import TokenizedExamples
 from raydiv.model.collate import collate
 from raydiv.model.head import LogProbHead, buffer_bytes
 from raydiv.model.load import DTYPES, ModelSource, build_policy
-from raydiv.runtime.session import KEEPS_MEMORY, training_environment
+from raydiv.runtime.session import KEEP_FREED_MEMORY, training_environment
 from raydiv.training.engine import DeepSpeedEngine
 from raydiv.training.step import StepExamples, Stepper
 from raydiv.utils.errors import UserError
@@ -89,7 +99,7 @@ def test_a_token_is_multiplied_with_all_weights_but_those_that_are_looked_up(tmp
     with FlopCounterMode(display=False) as counter:
         model(torch.ones(1, 10, dtype=torch.long))
     counted = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
-    assert architecture_of(recipe_of(directory)).multiplied - norms == counted / 2 / 10
+    assert architecture_of(recipe_of(directory)).multiplied_parameters - norms == counted / 2 / 10
 
 
 def test_adapters_are_what_is_trained_and_the_base_is_what_4_bits_hold() -> None:
@@ -378,7 +388,7 @@ def falcon() -> Recipe:
 
 def test_stage_rises_and_micro_batch_shrinks_with_the_memory(falcon: Recipe) -> None:
     architecture = architecture_of(falcon)
-    fits = [best(architecture, falcon, SHARE, size * GIB) for size in range(400, 30, -3)]
+    fits = [best_layout(architecture, falcon, SHARE, size * GIB) for size in range(400, 30, -3)]
     held = [one for one in fits if one.fits]
     assert [one.fits for one in fits] == [True] * len(held) + [False] * (len(fits) - len(held))
     assert {one.stage for one in held} == {1, 2, 3}
@@ -393,22 +403,22 @@ def test_stage_rises_and_micro_batch_shrinks_with_the_memory(falcon: Recipe) -> 
 def test_lowest_stage_that_fits_is_taken_and_said(falcon: Recipe) -> None:
     architecture = architecture_of(falcon)
     for size in (45, 60, 80, 120):
-        found = with_layout(falcon, settle(architecture, falcon, SHARE, size * GIB))
-        at_each = {one.stage: one for one in layouts(architecture, falcon, SHARE, size * GIB)}
+        found = with_layout(falcon, choose_layout(architecture, falcon, SHARE, size * GIB))
+        at_each = {one.stage: one for one in stage_layouts(architecture, falcon, SHARE, size * GIB)}
         assert list(at_each) == [1, 2, 3]  # bf16 has no stage 0
         assert found.engine.zero_stage == min(stage for stage, one in at_each.items() if one.fits)
         assert found.batch.tokens_per_microbatch == at_each[found.engine.zero_stage].tokens
-        assert with_layout(found, settle(architecture, found, SHARE, size * GIB)) == found
+        assert with_layout(found, choose_layout(architecture, found, SHARE, size * GIB)) == found
 
 
 def test_what_the_recipe_fixes_is_kept_and_checked(falcon: Recipe) -> None:
     fixed = load_recipe(falcon.model_dump(mode="json", by_alias=True), ["engine.zero_stage=3"])
     fixed = load_recipe(fixed.model_dump(mode="json", by_alias=True), ["batch.tokens_per_microbatch=2048"])
     architecture = architecture_of(fixed)
-    found = with_layout(fixed, settle(architecture, fixed, SHARE, 300 * GIB))
+    found = with_layout(fixed, choose_layout(architecture, fixed, SHARE, 300 * GIB))
     assert (found.engine.zero_stage, found.batch.tokens_per_microbatch) == (3, 2048)
     with pytest.raises(UserError, match="ZeRO stage 3 with micro-batches of 2048 tokens"):
-        settle(architecture, fixed, SHARE, 20 * GIB)
+        choose_layout(architecture, fixed, SHARE, 20 * GIB)
 
 
 @pytest.mark.parametrize(
@@ -424,28 +434,30 @@ def test_what_the_recipe_fixes_is_kept_and_checked(falcon: Recipe) -> None:
 )
 def test_stages_are_those_that_the_recipe_allows(overrides: tuple[str, ...], stages: list[int]) -> None:
     recipe = recipe_of("Qwen/Qwen2.5-1.5B", *overrides)
-    assert [one.stage for one in layouts(architecture_of(recipe), recipe, SHARE, 80 * GIB)] == stages
+    assert [one.stage for one in stage_layouts(architecture_of(recipe), recipe, SHARE, 80 * GIB)] == stages
 
 
 @pytest.mark.parametrize("size", [12, 24, 40])
 def test_where_nothing_fits_every_change_that_is_named_does(falcon: Recipe, size: int) -> None:
     two = load_recipe(falcon.model_dump(mode="json", by_alias=True), ["cluster.num_workers=2"])
-    with pytest.raises(UserError, match=r"a worker needs .* GiB .* these would fit: ") as caught:
-        settle(architecture_of(two), two, SHARE, size * GIB)
-    named = str(caught.value).partition("these would fit: ")[2].split(", or ")
-    for words in named:
-        changes, _, figure = words.rpartition(" (")
+    named = fitting_changes(two, SHARE, size * GIB)
+    assert named
+    with pytest.raises(UserError, match=r"ZeRO stage \d .*cluster\.worker_memory_gb") as refused:
+        choose_layout(architecture_of(two), two, SHARE, size * GIB)
+    for change in named:
+        assert change in str(refused.value)
+        changes, _, figure = change.rpartition(" (")
         other = load_recipe(two.model_dump(mode="json", by_alias=True), changes.split())
         # more workers have smaller shares, shorter examples shorter ones; by no more than these
-        found = best(architecture_of(other), other, SHARE, size * GIB)
-        assert found.fits
+        assert best_layout(architecture_of(other), other, SHARE, size * GIB).fits
         assert float(figure.removesuffix(" GiB)")) <= (1 - MARGIN) * size + 0.05
 
 
 def test_nothing_is_named_where_nothing_would_do() -> None:
     recipe = recipe_of("tiiuae/falcon-11B", *FALCON)
-    with pytest.raises(UserError, match="no change that raydiv knows would fit"):
-        settle(architecture_of(recipe), recipe, SHARE, GIB)
+    assert fitting_changes(recipe, SHARE, GIB) == []
+    with pytest.raises(UserError, match="no change"):
+        choose_layout(architecture_of(recipe), recipe, SHARE, GIB)
 
 
 def test_largest_share_is_that_of_the_layout_packed_and_padded() -> None:
@@ -527,10 +539,10 @@ def test_prepared_data_is_counted(tiny_model: Path, own_cache: None, write_jsonl
     sets = {"separation": {"prompts": "bundled:anchors"}, "evaluate": {"prompts": "bundled:heldout"}}
     recipe = recipe_of(tiny_model, data={"train": str(write_jsonl(*rows))}, optim={"epochs": 1}, **sets)
     chat = Chat(tiny_model)
-    before = amounts_of(recipe, chat)
+    before = measure_data(recipe, chat)
     indices_of(opened(recipe, chat)[0], recipe, chat)
-    after = amounts_of(recipe, chat)
-    assert (before.how, after.how) == ("sampled", "counted")
+    after = measure_data(recipe, chat)
+    assert (before.basis, after.basis) == ("sampled", "counted")
     assert (before.examples, before.tokens) == (after.examples, after.tokens) == (20, before.tokens)
 
 
@@ -543,7 +555,7 @@ def test_a_mixture_counts_as_often_as_its_weights_and_held_out_prompts_do_not(
     recipe = recipe_of(tiny_model, data={"train": train, "eval": 0.5}, optim={"epochs": 1}, batch={"examples": 5})
     from raydiv.model.chat import Chat
 
-    amounts = amounts_of(recipe, Chat(tiny_model))
+    amounts = measure_data(recipe, Chat(tiny_model))
     assert (amounts.examples, amounts.steps) == (35, 7)
 
 
@@ -586,10 +598,12 @@ def test_sizes_on_disk(planned: Callable[..., Forecast]) -> None:
 def test_combinations_that_the_tests_never_run_are_named(planned: Callable[..., Forecast]) -> None:
     assert planned("cluster.worker_memory_gb=8").facts["untested"] == []
     recipe = recipe_of("m", "engine.zero_stage=3", "engine.offload_optimizer=nvme", "engine.nvme_path=/x")
-    assert list(untested(recipe)) == [
+    assert list(untested_combinations(recipe)) == [
         "engine.zero_stage 3, engine.offload_optimizer nvme, engine.offload_parameters none"
     ]
-    assert list(untested(recipe_of("m", "engine.zero_stage=0", "cluster.num_workers=64"))) == ["cluster.num_workers 64"]
+    assert list(untested_combinations(recipe_of("m", "engine.zero_stage=0", "cluster.num_workers=64"))) == [
+        "cluster.num_workers 64"
+    ]
 
 
 @pytest.mark.parametrize("keys", TESTED, ids=" ".join)
@@ -664,7 +678,8 @@ def test_shipped_recipes_of_large_models_fit_what_they_are_written_for(
 
 def test_falcon_needs_more_workers_where_all_of_it_is_trained(falcon: Recipe) -> None:
     totals = {
-        workers: best(architecture_of(falcon), replaced(falcon, workers), SHARE, 80 * GIB) for workers in (2, 4, 8)
+        workers: best_layout(architecture_of(falcon), replaced(falcon, workers), SHARE, 80 * GIB)
+        for workers in (2, 4, 8)
     }
     assert [one.fits for one in totals.values()] == [False, True, True]
     assert totals[8].stage <= totals[4].stage
@@ -679,5 +694,5 @@ def test_workers_on_cpus_keep_memory_where_the_model_says_so() -> None:
     recipe = recipe_of("Qwen/Qwen2.5-1.5B")
     for stage in STAGES:
         at_stage = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"zero_stage": stage})})
-        assert (KEEPS_MEMORY.keys() <= training_environment(at_stage, roomy=True).keys()) == (stage > 0)
-        assert not KEEPS_MEMORY.keys() & training_environment(at_stage, roomy=False).keys()
+        assert (KEEP_FREED_MEMORY.keys() <= training_environment(at_stage, roomy=True).keys()) == (stage > 0)
+        assert not KEEP_FREED_MEMORY.keys() & training_environment(at_stage, roomy=False).keys()

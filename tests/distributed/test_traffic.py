@@ -14,7 +14,7 @@ from helpers.layouts import Layout, built
 from helpers.ranks import run_on_ranks
 from raydiv.commands.bench.scale import RANKS, bench_scale, scale_table, step_of
 from raydiv.commands.plan.architecture import architecture_of
-from raydiv.commands.plan.traffic import traffic_of
+from raydiv.commands.plan.traffic import step_traffic
 from raydiv.config import load_recipe
 from raydiv.data.batching import BatchLayout as Dealt
 from raydiv.utils import distributed as dist
@@ -70,7 +70,7 @@ def test_a_worker_sends_what_is_said(ranks: int, tiny_model: Path, tmp_path: Pat
     ):
         recipe = layout.recipe(tiny_model)
         stage: Any = layout.stage
-        told = traffic_of(architecture_of(recipe), recipe, stage, ranks, MICRO_BATCHES, two_passes=True)
+        told = step_traffic(architecture_of(recipe), recipe, stage, ranks, MICRO_BATCHES, two_passes=True)
         gradients, weights = sent(sizes, ranks)
         # norms and the like, and adapters that are too small to be partitioned, are not counted
         assert gradients == pytest.approx(told.gradients, rel=0.03), layout
@@ -80,8 +80,8 @@ def test_a_worker_sends_what_is_said(ranks: int, tiny_model: Path, tmp_path: Pat
 def test_one_worker_sends_nothing_and_one_pass_gathers_less(tiny_model: Path) -> None:
     recipe = Layout(3).recipe(tiny_model)
     architecture = architecture_of(recipe)
-    assert traffic_of(architecture, recipe, 3, 1, 2, two_passes=True).total == 0
-    one, two = (traffic_of(architecture, recipe, 3, 8, 2, two_passes=both) for both in (False, True))
+    assert step_traffic(architecture, recipe, 3, 1, 2, two_passes=True).total == 0
+    one, two = (step_traffic(architecture, recipe, 3, 8, 2, two_passes=both) for both in (False, True))
     assert one.weights == pytest.approx(2 / 3 * two.weights)
     assert one.gradients == two.gradients
 

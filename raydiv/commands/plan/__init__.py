@@ -1,1 +1,1 @@
-"""What a recipe needs, before anything is started: sizes of its model, memory of a worker, the layout that fits, the plan."""
+"""The forecast of a recipe: sizes of its model and data, memory of a worker, and the layout that fits."""

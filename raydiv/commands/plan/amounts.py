@@ -1,7 +1,8 @@
-"""How much a recipe trains on: examples, tokens, steps, and what a worker gets of a step; counted, sampled, or assumed.
+"""The size of a recipe's data: examples, tokens, steps, and the largest part of a step that one worker gets.
 
-Counted where ``raydiv prepare`` has been here; sampled through the same code where sources and tokenizer are at hand; else
-every example is taken to be as long as it may be. Nothing is started, downloaded or written.
+The sizes are counted if the data are prepared already. They are sampled through the same code if the sources and the
+tokenizer are local files. Otherwise every example is assumed to have ``batch.max_length`` tokens. Nothing is started,
+downloaded or written.
 """
 
 from __future__ import annotations
@@ -28,27 +29,27 @@ from raydiv.model.chat import Chat
 from raydiv.training.order import epochs_of, total_steps
 from raydiv.utils.errors import UserError
 
-SAMPLED = 2000
-"""Records that are tokenised, evenly spaced over all sources."""
+SAMPLE_RECORDS = 2000
+"""Number of records that are tokenized, evenly spaced over all sources."""
 
 
 @dataclass(frozen=True, slots=True)
-class Amounts:
-    """Examples and tokens (prompts included) of an epoch, optimizer updates of the run, and a worker's share of one.
+class DataAmounts:
+    """Examples and tokens (prompts included) of an epoch, optimizer updates of the run, and the budget of one worker.
 
-    ``how`` the tokens are known: counted, sampled, or assumed to be the most that ``batch.max_length`` allows. What is not
-    known is None. ``unread`` sources were not at hand.
+    ``basis`` says how the tokens were determined. ``assumed``: every example has ``batch.max_length`` tokens. Unknown
+    numbers are None. ``unavailable`` lists the sources that are not local files.
     """
 
-    how: Literal["counted", "sampled", "assumed"]
+    basis: Literal["counted", "sampled", "assumed"]
     examples: int | None
     tokens: int | None
     steps: int | None
-    share: WorkerBudget
-    unread: list[str] = field(default_factory=list)
+    budget: WorkerBudget
+    unavailable: list[str] = field(default_factory=list)
 
     def tokens_of_run(self, recipe: Recipe) -> int | None:
-        """Tokens of all steps."""
+        """Tokens of all steps, prompts included; None if unknown."""
         if self.tokens is None or self.examples is None or self.steps is None:
             return None
         if recipe.optim.epochs is not None:
@@ -56,146 +57,151 @@ class Amounts:
         return round(self.tokens / self.examples * min(recipe.batch.examples, self.examples) * self.steps)
 
 
-def amounts_of(recipe: Recipe, chat: Chat | None) -> Amounts:
-    """Amounts of the recipe's data. Raises UserError for data that training would refuse."""
+def measure_data(recipe: Recipe, chat: Chat | None) -> DataAmounts:
+    """Sizes of the recipe's data. Raises UserError for data that training would refuse."""
     sources = [*recipe.data.train, *recipe.data.eval_sources]
-    unread = [source.path for source in sources if not _at_hand(source.path)]
-    for prompts, both in prompt_sets(recipe):
-        far = [source.path for source in prompts if not _at_hand(source.path)]
-        unread += far
-        if not far:
-            read_prompts(prompts, both=both)
-    if any(source.path in unread for source in recipe.data.train):
-        return _assumed(recipe, None, unread)
-    if chat is not None and not any(source.path in unread for source in sources):
+    unavailable = [source.path for source in sources if not _is_local(source.path)]
+    for prompts, both_labels in prompt_sets(recipe):
+        missing = [source.path for source in prompts if not _is_local(source.path)]
+        unavailable += missing
+        if not missing:
+            read_prompts(prompts, both=both_labels)
+    if any(source.path in unavailable for source in recipe.data.train):
+        return _from_limits(recipe, None, unavailable)
+    if chat is not None and not any(source.path in unavailable for source in sources):
         opened = [OpenSource(source, recipe.data, recipe.batch, chat) for source in sources]
-        if all(one.ready for one in opened):
-            return _counted(recipe, opened, unread)
-    sample = _Sample.of(recipe)
-    return _assumed(recipe, sample, unread) if chat is None else _sampled(recipe, sample, chat, unread)
+        if all(source.ready for source in opened):
+            return _from_indices(recipe, opened, unavailable)
+    sample = _Sample.draw(recipe)
+    return (
+        _from_limits(recipe, sample, unavailable) if chat is None else _from_sample(recipe, sample, chat, unavailable)
+    )
 
 
-def _at_hand(place: str) -> bool:
-    """Whether a source can be read without asking another machine."""
-    if place.startswith("bundled:"):
+def _is_local(path: str) -> bool:
+    """Whether a source can be read without the network."""
+    if path.startswith("bundled:"):
         return True
-    return "://" not in place and bool(glob.glob(str(Path(place).expanduser())))
+    return "://" not in path and bool(glob.glob(str(Path(path).expanduser())))
 
 
-def _counted(recipe: Recipe, opened: Sequence[OpenSource], unread: list[str]) -> Amounts:
-    """From the indices of prepared sources."""
-    indices = [read_index(one) for one in opened]
+def _from_indices(recipe: Recipe, opened: Sequence[OpenSource], unavailable: list[str]) -> DataAmounts:
+    """Sizes from the indices of prepared sources."""
+    indices = [read_index(source) for source in opened]
     train = len(recipe.data.train)
     examples = make_splits(recipe, indices[:train], indices[train:]).train.examples
     epochs = epochs_of(recipe, examples)
     steps = total_steps(recipe, epochs.steps_per_epoch)
-    share = largest_budget(epochs, steps, examples.lengths, recipe.cluster.least_workers)
+    budget = largest_budget(epochs, steps, examples.lengths, recipe.cluster.least_workers)
     weights = np.array([source.weight for source in recipe.data.train])[examples.source]
     tokens = round(float((weights * examples.lengths).sum()))
-    return Amounts("counted", round(float(weights.sum())), tokens, steps, share, unread)
+    return DataAmounts("counted", round(float(weights.sum())), tokens, steps, budget, unavailable)
 
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """Examples of evenly spaced records: ``taken[s][r]`` of source s; ``every``: one in so many records is among them."""
+    """Examples of evenly spaced records. ``records[s][r]`` holds record r of source s; ``stride`` is the spacing."""
 
-    taken: list[list[list[Example]]]
-    every: int
+    records: list[list[list[Example]]]
+    stride: int
 
     @classmethod
-    def of(cls, recipe: Recipe) -> _Sample:
+    def draw(cls, recipe: Recipe) -> _Sample:
         sources = [_records(source) for source in recipe.data.train]
-        records = [sum(1 for _ in source) for source in sources]
-        every = max(1, sum(records) // SAMPLED)
-        taken = [list(_examples(source, recipe, every)) for source in recipe.data.train]
-        for source, found in zip(recipe.data.train, taken, strict=True):
-            if not found:
+        counts = [sum(1 for _ in source) for source in sources]
+        stride = max(1, sum(counts) // SAMPLE_RECORDS)
+        records = [list(_examples(source, recipe, stride)) for source in recipe.data.train]
+        for source, sampled in zip(recipe.data.train, records, strict=True):
+            if not sampled:
                 raise UserError(f"{source.path}: holds no examples")
-        return cls(taken, every)
+        return cls(records, stride)
 
     @property
-    def pairs(self) -> bool:
-        return any(len(record) == 2 and record[0].pair is not None for source in self.taken for record in source)
+    def has_pairs(self) -> bool:
+        return any(len(record) == 2 and record[0].pair is not None for source in self.records for record in source)
 
-    def epochs(self, recipe: Recipe) -> EpochPlan:
-        """The order of the sample as that of a training set: rows are its examples, source by source."""
-        records = [record for source in self.taken for record in source]
-        number = np.repeat(np.arange(len(self.taken)), [len(source) for source in self.taken])
+    def epoch_plan(self, recipe: Recipe) -> EpochPlan:
+        """The epoch plan of the sample, as if it were the training set. Its rows are the examples, source by source."""
+        records = [record for source in self.records for record in source]
+        source_numbers = np.repeat(np.arange(len(self.records)), [len(source) for source in self.records])
         starts = np.cumsum([0, *map(len, records)])
         units: list[tuple[int, int]] = []
-        of: list[int] = []
-        for start, record, source in zip(starts.tolist(), records, number.tolist(), strict=False):
+        unit_sources: list[int] = []
+        for start, record, source in zip(starts.tolist(), records, source_numbers.tolist(), strict=False):
             paired = len(record) == 2 and record[0].pair is not None
-            own = [(start, start + 1)] if paired else [(start + row, -1) for row in range(len(record))]
-            units += own
-            of += [source] * len(own)
+            record_units = [(start, start + 1)] if paired else [(start + row, -1) for row in range(len(record))]
+            units += record_units
+            unit_sources += [source] * len(record_units)
         weights = [source.weight for source in recipe.data.train]
-        return EpochPlan(np.array(units), recipe.batch.examples, recipe.seed, "sample", np.array(of), weights)
+        return EpochPlan(np.array(units), recipe.batch.examples, recipe.seed, "sample", np.array(unit_sources), weights)
 
-    def weighted(self, recipe: Recipe, of_example: Sequence[Sequence[float]]) -> float:
-        """Sum over an epoch's training examples of what ``of_example`` [source][example of the sample] says of each."""
-        kept = 1 - recipe.data.eval if isinstance(recipe.data.eval, float) else 1.0
-        own = zip(recipe.data.train, of_example, strict=True)
-        return kept * self.every * sum(source.weight * sum(values) for source, values in own)
+    def epoch_sum(self, recipe: Recipe, values: Sequence[Sequence[float]]) -> float:
+        """The sum over an epoch's training examples, extrapolated from the sample's ``values`` [source][example]."""
+        train_fraction = 1 - recipe.data.eval if isinstance(recipe.data.eval, float) else 1.0
+        sources = zip(recipe.data.train, values, strict=True)
+        return train_fraction * self.stride * sum(source.weight * sum(numbers) for source, numbers in sources)
 
 
 def _records(source: Source) -> Iterator[tuple[File, tuple[int, Any]]]:
-    """(file, raw record) of a source, in order."""
+    """(file, raw record) pairs of a source, in order."""
     for file in files_of(source):
         for piece in file_chunks(file):
             yield from ((file, raw) for raw in read(piece))
 
 
-def _examples(source: Source, recipe: Recipe, every: int) -> Iterator[list[Example]]:
-    """Examples of one in ``every`` records. Raises UserError for a bad row, where the recipe does not leave it out."""
-    reading = reading_of(source, recipe.data.columns or {})
-    for file, (position, raw) in itertools.islice(_records(source), 0, None, every):
+def _examples(source: Source, recipe: Recipe, stride: int) -> Iterator[list[Example]]:
+    """Examples of one record in ``stride``. Raises UserError for a bad row unless ``data.on_bad_row`` leaves it out."""
+    reader = reading_of(source, recipe.data.columns or {})
+    for file, (position, raw) in itertools.islice(_records(source), 0, None, stride):
         try:
-            yield reading.examples(parse(raw), f"{file.name}@{position}")
+            yield reader.examples(parse(raw), f"{file.name}@{position}")
         except BadRow as error:
             if recipe.data.on_bad_row == "error":
                 raise UserError(f"{file.name}:{locate(file, [position])[position]}: {error}") from None
 
 
-def _sampled(recipe: Recipe, sample: _Sample, chat: Chat, unread: list[str]) -> Amounts:
-    """From the sample's tokens."""
+def _from_sample(recipe: Recipe, sample: _Sample, chat: Chat, unavailable: list[str]) -> DataAmounts:
+    """Sizes from the tokenized sample."""
     batch = recipe.batch
     lengths = []
-    for source in sample.taken:
+    for source in sample.records:
         examples = [example for record in source for example in record]
         try:
             tokens = chat.examples(
-                [e.prompt for e in examples], [e.response for e in examples], batch.max_prompt_length, batch.max_length
+                [example.prompt for example in examples],
+                [example.response for example in examples],
+                batch.max_prompt_length,
+                batch.max_length,
             )
         except ValueError as error:
             raise UserError(f"data.template: {error}") from None
-        lengths.append([len(one.prompt) + len(one.response) for one in tokens])
-    return _extrapolated(recipe, sample, lengths, "sampled", unread)
+        lengths.append([len(example.prompt) + len(example.response) for example in tokens])
+    return _extrapolate(recipe, sample, lengths, "sampled", unavailable)
 
 
-def _assumed(recipe: Recipe, sample: _Sample | None, unread: list[str]) -> Amounts:
-    """With examples as long as they may be; how many there are, where their sources could be read."""
+def _from_limits(recipe: Recipe, sample: _Sample | None, unavailable: list[str]) -> DataAmounts:
+    """Sizes if every example has ``batch.max_length`` tokens; their number is known if the sources could be read."""
     longest = recipe.batch.max_length
     if sample is not None:
-        lengths = [[longest for record in source for _ in record] for source in sample.taken]
-        return _extrapolated(recipe, sample, lengths, "assumed", unread)
-    most = -(-recipe.batch.examples // recipe.cluster.least_workers) * longest
-    return Amounts("assumed", None, None, recipe.optim.steps, WorkerBudget(longest, most, most), unread)
+        lengths = [[longest for record in source for _ in record] for source in sample.records]
+        return _extrapolate(recipe, sample, lengths, "assumed", unavailable)
+    tokens = -(-recipe.batch.examples // recipe.cluster.least_workers) * longest
+    return DataAmounts("assumed", None, None, recipe.optim.steps, WorkerBudget(longest, tokens, tokens), unavailable)
 
 
-def _extrapolated(
+def _extrapolate(
     recipe: Recipe,
     sample: _Sample,
     lengths: list[list[int]],
-    how: Literal["sampled", "assumed"],
-    unread: list[str],
-) -> Amounts:
-    """Amounts of all records from ``lengths`` [source][example] of the sample's."""
-    examples = sample.weighted(recipe, [[1.0] * len(own) for own in lengths])
-    units = examples / 2 if sample.pairs else examples
-    size = max(1, recipe.batch.examples // (2 if sample.pairs else 1))
+    basis: Literal["sampled", "assumed"],
+    unavailable: list[str],
+) -> DataAmounts:
+    """Sizes of all records from the sample's ``lengths`` [source][example]."""
+    examples = sample.epoch_sum(recipe, [[1.0] * len(source) for source in lengths])
+    units = examples / 2 if sample.has_pairs else examples
+    size = max(1, recipe.batch.examples // (2 if sample.has_pairs else 1))
     steps = total_steps(recipe, max(1, -(-round(units) // size)))
-    flat = np.array([length for own in lengths for length in own])
-    share = largest_budget(sample.epochs(recipe), steps, flat, recipe.cluster.least_workers)
-    tokens = sample.weighted(recipe, [[float(length) for length in own] for own in lengths])
-    return Amounts(how, round(examples), round(tokens), steps, share, unread)
+    flat = np.array([length for source in lengths for length in source])
+    budget = largest_budget(sample.epoch_plan(recipe), steps, flat, recipe.cluster.least_workers)
+    tokens = sample.epoch_sum(recipe, [[float(length) for length in source] for source in lengths])
+    return DataAmounts(basis, round(examples), round(tokens), steps, budget, unavailable)

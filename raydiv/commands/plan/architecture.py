@@ -1,8 +1,8 @@
-"""Sizes of a model from its config alone: parameters, and what a forward and a backward of it keep in memory.
+"""Sizes of a model from its config alone: its parameters, and the memory of a forward and a backward.
 
-Parameters are counted on the meta device. Activations are not guessed from formulas: a copy of two and of four layers runs the
-project's own collate, attention and head on fake tensors, which have sizes and no memory, and what is alive is counted; the
-difference of both is two layers' worth.
+Parameters are counted on the meta device. Activations are measured, not derived from formulas: copies with two and with
+four layers run the project's own collate, attention and head on fake tensors, which have sizes and no memory, and the
+live bytes are counted. The difference of the two copies is the size of two layers.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from raydiv.utils.compat import peft_without_quantizer
 from raydiv.utils.errors import UserError
 
 SHIPPED = FOLDER / "architectures"
-"""Configs of models that are planned for without a hub; README.md beside them says where they are from."""
+"""Configs of models that ``raydiv plan`` knows without the hub; the README.md in the folder gives their origin."""
 
 SHALLOW, DEEP = 2, 4
-"""Layers of the copies that run, where there are as many; even numbers, since some models alternate two kinds of layers."""
+"""Layers of the copies that run, at most the model's. Even numbers, since some models alternate two kinds of layers."""
 
-FEW, MANY = 2, 6
-"""Examples of their micro-batches."""
+FEW_EXAMPLES, MANY_EXAMPLES = 2, 6
+"""Examples in the micro-batches of the copies."""
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """Bytes as a function of the tokens of a micro-batch."""
+class LinearSize:
+    """Bytes as a linear function of the tokens of a micro-batch."""
 
     fixed: float
     per_token: float
@@ -54,21 +54,21 @@ class Line:
         return max(0, round(self.fixed + self.per_token * tokens))
 
     @classmethod
-    def through(cls, few: tuple[int, float], many: tuple[int, float]) -> Line:
-        """The line through two (tokens, bytes)."""
+    def through(cls, few: tuple[int, float], many: tuple[int, float]) -> LinearSize:
+        """The linear function through two points (tokens, bytes)."""
         slope = (many[1] - few[1]) / (many[0] - few[0])
         return cls(few[1] - slope * few[0], slope)
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What memory goes by, in elements but for ``activations`` and ``beside``.
+    """The sizes that determine memory, in elements except ``activations`` and ``beside``, which are bytes.
 
-    ``trainable`` of ``parameters`` are trained; ``linear`` are frozen ones in linear layers other than the head, which 4 bits
-    can hold; ``largest`` is the largest trainable parameter, ``tensors`` [p] are the sizes of all. ``head`` is the output
-    projection, which shares the embedding's weight where ``tied``. ``activations`` are bytes that the layers keep for the
-    backward; ``beside``, what is alive beside them at the peak: embedding, final norm and head (without the buffer that it has
-    for logits), and what a backward makes.
+    ``trainable`` of ``parameters`` are trained. ``linear`` counts the frozen parameters in linear layers other than the
+    head, which 4-bit quantization can hold. ``largest`` is the largest trainable parameter; ``tensors`` [p] are the
+    sizes of all parameters. ``head`` is the output projection, which shares the embedding's weight if ``tied``.
+    ``activations`` are what the layers save for the backward. ``beside`` is what else is alive at the peak: embedding,
+    final norm, head (without its buffer for logits), and the tensors that a backward creates.
     """
 
     kind: str
@@ -83,28 +83,28 @@ class Architecture:
     head: int
     tied: bool
     packing: Packing
-    activations: Line
-    beside: Line
+    activations: LinearSize
+    beside: LinearSize
 
     @property
     def frozen(self) -> int:
         return self.parameters - self.trainable
 
     @property
-    def multiplied(self) -> int:
-        """Parameters that a token is multiplied with: all but those of an input embedding that is not the head too."""
+    def multiplied_parameters(self) -> int:
+        """Parameters that every token is multiplied with: all but an input embedding that is not also the head."""
         return self.parameters - (0 if self.tied else self.vocabulary * self.hidden)
 
-    def up_to(self, elements: int) -> int:
-        """Elements in parameters that are no larger than ``elements``."""
+    def elements_up_to(self, elements: int) -> int:
+        """The total size of the parameters that have at most ``elements`` elements."""
         return sum(size for size in self.tensors if size <= elements)
 
 
 _ARCHITECTURE = TypeAdapter(Architecture)
 
 
-def at_hand(model: ModelConfig) -> Path | None:
-    """The model's directory where it is on this machine (weights or not), without asking a hub."""
+def local_model_directory(model: ModelConfig) -> Path | None:
+    """The model's directory on this machine, with or without weights; None if it is not here. The hub is not asked."""
     from huggingface_hub import try_to_load_from_cache
 
     if model.id.startswith("bundled:"):
@@ -115,19 +115,19 @@ def at_hand(model: ModelConfig) -> Path | None:
         return path
     try:
         cached = try_to_load_from_cache(model.id, "config.json", revision=model.revision)
-    except ValueError:  # no id that a hub could have
+    except ValueError:  # not a valid hub id
         return None
     return Path(cached).parent if isinstance(cached, str) else None
 
 
 def config_of(model: ModelConfig) -> Any:
-    """The model's config: from its directory or the hub's cache, else of the shipped ones, else from the hub.
+    """The model's config: from its directory or the hub's cache, else a shipped one, else from the hub.
 
-    Raises UserError where there is none.
+    Raises UserError if none of them has it.
     """
     from transformers import AutoConfig
 
-    directory, shipped = at_hand(model), _shipped().get(model.id.lower())
+    directory, shipped = local_model_directory(model), _shipped_configs().get(model.id.lower())
     try:
         if directory is not None or shipped is None:
             return AutoConfig.from_pretrained(
@@ -143,24 +143,23 @@ def config_of(model: ModelConfig) -> Any:
         raise unloadable(
             model.id,
             error,
-            f"no config of it to be had ({reason}); without a hub a local directory with its config.json does, or one of "
-            f"{known}",
+            f"config.json not found ({reason}); without the hub, use a local directory with it, or one of {known}",
         ) from None
 
 
-def _shipped() -> dict[str, Path]:
-    """Shipped configs by hub id, in lower case; a model's instruct versions have the same sizes."""
-    found = {path.stem.replace("--", "/").lower(): path for path in SHIPPED.glob("*.json")}
-    return {f"{name}{ending}": path for name, path in found.items() for ending in ("", "-instruct", "-it", "-chat")}
+def _shipped_configs() -> dict[str, Path]:
+    """Shipped configs by lower-case hub id. The instruct versions of a model have the same sizes."""
+    configs = {path.stem.replace("--", "/").lower(): path for path in SHIPPED.glob("*.json")}
+    return {f"{name}{ending}": path for name, path in configs.items() for ending in ("", "-instruct", "-it", "-chat")}
 
 
 def architecture_of(recipe: Recipe) -> Architecture:
-    """Sizes of the recipe's model, as the recipe trains it.
+    """Sizes of the recipe's model as the recipe trains it.
 
-    Raises UserError for a model without a config, or one that cannot be made as the recipe wants it.
+    Raises UserError for a model without a config, and for one that does not support the recipe's settings.
     """
     model, batch, engine = recipe.model, recipe.batch, recipe.engine
-    return _measured(
+    return _cached_architecture(
         model.model_dump_json(include={"id", "revision", "lora", "attention", "trust_remote_code"}),
         engine.precision,
         engine.activation_checkpointing,
@@ -170,59 +169,61 @@ def architecture_of(recipe: Recipe) -> Architecture:
 
 
 @cache
-def _measured(section: str, precision: str, checkpointing: bool, may_pack: bool, max_length: int) -> Architecture:
-    """``architecture_of``, of what it depends on; kept on disk, since a run should not wait for it twice."""
+def _cached_architecture(
+    section: str, precision: str, checkpointing: bool, may_pack: bool, max_length: int
+) -> Architecture:
+    """``architecture_of`` as a function of the settings that it depends on. The result is cached on disk."""
     model = ModelConfig.model_validate_json(section)
     config = config_of(model)
     options = (precision, checkpointing, may_pack, max_length)
-    if model.trust_remote_code:  # code that may be another tomorrow
-        return _tried(config, model, *options)
+    if model.trust_remote_code:  # the code may change under the same config
+        return _measure_architecture(config, model, *options)
     note = cache_dir("architectures") / digest(
         config.to_dict(), section, options, code_digest("model", "commands/plan")
     )
     return _ARCHITECTURE.validate_json(
-        cached_text(note, lambda: _ARCHITECTURE.dump_json(_tried(config, model, *options)).decode())
+        cached_text(note, lambda: _ARCHITECTURE.dump_json(_measure_architecture(config, model, *options)).decode())
     )
 
 
-def _tried(
+def _measure_architecture(
     config: Any, model: ModelConfig, precision: str, checkpointing: bool, may_pack: bool, max_length: int
 ) -> Architecture:
-    """Make the model on the meta device, and run a few of its layers."""
+    """Build the model on the meta device and run a few of its layers."""
     dtype = DTYPES[precision]
-    whole = _on_meta(config, model, dtype)
-    packing = packing_of(whole, max_length)[0] if may_pack else "none"
-    text, head = config.get_text_config(), whole.get_output_embeddings()
-    trial = _Trial(config, model, dtype, checkpointing, packing, max_length)
-    activations, beside = trial.lines(text.num_hidden_layers)
-    parameters = list(whole.parameters())
+    policy = _policy_on_meta(config, model, dtype)
+    packing = packing_of(policy, max_length)[0] if may_pack else "none"
+    text, head = config.get_text_config(), policy.get_output_embeddings()
+    shallow_run = _ShallowRun(config, model, dtype, checkpointing, packing, max_length)
+    activations, beside = shallow_run.sizes(text.num_hidden_layers)
+    parameters = list(policy.parameters())
     return Architecture(
         kind=config.model_type,
         parameters=sum(p.numel() for p in parameters),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        linear=sum(p.numel() for p in _frozen_linear(whole, head)),
+        linear=sum(p.numel() for p in _frozen_linear_weights(policy, head)),
         largest=max(p.numel() for p in parameters if p.requires_grad),
         tensors=tuple(p.numel() for p in parameters),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         vocabulary=text.vocab_size,
         head=head.weight.numel(),
-        tied=head.weight is whole.get_input_embeddings().weight,
+        tied=head.weight is policy.get_input_embeddings().weight,
         packing=packing,
         activations=activations,
         beside=beside,
     )
 
 
-def _on_meta(config: Any, model: ModelConfig, dtype: torch.dtype) -> Any:
-    """The model with its adapters, without memory."""
+def _policy_on_meta(config: Any, model: ModelConfig, dtype: torch.dtype) -> Any:
+    """The model with its adapters on the meta device."""
     from transformers import AutoModelForCausalLM
 
-    # its kernels are not needed to count what it keeps, which is what sdpa keeps
+    # its kernels are not needed here: it saves the same tensors as sdpa
     attention = "sdpa" if model.attention == "flash_attention_2" else model.attention
     try:
         with torch.device("meta"):
-            whole = AutoModelForCausalLM.from_config(
+            policy = AutoModelForCausalLM.from_config(
                 config,
                 dtype=dtype,
                 attn_implementation=implementation(attention),
@@ -230,31 +231,29 @@ def _on_meta(config: Any, model: ModelConfig, dtype: torch.dtype) -> Any:
             )
     except (ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
-        hint = "; model.attention=auto takes what it has" if "attention implementation" in reason else ""
-        raise UserError(
-            f"model.id: {model.id}: cannot be made with model.attention {attention}{hint}: {reason}"
-        ) from None
+        hint = "; use model.attention=auto" if "attention implementation" in reason else ""
+        raise UserError(f"model.id: {model.id}: does not support model.attention {attention}{hint}: {reason}") from None
     if model.lora is None:
-        return whole
+        return policy
     try:
         with peft_without_quantizer(), torch.device("meta"):
             from peft import get_peft_model
 
-            adapted = get_peft_model(whole, lora_config(model.lora), autocast_adapter_dtype=False)
-        return adapted.to(dtype)  # as DeepSpeed does; peft leaves new adapters on the meta device in fp32
+            adapted = get_peft_model(policy, lora_config(model.lora), autocast_adapter_dtype=False)
+        return adapted.to(dtype)  # as DeepSpeed does; peft creates adapters on the meta device in fp32
     except ValueError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"model.lora.target_modules: {model.lora.target_modules}: {reason}") from None
 
 
-def _frozen_linear(whole: Any, head: Any) -> Iterator[Tensor]:
-    for module in whole.modules():
+def _frozen_linear_weights(policy: Any, head: Any) -> Iterator[Tensor]:
+    for module in policy.modules():
         if isinstance(module, nn.Linear) and module is not head and not module.weight.requires_grad:
             yield module.weight
 
 
 @dataclass(frozen=True, slots=True)
-class _Trial:
+class _ShallowRun:
     """Runs copies of a few layers on fake tensors."""
 
     config: Any
@@ -264,51 +263,51 @@ class _Trial:
     packing: Packing
     length: int
 
-    def lines(self, layers: int) -> tuple[Line, Line]:
-        """Bytes that ``layers`` layers keep for the backward, and what is alive beside them at the peak."""
+    def sizes(self, layers: int) -> tuple[LinearSize, LinearSize]:
+        """Bytes that ``layers`` layers save for the backward, and what else is alive at the peak."""
         shallow, deep = min(SHALLOW, layers), min(DEEP, layers)
-        tokens = (FEW * self.length, MANY * self.length)
-        few, many = (self._run(shallow, examples) for examples in (FEW, MANY))
-        more = self._run(deep, FEW) if deep > shallow else few
+        tokens = (FEW_EXAMPLES * self.length, MANY_EXAMPLES * self.length)
+        few, many = (self._live_bytes(shallow, examples) for examples in (FEW_EXAMPLES, MANY_EXAMPLES))
+        more = self._live_bytes(deep, FEW_EXAMPLES) if deep > shallow else few
         each = (more[0] - few[0]) / max(1, deep - shallow) / tokens[0]
         beside = [peak - shallow * each * count for (_, peak), count in zip((few, many), tokens, strict=True)]
-        return Line(0, layers * each), Line.through((tokens[0], beside[0]), (tokens[1], beside[1]))
+        return LinearSize(0, layers * each), LinearSize.through((tokens[0], beside[0]), (tokens[1], beside[1]))
 
-    def _run(self, layers: int, examples: int) -> tuple[int, int]:
-        """Bytes alive after a forward, and at the peak of forward and backward, without parameters and their gradients."""
-        policy = _on_meta(_shallow(self.config, layers), self.model, self.dtype)
+    def _live_bytes(self, layers: int, examples: int) -> tuple[int, int]:
+        """Live bytes after a forward, and at the peak of forward and backward; parameters and gradients excluded."""
+        policy = _policy_on_meta(_with_layers(self.config, layers), self.model, self.dtype)
         if self.checkpointing:
             policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         inputs = collate([([0], [0] * (self.length - 1))] * examples, self.packing)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            _fake_parameters(policy.train())
-            found = [_alive(policy, inputs, weigh) for weigh in (None, _ones)]
-        return found[0][0], max(peak for _, peak in found)
+            _replace_by_fakes(policy.train())
+            measured = [_bytes_of_step(policy, inputs, coefficient_fn) for coefficient_fn in (None, _unit_coefficients)]
+        return measured[0][0], max(peak for _, peak in measured)
 
 
-def _alive(policy: Any, inputs: ModelInputs, weigh: CoefficientFn | None) -> tuple[int, int]:
-    """``_Trial._run``, of a head that is told the coefficients on the way (``weigh``) or after the forward.
+def _bytes_of_step(policy: Any, inputs: ModelInputs, coefficient_fn: CoefficientFn | None) -> tuple[int, int]:
+    """Live bytes as ``_ShallowRun._live_bytes``. The head gets its coefficients during the forward; after it if None.
 
-    Without what it holds for logits, which has an end (see raydiv.model.head.buffer_bytes).
+    The head's buffer for logits is left out, because its size is bounded (raydiv.model.head.buffer_bytes).
     """
     head = LogProbHead(policy)
     rows, columns, targets = (torch.empty_like(tensor) for tensor in (inputs.rows, inputs.columns, inputs.targets))
     arguments = {name: _fake_like(value) for name, value in inputs.arguments().items()}
-    head.set_targets(rows, columns, targets, weigh)
+    head.set_targets(rows, columns, targets, coefficient_fn)
     with LiveBytes(policy.parameters()) as live:
         total = policy(**arguments).logits.sum()
-        kept = live.now
+        saved = live.now
         total.backward()
     head.remove()
-    return kept - head.held_bytes, live.peak - head.held_bytes
+    return saved - head.held_bytes, live.peak - head.held_bytes
 
 
-def _ones(_: slice, logps: Tensor) -> Tensor:
+def _unit_coefficients(_: slice, logps: Tensor) -> Tensor:
     return torch.ones_like(logps)
 
 
-def _shallow(config: Any, layers: int) -> Any:
-    """A copy of the config with the first layers alone."""
+def _with_layers(config: Any, layers: int) -> Any:
+    """A copy of the config with only the first ``layers`` layers."""
     config = deepcopy(config)
     text = config.get_text_config()
     text.num_hidden_layers = layers
@@ -317,26 +316,26 @@ def _shallow(config: Any, layers: int) -> Any:
     return config
 
 
-def _fake_parameters(policy: Any) -> None:
-    """Put fake tensors, as of a CPU, in the place of the meta ones; gradients vanish as soon as they are there."""
-    made: dict[int, nn.Parameter] = {}
+def _replace_by_fakes(policy: Any) -> None:
+    """Replace meta tensors by fake CPU tensors, whose gradients are dropped as soon as they are accumulated."""
+    fakes: dict[int, nn.Parameter] = {}
     for module in policy.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if id(parameter) not in made:
+            if id(parameter) not in fakes:
                 fake = torch.empty_like(parameter, device="cpu")
-                made[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
-            setattr(module, name, made[id(parameter)])
+                fakes[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+            setattr(module, name, fakes[id(parameter)])
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.empty_like(buffer, device="cpu"))
-    for parameter in made.values():
+    for parameter in fakes.values():
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(_drop)  # type: ignore[no-untyped-call]
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
 
 
 def _fake_like(argument: Any) -> Any:
-    """A plain tensor's fake; a mask without content stays what it is."""
+    """A fake of a plain tensor; a mask object without content is returned as it is."""
     return torch.empty_like(argument) if type(argument) is Tensor else argument
 
 
-def _drop(parameter: Tensor) -> None:
+def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None

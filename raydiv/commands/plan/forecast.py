@@ -1,4 +1,4 @@
-"""``raydiv plan``: what a recipe would do, checked and predicted; starts nothing."""
+"""``raydiv plan``: checks a recipe and forecasts its memory, steps, tokens, time and sizes. Starts nothing."""
 
 from __future__ import annotations
 
@@ -10,12 +10,20 @@ from typing import Any
 
 import psutil
 
-from raydiv.commands.plan.amounts import Amounts, amounts_of
-from raydiv.commands.plan.architecture import Architecture, architecture_of, at_hand
-from raydiv.commands.plan.layout import GIB, MARGIN, Fit, layouts, taken_of, what_fits, with_layout
+from raydiv.commands.plan.amounts import DataAmounts, measure_data
+from raydiv.commands.plan.architecture import Architecture, architecture_of, local_model_directory
+from raydiv.commands.plan.layout import (
+    GIB,
+    MARGIN,
+    LayoutFit,
+    fitting_changes,
+    lowest_fitting,
+    stage_layouts,
+    with_layout,
+)
 from raydiv.commands.plan.memory import sizes_on_disk
-from raydiv.commands.plan.tested import untested
-from raydiv.commands.plan.traffic import Traffic, traffic_of
+from raydiv.commands.plan.tested import untested_combinations
+from raydiv.commands.plan.traffic import Traffic, step_traffic
 from raydiv.config import Recipe
 from raydiv.config.cluster import ClusterConfig
 from raydiv.losses import widest_scope
@@ -25,67 +33,72 @@ from raydiv.runs.directory import RunDirectory
 from raydiv.runtime.resources import HOST_SHARE
 from raydiv.utils.errors import UserError
 
-ROWS = ("weights", "gradients", "optimizer", "activations", "head", "buffers", "runtime")
-"""Parts of a worker's memory, in the order in which they are shown."""
+MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "head", "buffers", "runtime")
+"""Parts of a worker's memory, in the order of the table."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
-RECORDS_OF_A_SPEED = 20
-"""Last steps of a run whose median speed is taken."""
+SPEED_RECORDS = 20
+"""Number of last steps of a run whose median speed is used."""
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What was found. ``facts`` is what ``--json`` prints; sizes in it are bytes."""
+    """The forecast of a recipe. ``facts`` is what ``--json`` prints; its sizes are bytes."""
 
     facts: dict[str, Any]
 
     @property
     def fits(self) -> bool:
-        """Whether a worker's memory holds the layout that is taken."""
+        """Whether the chosen layout fits into a worker's memory."""
         fits: bool = self.facts["layout"]["fits"]
         return fits
 
     def table(self) -> tuple[list[str], list[tuple[str, ...]]]:
-        """Header and rows of a worker's memory, in GiB: a column for each ZeRO stage that the recipe allows."""
+        """Header and rows of a worker's memory in GiB, with a column for each ZeRO stage that the recipe allows."""
         stages: list[dict[str, Any]] = self.facts["stages"]
-        taken = self.facts["layout"]["zero_stage"]
-        header = ["GiB a worker", *(f"ZeRO {one['stage']}{' *' if one['stage'] == taken else ''}" for one in stages)]
-        rows = [(name, *(_gib(one["memory"][name]) for one in stages)) for name in ROWS]
-        rows.append(("together", *(_gib(one["total"]) for one in stages)))
-        rows.append(("host memory (offload, checkpoints)", *(_gib(one["memory"]["host"]) for one in stages)))
-        rows.append(("peak in the", *(one["moment"] for one in stages)))
-        rows.append(("tokens a micro-batch", *(f"{one['tokens_per_microbatch']:,}" for one in stages)))
-        rows.append(("fits", *("yes" if one["fits"] else "no" for one in stages)))
+        chosen = self.facts["layout"]["zero_stage"]
+        header = [
+            "GiB a worker",
+            *(f"ZeRO {stage['stage']}{' *' if stage['stage'] == chosen else ''}" for stage in stages),
+        ]
+        rows = [(name, *(_gib(stage["memory"][name]) for stage in stages)) for name in MEMORY_PARTS]
+        rows.append(("together", *(_gib(stage["total"]) for stage in stages)))
+        rows.append(("host memory (offload, checkpoints)", *(_gib(stage["memory"]["host"]) for stage in stages)))
+        rows.append(("peak in the", *(stage["moment"] for stage in stages)))
+        rows.append(("tokens a micro-batch", *(f"{stage['tokens_per_microbatch']:,}" for stage in stages)))
+        rows.append(("fits", *("yes" if stage["fits"] else "no" for stage in stages)))
         return header, [row for row in rows if any(cell not in ("0.00", row[0]) for cell in row[1:])]
 
     def notes(self) -> Iterator[str]:
-        """The rest, a line each."""
+        """The rest of the forecast, a line per fact."""
         facts = self.facts
         model, data, workers = facts["model"], facts["data"], facts["workers"]
         yield (
-            f"model: {model['id']} ({model['kind']}), {_count(model['parameters'])} parameters, of which "
-            f"{_count(model['trainable'])} are trained; micro-batches are {model['packing']}"
+            f"model: {model['id']} ({model['kind']}), {_count(model['parameters'])} parameters, "
+            f"{_count(model['trainable'])} trainable; micro-batches are {model['packing']}"
         )
         yield (
-            f"workers: {workers['number']} x {workers['memory'] / GIB:.1f} GiB ({workers['memory_from']}), of which "
-            f"{1 - MARGIN:.0%} may be used"
+            f"workers: {workers['number']} x {workers['memory'] / GIB:.1f} GiB ({workers['memory_from']}), "
+            f"{1 - MARGIN:.0%} of it usable"
         )
-        yield f"data: {_amount(data['examples'], 'examples')}, {_amount(data['tokens'], 'tokens')} an epoch ({data['how']})"
+        examples, tokens = _amount(data["examples"], "examples"), _amount(data["tokens"], "tokens")
+        yield f"data: {examples}, {tokens} per epoch ({data['how']})"
         yield f"run: {_amount(facts['steps'], 'updates')}, {_amount(facts['tokens'], 'tokens')}, {self._duration()}"
-        yield f"on disk: a checkpoint {_gib(facts['sizes']['checkpoint'])} GiB, the model {_gib(facts['sizes']['model'])} GiB"
+        sizes = facts["sizes"]
+        yield f"on disk: checkpoint {_gib(sizes['checkpoint'])} GiB, model {_gib(sizes['model'])} GiB"
         sent = facts["traffic"]
         yield (
-            f"network: each worker sends {_gib(sent['total'])} GiB a step (gradients {_gib(sent['gradients'])}, weights "
-            f"{_gib(sent['weights'])}; {sent['micro_batches']} micro-batches)"
+            f"network: each worker sends {_gib(sent['total'])} GiB per step (gradients {_gib(sent['gradients'])}, "
+            f"weights {_gib(sent['weights'])}; {sent['micro_batches']} micro-batches)"
         )
-        yield from (f"not checked, since not on this machine: {name}" for name in facts["unchecked"])
-        yield from (f"never run by the tests: {words}" for words in facts["untested"])
+        yield from (f"not checked, not on this machine: {name}" for name in facts["unchecked"])
+        yield from (f"not covered by the tests: {words}" for words in facts["untested"])
         if self.fits:
             yield f"fits: {', '.join(facts['layout']['settles'])}"
         else:
             would = ", or ".join(facts["changes"])
-            yield f"does not fit; {f'these would: {would}' if would else 'no change that raydiv knows would'}"
+            yield f"does not fit; {f'changes that fit: {would}' if would else 'no change that raydiv tries would fit'}"
 
     def _duration(self) -> str:
         seconds, speed = self.facts["seconds"], self.facts["speed"]
@@ -97,10 +110,11 @@ class Forecast:
 
 
 def plan(recipe: Recipe, *, tokens_per_second: float | None = None, memory_gb: float | None = None) -> Forecast:
-    """Check a recipe, its model's config and its data, and predict memory, steps, tokens, time and sizes.
+    """Check a recipe, its model's config and its data, and forecast memory, steps, tokens, time and sizes.
 
-    ``memory_gb``: GiB of a worker's GPU or its share of a node, in place of what is here. Starts nothing, and asks a hub only
-    for the config of a model that is neither here nor shipped. Raises UserError for what training would refuse.
+    ``memory_gb`` is the memory of a worker's GPU, or a worker's share of a node, in GiB; by default it is this
+    machine's. Nothing is started. The hub is asked only for the config of a model that is neither local nor shipped.
+    Raises UserError for whatever training would refuse.
     """
     if memory_gb is not None:
         recipe = recipe.model_copy(
@@ -108,57 +122,57 @@ def plan(recipe: Recipe, *, tokens_per_second: float | None = None, memory_gb: f
         )
     silence_libraries()
     architecture, chat = architecture_of(recipe), _chat(recipe)
-    amounts = amounts_of(recipe, chat)
-    memory, memory_from = _memory(recipe.cluster)
-    found = list(layouts(architecture, recipe, amounts.share, memory))
-    taken = taken_of(found)
+    amounts = measure_data(recipe, chat)
+    memory, memory_from = _worker_memory(recipe.cluster)
+    fits = list(stage_layouts(architecture, recipe, amounts.budget, memory))
+    fit = lowest_fitting(fits)
     speed = _speed(recipe, tokens_per_second)
     tokens = amounts.tokens_of_run(recipe)
-    settled = with_layout(recipe, taken)
+    resolved = with_layout(recipe, fit)
     return Forecast(
         {
-            "model": _model(recipe, architecture),
+            "model": _model_facts(recipe, architecture),
             "workers": {"number": recipe.cluster.num_workers, "memory": memory, "memory_from": memory_from},
             "layout": {
-                "zero_stage": taken.stage,
-                "tokens_per_microbatch": taken.tokens,
-                "fits": taken.fits,
+                "zero_stage": fit.stage,
+                "tokens_per_microbatch": fit.tokens,
+                "fits": fit.fits,
                 "settles": [
-                    f"engine.zero_stage {taken.stage}",
-                    f"micro-batches of up to {taken.tokens:,} tokens"
-                    + (", a worker's whole share" if _whole(taken, amounts, architecture) else ""),
+                    f"engine.zero_stage {fit.stage}",
+                    f"micro-batches of up to {fit.tokens:,} tokens"
+                    + (", a worker's whole part of the step" if _is_whole_budget(fit, amounts, architecture) else ""),
                 ],
             },
-            "stages": [_stage(one) for one in found],
+            "stages": [_stage_facts(each) for each in fits],
             "data": {
                 "examples": amounts.examples,
                 "tokens": amounts.tokens,
-                "how": amounts.how,
-                **asdict(amounts.share),
+                "how": amounts.basis,
+                **asdict(amounts.budget),
             },
             "steps": amounts.steps,
             "tokens": tokens,
             "speed": speed,
             "seconds": tokens / speed["tokens_per_second"] if tokens is not None and speed is not None else None,
             "sizes": sizes_on_disk(architecture, recipe),
-            "traffic": _traffic(architecture, recipe, taken, amounts).rows(),
-            "unchecked": [*([] if chat else [f"the tokenizer of {recipe.model.id}"]), *amounts.unread],
-            "untested": list(untested(settled)),
-            "changes": [] if taken.fits else what_fits(recipe, amounts.share, memory),
+            "traffic": _traffic(architecture, recipe, fit, amounts).rows(),
+            "unchecked": [*([] if chat else [f"the tokenizer of {recipe.model.id}"]), *amounts.unavailable],
+            "untested": list(untested_combinations(resolved)),
+            "changes": [] if fit.fits else fitting_changes(recipe, amounts.budget, memory),
         }
     )
 
 
 def _chat(recipe: Recipe) -> Chat | None:
-    """The tokenizer, where the model's directory has one."""
-    directory = at_hand(recipe.model)
+    """The tokenizer; None if the model's local directory has none."""
+    directory = local_model_directory(recipe.model)
     if directory is None or not any((directory / name).is_file() for name in TOKENIZER_FILES):
         return None
     return Chat(directory, recipe.data.template, recipe.model.trust_remote_code)
 
 
-def _memory(cluster: ClusterConfig) -> tuple[int, str]:
-    """Bytes of a worker, and where that is from."""
+def _worker_memory(cluster: ClusterConfig) -> tuple[int, str]:
+    """Bytes of a worker's memory, and where the number comes from."""
     if cluster.worker_memory_gb is not None:
         return round(cluster.worker_memory_gb * GIB), "as given"
     if not cluster.use_gpu:
@@ -167,44 +181,44 @@ def _memory(cluster: ClusterConfig) -> tuple[int, str]:
 
     if not torch.cuda.is_available():
         raise UserError(
-            "cluster.worker_memory_gb: missing, and this machine has no GPU to ask; say what a worker's has, in GiB"
+            "cluster.worker_memory_gb: missing, and this machine has no GPU; set it to the GiB of a worker's GPU"
         )
     return int(torch.cuda.get_device_properties(0).total_memory), "this machine's GPU"
 
 
 def _machine_memory() -> int:
-    """Bytes of this machine, or of the container that this is in."""
+    """Bytes of memory of this machine, or of the container if its limit is lower."""
     limits = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
-    said = [path.read_text().strip() for path in limits if path.is_file()]
-    return min([int(psutil.virtual_memory().total), *(int(number) for number in said if number.isdigit())])
+    limits_text = [path.read_text().strip() for path in limits if path.is_file()]
+    return min([int(psutil.virtual_memory().total), *(int(number) for number in limits_text if number.isdigit())])
 
 
-def _speed(recipe: Recipe, given: float | None) -> dict[str, Any] | None:
-    """Tokens a second, and where that is from: as given, or of the newest run of such a model on as many workers."""
-    if given is not None:
-        return {"tokens_per_second": given, "from": "as given"}
+def _speed(recipe: Recipe, tokens_per_second: float | None) -> dict[str, Any] | None:
+    """Tokens per second and their source: the argument, or the newest comparable run in ``output_dir``."""
+    if tokens_per_second is not None:
+        return {"tokens_per_second": tokens_per_second, "from": "as given"}
     runs = sorted(recipe.output_path.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True)
     for run in (RunDirectory(path.parent) for path in runs):
-        if run.holds_a_run and _alike(run, recipe):
+        if run.holds_a_run and _same_speed(run, recipe):
             speeds = [line["tokens_per_second"] for line in run.read_metrics() if "tokens_per_second" in line]
             if speeds:
                 return {
-                    "tokens_per_second": statistics.median(speeds[-RECORDS_OF_A_SPEED:]),
+                    "tokens_per_second": statistics.median(speeds[-SPEED_RECORDS:]),
                     "from": f"measured in {run.path}",
                 }
     return None
 
 
-def _alike(run: RunDirectory, recipe: Recipe) -> bool:
-    """Whether a run's speed says something of the recipe's."""
+def _same_speed(run: RunDirectory, recipe: Recipe) -> bool:
+    """Whether a run's speed is a fair estimate of the recipe's."""
     try:
         other = run.read_recipe()
-    except UserError:  # of another version
+    except UserError:  # the run is of another version
         return False
-    return _speed_goes_by(other) == _speed_goes_by(recipe)
+    return _speed_key(other) == _speed_key(recipe)
 
 
-def _speed_goes_by(recipe: Recipe) -> Sequence[Any]:
+def _speed_key(recipe: Recipe) -> Sequence[Any]:
     model, engine, cluster = recipe.model, recipe.engine, recipe.cluster
     return (
         model.id,
@@ -218,7 +232,7 @@ def _speed_goes_by(recipe: Recipe) -> Sequence[Any]:
     )
 
 
-def _model(recipe: Recipe, architecture: Architecture) -> dict[str, Any]:
+def _model_facts(recipe: Recipe, architecture: Architecture) -> dict[str, Any]:
     sizes = {
         name: number
         for name, number in asdict(architecture).items()
@@ -227,26 +241,26 @@ def _model(recipe: Recipe, architecture: Architecture) -> dict[str, Any]:
     return {"id": recipe.model.id, **sizes, "packing": "padded" if architecture.packing == "none" else "packed"}
 
 
-def _stage(one: Fit) -> dict[str, Any]:
+def _stage_facts(fit: LayoutFit) -> dict[str, Any]:
     return {
-        "stage": one.stage,
-        "tokens_per_microbatch": one.tokens,
-        "fits": one.fits,
-        "moment": one.memory.moment,
-        "memory": one.memory.rows(),
-        "total": one.memory.total,
+        "stage": fit.stage,
+        "tokens_per_microbatch": fit.tokens,
+        "fits": fit.fits,
+        "moment": fit.memory.moment,
+        "memory": fit.memory.rows(),
+        "total": fit.memory.total,
     }
 
 
-def _traffic(architecture: Architecture, recipe: Recipe, taken: Fit, amounts: Amounts) -> Traffic:
-    """Of all workers, in the layout that is taken."""
-    count = max(1, -(-amounts.share.tokens(architecture) // taken.tokens))
+def _traffic(architecture: Architecture, recipe: Recipe, fit: LayoutFit, amounts: DataAmounts) -> Traffic:
+    """Traffic of the chosen layout with all workers."""
+    count = max(1, -(-amounts.budget.tokens(architecture) // fit.tokens))
     two_passes = count > 1 and widest_scope(recipe.loss.terms) == "batch"
-    return traffic_of(architecture, recipe, taken.stage, recipe.cluster.num_workers, count, two_passes=two_passes)
+    return step_traffic(architecture, recipe, fit.stage, recipe.cluster.num_workers, count, two_passes=two_passes)
 
 
-def _whole(taken: Fit, amounts: Amounts, architecture: Architecture) -> bool:
-    return taken.tokens >= amounts.share.tokens(architecture)
+def _is_whole_budget(fit: LayoutFit, amounts: DataAmounts, architecture: Architecture) -> bool:
+    return fit.tokens >= amounts.budget.tokens(architecture)
 
 
 def _gib(size: float) -> str:

@@ -1,4 +1,4 @@
-"""Which ZeRO stage, and how large a micro-batch: decided by the model of memory, or checked where the recipe decides."""
+"""The layout: ZeRO stage and micro-batch size, chosen or checked by the memory model."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from raydiv.data.batching import BatchLayout, BatchPlan
 from raydiv.utils.errors import UserError
 
 MARGIN = 0.1
-"""Of a worker's memory, what is left free: for what the prediction misses (see tests/distributed/test_plan.py),
-and on a GPU for its context, NCCL's buffers and the gaps between an allocator's blocks."""
+"""Fraction of a worker's memory that stays free. It covers the error of the forecast (tests/distributed/test_plan.py)
+and, on a GPU, the CUDA context, NCCL's buffers and the allocator's fragmentation."""
 
-LOOKED_AT = 1000
-"""Steps whose largest share is taken for the run's. A later step that is larger takes one micro-batch more."""
+EXAMINED_STEPS = 1000
+"""Number of steps that are searched for the largest budget. A larger step after them takes one more micro-batch."""
 
 STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
 
@@ -28,7 +28,7 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class WorkerBudget:
-    """Tokens of the longest example, and of the largest part of a step that a worker gets: packed, and padded."""
+    """Tokens of the longest example, and of the largest part of a step that one worker gets, packed and padded."""
 
     longest: int
     packed: int
@@ -37,106 +37,109 @@ class WorkerBudget:
     def tokens(self, architecture: Architecture) -> int:
         return self.padded if architecture.packing == "none" else self.packed
 
-    def among(self, workers: int, more: int) -> WorkerBudget:
-        """The share of one of ``more`` workers, in place of ``workers``."""
-        packed, padded = (-(-tokens * workers // more) for tokens in (self.packed, self.padded))
+    def with_workers(self, workers: int, new_workers: int) -> WorkerBudget:
+        """The budget of a worker if there are ``new_workers`` instead of ``workers``."""
+        packed, padded = (-(-tokens * workers // new_workers) for tokens in (self.packed, self.padded))
         return replace(self, packed=max(self.longest, packed), padded=max(self.longest, padded))
 
-    def cut(self, length: int) -> WorkerBudget:
-        """With examples of at most ``length`` tokens."""
+    def truncated(self, length: int) -> WorkerBudget:
+        """The budget if examples are truncated to ``length`` tokens."""
         part = min(1.0, length / self.longest)
         return WorkerBudget(min(self.longest, length), round(part * self.packed), round(part * self.padded))
 
 
 def largest_budget(plan: BatchPlan, steps: int, lengths: np.ndarray, workers: int) -> WorkerBudget:
-    """The largest share of the run's steps; ``lengths`` [n] are tokens of each example of the set."""
-    looked = [lengths[plan.step(step).rows].tolist() for step in range(min(steps, LOOKED_AT))]
-    whole = int(lengths.max()) * max(map(len, looked))
+    """The largest budget over the run's steps. ``lengths`` [n] are the tokens of each example of the set."""
+    step_lengths = [lengths[plan.step(step).rows].tolist() for step in range(min(steps, EXAMINED_STEPS))]
+    whole = int(lengths.max()) * max(map(len, step_lengths))
 
     def largest(packed: bool) -> int:
         layout = BatchLayout(whole, workers, "batch", packed)
-        return max(layout.largest(layout.scoring(own), own) for own in looked)
+        return max(layout.largest(layout.scoring(step), step) for step in step_lengths)
 
     return WorkerBudget(int(lengths.max()), largest(packed=True), largest(packed=False))
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
-    """A layout, the memory that it takes of a worker, and whether that is there.
+class LayoutFit:
+    """A layout, the memory that a worker needs for it, and whether the worker has that memory.
 
-    ``least``: bytes that the stage needs with the smallest micro-batch that the recipe allows.
+    ``least_bytes`` is what the stage needs with the smallest micro-batch that the recipe allows.
     """
 
     stage: Stage
     tokens: int
     memory: Memory
     fits: bool
-    least: int
+    least_bytes: int
 
 
-def settle(architecture: Architecture, recipe: Recipe, share: WorkerBudget, memory: int) -> Fit:
-    """The lowest ZeRO stage that fits into ``memory`` bytes a worker, with micro-batches as large as fit.
+def choose_layout(architecture: Architecture, recipe: Recipe, budget: WorkerBudget, memory: int) -> LayoutFit:
+    """The lowest ZeRO stage that fits into ``memory`` bytes per worker, with the largest micro-batch that fits.
 
-    A lower stage sends less, and a micro-batch that is a worker's whole share makes any objective one pass. What the recipe
-    fixes is kept, and checked. Raises UserError where nothing fits, with what would.
+    A lower stage communicates less, and one micro-batch per worker makes every objective one pass. Values that the
+    recipe fixes are checked and not changed. Raises UserError if nothing fits; the message lists changes that would
+    fit.
     """
-    found = best(architecture, recipe, share, memory)
-    if not found.fits:
-        raise UserError(_too_large(recipe, share, memory, found))
-    return found
+    fit = best_layout(architecture, recipe, budget, memory)
+    if not fit.fits:
+        raise UserError(_too_large_message(recipe, budget, memory, fit))
+    return fit
 
 
-def with_layout(recipe: Recipe, found: Fit) -> Recipe:
-    """The recipe that says the layout."""
-    engine = recipe.engine.model_copy(update={"zero_stage": found.stage})
-    batch = recipe.batch.model_copy(update={"tokens_per_microbatch": found.tokens})
+def with_layout(recipe: Recipe, fit: LayoutFit) -> Recipe:
+    """The recipe with the layout's stage and micro-batch size filled in."""
+    engine = recipe.engine.model_copy(update={"zero_stage": fit.stage})
+    batch = recipe.batch.model_copy(update={"tokens_per_microbatch": fit.tokens})
     return recipe.model_copy(update={"engine": engine, "batch": batch})
 
 
-def best(architecture: Architecture, recipe: Recipe, share: WorkerBudget, memory: int) -> Fit:
-    """The layout that is taken."""
-    return taken_of(list(layouts(architecture, recipe, share, memory)))
+def best_layout(architecture: Architecture, recipe: Recipe, budget: WorkerBudget, memory: int) -> LayoutFit:
+    """The layout that is chosen, whether it fits or not."""
+    return lowest_fitting(list(stage_layouts(architecture, recipe, budget, memory)))
 
 
-def taken_of(found: Sequence[Fit]) -> Fit:
-    """Of layouts by stage: the lowest that fits, else the one that needs least."""
-    return next((one for one in found if one.fits), min(found, key=lambda one: one.least))
+def lowest_fitting(fits: Sequence[LayoutFit]) -> LayoutFit:
+    """The lowest stage that fits, else the layout that needs least. ``fits`` are ordered by stage."""
+    return next((fit for fit in fits if fit.fits), min(fits, key=lambda fit: fit.least_bytes))
 
 
-def layouts(architecture: Architecture, recipe: Recipe, share: WorkerBudget, memory: int) -> Iterator[Fit]:
-    """The layout at each stage that the recipe allows, by stage."""
-    wanted = recipe.engine.zero_stage
-    for stage in STAGES if wanted == "auto" else (wanted,):
-        at_stage = changed(recipe, f"engine.zero_stage={stage}")
+def stage_layouts(architecture: Architecture, recipe: Recipe, budget: WorkerBudget, memory: int) -> Iterator[LayoutFit]:
+    """The best layout of each ZeRO stage that the recipe allows, by stage."""
+    requested = recipe.engine.zero_stage
+    for stage in STAGES if requested == "auto" else (requested,):
+        at_stage = with_overrides(recipe, f"engine.zero_stage={stage}")
         if at_stage is not None:
-            yield _at_stage(architecture, at_stage, stage, share, memory)
+            yield _fit_at_stage(architecture, at_stage, stage, budget, memory)
 
 
-def _at_stage(architecture: Architecture, recipe: Recipe, stage: Stage, share: WorkerBudget, memory: int) -> Fit:
-    """The largest micro-batch that fits, up to the share, and no smaller than the longest example."""
-    whole, workers = max(share.longest, share.tokens(architecture)), recipe.cluster.least_workers
+def _fit_at_stage(
+    architecture: Architecture, recipe: Recipe, stage: Stage, budget: WorkerBudget, memory: int
+) -> LayoutFit:
+    """The largest micro-batch that fits: at most the whole budget, at least the longest example."""
+    whole, workers = max(budget.longest, budget.tokens(architecture)), recipe.cluster.least_workers
 
     def needed(tokens: int) -> Memory:
         return memory_of(architecture, recipe, workers, stage, tokens, accumulates=tokens < whole)
 
-    def fit(tokens: int) -> Fit:
-        found = needed(tokens)
-        return Fit(stage, tokens, found, found.total <= (1 - MARGIN) * memory, least)
+    def fit(tokens: int) -> LayoutFit:
+        required = needed(tokens)
+        return LayoutFit(stage, tokens, required, required.total <= (1 - MARGIN) * memory, least)
 
     wanted = recipe.batch.tokens_per_microbatch
-    least = needed(min(max(share.longest, 0 if wanted == "auto" else wanted), whole)).total
+    least = needed(min(max(budget.longest, 0 if wanted == "auto" else wanted), whole)).total
     if wanted != "auto":
-        return replace(fit(min(max(wanted, share.longest), whole)), tokens=wanted)
+        return replace(fit(min(max(wanted, budget.longest), whole)), tokens=wanted)
     if fit(whole).fits:
         return fit(whole)
-    low, high = share.longest, whole - 1
+    low, high = budget.longest, whole - 1
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fit(middle).fits else (low, middle - 1)
     return fit(low)
 
 
-def changed(recipe: Recipe, *overrides: str) -> Recipe | None:
+def with_overrides(recipe: Recipe, *overrides: str) -> Recipe | None:
     """The recipe with overrides, as on the command line; None where it does not allow them."""
     try:
         return load_recipe(recipe.model_dump(mode="json", by_alias=True), overrides)
@@ -144,18 +147,18 @@ def changed(recipe: Recipe, *overrides: str) -> Recipe | None:
         return None
 
 
-def _too_large(recipe: Recipe, share: WorkerBudget, memory: int, found: Fit) -> str:
-    """What to say where nothing fits: how much the layout that needs least does need, and what would do."""
-    does = what_fits(recipe, share, memory)
-    advice = f"these would fit: {', or '.join(does)}" if does else "no change that raydiv knows would fit"
+def _too_large_message(recipe: Recipe, budget: WorkerBudget, memory: int, fit: LayoutFit) -> str:
+    """The message if nothing fits: what the smallest layout needs, and which changes would fit."""
+    remedies = fitting_changes(recipe, budget, memory)
+    advice = f"changes that fit: {', or '.join(remedies)}" if remedies else "no change that raydiv tries would fit"
     return (
-        f"memory: a worker needs {_gib(found.least)} at ZeRO stage {found.stage} with micro-batches of {found.tokens} "
-        f"tokens, and {_gib((1 - MARGIN) * memory)} of its {_gib(memory)} may be used (cluster.worker_memory_gb, where that is "
-        f"not what it has); {advice}"
+        f"memory: a worker needs {_gib(fit.least_bytes)} at ZeRO stage {fit.stage} with micro-batches of {fit.tokens} "
+        f"tokens, and {_gib((1 - MARGIN) * memory)} of its {_gib(memory)} may be used (set cluster.worker_memory_gb if "
+        f"the worker has another amount); {advice}"
     )
 
 
-CHANGES = (
+REMEDIES = (
     "engine.zero_stage=auto",
     "batch.tokens_per_microbatch=auto",
     "engine.activation_checkpointing=true",
@@ -165,48 +168,52 @@ CHANGES = (
     "model.lora.r=16",
     "model.quantization=nf4",
 )
-"""Changes that may save memory, in the order in which they are proposed."""
+"""Overrides that may save memory, in the order in which they are proposed."""
 
 MOST_WORKERS = 64
 
 
-def what_fits(recipe: Recipe, share: WorkerBudget, memory: int) -> list[str]:
-    """Changes of the recipe that make it fit, each with what a worker then needs: single ones, else pairs."""
-    singles = [_told(recipe, share, memory, (change,)) for change in CHANGES]
-    singles += [_shorter(recipe, share, memory), _more_workers(recipe, share, memory)]
-    pairs = (_told(recipe, share, memory, pair) for pair in combinations(CHANGES, 2))
-    return [told for told in singles if told] or [told for told in pairs if told][:3]
+def fitting_changes(recipe: Recipe, budget: WorkerBudget, memory: int) -> list[str]:
+    """Changes of the recipe that fit, each with the memory that a worker then needs; pairs only if no single change
+    fits.
+    """
+    singles = [_describe_if_fits(recipe, budget, memory, (change,)) for change in REMEDIES]
+    singles += [_shorter_examples(recipe, budget, memory), _more_workers(recipe, budget, memory)]
+    pairs = (_describe_if_fits(recipe, budget, memory, pair) for pair in combinations(REMEDIES, 2))
+    return [change for change in singles if change] or [pair for pair in pairs if pair][:3]
 
 
-def _told(recipe: Recipe, share: WorkerBudget, memory: int, overrides: Sequence[str]) -> str | None:
-    """The changes and what a worker then needs, where they fit and change anything."""
-    other = changed(recipe, *overrides)
-    if other is None or other == recipe:
+def _describe_if_fits(recipe: Recipe, budget: WorkerBudget, memory: int, overrides: Sequence[str]) -> str | None:
+    """The overrides and the memory that a worker then needs; None if they do not fit or change nothing."""
+    changed = with_overrides(recipe, *overrides)
+    if changed is None or changed == recipe:
         return None
-    found = best(architecture_of(other), other, share, memory)
-    return f"{' '.join(overrides)} ({_gib(found.least)})" if found.fits else None
+    fit = best_layout(architecture_of(changed), changed, budget, memory)
+    return f"{' '.join(overrides)} ({_gib(fit.least_bytes)})" if fit.fits else None
 
 
-def _shorter(recipe: Recipe, share: WorkerBudget, memory: int) -> str | None:
-    """The longest examples, of halves and quarters of what is allowed, that fit."""
+def _shorter_examples(recipe: Recipe, budget: WorkerBudget, memory: int) -> str | None:
+    """The largest of a half, a quarter and an eighth of ``batch.max_length`` that fits."""
     for part in (2, 4, 8):
         length, prompt = recipe.batch.max_length // part, recipe.batch.max_prompt_length // part
         overrides = (f"batch.max_length={length}", f"batch.max_prompt_length={prompt}")
-        told = _told(recipe, share.cut(length), memory, overrides) if prompt else None
-        if told:
-            return told
+        description = _describe_if_fits(recipe, budget.truncated(length), memory, overrides) if prompt else None
+        if description:
+            return description
     return None
 
 
-def _more_workers(recipe: Recipe, share: WorkerBudget, memory: int) -> str | None:
-    """The smallest number of workers, doubling, at which it fits."""
+def _more_workers(recipe: Recipe, budget: WorkerBudget, memory: int) -> str | None:
+    """The smallest number of workers, doubling, that fits."""
     workers = recipe.cluster.least_workers
-    key, more = "num_workers" if recipe.cluster.min_workers is None else "min_workers", 2 * workers
-    while more <= MOST_WORKERS:
-        told = _told(recipe, share.among(workers, more), memory, (f"cluster.{key}={more}",))
-        if told:
-            return told
-        more *= 2
+    key, increased = "num_workers" if recipe.cluster.min_workers is None else "min_workers", 2 * workers
+    while increased <= MOST_WORKERS:
+        description = _describe_if_fits(
+            recipe, budget.with_workers(workers, increased), memory, (f"cluster.{key}={increased}",)
+        )
+        if description:
+            return description
+        increased *= 2
     return None
 
 

@@ -1,4 +1,4 @@
-"""Combinations that the tests run; a recipe with another one may work, and nobody has seen it."""
+"""Combinations of settings that the tests run. Another combination may work, but no test covers it."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ TESTED: dict[tuple[str, ...], set[tuple[object, ...]]] = {
         (3, "cpu", "cpu"),
     },
 }
-"""By the keys that meet, the values that have been run together (tests/)."""
+"""For each group of keys, the combinations of values that the tests in tests/ run."""
 
 
-def untested(recipe: Recipe) -> Iterator[str]:
-    """What of a settled recipe the tests have never run, as ``key value, key value``."""
-    for keys, seen in TESTED.items():
+def untested_combinations(recipe: Recipe) -> Iterator[str]:
+    """The combinations of a resolved recipe that no test runs, each as ``key value, key value``."""
+    for keys, tested in TESTED.items():
         values = tuple(_value(recipe, key) for key in keys)
-        if values not in seen:
+        if values not in tested:
             yield ", ".join(f"{key} {str(value).lower()}" for key, value in zip(keys, values, strict=True))
 
 
 def _value(recipe: Recipe, key: str) -> object:
     section, _, name = key.partition(".")
-    found: object = getattr(getattr(recipe, section), name)
-    return found
+    value: object = getattr(getattr(recipe, section), name)
+    return value

@@ -1,9 +1,9 @@
-"""Bytes that a worker sends in a step: what DeepSpeed 0.19 exchanges under each ZeRO stage, as ring algorithms send it.
+"""Bytes that a worker sends per step: DeepSpeed 0.19's collectives at each ZeRO stage, as ring algorithms send them.
 
-What is exchanged was counted by DeepSpeed's own logger (tests/distributed/test_traffic.py), of P trained and T
-parameters, in the precision of the weights: gradients P once a step at the stages 0 and 1, else P with each
-micro-batch; weights P once at the stages 1 and 2, and at stage 3 T with each forward and each backward (less for a
-model of which everything is kept between the two).
+DeepSpeed's communication logger counted the elements (tests/distributed/test_traffic.py). Let P be the trainable and T
+all parameters, in the precision of the weights. Gradients: P once per step at stages 0 and 1, P per micro-batch at
+stages 2 and 3. Weights: P once per step at stages 1 and 2; at stage 3, T per forward and T per backward (less if the
+gathered weights stay between the two).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from raydiv.config import Recipe
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Bytes that one of ``workers`` sends in a step of so many ``micro_batches`` each."""
+    """Bytes that one of ``workers`` sends in a step of ``micro_batches`` micro-batches per worker."""
 
     gradients: float
     weights: float
@@ -32,14 +32,14 @@ class Traffic:
         return {**asdict(self), "total": self.total}
 
 
-def traffic_of(
+def step_traffic(
     architecture: Architecture, recipe: Recipe, stage: Stage, workers: int, micro_batches: int, *, two_passes: bool
 ) -> Traffic:
-    """``two_passes``: each micro-batch is scored before it is pushed."""
+    """Traffic of one worker per step. ``two_passes``: each micro-batch is scored before it is pushed."""
     each = WEIGHT_BYTES[recipe.engine.precision]
     part = (workers - 1) / workers
     trained, everything = each * architecture.trainable, each * architecture.parameters
-    # an all-reduce, which DeepSpeed makes at stage 2 too, is a reduction and a gathering; stage 3 reduces alone
+    # an all-reduce (stages 0 to 2 in DeepSpeed) sends twice what a reduce-scatter (stage 3) sends
     gradients = part * trained * {0: 2, 1: 2, 2: 2 * micro_batches, 3: micro_batches}[stage]
     forwards = 2 if two_passes else 1
     weights = part * {0: 0, 1: trained, 2: trained, 3: everything * (forwards + 1) * micro_batches}[stage]
