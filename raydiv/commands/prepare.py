@@ -19,7 +19,7 @@ from raydiv.data.tokens import KEY, StoredExamples, content_key, mismatched
 from raydiv.model.chat import Chat
 from raydiv.model.load import ModelSource, require_quantizer
 from raydiv.model.resolve import fingerprint, model_directory, require_base
-from raydiv.runs.directory import ExamplePlace
+from raydiv.runs.events import ExamplePlace
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.session import ray_session
 from raydiv.training.dataloader import ExampleSet

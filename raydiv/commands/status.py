@@ -1,4 +1,4 @@
-"""Where a run stands, from what its directory says: whether it trains, who does what there, and what is left to do."""
+"""``raydiv status``: the state of a run, read from its directory."""
 
 from __future__ import annotations
 
@@ -7,86 +7,90 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from raydiv.runs.directory import Metrics, RunDirectory
+from raydiv.runs.directory import RunDirectory
 from raydiv.runs.heartbeat import MISSED_BEATS, Heartbeat
+from raydiv.runs.metrics_log import Metrics
+from raydiv.runs.output_directory import directory_kind
 from raydiv.training.checkpoint.manifest import CheckpointStore
 from raydiv.utils.errors import UserError
 
-RECENT = 20
-"""Steps by whose median duration the rest is timed."""
+MEMBERS = {"sweep": "trials", "study": "cells"}
+"""The folder of the runs of a sweep and of a study."""
+
+RECENT_STEPS = 20
+"""Steps whose median duration predicts the time left."""
 
 
 def status(run: Path) -> dict[str, Any]:
-    """``state`` (``measuring``, ``training``, ``stopped``, ``trained`` or ``finished``) and what goes with it.
+    """The ``state`` of a run (``measuring``, ``training``, ``stopped``, ``trained`` or ``finished``) and its progress.
 
-    ``step`` of ``planned`` ones, ``seconds_left`` while it trains, the last ``metrics``, the ``checkpoint`` that it would go on
-    from, and a beat of each worker of the last start. Nothing tells a run that measures a model from one that was killed then.
+    ``step`` of ``planned`` steps; ``seconds_left`` while it trains; the last ``metrics``; the step of the ``checkpoint`` from
+    which it would resume; the last heartbeats of its ``workers``. ``measuring`` and ``trained`` are also the states of a run
+    that was stopped while a model was evaluated.
 
-    Raises UserError where no run is, but a sweep or a study of several, or nothing.
+    Raises UserError where there is no run, and in the directory of a sweep or study.
     """
     directory = RunDirectory(run)
-    for what, inside in (("sweep", "trials"), ("study", "cells")):
-        if (run / f"{what}.json").is_file():
-            raise UserError(f"{run}: is a {what}, and its runs are in {run / inside}: ask of one of those")
-    if not directory.holds_a_run:
-        raise UserError(f"{run}: holds no run (a run directory has a recipe.yaml)")
-    stage, beats = directory.stage(), directory.heartbeats()
-    records = directory.read_metrics() if directory.metrics_file.exists() else []
+    kind = directory_kind(run)
+    if kind is None:
+        raise UserError(f"{run}: no run in this directory (a run has a recipe.yaml)")
+    if kind in MEMBERS:
+        raise UserError(f"{run}: is the directory of a {kind}; name one of its runs, in {run / MEMBERS[kind]}")
+    stage, beats = directory.stage.read(), directory.heartbeats.read()
+    records = directory.metrics.read() if directory.metrics.path.exists() else []
     steps = [record for record in records if "step_seconds" in record]
-    done = int(steps[-1]["step"]) if steps else 0
-    alive = bool(beats) and directory.seconds_since_heartbeat() <= MISSED_BEATS * beats[0].every
-    state = "stopped"
+    alive = bool(beats) and directory.heartbeats.seconds_since_last() <= MISSED_BEATS * beats[0].every
     if directory.result.exists():
         state = "finished"
     elif stage.ended is not None:
         state = "trained"
     elif stage.began is None:
         state = "measuring"
-    elif alive:
-        state = "training"
+    else:
+        state = "training" if alive else "stopped"
     return {
         "run": str(run),
         "state": state,
-        "step": done,
+        "step": int(steps[-1]["step"]) if steps else 0,
         "planned": stage.planned,
         "ended": stage.why,
-        "seconds_left": _left(steps, stage.planned) if state == "training" else None,
-        "metrics": directory.trained_metrics() if records else {},
+        "seconds_left": _seconds_left(steps, stage.planned) if state == "training" else None,
+        "metrics": directory.metrics.trained_values() if records else {},
         "checkpoint": next(iter(CheckpointStore(directory.checkpoints(directory.read_recipe())).steps()), None),
         "workers": [asdict(beat) for beat in beats] if state in ("training", "stopped") else [],
     }
 
 
-def _left(steps: list[Metrics], planned: int | None) -> float | None:
+def _seconds_left(steps: list[Metrics], planned: int | None) -> float | None:
     if not steps or planned is None:
         return None
-    each = statistics.median(record["step_seconds"] for record in steps[-RECENT:])
-    return float((planned - int(steps[-1]["step"])) * each)
+    seconds = statistics.median(record["step_seconds"] for record in steps[-RECENT_STEPS:])
+    return float((planned - int(steps[-1]["step"])) * seconds)
 
 
 SHOWN = ("loss", "divergence", "reward/margin", "reward/accuracy", "eval/loss", "tokens_per_second", "refused_steps")
 NEXT = {
-    "measuring": "the model is measured before it is trained, or the command was stopped then: --resume goes on",
-    "training": "",
-    "stopped": "raydiv train RECIPE --resume goes on",
-    "trained": "the model is written and is measured, or the command was stopped then: --resume goes on",
-    "finished": "",
+    "measuring": "the base model is evaluated, or the command was stopped: raydiv train RECIPE --resume continues",
+    "stopped": "raydiv train RECIPE --resume continues",
+    "trained": "the trained model is evaluated, or the command was stopped: raydiv train RECIPE --resume continues",
 }
-"""What a state means for who asks."""
+"""What to do next, by state."""
 
 
-def status_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """What there is to say, line by line."""
-    of = f" of {found['planned']}" if found["planned"] else ""
-    left = f", about {found['seconds_left'] / 60:.0f} min left" if found["seconds_left"] is not None else ""
-    why = f" ({found['ended']})" if found["ended"] else ""
+def status_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Labels and texts of the lines that ``raydiv status`` prints."""
+    planned = f" of {report['planned']}" if report["planned"] else ""
+    left = f", about {report['seconds_left'] / 60:.0f} min left" if report["seconds_left"] is not None else ""
+    reason = f" ({report['ended']})" if report["ended"] else ""
     lines = [
-        ("run", found["run"]),
-        ("state", f"{found['state']}{why}"),
-        ("step", f"{found['step']}{of}{left}"),
-        *((name, f"{found['metrics'][name]:.4g}") for name in SHOWN if name in found["metrics"]),
+        ("run", report["run"]),
+        ("state", f"{report['state']}{reason}"),
+        ("step", f"{report['step']}{planned}{left}"),
+        *((name, f"{report['metrics'][name]:.4g}") for name in SHOWN if name in report["metrics"]),
     ]
-    if found["checkpoint"] is not None:
-        lines.append(("checkpoint", f"after step {found['checkpoint']}"))
-    lines += [("", Heartbeat(**beat).place) for beat in found["workers"]]
-    return [*lines, *([("next", NEXT[found["state"]])] if NEXT[found["state"]] else [])]
+    if report["checkpoint"] is not None:
+        lines.append(("checkpoint", f"after step {report['checkpoint']}"))
+    lines += [("", Heartbeat(**beat).place) for beat in report["workers"]]
+    if report["state"] in NEXT:
+        lines.append(("next", NEXT[report["state"]]))
+    return lines

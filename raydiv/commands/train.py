@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from raydiv.commands.plan.architecture import architecture_of
-from raydiv.commands.plan.layout import largest_budget, choose_layout, with_layout
+from raydiv.commands.plan.layout import choose_layout, largest_budget, with_layout
 from raydiv.commands.preflight import require_ready
 from raydiv.commands.prepare import LoadedInputs, PreparedData, load_inputs, local_files, prepare_data
 from raydiv.config import Recipe
 from raydiv.config.cluster import ClusterConfig
 from raydiv.evaluation.before_after import BeforeAfterEvaluation
-from raydiv.runs.directory import Metrics, RunDirectory, last_values
+from raydiv.runs.directory import RunDirectory
 from raydiv.runs.heartbeat import diagnose_hang
+from raydiv.runs.metrics_log import Metrics, last_values
 from raydiv.runs.progress import ProgressDisplay, step_note
 from raydiv.runs.prometheus import PrometheusMetrics
 from raydiv.runs.report.page import write_report
@@ -31,7 +31,7 @@ from raydiv.training.separation_probe import SeparationProbe
 from raydiv.training.worker import TrainTask, worker_entry
 from raydiv.utils.errors import user_error_in
 from raydiv.utils.signals import Terminated, at_sigterm
-from raydiv.utils.storage import atomic
+from raydiv.utils.storage import read_json, write_json
 from raydiv.utils.versions import versions
 
 if TYPE_CHECKING:
@@ -73,13 +73,11 @@ def train(
     """
     display = display or ProgressDisplay()
     run = RunDirectory.of(recipe)
-    resume = resume and run.holds_a_run
+    resume = run.has_started(resume=resume)
     if resume:
         recipe = recipe_to_resume(run, recipe)
         if run.result.exists():
             return _finished(recipe, run, display)
-    else:
-        run.require_free()
     opened = load_inputs(recipe, display)
     measurements = BeforeAfterEvaluation(recipe, opened.prompts, display, show_text)
     if not recipe.loss.bounded and recipe.optim.target_margin is None:
@@ -98,33 +96,33 @@ def train(
         tracker = MlflowTracker(recipe, tags, display.print, note=run.mlflow)
         with tracker.told_of_its_end():
             with (
-                run.follow_metrics(tracker.metrics, tracker.sent),
-                run.follow_metrics(PrometheusMetrics(recipe.name).show),
-                run.follow_metrics(watch) if watch else nullcontext(),
+                run.metrics.follow(tracker.metrics, tracker.sent),
+                run.metrics.follow(PrometheusMetrics(recipe.name).show),
+                run.metrics.follow(watch) if watch else nullcontext(),
             ):
-                if run.stage().began is None:
-                    run.truncate_metrics(0)
+                if run.stage.read().began is None:
+                    run.metrics.truncate(0)
                     measurements.run(run, "before", prepared.directory)
-                    run.training_started(prepared.steps(recipe))
+                    run.stage.training_started(prepared.steps(recipe))
                 else:
                     measurements.restore_baseline(prepared.directory)
-                if run.stage().ended is None:
+                if run.stage.read().ended is None:
                     _fit(recipe, opened, prepared, run, display, training_environment(recipe, roomy))
                     _say_layout(run, display)
-                run.truncate_metrics(run.stage().ended or 0)
+                run.metrics.truncate(run.stage.read().ended or 0)
                 measurements.run(run, "after", prepared.directory)
             return _conclude(recipe, prepared, run, tracker, tags)
 
 
 def _finished(recipe: Recipe, run: RunDirectory, display: ProgressDisplay) -> Result:
     """A run that is over: what MLflow has not got is sent, and a report that was not written is."""
-    report: dict[str, Any] = json.loads(run.result.read_text())
+    report: dict[str, Any] = read_json(run.result)
     if not run.report.exists():
         write_report(run)
     display.print(f"{run.path}: is finished already")
     if not report["mlflow"]["sent"]:
         tracker = MlflowTracker(recipe, report["tags"], display.print, note=run.mlflow)
-        with run.follow_metrics(tracker.metrics, tracker.sent):
+        with run.metrics.follow(tracker.metrics, tracker.sent):
             pass
         _send(run, tracker, report)
     return Result(run, report["metrics"], report)
@@ -187,11 +185,11 @@ def _fit(
             if "loss" in record:
                 update(int(record["step"]), prepared.steps(recipe), step_note(record))
 
-        waiting = report_waiting(run.seconds_since_heartbeat, recipe.cluster, display.print)
-        with run.follow_metrics(show), run.follow_events(display.print, opened.where), waiting, at_sigterm(stop):
+        waiting = report_waiting(run.heartbeats.seconds_since_last, recipe.cluster, display.print)
+        with run.metrics.follow(show), run.events.follow(display.print, opened.where), waiting, at_sigterm(stop):
             _report_failure(trainer.fit, run, recipe.cluster.timeout_s)
-    if run.stage().ended is None:
-        raise Terminated(f"stopped after step {run.steps_taken()}; the same command with --resume goes on")
+    if run.stage.read().ended is None:
+        raise Terminated(f"stopped after step {run.metrics.steps_taken()}; the same command with --resume goes on")
 
 
 def _scaling(cluster: ClusterConfig) -> ScalingConfig:
@@ -209,7 +207,7 @@ def _scaling(cluster: ClusterConfig) -> ScalingConfig:
 
 
 def _say_layout(run: RunDirectory, display: ProgressDisplay) -> None:
-    why = run.read_layout()["why_not_packed"]
+    why = read_json(run.layout)["why_not_packed"]
     if why:
         display.print(f"micro-batches were padded, not packed: {why}")
 
@@ -229,7 +227,7 @@ def _report_failure(fit: Callable[[], Any], run: RunDirectory, timeout: float) -
             mine = user_error_in(failure)
             if mine is not None:
                 raise mine from None
-        still = diagnose_hang(run.heartbeats(), timeout)
+        still = diagnose_hang(run.heartbeats.read(), timeout)
         if still is not None:
             raise RuntimeError(still) from error
         for rank, failure in failures.items():
@@ -248,17 +246,17 @@ def _conclude(
     recipe: Recipe, prepared: PreparedData, run: RunDirectory, tracker: MlflowTracker, tags: dict[str, str]
 ) -> Result:
     """Write result.json and the report, and send them to MLflow."""
-    metrics = last_values(run.read_metrics())
+    metrics = last_values(run.metrics.read())
     report: dict[str, Any] = {
         "name": recipe.name,
-        "steps": {"planned": prepared.steps(recipe), "taken": run.steps_taken(), "ended": run.stage().why},
+        "steps": {"planned": prepared.steps(recipe), "taken": run.metrics.steps_taken(), "ended": run.stage.read().why},
         "metrics": metrics,
         "data": prepared.summary(),
         "versions": versions(),
         "layout": {
             "zero_stage": recipe.engine.zero_stage,
             "tokens_per_microbatch": recipe.batch.tokens_per_microbatch,
-            **run.read_layout(),
+            **read_json(run.layout),
         },
         "paths": {
             "run": str(run.path),
@@ -269,7 +267,7 @@ def _conclude(
         "tags": tags,
         "mlflow": {"uri": tracker.uri, "run_id": tracker.run_id, "sent": False},
     }
-    _write_result(run, report)
+    write_json(run.result, report, indent=2)
     write_report(run)
     _send(run, tracker, report)
     return Result(run, metrics, report)
@@ -278,15 +276,10 @@ def _conclude(
 def _send(run: RunDirectory, tracker: MlflowTracker, report: dict[str, Any]) -> None:
     """Send MLflow the files of a finished run, and note in the result whether it has got everything."""
     report["mlflow"] = {"uri": tracker.uri, "run_id": tracker.run_id, "sent": True}
-    _write_result(run, report)
-    for path in (run.recipe, run.result, run.metrics_file, run.report, *sorted(run.pictures.glob("*.png")), run.rows):
+    write_json(run.result, report, indent=2)
+    for path in (run.recipe, run.result, run.metrics.path, run.report, *sorted(run.pictures.glob("*.png")), run.rows):
         if path.exists():
             tracker.artifact(path)
     if not tracker.finish():
         report["mlflow"]["sent"] = False
-        _write_result(run, report)
-
-
-def _write_result(run: RunDirectory, report: dict[str, Any]) -> None:
-    with atomic(run.result) as temporary:
-        temporary.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(run.result, report, indent=2)

@@ -36,7 +36,9 @@ class BeforeAfterEvaluation:
         before = when == "before"
         taken = self.baseline(base) if before else self._measure(replace(base, directory=run.model), base, when)
         taken.write_into(run.path)
-        run.log_metrics({"step": 0 if before else run.steps_taken(), **taken.metrics} if taken.metrics else {})
+        run.metrics.append(
+            {"step": 0 if before else run.metrics.steps_taken(), **taken.metrics} if taken.metrics else {}
+        )
 
     def restore_baseline(self, base_directory: Path) -> None:
         """Before a run goes on: know again what the measurement after training compares answers with; needs a Ray session."""

@@ -15,20 +15,6 @@ from raydiv.evaluation.before_after import BeforeAfterEvaluation
 from raydiv.model.load import ModelSource
 from raydiv.runs.directory import RunDirectory
 from raydiv.runs.progress import ProgressDisplay
-from raydiv.utils.errors import UserError
-
-
-def has_started(path: Path, record: Path, what: str, resume: bool) -> bool:
-    """Whether ``what`` (a sweep, a study) has begun at ``path``: then there is its ``record``. ``resume`` of none is a start.
-
-    Raises UserError where it has begun and is not to be resumed, or where something else is there.
-    """
-    begun = record.is_file()
-    if begun and not resume:
-        raise UserError(f"{path}: holds a {what} already; go on with it (--resume), or give this one another name=...")
-    if not begun:
-        RunDirectory(path).require_free()
-    return begun
 
 
 @dataclass(frozen=True, slots=True)

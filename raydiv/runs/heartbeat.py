@@ -1,23 +1,31 @@
-"""What each training worker says of itself from time to time, and which of them the others wait for."""
+"""Worker heartbeats, and the diagnosis of a hang: which rank is stuck or straggling."""
 
 from __future__ import annotations
 
+import math
+import shutil
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-NAMED = 4
-"""Workers that a message says something of."""
+from raydiv.utils.storage import read_json, write_json
+
+NAMED_SUSPECTS = 4
+"""Ranks that the diagnosis names; it counts the rest."""
 
 MISSED_BEATS = 3
-"""Beats in a row, after which a worker counts as silent."""
+"""Missed heartbeats in a row after which a worker counts as silent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """A worker's state. ``passed`` counts what it has gone through, in the order that is the same for all workers.
+    """The state of a worker, and the content of its file.
 
-    ``idle``: seconds since it went on; ``every``: seconds from beat to beat; ``where``: the place in the program, of one that
-    stands still. ``silent``: seconds that it has said nothing, while another worker did.
+    ``of`` is the number of workers. ``passed`` counts the phases entered so far; their order is the same on all ranks, so the
+    straggler has the lowest count. ``idle``: seconds since the last progress. ``every``: seconds between heartbeats.
+    ``where``: the line of code of a worker that hangs. ``silent``: seconds without a heartbeat while another worker sent some.
     """
 
     rank: int
@@ -34,30 +42,72 @@ class Heartbeat:
 
     @property
     def is_silent(self) -> bool:
-        """It does not even say that it stands still: its process is stopped or gone, or its node is."""
+        """Whether no heartbeat arrives although the watchdog sends them also in a hang: the process or its node is gone."""
         return self.silent > MISSED_BEATS * self.every
 
     @property
     def place(self) -> str:
-        at = f", at {self.where}" if self.where else ""
-        last = f" (says nothing since {self.silent:.0f} s)" if self.is_silent else ""
-        return f"worker {self.rank} ({self.host}, process {self.pid}): {self.phase} of step {self.step}{at}{last}"
+        """Rank, host, process, phase and step, as status and the diagnosis show them."""
+        line = f" at {self.where}" if self.where else ""
+        silence = f" (no heartbeat for {self.silent:.0f} s)" if self.is_silent else ""
+        return f"rank {self.rank} ({self.host}, pid {self.pid}), in {self.phase} of step {self.step}{line}{silence}"
+
+
+class HeartbeatFolder:
+    """The last heartbeat of each training worker, in a file by rank."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def clear(self) -> None:
+        """Make the folder, without the heartbeats of an earlier start."""
+        shutil.rmtree(self._path, ignore_errors=True)
+        self._path.mkdir(parents=True)
+
+    def write(self, beat: Heartbeat) -> None:
+        write_json(self._path / f"{beat.rank}.json", asdict(beat))
+
+    def read(self) -> list[Heartbeat]:
+        """The last heartbeat of every worker, by rank."""
+        # silence is measured by the files' times, which come from one clock; those of the nodes differ
+        beats = [(path.stat().st_mtime, read_json(path)) for path in self._path.glob("*.json")]
+        newest = max((written for written, _ in beats), default=0.0)
+        read = [Heartbeat(**beat | {"silent": round(newest - written, 3)}) for written, beat in beats]
+        return sorted(read, key=lambda beat: beat.rank)
+
+    def seconds_since_last(self) -> float:
+        """Seconds since the last heartbeat of any worker; infinite where there is none."""
+        times = []
+        for path in self._path.glob("*.json"):
+            with suppress(FileNotFoundError):  # another start clears the folder
+                times.append(path.stat().st_mtime)
+        return time.time() - max(times, default=-math.inf)
+
+    def claim_report(self, name: str) -> bool:
+        """Whether this worker is the first to claim the report ``name``, and so is the one to log it."""
+        try:
+            (self._path / name).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
 
 
 def diagnose_hang(beats: Sequence[Heartbeat], timeout: float) -> str | None:
-    """Of workers that have stood still for ``timeout`` seconds, whom to look at; None where they have not.
+    """A message that names the suspects of a hang; None where no worker has been idle for ``timeout`` seconds.
 
-    That is who says nothing any more; else who has come least far, since the others wait for it.
+    Suspects are the silent workers; without any, the stragglers, for which the others wait.
     """
     if not beats or max(beat.idle for beat in beats) < timeout:
         return None
-    first = min((not beat.is_silent, beat.passed) for beat in beats)
-    behind = [beat for beat in beats if (not beat.is_silent, beat.passed) == first]
-    others = [beat for beat in beats if beat not in behind]
-    told = "; ".join(beat.place for beat in behind[:NAMED])
-    if len(behind) > NAMED:
-        told += f"; and {len(behind) - NAMED} more there"
-    if others:
-        waiting = others[0]
-        told += f"; {len(others)} other{'s' * (len(others) > 1)} waited, in {waiting.phase} of step {waiting.step}"
-    return f"training has stood still for {timeout:g} s (cluster.timeout_s) at {told}"
+    rank_of = [(not beat.is_silent, beat.passed) for beat in beats]
+    suspects = [beat for beat, order in zip(beats, rank_of, strict=True) if order == min(rank_of)]
+    waiting = [beat for beat in beats if beat not in suspects]
+    message = f"no progress for {timeout:g} s (cluster.timeout_s). Suspect{'s' * (len(suspects) > 1)}: " + "; ".join(
+        beat.place for beat in suspects[:NAMED_SUSPECTS]
+    )
+    if len(suspects) > NAMED_SUSPECTS:
+        message += f"; and {len(suspects) - NAMED_SUSPECTS} more in the same phase"
+    if waiting:
+        ranks = f"{len(waiting)} rank{'s' * (len(waiting) > 1)}"
+        message += f". Waiting in a collective: {ranks}, in {waiting[0].phase} of step {waiting[0].step}"
+    return message

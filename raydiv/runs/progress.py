@@ -1,7 +1,8 @@
-"""What a person sees while it runs: phases with a counter, and a training bar read from metrics.jsonl."""
+"""Progress of a command on the terminal, and its messages in the log of Python's ``raydiv`` logger."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -19,14 +20,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from raydiv.runs.directory import Metrics
+from raydiv.runs.metrics_log import Metrics
+
+LOGGER = logging.getLogger("raydiv")
 
 STEP_METRICS = {"loss": "loss", "divergence": "div", "reward/margin": "margin", "tokens_per_second": "tok/s"}
-"""Step metrics on the training bar, and their labels there."""
+"""Step metrics on the training bar, and their labels."""
 
-
-QUIET_SECONDS = 20.0
-"""Where bars cannot move, a line is printed this often."""
+LINE_SECONDS = 20.0
+"""Seconds between lines of progress where the output is not a terminal."""
 
 
 class Update(Protocol):
@@ -46,9 +48,9 @@ def _columns() -> list[ProgressColumn]:
 
 
 class ProgressDisplay:
-    """Progress on standard error, so that standard output stays free for results.
+    """Shows progress on standard error, so that standard output stays free for results.
 
-    On a terminal bars move; elsewhere a line is printed when a phase ends, and now and then within a long one.
+    A terminal shows bars. Any other output gets a line when a phase ends, and every LINE_SECONDS within a long one.
     """
 
     def __init__(self, quiet: bool = False) -> None:
@@ -56,32 +58,41 @@ class ProgressDisplay:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Update]:
-        """A phase of the work; the context gives ``update(done, total, note)``."""
+        """Show a phase of the work while the block runs; yields ``update(done, total, note)``."""
         started = printed = time.monotonic()
-        first: tuple[float, int] | None = None
+        first_update: tuple[float, int] | None = None
         with Progress(*_columns(), console=self.console, disable=not self.console.is_terminal) as bars:
             task = bars.add_task(name, total=None, note="")
 
             def update(done: int, total: int | None, note: str = "") -> None:
-                nonlocal printed, first
+                nonlocal printed, first_update
                 bars.update(task, completed=done, total=total, note=note)
                 now = time.monotonic()
-                first = first or (now, done)
-                if not self.console.is_terminal and now - printed > QUIET_SECONDS:
+                first_update = first_update or (now, done)
+                if not self.console.is_terminal and now - printed > LINE_SECONDS:
                     printed = now
-                    # what came before the first unit was start-up, and says nothing of the rest
-                    eta = (now - first[0]) / (done - first[1]) * (total - done) if total and done > first[1] else None
-                    left = "" if eta is None else f", {eta:.0f} s left"
-                    self.print(f"{name}: {done}{f'/{total}' if total else ''}  {note}  ({now - started:.0f} s{left})")
+                    # the time before the first update is start-up, which does not count for the estimate
+                    first_time, first_done = first_update
+                    if total and done > first_done:
+                        left = f", {(now - first_time) / (done - first_done) * (total - done):.0f} s left"
+                    else:
+                        left = ""
+                    count = f"{done}/{total}" if total else f"{done}"
+                    self._print_line(f"{name}: {count}  {note}  ({now - started:.0f} s{left})")
 
             yield update
         if not self.console.is_terminal:
-            self.print(f"{name}: done in {time.monotonic() - started:.1f} s")
+            self._print_line(f"{name}: done in {time.monotonic() - started:.1f} s")
 
-    def print(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True)
+    def print(self, message: str) -> None:
+        """Print a message and log it. Its level is INFO: without a handler of the user's the terminal shows it once."""
+        self._print_line(message)
+        LOGGER.info(message)
+
+    def _print_line(self, line: str) -> None:
+        self.console.print(line, soft_wrap=True)
 
 
 def step_note(record: Metrics) -> str:
-    """A step's metrics as the bar shows them."""
+    """The metrics of a step as the training bar shows them."""
     return "  ".join(f"{label} {record[key]:.3g}" for key, label in STEP_METRICS.items() if key in record)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from raydiv.runs.directory import Metrics, numbers
+from raydiv.runs.metrics_log import Metrics, numbers
 
 
 class PrometheusMetrics:

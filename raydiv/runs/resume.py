@@ -52,7 +52,7 @@ def recipe_to_resume(run: RunDirectory, recipe: Recipe) -> Recipe:
 def resumes(run: RunDirectory, recipe: Recipe) -> bool:
     """Whether there is a run of this recipe that can be gone on with, as far as that is seen without its data."""
     try:
-        run.stage()
+        run.stage.read()
         recipe_to_resume(run, recipe)
     except UserError:
         return False
@@ -81,7 +81,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tu
 
 def require_same_content(run: RunDirectory, of: Mapping[str, str]) -> None:
     """Raise UserError when data or model are not those that the run was begun with."""
-    for what, before in run.stage().of.items():
+    for what, before in run.stage.read().of.items():
         if of[what] != before:
             where = "data.train" if what == "data" else "model.id"
             raise UserError(

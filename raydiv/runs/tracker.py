@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from raydiv.config import Recipe
-from raydiv.runs.directory import Metrics, numbers
+from raydiv.runs.metrics_log import Metrics, numbers
 from raydiv.utils.dotted import flatten
 from raydiv.utils.errors import UserError
 from raydiv.utils.secrets import has_password, without_password

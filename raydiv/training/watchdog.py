@@ -52,7 +52,7 @@ class Watchdog:
             stands = beat.idle >= self._timeout
             # a full disk must not end the watch
             with suppress(OSError):
-                self._run.write_heartbeat(replace(beat, where=_place(self._watched)) if stands else beat)
+                self._run.heartbeats.write(replace(beat, where=_place(self._watched)) if stands else beat)
             if stands:
                 self._give_up()
             if self._over.wait(self._every):
@@ -70,8 +70,8 @@ class Watchdog:
         with suppress(OSError):
             # those who stand still since a moment later are still to say so
             self._over.wait(2 * self._every)
-            if self._run.claim_report("stalled"):
-                self._run.log_event(str(diagnose_hang(self._run.heartbeats(), self._timeout)))
+            if self._run.heartbeats.claim_report("stalled"):
+                self._run.events.log(str(diagnose_hang(self._run.heartbeats.read(), self._timeout)))
         os._exit(HUNG_EXIT_STATUS)
 
 

@@ -14,7 +14,8 @@ from raydiv.config import Recipe
 from raydiv.data.batching import SequentialPlan, StepPlan
 from raydiv.model.export import write_model
 from raydiv.model.resolve import model_directory
-from raydiv.runs.directory import Metrics, RunDirectory
+from raydiv.runs.directory import RunDirectory
+from raydiv.runs.metrics_log import Metrics
 from raydiv.training.checkpoint.manager import CheckpointManager
 from raydiv.training.coefficients import NotFiniteError, evaluate_objective
 from raydiv.training.dataloader import ExampleSet, RankShard, StepLoader, parts, stream_steps
@@ -30,6 +31,7 @@ from raydiv.training.step_timer import StepTimer
 from raydiv.training.utilisation import Utilisation
 from raydiv.training.watchdog import Watchdog
 from raydiv.utils import distributed as dist
+from raydiv.utils.storage import write_json
 
 if TYPE_CHECKING:
     from raydiv.model.compatibility import CompatibilityCheck
@@ -75,7 +77,7 @@ def run_worker(given: TrainTask, reference: Any) -> None:
     """
     recipe, run = given.recipe, RunDirectory(given.run_directory)
     if dist.rank() == 0:
-        run.clear_heartbeats()
+        run.heartbeats.clear()
     dist.barrier()
     phases = StepTimer()
     with Watchdog(run, phases, recipe.cluster.timeout_s):
@@ -123,7 +125,7 @@ def _work(given: TrainTask, reference: Any, run: RunDirectory, phases: StepTimer
     head.remove()
     _save(engine, given, run, expected)
     if dist.rank() == 0:
-        run.training_ended(str(carried.ended))
+        run.stage.training_ended(str(carried.ended))
 
 
 def _say_bandwidth(run: RunDirectory, device: torch.device) -> None:
@@ -134,7 +136,7 @@ def _say_bandwidth(run: RunDirectory, device: torch.device) -> None:
     if nodes > 1:
         speed = dist.bandwidth(device)
         if dist.rank() == 0:
-            run.log_event(
+            run.events.log(
                 f"{dist.world_size()} workers on {nodes} nodes; an all-reduce of theirs takes {speed / 1e9:.2f} GB/s"
             )
 
@@ -143,16 +145,16 @@ def _resume(saver: CheckpointManager, stepper: Stepper, run: RunDirectory) -> tu
     """Take up the newest checkpoint, if there is one: how many steps are behind it, and what it carries on."""
     manifest = saver.find()
     if manifest is None:
-        logged, behind, carried = run.stage().began, 0, TrainState()
+        logged, behind, carried = run.stage.read().began, 0, TrainState()
     else:
         saver.restore(manifest)
         stepper.states = [dict(state) for state in manifest.loop["states"]]
         logged, behind, carried = manifest.loop["logged"], manifest.step, TrainState.from_json(manifest.loop)
     if dist.rank() == 0:
         # what was logged after it is about to be logged again
-        run.truncate_metrics(logged or 0)
+        run.metrics.truncate(logged or 0)
         if behind:
-            run.log_event(f"training goes on after step {behind}")
+            run.events.log(f"training goes on after step {behind}")
     return behind, carried
 
 
@@ -193,7 +195,7 @@ def _train(
                 carried.ended = f"{early.metric} was no better in {early.patience} evaluations (optim.early_stop)"
         phases.enter("checkpoint")
         if saver.after_step(
-            done, lambda: carried.as_json(stepper.states, run.metrics_bytes), metrics, last=carried.ended is not None
+            done, lambda: carried.as_json(stepper.states, run.metrics.size), metrics, last=carried.ended is not None
         ):
             return True
         if carried.ended is not None:
@@ -221,7 +223,7 @@ def _step(
     except NotFiniteError as error:
         carried.refused += 1
         if dist.rank() == 0:
-            run.log_event(
+            run.events.log(
                 f"step {plan.step + 1}: {error}", given.train.examples.places(plan.rows[error.positions[:NAMED]])
             )
         most = given.recipe.optim.max_refused
@@ -240,7 +242,7 @@ def _packing(recipe: Recipe, probe: CompatibilityCheck, run: RunDirectory) -> Pa
     else:
         packing, why = probe.packing(recipe.batch.max_length)
     if dist.rank() == 0:
-        run.write_layout({"packing": packing, "why_not_packed": why or None})
+        write_json(run.layout, {"packing": packing, "why_not_packed": why or None})
     return packing
 
 
@@ -256,7 +258,7 @@ def _due(every: int | None, done: int) -> bool:
 def _log(run: RunDirectory, record: Metrics) -> None:
     """Metrics are the same on every rank; one writes them."""
     if dist.rank() == 0:
-        run.log_metrics(record)
+        run.metrics.append(record)
 
 
 def _held_out(stepper: Stepper, given: TrainTask, run: RunDirectory, step: int) -> dict[str, float]:
@@ -275,7 +277,7 @@ def _held_out(stepper: Stepper, given: TrainTask, run: RunDirectory, step: int) 
     if dist.rank() == 0 and given.recipe.loss.needs_reference:
         reward = rewards(batch, stepper.terms[0].reward_scale)
         classes = {"aligned": batch.aligned, "unaligned": ~batch.aligned}
-        run.write_rewards({name: reward[members].tolist() for name, members in classes.items()})
+        write_json(run.rewards, {name: reward[members].tolist() for name, members in classes.items()})
     # the held-out set is judged as one more step would be, and the state after it thrown away
     return {"step": step} | {f"eval/{name}": number for name, number in metrics.items()}
 

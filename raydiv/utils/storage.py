@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import tempfile
 import uuid
@@ -34,6 +35,16 @@ def atomic(path: Path) -> Iterator[Path]:
     except OSError:  # another process finished the same folder first; its content is the same
         if not path.is_dir():
             raise
+
+
+def write_json(path: Path, content: Any, indent: int | None = None) -> None:
+    """Write a JSON file, whole or not at all."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=indent) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
 
 
 def sha256_of(path: Path) -> str:

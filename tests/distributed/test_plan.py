@@ -524,7 +524,7 @@ def test_time_is_from_a_given_speed_else_from_the_last_run_alike(
     run = RunDirectory.of(recipe)
     run.create(recipe, {})
     for number, speed in enumerate([1.0, 40.0, 50.0, 60.0]):
-        run.log_metrics({"step": number, "tokens_per_second": speed})
+        run.metrics.append({"step": number, "tokens_per_second": speed})
     found = planned()
     assert found.facts["speed"] == {"tokens_per_second": 45.0, "from": f"measured in {run.path}"}
     assert any(str(run.path) in note for note in found.notes())

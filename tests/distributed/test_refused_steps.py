@@ -120,9 +120,9 @@ def test_it_is_counted_and_named_and_one_too_many_ends_the_run(tmp_path: Path) -
     with pytest.raises(FloatingPointError, match="it is the last one"):
         _step(Stepper(), None, 0.1, plan, given, run, TrainState(), last=True)  # type: ignore[arg-type]
     said: list[str] = []
-    run.events.rename(tmp_path / "written")
-    with run.follow_events(said.append, lambda place: f"train.jsonl:{place[2]}"):
-        run.events.write_bytes((tmp_path / "written").read_bytes())
+    run.events.path.rename(tmp_path / "written")
+    with run.events.follow(said.append, lambda place: f"train.jsonl:{place[2]}"):
+        run.events.path.write_bytes((tmp_path / "written").read_bytes())
     assert (
         said
         == [f"step 7: {NotFiniteError('log-probs of examples [1] of the step are not finite')} (train.jsonl:41)"] * 4

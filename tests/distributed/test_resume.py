@@ -84,7 +84,7 @@ def again(given: TrainTask, name: str) -> TrainTask:
     recipe = given.recipe.model_copy(update={"name": name})
     run = RunDirectory.of(recipe)
     run.create(recipe, {})
-    run.training_started(recipe.optim.steps or 0)
+    run.stage.training_started(recipe.optim.steps or 0)
     return TrainTask(recipe, given.model_directory, run.path, 0, given.train, given.eval)
 
 
@@ -114,9 +114,9 @@ def died(given: TrainTask, ranks: int, folder: Path, deaths: Sequence[Death]) ->
     """A run that dies of each in turn, and is then left to end."""
     run = RunDirectory.of(given.recipe)
     for number, death in enumerate([*deaths, None]):
-        if run.stage().ended is None:
+        if run.stage.read().ended is None:
             lives(given, ranks, folder / str(number), death)
-    assert run.stage().ended is not None
+    assert run.stage.read().ended is not None
     return run
 
 
@@ -156,7 +156,7 @@ def test_a_run_goes_on_with_other_numbers_of_workers(tiny_model: Path, tmp_path:
     assert lives(mortal, 1, tmp_path / "one", Death(0, 7, "start")) is None
     # the worker alone took the second checkpoint up, and left a third
     assert lives(mortal, 4, tmp_path / "four") == [6, 6, 6, 6]
-    found, expected = run.read_metrics(), whole.read_metrics()
+    found, expected = run.metrics.read(), whole.metrics.read()
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     for line, other in zip(found, expected, strict=True):
         if "loss" in line:

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from raydiv.config import load_recipe, save_recipe
-from raydiv.runs.directory import RunDirectory, last_values
+from raydiv.runs.directory import RunDirectory
+from raydiv.runs.metrics_log import last_values
+from raydiv.utils.storage import write_json
 
 UPDATES = 72
 NAME = "KL(D+ || 0.5 D+ + 0.5 D-)"
@@ -26,14 +28,14 @@ def make_run(path: Path, *overrides: str, measured: bool = True, name: str = "ma
     generator = np.random.default_rng(0)
     if measured:
         _measure(run, "before", 0.0, generator)
-        run.log_metrics(_held_out(0))
+        run.metrics.append(_held_out(0))
     for step in range(1, UPDATES + 1):
-        run.log_metrics(_step(step, generator))
+        run.metrics.append(_step(step, generator))
         if measured and step % 12 == 0:
-            run.log_metrics(_held_out(step))
+            run.metrics.append(_held_out(step))
     if measured:
         rewards = {"aligned": generator.normal(-0.6, 0.5, 36), "unaligned": generator.normal(-2.8, 0.9, 36)}
-        run.write_rewards({name: found.tolist() for name, found in rewards.items()})
+        write_json(run.rewards, {name: found.tolist() for name, found in rewards.items()})
         _measure(run, "after", 1.0, generator)
     run.result.write_text(json.dumps(_result(name, measured, run)))
     return run
@@ -111,7 +113,7 @@ def _measure(run: RunDirectory, when: str, trained: float, generator: np.random.
     kl = {"value": 8.1, "interval": [6.0, 10.2], "per_token": 0.2, "answers": 50} if trained else None
     numbers = {"logp_per_token": -0.83 - trained, "perplexity": 9.2 + trained, "kl": kl, "odd": 7}
     _write(run.evaluation / f"{when}.json", {"judge": judge, "rates": rates, "notes": [], **numbers})
-    run.log_metrics({
+    run.metrics.append({
         "step": round(UPDATES * trained),
         "separation/d_b": d_b, "separation/d_b_length_matched": d_b - 0.01, "separation/d_b_shuffled": 0.013,
         "separation/length_auc": 0.5,
@@ -134,7 +136,7 @@ def _rate(count: float, of: int) -> dict[str, Any]:
 
 
 def _result(name: str, measured: bool, run: RunDirectory) -> dict[str, Any]:
-    metrics = last_values(run.read_metrics())
+    metrics = last_values(run.metrics.read())
     return {
         "name": name,
         "steps": {"planned": UPDATES, "taken": UPDATES},

@@ -7,7 +7,8 @@ import time
 import numpy as np
 from safetensors.numpy import load_file
 
-from raydiv.runs.directory import Metrics, RunDirectory
+from raydiv.runs.directory import RunDirectory
+from raydiv.runs.metrics_log import Metrics
 from raydiv.training.metrics import TIMED as OF_PHASES
 
 TIMED = {"tokens_per_second", *OF_PHASES, "peak_memory_bytes"}
@@ -17,7 +18,7 @@ TIMED = {"tokens_per_second", *OF_PHASES, "peak_memory_bytes"}
 def wait_for_step(run: RunDirectory, step: int, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if run.metrics_file.exists() and run.steps_taken() >= step:
+        if run.metrics.path.exists() and run.metrics.steps_taken() >= step:
             return
         time.sleep(0.05)
     raise AssertionError(f"step {step} was not reached in {seconds} s")
@@ -29,7 +30,7 @@ def weights(run: RunDirectory) -> dict[str, np.ndarray]:
 
 
 def untimed(run: RunDirectory) -> list[Metrics]:
-    return [{name: value for name, value in line.items() if name not in TIMED} for line in run.read_metrics()]
+    return [{name: value for name, value in line.items() if name not in TIMED} for line in run.metrics.read()]
 
 
 def assert_same_run(found: RunDirectory, expected: RunDirectory) -> None:

@@ -25,7 +25,7 @@ def prepared(recipe: Recipe) -> TrainTask:
         ready = prepare_data(recipe, opened, ProgressDisplay(quiet=True))
     run = RunDirectory.of(recipe)
     run.create(recipe, ready.fingerprints)
-    run.training_started(recipe.optim.steps or 0)
+    run.stage.training_started(recipe.optim.steps or 0)
     return TrainTask(recipe, ready.directory, run.path, 0, ready.train, ready.eval)
 
 

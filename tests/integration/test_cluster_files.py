@@ -687,7 +687,7 @@ def test_a_run_on_two_nodes_of_a_slurm_job_finishes(
     assert "slurm.sh: 2 nodes have joined Ray" in said
     run = RunDirectory.of(recipe)
     assert run.result.exists()
-    assert run.steps_taken() == 4
+    assert run.metrics.steps_taken() == 4
     assert {line.split(":")[0] for line in real_allocation.read_text().splitlines()} == {"node-a", "others"}
     assert not left_behind()
 
@@ -704,7 +704,7 @@ def test_a_slurm_job_that_is_told_to_go_leaves_a_checkpoint(
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=300)
     assert process.returncode == 143, said
-    stopped = run.steps_taken()
+    stopped = run.metrics.steps_taken()
     assert f"stopped after step {stopped}; the same command with --resume goes on" in said
     assert [int(name.removeprefix("step-")) for name in run.checkpoints(recipe).folders()] == [stopped]
     assert not left_behind()

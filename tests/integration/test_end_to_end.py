@@ -20,6 +20,7 @@ from raydiv.config import Recipe, load_recipe
 from raydiv.config.loss import TYPES
 from raydiv.runs.directory import RunDirectory
 from raydiv.runs.progress import ProgressDisplay
+from raydiv.utils.storage import read_json
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +52,7 @@ def test_run_directory_is_complete(run: Result) -> None:
     for name in ("recipe.yaml", "metrics.jsonl", "result.json", "report.html", "model/config.json", "model/README.md"):
         assert (run.run.path / name).is_file(), name
     assert (run.run.pictures / "plane-after.png").read_bytes().startswith(b"\x89PNG")
-    assert {name: len(found) for name, found in run.run.read_rewards().items()} == {"aligned": 3, "unaligned": 3}
+    assert {name: len(found) for name, found in read_json(run.run.rewards).items()} == {"aligned": 3, "unaligned": 3}
     result = json.loads((run.run.path / "result.json").read_text())
     assert {"raydiv", "ray", "torch", "deepspeed", "python"} <= result["versions"].keys()
     assert result["data"]["train"]["pairs"] == 12
@@ -75,7 +76,7 @@ def test_training_separates_the_classes(run: Result) -> None:
     margins = [record["eval/reward/margin"] for record in records(run.run.path) if "eval/loss" in record]
     assert margins[0] == pytest.approx(0, abs=1e-4)
     assert margins[-1] > 0
-    means = {name: np.mean(found) for name, found in run.run.read_rewards().items()}
+    means = {name: np.mean(found) for name, found in read_json(run.run.rewards).items()}
     assert means["aligned"] - means["unaligned"] == pytest.approx(margins[-1], abs=1e-5)
 
 
@@ -260,9 +261,9 @@ def test_every_objective_trains(ray: None, tiny_model: Path, files: dict[str, st
     run_on_ranks(train_each, 1, tmp_path / "ranks", [cloudpickle.dumps(one) for one in given])
     for one in given:
         run = RunDirectory.of(one.recipe)
-        assert run.stage().why == "all steps are done", one.recipe.name
-        assert run.steps_taken() == 2
-        assert all(np.isfinite(line["loss"]) for line in run.read_metrics() if "loss" in line)
+        assert run.stage.read().why == "all steps are done", one.recipe.name
+        assert run.metrics.steps_taken() == 2
+        assert all(np.isfinite(line["loss"]) for line in run.metrics.read() if "loss" in line)
 
 
 def test_more_workers_than_cpus_are_refused(

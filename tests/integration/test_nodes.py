@@ -46,7 +46,7 @@ def test_workers_on_two_nodes_train_together(
     ended = trained(nodes, recipe, tmp_path / "recipe.yaml")
     assert ended.returncode == 0, ended.stderr
     assert "2 workers on 2 nodes; an all-reduce of theirs takes" in ended.stderr
-    assert RunDirectory.of(recipe).steps_taken() == 4
+    assert RunDirectory.of(recipe).metrics.steps_taken() == 4
 
 
 def test_a_folder_that_is_another_on_the_other_node_is_refused_before_anything_is_computed(

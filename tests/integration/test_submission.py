@@ -673,7 +673,7 @@ def test_a_command_is_a_job_that_is_followed_stopped_and_gone_on_with(
     capsys.readouterr()
     assert main(["submit", "--address", cluster, "logs", job]) == 143
     assert "SIGTERM: a checkpoint is written" in capsys.readouterr().out
-    stopped = run.steps_taken()
+    stopped = run.metrics.steps_taken()
     assert run.checkpoints(recipe).folders() == [f"step-{stopped:08d}"]
     assert main(["submit", "--address", cluster, "status", "sent", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["exit_code"] == 143

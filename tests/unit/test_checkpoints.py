@@ -113,14 +113,14 @@ def test_the_one_before_a_damaged_one_is_used_and_it_is_said(tmp_path: Path, har
     run, saver = saver_of(tmp_path)
     checkpoints = CheckpointStore(run.checkpoints(recipe_of(tmp_path)))
     for step in (2, 4):
-        written(checkpoints, step, run=run.stage().id)
+        written(checkpoints, step, run=run.stage.read().id)
     assert saver.find() == checkpoints.manifest(4)
-    assert not run.events.exists()
+    assert not run.events.path.exists()
     harm(Path(checkpoints.at(4).at(file)))
     assert saver.find() == checkpoints.manifest(2)
     if (file, harm) != (MANIFEST, Path.unlink):  # then it was never finished
-        assert "checkpoint after step 4 is damaged and not used" in run.events.read_text()
-        assert file in run.events.read_text()
+        assert "checkpoint after step 4 is damaged and not used" in run.events.path.read_text()
+        assert file in run.events.path.read_text()
     harm(Path(checkpoints.at(2).at(file)))
     assert saver.find() is None
 
@@ -170,7 +170,7 @@ def test_checkpoints_come_every_so_many_steps(tmp_path: Path) -> None:
         assert not saver.after_step(step, dict, {}, last=step == 6)
     assert steps_kept(run) == [6, 4, 2]
     manifest = CheckpointStore(run.checkpoints(run.read_recipe())).manifest(4)
-    assert (manifest.step, manifest.updates, manifest.of) == (4, 3, {"run": run.stage().id, "data": "d"})
+    assert (manifest.step, manifest.updates, manifest.of) == (4, 3, {"run": run.stage.read().id, "data": "d"})
 
 
 def test_checkpoints_come_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +212,7 @@ def test_a_place_that_cannot_be_written_costs_a_warning_and_no_checkpoint(tmp_pa
     for step in (4, 5, 6):
         saver.after_step(step, dict, {}, last=step == 6)
     assert steps_kept(run) == [6, 2]
-    (event,) = [json.loads(line) for line in run.events.read_text().splitlines()]
+    (event,) = [json.loads(line) for line in run.events.path.read_text().splitlines()]
     assert "checkpoint after step 4 could not be written" in event["message"]
     assert "training goes on" in event["message"]
 
@@ -227,7 +227,7 @@ def test_old_ones_that_cannot_be_removed_cost_a_warning(tmp_path: Path, monkeypa
     for step in (1, 2):
         saver.after_step(step, dict, {}, last=step == 2)
     assert steps_kept(run) == [2, 1]
-    assert "old checkpoints in" in run.events.read_text()
+    assert "old checkpoints in" in run.events.path.read_text()
 
 
 @pytest.fixture
@@ -253,7 +253,7 @@ def test_a_full_disk_costs_a_warning_and_leaves_the_one_before(
     assert steps_kept(run) == [1]
     assert CheckpointStore(run.checkpoints(run.read_recipe())).folder.folders() == ["step-00000001"]
     assert saver.find() is not None
-    said = run.events.read_text()
+    said = run.events.path.read_text()
     assert "checkpoint after step 2 could not be written" in said
     assert "No space left on device" in said
     # and there is room again
@@ -285,19 +285,19 @@ def test_storage_elsewhere_is_not_shared_by_two_runs(tmp_path: Path) -> None:
 
 def test_rewound_metrics_are_followed_without_repeats(tmp_path: Path) -> None:
     run, seen = RunDirectory(tmp_path), []
-    with run.follow_metrics(seen.append):
+    with run.metrics.follow(seen.append):
         for step in (1, 2):
-            run.log_metrics({"step": step})
-        size = run.metrics_bytes
+            run.metrics.append({"step": step})
+        size = run.metrics.size
         for step in (3, 4):
-            run.log_metrics({"step": step})
+            run.metrics.append({"step": step})
         wait_until(lambda: len(seen) == 4)
-        run.truncate_metrics(size)
+        run.metrics.truncate(size)
         for step in (3, 4, 5):
-            run.log_metrics({"step": step})
-    assert [line["step"] for line in seen] == [line["step"] for line in run.read_metrics()] == [1, 2, 3, 4, 5]
+            run.metrics.append({"step": step})
+    assert [line["step"] for line in seen] == [line["step"] for line in run.metrics.read()] == [1, 2, 3, 4, 5]
     later: list[Any] = []
-    with run.follow_metrics(later.append, skip=3):
+    with run.metrics.follow(later.append, skip=3):
         pass
     assert [line["step"] for line in later] == [4, 5]
 
@@ -347,7 +347,7 @@ def test_data_that_changed_meanwhile_are_refused(tmp_path: Path) -> None:
 
 def test_a_run_of_before_checkpoints_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no stage\.json"):
-        RunDirectory(tmp_path).stage()
+        RunDirectory(tmp_path).stage.read()
 
 
 # ---- what a loop carries

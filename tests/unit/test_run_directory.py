@@ -1,7 +1,8 @@
-"""The run directory: what is followed arrives once and whole, and a run is never written over."""
+"""The run directory: followers get every line once and whole, and no run is overwritten. Progress and its log."""
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +12,19 @@ import pytest
 from raydiv.config import Recipe, load_recipe
 from raydiv.runs import progress
 from raydiv.runs.directory import RunDirectory
+from raydiv.runs.events import EventLog
+from raydiv.runs.metrics_log import MetricsLog
+from raydiv.runs.output_directory import RECORDS
 from raydiv.runs.progress import ProgressDisplay, step_note
 from raydiv.utils.errors import UserError
 
 
-def recipe(output: Path) -> Recipe:
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return make_recipe(tmp_path)
+
+
+def make_recipe(output: Path) -> Recipe:
     return load_recipe(
         {
             "name": "mine",
@@ -27,70 +36,109 @@ def recipe(output: Path) -> Recipe:
     )
 
 
-def test_followers_see_every_line_once_and_never_half_of_one(tmp_path: Path) -> None:
-    run, seen = RunDirectory(tmp_path), []
-    with run.follow_metrics(seen.append):
-        run.log_metrics({"step": 1})
-        with (tmp_path / "metrics.jsonl").open("a") as lines:
-            lines.write('{"step": ')
-            lines.flush()
+@pytest.fixture
+def metrics(tmp_path: Path) -> MetricsLog:
+    return MetricsLog(tmp_path / "metrics.jsonl")
+
+
+def test_followers_get_every_line_once_and_never_half_of_one(metrics: MetricsLog) -> None:
+    records = []
+    with metrics.follow(records.append):
+        metrics.append({"step": 1})
+        with metrics.path.open("a") as file:
+            file.write('{"step": ')
+            file.flush()
             time.sleep(0.7)
-            assert seen == [{"step": 1}]
-            lines.write("2}\n")
-        run.log_metrics({"step": 3})
-    assert seen == [{"step": 1}, {"step": 2}, {"step": 3}]
-    assert run.read_metrics() == seen
+            assert records == [{"step": 1}]
+            file.write("2}\n")
+        metrics.append({"step": 3})
+    assert records == [{"step": 1}, {"step": 2}, {"step": 3}]
+    assert metrics.read() == records
 
 
-def test_an_empty_record_is_no_line(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path)
-    run.log_metrics({"step": 1})
-    run.log_metrics({})
-    assert len(run.read_metrics()) == 1
+def test_an_empty_record_adds_no_line(metrics: MetricsLog) -> None:
+    metrics.append({"step": 1})
+    metrics.append({})
+    assert len(metrics.read()) == 1
 
 
-def test_a_run_is_never_written_over(tmp_path: Path) -> None:
-    mine = recipe(tmp_path)
-    run = RunDirectory.of(mine)
-    run.require_free()
-    run.create(mine, {})
-    assert run.read_recipe() == mine
-    with pytest.raises(UserError, match="holds a run already"):
-        RunDirectory.of(mine).require_free()
+def test_a_run_is_never_overwritten(recipe: Recipe) -> None:
+    run = RunDirectory.of(recipe)
+    assert not run.has_started(resume=False)
+    assert not run.has_started(resume=True)
+    run.create(recipe, {})
+    assert run.read_recipe() == recipe
+    assert run.has_started(resume=True)
+    with pytest.raises(UserError, match=r"a run already.*--resume"):
+        run.has_started(resume=False)
 
 
-def test_claiming_drops_what_an_attempt_that_never_trained_left(tmp_path: Path) -> None:
-    mine = recipe(tmp_path)
-    run = RunDirectory.of(mine)
+@pytest.mark.parametrize("kind", ["sweep", "study"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_does_not_start_in_the_directory_of_a_sweep_or_study(kind: str, resume: bool, recipe: Recipe) -> None:
+    run = RunDirectory.of(recipe)
     run.path.mkdir()
-    run.log_metrics({"step": 7})
-    run.create(mine, {})
-    run.log_metrics({"step": 1})
-    assert run.read_metrics() == [{"step": 1}]
+    for name in ("recipe.yaml", RECORDS[kind]):
+        (run.path / name).write_text("")
+    with pytest.raises(UserError, match=f"a {kind} already; set another name"):
+        run.has_started(resume=resume)
 
 
-def test_a_place_that_cannot_be_written_is_the_users_to_change(tmp_path: Path) -> None:
+def test_a_new_run_removes_metrics_of_an_attempt_that_never_trained(recipe: Recipe) -> None:
+    run = RunDirectory.of(recipe)
+    run.path.mkdir()
+    run.metrics.append({"step": 7})
+    run.create(recipe, {})
+    run.metrics.append({"step": 1})
+    assert run.metrics.read() == [{"step": 1}]
+
+
+def test_a_directory_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    mine = recipe(tmp_path / "file")
+    recipe = make_recipe(tmp_path / "file")
     with pytest.raises(UserError, match="output_dir"):
-        RunDirectory.of(mine).create(mine, {})
+        RunDirectory.of(recipe).create(recipe, {})
 
 
-def test_the_bar_names_loss_divergence_margin_and_speed() -> None:
+def test_the_training_bar_shows_loss_divergence_margin_and_speed() -> None:
     note = step_note({"loss": 0.5, "divergence": 0.25, "reward/margin": 2.0, "tokens_per_second": 123.4, "lr": 1.0})
     assert note == "loss 0.5  div 0.25  margin 2  tok/s 123"
 
 
-def test_progress_off_a_terminal_says_when_a_phase_ends(capsys: pytest.CaptureFixture[str]) -> None:
-    with ProgressDisplay().phase("tokens") as update:
+def test_an_event_is_printed_once_and_logged_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    events = EventLog(tmp_path / "events.jsonl")
+    events.log("of an earlier attempt")
+    with (
+        caplog.at_level(logging.INFO, "raydiv"),
+        events.follow(ProgressDisplay().print, lambda place: f"train.jsonl:{place[2]}"),
+    ):
+        events.log("step 3 is refused", [(0, 0, 7)])
+    message = "step 3 is refused (train.jsonl:7)"
+    assert caplog.record_tuples == [("raydiv", logging.INFO, message)]
+    assert capsys.readouterr().err == f"{message}\n"
+
+
+def test_without_a_handler_of_the_user_messages_are_not_printed_by_logging(capsys: pytest.CaptureFixture[str]) -> None:
+    assert logging.getLogger("raydiv").handlers == []
+    ProgressDisplay(quiet=True).print("a message")
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_outside_a_terminal_is_a_line_at_the_end_of_a_phase(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "raydiv"), ProgressDisplay().phase("tokens") as update:
         update(1, 2)
         update(2, 2)
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err.startswith("tokens: done in")
+    assert caplog.records == []
 
 
-def test_a_long_phase_off_a_terminal_says_how_far_it_is(
+def test_a_long_phase_outside_a_terminal_prints_lines_of_progress(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
@@ -100,5 +148,5 @@ def test_a_long_phase_off_a_terminal_says_how_far_it_is(
             now[0] += 15.0
             update(done, total)
     lines = capsys.readouterr().err.splitlines()
-    # of how many is not known at first; from then on 10 every 15 seconds
+    # the total is unknown at first; from then on 10 every 15 seconds
     assert lines == ["tokens: 20    (30 s)", "tokens: 40/60    (60 s, 30 s left)", "tokens: done in 60.0 s"]

@@ -149,8 +149,8 @@ def finish(directory: SweepDirectory, trial: TrialRecord, **metrics: float) -> N
     run = directory.run(trial)
     run.model.mkdir(parents=True)
     (run.model / "weights").write_text("w")
-    run.log_metrics({"step": 0, "d": 99.0, "r": 0.0, "before/alone": 1.0})
-    run.log_metrics({"step": 2, "divergence/name": "KL", **metrics})
+    run.metrics.append({"step": 0, "d": 99.0, "r": 0.0, "before/alone": 1.0})
+    run.metrics.append({"step": 2, "divergence/name": "KL", **metrics})
     run.result.write_text("{}")
 
 
@@ -196,7 +196,7 @@ def test_only_the_best_keep_their_weights_whatever_their_number(tmp_path: Path) 
         weights = sorted(path.parent.parent.name for path in record.directory.trials.glob("*/model/weights"))
         assert len(weights) <= 2
     assert weights == ["003", "004"] == [trial.name for trial in record.trials.values() if trial.kept]
-    assert all(record.directory.run(trial).metrics_file.is_file() for trial in record.trials.values())
+    assert all(record.directory.run(trial).metrics.path.is_file() for trial in record.trials.values())
     stopped = record.trials[9] = TrialRecord(9, {"loss.beta": 9})
     finish(record.directory, stopped, d=100.0, r=0.0)
     record.settle(stopped, STOPPED)
@@ -228,19 +228,19 @@ def test_a_sweep_is_resumed_as_it_was(tmp_path: Path) -> None:
     recipe = recipe_in(tmp_path)
     directory = SweepDirectory.of(recipe)
     # of one that is not there it is a start, so that a job may always be given it
-    assert not directory.has_started(recipe, resume=True)
-    assert not directory.has_started(recipe, resume=False)
+    assert not directory.can_resume(recipe, resume=True)
+    assert not directory.can_resume(recipe, resume=False)
     directory.create(recipe)
-    with pytest.raises(UserError, match="holds a run already"):
-        directory.has_started(recipe, resume=False)
+    with pytest.raises(UserError, match="a run already"):
+        directory.can_resume(recipe, resume=False)
     SweepRecord(directory, recipe).write()
-    with pytest.raises(UserError, match=r"holds a sweep already; go on with it \(--resume\)"):
-        directory.has_started(recipe, resume=False)
-    assert directory.has_started(recipe_in(tmp_path, sweep={"keep": 3, "max_concurrent": 2}), resume=True)
+    with pytest.raises(UserError, match=r"sweep already.*--resume"):
+        directory.can_resume(recipe, resume=False)
+    assert directory.can_resume(recipe_in(tmp_path, sweep={"keep": 3, "max_concurrent": 2}), resume=True)
     with pytest.raises(UserError, match="was begun with another optim;"):
-        directory.has_started(recipe_in(tmp_path, optim={"steps": 3}), resume=True)
+        directory.can_resume(recipe_in(tmp_path, optim={"steps": 3}), resume=True)
     with pytest.raises(UserError, match="was begun with another sweep;"):
-        directory.has_started(recipe_in(tmp_path, sweep={"space": {"loss.beta": [0.1]}}), resume=True)
+        directory.can_resume(recipe_in(tmp_path, sweep={"space": {"loss.beta": [0.1]}}), resume=True)
 
 
 def test_resumed_with_short_names_the_best_keeps_its_weights(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Workers that stand still: who is named, and that none is left standing."""
+"""Hangs of training workers: which rank the diagnosis suspects, and that every hung worker ends."""
 
 from __future__ import annotations
 
@@ -21,33 +21,35 @@ from raydiv.training.step_timer import StepTimer
 from raydiv.training.watchdog import HUNG_EXIT_STATUS, Watchdog
 
 
-def test_nobody_is_named_before_the_time() -> None:
+def test_no_hang_before_the_timeout() -> None:
     assert diagnose_hang([], 60) is None
     assert diagnose_hang(beats({"idle": 59.0}, {"idle": 3.0}), 60) is None
 
 
-def test_who_has_come_least_far_is_whom_the_others_wait_for() -> None:
-    said = diagnose_hang(beats({}, {"passed": 49, "phase": "data", "where": "training/feed.py:75 (read)"}, {}), 60)
-    assert said == (
-        "training has stood still for 60 s (cluster.timeout_s) at worker 1 (a, process 7): data of step 6, at "
-        "training/feed.py:75 (read); 2 others waited, in score of step 6"
+def test_the_straggler_is_the_suspect() -> None:
+    message = diagnose_hang(beats({}, {"passed": 49, "phase": "data", "where": "training/feed.py:75 (read)"}, {}), 60)
+    assert message == (
+        "no progress for 60 s (cluster.timeout_s). Suspect: rank 1 (a, pid 7), in data of step 6 at "
+        "training/feed.py:75 (read). Waiting in a collective: 2 ranks, in score of step 6"
     )
 
 
-def test_who_says_nothing_comes_before_who_has_come_least_far() -> None:
-    said = diagnose_hang(beats({"passed": 49}, {"silent": 16.0}), 60)
-    assert said is not None
-    assert "at worker 1 (a, process 7): score of step 6 (says nothing since 16 s); 1 other waited" in said
+def test_a_silent_rank_is_suspected_before_the_straggler() -> None:
+    message = diagnose_hang(beats({"passed": 49}, {"silent": 16.0}), 60)
+    assert message is not None
+    assert "Suspect: rank 1 (a, pid 7), in score of step 6 (no heartbeat for 16 s). " in message
+    assert message.endswith(": 1 rank, in score of step 6")
 
 
-def test_where_all_stand_alike_some_are_named() -> None:
-    said = diagnose_hang(beats(*({},) * 7), 60)
-    assert said is not None
-    assert [f"worker {rank}" in said for rank in range(7)] == [True] * 4 + [False] * 3
-    assert said.endswith("; and 3 more there")
+def test_of_many_suspects_four_are_named() -> None:
+    message = diagnose_hang(beats(*({},) * 7), 60)
+    assert message is not None
+    assert [f"rank {rank} (" in message for rank in range(7)] == [True] * 4 + [False] * 3
+    assert "; and 3 more" in message
+    assert "Waiting" not in message
 
 
-def test_phases_take_what_time_passes_in_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_step_timer_counts_the_time_of_each_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
@@ -78,31 +80,31 @@ def test_phases_take_what_time_passes_in_them(monkeypatch: pytest.MonkeyPatch) -
     ]
 
 
-def test_beats_are_of_this_start_alone_and_silence_is_seen(tmp_path: Path) -> None:
+def test_heartbeats_are_of_this_start_only_and_silence_is_measured(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
-    run.clear_heartbeats()
-    run.write_heartbeat(replace(BEAT, rank=3))
-    run.clear_heartbeats()
+    run.heartbeats.clear()
+    run.heartbeats.write(replace(BEAT, rank=3))
+    run.heartbeats.clear()
     for beat in beats({}, {}):
-        run.write_heartbeat(beat)
+        run.heartbeats.write(beat)
     os.utime(run.path / "workers" / "1.json", (1, time.time() - 100))
-    found = run.heartbeats()
-    assert [beat.rank for beat in found] == [0, 1]
-    assert [beat.is_silent for beat in found] == [False, True]
-    assert run.claim_report("stalled")
-    assert not run.claim_report("stalled")
-    assert run.heartbeats() == found
+    read = run.heartbeats.read()
+    assert [beat.rank for beat in read] == [0, 1]
+    assert [beat.is_silent for beat in read] == [False, True]
+    assert run.heartbeats.claim_report("stalled")
+    assert not run.heartbeats.claim_report("stalled")
+    assert run.heartbeats.read() == read
 
 
-def test_a_worker_that_goes_on_is_left_alone(tmp_path: Path) -> None:
+def test_a_worker_that_makes_progress_does_not_end(tmp_path: Path) -> None:
     run, phases = RunDirectory(tmp_path), StepTimer()
-    run.clear_heartbeats()
+    run.heartbeats.clear()
     with Watchdog(run, phases, timeout=0.5):
         for _ in range(10):
             phases.advance()
             time.sleep(0.1)
-    assert run.heartbeats()[0].passed == 10
-    assert not run.events.exists()
+    assert run.heartbeats.read()[0].passed == 10
+    assert not run.events.path.exists()
 
 
 STUCK = """
@@ -116,34 +118,34 @@ def waits_for_ever():
     time.sleep(60)
 
 run, timer = RunDirectory(Path(sys.argv[1])), StepTimer()
-run.clear_heartbeats()
+run.heartbeats.clear()
 timer.enter("data")
 with Watchdog(run, timer, timeout=0.5):
     waits_for_ever()
 """
 
 
-def test_a_worker_that_stands_still_says_where_and_ends(tmp_path: Path) -> None:
+def test_a_hung_worker_logs_its_line_of_code_and_ends(tmp_path: Path) -> None:
     script = tmp_path / "stuck.py"
     script.write_text(STUCK)
     ended = subprocess.run([sys.executable, script, tmp_path / "run"], timeout=60)
     assert ended.returncode == HUNG_EXIT_STATUS
-    event = json.loads(RunDirectory(tmp_path / "run").events.read_text())
-    assert f"data of step 0, at {tmp_path.name}/stuck.py:9 (waits_for_ever)" in event["message"]
+    event = json.loads(RunDirectory(tmp_path / "run").events.path.read_text())
+    assert f"in data of step 0 at {tmp_path.name}/stuck.py:9 (waits_for_ever)" in event["message"]
 
 
-def test_a_failure_of_workers_that_stood_still_says_so(tmp_path: Path) -> None:
+def test_the_failure_of_a_hang_is_its_diagnosis(tmp_path: Path) -> None:
     from ray.train import TrainingFailedError
 
     run = RunDirectory(tmp_path)
-    run.clear_heartbeats()
+    run.heartbeats.clear()
 
     def fit() -> None:
         raise TrainingFailedError("another worker's connection was closed")
 
-    run.write_heartbeat(replace(BEAT, idle=3.0))
+    run.heartbeats.write(replace(BEAT, idle=3.0))
     with pytest.raises(RuntimeError, match="connection was closed"):
         _report_failure(fit, run, 60)
-    run.write_heartbeat(BEAT)
-    with pytest.raises(RuntimeError, match="training has stood still for 60 s"):
+    run.heartbeats.write(BEAT)
+    with pytest.raises(RuntimeError, match=r"60 s \(cluster\.timeout_s\)"):
         _report_failure(fit, run, 60)

@@ -200,7 +200,7 @@ def _speed(recipe: Recipe, tokens_per_second: float | None) -> dict[str, Any] | 
     runs = sorted(recipe.output_path.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True)
     for run in (RunDirectory(path.parent) for path in runs):
         if run.holds_a_run and _same_speed(run, recipe):
-            speeds = [line["tokens_per_second"] for line in run.read_metrics() if "tokens_per_second" in line]
+            speeds = [line["tokens_per_second"] for line in run.metrics.read() if "tokens_per_second" in line]
             if speeds:
                 return {
                     "tokens_per_second": statistics.median(speeds[-SPEED_RECORDS:]),

@@ -12,7 +12,8 @@ from typing import Any
 from raydiv.config import Recipe, changed
 from raydiv.experiments.study.cells import Cell
 from raydiv.experiments.study.grid import SECTION, PlannedCell, changes_of, data_name, loss_name, model_name
-from raydiv.runs.directory import Metrics, RunDirectory, last_values, numbers
+from raydiv.runs.directory import RunDirectory
+from raydiv.runs.metrics_log import Metrics, last_values, numbers
 from raydiv.runs.resume import comparable, differences
 from raydiv.runs.tracker import downloaded_runs, tracking_uri
 from raydiv.utils.errors import UserError
@@ -61,7 +62,7 @@ def _runs(place: str, recipe: Recipe) -> Iterator[tuple[RunDirectory, str]]:
     path = Path(place).expanduser()
     for one in [path, *sorted(path.glob("*/"))]:
         run = RunDirectory(one)
-        if run.holds_a_run and run.result.is_file() and run.metrics_file.is_file():
+        if run.holds_a_run and run.result.is_file() and run.metrics.path.is_file():
             yield run, str(one)
 
 
@@ -111,8 +112,8 @@ class _Axis:
 
 def _measured(run: RunDirectory) -> tuple[dict[str, float], dict[str, float]]:
     """Metrics after training, and those of the model before it."""
-    before = last_values(record for record in run.read_metrics() if record["step"] == 0)
-    return _figures(run.trained_metrics()), _figures(before)
+    before = last_values(record for record in run.metrics.read() if record["step"] == 0)
+    return _figures(run.metrics.trained_values()), _figures(before)
 
 
 def _figures(metrics: Metrics) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raydiv.config import Recipe, save_recipe
-from raydiv.experiments.shared import RunGroup, distinct_preparations, evaluate_baseline, has_started, prepare_all
+from raydiv.experiments.shared import RunGroup, distinct_preparations, evaluate_baseline, prepare_all
 from raydiv.experiments.study.cells import BASE, NO_DATA, Cell, baseline_cells, trained_cells
 from raydiv.experiments.study.collect import cell_of, identity, included, require_same
 from raydiv.experiments.study.grid import PlannedCell, baselines, planned_cells
@@ -20,48 +19,42 @@ from raydiv.experiments.study.regression import ClaimTest, claim_table, claim_te
 from raydiv.experiments.study.table_io import Table, write_tables
 from raydiv.experiments.study.tables import tables_of
 from raydiv.runs.directory import RunDirectory
+from raydiv.runs.output_directory import OutputDirectory
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.runs.tracker import MlflowTracker, forwarded_environment
 from raydiv.runtime.resources import side_by_side
 from raydiv.runtime.session import ray_session, require_dashboard
 from raydiv.utils.errors import UserError
-from raydiv.utils.storage import atomic
+from raydiv.utils.storage import read_json, write_json
 from raydiv.utils.versions import versions
 
 
-class StudyDirectory:
-    """``OUTPUT_DIR/NAME`` of a study; its cells are runs under ``cells/``, with the recipe and the log of each beside it."""
+class StudyDirectory(OutputDirectory):
+    """The directory of a study; its cells are runs under ``cells/``, with the recipe and the log of each beside it."""
+
+    kind = "study"
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.recipe = path / "recipe.yaml"
-        self.record = path / "study.json"
-        self.report = path / "report.html"
-        self.pictures = path / "pictures"
+        super().__init__(path)
         self.tables = path / "tables"
         self.cells = path / "cells"
-
-    @classmethod
-    def of(cls, recipe: Recipe) -> StudyDirectory:
-        return cls(recipe.output_path / recipe.name)
 
     def create(self, recipe: Recipe, resume: bool) -> dict[str, Any]:
         """Make the directory this study's; returns what an earlier attempt wrote into study.json.
 
         Raises UserError where something else is there, or a study that is not to be resumed.
         """
-        begun = has_started(self.path, self.record, "study", resume)
+        begun = self.has_started(resume=resume)
         self.cells.mkdir(parents=True, exist_ok=True)
         if not begun:
             self.write({"mlflow": {}})
         save_recipe(recipe, self.recipe)
-        written: dict[str, Any] = json.loads(self.record.read_text())
-        return written
+        record: dict[str, Any] = read_json(self.record)
+        return record
 
     def write(self, content: Mapping[str, Any]) -> None:
         """Write study.json."""
-        with atomic(self.record) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(self.record, content, indent=1)
 
     def run(self, plan: PlannedCell) -> RunDirectory:
         return RunDirectory(self.cells / plan.name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -13,13 +12,14 @@ from typing import Any
 
 import yaml
 
-from raydiv.config import Recipe, load_recipe, save_recipe
+from raydiv.config import Recipe, save_recipe
 from raydiv.config.sweep import SweepConstraint, SweepObjective
-from raydiv.experiments.shared import has_started
 from raydiv.experiments.sweep.space import Values
-from raydiv.runs.directory import RunDirectory, numbers
+from raydiv.runs.directory import RunDirectory
+from raydiv.runs.metrics_log import numbers
+from raydiv.runs.output_directory import OutputDirectory
 from raydiv.utils.errors import UserError
-from raydiv.utils.storage import atomic
+from raydiv.utils.storage import read_json, write_json
 
 FINISHED, STOPPED, FAILED, RUNNING, WAITING = "finished", "stopped", "failed", "running", "waiting"
 """What became of a trial; ``stopped``: by the scheduler."""
@@ -46,27 +46,21 @@ class TrialRecord:
         return f"{self.number:03d}"
 
 
-class SweepDirectory:
-    """``OUTPUT_DIR/NAME`` of a sweep; its trials are runs under ``trials/``."""
+class SweepDirectory(OutputDirectory):
+    """The directory of a sweep; its trials are runs under ``trials/``."""
+
+    kind = "sweep"
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.recipe = path / "recipe.yaml"
-        self.record = path / "sweep.json"
-        self.report = path / "report.html"
-        self.pictures = path / "pictures"
+        super().__init__(path)
         self.trials = path / "trials"
 
-    @classmethod
-    def of(cls, recipe: Recipe) -> SweepDirectory:
-        return cls(recipe.output_path / recipe.name)
-
-    def has_started(self, recipe: Recipe, resume: bool) -> bool:
-        """Whether this sweep has begun here. Raises UserError where it is not to be resumed, or another one is there."""
-        begun = has_started(self.path, self.record, "sweep", resume)
-        if begun:
-            _require_same(load_recipe(self.recipe), recipe, self.path)
-        return begun
+    def can_resume(self, recipe: Recipe, resume: bool) -> bool:
+        """Whether this sweep has started here. Raises UserError where it is not to be resumed, or another one is there."""
+        started = self.has_started(resume=resume)
+        if started:
+            _require_same(self.read_recipe(), recipe, self.path)
+        return started
 
     def create(self, recipe: Recipe) -> None:
         """Make the directory this sweep's."""
@@ -110,7 +104,7 @@ class SweepRecord:
     @classmethod
     def read(cls, directory: SweepDirectory, recipe: Recipe) -> SweepRecord:
         """What an earlier attempt left; trials that it had not finished are waiting again."""
-        written = json.loads(directory.record.read_text())
+        written = read_json(directory.record)
         names = TrialRecord.__dataclass_fields__.keys()
         trials = [
             TrialRecord(**{key: value for key, value in one.items() if key in names}) for one in written["trials"]
@@ -137,9 +131,9 @@ class SweepRecord:
         """Note what became of a trial, read from its run."""
         run = self.directory.run(trial)
         trial.status, trial.error = status, error
-        if run.metrics_file.exists():
-            trial.metrics = numbers(run.trained_metrics())
-            trial.steps = run.steps_taken()
+        if run.metrics.path.exists():
+            trial.metrics = numbers(run.metrics.trained_values())
+            trial.steps = run.metrics.steps_taken()
         trial.feasible = self._within(trial)
         trial.kept = run.model.is_dir()
 
@@ -218,8 +212,7 @@ class SweepRecord:
         }
 
     def write(self) -> None:
-        with atomic(self.directory.record) as temporary:
-            temporary.write_text(json.dumps(self.as_json(), indent=1) + "\n")
+        write_json(self.directory.record, self.as_json(), indent=1)
 
 
 def undominated(trials: Sequence[TrialRecord], objectives: Sequence[SweepObjective]) -> list[TrialRecord]:

@@ -51,7 +51,7 @@ def sweep(recipe: Recipe, *, resume: bool = False, display: ProgressDisplay | No
     tried = representatives(recipe)
     variants = distinct_preparations(recipes_of(recipe, tried))
     directory = SweepDirectory.of(recipe)
-    begun = directory.has_started(recipe, resume)
+    begun = directory.can_resume(recipe, resume)
     record = SweepRecord.read(directory, recipe) if begun else SweepRecord(directory, recipe)
     started = time.monotonic()
     # Ray Train asks the dashboard whether a stopped trial's controller is gone, and only then frees its workers

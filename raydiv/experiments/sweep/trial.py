@@ -14,7 +14,8 @@ from raydiv.config import Recipe, changed
 from raydiv.experiments.shared import RunGroup
 from raydiv.experiments.sweep.asha import TRAINED
 from raydiv.experiments.sweep.record import FAILED, FINISHED, OVER, TrialRecord
-from raydiv.runs.directory import Metrics, RunDirectory, numbers
+from raydiv.runs.directory import RunDirectory
+from raydiv.runs.metrics_log import Metrics, numbers
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.runs.resume import resumes
 
@@ -49,14 +50,14 @@ def run_trial(config: Mapping[str, Any], given: TrialTask) -> None:
         if earlier.status == FINISHED and resumes(run, recipe):
             # killed with its sweep it may have no report, and MLflow not all of it
             train(recipe, ProgressDisplay(quiet=True), resume=True)
-        for record in run.read_metrics() if run.metrics_file.exists() else []:
+        for record in run.metrics.read() if run.metrics.path.exists() else []:
             tune.report(numbers(record))
         if earlier.status == FAILED:
             raise RuntimeError(earlier.error)
     else:
         _train(recipe, run)
     # a searcher reads the last report alone
-    tune.report(numbers(run.trained_metrics()))
+    tune.report(numbers(run.metrics.trained_values()))
 
 
 def _name_the_cluster() -> None:
@@ -82,7 +83,7 @@ def _train(recipe: Recipe, run: RunDirectory) -> None:
         shutil.rmtree(run.path, ignore_errors=True)
 
     def report(record: Metrics) -> None:
-        tune.report(numbers(record) | {TRAINED: run.stage().ended is not None})
+        tune.report(numbers(record) | {TRAINED: run.stage.read().ended is not None})
 
     try:
         train(recipe, ProgressDisplay(quiet=True), resume=resume, watch=report)

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raydiv.runs.directory import Metrics, RunDirectory
+from raydiv.runs.directory import RunDirectory
+from raydiv.runs.measurements import SeparationFile
+from raydiv.runs.metrics_log import Metrics
 from raydiv.runs.report.drawing import AMBER, BLUE, GREY, INK, RED, TEAL, Picture, legend, new_axis, styled
-from raydiv.runs.report.table import read_json
+from raydiv.utils.storage import read_json
 
 ALIGNED, UNALIGNED = BLUE, RED
 HARMFUL, HARMLESS = (RED, AMBER), (BLUE, TEAL, GREY)
@@ -42,14 +44,14 @@ class Curve:
 
 def pictures(run: RunDirectory) -> dict[str, list[Picture]]:
     """By section of the report: training, separation, rewards."""
-    records = run.read_metrics()
-    planes = {when: read_json(run.separation / f"{when}.json") for when in ("before", "after")}
+    records = run.metrics.read()
+    planes = {when: SeparationFile.load(run.separation / f"{when}.json") for when in ("before", "after")}
     compared = [log_ratio] if run.read_recipe().loss.needs_reference else []
     with styled():
         drawn = {
             "training": [draw(records) for draw in (loss, divergence, rewards, margin, *compared, gradient)],
-            "separation": [*(plane(found, when) for when, found in planes.items()), separation(records)],
-            "rewards": [reward_distribution(run.read_rewards())],
+            "separation": [*(plane(report, when) for when, report in planes.items() if report), separation(records)],
+            "rewards": [reward_distribution(read_json(run.rewards) if run.rewards.exists() else {})],
         }
     return {section: [picture for picture in found if picture] for section, found in drawn.items()}
 
@@ -142,17 +144,15 @@ def _over_the_run(
     return Picture(name, title, figure, caption)
 
 
-def plane(report: Mapping[str, Any], when: str) -> Picture | None:
+def plane(report: SeparationFile, when: str) -> Picture:
     """Prompts in the plane of their first two principal components, and an ellipse around each class."""
     from matplotlib.patches import Ellipse
 
-    if not report:
-        return None
-    title = f"{when}: D_B {report['figures']['d_b']:.2f}"
+    title = f"{when}: D_B {report.d_b.value:.2f}"
     figure, axis = new_axis(title, "first principal component")
     axis.set_ylabel("second principal component")
     axis.set_aspect("equal", adjustable="datalim")
-    points, kinds, harmful = np.array(report["plane"]), np.array(report["kinds"]), np.array(report["harmful"])
+    points, kinds, harmful = np.array(report.plane), np.array(report.kinds), np.array(report.harmful)
     for is_harmful, colours, marker in ((True, HARMFUL, "x"), (False, HARMLESS, "o")):
         groups = _grouped(list(dict.fromkeys(kinds[harmful == is_harmful].tolist())), len(colours))
         for (label, members), colour in zip(groups.items(), colours, strict=False):

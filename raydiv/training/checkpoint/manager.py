@@ -45,7 +45,7 @@ class CheckpointManager:
         self._writer = AsyncWriter(dist.rank())
         self._begun: _PendingCheckpoint | None = None
         self._due, self._last = False, time.monotonic()
-        self._id = dist.broadcast_object(run.stage().id if dist.rank() == 0 else "")
+        self._id = dist.broadcast_object(run.stage.read().id if dist.rank() == 0 else "")
 
     def find(self) -> Manifest | None:
         """The newest checkpoint all of whose files are as they were written; None without any.
@@ -57,7 +57,7 @@ class CheckpointManager:
             if not wrong:
                 return found
             if dist.rank() == 0:
-                self._run.log_event(f"the checkpoint after step {step} is damaged and not used: {wrong}")
+                self._run.events.log(f"the checkpoint after step {step} is damaged and not used: {wrong}")
         return None
 
     def best(self) -> Manifest | None:
@@ -154,12 +154,12 @@ class CheckpointManager:
                 if isinstance(shard, str):
                     raise OSError(f"worker {rank}: {shard}")
             shards = [shard for shard in written if isinstance(shard, CheckpointShard)]
-            of = {"run": self._id, **self._run.stage().of}
+            of = {"run": self._id, **self._run.stage.read().of}
             self._checkpoints.commit(
                 Manifest(begun.step, begun.updates, dist.world_size(), begun.loop, of, begun.measured, shards)
             )
         except OSError as error:
-            self._run.log_event(
+            self._run.events.log(
                 f"the checkpoint after step {begun.step} could not be written to {folder}: {error}; training goes on, and "
                 "the one before it is kept"
             )
@@ -169,4 +169,4 @@ class CheckpointManager:
         try:
             self._checkpoints.prune(self._section.keep, self._section.mode if self._section.best_metric else None)
         except OSError as error:
-            self._run.log_event(f"old checkpoints in {folder} could not be removed: {error}")
+            self._run.events.log(f"old checkpoints in {folder} could not be removed: {error}")

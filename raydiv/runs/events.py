@@ -1,0 +1,40 @@
+"""events.jsonl: messages of workers to whoever follows the run."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from raydiv.utils.jsonl import JsonlTail, follow
+
+ExamplePlace = tuple[int, int, int]
+"""Where an example comes from: the index of its source in data.train, of the file in that source, and its position there."""
+
+
+class EventLog:
+    """The events of a run. Any worker logs; the driver follows."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def log(self, message: str, examples: Sequence[ExamplePlace] = ()) -> None:
+        """Append an event, with the places of the ``examples`` that it concerns."""
+        event = {"time": round(time.time(), 3), "message": message, "examples": list(examples)}
+        with self.path.open("a") as file:
+            file.write(json.dumps(event) + "\n")
+
+    def follow(
+        self, show: Callable[[str], None], locate: Callable[[ExamplePlace], str]
+    ) -> AbstractContextManager[None]:
+        """Call ``show`` with each event logged while the block runs. ``locate`` names the file and line of an example."""
+        earlier = self.path.read_bytes().count(b"\n") if self.path.exists() else 0
+
+        def handle(event: Mapping[str, Any]) -> None:
+            places = ", ".join(locate(tuple(place)) for place in event["examples"])
+            show(f"{event['message']}{f' ({places})' if places else ''}")
+
+        return follow(JsonlTail(self.path, earlier), handle)
