@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from raydiv.runtime.submit.bundle import JobBundle
     from raydiv.runtime.submit.jobs import Jobs, JobStatus
 
-WRITES = {"output": "--output", "embeddings": "--embeddings", "destination": "DEST"}
+OUTPUT_OPTIONS = {"output": "--output", "embeddings": "--embeddings", "destination": "DEST"}
 """Options that say where a command writes, by their name in the parsed options."""
 
 
@@ -94,15 +94,15 @@ def _send(options: argparse.Namespace) -> int:
 
 def _require_absolute(sent: argparse.Namespace) -> None:
     """Raises UserError where a command would write into the job's own folder, or read a run of this machine."""
-    from raydiv.runtime.submit.bundle import STAYS, relative
+    from raydiv.runtime.submit.bundle import NOT_UPLOADED, relative_path_error
 
-    for name, option in WRITES.items():
+    for name, option in OUTPUT_OPTIONS.items():
         path = getattr(sent, name, None)
         if path is not None and not path.is_absolute():
-            raise UserError(relative(option, str(path)))
+            raise UserError(relative_path_error(option, str(path)))
     run = getattr(sent, "run", None)
     if run is not None and not run.is_absolute():
-        raise UserError(f"RUN: {run} is relative: {STAYS}")
+        raise UserError(f"RUN: {run} is relative: {NOT_UPLOADED}")
 
 
 def _log_bundle(bundle: JobBundle) -> None:
@@ -110,8 +110,8 @@ def _log_bundle(bundle: JobBundle) -> None:
     _log(f"uploaded: {len(bundle.files)} files ({sum(bundle.files.values()) / 2**10:.0f} KiB): {names}")
     if bundle.secrets:
         _log(f"not uploaded, because their names look like secrets: {', '.join(bundle.secrets)}")
-    if bundle.there:
-        _log(f"expected on the cluster: {', '.join(bundle.there)}")
+    if bundle.remote_paths:
+        _log(f"expected on the cluster: {', '.join(bundle.remote_paths)}")
     if "RAYDIV_CACHE" in os.environ:
         _log("RAYDIV_CACHE is set here; the job has it only with --env RAYDIV_CACHE")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from raydiv.data.bundled import QUICKSTART
 from raydiv.runtime.submit.bundle import JobBundle, make_bundle
-from raydiv.runtime.submit.environment import environment, read_runtime_environment, runtime_environment
+from raydiv.runtime.submit.environment import job_variables, read_runtime_environment, runtime_environment
 from raydiv.runtime.submit.jobs import Jobs, JobStatus, address_of, command_of
 from raydiv.utils.errors import UserError
 
@@ -60,16 +60,16 @@ def submit(
     if command == "quickstart":  # a run of a recipe on this machine
         command, recipe, rest = "train", str(QUICKSTART), [str(QUICKSTART), *rest]
     resume = ["--resume"] if command in RESUMED and "--resume" not in rest else []
-    variables, more = environment(env), read_runtime_environment(runtime_env)
+    variables, more = job_variables(env), read_runtime_environment(runtime_env)
     with make_bundle([command, *rest, *resume], recipe, overrides, leaves_a_run=command in LEAVE_A_RUN) as bundle:
         checked = bundle.recipe
         name = name or (checked.name if checked is not None else command)
         jobs = jobs_at(address, checked.cluster.address if checked is not None else None, token_path)
         running = jobs.running(name)
         if running is None:
-            job = jobs.submit_command(name, bundle.words, runtime_environment(bundle, variables, more))
+            job = jobs.submit_command(name, bundle.command, runtime_environment(bundle, variables, more))
             return Submission(jobs, job, name, bundle)
-        if running.command != command_of(bundle.words):
+        if running.command != command_of(bundle.command):
             raise UserError(
                 f"job {running.id} ({name}) has this name and runs another command ({running.command}): wait for it, stop it "
                 f"(raydiv submit stop {running.id}), or choose another name (--name)"

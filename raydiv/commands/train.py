@@ -22,7 +22,7 @@ from raydiv.runs.prometheus import PrometheusMetrics
 from raydiv.runs.report.page import write_report
 from raydiv.runs.resume import recipe_to_resume, require_same_content
 from raydiv.runs.tracker import MlflowTracker
-from raydiv.runtime.resources import of_a_worker, threads_per_worker, worker_memory
+from raydiv.runtime.resources import worker_resources, threads_per_worker, worker_memory
 from raydiv.runtime.session import ray_session, training_environment
 from raydiv.runtime.wait_for_nodes import report_waiting
 from raydiv.training.metrics import estimate_facts
@@ -200,7 +200,7 @@ def _scaling(cluster: ClusterConfig) -> ScalingConfig:
         num_workers=cluster.num_workers if cluster.min_workers is None else (cluster.min_workers, cluster.num_workers),
         elastic_resize_monitor_interval_s=RESIZE_S,
         use_gpu=cluster.use_gpu,
-        resources_per_worker=of_a_worker(cluster),
+        resources_per_worker=worker_resources(cluster),
         accelerator_type=cluster.train.accelerator,
         placement_strategy=cluster.train.placement,
     )

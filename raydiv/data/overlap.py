@@ -17,7 +17,7 @@ from raydiv.data.prompt_sets import Prompt
 from raydiv.data.sources import parse
 from raydiv.data.tokenize import record_chunks
 from raydiv.model.chat import Chat, Messages
-from raydiv.runtime.actor_pool import stream_through
+from raydiv.runtime.actor_pool import map_stream
 
 SHARED_RUNS = 0.5
 """Share of the shorter prompt's three-word runs that make two prompts near."""
@@ -149,7 +149,7 @@ def overlaps_of(opened: OpenSource, evaluated: Sequence[EvaluationPrompts], reci
     if texts:
         arguments = {"texts": texts, "readings": [opened.reading]}
         makers = record_chunks([opened])
-        for matches in stream_through(makers, PromptMatcher, arguments, cluster=recipe.cluster, model=False):
+        for matches in map_stream(makers, PromptMatcher, arguments, cluster=recipe.cluster, model=False):
             for match in matches:
                 if texts[match.number] not in best or (match.same and not best[texts[match.number]].same):
                     best[texts[match.number]] = match

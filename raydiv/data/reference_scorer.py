@@ -23,7 +23,7 @@ from raydiv.model.compatibility import CompatibilityCheck
 from raydiv.model.head import LogProbHead
 from raydiv.model.load import ModelSource
 from raydiv.model.packing import Packing, packing_of
-from raydiv.runtime.actor_pool import Progress, map_rows, no_progress, stream_through
+from raydiv.runtime.actor_pool import Progress, map_rows, no_progress, map_stream
 from raydiv.utils.cache import digest
 
 TASK_EXAMPLES = 1024
@@ -95,7 +95,7 @@ def _score_missing(
         "example_sets": ray.put(list(example_sets)),
     }
     makers = [partial(iter, tasks)]
-    yield from stream_through(makers, StoreFiller, arguments, cluster=recipe.cluster, actors=len(tasks))
+    yield from map_stream(makers, StoreFiller, arguments, cluster=recipe.cluster, actors=len(tasks))
 
 
 def _scoring_tasks(

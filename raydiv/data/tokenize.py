@@ -25,7 +25,7 @@ from raydiv.data.index import INDEXED, SCHEMA, SPELLINGS, Index, IndexWriter, Op
 from raydiv.data.sources import FileChunk, Raw, file_chunks, parse, read, require_unchanged
 from raydiv.data.tokens import GROUP_ROWS, content_key
 from raydiv.model.chat import Chat, Tokenized
-from raydiv.runtime.actor_pool import Progress, no_progress, stream_through
+from raydiv.runtime.actor_pool import Progress, no_progress, map_stream
 from raydiv.utils.errors import UserError
 from raydiv.utils.storage import Folder, open_input
 
@@ -105,7 +105,7 @@ def _write(
     makers = record_chunks(sources)
     arguments = {"chat": chat, "targets": [(opened.folder, opened.reading, opened.lengths) for opened in sources]}
     if makers:
-        with closing(stream_through(makers, Tokenizer, arguments, cluster=cluster, model=False)) as shards:
+        with closing(map_stream(makers, Tokenizer, arguments, cluster=cluster, model=False)) as shards:
             _write_indices(sources, shards, quarantine, progress)
     for opened in sources:
         if not opened.ready:

@@ -19,7 +19,7 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasource, Execut
 from ray.data.block import BlockMetadata
 
 from raydiv.config.cluster import ClusterConfig
-from raydiv.runtime.resources import Pool, pool_of
+from raydiv.runtime.resources import Pool, pool_resources
 from raydiv.utils.errors import UserError
 
 Row = dict[str, Any]
@@ -39,13 +39,13 @@ def map_rows(
 ) -> list[Row]:
     """What ``each_row`` gives, all of it, in the order of ``rows``."""
     done: dict[int, Row] = {}
-    for position, row in each_row(rows, worker, arguments, **options):
+    for position, row in map_rows_unordered(rows, worker, arguments, **options):
         done[position] = row
         progress(len(done), len(rows))
     return [done[position] for position in range(len(rows))]
 
 
-def each_row(
+def map_rows_unordered(
     rows: Sequence[Row],
     worker: type,
     arguments: dict[str, Any],
@@ -68,10 +68,10 @@ def each_row(
     cells = _cells((position, rows[position]) for position in order)
     source = ray.data.from_arrow(cells, override_num_blocks=max(1, batches))
     placed = (_Placed, {"worker": worker, "arguments": arguments})
-    return _through(source, *placed, pool_of(cluster, model), batch_rows, actors=batches)
+    return _through(source, *placed, pool_resources(cluster, model), batch_rows, actors=batches)
 
 
-def stream_through(
+def map_stream(
     makers: Sequence[Callable[[], Iterable[Any]]],
     worker: type,
     arguments: dict[str, Any],
@@ -84,13 +84,13 @@ def stream_through(
 
     The makers run in tasks of their own, several at a time; ``worker(**arguments)`` is called with a list of one row.
     """
-    pool = pool_of(cluster, model)
+    pool = pool_resources(cluster, model)
     source = _made(makers, at_once=2 + pool.devices)
     source.context.execution_options.resource_limits = ExecutionResources(object_store_memory=BUFFERED_BYTES)
     return _through(source, worker, arguments, pool, 1, actors=actors or len(makers))
 
 
-class Stream:
+class PrefetchedStream:
     """Rows that ``makers`` make in tasks of their own, in order, about ``ahead`` of them before they are asked for.
 
     Tasks take seconds to start. They do so at once, aside, and not when the first row is asked for.

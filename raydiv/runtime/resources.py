@@ -52,7 +52,7 @@ def threads_per_worker(cluster: ClusterConfig) -> int:
     return max(1, round(cpus_per_worker(cluster)))
 
 
-def side_by_side(cluster: ClusterConfig, at_most: int | None) -> tuple[int, ClusterConfig]:
+def concurrent_runs(cluster: ClusterConfig, at_most: int | None) -> tuple[int, ClusterConfig]:
     """How many runs there is room for, ``at_most`` so many, and the part of the cluster that each then gets.
 
     The parts never add up to more than there is: no run waits for what another holds, its pools' actors included.
@@ -77,7 +77,7 @@ def side_by_side(cluster: ClusterConfig, at_most: int | None) -> tuple[int, Clus
     return runs, cluster.model_copy(update=part)
 
 
-HOST_SHARE = 0.85
+HOST_MEMORY_FRACTION = 0.85
 """Of a node's memory, what training workers on CPUs may have, beside the driver, Ray's daemons and its object store."""
 
 
@@ -91,7 +91,7 @@ def worker_memory(cluster: ClusterConfig) -> int:
         return int(ray.get(ray.remote(num_gpus=1)(_gpu_memory).remote()))
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     on_each = -(-cluster.num_workers // max(1, len(nodes)))
-    return round(HOST_SHARE * min(_host_memory(node) for node in nodes) / on_each)
+    return round(HOST_MEMORY_FRACTION * min(_host_memory(node) for node in nodes) / on_each)
 
 
 def _host_memory(node: Mapping[str, float]) -> float:
@@ -105,7 +105,7 @@ def _gpu_memory() -> int:
     return int(torch.cuda.get_device_properties(0).total_memory)
 
 
-def pool_of(cluster: ClusterConfig, model: bool) -> Pool:
+def pool_resources(cluster: ClusterConfig, model: bool) -> Pool:
     """What the actors of a pool reserve, with a ``model`` each or, as tokenizers, without, and for how many there is room."""
     section = cluster.pool if model else cluster.tokenize
     each = (section.gpus if isinstance(section, PoolResources) else None) if cluster.use_gpu else 0
@@ -142,7 +142,7 @@ class Pool:
     each: dict[str, float]
 
 
-def of_a_worker(cluster: ClusterConfig) -> dict[str, float]:
+def worker_resources(cluster: ClusterConfig) -> dict[str, float]:
     """What a training worker reserves, by Ray's names, but for the type of its GPU."""
     return {
         name: amount
@@ -212,11 +212,11 @@ def _asked_for(cluster: ClusterConfig) -> Iterator[None]:
 
 def _lack(cluster: ClusterConfig) -> str | None:
     """What there is no room for, with what is there."""
-    lacks = (lack_of_workers(cluster), _lack_of_a_pool(cluster, True), _lack_of_a_pool(cluster, False))
+    lacks = (missing_worker_resources(cluster), _lack_of_a_pool(cluster, True), _lack_of_a_pool(cluster, False))
     return next(filter(None, lacks), None)
 
 
-def lack_of_workers(cluster: ClusterConfig) -> str | None:
+def missing_worker_resources(cluster: ClusterConfig) -> str | None:
     """Why training workers find no room; None where they do."""
     import ray
 
@@ -251,7 +251,7 @@ def _lack_of_a_pool(cluster: ClusterConfig, model: bool) -> str | None:
     section, key = (cluster.pool, "cluster.pool") if model else (cluster.tokenize, "cluster.tokenize")
     if section == type(section)():
         return None
-    asked = pool_of(cluster, model).each
+    asked = pool_resources(cluster, model).each
     if any(_places(node, asked) for node in _nodes()):
         return None
     return f"{key}: an actor wants {_words(asked)}, and no node has that; nodes: {_words_of_nodes(asked)}"

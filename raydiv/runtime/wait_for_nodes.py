@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from raydiv.config.cluster import ClusterConfig
-from raydiv.runtime.resources import lack_of_workers
+from raydiv.runtime.resources import missing_worker_resources
 
 EVERY_S = 30.0
 """Seconds between looks, and that workers say nothing when they are gone."""
@@ -26,7 +26,7 @@ def report_waiting(silence: Callable[[], float], cluster: ClusterConfig, say: Ca
         waits = False
         while not over.wait(EVERY_S):
             silent = silence()
-            lack = lack_of_workers(cluster) if silent > EVERY_S else None
+            lack = missing_worker_resources(cluster) if silent > EVERY_S else None
             if lack is not None and not waits:
                 gone = "the workers are gone" if math.isfinite(silent) else "no worker has begun"
                 say(f"{gone}, and training waits for nodes: {lack}")

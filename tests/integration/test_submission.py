@@ -29,7 +29,7 @@ from raydiv.runs.directory import RunDirectory
 from raydiv.runtime.submit import bundle as bundles
 from raydiv.runtime.submit import jobs as job_api
 from raydiv.runtime.submit.bundle import make_bundle
-from raydiv.runtime.submit.environment import environment, read_runtime_environment, runtime_environment
+from raydiv.runtime.submit.environment import job_variables, read_runtime_environment, runtime_environment
 from raydiv.runtime.submit.jobs import Jobs, JobStatus, address_of
 from raydiv.utils.errors import UserError
 
@@ -72,8 +72,8 @@ def test_a_recipe_goes_with_what_it_extends_and_the_files_that_it_names() -> Non
     words = ["train", recipe, *overrides, "--resume"]
     with make_bundle(words, recipe, overrides, leaves_a_run=True) as found:
         assert found.files.keys() == {"recipe.yaml", "data/train.jsonl"}
-        assert found.words == ["train", "recipe.yaml", "--resume"]
-        assert found.there == ["/shared/eval.jsonl"]
+        assert found.command == ["train", "recipe.yaml", "--resume"]
+        assert found.remote_paths == ["/shared/eval.jsonl"]
         assert load_recipe(found.folder / "recipe.yaml") == load_recipe(recipe, overrides)
         # as it was written: what a sweep changes is not held to defaults that nobody said
         assert "beta" not in yaml.safe_load((found.folder / "recipe.yaml").read_text())["loss"]
@@ -90,7 +90,7 @@ def test_a_folder_goes_without_secrets_caches_runs_and_links_that_lead_out() -> 
 def test_files_that_an_argument_names_go_too() -> None:
     with make_bundle(["evaluate", "org/name", "--prompts", "data/train.jsonl"], None, [], leaves_a_run=False) as found:
         assert found.files.keys() == {"data/train.jsonl"}
-        assert found.words == ["evaluate", "org/name", "--prompts", "data/train.jsonl"]
+        assert found.command == ["evaluate", "org/name", "--prompts", "data/train.jsonl"]
 
 
 def sent_of(*words: str, recipe: str | None = None, overrides: tuple[str, ...] = ()) -> bundles.JobBundle:
@@ -114,7 +114,7 @@ def test_overrides_stay_in_a_command_that_has_no_recipe() -> None:
     Path("ask.jinja").write_text("{{ messages }}")
     words = ("data", "check", "data/train.jsonl", "data.columns.prompt=q", "data.template=ask.jinja")
     found = sent_of(*words, overrides=words[3:])
-    assert found.words == list(words)
+    assert found.command == list(words)
     assert found.files.keys() == {"data/train.jsonl", "ask.jinja"}
 
 
@@ -130,7 +130,7 @@ def test_a_recipe_is_renamed_however_it_is_said(said: list[str], there: list[str
     Path("recipe.yaml").write_text("another: recipe")
     words = ("data", "check", "data/train.jsonl", *said, "optim.lr=1")
     found = sent_of(*words, recipe="recipes/mine.yaml", overrides=words[-1:])
-    assert found.words == ["data", "check", "data/train.jsonl", *there]
+    assert found.command == ["data", "check", "data/train.jsonl", *there]
     assert found.files.keys() == {"data/train.jsonl", "recipe.yaml"}
 
 
@@ -165,7 +165,7 @@ def test_files_go_that_a_word_names_further_in(words: tuple[str, ...]) -> None:
 def test_the_directory_of_a_model_goes_behind_what_it_is_for() -> None:
     assert sent_of("data", "build", "--worse", "model:saved").files.keys() == {"saved/part.arrow"}
     assert "saved/part.arrow" in files_of("evaluate.judge=harmbench:saved")
-    assert sent_of("data", "build", "--worse", "model:/shared/model").there == ["/shared/model"]
+    assert sent_of("data", "build", "--worse", "model:/shared/model").remote_paths == ["/shared/model"]
 
 
 @pytest.mark.usefixtures("project")
@@ -189,7 +189,7 @@ def test_the_options_with_words_of_their_own_are_the_parsers() -> None:
             elif action.choices is not None:
                 yield from action.option_strings
 
-    assert set(chosen(make_parser())) == set(bundles.CHOSEN)
+    assert set(chosen(make_parser())) == set(bundles.CHOICE_OPTIONS)
 
 
 SECRET_NAMES = [
@@ -279,7 +279,7 @@ def test_too_much_is_refused_with_where_it_should_be(monkeypatch: pytest.MonkeyP
 
 def test_variables_are_those_that_are_named_and_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
-    assert environment(["NCCL_DEBUG", "RAYDIV_CACHE=s3://b/c", "X=a=b"]) == {
+    assert job_variables(["NCCL_DEBUG", "RAYDIV_CACHE=s3://b/c", "X=a=b"]) == {
         "NCCL_DEBUG": "INFO",
         "RAYDIV_CACHE": "s3://b/c",
         "X": "a=b",
@@ -292,7 +292,7 @@ def test_variables_are_those_that_are_named_and_no_secrets(monkeypatch: pytest.M
         "NOT_SET_ANYWHERE": "is not set here",
     }.items():
         with pytest.raises(UserError, match=said) as caught:
-            environment([named])
+            job_variables([named])
         assert "planted" not in str(caught.value)
 
 
@@ -622,7 +622,7 @@ def test_everything_that_commands_write_is_known() -> None:
                 yield action.dest
 
     read = {"run", "baseline"}
-    assert set(written(make_parser())) == read | submit_cli.WRITES.keys()
+    assert set(written(make_parser())) == read | submit_cli.OUTPUT_OPTIONS.keys()
 
 
 def test_a_command_that_is_none_is_not_sent(capsys: pytest.CaptureFixture[str]) -> None:

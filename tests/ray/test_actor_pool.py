@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from raydiv.config.cluster import ClusterConfig
-from raydiv.runtime.actor_pool import Stream, map_rows, stream_through
+from raydiv.runtime.actor_pool import PrefetchedStream, map_rows, map_stream
 from raydiv.runtime.session import ray_session
 from raydiv.utils.errors import UserError
 
@@ -60,9 +60,9 @@ def makers(wrong: int | None = None) -> list[Any]:
 
 
 def test_rows_come_in_the_order_of_their_makers() -> None:
-    through = stream_through(makers(), Doubles, {}, cluster=ClusterConfig(), model=False)
+    through = map_stream(makers(), Doubles, {}, cluster=ClusterConfig(), model=False)
     assert list(through) == [2 * number for number in range(20)]
-    assert list(Stream(makers(), ahead=3)) == list(range(20))
+    assert list(PrefetchedStream(makers(), ahead=3)) == list(range(20))
 
 
 def test_rows_come_back_in_their_own_order_whatever_their_length() -> None:
@@ -91,7 +91,7 @@ def test_what_the_user_must_change_arrives_as_it_was_said(where: str, capfd: pyt
         if where == "map":
             map_rows([{"n": 7}], Doubles, given, cluster=ClusterConfig(), batch_rows=1, model=False)
         else:
-            list(stream_through(made, Doubles, given, cluster=ClusterConfig(), model=False))
+            list(map_stream(made, Doubles, given, cluster=ClusterConfig(), model=False))
 
     with pytest.raises(UserError) as caught:
         work()
@@ -101,4 +101,4 @@ def test_what_the_user_must_change_arrives_as_it_was_said(where: str, capfd: pyt
 
 def test_other_failures_name_their_worker() -> None:
     with pytest.raises(RuntimeError, match=r"^Breaks: (.|\n)*no fault of the user's"):
-        list(stream_through(makers(), Breaks, {}, cluster=ClusterConfig(), model=False))
+        list(map_stream(makers(), Breaks, {}, cluster=ClusterConfig(), model=False))

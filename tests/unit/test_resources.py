@@ -10,7 +10,7 @@ import ray
 
 from raydiv.config import load_recipe
 from raydiv.config.cluster import ClusterConfig
-from raydiv.runtime.resources import cpus_per_worker, of_a_worker, pool_of, require_resources
+from raydiv.runtime.resources import cpus_per_worker, worker_resources, pool_resources, require_resources
 from raydiv.utils.errors import UserError
 
 SMALL, LARGE = {"CPU": 8.0}, {"CPU": 96.0, "GPU": 8.0, "accelerator_type:A100": 1.0}
@@ -59,7 +59,7 @@ def test_a_workers_share_of_cpus_is_the_most_that_all_find_on_a_node(
 def test_a_worker_reserves_what_tells_its_nodes_apart(nodes: list[dict[str, float]]) -> None:
     nodes.extend([LARGE | {"fast": 8.0}, LARGE])
     cluster = ClusterConfig(num_workers=4, use_gpu=True, train={"custom": {"fast": 2}, "accelerator": "A100"})
-    assert of_a_worker(cluster) == {"CPU": 21.6, "GPU": 1.0, "fast": 2.0}
+    assert worker_resources(cluster) == {"CPU": 21.6, "GPU": 1.0, "fast": 2.0}
     require_resources(cluster)
     with pytest.raises(UserError, match=r"5 workers with .* 2 fast, A100 each, and there is room for 4"):
         require_resources(cluster.model_copy(update={"num_workers": 5}))
@@ -146,14 +146,14 @@ def test_pools(
     nodes: list[dict[str, float]],
 ) -> None:
     nodes.extend(there)
-    pool = pool_of(ClusterConfig(**cluster), model)
+    pool = pool_resources(ClusterConfig(**cluster), model)
     assert (pool.actors, pool.cpus, pool.gpus) == (actors, cpus, gpus)
 
 
 def test_a_pool_is_placed_as_ray_has_it(nodes: list[dict[str, float]]) -> None:
     nodes.append(dict(LARGE) | {"far": 4.0})
     section = {"accelerator": "A100", "custom": {"far": 0.5}, "placement": "SPREAD"}
-    assert pool_of(ClusterConfig(use_gpu=True, pool=section), True).options == {
+    assert pool_resources(ClusterConfig(use_gpu=True, pool=section), True).options == {
         "resources": {"far": 0.5},
         "accelerator_type": "A100",
         "scheduling_strategy": "SPREAD",

@@ -29,7 +29,7 @@ from raydiv.experiments.sweep.record import (
 )
 from raydiv.experiments.sweep.searchers import ListSearcher, OptunaSearcher
 from raydiv.runs.directory import RunDirectory
-from raydiv.runtime.resources import HOST_SHARE, side_by_side
+from raydiv.runtime.resources import HOST_MEMORY_FRACTION, concurrent_runs
 from raydiv.utils.errors import UserError
 
 SPACE = {
@@ -345,11 +345,11 @@ def test_runs_side_by_side_never_want_more_than_there_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: have)
-    nodes = [{"Alive": True, "Resources": {"CPU": have["CPU"], "memory": 2**30 * 10 / HOST_SHARE}}]
+    nodes = [{"Alive": True, "Resources": {"CPU": have["CPU"], "memory": 2**30 * 10 / HOST_MEMORY_FRACTION}}]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     monkeypatch.setattr(ray, "remote", lambda **_: lambda function: SimpleNamespace(remote=lambda: 80 * 2**30))
     monkeypatch.setattr(ray, "get", lambda value: value)
-    found, own = side_by_side(ClusterConfig(**cluster), at_most)
+    found, own = concurrent_runs(ClusterConfig(**cluster), at_most)
     assert found == runs
     assert {name: getattr(own, name) for name in part} == part
     assert found * (own.cpus or 0) <= have["CPU"]

@@ -30,7 +30,7 @@ from raydiv.losses import widest_scope
 from raydiv.model.chat import Chat
 from raydiv.model.silence import silence_libraries
 from raydiv.runs.directory import RunDirectory
-from raydiv.runtime.resources import HOST_SHARE
+from raydiv.runtime.resources import HOST_MEMORY_FRACTION
 from raydiv.utils.errors import UserError
 
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "head", "buffers", "runtime")
@@ -176,7 +176,7 @@ def _worker_memory(cluster: ClusterConfig) -> tuple[int, str]:
     if cluster.worker_memory_gb is not None:
         return round(cluster.worker_memory_gb * GIB), "as given"
     if not cluster.use_gpu:
-        return round(HOST_SHARE * _machine_memory() / cluster.num_workers), "its share of this machine"
+        return round(HOST_MEMORY_FRACTION * _machine_memory() / cluster.num_workers), "its share of this machine"
     import torch
 
     if not torch.cuda.is_available():

@@ -18,7 +18,7 @@ from raydiv.model.collate import Ids, ModelInputs, collate
 from raydiv.model.compatibility import EXAMPLES
 from raydiv.model.load import ModelSource
 from raydiv.model.packing import Packing, packing_of
-from raydiv.runtime.actor_pool import each_row
+from raydiv.runtime.actor_pool import map_rows_unordered
 from raydiv.utils.errors import UserError
 
 TOKENS_PER_FORWARD = 4096
@@ -102,7 +102,7 @@ def pool_states(states: Sequence[Tensor], inputs: ModelInputs, lengths: Sequence
 def embed(model: ModelSource, prompts: Sequence[Prompt], cluster: ClusterConfig, readout: Readout) -> Iterator[Read]:
     """The states of prompts, as soon as a pool of models has read them; needs a Ray session."""
     rows = [{"prompt": prompt.text} for prompt in prompts]
-    for position, found in each_row(
+    for position, found in map_rows_unordered(
         rows,
         Embedder,
         {"model": model, "readout": readout},

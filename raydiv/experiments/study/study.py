@@ -22,7 +22,7 @@ from raydiv.runs.directory import RunDirectory
 from raydiv.runs.output_directory import OutputDirectory
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.runs.tracker import MlflowTracker, forwarded_environment
-from raydiv.runtime.resources import side_by_side
+from raydiv.runtime.resources import concurrent_runs
 from raydiv.runtime.session import ray_session, require_dashboard
 from raydiv.utils.errors import UserError
 from raydiv.utils.storage import read_json, write_json
@@ -139,7 +139,7 @@ def _run(
         if not missing:
             return measured, {}
         prepare_all(distinct_preparations([plan.recipe for plan in missing]), display)
-        room, part = side_by_side(recipe.cluster, section.max_concurrent)
+        room, part = concurrent_runs(recipe.cluster, section.max_concurrent)
         family = RunGroup(directory.cells, part, forwarded_environment(recipe), parent)
         jobs = [_job(plan, directory, family) for plan in missing]
         return measured, _run_all(jobs, room, section.keep_models, display)

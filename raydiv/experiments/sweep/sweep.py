@@ -21,7 +21,7 @@ from raydiv.experiments.sweep.space import Values, recipes_of, representatives
 from raydiv.experiments.sweep.trial import TrialTask, run_trial
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.runs.tracker import MlflowTracker, forwarded_environment
-from raydiv.runtime.resources import side_by_side
+from raydiv.runtime.resources import concurrent_runs
 from raydiv.runtime.session import ray_session, require_dashboard
 from raydiv.utils.errors import UserError
 from raydiv.utils.versions import versions
@@ -102,7 +102,7 @@ def _search(
 
     section = recipe.sweep
     assert section is not None
-    room, part = side_by_side(recipe.cluster, section.max_concurrent)
+    room, part = concurrent_runs(recipe.cluster, section.max_concurrent)
     family = RunGroup(record.directory.trials, part, forwarded_environment(recipe), record.facts["mlflow"]["run_id"])
     given = TrialTask(recipe, family, Path.cwd(), dict(record.trials))
     searcher, count = _searcher(recipe, record, tried)

@@ -26,7 +26,7 @@ from raydiv.config.source import SUFFIXES
 from raydiv.utils.dotted import leaves
 from raydiv.utils.errors import UserError
 
-MOST_BYTES = 100 * 2**20
+MAX_BUNDLE_BYTES = 100 * 2**20
 """Of files that go with a job. Ray keeps them in the memory of the head node."""
 
 NEVER = (
@@ -80,13 +80,15 @@ PLACES = ("model", "data", "separation", "evaluate", "sweep", "study")
 INCLUDED = "study.include."
 """Where finished runs are wanted, and nothing else."""
 
-CHOSEN = ("--part", "--against", "--kind", "--pooling", "--intervals", "--precision")
+CHOICE_OPTIONS = ("--part", "--against", "--kind", "--pooling", "--intervals", "--precision")
 """Options of commands whose values are words that raydiv knows, and so no names of files."""
 
 MODELS = ("model", *JUDGES)
 """What stands before a colon and a model's id or directory: ``data build --worse model:DIR``, ``--judge harmbench:DIR``."""
 
-STAYS = "finished runs do not go along with a job, nor do caches and secrets: say an absolute path that the cluster has"
+NOT_UPLOADED = (
+    "finished runs do not go along with a job, nor do caches and secrets: say an absolute path that the cluster has"
+)
 
 RECIPE = "recipe.yaml"
 
@@ -100,9 +102,9 @@ class JobBundle:
     """
 
     folder: Path
-    words: list[str]
+    command: list[str]
     files: dict[str, int]
-    there: list[str]
+    remote_paths: list[str]
     recipe: Recipe | None
     secrets: list[str]
 
@@ -147,11 +149,11 @@ def _checked(recipe: str, overrides: Sequence[str], leaves_a_run: bool) -> Recip
     kept = {"output_dir": checked.output_dir, "checkpoint.storage": checked.checkpoint.storage}
     for key, place in kept.items():
         if leaves_a_run and place is not None and not _of_the_cluster(place):
-            raise UserError(f"{relative(key, place)} ({key}=/shared/runs)")
+            raise UserError(f"{relative_path_error(key, place)} ({key}=/shared/runs)")
     return checked
 
 
-def relative(where: str, place: str) -> str:
+def relative_path_error(where: str, place: str) -> str:
     """What is wrong with a relative place that a job writes to."""
     return (
         f"{where}: {place} is relative, and a job's own folder goes when the job does: say a folder that all nodes of the "
@@ -179,7 +181,7 @@ def _named(tree: Mapping[str, Any], words: Sequence[str]) -> dict[str, str]:
             found.setdefault(_place(value), path)
     command = 2 if words[0] == "data" else 1
     for before, word in pairwise(words[command - 1 :]):
-        if before not in CHOSEN and word.partition("=")[0] not in CHOSEN:
+        if before not in CHOICE_OPTIONS and word.partition("=")[0] not in CHOICE_OPTIONS:
             for value in _values(word):
                 found.setdefault(_place(value), word)
     return found
@@ -242,7 +244,7 @@ def _put(value: str, where: str, folder: Path) -> list[str]:
     shutil.copytree(source, target, ignore=left, dirs_exist_ok=True)
     # beside runs there may be a file of MLflow's, which is none
     if not any(path.is_file() for path in target.rglob("*")) or (where.startswith(INCLUDED) and left.runs):
-        raise UserError(f"{where}: nothing that is wanted of {value} would be there: {STAYS}")
+        raise UserError(f"{where}: nothing that is wanted of {value} would be there: {NOT_UPLOADED}")
     return left.secrets
 
 
@@ -282,10 +284,10 @@ def _matches(names: Iterable[str], patterns: Iterable[str]) -> bool:
 
 def _require_few(files: Mapping[str, int]) -> None:
     total = sum(files.values())
-    if total > MOST_BYTES:
+    if total > MAX_BUNDLE_BYTES:
         largest = max(files, key=lambda name: files[name])
         raise UserError(
             f"{total / 2**20:.0f} MiB of files would go with the job ({largest}: {files[largest] / 2**20:.0f}), more than "
-            f"{MOST_BYTES / 2**20:.0f}: put them where every node reads them (s3://..., gs://..., hf://..., or a shared folder "
+            f"{MAX_BUNDLE_BYTES / 2**20:.0f}: put them where every node reads them (s3://..., gs://..., hf://..., or a shared folder "
             "by its absolute path), and say that in their place"
         )

@@ -19,7 +19,7 @@ SEEN = (
 )
 
 
-def environment(named: Sequence[str]) -> dict[str, str]:
+def job_variables(named: Sequence[str]) -> dict[str, str]:
     """Variables ``NAME`` as they are here, or ``NAME=VALUE``.
 
     Raises UserError for one that is not set, and for one whose name or value says that it is a secret: whoever sees the
