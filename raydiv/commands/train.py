@@ -22,7 +22,7 @@ from raydiv.runs.prometheus import PrometheusMetrics
 from raydiv.runs.report.page import write_report
 from raydiv.runs.resume import recipe_to_resume, require_same_content
 from raydiv.runs.tracker import MlflowTracker
-from raydiv.runtime.resources import worker_resources, threads_per_worker, worker_memory
+from raydiv.runtime.resources import threads_per_worker, worker_memory, worker_resources
 from raydiv.runtime.session import ray_session, training_environment
 from raydiv.runtime.wait_for_nodes import report_waiting
 from raydiv.training.metrics import estimate_facts

@@ -23,7 +23,7 @@ from raydiv.model.compatibility import CompatibilityCheck
 from raydiv.model.head import LogProbHead
 from raydiv.model.load import ModelSource
 from raydiv.model.packing import Packing, packing_of
-from raydiv.runtime.actor_pool import Progress, map_rows, no_progress, map_stream
+from raydiv.runtime.actor_pool import Progress, map_rows, map_stream, no_progress
 from raydiv.utils.cache import digest
 
 TASK_EXAMPLES = 1024

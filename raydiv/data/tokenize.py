@@ -25,7 +25,7 @@ from raydiv.data.index import INDEXED, SCHEMA, SPELLINGS, Index, IndexWriter, Op
 from raydiv.data.sources import FileChunk, Raw, file_chunks, parse, read, require_unchanged
 from raydiv.data.tokens import GROUP_ROWS, content_key
 from raydiv.model.chat import Chat, Tokenized
-from raydiv.runtime.actor_pool import Progress, no_progress, map_stream
+from raydiv.runtime.actor_pool import Progress, map_stream, no_progress
 from raydiv.utils.errors import UserError
 from raydiv.utils.storage import Folder, open_input
 

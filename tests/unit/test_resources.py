@@ -10,7 +10,7 @@ import ray
 
 from raydiv.config import load_recipe
 from raydiv.config.cluster import ClusterConfig
-from raydiv.runtime.resources import cpus_per_worker, worker_resources, pool_resources, require_resources
+from raydiv.runtime.resources import cpus_per_worker, pool_resources, require_resources, worker_resources
 from raydiv.utils.errors import UserError
 
 SMALL, LARGE = {"CPU": 8.0}, {"CPU": 96.0, "GPU": 8.0, "accelerator_type:A100": 1.0}
