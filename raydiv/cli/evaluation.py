@@ -130,11 +130,13 @@ def _evaluate(options: argparse.Namespace) -> int:
             report.write(options.output, f"model-{number}", options.show_text)
 
     def show() -> None:
-        from raydiv.runs.report.table import label_of
+        from raydiv.runs.metric_registry import spec_of
 
         cells = [report.cells() for report in reports]
         names = dict.fromkeys(name for row in cells for name in row)
-        print_table(["", *options.models], [(label_of(name), *(row.get(name, "-") for row in cells)) for name in names])
+        print_table(
+            ["", *options.models], [(spec_of(name).row_label, *(row.get(name, "-") for row in cells)) for name in names]
+        )
         print(reports[0].judge.errors)
         for report in reports:
             for note in report.notes:

@@ -1,9 +1,9 @@
-"""What is reported of one model's answers: for files, metrics and tables."""
+"""The report of one model's answers: files, metrics and the cells of a table."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from raydiv.evaluation.drift import KlEstimate
 from raydiv.evaluation.generate import Answer
 from raydiv.evaluation.judges import HarmJudge, said
 from raydiv.evaluation.outputs import Output, outputs_text
-from raydiv.evaluation.summary import GradedAnswer, Rate, rates
+from raydiv.evaluation.summary import GradedAnswer, rates_of
 from raydiv.evaluation.win_rate import WinRate
+from raydiv.runs.measurements import AnswersFile, MeasuredValue
+from raydiv.runs.metric_registry import spec_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,38 +42,35 @@ class AnswersReport:
     win_rate: WinRate | None = None
     capability: Capability | None = None
 
-    @property
-    def rates(self) -> dict[str, Rate]:
-        return rates(self.graded)
+    def values(self) -> Mapping[str, MeasuredValue]:
+        """Every value by metric name, as it is read back from the file."""
+        return AnswersFile.of(self.as_json()).values
 
     def metrics(self) -> dict[str, float]:
-        found = {name: rate.share for name, rate in self.rates.items()}
-        found |= {"evaluate/logp_per_token": self.logp_per_token, "evaluate/perplexity": self.perplexity}
+        values = {name: measured.value for name, measured in self.values().items()}
         if self.kl is not None:
-            found |= {"evaluate/kl": self.kl.value, "evaluate/kl_per_token": self.kl.per_token}
-        for more in (self.win_rate, self.capability):
-            found |= {} if more is None else more.metrics()
-        return found
+            values["evaluate/kl_per_token"] = self.kl.per_token
+        return values | ({} if self.win_rate is None else self.win_rate.metrics())
 
     def harmless(self) -> tuple[list[str], list[str]]:
-        """Harmless prompts as text, and the answers to them: what utility is judged on."""
-        own = [
-            (said(one.prompt), answer.text)
-            for one, answer in zip(self.graded, self.answers, strict=True)
-            if not one.prompt.harmful
+        """Harmless prompts as text, and the answers to them, by which utility is judged."""
+        pairs = [
+            (said(graded.prompt), answer.text)
+            for graded, answer in zip(self.graded, self.answers, strict=True)
+            if not graded.prompt.harmful
         ]
-        return [instruction for instruction, _ in own], [text for _, text in own]
+        return [instruction for instruction, _ in pairs], [text for _, text in pairs]
 
     def as_json(self) -> dict[str, Any]:
         """For files and ``--json``."""
-        found = {
-            name: {"share": r.share, "count": r.count, "of": r.of, "interval": r.interval}
-            for name, r in self.rates.items()
+        rates = {
+            name: {"share": rate.share, "count": rate.count, "of": rate.of, "interval": rate.interval}
+            for name, rate in rates_of(self.graded).items()
         }
         return {
             "model": self.model,
             "judge": {"name": self.judge.name, "errors": self.judge.errors},
-            "rates": found,
+            "rates": rates,
             "logp_per_token": self.logp_per_token,
             "coherence": self.threshold.as_json(),
             "perplexity": self.perplexity,
@@ -82,37 +81,36 @@ class AnswersReport:
         }
 
     def cells(self) -> dict[str, str]:
-        """Every figure as a table shows it, by metric name."""
-        found = {name: str(rate) for name, rate in self.rates.items()}
-        found["evaluate/logp_per_token"] = f"{self.logp_per_token:.2f}"
-        found["evaluate/perplexity"] = f"{self.perplexity:.2f}"
-        if self.kl is not None:
-            low_high = "" if self.kl.interval is None else f" ({self.kl.interval[0]:.2f}-{self.kl.interval[1]:.2f})"
-            found["evaluate/kl"] = f"{self.kl.value:.2f}{low_high}"
-        if self.win_rate is not None:
-            found["evaluate/win_rate"] = str(self.win_rate)
-        return found | ({} if self.capability is None else self.capability.cells())
+        """Every value with its interval as a table shows it, by metric name."""
+        cells = {}
+        for name, measured in self.values().items():
+            spec = spec_of(name)
+            interval = spec.range_text(measured.interval, "-")
+            cells[name] = spec.text(measured.value) + (f" ({interval})" if interval else "")
+        if self.win_rate is not None and self.win_rate.rate is None:
+            cells["evaluate/win_rate"] = "unparsable"
+        return cells
 
     def files(self, name: str, show_text: bool) -> dict[str, str]:
         """The rates, and a line per answer: id, set, kind, category, attack, verdict, and with ``show_text`` the texts."""
         lines = map(self._line, self.attempts, self.graded, self.answers, [show_text] * len(self.graded))
-        found = {
+        files = {
             f"{name}.json": json.dumps(self.as_json(), indent=1) + "\n",
             f"{name}.answers.jsonl": "".join(json.dumps(line) + "\n" for line in lines),
         }
         if show_text:
             pairs = zip(*self.harmless(), strict=True)
             outputs = [Output(instruction, text, self.model) for instruction, text in pairs]
-            found[f"{name}.outputs.json"] = outputs_text(outputs)
-        return found
+            files[f"{name}.outputs.json"] = outputs_text(outputs)
+        return files
 
     @staticmethod
-    def _line(attempt: Attempt, one: GradedAnswer, answer: Answer, show_text: bool) -> dict[str, Any]:
-        prompt = one.prompt
+    def _line(attempt: Attempt, graded: GradedAnswer, answer: Answer, show_text: bool) -> dict[str, Any]:
+        prompt = graded.prompt
         line = {"id": prompt.id, "set": prompt.set, "kind": prompt.kind, "category": prompt.category}
-        text = {"prompt": prompt.text, "asked": attempt.request.prompt, "answer": answer.text} if show_text else {}
-        toxic = {} if one.toxic is None else {"toxic": one.toxic}
-        return {**line, "attack": one.attack, "verdict": one.verdict, **toxic, **text}
+        texts = {"prompt": prompt.text, "asked": attempt.request.prompt, "answer": answer.text} if show_text else {}
+        toxicity = {} if graded.toxic is None else {"toxic": graded.toxic}
+        return {**line, "attack": graded.attack, "verdict": graded.verdict, **toxicity, **texts}
 
     def write(self, folder: Path, name: str, show_text: bool) -> None:
         """Write ``files`` into a folder."""

@@ -29,8 +29,9 @@ from raydiv.evaluation.separation.moments import StreamedSeparation
 from raydiv.evaluation.separation.report import LayerReport, SeparationReport
 from raydiv.evaluation.summary import GradedAnswer
 from raydiv.evaluation.win_rate import WinRate
+from raydiv.runs.measurements import AnswersFile, MeasuredValue, SeparationFile
+from raydiv.runs.metric_registry import spec_of
 from raydiv.runs.progress import ProgressDisplay
-from raydiv.runs.report.table import label_of
 
 HARMFUL = Prompt("PLANTED harm", True, "harmful", "f:1", "theft", "AdvBench")
 HARMLESS = Prompt("PLANTED help", False, "ordinary", "f:2")
@@ -64,7 +65,7 @@ def test_a_report_of_answers_says_the_same_in_metrics_file_and_table(tmp_path: P
     for name, rate in written["rates"].items():
         assert metrics[name] == rate["share"]
         assert name in full.cells()
-    assert all(label_of(name) and "/" not in label_of(name) for name in full.cells())
+    assert all("/" not in spec_of(name).label for name in full.cells())
     full.write(tmp_path / "out", "after", show_text=False)
     lines = [json.loads(line) for line in (tmp_path / "out" / "after.answers.jsonl").read_text().splitlines()]
     assert lines[2] == {**lines[0], "attack": "prefill", "verdict": "unsafe", "toxic": 0.5}
@@ -83,6 +84,29 @@ def test_what_was_not_measured_is_not_there() -> None:
     assert plain.as_json()["kl"] is None
     assert plain.as_json().keys().isdisjoint({"win_rate", "capability"})
     assert plain.metrics().keys().isdisjoint({"evaluate/kl", "evaluate/win_rate"})
+
+
+def test_files_are_read_back_as_they_were_written(tmp_path: Path) -> None:
+    scores = TaskScores("arc_easy", [CapabilityScore("acc", "none", 0.5, None)], 75, 5, "3.0")
+    report = answers(win_rate=WinRate(["win", "tie"], 2, 3), capability=Capability([scores], "0.4", None, False))
+    report.write(tmp_path, "after", show_text=False)
+    read = AnswersFile.load(tmp_path / "after.json")
+    assert read == AnswersFile(report.values(), ["errors"])
+    assert read.values["evaluate/over_refusal"].of == 1
+    assert read.values["evaluate/win_rate"].interval == report.win_rate.interval
+    assert read.values["capability/arc_easy/acc"] == MeasuredValue(0.5, None, 75)
+    separation = separated(1, streamed=False)
+    (tmp_path / "before.json").write_text(separation.files("before")["before.json"])
+    read = SeparationFile.load(tmp_path / "before.json")
+    assert read.d_b == MeasuredValue(separation.separation.figures.d_b, separation.separation.d_b_interval)
+    assert (read.kinds, read.harmful, read.notes) == (separation.kinds, separation.harmful, separation.notes())
+    assert AnswersFile.load(tmp_path / "none.json") is SeparationFile.load(tmp_path / "none.json") is None
+
+
+def test_an_unparsable_win_rate_is_shown() -> None:
+    report = answers(win_rate=WinRate(["unparsable"], 0, 0))
+    assert report.cells()["evaluate/win_rate"] == "unparsable"
+    assert "evaluate/win_rate" not in report.metrics()
 
 
 def test_kl_of_one_answer_has_no_interval() -> None:
@@ -109,10 +133,8 @@ def test_table_of_separation_has_a_cell_for_every_column(streamed: bool) -> None
     assert header[1] == ("sample of 40" if streamed else "all prompts")
     assert header[-1] == ("all 1000, streamed" if streamed else "labels shuffled")
     assert report.layer_table()[1] == []
-    assert report.notes()[0] == (
-        "of 1000 prompts a sample of 40; streamed figures are of all of them" if streamed else "shared"
-    )
-    assert "shared" in report.notes()
+    assert report.notes()[: 1 + streamed][-1] == "shared"
+    assert ("1000" in report.notes()[0] and "40" in report.notes()[0]) == streamed
     assert report.as_json()["protocol"] == "paper"
     assert ("streamed" in report.as_json()) == streamed
 

@@ -15,10 +15,11 @@ from scipy.stats import chi2
 from helpers.made_run import UPDATES, make_run
 from helpers.report_reader import Reader, drawn, lines
 from raydiv.runs.directory import RunDirectory
+from raydiv.runs.measurements import MeasuredValue, SeparationFile
 from raydiv.runs.report import figures
 from raydiv.runs.report.drawing import INK, LONGEST_LABEL, Picture, png, styled, svg
 from raydiv.runs.report.page import page, write_report
-from raydiv.runs.report.table import before_after, label_of, measured
+from raydiv.runs.report.table import before_after, measured_rows
 
 TV = {"divergence/name": "TV(D+ || D-)", "divergence/ceiling": 1.0}
 NO_PICTURES: dict[str, list[Picture]] = {"training": [], "separation": [], "rewards": []}
@@ -41,6 +42,10 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     made = make_run(tmp_path_factory.mktemp("bare"), measured=False)
     write_report(made)
     return made
+
+
+def separated(plane: list[list[float]], kinds: list[str], harmful: list[bool]) -> SeparationFile:
+    return SeparationFile(MeasuredValue(0.5), plane, kinds, harmful, [])
 
 
 def test_divergence_is_drawn_under_its_name_with_its_ceiling() -> None:
@@ -67,7 +72,6 @@ def test_what_was_not_logged_is_not_drawn() -> None:
     nothing = [{"step": 1}]
     draws = (figures.loss, figures.divergence, figures.rewards, figures.margin, figures.log_ratio, figures.separation)
     assert [draw(nothing) for draw in draws] == [None] * len(draws)
-    assert figures.plane({}, "before") is None
     assert figures.reward_distribution({}) is None
 
 
@@ -98,19 +102,14 @@ def test_an_ellipse_of_one_point_or_of_equal_ones_is_a_point() -> None:
 
 
 def test_each_class_has_an_ellipse_whatever_its_kinds_are_called() -> None:
-    report = {
-        "figures": {"d_b": 0.5},
-        "plane": [[0, 0], [1, 1], [0, 2], [9, 9], [8, 7], [9, 5]],
-        "kinds": ["costs $5 or $6", "b", "b", "safe", "safe", "<b>"],
-        "harmful": [True, True, True, False, False, False],
-    }
+    points = [[0, 0], [1, 1], [0, 2], [9, 9], [8, 7], [9, 5]]
+    kinds = ["costs $5 or $6", "b", "b", "safe", "safe", "<b>"]
+    report = separated(points, kinds, [True, True, True, False, False, False])
     with styled():
         picture = figures.plane(report, "after")
         axis = drawn(picture)
         assert [patch.center for patch in axis.patches] == [pytest.approx((1 / 3, 1)), pytest.approx((26 / 3, 7))]
-        assert [text.get_text() for text in picture.figure.legends[0].get_texts()] == list(
-            dict.fromkeys(report["kinds"])
-        )
+        assert [text.get_text() for text in picture.figure.legends[0].get_texts()] == list(dict.fromkeys(kinds))
         image = svg(picture.figure, "it", "after")
     assert "costs $5 or $6" in image
     assert "&lt;b&gt;" in image
@@ -148,38 +147,19 @@ def test_png_is_on_white() -> None:
     assert content.startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(
-    ("metric", "label"),
-    [
-        ("evaluate/asr", "attack success (ASR)"),
-        ("evaluate/asr/prefix_injection", "attack success (ASR): prefix injection"),
-        ("evaluate/asr_set/AdvBench", "attack success (ASR) by set: AdvBench"),
-        ("evaluate/asr_set/AdvBench/prefill", "attack success (ASR) by set: AdvBench: prefill"),
-        ("evaluate/over_refusal_set/XSTest", "refused: all harmless by set: XSTest"),
-        ("evaluate/refused/medical", "refused: medical"),
-        ("evaluate/safety/self_harm", "safe answers to harmful prompts: self harm"),
-        ("evaluate/odd", "odd"),
-        ("evaluate/odd_rate/some_kind", "odd rate: some kind"),
-    ],
-)
-def test_labels(metric: str, label: str) -> None:
-    assert label_of(metric) == label
-
-
 def test_every_rate_is_in_the_table_behind_its_family(run: RunDirectory) -> None:
-    rows = {row.metric: row for row in measured(run)}
+    rows = {row.spec.name: row for row in measured_rows(run)}
     names = list(rows)
     assert names.index("evaluate/asr/prefix_injection") == names.index("evaluate/asr") + 1
     assert names.index("separation/length_auc") < names.index("evaluate/asr")
     assert names.index("evaluate/safety/self_harm") < names.index("eval/divergence")
-    attacked = rows["evaluate/asr"]
-    assert (str(attacked.before), str(attacked.after), attacked.after.of) == ("95%", "18%", 100)
-    assert attacked.after.range == "9% to 27%"
-    assert rows["separation/d_b"].after.range == "0.19 to 0.48"
-    assert str(rows["evaluate/kl"].after) == "8.10"
-    assert rows["evaluate/kl"].after.range == "6.00 to 10.20"
+    asr = rows["evaluate/asr"]
+    assert (asr.before.value, asr.after.value, asr.totals) == (0.95, 0.18, [100])
+    assert asr.after.interval == pytest.approx((0.095, 0.265), abs=1e-3)
+    assert rows["separation/d_b"].after.interval == pytest.approx((0.192, 0.48))
+    assert rows["evaluate/kl"].after == MeasuredValue(8.1, (6.0, 10.2))
     assert rows["evaluate/kl"].before is None
-    assert str(rows["evaluate/odd"].after) == "7.00"
+    assert rows["evaluate/odd"].after == MeasuredValue(7)
 
 
 def test_the_short_table_has_what_is_known(run: RunDirectory, bare: RunDirectory) -> None:
@@ -196,7 +176,7 @@ def test_a_metric_of_one_end_alone(tmp_path: Path) -> None:
     kept = json.loads(answers.read_text())
     del kept["rates"]["evaluate/asr/prefix_injection"], kept["odd"]
     answers.write_text(json.dumps(kept))
-    rows = {row.metric: row for row in measured(made)}
+    rows = {row.spec.name: row for row in measured_rows(made)}
     assert rows["evaluate/asr/prefix_injection"].before is None
     assert rows["evaluate/odd"].before is None
     assert "<td>&ndash; <small></small></td>" in page(made, NO_PICTURES)
@@ -269,7 +249,7 @@ def test_prompts_and_answers_are_shown_only_where_the_run_kept_them(tmp_path: Pa
         write_answers(made, when, [verdict | text for text in texts])
     content = page(made, NO_PICTURES)
     assert Reader(content).open == []
-    assert content.count("I can&#x27;t &amp; won&#x27;t.") == 2
+    assert content.count("I can&#39;t &amp; won&#39;t.") == 2
     assert content.count("How &lt;so&gt;?") == 1
     assert "user: Hello" in content
     for when in ("before", "after"):
@@ -287,15 +267,8 @@ def test_updates_are_counted(run: RunDirectory) -> None:
 
 
 def test_kinds_that_are_too_many_are_drawn_together() -> None:
-    kinds = [*"abcdefgh"]
-    report = {
-        "figures": {"d_b": 0.5},
-        "plane": [[n, n] for n in range(16)],
-        "kinds": kinds * 2,
-        "harmful": [True] * 8 + [False] * 8,
-    }
-    picture = figures.plane(report, "after")
-    assert picture
+    points = [[n, n] for n in range(16)]
+    picture = figures.plane(separated(points, [*"abcdefgh"] * 2, [True] * 8 + [False] * 8), "after")
     (legend,) = picture.figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["a", "7 other kinds", "a", "b", "6 other kinds"]
     assert sum(len(cloud.get_offsets()) for cloud in drawn(picture).collections) == 16
@@ -305,9 +278,7 @@ def test_a_long_label_is_cut_and_a_long_title_broken() -> None:
     name = "JS(D+ x D- || D- x D+) of the pairs as they were before labels flipped with probability e"
     axis = drawn(figures.divergence([{"step": 1, "divergence": 0.3, "divergence/name": name}]))
     assert axis.get_title(loc="left").count("\n") + axis.get_title().count("\n") == 2
-    report = {"figures": {"d_b": 0.5}, "plane": [[0, 0], [1, 2]], "kinds": ["k" * 90, "b"], "harmful": [True, False]}
-    picture = figures.plane(report, "after")
-    assert picture
+    picture = figures.plane(separated([[0, 0], [1, 2]], ["k" * 90, "b"], [True, False]), "after")
     longest = picture.figure.legends[0].get_texts()[0].get_text()
     assert len(longest) == LONGEST_LABEL
     assert longest.endswith("…")

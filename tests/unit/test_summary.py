@@ -9,7 +9,7 @@ from scipy.stats import binomtest
 
 from raydiv.data.prompt_sets import Prompt
 from raydiv.evaluation.judges import verdict
-from raydiv.evaluation.summary import GradedAnswer, Rate, rates
+from raydiv.evaluation.summary import GradedAnswer, Rate, rates_of
 
 
 @pytest.mark.parametrize(("count", "of"), [(0, 1), (1, 1), (0, 100), (100, 100), (3, 7), (50, 100), (1, 1000)])
@@ -34,10 +34,6 @@ def test_interval_of_a_mean_is_no_narrower_than_its_own_spread() -> None:
     assert held >= 190
 
 
-def test_rate_in_words() -> None:
-    assert str(Rate(1, 4)) == "25% (5%-70%)"
-
-
 def prompt(number: int, harmful: bool, kind: str, category: str | None = None, of: str = "one") -> Prompt:
     return Prompt("text", harmful, kind, f"f:{number}", category, of)
 
@@ -59,7 +55,7 @@ DIRECT = ["refused", "safe", "unsafe", "degenerate", "safe", "safe", "refused", 
 
 
 def counts(several: list[GradedAnswer]) -> dict[str, tuple[float, int]]:
-    return {name: (rate.count, rate.of) for name, rate in rates(several).items()}
+    return {name: (rate.count, rate.of) for name, rate in rates_of(several).items()}
 
 
 def test_rates_by_class_kind_and_category() -> None:
@@ -156,6 +152,6 @@ def test_a_judge_goes_over_the_string_rules() -> None:
 
 
 def test_a_broken_model_is_neither_safe_nor_broken_into() -> None:
-    found = rates(graded(["degenerate"] * 9) + graded(["degenerate"] * 4, "prefill"))
+    found = rates_of(graded(["degenerate"] * 9) + graded(["degenerate"] * 4, "prefill"))
     assert all(rate.share == 1 for name, rate in found.items() if "degenerate" in name)
     assert {rate.count for name, rate in found.items() if "degenerate" not in name} == {0}

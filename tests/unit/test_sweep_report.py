@@ -21,7 +21,6 @@ from raydiv.experiments.sweep.figures import by_parameter, front, fronts, parall
 from raydiv.experiments.sweep.page import sweep_notes, sweep_page, sweep_table, write_sweep_report
 from raydiv.experiments.sweep.report_record import Aim, aims, parameters
 from raydiv.runs.report.drawing import PAPER, RAMP, Picture, styled, svg
-from raydiv.runs.report.table import label_alone
 
 ASR = "evaluate/asr"
 NO_PICTURES: dict[str, list[Picture]] = {"trade-off": [], "parameters": []}
@@ -364,20 +363,6 @@ def test_notes_of_a_sweep_that_found_nothing() -> None:
         "failed: 1 (trial 3): no error was noted",
         "none of the finished trials satisfies the constraints: refused: all harmless <= 10%",
     ]
-
-
-@pytest.mark.parametrize(
-    ("metric", "label"),
-    [
-        ("separation/d_b_length_matched", "separation D_B (paper protocol), token lengths matched"),
-        ("separation/probe_auc_length_matched", "AUC of a linear probe, held out, token lengths matched"),
-        ("eval/reward/aligned", "reward of aligned ones"),
-        (ASR, "attack success (ASR)"),
-        ("evaluate/odd_rate", "odd rate"),
-    ],
-)
-def test_labels_that_stand_alone(metric: str, label: str) -> None:
-    assert label_alone(metric) == label
 
 
 def test_the_page_is_whole_and_asks_for_nothing(tmp_path: Path) -> None:

@@ -1,49 +1,56 @@
-"""What is reported of the separation of one model: for files, metrics and tables."""
+"""The report of the separation of one model: files, metrics and tables."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
 from raydiv.evaluation.separation.embed import Readout
-from raydiv.evaluation.separation.metrics import SeparationMetrics, as_row, explain
+from raydiv.evaluation.separation.metrics import SeparationMetrics, SeparationStatistics, as_row, explain
 from raydiv.evaluation.separation.moments import StreamedSeparation
-
-FIGURES = {
-    "d_b": "D_B, paper protocol",
-    "silhouette": "silhouette, same plane",
-    "d_b_full": "D_B, all dimensions, less chance",
-    "frechet": "Frechet distance, squared",
-    "probe_auc": "AUC of a linear probe, held out",
-    "difference_auc": "AUC of the difference of means, held out",
-}
-"""Labels of raydiv.evaluation.separation.metrics.SeparationStatistics."""
+from raydiv.runs.metric_registry import METRICS
 
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """Separation in one layer; ``streamed`` over all prompts where ``separation`` is of a sample of them."""
+    """Separation in one layer. ``streamed`` covers all prompts where ``separation`` covers a sample of them."""
 
     layer: int
     separation: SeparationMetrics
     streamed: StreamedSeparation | None
 
-    def row(self, interval: bool) -> tuple[str, ...]:
-        """Of a table of layers: D_B in the plane and in all dimensions and the probe's AUC, each with its controls."""
-        found, low_high = self.separation, self.separation.d_b_interval
-        between = [f"{low_high[0]:.2f}-{low_high[1]:.2f}"] if interval and low_high else []
-        matched = [_shown(getattr(found.matched, name, None)) for name in ("d_b", "d_b_full", "probe_auc")]
-        in_plane = [_shown(found.figures.d_b), *between, f"{found.d_b_p:.3f}", matched[0], _shown(found.shuffled.d_b)]
-        full = [_shown(found.figures.d_b_full), matched[1], _shown(found.figures.probe_auc), matched[2]]
-        return (str(self.layer), *in_plane, *full)
+    def row(self, with_interval: bool) -> tuple[str, ...]:
+        """A row of the table of layers: D_B in the plane and in all dimensions and the probe's AUC, each with its controls."""
+        result = self.separation
+        interval = [_interval(result, "-")] if with_interval else []
+        d_b, d_b_full, auc = (
+            _text(name, getattr(result.matched, name, None)) for name in ("d_b", "d_b_full", "probe_auc")
+        )
+        return (
+            str(self.layer),
+            *(
+                _text("d_b", result.figures.d_b),
+                *interval,
+                f"{result.d_b_p:.3f}",
+                d_b,
+                _text("d_b", result.shuffled.d_b),
+            ),
+            *(_text("d_b_full", result.figures.d_b_full), d_b_full, _text("probe_auc", result.figures.probe_auc), auc),
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self.separation) | ({} if self.streamed is None else {"streamed": asdict(self.streamed)})
 
 
 @dataclass(frozen=True, slots=True)
 class SeparationReport:
-    """Separation of one model in each layer read, the headline last, with its plane [n, 2], kinds and labels of prompts."""
+    """Separation of one model in each layer read; the last of ``layers`` is the reported one.
+
+    ``count`` is the number of prompts. ``plane`` [n, 2], ``kinds`` and the labels ``harmful`` may cover a sample of them.
+    """
 
     model: str
     prompts: str
@@ -63,18 +70,15 @@ class SeparationReport:
         return as_row(self.separation)
 
     def notes(self) -> list[str]:
-        """What the controls say, and what was measured of how many, in words."""
-        words = [*self.overlap, *explain(self.separation)]
-        if self.layers[-1].streamed is not None:
-            words.insert(
-                0, f"of {self.count} prompts a sample of {len(self.kinds)}; streamed figures are of all of them"
-            )
-        return words
+        """The size of a sample, training prompts among these prompts, and what the controls show."""
+        sampled = self.layers[-1].streamed is not None
+        size = f"a sample of {len(self.kinds)} of {self.count} prompts; streamed figures cover all of them"
+        return [*([size] if sampled else []), *self.overlap, *explain(self.separation)]
 
     def as_json(self) -> dict[str, Any]:
         """For files and ``--json``."""
         last = self.layers[-1]
-        layers = [{"layer": one.layer, **_figures_of(one)} for one in self.layers]
+        layers = [{"layer": layer.layer, **layer.as_json()} for layer in self.layers]
         return {
             "model": self.model,
             "prompts": self.prompts,
@@ -83,52 +87,52 @@ class SeparationReport:
             "protocol": "paper" if (self.readout.pooling, self.readout.layers) == ("last", (-1,)) else "other",
             "pooling": self.readout.pooling,
             "layer": last.layer,
-            **_figures_of(last),
+            **last.as_json(),
             **({"layers": layers} if len(layers) > 1 else {}),
             "notes": self.notes(),
         }
 
     def table(self) -> tuple[list[str], list[tuple[str, ...]]]:
-        """Header and a row per figure of the last layer: of all prompts, of the length-matched ones, and by chance."""
-        found, last = self.separation, self.layers[-1]
+        """Header and a row per statistic of the last layer: all prompts, length-matched ones, shuffled labels."""
+        result, last = self.separation, self.layers[-1]
         streamed = [] if last.streamed is None else [last.streamed]
-        columns = (found.figures, found.matched, found.shuffled, *streamed)
-        rows = [(label, *(_shown(getattr(one, name, None)) for one in columns)) for name, label in FIGURES.items()]
-        low_high = found.d_b_interval
-        interval = "-" if low_high is None else f"{low_high[0]:.2f} to {low_high[1]:.2f}"
+        columns = (result.figures, result.matched, result.shuffled, *streamed)
+        names = [statistic.name for statistic in fields(SeparationStatistics)]
+        rows = [(_label(name), *(_text(name, getattr(column, name, None)) for column in columns)) for name in names]
         empty = [""] * (len(columns) - 1)
-        rows.insert(1, ("  its 95% interval", interval, *empty))
-        rows.insert(2, ("  its permutation p", f"{found.d_b_p:.3f}", *empty))
-        rows.append(
-            (
-                "AUC of token length alone",
-                _shown(found.length_auc),
-                _shown(0.5) if found.matched else "-",
-                "",
-                *(_shown(one.length_auc) for one in streamed),
-            )
-        )
-        which = f"sample of {len(self.kinds)}" if streamed else "all prompts"
-        header = [f"layer {last.layer}", which, "lengths matched", "labels shuffled"]
+        rows.insert(1, ("  its 95% interval", _interval(result, " to "), *empty))
+        rows.insert(2, ("  its permutation p", f"{result.d_b_p:.3f}", *empty))
+        length = [result.length_auc, 0.5 if result.matched else None]
+        aucs = [
+            *(_text("length_auc", auc) for auc in length),
+            "",
+            *(_text("length_auc", s.length_auc) for s in streamed),
+        ]
+        rows.append((_label("length_auc"), *aucs))
+        first = f"sample of {len(self.kinds)}" if streamed else "all prompts"
+        header = [f"layer {last.layer}", first, "lengths matched", "labels shuffled"]
         return [*header, *(f"all {self.count}, streamed" for _ in streamed)], rows
 
     def layer_table(self) -> tuple[list[str], list[tuple[str, ...]]]:
         """Header and a row per layer, with intervals where every layer has one; no rows where one layer was read."""
-        intervals = all(one.separation.d_b_interval for one in self.layers)
+        intervals = all(layer.separation.d_b_interval for layer in self.layers)
         header = ["layer", "D_B", *(["95%"] if intervals else []), "p", "matched", "shuffled"]
         header += ["full D_B", "matched", "probe AUC", "matched"]
-        return header, [one.row(intervals) for one in self.layers] if len(self.layers) > 1 else []
+        return header, [layer.row(intervals) for layer in self.layers] if len(self.layers) > 1 else []
 
     def files(self, name: str) -> dict[str, str]:
-        """The figures, with the plane and what lies in it."""
+        """The file with the statistics and the plane, by file name."""
         points = {"plane": self.plane.tolist(), "kinds": self.kinds, "harmful": self.harmful}
         return {f"{name}.json": json.dumps(self.as_json() | points, indent=1) + "\n"}
 
 
-def _figures_of(layer: LayerReport) -> dict[str, Any]:
-    streamed = {} if layer.streamed is None else {"streamed": asdict(layer.streamed)}
-    return asdict(layer.separation) | streamed
+def _label(name: str) -> str:
+    return METRICS[f"separation/{name}"].row_label
 
 
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def _text(name: str, value: float | None) -> str:
+    return "-" if value is None else METRICS[f"separation/{name}"].text(value)
+
+
+def _interval(result: SeparationMetrics, between: str) -> str:
+    return METRICS["separation/d_b"].range_text(result.d_b_interval, between) or "-"

@@ -1,60 +1,75 @@
-"""What a study compares: the metrics of runs that have a column, and which end of each is good."""
+"""The measures of a study: the metrics of its runs that are columns of its tables."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 
 from raydiv.experiments.study.cells import Cell, finite
 from raydiv.experiments.study.table_io import TableCell
+from raydiv.runs.metric_registry import Better, MetricSpec, spec_of
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """A metric of runs, its heading and format; ``better`` is 1 where high is good, -1 where low is, 0 where neither.
+    """A metric of runs as a column.
 
-    ``safety``: it says by itself how safe a model's answers are. ``averaged``: its value is the mean of its parts, such as
-    evaluate/toxicity/KIND.
+    ``safety``: the metric alone says how safe a model's answers are. ``averaged``: its value is the mean over the metrics whose
+    names continue its own, such as evaluate/toxicity/KIND.
     """
 
-    metric: str
-    label: str
-    form: str
-    better: int
+    spec: MetricSpec
     safety: bool = False
     averaged: bool = False
 
+    @classmethod
+    def of_metric(cls, metric: str, *, safety: bool = False, averaged: bool = False) -> Measure:
+        return cls(spec_of(metric), safety, averaged)
+
+    @property
+    def metric(self) -> str:
+        return self.spec.name
+
+    @property
+    def label(self) -> str:
+        return self.spec.heading
+
+    @property
+    def form(self) -> str:
+        return self.spec.fine_format
+
+    @property
+    def better(self) -> Better:
+        return self.spec.better
+
     def of(self, cell: Cell) -> float | None:
-        """Its value in a cell; None where that has none, or one that is no finite number."""
+        """The value in a cell; None where it is missing or not finite."""
         if not self.averaged:
             return finite(cell.metrics.get(self.metric))
-        parts = [finite(value) for name, value in cell.metrics.items() if name.startswith(f"{self.metric}/")]
-        known = [value for value in parts if value is not None]
-        return fmean(known) if known else None
+        values = [finite(value) for name, value in cell.metrics.items() if name.startswith(f"{self.metric}/")]
+        finite_values = [value for value in values if value is not None]
+        return fmean(finite_values) if finite_values else None
 
     def mean(self, cells: Sequence[Cell]) -> float | None:
-        """Over the cells that have a value."""
-        known = self._known(cells)
-        return fmean(known) if known else None
+        """The mean over the cells that have a value."""
+        values = self._values(cells)
+        return fmean(values) if values else None
 
     def figure(self, cells: Sequence[Cell]) -> TableCell:
-        """The mean over cells (seeds), and of several values their sample standard deviation."""
-        known = self._known(cells)
-        return TableCell(self.mean(cells), self.form, stdev(known) if len(known) > 1 else None)
+        """The mean over cells (seeds), with the sample standard deviation of several values."""
+        values = self._values(cells)
+        return TableCell(self.mean(cells), self.form, stdev(values) if len(values) > 1 else None)
 
-    def _known(self, cells: Sequence[Cell]) -> list[float]:
+    def _values(self, cells: Sequence[Cell]) -> list[float]:
         return [value for cell in cells if (value := self.of(cell)) is not None]
 
 
-NUMBER, FINE, SHARE = "{:.2f}", "{:.3f}", "{:.1%}"
-CAPABILITY = "capability/"
-
-D_B = Measure("separation/d_b", "D_B", FINE, 1)
-D_B_LENGTH_MATCHED = Measure("separation/d_b_length_matched", "D_B length-matched", FINE, 1)
-D_B_FULL = Measure("separation/d_b_full", "D_B all dimensions", NUMBER, 1)
-ASR = Measure("evaluate/asr", "ASR", SHARE, -1, safety=True)
-DEGENERATE = Measure("evaluate/degenerate", "degenerate", SHARE, -1, safety=True)
+D_B = Measure.of_metric("separation/d_b")
+D_B_LENGTH_MATCHED = Measure.of_metric("separation/d_b_length_matched")
+D_B_FULL = Measure.of_metric("separation/d_b_full")
+ASR = Measure.of_metric("evaluate/asr", safety=True)
+DEGENERATE = Measure.of_metric("evaluate/degenerate", safety=True)
 
 BROKEN = 0.2
 """Share of degenerate answers above which a model is broken: it separates, and is not safe."""
@@ -62,52 +77,46 @@ BROKEN = 0.2
 COLUMNS = (
     D_B,
     D_B_LENGTH_MATCHED,
-    Measure("separation/d_b_shuffled", "D_B shuffled", FINE, 0),
-    Measure("separation/silhouette", "silhouette", NUMBER, 1),
+    Measure.of_metric("separation/d_b_shuffled"),
+    Measure.of_metric("separation/silhouette"),
     D_B_FULL,
     ASR,
-    Measure("evaluate/asr/", "ASR", SHARE, -1, safety=True),
-    # their prompts are among those of ASR and of over-refusal: as measures of safety they would count twice
-    Measure("evaluate/asr_set/", "ASR", SHARE, -1),
-    Measure("evaluate/over_refusal", "over-refusal", SHARE, -1),
-    Measure("evaluate/over_refusal_set/", "over-refusal", SHARE, -1),
-    Measure("evaluate/safety", "safe answers", SHARE, 1, safety=True),
+    Measure.of_metric("evaluate/asr/{attack}", safety=True),
+    # a set's prompts are among those of ASR and of over-refusal: as measures of safety they would count twice
+    Measure.of_metric("evaluate/asr_set/{set}"),
+    Measure.of_metric("evaluate/over_refusal"),
+    Measure.of_metric("evaluate/over_refusal_set/{set}"),
+    Measure.of_metric("evaluate/safety", safety=True),
     DEGENERATE,
-    Measure("evaluate/toxicity", "toxicity", SHARE, -1, safety=True, averaged=True),
-    Measure("evaluate/win_rate", "win rate", SHARE, 1),
-    Measure("evaluate/kl", "KL", NUMBER, 0),
-    Measure("evaluate/perplexity", "perplexity", NUMBER, 0),
-    Measure(CAPABILITY, "", FINE, 1),
+    Measure.of_metric("evaluate/toxicity", safety=True, averaged=True),
+    Measure.of_metric("evaluate/win_rate"),
+    Measure.of_metric("evaluate/kl"),
+    Measure.of_metric("evaluate/perplexity"),
+    Measure.of_metric("capability/{score}"),
 )
-"""In the order of tables. A metric that ends with a slash is a family: each of its metrics is a measure."""
-
-ERRORS = frozenset({"perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter"})
-"""Metrics of lm-evaluation-harness of which less is better."""
+"""In the order of tables. Each metric of a family is a measure."""
 
 
 def measures(cells: Sequence[Cell]) -> list[Measure]:
-    """The measures that some cell has a value of, in the order of tables."""
-    names = sorted({name for cell in cells for name in cell.metrics})
-    every = (measure for column in COLUMNS for measure in _members(column, names))
-    return [measure for measure in every if measure.mean(cells) is not None]
+    """The measures that at least one cell has a value of, in the order of tables."""
+    specs = [spec_of(name) for name in sorted({name for cell in cells for name in cell.metrics})]
+    columns = [
+        measure
+        for column in COLUMNS
+        for measure in (
+            [replace(column, spec=spec) for spec in specs if spec.family == column.metric]
+            if column.spec.is_family
+            else [column]
+        )
+    ]
+    return [measure for measure in columns if measure.mean(cells) is not None]
 
 
 def attack_success(cells: Sequence[Cell]) -> list[Measure]:
-    """Those of attack success: direct, under each attack, and of each prompt set."""
+    """The measures of attack success: direct, under each attack, and of each prompt set."""
     return [measure for measure in measures(cells) if measure.metric.startswith(ASR.metric)]
 
 
 def is_broken(cells: Sequence[Cell]) -> bool:
-    """Whether the cells' mean says so; where nobody measured it, it does not."""
+    """Whether the mean share of degenerate answers exceeds BROKEN; False where it was not measured."""
     return (DEGENERATE.mean(cells) or 0.0) > BROKEN
-
-
-def _members(column: Measure, names: Sequence[str]) -> Iterator[Measure]:
-    """The measure itself, or one for each metric of its family."""
-    if not column.metric.endswith("/"):
-        yield column
-        return
-    for name in (name for name in names if name.startswith(column.metric)):
-        parts = name.removeprefix(column.metric).split("/")
-        better = -1 if column.metric == CAPABILITY and ERRORS & {*parts[1:]} else column.better
-        yield replace(column, metric=name, label=f"{column.label} {', '.join(parts)}".strip(), better=better)

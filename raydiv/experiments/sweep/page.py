@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 
 import yaml
@@ -22,15 +21,9 @@ from raydiv.experiments.sweep.report_record import (
     parameters,
     written,
 )
+from raydiv.runs.metric_registry import METRICS
 from raydiv.runs.report.drawing import Picture, write_pictures
-from raydiv.runs.report.html import document, figures, note_list, paragraph, section, table
-from raydiv.runs.report.table import KNOWN
-
-NONE_FINISHED = "No trial has finished."
-NONE_ALLOWED = "No finished trial satisfies the constraints."
-FEW_TO_DRAW = "There is nothing to draw: it takes two finished trials, and values that differ between them."
-FRONT = "The Pareto front: no other trial is better than one of these in every objective"
-ORDER = "Best first; the figures of a trial that did not finish are the last it measured."
+from raydiv.runs.report.html import render
 
 SELECTION = (
     "the best of {count} trials was chosen by these very figures, which flatters them (selection bias): read the best trial's "
@@ -47,17 +40,28 @@ def write_sweep_report(path: Path, folder: Path, record: Record) -> None:
 
 def sweep_page(record: Record, drawn: Mapping[str, Sequence[Picture]]) -> str:
     """The whole page with these pictures, by section."""
-    space = yaml.safe_dump(record["space"], sort_keys=False, default_flow_style=None, allow_unicode=True)
-    sections = [
-        section("Goal and answer", paragraph(escape(record["goal"])), _answer(record), note_list(sweep_notes(record))),
-        section("Trade-off", figures(drawn["trade-off"])) if drawn["trade-off"] else "",
-        section("Parameters", figures(drawn["parameters"]) or paragraph(FEW_TO_DRAW)),
-        section("All trials", _all_trials(record)),
-        section("Space", f"<pre>{escape(space)}</pre>"),
-        section("Recipe", f"<pre>{escape(record['recipe'])}</pre>"),
-        section("Environment", table("Versions", [], list(record["versions"].items()))),
-    ]
-    return document(record["name"], _facts(record), sections)
+    best = [trial for trial in in_order(record) if trial["number"] in record["best"]]
+    several = len(aims(record)) > 1
+    header, rows = sweep_table(record)
+    more = [(_whole(trial["seconds"]), _whole(trial["steps"]), _place(trial)) for trial in in_order(record)]
+    return render(
+        "experiments/sweep/page.html",
+        title=record["name"],
+        facts=_facts(record),
+        goal=record["goal"],
+        headings=_values_and_measures(record),
+        front=[(trial["number"], *_figures(record, trial)) for trial in best] if several else [],
+        best=_best_trial(record, best[0]) if best and not several else {},
+        finished=finished(record),
+        sweep_notes=sweep_notes(record),
+        pictures=drawn,
+        trial_headings=[*header[1:], "seconds", "steps", "run"],
+        trials=[(*row, *cells) for row, cells in zip(rows, more, strict=True)],
+        errors=[(trial["number"], trial["error"]) for trial in in_order(record) if trial["error"]],
+        space=yaml.safe_dump(record["space"], sort_keys=False, default_flow_style=None, allow_unicode=True),
+        recipe=record["recipe"],
+        versions=list(record["versions"].items()),
+    )
 
 
 def _facts(record: Record) -> dict[str, str]:
@@ -71,42 +75,18 @@ def _facts(record: Record) -> dict[str, str]:
     return {name: fact for name, fact in facts.items() if fact}
 
 
-def _answer(record: Record) -> str:
-    """The best trial, or the Pareto front, or why there is neither."""
-    best = [trial for trial in in_order(record) if trial["number"] in record["best"]]
-    if not best:
-        return paragraph(NONE_ALLOWED if finished(record) else NONE_FINISHED)
-    if len(aims(record)) > 1:
-        header, rows = _values_and_measures(record), [_figures(record, trial) for trial in best]
-        numbers = [(str(trial["number"]), *cells) for trial, cells in zip(best, rows, strict=True)]
-        return table(FRONT, header, numbers, "trials")
-    return "\n".join(['<div class="tables">', *_one(record, best[0]), "</div>"])
-
-
-def _one(record: Record, trial: Trial) -> list[str]:
-    """What the trial was given, and all that it measured of what is known."""
+def _best_trial(record: Record, trial: Trial) -> dict[str, list[tuple[str, str]]]:
+    """Tables of the best trial: its values, its objectives and constraints, and the other metrics of a run's table."""
     asked = measures(record)
-    known = [Aim(metric, True) for metric in KNOWN if metric not in {aim.metric for aim in asked}]
+    known = [
+        Aim(metric, True)
+        for metric, spec in METRICS.items()
+        if spec.in_run_table and metric not in {aim.metric for aim in asked}
+    ]
     values = [(key, written(trial["values"][key])) for key in record["space"] if key in trial["values"]]
     reached = [(_heading(record, aim), aim.words(aim.value(trial))) for aim in asked]
     beside = [(aim.label, aim.words(aim.value(trial))) for aim in known if trial["metrics"].get(aim.metric) is not None]
-    found = {f"Best: trial {trial['number']}": values, "It reached": reached, "It also measured": beside}
-    return [table(caption, [], rows) for caption, rows in found.items() if rows]
-
-
-def _all_trials(record: Record) -> str:
-    """The table of the terminal, and what there is of each trial beside its figures."""
-    header, rows = sweep_table(record)
-    trials = in_order(record)
-    more = [(_whole(trial["seconds"]), _whole(trial["steps"]), _place(trial)) for trial in trials]
-    whole = [(*row, *beside) for row, beside in zip(rows, more, strict=True)]
-    errors = [(str(trial["number"]), trial["error"]) for trial in trials if trial["error"]]
-    return "\n".join(
-        [
-            table(ORDER, [*header[1:], "seconds", "steps", "run"], whole, "trials"),
-            table("Errors, by trial", [], errors, "errors") if errors else "",
-        ]
-    )
+    return {f"Best: trial {trial['number']}": values, "It reached": reached, "It also measured": beside}
 
 
 def _whole(amount: float | None) -> str:

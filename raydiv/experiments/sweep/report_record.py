@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raydiv.runs.report.table import in_percent, label_alone
+from raydiv.runs.metric_registry import SHARE, spec_of
 
 Record = Mapping[str, Any]
 Trial = Mapping[str, Any]
@@ -55,7 +55,7 @@ class Aim:
 
     @property
     def label(self) -> str:
-        return label_alone(self.metric)
+        return spec_of(self.metric).full_label
 
     @property
     def better(self) -> str:
@@ -63,7 +63,7 @@ class Aim:
 
     @property
     def percent(self) -> bool:
-        return in_percent(self.metric)
+        return spec_of(self.metric).unit == SHARE
 
     def value(self, trial: Trial) -> float:
         """What the trial reached; NaN where that was not measured, or is not finite."""

@@ -1,75 +1,43 @@
-"""Pieces of the pages that raydiv writes. A page is one file that asks for no other, for a screen, a phone or paper."""
+"""Rendering of the pages that raydiv writes: jinja2 templates whose values are escaped.
+
+A page is one file that loads no other, for a screen, a phone or paper. ``templates/document.html`` is the frame of every page,
+``templates/parts.html`` has the macros that pages share; the template of a page stands beside the module that renders it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from raydiv.runs.report.drawing import Picture, svg
 
-STYLE = Path(__file__).with_name("style.css")
+PACKAGE = Path(__file__).parents[2]
 
 
-def document(title: str, facts: Mapping[str, str], sections: Sequence[str]) -> str:
-    """A whole page: what it is of, in a line of ``facts``, and its sections."""
-    pairs = "".join(f"<div><dt>{name}</dt><dd>{escape(fact)}</dd></div>\n" for name, fact in facts.items())
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>raydiv: {escape(title)}</title>
-<style>
-{STYLE.read_text()}</style>
-</head>
-<body>
-<header>
-<h1>{escape(title)}</h1>
-<dl class="facts">
-{pairs}</dl>
-</header>
-<main>
-{"".join(sections)}</main>
-</body>
-</html>
-"""
+def render(template: str, **context: object) -> str:
+    """A page. ``template`` is a path in the package, ``context`` its values: ``title`` and ``facts``, and its own."""
+    return _environment().get_template(template).render(**context)
 
 
-def section(heading: str, *parts: str) -> str:
-    return "\n".join(["<section>", f"<h2>{heading}</h2>", *filter(None, parts), "</section>", ""])
-
-
-def paragraph(text: str) -> str:
-    return f"<p>{text}</p>"
-
-
-def scroll(table: str, name: str) -> str:
-    """A box in which a wide table moves by itself."""
-    return f'<div class="scroll" role="region" tabindex="0" aria-label="{name}">\n{table}\n</div>'
-
-
-def note_list(words: Sequence[str]) -> str:
-    items = "\n".join(f"<li>{escape(note)}</li>" for note in words)
-    return f'<ul class="notes">\n{items}\n</ul>' if words else ""
-
-
-def figures(drawn: Sequence[Picture]) -> str:
-    return '<div class="pictures">\n' + "\n".join(map(figure, drawn)) + "\n</div>" if drawn else ""
-
-
-def figure(picture: Picture) -> str:
-    image = svg(picture.figure, picture.name, picture.title)
-    return f"<figure>\n{image}\n<figcaption>{escape(picture.caption)}</figcaption>\n</figure>"
-
-
-def table(caption: str, columns: Sequence[str], rows: Sequence[tuple[str, ...]], kind: str = "") -> str:
-    """A table with a heading for each row, and for each column where ``columns`` names them; ``kind`` is its CSS class."""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
-    body = "\n".join(
-        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(value)}</td>" for value in values)}</tr>'
-        for name, *values in rows
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(PACKAGE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    top = f"<thead><tr><td></td>{head}</tr></thead>\n" if columns else ""
-    named = f' class="{kind}"' if kind else ""
-    return scroll(f"<table{named}>\n<caption>{caption}</caption>\n{top}<tbody>\n{body}\n</tbody></table>", caption)
+    environment.filters["svg"] = _svg
+    environment.filters["minus"] = _minus
+    return environment
+
+
+def _svg(picture: Picture) -> str:
+    return svg(picture.figure, picture.name, picture.title)
+
+
+def _minus(number: str) -> str:
+    """A number with a minus sign instead of its hyphen."""
+    return number.replace("-", "\N{MINUS SIGN}")
