@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raydiv.cli.output import add_command, add_reports, print_report
+from raydiv.utils.units import gib
 
 
 def add_info_commands(commands: Any, make_parser: Callable[[], argparse.ArgumentParser]) -> None:
@@ -84,11 +85,11 @@ def _env(options: argparse.Namespace) -> int:
     def show() -> None:
         devices = report["devices"]
         memory = devices["memory_bytes"]
-        gpus = [f"{gpu['name']}, {_gib(gpu['memory_bytes'])}" for gpu in devices["gpus"]]
+        gpus = [f"{gpu['name']}, {gib(gpu['memory_bytes'])}" for gpu in devices["gpus"]]
         lines = {
             **{name: version or "-" for name, version in report["versions"].items()},
             "cpus": str(devices["cpus"]),
-            "memory": _gib(memory) if memory else "-",
+            "memory": gib(memory) if memory else "-",
             "gpus": "; ".join(gpus) or "none",
             **{name: value or "not set" for name, value in report["paths"].items()},
         }
@@ -97,10 +98,6 @@ def _env(options: argparse.Namespace) -> int:
 
     print_report(options, report, show)
     return 0
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB"
 
 
 def _schema(options: argparse.Namespace) -> int:

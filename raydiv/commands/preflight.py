@@ -17,6 +17,7 @@ from raydiv.config import Recipe
 from raydiv.utils.cache import shared_dir
 from raydiv.utils.errors import UserError
 from raydiv.utils.storage import Folder
+from raydiv.utils.units import gib
 from raydiv.utils.versions import versions
 
 LOOK_S = 120
@@ -174,11 +175,7 @@ def require_room(recipe: Recipe, architecture: Architecture, folder: Path) -> No
     free = shutil.disk_usage(there).free
     if model + kept * each > free:
         raise UserError(
-            f"output_dir: {there} has {_gib(free)} free, and this run writes up to {_gib(model + kept * each)} (a model of "
-            f"{_gib(model)}, and {kept} checkpoints of {_gib(each)} at a time): free some, lower checkpoint.keep, or name "
+            f"output_dir: {there} has {gib(free)} free, and this run writes up to {gib(model + kept * each)} (a model of "
+            f"{gib(model)}, and {kept} checkpoints of {gib(each)} at a time): free some, lower checkpoint.keep, or name "
             "another disk, for checkpoints as checkpoint.storage"
         )
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB"

@@ -26,9 +26,10 @@ from raydiv.runtime.resources import threads_per_worker, worker_memory, worker_r
 from raydiv.runtime.session import ray_session, training_environment
 from raydiv.runtime.wait_for_nodes import report_waiting
 from raydiv.training.metrics import estimate_facts
-from raydiv.training.order import epochs_of
+from raydiv.training.schedule import epoch_plan
 from raydiv.training.separation_probe import SeparationProbe
 from raydiv.training.worker import TrainTask, worker_entry
+from raydiv.utils.compat import ignore_sigint_of_trainer
 from raydiv.utils.errors import user_error_in
 from raydiv.utils.signals import Terminated, at_sigterm
 from raydiv.utils.storage import read_json, write_json
@@ -130,7 +131,7 @@ def _finished(recipe: Recipe, run: RunDirectory, display: ProgressDisplay) -> Re
 
 def resolve_layout(recipe: Recipe, prepared: PreparedData) -> tuple[Recipe, bool]:
     """The recipe with the layout that its workers' memory takes, and whether there is twice as much; needs a Ray session."""
-    epochs = epochs_of(recipe, prepared.train.examples)
+    epochs = epoch_plan(recipe, prepared.train.examples)
     share = largest_budget(
         epochs, prepared.steps(recipe), prepared.train.examples.lengths, recipe.cluster.least_workers
     )
@@ -157,10 +158,10 @@ def _fit(
 
     anchors = SeparationProbe.of(recipe, opened.chat, opened.prompts.separation)
     weights = architecture_of(recipe).multiplied_parameters
-    given = TrainTask(recipe, prepared.directory, run.path, weights, prepared.train, prepared.eval, anchors)
+    task = TrainTask(recipe, prepared.directory, run.path, weights, prepared.train, prepared.eval, anchors)
     trainer = TorchTrainer(
         worker_entry,
-        train_loop_config={"given": ray.put(given), "threads": threads_per_worker(recipe.cluster)},
+        train_loop_config={"task": ray.put(task), "threads": threads_per_worker(recipe.cluster)},
         torch_config=TorchConfig(
             backend="nccl" if recipe.cluster.use_gpu else "gloo", timeout_s=recipe.cluster.collective_timeout_s
         ),
@@ -172,8 +173,7 @@ def _fit(
             failure_config=FailureConfig(max_failures=recipe.cluster.max_failures),
         ),
     )
-    # what Ray would do at Ctrl-C ends the process as if all were well, and is still there when training is over
-    trainer._register_sigint_handler = lambda controller: None
+    ignore_sigint_of_trainer(trainer)
 
     def stop() -> None:
         display.print("SIGTERM: a checkpoint is written after this step, and the run stops")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from raydiv.config.cluster import ClusterConfig
 from raydiv.model.load import ModelSource
 from raydiv.runtime.actor_pool import Progress, map_rows, no_progress
 from raydiv.utils.errors import UserError
+from raydiv.utils.nearest import nearest
 
 _GENERAL = ["mmlu", "arc_challenge", "hellaswag", "winogrande", "truthfulqa_mc2"]
 _MATH = ["gsm8k", "minerva_math500"]
@@ -224,9 +224,8 @@ def _named(tasks: Sequence[str], manager: Any, include: Path | None) -> list[str
     for name in names:
         if name not in manager.all_tasks:
             known = [*PRESETS, *manager.all_tasks]
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"presets: {', '.join(PRESETS)}"
-            raise UserError(f"no task {name!r} ({hint}){_own(manager, include)}")
+            hint = nearest(name, known, count=3, otherwise=f"presets: {', '.join(PRESETS)}")
+            raise UserError(f"no task {name!r}{hint}{_own(manager, include)}")
     return names
 
 

@@ -1,44 +1,49 @@
-"""Libraries that others load where they are installed, for seconds, and that are of no use here."""
+"""Private names and behaviour of other libraries that raydiv depends on: one function each, with its reason.
+
+Each names the version it was checked with (cluster/constraints.txt); tests/unit/test_compat.py fails where one has changed.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 
 @contextmanager
 def hide_module(library: str) -> Iterator[None]:
-    """While the block runs, ``library`` is not installed, unless this process has loaded it already."""
-    absent = library not in sys.modules
-    if absent:
+    """Make ``import library`` fail while the block runs, unless this process has imported it already.
+
+    For optional imports of other libraries, such as mlflow and bitsandbytes, which take seconds and are of no use here.
+    """
+    hidden = library not in sys.modules
+    if hidden:
         sys.modules[library] = None  # type: ignore[assignment]
     try:
         yield
     finally:
-        if absent:
+        if hidden:
             del sys.modules[library]
 
 
 @contextmanager
 def peft_without_quantizer() -> Iterator[None]:
-    """Peft for weights that are whole: the quantizer that it loads imports torch's compiler."""
+    """Let peft wrap unquantized weights without bitsandbytes, whose import loads torch's compiler.
+
+    Checked with peft 0.21: ``peft.import_utils`` caches whether bitsandbytes is installed. Clears the caches on both sides.
+    """
     with hide_module("bitsandbytes"):
         from peft import import_utils
 
-        found = (import_utils.is_bnb_available, import_utils.is_bnb_4bit_available)
-        _forget(found)
+        checks: Any = (import_utils.is_bnb_available, import_utils.is_bnb_4bit_available)
+        for check in checks:
+            check.cache_clear()
         try:
             yield
         finally:
-            _forget(found)
-
-
-def _forget(found: tuple[object, ...]) -> None:
-    """What peft remembers of what is installed holds for this block, or not in it."""
-    for one in found:
-        getattr(one, "cache_clear", lambda: None)()
+            for check in checks:
+                check.cache_clear()
 
 
 def server_ray_version(client: Any) -> str:
@@ -63,3 +68,130 @@ def is_version_mismatch(error: RuntimeError) -> bool:
     Checked with Ray 2.60: ``ray._private.utils.check_version_info``.
     """
     return str(error).lstrip().startswith("Version mismatch")
+
+
+def ignore_sigint_of_trainer(trainer: Any) -> None:
+    """Keep Ray Train from handling Ctrl-C: its handler exits with status 0, and stays registered after training.
+
+    Checked with Ray 2.60: ``DataParallelTrainer._register_sigint_handler``, which ``fit`` calls with the controller.
+    """
+    trainer._register_sigint_handler = lambda controller: None
+
+
+def dataset_fingerprint(data: Any) -> str:
+    """The fingerprint of a Hugging Face ``Dataset``: builder, configuration, revision and all transforms; no public name.
+
+    Checked with datasets 5.2.0: ``Dataset._fingerprint``.
+    """
+    return str(data._fingerprint)
+
+
+def saved_data_files(state: Any) -> list[str]:
+    """The Arrow files of a data set that ``save_to_disk`` wrote, in order, from the content of its ``state.json``.
+
+    They are read without loading the data set, which may be remote. Raises ValueError for another layout. Checked with
+    datasets 5.2.0: the key ``_data_files`` that ``Dataset.save_to_disk`` writes.
+    """
+    try:
+        return [str(entry["filename"]) for entry in state["_data_files"]]
+    except (KeyError, TypeError):
+        raise ValueError("lists no data files (_data_files) as datasets' save_to_disk writes them") from None
+
+
+# DeepSpeed
+
+DEEPSPEED_CHECKED = "0.19.8"
+"""The version that the functions below were checked with; pyproject.toml bounds it."""
+
+GRADIENT_NORM = {1: "scaled_global_norm", 2: "scaled_global_norm", 3: "_get_norm_groups"}
+"""By ZeRO stage, the method by which the optimizer's ``step`` computes the norm of the gradients."""
+
+RELEASE_LOOK_AHEAD = "_PartitionedParameterCoordinator__params_to_release"
+
+ZERO_STATE: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    0: ((), ()),
+    1: (("_lazy_init_hp_params_optimizer_state", "update_lp_params"), ("_hp_mapping",)),
+    2: (("_lazy_init_hp_params_optimizer_state", "update_lp_params"), ("_hp_mapping",)),
+    3: (
+        (
+            "fp32_partitioned_groups_flat",
+            "_reassign_or_swap_out_partitioned_parameters",
+            "persistent_parameters",
+            "parameter_offload",
+        ),
+        ("ds_tensor", "ds_numel", "ds_persist"),
+    ),
+}
+"""By ZeRO stage, the attributes of the optimizer and of its parameters that raydiv.training.zero_state uses."""
+
+
+def require_zero_state(engine: Any, parameters: Iterable[Any], stage: int) -> None:
+    """Raise RuntimeError where a DeepSpeed engine lacks a name that raydiv.training.zero_state or ``engine`` uses.
+
+    DeepSpeed has no public way to read and write a rank's part of the optimizer state under another layout.
+    """
+    of_optimizer, of_parameters = ZERO_STATE[stage]
+    norm = [GRADIENT_NORM[stage]] if stage and not hasattr(engine.optimizer, "clear_hp_grads") else []
+    missing = [f"engine.{name}" for name in ("basic_optimizer", "global_rank") if not hasattr(engine, name)]
+    missing += [f"optimizer.{name}" for name in (*of_optimizer, *norm) if not hasattr(engine.optimizer, name)]
+    for parameter in parameters:
+        missing += [f"parameter.{name}" for name in of_parameters if not hasattr(parameter, name)]
+    if missing:
+        raise _unsupported_deepspeed(f"{missing[0]} is missing")
+
+
+def _unsupported_deepspeed(problem: str) -> RuntimeError:
+    import deepspeed
+
+    return RuntimeError(f"deepspeed {deepspeed.__version__}: {problem}; raydiv supports {DEEPSPEED_CHECKED}")
+
+
+def skip_shared_memory_op() -> None:
+    """Keep DeepSpeed from compiling a shared-memory all-reduce, which takes a minute; ZeRO does not use it, gloo serves.
+
+    Checked with DeepSpeed 0.19.8: ``deepspeed.ops.__compatible_ops__``.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@contextmanager
+def infinite_gradient_norm(optimizer: Any, stage: int, device: Any) -> Iterator[None]:
+    """While the block runs, a ZeRO optimizer's ``step`` finds the norm not finite: it drops the gradients, without an update.
+
+    DeepSpeed has no public way to discard a step. Checked with DeepSpeed 0.19.8: GRADIENT_NORM, where -1 stands for a norm
+    that is not finite. The engine checks afterwards that no update was made.
+    """
+    import torch
+
+    norm = torch.tensor(-1.0, device=device)
+    setattr(optimizer, GRADIENT_NORM[stage], lambda: [norm] if stage == 3 else norm)
+    try:
+        yield
+    finally:
+        delattr(optimizer, GRADIENT_NORM[stage])
+
+
+def limit_release_look_ahead(optimizer: Any) -> None:
+    """Let ZeRO-3 search for the next use of a module's weights only where it could release them.
+
+    DeepSpeed searches the rest of the step for each module, also for those whose weights stay whole, or that have none. A small
+    model with adapters has thousands: its second step took a quarter of a minute longer.
+
+    Checked with DeepSpeed 0.19.8: a private method of ``optimizer.parameter_offload.param_coordinator``.
+    """
+    from deepspeed.runtime.zero.partitioned_param_coordinator import iter_params
+    from deepspeed.utils import z3_leaf_module
+
+    coordinator = optimizer.parameter_offload.param_coordinator
+    search = getattr(coordinator, RELEASE_LOOK_AHEAD, None)
+    if search is None:  # in another version, where training is slower and not wrong
+        return
+
+    def params_to_release(module: Any, step_id: int) -> set[int]:
+        if all(parameter.ds_persist for parameter in iter_params(module, recurse=z3_leaf_module(module))):
+            return set()
+        return search(module, step_id)  # type: ignore[no-any-return]
+
+    setattr(coordinator, RELEASE_LOOK_AHEAD, params_to_release)

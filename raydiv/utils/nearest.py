@@ -1,4 +1,4 @@
-"""The hint of an error message on an unknown name."""
+"""The hint in the error message for an unknown name."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import difflib
 from collections.abc import Iterable
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`` (did you mean NAME?)`` with the known name that is most like ``name``, else `` (known: ...)`` with all of them."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (did you mean {near[0]}?)" if near else f" (known: {', '.join(known)})"
+def nearest(name: str, known: Iterable[str], *, count: int = 1, otherwise: str | None = None) -> str:
+    """`` (did you mean A or B?)`` with at most ``count`` similar names.
+
+    Without a similar one `` (OTHERWISE)``, by default `` (known: ...)`` with all names.
+    """
+    names = sorted(known)
+    similar = difflib.get_close_matches(name, names, n=count, cutoff=0.5)
+    if similar:
+        return f" (did you mean {' or '.join(similar)}?)"
+    return f" ({otherwise or 'known: ' + ', '.join(names)})"

@@ -13,7 +13,6 @@ import psutil
 from raydiv.commands.plan.amounts import DataAmounts, measure_data
 from raydiv.commands.plan.architecture import Architecture, architecture_of, local_model_directory
 from raydiv.commands.plan.layout import (
-    GIB,
     MARGIN,
     LayoutFit,
     fitting_changes,
@@ -32,6 +31,7 @@ from raydiv.model.silence import silence_libraries
 from raydiv.runs.directory import RunDirectory
 from raydiv.runtime.resources import HOST_MEMORY_FRACTION
 from raydiv.utils.errors import UserError
+from raydiv.utils.units import GIB
 
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "head", "buffers", "runtime")
 """Parts of a worker's memory, in the order of the table."""

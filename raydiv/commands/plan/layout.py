@@ -13,6 +13,7 @@ from raydiv.commands.plan.memory import Memory, Stage, memory_of
 from raydiv.config import Recipe, load_recipe
 from raydiv.data.batching import BatchLayout, BatchPlan
 from raydiv.utils.errors import UserError
+from raydiv.utils.units import gib
 
 MARGIN = 0.1
 """Fraction of a worker's memory that stays free. It covers the error of the forecast (tests/distributed/test_plan.py)
@@ -22,8 +23,6 @@ EXAMINED_STEPS = 1000
 """Number of steps that are searched for the largest budget. A larger step after them takes one more micro-batch."""
 
 STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
-
-GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +151,8 @@ def _too_large_message(recipe: Recipe, budget: WorkerBudget, memory: int, fit: L
     remedies = fitting_changes(recipe, budget, memory)
     advice = f"changes that fit: {', or '.join(remedies)}" if remedies else "no change that raydiv tries would fit"
     return (
-        f"memory: a worker needs {_gib(fit.least_bytes)} at ZeRO stage {fit.stage} with micro-batches of {fit.tokens} "
-        f"tokens, and {_gib((1 - MARGIN) * memory)} of its {_gib(memory)} may be used (set cluster.worker_memory_gb if "
+        f"memory: a worker needs {gib(fit.least_bytes)} at ZeRO stage {fit.stage} with micro-batches of {fit.tokens} "
+        f"tokens, and {gib((1 - MARGIN) * memory)} of its {gib(memory)} may be used (set cluster.worker_memory_gb if "
         f"the worker has another amount); {advice}"
     )
 
@@ -189,7 +188,7 @@ def _describe_if_fits(recipe: Recipe, budget: WorkerBudget, memory: int, overrid
     if changed is None or changed == recipe:
         return None
     fit = best_layout(architecture_of(changed), changed, budget, memory)
-    return f"{' '.join(overrides)} ({_gib(fit.least_bytes)})" if fit.fits else None
+    return f"{' '.join(overrides)} ({gib(fit.least_bytes)})" if fit.fits else None
 
 
 def _shorter_examples(recipe: Recipe, budget: WorkerBudget, memory: int) -> str | None:
@@ -215,7 +214,3 @@ def _more_workers(recipe: Recipe, budget: WorkerBudget, memory: int) -> str | No
             return description
         increased *= 2
     return None
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.1f} GiB"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from raydiv.config import Recipe
-from raydiv.training.metric_names import held_out_metrics, nearest_metrics, step_metrics, training_metrics
+from raydiv.training.metric_names import held_out_metrics, step_metrics, training_metrics
 from raydiv.utils.errors import UserError
+from raydiv.utils.nearest import nearest
 
 AFTER_TRAINING = ("evaluate/kl", "evaluate/kl_per_token")
 """Measured of a trained model alone, where prompts are answered."""
@@ -52,6 +53,4 @@ def _whole(where: str, name: str, known: set[str], when: str = "", whole: str | 
     if ends:
         raise UserError(f"{where}: may be {' or '.join(ends)}; say which")
     every = "; separation.every and evaluate.every make them report more" if when else ""
-    raise UserError(
-        f"{where}: no trial reports it{when} ({nearest_metrics(name, known)}they report: {', '.join(sorted(known))}{every})"
-    )
+    raise UserError(f"{where}: no trial reports it{when} {nearest(name, known)}{every}")
