@@ -1,7 +1,7 @@
-"""Ray Data: rows through pools of actors, in the same order, and rows that tasks make ahead of their reader.
+"""Ray Data: rows mapped over a pool of actors in their order, and rows that tasks read ahead of their consumer.
 
-A row is any Python object that pickles; between processes it is one cell of one column. A UserError travels as a row too, and
-is raised where rows are read: Ray would wrap it in its own words.
+A row is any Python object that can be pickled, and is one cell of one column between processes. A UserError travels as a row
+too, and is raised where the rows are consumed: Ray would wrap it in a traceback.
 """
 
 from __future__ import annotations
@@ -23,26 +23,29 @@ from raydiv.runtime.resources import Pool, pool_resources
 from raydiv.utils.errors import UserError
 
 Row = dict[str, Any]
-Progress = Callable[[int, int | None], None]
-"""Told how many rows are done, and of how many (None: not known)."""
+Reader = Callable[[], Iterable[Any]]
+"""Returns rows; called in a task."""
 
-BUFFERED_BYTES = 256 * 2**20
-"""Object store that rows between a reader and a pool may take: what bounds the memory of a pipeline, not its data's size."""
+Progress = Callable[[int, int | None], None]
+"""Called with the number of finished rows and the number of all rows (None: not known)."""
+
+BUFFER_BYTES = 256 * 2**20
+"""Limit of a pipeline's rows in the object store: its memory does not grow with the data."""
 
 
 def no_progress(done: int, total: int | None) -> None:
-    """The progress of whom nobody watches."""
+    """A Progress that does nothing."""
 
 
 def map_rows(
     rows: Sequence[Row], worker: type, arguments: dict[str, Any], *, progress: Progress = no_progress, **options: Any
 ) -> list[Row]:
-    """What ``each_row`` gives, all of it, in the order of ``rows``."""
-    done: dict[int, Row] = {}
-    for position, row in map_rows_unordered(rows, worker, arguments, **options):
-        done[position] = row
-        progress(len(done), len(rows))
-    return [done[position] for position in range(len(rows))]
+    """The results of ``map_rows_unordered``, in the order of ``rows``."""
+    results: dict[int, Row] = {}
+    for position, result in map_rows_unordered(rows, worker, arguments, **options):
+        results[position] = result
+        progress(len(results), len(rows))
+    return [results[position] for position in range(len(rows))]
 
 
 def map_rows_unordered(
@@ -55,24 +58,24 @@ def map_rows_unordered(
     model: bool = True,
     length: Callable[[Row], int] = lambda row: 0,
 ) -> Iterator[tuple[int, Row]]:
-    """Send ``rows`` through a pool of ``worker`` actors in batches of ``batch_rows``; the position and result of each, as done.
+    """Map ``rows`` over a pool of ``worker`` actors; yields the position and the result of each row as it is finished.
 
-    Rows are sent shortest first by their ``length``, so that a batch pads little.
+    Batches hold ``batch_rows`` rows, shortest first by ``length``, so that they need little padding.
 
-    ``worker(**arguments)`` is built once per actor and called with a list of rows; it returns as many. One actor a CPU,
-    or a GPU where the recipe uses GPUs and the worker holds a ``model``, unless ``cluster.pool_actors`` says fewer; never more
-    than there are batches.
+    ``worker(**arguments)`` is built once per actor; it is called with a list of rows and returns as many. There is one actor a
+    CPU, or a GPU where the recipe uses GPUs and the worker holds a ``model``; fewer by ``cluster.pool_actors``; and never more
+    than batches.
     """
     batches = -(-len(rows) // batch_rows)
     order = sorted(range(len(rows)), key=lambda position: length(rows[position]))
-    cells = _cells((position, rows[position]) for position in order)
-    source = ray.data.from_arrow(cells, override_num_blocks=max(1, batches))
-    placed = (_Placed, {"worker": worker, "arguments": arguments})
-    return _through(source, *placed, pool_resources(cluster, model), batch_rows, actors=batches)
+    table = _to_table((position, rows[position]) for position in order)
+    dataset = ray.data.from_arrow(table, override_num_blocks=max(1, batches))
+    positioned = {"worker": worker, "arguments": arguments}
+    return _map_batches(dataset, _PositionedWorker, positioned, pool_resources(cluster, model), batch_rows, batches)
 
 
 def map_stream(
-    makers: Sequence[Callable[[], Iterable[Any]]],
+    readers: Sequence[Reader],
     worker: type,
     arguments: dict[str, Any],
     *,
@@ -80,61 +83,55 @@ def map_stream(
     model: bool = True,
     actors: int | None = None,
 ) -> Generator[Any, None, None]:
-    """Rows that ``makers`` make, each through a pool of ``worker`` actors alone, in order; memory does not grow with them.
+    """Map the rows of ``readers`` over a pool of ``worker`` actors, one row a call, in order; memory does not grow with them.
 
-    The makers run in tasks of their own, several at a time; ``worker(**arguments)`` is called with a list of one row.
+    Several readers run at a time, in tasks; ``worker(**arguments)`` is called with a list of one row.
     """
     pool = pool_resources(cluster, model)
-    source = _made(makers, at_once=2 + pool.devices)
-    source.context.execution_options.resource_limits = ExecutionResources(object_store_memory=BUFFERED_BYTES)
-    return _through(source, worker, arguments, pool, 1, actors=actors or len(makers))
+    dataset = _read_dataset(readers, concurrency=2 + pool.devices)
+    dataset.context.execution_options.resource_limits = ExecutionResources(object_store_memory=BUFFER_BYTES)
+    return _map_batches(dataset, worker, arguments, pool, 1, actors or len(readers))
 
 
 class PrefetchedStream:
-    """Rows that ``makers`` make in tasks of their own, in order, about ``ahead`` of them before they are asked for.
+    """The rows of ``readers``, read in tasks, in order, about ``prefetch`` rows ahead of the consumer.
 
-    Tasks take seconds to start. They do so at once, aside, and not when the first row is asked for.
+    Tasks take seconds to start, so a thread starts them at once, before the first row is consumed.
     """
 
-    def __init__(self, makers: Sequence[Callable[[], Iterable[Any]]], ahead: int) -> None:
-        self._rows = _ahead(makers, ahead)
-        self._aside = ThreadPoolExecutor(1, thread_name_prefix="stream")
-        self._first = self._aside.submit(lambda: [*islice(self._rows, 1)])
+    def __init__(self, readers: Sequence[Reader], prefetch: int) -> None:
+        self._rows = _prefetched_rows(readers, prefetch)
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="stream")
+        self._first = self._executor.submit(lambda: [*islice(self._rows, 1)])
 
     def __iter__(self) -> Iterator[Any]:
         yield from self._first.result()
         yield from self._rows
 
     def close(self) -> None:
-        """Stop making rows."""
-        self._aside.shutdown()
+        """Stop the tasks."""
+        self._executor.shutdown()
         self._rows.close()
 
 
-def _ahead(makers: Sequence[Callable[[], Iterable[Any]]], ahead: int) -> Generator[Any, None, None]:
-    if makers:
-        yield from _read(_made(makers, at_once=2), batch_size=1, prefetch_batches=ahead)
+def _prefetched_rows(readers: Sequence[Reader], prefetch: int) -> Generator[Any, None, None]:
+    if readers:
+        yield from _iterate_rows(_read_dataset(readers, concurrency=2), batch_size=1, prefetch_batches=prefetch)
 
 
-def _cells(rows: Iterable[Any]) -> pa.Table:
-    return pa.table({"row": pa.array([pickle.dumps(row) for row in rows], pa.large_binary())})
+def _to_table(rows: Iterable[Any]) -> pa.Table:
+    return pa.table({"row": pa.array([pickle.dumps(row, protocol=5) for row in rows], pa.large_binary())})
 
 
-def _objects(cells: pa.Table) -> list[Any]:
-    return [pickle.loads(cell) for cell in cells["row"].to_pylist()]  # noqa: S301 - written by our own tasks
+def _from_table(table: pa.Table) -> list[Any]:
+    return [pickle.loads(cell.as_buffer()) for cell in table["row"]]  # noqa: S301 - written by our own tasks
 
 
-def _through(
-    source: Dataset,
-    worker: type,
-    arguments: dict[str, Any],
-    pool: Pool,
-    batch_rows: int,
-    *,
-    actors: int,
+def _map_batches(
+    dataset: Dataset, worker: type, arguments: dict[str, Any], pool: Pool, batch_rows: int, actors: int
 ) -> Generator[Any, None, None]:
-    mapped = source.map_batches(
-        _Worker,
+    mapped = dataset.map_batches(
+        _PoolWorker,
         fn_constructor_args=(worker, arguments),
         batch_size=batch_rows,
         batch_format="pyarrow",
@@ -144,19 +141,19 @@ def _through(
         **pool.options,
     )
     try:
-        yield from _read(mapped, batch_size=None, prefetch_batches=1)
+        yield from _iterate_rows(mapped, batch_size=None, prefetch_batches=1)
     except (UserError, ray.exceptions.OutOfDiskError):
         raise
     except Exception as error:
         raise RuntimeError(f"{worker.__name__}: {type(error).__name__}: {error}") from error
 
 
-def _read(data: Dataset, **options: Any) -> Iterator[Any]:
-    """The rows of a data set, which stops being worked on when nobody reads on."""
-    batches = iter(data.iter_batches(batch_format="pyarrow", **options))
+def _iterate_rows(dataset: Dataset, **options: Any) -> Iterator[Any]:
+    """The rows of a data set. Its tasks stop when the iterator is closed. Raises a UserError that a row holds."""
+    batches = iter(dataset.iter_batches(batch_format="pyarrow", **options))
     try:
         for batch in batches:
-            for row in _objects(batch):
+            for row in _from_table(batch):
                 if isinstance(row, UserError):
                     raise row
                 yield row
@@ -164,54 +161,57 @@ def _read(data: Dataset, **options: Any) -> Iterator[Any]:
         getattr(batches, "close", lambda: None)()
 
 
-def _made(makers: Sequence[Callable[[], Iterable[Any]]], at_once: int) -> Dataset:
-    """A data set of the rows that makers make. Each row is a block, so that a reader gets it as soon as it is made."""
+def _read_dataset(readers: Sequence[Reader], concurrency: int) -> Dataset:
+    """A data set of the readers' rows. Each row is a block, so that its consumer gets it as soon as it is read."""
     context = DataContext.get_current().copy()
     context.target_max_block_size = 1
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     with DataContext.current(context):
-        # tasks that read reserve no CPU: they must run beside actors and workers that hold all of them
+        # read tasks reserve no CPU: they run beside actors and workers that reserve all of them
         return ray.data.read_datasource(
-            _Makers(makers), override_num_blocks=len(makers), concurrency=min(at_once, len(makers)), num_cpus=0
+            _ReaderDatasource(readers),
+            override_num_blocks=len(readers),
+            concurrency=min(concurrency, len(readers)),
+            num_cpus=0,
         )
 
 
-class _Makers(Datasource):  # type: ignore[misc]
-    """Ray Data's view of makers: one read task each."""
+class _ReaderDatasource(Datasource):  # type: ignore[misc]
+    """One read task for each reader."""
 
-    def __init__(self, makers: Sequence[Callable[[], Iterable[Any]]]) -> None:
-        self._makers = makers
+    def __init__(self, readers: Sequence[Reader]) -> None:
+        self._readers = readers
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
 
     def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
         unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(_Cells(maker), unknown) for maker in self._makers]
+        return [ReadTask(_ReadFunction(reader), unknown) for reader in self._readers]
 
 
-class _Cells:
-    """What a read task calls: a block for each row that the maker makes."""
+class _ReadFunction:
+    """The function of a read task: yields one block for each row of the reader."""
 
-    def __init__(self, maker: Callable[[], Iterable[Any]]) -> None:
-        self._maker = maker
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
 
-    def __call__(self) -> Iterator[Any]:
+    def __call__(self) -> Iterator[pa.Table]:
         try:
-            for row in self._maker():
-                yield _cells([row])
+            for row in self._reader():
+                yield _to_table([row])
         except UserError as error:
-            yield _cells([error])
+            yield _to_table([error])
 
 
-class _Worker:
-    """Adapter between Ray Data's columns and a worker's lists of rows."""
+class _PoolWorker:
+    """Calls a worker, which takes and returns lists of rows, with Ray Data's tables."""
 
     def __init__(self, worker: type, arguments: dict[str, Any]) -> None:
         self._error: UserError | None = None
         if not ray.get_gpu_ids():
-            # it reserved none, and would find those of others on a node that has some
+            # the actor reserved no GPU, and must not use those that other processes of its node reserved
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         try:
             self._worker = worker(**arguments)
@@ -219,22 +219,22 @@ class _Worker:
             self._error = error
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        rows = _objects(batch)
+        rows = _from_table(batch)
         error = self._error or next((row for row in rows if isinstance(row, UserError)), None)
         if error is not None:
-            return _cells([error])
+            return _to_table([error])
         try:
-            return _cells(self._worker(rows))
+            return _to_table(self._worker(rows))
         except UserError as raised:
-            return _cells([raised])
+            return _to_table([raised])
 
 
-class _Placed:
-    """A worker whose rows carry their position."""
+class _PositionedWorker:
+    """A worker of rows with their positions."""
 
     def __init__(self, worker: type, arguments: dict[str, Any]) -> None:
         self._worker = worker(**arguments)
 
     def __call__(self, rows: list[tuple[int, Row]]) -> list[tuple[int, Row]]:
-        done = self._worker([row for _, row in rows])
-        return [(position, row) for (position, _), row in zip(rows, done, strict=True)]
+        results = self._worker([row for _, row in rows])
+        return [(position, result) for (position, _), result in zip(rows, results, strict=True)]

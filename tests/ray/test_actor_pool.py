@@ -1,4 +1,4 @@
-"""Rows through tasks and actors of Ray: their order, and what the user must change wherever it is found."""
+"""Rows through tasks and actors of Ray: their order, and UserErrors wherever they are raised."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Row = dict[str, Any]
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray() -> Iterator[None]:
-    this = sys.modules[__name__]
-    ray.cloudpickle.register_pickle_by_value(this)  # workers cannot import it
+    module = sys.modules[__name__]
+    ray.cloudpickle.register_pickle_by_value(module)  # workers cannot import it
     with ray_session(ClusterConfig()):
         yield
-    ray.cloudpickle.unregister_pickle_by_value(this)
+    ray.cloudpickle.unregister_pickle_by_value(module)
 
 
 def count(start: int, stop: int, wrong: int | None = None) -> Iterator[int]:
@@ -37,7 +37,7 @@ def count(start: int, stop: int, wrong: int | None = None) -> Iterator[int]:
 
 
 class Doubles:
-    """Doubles numbers, or rows of one number; finds some wrong."""
+    """Doubles numbers, or rows of one number. Raises a UserError at the number ``wrong``, or when it is built."""
 
     def __init__(self, wrong: Any = None, built: bool = True) -> None:
         if not built:
@@ -52,23 +52,23 @@ class Doubles:
 
 class Breaks:
     def __call__(self, rows: list[Any]) -> list[Any]:
-        raise KeyError("no fault of the user's")
+        raise KeyError("a bug")
 
 
-def makers(wrong: int | None = None) -> list[Any]:
+def readers(wrong: int | None = None) -> list[Any]:
     return [functools.partial(count, start, start + 5, wrong) for start in range(0, 20, 5)]
 
 
-def test_rows_come_in_the_order_of_their_makers() -> None:
-    through = map_stream(makers(), Doubles, {}, cluster=ClusterConfig(), model=False)
-    assert list(through) == [2 * number for number in range(20)]
-    assert list(PrefetchedStream(makers(), ahead=3)) == list(range(20))
+def test_rows_keep_the_order_of_their_readers() -> None:
+    rows = map_stream(readers(), Doubles, {}, cluster=ClusterConfig(), model=False)
+    assert list(rows) == [2 * number for number in range(20)]
+    assert list(PrefetchedStream(readers(), prefetch=3)) == list(range(20))
 
 
-def test_rows_come_back_in_their_own_order_whatever_their_length() -> None:
+def test_results_have_the_order_of_the_rows_whatever_their_length() -> None:
     rows = [{"n": number} for number in (5, 3, 8, 1, 9, 2, 7)]
-    seen: list[tuple[int, int | None]] = []
-    done = map_rows(
+    reported: list[tuple[int, int | None]] = []
+    results = map_rows(
         rows,
         Doubles,
         {},
@@ -76,22 +76,22 @@ def test_rows_come_back_in_their_own_order_whatever_their_length() -> None:
         batch_rows=2,
         model=False,
         length=lambda row: int(row["n"]),
-        progress=lambda done, total, note="": seen.append((done, total)),
+        progress=lambda done, total, note="": reported.append((done, total)),
     )
-    assert done == [{"n": 2 * row["n"]} for row in rows]
-    assert seen == [(number, 7) for number in range(1, 8)]
+    assert results == [{"n": 2 * row["n"]} for row in rows]
+    assert reported == [(number, 7) for number in range(1, 8)]
 
 
 @pytest.mark.parametrize("where", ["maker", "call", "construction", "map"])
-def test_what_the_user_must_change_arrives_as_it_was_said(where: str, capfd: pytest.CaptureFixture[str]) -> None:
-    given: Row = {"call": {"wrong": 7}, "map": {"wrong": 7}, "construction": {"built": False}}.get(where, {})
-    made = makers(7 if where == "maker" else None)
+def test_a_user_error_arrives_unchanged_and_without_a_traceback(where: str, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments: Row = {"call": {"wrong": 7}, "map": {"wrong": 7}, "construction": {"built": False}}.get(where, {})
+    stream = readers(7 if where == "maker" else None)
 
     def work() -> None:
         if where == "map":
-            map_rows([{"n": 7}], Doubles, given, cluster=ClusterConfig(), batch_rows=1, model=False)
+            map_rows([{"n": 7}], Doubles, arguments, cluster=ClusterConfig(), batch_rows=1, model=False)
         else:
-            list(map_stream(made, Doubles, given, cluster=ClusterConfig(), model=False))
+            list(map_stream(stream, Doubles, arguments, cluster=ClusterConfig(), model=False))
 
     with pytest.raises(UserError) as caught:
         work()
@@ -100,5 +100,5 @@ def test_what_the_user_must_change_arrives_as_it_was_said(where: str, capfd: pyt
 
 
 def test_other_failures_name_their_worker() -> None:
-    with pytest.raises(RuntimeError, match=r"^Breaks: (.|\n)*no fault of the user's"):
-        list(map_stream(makers(), Breaks, {}, cluster=ClusterConfig(), model=False))
+    with pytest.raises(RuntimeError, match=r"^Breaks: (.|\n)*a bug"):
+        list(map_stream(readers(), Breaks, {}, cluster=ClusterConfig(), model=False))
