@@ -17,7 +17,7 @@ from helpers.report_reader import Reader, drawn, lines
 from raydiv.runs.directory import RunDirectory
 from raydiv.runs.measurements import MeasuredValue, SeparationFile
 from raydiv.runs.report import figures
-from raydiv.runs.report.drawing import INK, LONGEST_LABEL, Picture, png, styled, svg
+from raydiv.runs.report.drawing import INK, MAX_LABEL_LENGTH, Picture, png, styled, svg
 from raydiv.runs.report.page import page, write_report
 from raydiv.runs.report.table import before_after, measured_rows
 
@@ -280,5 +280,5 @@ def test_a_long_label_is_cut_and_a_long_title_broken() -> None:
     assert axis.get_title(loc="left").count("\n") + axis.get_title().count("\n") == 2
     picture = figures.plane(separated([[0, 0], [1, 2]], ["k" * 90, "b"], [True, False]), "after")
     longest = picture.figure.legends[0].get_texts()[0].get_text()
-    assert len(longest) == LONGEST_LABEL
+    assert len(longest) == MAX_LABEL_LENGTH
     assert longest.endswith("…")

@@ -28,7 +28,7 @@ from raydiv.runs.report.drawing import (
     INK,
     TEAL,
     Picture,
-    broken,
+    wrapped,
     legend,
     new_axis,
     shortened,
@@ -130,7 +130,7 @@ def _categories(figure: Any, axis: Any, categories: Sequence[str]) -> None:
     """Names side by side while each has room, else upright."""
     beside = len(categories) <= MOST_BESIDE
     width = TICKS_WIDTH // len(categories)
-    words = [broken(name, width, 2) if beside else shortened(name, TURNED_LENGTH) for name in categories]
+    words = [wrapped(name, width, 2) if beside else shortened(name, TURNED_LENGTH) for name in categories]
     axis.set_xticks(range(len(categories)), words, rotation=0 if beside else 90)
     axis.set_xlim(-0.6, len(categories) - 0.4)
     axis.grid(visible=False, axis="x")
@@ -177,7 +177,7 @@ def front(record: Record, across: Aim, up: Aim) -> Picture | None:
         return None
     title = f"{up.label} against {across.label}"
     figure, axis = new_axis("Pareto front", f"{across.label}\n{across.better}")
-    axis.set_ylabel(f"{broken(up.label, LABEL_WIDTH, 2)}\n{up.better}")
+    axis.set_ylabel(f"{wrapped(up.label, LABEL_WIDTH, 2)}\n{up.better}")
     for side, aim in ((axis.xaxis, across), (axis.yaxis, up)):
         _as_measured(side, aim)
     points = np.array([[across.value(trial), up.value(trial)] for trial in trials])

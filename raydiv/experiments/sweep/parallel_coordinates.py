@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raydiv.experiments.sweep.report_record import Aim, Parameter, Record, Trial, aims, finished, parameters, written
-from raydiv.runs.report.drawing import INK, PAPER, RAMP, Picture, broken, new_axis
+from raydiv.runs.report.drawing import INK, PAPER, RAMP, Picture, wrapped, new_axis
 
 Array = NDArray[np.float64]
 
@@ -75,7 +75,7 @@ def _caption(record: Record, first: Aim, rails: Sequence[Rail]) -> str:
 
 
 def _of_parameter(parameter: Parameter, trials: Sequence[Trial]) -> Rail:
-    name = broken(parameter.name, NAME_WIDTH, 3)
+    name = wrapped(parameter.name, NAME_WIDTH, 3)
     places = np.array([parameter.place(trial) for trial in trials])
     if not parameter.categories:
         return _of_numbers(name, places, _number, log=parameter.log)
@@ -84,7 +84,7 @@ def _of_parameter(parameter: Parameter, trials: Sequence[Trial]) -> Rail:
 
 
 def _of_aim(aim: Aim, trials: Sequence[Trial]) -> Rail:
-    name = f"{broken(aim.label, NAME_WIDTH, 3)}\n{aim.better}"
+    name = f"{wrapped(aim.label, NAME_WIDTH, 3)}\n{aim.better}"
     return _of_numbers(name, np.array([aim.value(trial) for trial in trials]), aim.words)
 
 
@@ -123,7 +123,7 @@ def _draw_rail(axis: Any, rail: Rail, depth: int) -> None:
     # the outermost begin and end with the axis, and so reach as far as their neighbours' middles do twice over
     width = int(TICKS_WIDTH / (2 if spacing == 1 else 1.5 * spacing / (2 if stagger else 1)))
     for number, (place, words) in enumerate(rail.ticks):
-        _write(axis, place, -depth, broken(words, max(width, 3), 2), above=stagger and number % 2 == 1)
+        _write(axis, place, -depth, wrapped(words, max(width, 3), 2), above=stagger and number % 2 == 1)
     if np.isnan(rail.places).any():
         _write(axis, UNSET, -depth, "-", above=False)
 

@@ -1,1 +1,1 @@
-"""A run for people: the before | after table, the pictures, and the self-contained report.html."""
+"""The report of a run: the before | after table, the pictures, and the self-contained report.html."""

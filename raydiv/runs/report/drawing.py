@@ -1,4 +1,4 @@
-"""How pictures look, and the two forms each is kept in: a PNG on white, and SVG in the colours of the page around it."""
+"""The style of pictures and their two formats: PNG on white, and SVG in the colours of the page that contains it."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from pathlib import Path
 from typing import Any
 
 INK = "#010203"
-"""Of text and axes. No other thing has this colour, so that in SVG it can stand for the colour of the page's text."""
+"""Colour of text and axes alone, so that in SVG it can be replaced by the colour of the page's text."""
 
 PAPER = "#fefefe"
-"""Behind words that lie on lines: in SVG it stands for the colour of the page."""
+"""Background of text that lies on lines; in SVG it is replaced by the colour of the page."""
 
 BLUE, RED, AMBER, TEAL, GREY = "#2f7ed8", "#d64545", "#c47a0a", "#1f9483", "#808080"
-"""Legible on white and on the dark page alike."""
+"""Legible on the white and on the dark page."""
 
 RAMP = ("#5158de", "#9449ce", "#c43ea4", "#e23f67", "#e75b03", "#c78709")
-"""From violet to amber in equal steps of lightness and hue, and as legible as the colours above from end to end."""
+"""From violet to amber in equal steps of lightness and hue, each as legible as the colours above."""
 
-SIZE = (4.6, 3.2)
-"""Inches: at the width of a phone its text is as large as the page's small print."""
+FIGURE_SIZE = (4.6, 3.2)
+"""Inches. At the width of a phone the text is as large as the page's small print."""
 
 TITLE_WIDTH = 46
-LONGEST_LABEL = 28
+MAX_LABEL_LENGTH = 28
 """Characters."""
 
-LEGEND_ROW = 0.19
+LEGEND_ROW_HEIGHT = 0.19
 """Inches."""
 
 STYLE: dict[str, Any] = {
-    "figure.figsize": SIZE,
+    "figure.figsize": FIGURE_SIZE,
     "figure.constrained_layout.use": True,
     "font.family": "sans-serif",
     "font.size": 9.5,
     "text.color": INK,
-    # names of kinds are the user's, and may hold dollar signs
+    # names of kinds come from the user and may contain dollar signs
     "text.parse_math": False,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
@@ -75,7 +75,7 @@ STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A figure, the name of its file, and what to see in it."""
+    """A figure with the name of its file, its title and its caption."""
 
     name: str
     title: str
@@ -84,25 +84,25 @@ class Picture:
 
 
 def styled() -> AbstractContextManager[None]:
-    """Whatever is drawn within looks as STYLE says."""
+    """A context in which figures are drawn in STYLE."""
     from matplotlib import rc_context
 
     return rc_context(STYLE)
 
 
-def new_axis(title: str, below: str) -> tuple[Any, Any]:
-    """A figure with one axis, and what its horizontal direction means."""
+def new_axis(title: str, x_label: str) -> tuple[Any, Any]:
+    """A figure with one axis."""
     from matplotlib.figure import Figure
 
     figure = Figure()
     axis = figure.subplots()
     axis.set_title(textwrap.fill(title, TITLE_WIDTH))
-    axis.set_xlabel(below)
+    axis.set_xlabel(x_label)
     return figure, axis
 
 
 def legend(figure: Any, axis: Any) -> None:
-    """Below the axis, where it hides nothing, and of which it takes nothing; one curve alone needs none."""
+    """Add a legend below the axis, and its height to the figure; a single curve gets none."""
     handles, labels = axis.get_legend_handles_labels()
     if len(labels) < 2:
         return
@@ -110,16 +110,16 @@ def legend(figure: Any, axis: Any) -> None:
     longest = max(map(len, short))
     columns = 1 if longest > 22 else 2 if longest > 14 or len(short) == 4 else 3
     figure.legend(handles, short, loc="outside lower left", ncols=columns)
-    figure.set_figheight(figure.get_figheight() + LEGEND_ROW * (math.ceil(len(short) / columns) - 1))
+    figure.set_figheight(figure.get_figheight() + LEGEND_ROW_HEIGHT * (math.ceil(len(short) / columns) - 1))
 
 
-def shortened(label: str, most: int = LONGEST_LABEL) -> str:
-    return label if len(label) <= most else f"{label[: most - 1]}…"
+def shortened(label: str, length: int = MAX_LABEL_LENGTH) -> str:
+    return label if len(label) <= length else f"{label[: length - 1]}…"
 
 
-def broken(words: str, width: int, most: int) -> str:
-    """In lines of ``width`` characters, cut after ``most`` of them."""
-    return "\n".join(textwrap.wrap(words, width, max_lines=most, placeholder="…"))
+def wrapped(text: str, width: int, max_lines: int) -> str:
+    """The text in lines of ``width`` characters, cut after ``max_lines`` lines."""
+    return "\n".join(textwrap.wrap(text, width, max_lines=max_lines, placeholder="…"))
 
 
 def png(figure: Any) -> bytes:
@@ -129,27 +129,27 @@ def png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def write_pictures(folder: Path, drawn: Iterable[Picture]) -> None:
-    """Leave a PNG of each in ``folder``."""
+def write_pictures(folder: Path, pictures: Iterable[Picture]) -> None:
+    """Write a PNG of each picture into ``folder``."""
     folder.mkdir(exist_ok=True)
-    for picture in drawn:
+    for picture in pictures:
         (folder / f"{picture.name}.png").write_bytes(png(picture.figure))
 
 
-def svg(figure: Any, name: str, described: str) -> str:
-    """An element to stand in a page, as wide as its place, read out as ``described``.
+def svg(figure: Any, name: str, description: str) -> str:
+    """An <svg> element as wide as its container; screen readers read ``description``.
 
-    ``name`` begins its ids, of which a page must have no two alike.
+    ``name`` is the prefix of its ids, which must be unique in a page.
     """
     buffer = io.StringIO()
     with styled():
         figure.savefig(buffer, format="svg", transparent=True)
-    drawn = buffer.getvalue()
-    # what only a file of its own needs: the prologue, namespaces, metadata, comments and a style sheet for all elements
-    drawn = drawn[drawn.index("<svg") :].replace("xlink:href=", "href=")
-    drawn = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", drawn, flags=re.DOTALL)
-    opening, _, rest = drawn.partition(">")
+    element = buffer.getvalue()
+    # drop what only a separate file needs: prologue, namespaces, metadata, comments and a style sheet for all elements
+    element = element[element.index("<svg") :].replace("xlink:href=", "href=")
+    element = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", element, flags=re.DOTALL)
+    opening, _, rest = element.partition(">")
     (box,) = re.findall(r'viewBox="[^"]*"', opening)
-    drawn = f'<svg {box} role="img" aria-label="{html.escape(described)}">{rest}'
-    drawn = re.sub(r'(\bid="|\bhref="#|url\(#)', rf"\g<1>{name}-", drawn)
-    return re.sub(r"\n\s*", "\n", drawn).replace(INK, "currentColor").replace(PAPER, "var(--page)").strip()
+    element = f'<svg {box} role="img" aria-label="{html.escape(description)}">{rest}'
+    element = re.sub(r'(\bid="|\bhref="#|url\(#)', rf"\g<1>{name}-", element)
+    return re.sub(r"\n\s*", "\n", element).replace(INK, "currentColor").replace(PAPER, "var(--page)").strip()
