@@ -1,7 +1,7 @@
 """Ray Data: rows mapped over a pool of actors in their order, and rows that tasks read ahead of their consumer.
 
-A row is any Python object that can be pickled, and is one cell of one column between processes. A UserError travels as a row
-too, and is raised where the rows are consumed: Ray would wrap it in a traceback.
+A row is any Python object that can be pickled. Between processes it is one cell of one column. A UserError travels as a
+row too, and is raised where the rows are consumed: Ray would wrap it in a traceback.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def map_rows_unordered(
 
     Batches hold ``batch_rows`` rows, shortest first by ``length``, so that they need little padding.
 
-    ``worker(**arguments)`` is built once per actor; it is called with a list of rows and returns as many. There is one actor a
-    CPU, or a GPU where the recipe uses GPUs and the worker holds a ``model``; fewer by ``cluster.pool_actors``; and never more
-    than batches.
+    ``worker(**arguments)`` is built once per actor; it is called with a list of rows and returns as many. There is one
+    actor a CPU, or a GPU where the recipe uses GPUs and the worker holds a ``model``. ``cluster.pool_actors`` and the
+    number of batches limit them.
     """
     batches = -(-len(rows) // batch_rows)
     order = sorted(range(len(rows)), key=lambda position: length(rows[position]))
@@ -83,9 +83,9 @@ def map_stream(
     model: bool = True,
     actors: int | None = None,
 ) -> Generator[Any, None, None]:
-    """Map the rows of ``readers`` over a pool of ``worker`` actors, one row a call, in order; memory does not grow with them.
+    """Map the rows of ``readers`` over a pool of ``worker`` actors, in order; memory does not grow with the rows.
 
-    Several readers run at a time, in tasks; ``worker(**arguments)`` is called with a list of one row.
+    Several readers run at a time, in tasks. ``worker(**arguments)`` is called with a list of one row.
     """
     pool = pool_resources(cluster, model)
     dataset = _read_dataset(readers, concurrency=2 + pool.devices)

@@ -1,4 +1,4 @@
-"""What a run takes of a cluster: how much of it, in which shares, and whether there is so much; needs a Ray session."""
+"""The resources of a run: CPUs, GPUs and memory of training workers and actor pools. Needs a Ray session."""
 
 from __future__ import annotations
 
@@ -8,94 +8,82 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from raydiv.config.cluster import ClusterConfig, PoolResources, ReservedResources
+from raydiv.config.cluster import ClusterConfig, ReservedResources
 from raydiv.utils.errors import UserError
 
-SHARE = 0.9
-"""Of a node's CPUs, what training workers reserve."""
+WORKER_CPU_FRACTION = 0.9
+"""Fraction of a node's CPUs that training workers reserve; Ray Data and the driver need the rest."""
 
-ACCELERATOR = "accelerator_type:"
-"""Before the type of a node's GPU, as Ray has it."""
+HOST_MEMORY_FRACTION = 0.85
+"""Fraction of a node's memory for training workers on CPUs; the driver and Ray itself need the rest."""
 
-ANY = 0.001
-"""Of a resource, an amount that says no more than that it is there."""
+ACCELERATOR_PREFIX = "accelerator_type:"
+"""Ray counts a node's type of GPU as a resource with this prefix, of amount 1."""
 
-LOOKED_S, NAMED = 3.0, 5
-"""Seconds between looks for new nodes; nodes that a message names."""
+MIN_AMOUNT = 0.001
+"""Amount of a resource that only requires that a node has it."""
+
+POLL_S, MAX_LISTED_NODES = 3.0, 5
+"""Seconds between two checks for new nodes; nodes that a message lists."""
+
+Resources = Mapping[str, float]
+"""Amounts by Ray's names."""
 
 
-def cpus(cluster: ClusterConfig) -> float:
-    """CPUs that a run may take: the cluster's, unless the recipe says fewer."""
+def available_cpus(cluster: ClusterConfig) -> float:
+    """CPUs that a run may use: ``cluster.cpus``, by default all."""
     import ray
 
     return cluster.cpus or float(ray.cluster_resources().get("CPU", 0.0))
 
 
 def cpus_per_worker(cluster: ClusterConfig) -> float:
-    """CPUs that a training worker reserves; by default nine tenths of its node's in equal shares, so that others can start.
+    """CPUs that a training worker reserves: ``cluster.cpus_per_worker``, by default nine tenths in equal shares.
 
-    These are the most with which all workers find a place on the nodes that there are.
+    The default is the largest share with which all workers fit on the present nodes.
     """
     if cluster.cpus_per_worker is not None:
         return cluster.cpus_per_worker
-    most = SHARE * cpus(cluster) / cluster.num_workers
+    limit = WORKER_CPU_FRACTION * available_cpus(cluster) / cluster.num_workers
     nodes = _nodes()
-    shares = {SHARE * node.get("CPU", 0.0) / count for node in nodes for count in range(1, cluster.num_workers + 1)}
+    workers = range(1, cluster.num_workers + 1)
+    shares = {WORKER_CPU_FRACTION * node.get("CPU", 0.0) / count for node in nodes for count in workers}
     for share in sorted(shares, reverse=True):
-        if share and sum(_places(node, _of_a_worker(cluster, share)) for node in nodes) >= cluster.num_workers:
-            return _rounded_down(min(share, most))
-    return _rounded_down(most)
+        if share and sum(_capacity(node, _worker_request(cluster, share)) for node in nodes) >= cluster.num_workers:
+            return _round_down(min(share, limit))
+    return _round_down(limit)
+
+
+def _round_down(cpus: float) -> float:
+    return int(cpus * 1000) / 1000
 
 
 def threads_per_worker(cluster: ClusterConfig) -> int:
-    """Threads of a training worker: its share of the CPUs, rounded to whole ones."""
+    """Threads of a training worker: its CPUs, rounded."""
     return max(1, round(cpus_per_worker(cluster)))
 
 
-def concurrent_runs(cluster: ClusterConfig, at_most: int | None) -> tuple[int, ClusterConfig]:
-    """How many runs there is room for, ``at_most`` so many, and the part of the cluster that each then gets.
-
-    The parts never add up to more than there is: no run waits for what another holds, its pools' actors included.
-    """
-    import ray
-
-    have = ray.cluster_resources()
-    if cluster.use_gpu:
-        room = have.get("GPU", 0.0) // cluster.num_workers
-    else:
-        # a worker takes a whole CPU where the recipe does not say
-        room = cpus(cluster) // (cluster.num_workers * (cluster.cpus_per_worker or 1.0))
-    runs = max(1, min(int(room), at_most or int(room)))
-    pool = min(cluster.pool_actors or cluster.num_workers, cluster.num_workers) if cluster.use_gpu else None
-    all_workers = cluster.num_workers if cluster.use_gpu else runs * cluster.num_workers
-    memory = worker_memory(cluster.model_copy(update={"num_workers": all_workers})) / 2**30
-    part = {
-        "cpus": round(cpus(cluster) / runs, 3),
-        "worker_memory_gb": round(memory, 3),
-        "pool_actors": pool or cluster.pool_actors,
-    }
-    return runs, cluster.model_copy(update=part)
-
-
-HOST_MEMORY_FRACTION = 0.85
-"""Of a node's memory, what training workers on CPUs may have, beside the driver, Ray's daemons and its object store."""
+def worker_resources(cluster: ClusterConfig) -> dict[str, float]:
+    """What a training worker reserves, without its type of GPU, which Ray Train takes as an argument."""
+    request = _worker_request(cluster, cpus_per_worker(cluster))
+    return {name: amount for name, amount in request.items() if amount and not name.startswith(ACCELERATOR_PREFIX)}
 
 
 def worker_memory(cluster: ClusterConfig) -> int:
-    """Bytes of a training worker's GPU, or its share of a node's memory; ``cluster.worker_memory_gb`` where it is given."""
+    """Bytes of a training worker: ``cluster.worker_memory_gb``, else its GPU's or its share of a node's memory."""
     import ray
 
     if cluster.worker_memory_gb is not None:
         return round(cluster.worker_memory_gb * 2**30)
     if cluster.use_gpu:
         return int(ray.get(ray.remote(num_gpus=1)(_gpu_memory).remote()))
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    on_each = -(-cluster.num_workers // max(1, len(nodes)))
-    return round(HOST_MEMORY_FRACTION * min(_host_memory(node) for node in nodes) / on_each)
+    nodes = [node for node in _nodes() if node.get("CPU")]
+    workers_per_node = -(-cluster.num_workers // max(1, len(nodes)))
+    return round(HOST_MEMORY_FRACTION * min(_host_memory(node) for node in nodes) / workers_per_node)
 
 
-def _host_memory(node: Mapping[str, float]) -> float:
-    """All memory of a node: Ray counts the object store's apart."""
+def _host_memory(node: Resources) -> float:
+    """All memory of a node; Ray counts the object store's separately."""
     return node.get("memory", 0.0) + node.get("object_store_memory", 0.0)
 
 
@@ -105,33 +93,35 @@ def _gpu_memory() -> int:
     return int(torch.cuda.get_device_properties(0).total_memory)
 
 
-def pool_resources(cluster: ClusterConfig, model: bool) -> Pool:
-    """What the actors of a pool reserve, with a ``model`` each or, as tokenizers, without, and for how many there is room."""
-    section = cluster.pool if model else cluster.tokenize
-    each = (section.gpus if isinstance(section, PoolResources) else None) if cluster.use_gpu else 0
-    gpus = (1.0 if each is None else each) if model else 0.0
-    nodes = _nodes()
-    if gpus:
-        devices = int(sum(node.get("GPU", 0.0) for node in nodes) / gpus)
-        wanted, own = cluster.pool_actors or devices, section.cpus or 1.0
+def concurrent_runs(cluster: ClusterConfig, limit: int | None) -> tuple[int, ClusterConfig]:
+    """How many runs fit at the same time, at most ``limit``, and the part of the cluster that each may use.
+
+    The parts, with the actors of their pools, never exceed the cluster: no run waits for what another one holds.
+    """
+    import ray
+
+    if cluster.use_gpu:
+        fitting = ray.cluster_resources().get("GPU", 0.0) // cluster.num_workers
     else:
-        devices = max(1, int(cpus(cluster) // (section.cpus or 1.0)))
-        wanted = (cluster.pool_actors if model else None) or devices
-        largest = max((node.get("CPU", 0.0) for node in nodes), default=1.0)
-        own = section.cpus or float(max(1, min(devices // wanted, int(largest))))
-    options: dict[str, Any] = {"resources": section.custom} if section.custom else {}
-    options |= {"accelerator_type": section.accelerator} if section.accelerator else {}
-    options |= {"scheduling_strategy": "SPREAD"} if section.placement == "SPREAD" else {}
-    place = {"CPU": own, "GPU": gpus, **_apart(section)}
-    fit = sum(_places(node, place) for node in nodes) if _apart(section) else devices
-    return Pool(max(1, min(devices, wanted, fit)), max(1, devices), own, gpus, options, place)
+        # a worker uses a whole CPU where the recipe sets none
+        fitting = available_cpus(cluster) // (cluster.num_workers * (cluster.cpus_per_worker or 1.0))
+    runs = max(1, min(int(fitting), limit or int(fitting)))
+    actors = min(cluster.pool_actors or cluster.num_workers, cluster.num_workers) if cluster.use_gpu else None
+    all_workers = cluster.num_workers if cluster.use_gpu else runs * cluster.num_workers
+    memory = worker_memory(cluster.model_copy(update={"num_workers": all_workers})) / 2**30
+    part = {
+        "cpus": round(available_cpus(cluster) / runs, 3),
+        "worker_memory_gb": round(memory, 3),
+        "pool_actors": actors or cluster.pool_actors,
+    }
+    return runs, cluster.model_copy(update=part)
 
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """At most ``actors`` side by side, on ``devices`` CPUs or GPUs, each with ``cpus`` and ``gpus``; ``options`` are Ray's.
+    """At most ``actors`` at the same time, on ``devices`` CPUs or GPUs; each reserves ``cpus`` and ``gpus``.
 
-    ``each``: all that one reserves, by Ray's names.
+    ``options`` are Ray's for an actor. ``per_actor`` is all that an actor reserves, by Ray's names.
     """
 
     actors: int
@@ -139,31 +129,130 @@ class Pool:
     cpus: float
     gpus: float
     options: dict[str, Any]
-    each: dict[str, float]
+    per_actor: dict[str, float]
 
 
-def worker_resources(cluster: ClusterConfig) -> dict[str, float]:
-    """What a training worker reserves, by Ray's names, but for the type of its GPU."""
-    return {
-        name: amount
-        for name, amount in _of_a_worker(cluster, cpus_per_worker(cluster)).items()
-        if amount and not name.startswith(ACCELERATOR)
-    }
+def pool_resources(cluster: ClusterConfig, model: bool) -> Pool:
+    """Size and reservations of a pool of actors with a ``model`` (``cluster.pool``) or without (``cluster.tokenize``)."""
+    section = cluster.pool if model else cluster.tokenize
+    gpus = 0.0
+    if model and cluster.use_gpu:
+        gpus = 1.0 if cluster.pool.gpus is None else cluster.pool.gpus
+    nodes = _nodes()
+    if gpus:
+        devices = int(sum(node.get("GPU", 0.0) for node in nodes) / gpus)
+        wanted, cpus = cluster.pool_actors or devices, section.cpus or 1.0
+    else:
+        devices = max(1, int(available_cpus(cluster) // (section.cpus or 1.0)))
+        wanted = (cluster.pool_actors if model else None) or devices
+        largest_node = max((node.get("CPU", 0.0) for node in nodes), default=1.0)
+        cpus = section.cpus or float(max(1, min(devices // wanted, int(largest_node))))
+    options: dict[str, Any] = {"resources": section.custom} if section.custom else {}
+    options |= {"accelerator_type": section.accelerator} if section.accelerator else {}
+    options |= {"scheduling_strategy": "SPREAD"} if section.placement == "SPREAD" else {}
+    selectors = _node_selectors(section)
+    per_actor = {"CPU": cpus, "GPU": gpus, **selectors}
+    fitting = sum(_capacity(node, per_actor) for node in nodes) if selectors else devices
+    return Pool(max(1, min(devices, wanted, fitting)), max(1, devices), cpus, gpus, options, per_actor)
 
 
-def _of_a_worker(cluster: ClusterConfig, share: float) -> dict[str, float]:
-    return {"CPU": share, "GPU": 1.0 if cluster.use_gpu else 0.0, **_apart(cluster.train)}
+def require_resources(cluster: ClusterConfig) -> None:
+    """Raise UserError where training workers or pools do not fit on the cluster, also after ``cluster.wait_s``."""
+    missing = _missing_resources(cluster)
+    if missing is None:
+        return
+    if not cluster.wait_s:
+        raise UserError(missing)
+    with _autoscaler_request(cluster):
+        end = time.monotonic() + cluster.wait_s
+        while missing is not None:
+            if time.monotonic() >= end:
+                raise UserError(f"{missing} (waited for {cluster.wait_s} s: cluster.wait_s)")
+            time.sleep(POLL_S)
+            missing = _missing_resources(cluster)
 
 
-def _apart(section: ReservedResources) -> dict[str, float]:
-    """What tells the nodes apart that a section names; Ray counts a node's type of GPU as a resource."""
-    kind = {f"{ACCELERATOR}{section.accelerator}": ANY} if section.accelerator else {}
-    return {**section.custom, **kind}
+@contextmanager
+def _autoscaler_request(cluster: ClusterConfig) -> Iterator[None]:
+    """Request the workers' resources from the autoscaler while the block runs; a request that stays keeps its nodes."""
+    import ray
+    from ray.autoscaler.sdk import request_resources
+
+    request = _worker_request(cluster, cluster.cpus_per_worker or 1.0)
+    per_worker = {name: amount for name, amount in request.items() if amount}
+    with suppress(ray.exceptions.RayError, RuntimeError):  # nodes may join without an autoscaler
+        request_resources(bundles=[per_worker] * cluster.least_workers)
+    try:
+        yield
+    finally:
+        with suppress(ray.exceptions.RayError, RuntimeError):
+            request_resources(bundles=[])
 
 
-def _places(node: Mapping[str, float], each: Mapping[str, float]) -> int:
-    """How many that reserve so much a node has room for."""
-    return min((int(node.get(name, 0.0) / amount + 1e-6) for name, amount in each.items() if amount), default=0)
+def _missing_resources(cluster: ClusterConfig) -> str | None:
+    messages = (
+        missing_worker_resources(cluster),
+        _missing_pool_resources(cluster, model=True),
+        _missing_pool_resources(cluster, model=False),
+    )
+    return next(filter(None, messages), None)
+
+
+def missing_worker_resources(cluster: ClusterConfig) -> str | None:
+    """Why the training workers do not fit on the cluster; None where they do."""
+    import ray
+
+    total = ray.cluster_resources()
+    if cluster.cpus is not None and cluster.cpus > total.get("CPU", 0.0):
+        return f"cluster.cpus: {cluster.cpus:g}, but the cluster has {total.get('CPU', 0.0):g}"
+    key = "cluster.num_workers" if cluster.min_workers is None else "cluster.min_workers"
+    workers = cluster.least_workers
+    if cluster.use_gpu:
+        kind, needed, available = "GPU", float(workers), total.get("GPU", 0.0)
+    else:
+        kind, needed, available = "CPU", workers * (cluster.cpus_per_worker or 1.0), available_cpus(cluster)
+    if needed > available:
+        limit = "the cluster has" if cluster.use_gpu or cluster.cpus is None else "cluster.cpus is"
+        alternative = "(or set use_gpu: false)" if cluster.use_gpu else "or cluster.cpus_per_worker"
+        return (
+            f"{key}: {workers} workers need {needed:g} {kind}s, but {limit} {available:g}; "
+            f"lower it {alternative}, or add nodes"
+        )
+    # a default share of the CPUs adapts to the nodes
+    request = _worker_request(cluster, cluster.cpus_per_worker or MIN_AMOUNT)
+    fitting = sum(_capacity(node, request) for node in _nodes())
+    if fitting < workers:
+        return (
+            f"{key}: {workers} workers need {_describe(request)} each, but only {fitting} fit on the nodes: "
+            f"{_describe_nodes(request)}"
+        )
+    return None
+
+
+def _missing_pool_resources(cluster: ClusterConfig, model: bool) -> str | None:
+    """Why no actor of a pool fits on a node. Defaults always fit."""
+    section, key = (cluster.pool, "cluster.pool") if model else (cluster.tokenize, "cluster.tokenize")
+    if section == type(section)():
+        return None
+    request = pool_resources(cluster, model).per_actor
+    if any(_capacity(node, request) for node in _nodes()):
+        return None
+    return f"{key}: an actor needs {_describe(request)}, and no node has them; nodes: {_describe_nodes(request)}"
+
+
+def _worker_request(cluster: ClusterConfig, cpus: float) -> dict[str, float]:
+    return {"CPU": cpus, "GPU": 1.0 if cluster.use_gpu else 0.0, **_node_selectors(cluster.train)}
+
+
+def _node_selectors(section: ReservedResources) -> dict[str, float]:
+    """The resources by which a section selects its nodes."""
+    accelerator = {f"{ACCELERATOR_PREFIX}{section.accelerator}": MIN_AMOUNT} if section.accelerator else {}
+    return {**section.custom, **accelerator}
+
+
+def _capacity(node: Resources, request: Resources) -> int:
+    """How many times a request fits on a node."""
+    return min((int(node.get(name, 0.0) / amount + 1e-6) for name, amount in request.items() if amount), default=0)
 
 
 def _nodes() -> list[dict[str, float]]:
@@ -173,101 +262,18 @@ def _nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _rounded_down(share: float) -> float:
-    return int(share * 1000) / 1000
-
-
-def require_resources(cluster: ClusterConfig) -> None:
-    """Raise UserError where the cluster has no room for training workers or pools, and gets none in ``cluster.wait_s``."""
-    lack = _lack(cluster)
-    if lack is None:
-        return
-    if not cluster.wait_s:
-        raise UserError(lack)
-    with _asked_for(cluster):
-        end = time.monotonic() + cluster.wait_s
-        while lack is not None:
-            if time.monotonic() >= end:
-                raise UserError(f"{lack} (after {cluster.wait_s} s: cluster.wait_s)")
-            time.sleep(LOOKED_S)
-            lack = _lack(cluster)
-
-
-@contextmanager
-def _asked_for(cluster: ClusterConfig) -> Iterator[None]:
-    """Ask the autoscaler for room for the workers while the block runs; a request that stayed would keep nodes for ever."""
-    import ray
-    from ray.autoscaler.sdk import request_resources
-
-    asked = _of_a_worker(cluster, cluster.cpus_per_worker or 1.0)
-    each = {name: amount for name, amount in asked.items() if amount}
-    with suppress(ray.exceptions.RayError, RuntimeError):  # without an autoscaler, nodes may come all the same
-        request_resources(bundles=[each] * cluster.least_workers)
-    try:
-        yield
-    finally:
-        with suppress(ray.exceptions.RayError, RuntimeError):
-            request_resources(bundles=[])
-
-
-def _lack(cluster: ClusterConfig) -> str | None:
-    """What there is no room for, with what is there."""
-    lacks = (missing_worker_resources(cluster), _lack_of_a_pool(cluster, True), _lack_of_a_pool(cluster, False))
-    return next(filter(None, lacks), None)
-
-
-def missing_worker_resources(cluster: ClusterConfig) -> str | None:
-    """Why training workers find no room; None where they do."""
-    import ray
-
-    have = ray.cluster_resources()
-    kind, each = ("GPU", 1.0) if cluster.use_gpu else ("CPU", cluster.cpus_per_worker or 1.0)
-    wanted, there = cluster.least_workers * each, have.get(kind, 0.0)
-    if cluster.cpus is not None and cluster.cpus > have.get("CPU", 0.0):
-        return f"cluster.cpus: {cluster.cpus:g}, and the cluster has {have.get('CPU', 0.0):g}"
-    if kind == "CPU":
-        there = cpus(cluster)
-    key = "num_workers" if cluster.min_workers is None else "min_workers"
-    if wanted > there:
-        owner = "the cluster has" if cluster.use_gpu or cluster.cpus is None else "cluster.cpus is"
-        less = "(or set use_gpu: false)" if cluster.use_gpu else "or cluster.cpus_per_worker"
-        return (
-            f"cluster.{key}: {cluster.least_workers} workers need {wanted:g} {kind}s, and {owner} {there:g}; "
-            f"lower it {less}, or add nodes"
-        )
-    # a share that the recipe does not say is whatever is left
-    asked = _of_a_worker(cluster, cluster.cpus_per_worker or ANY)
-    room = sum(_places(node, asked) for node in _nodes())
-    if room < cluster.least_workers:
-        return (
-            f"cluster.{key}: {cluster.least_workers} workers with {_words(asked)} each, and there is room for "
-            f"{room} of them; nodes: {_words_of_nodes(asked)}"
-        )
-    return None
-
-
-def _lack_of_a_pool(cluster: ClusterConfig, model: bool) -> str | None:
-    """Only of one that the recipe says something of: what it does not say is fitted to the nodes."""
-    section, key = (cluster.pool, "cluster.pool") if model else (cluster.tokenize, "cluster.tokenize")
-    if section == type(section)():
-        return None
-    asked = pool_resources(cluster, model).each
-    if any(_places(node, asked) for node in _nodes()):
-        return None
-    return f"{key}: an actor wants {_words(asked)}, and no node has that; nodes: {_words_of_nodes(asked)}"
-
-
-def _words(amounts: Mapping[str, float]) -> str:
+def _describe(resources: Resources) -> str:
     parts = [
-        name.removeprefix(ACCELERATOR) if name.startswith(ACCELERATOR) else f"{amount:g} {name}"
-        for name, amount in amounts.items()
-        if amount > ANY or (name.startswith(ACCELERATOR) and amount)
+        name.removeprefix(ACCELERATOR_PREFIX) if name.startswith(ACCELERATOR_PREFIX) else f"{amount:g} {name}"
+        for name, amount in resources.items()
+        if amount > MIN_AMOUNT or (name.startswith(ACCELERATOR_PREFIX) and amount)
     ]
     return ", ".join(parts) or "nothing"
 
 
-def _words_of_nodes(asked: Mapping[str, float]) -> str:
-    """Of every node, the first few, what it has of that."""
+def _describe_nodes(request: Resources) -> str:
+    """What each of the first nodes has of a request."""
     nodes = _nodes()
-    told = [_words({name: node.get(name, 0.0) for name in asked}) for node in nodes[:NAMED]]
-    return "; ".join(told) + (f"; and {len(nodes) - NAMED} more" if len(nodes) > NAMED else "")
+    amounts = [_describe({name: node.get(name, 0.0) for name in request}) for node in nodes[:MAX_LISTED_NODES]]
+    more = len(nodes) - MAX_LISTED_NODES
+    return "; ".join(amounts) + (f"; and {more} more" if more > 0 else "")

@@ -22,8 +22,8 @@ AUTH_HELP = (
 """Also for a wrong token, for which Ray reports only that it could not connect."""
 
 DISK_FULL = (
-    "Ray's object store is full, and so is the disk that it spills to (Ray uses at most 95% of it): free space on the disk of "
-    "/tmp/ray, or set RAY_TMPDIR to another folder before Ray starts; finished parts are kept and are not computed again"
+    "Ray's object store is full, and so is the disk that it spills to (Ray uses at most 95% of it): free space on the "
+    "disk of /tmp/ray, or set RAY_TMPDIR to another folder before Ray starts; finished parts are kept"
 )
 
 
@@ -31,9 +31,9 @@ DISK_FULL = (
 def ray_session(cluster: ClusterConfig, *, dashboard: bool = False) -> Iterator[None]:
     """Connect to Ray without its log output, and check that the recipe's workers fit.
 
-    Ray is shut down when the block ends, unless it was initialized before. A local Ray starts a ``dashboard``, which Ray jobs
-    need, only on request, and only this machine reaches it. Ray requires a token for it, the user's or one that it makes;
-    nothing here turns that off.
+    Ray is shut down when the block ends, unless it was initialized before. A local Ray starts a ``dashboard``, which
+    Ray jobs need, only on request, and only this machine reaches it. Ray requires a token for it, the user's or one
+    that it makes; nothing here turns that off.
 
     Every process of the session has ``worker_environment``.
 
@@ -112,8 +112,8 @@ KEEP_FREED_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(2**31),
     "MALLOC_ARENA_MAX": "1",  # Ray runs the loop in a thread, whose own arena would hold no large block
 }
-"""Make glibc's allocator keep freed memory. ZeRO frees and allocates the same large tensors in every step; with new pages from
-the kernel each time, a step of two workers takes a third longer. The cost: up to twice the memory.
+"""Make glibc's allocator keep freed memory. ZeRO frees and allocates the same large tensors in every step; with new
+pages from the kernel each time, a step of two workers takes a third longer. The cost: up to twice the memory.
 """
 
 
@@ -146,7 +146,7 @@ def _core_log_silenced() -> Iterator[None]:
 
 
 def worker_environment(cluster: ClusterConfig) -> dict[str, str]:
-    """Environment variables of every process of the session: settings of libraries, DeepSpeed's device, ``cluster.env``."""
+    """Environment variables of every process of the session: library settings, DeepSpeed's device, ``cluster.env``."""
     device = {} if cluster.use_gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     return {"TOKENIZERS_PARALLELISM": "false", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", **device, **cluster.env}
 

@@ -1,4 +1,4 @@
-"""What is said while Ray Train waits for nodes, and itself says nothing."""
+"""A message while Ray Train waits for nodes, about which it logs nothing."""
 
 from __future__ import annotations
 
@@ -10,32 +10,34 @@ from contextlib import contextmanager
 from raydiv.config.cluster import ClusterConfig
 from raydiv.runtime.resources import missing_worker_resources
 
-EVERY_S = 30.0
-"""Seconds between looks, and that workers say nothing when they are gone."""
+CHECK_INTERVAL_S = 30.0
+"""Seconds between two checks; also the seconds without a heartbeat after which workers count as gone."""
 
 
 @contextmanager
-def report_waiting(silence: Callable[[], float], cluster: ClusterConfig, say: Callable[[str], None]) -> Iterator[None]:
-    """While the block runs, say when workers are gone and the cluster has no room for others; needs a Ray session.
+def report_waiting(
+    seconds_since_heartbeat: Callable[[], float], cluster: ClusterConfig, log: Callable[[str], None]
+) -> Iterator[None]:
+    """While the block runs, log when workers are gone and the cluster has no room for new ones. Needs a Ray session.
 
-    ``silence`` returns the seconds since any worker's last heartbeat, infinity before the first.
+    ``seconds_since_heartbeat`` is that of the worker heard from last, infinite before the first.
     """
-    over = threading.Event()
+    ended = threading.Event()
 
-    def look() -> None:
-        waits = False
-        while not over.wait(EVERY_S):
-            silent = silence()
-            lack = missing_worker_resources(cluster) if silent > EVERY_S else None
-            if lack is not None and not waits:
-                gone = "the workers are gone" if math.isfinite(silent) else "no worker has begun"
-                say(f"{gone}, and training waits for nodes: {lack}")
-            waits = lack is not None
+    def check() -> None:
+        waiting = False
+        while not ended.wait(CHECK_INTERVAL_S):
+            seconds = seconds_since_heartbeat()
+            missing = missing_worker_resources(cluster) if seconds > CHECK_INTERVAL_S else None
+            if missing is not None and not waiting:
+                workers = "the workers are gone" if math.isfinite(seconds) else "no worker has started"
+                log(f"{workers}; training waits for nodes: {missing}")
+            waiting = missing is not None
 
-    thread = threading.Thread(target=look, daemon=True, name="waiting")
+    thread = threading.Thread(target=check, daemon=True, name="wait-for-nodes")
     thread.start()
     try:
         yield
     finally:
-        over.set()
+        ended.set()
         thread.join()

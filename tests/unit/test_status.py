@@ -92,13 +92,13 @@ def test_training_that_waits_for_nodes_is_reported_once(run: RunDirectory, monke
             over.set()
         return float(now[0])
 
-    monkeypatch.setattr("raydiv.runtime.wait_for_nodes.EVERY_S", 0.001)
+    monkeypatch.setattr("raydiv.runtime.wait_for_nodes.CHECK_INTERVAL_S", 0.001)
     monkeypatch.setattr(HeartbeatFolder, "seconds_since_last", seconds_since_last)
-    monkeypatch.setattr("raydiv.runtime.wait_for_nodes.lack_of_workers", lambda cluster: now[1])
+    monkeypatch.setattr("raydiv.runtime.wait_for_nodes.missing_worker_resources", lambda cluster: now[1])
     messages: list[str] = []
     with report_waiting(run.heartbeats.seconds_since_last, ClusterConfig(), messages.append):
         assert over.wait(60)
-    assert messages == ["the workers are gone, and training waits for nodes: no room"] * 2
+    assert messages == ["the workers are gone; training waits for nodes: no room"] * 2
 
 
 def test_a_run_whose_model_is_written_and_a_finished_one(run: RunDirectory, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import yaml
 
 from raydiv.runtime.submit.bundle import JobBundle
 from raydiv.utils.errors import UserError
-from raydiv.utils.secrets import has_password, has_token, names_secret
+from raydiv.utils.secrets import has_password, has_token, is_secret_name
 
 SEEN = (
     "is a secret by its name or its value, and whoever sees the cluster's jobs would see it; let the nodes have it from the "
@@ -72,4 +72,4 @@ def read_runtime_environment(path: Path | None) -> dict[str, Any]:
 
 
 def _secret(name: str, value: str) -> bool:
-    return names_secret(name) or has_password(value) or has_token(value)
+    return is_secret_name(name) or has_password(value) or has_token(value)

@@ -29,7 +29,7 @@ MAX_OUTAGE_S = 600.0
 """Seconds that a cluster may not answer: its dashboard restarts, or a laptop changes networks."""
 
 IDLE_TIMEOUT_S = 300.0
-"""Seconds without a message after which a log is reconnected: a connection lost while a laptop slept reports no error."""
+"""Seconds without a message before a reconnect: a connection that was lost while a laptop slept reports no error."""
 
 AGENT_TIMEOUT_S = 60.0
 """Seconds that a new cluster has to start its job agent."""
@@ -97,9 +97,9 @@ class Jobs:
                     raise
                 if time.monotonic() > end:
                     raise UserError(
-                        f"{self.address}: the Ray cluster's job agent does not answer. Only one Ray of a machine can have its "
-                        "port (52365): stop the other one, or start the cluster's head with another port (ray start --head "
-                        "--dashboard-agent-listen-port PORT)"
+                        f"{self.address}: the Ray cluster's job agent does not answer. Its port (52365) can belong to "
+                        "one Ray of a machine: stop the other one, or start the cluster's head with another port (ray "
+                        "start --head --dashboard-agent-listen-port PORT)"
                     ) from None
             time.sleep(RETRY_S)
 
@@ -134,7 +134,10 @@ class Jobs:
             return str(self._client.get_job_logs(job))
 
     def retry(self, request: Callable[[], T]) -> T:
-        """What ``request`` returns, repeated while the cluster does not answer. Raises OutageError after MAX_OUTAGE_S."""
+        """The result of ``request``, which is repeated for MAX_OUTAGE_S while the cluster does not answer.
+
+        Raises OutageError after that.
+        """
         end = time.monotonic() + MAX_OUTAGE_S
         while True:
             try:
@@ -149,8 +152,7 @@ class Jobs:
     def follow(self, job: str, write: Callable[[str], object]) -> JobStatus:
         """Write what a job prints, from its beginning, until it has ended; reconnects where the connection is lost.
 
-        Returns the status of the ended job. Raises UserError where the cluster does not answer for MAX_OUTAGE_S, and what
-        ``write`` raises.
+        Returns the status of the ended job. Raises UserError where the cluster does not answer for MAX_OUTAGE_S.
         """
         log = _LogWriter(write)
         while True:
@@ -243,7 +245,7 @@ def _job_status(details: Any, name_key: str) -> JobStatus:
 
 
 def address_of(option: str | None, recipe: str | None) -> str:
-    """The cluster's address: that of --address, RAY_ADDRESS or the recipe, in this order. Raises UserError without any."""
+    """The cluster's address: of --address, RAY_ADDRESS or the recipe, in this order. Raises UserError without any."""
     address = option or os.environ.get("RAY_ADDRESS") or recipe
     if not address:
         raise UserError(
