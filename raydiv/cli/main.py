@@ -16,7 +16,7 @@ from raydiv.cli.output import Handler, results_alone
 from raydiv.cli.runs import add_run_commands
 from raydiv.cli.submit import add_submit_command
 from raydiv.utils.errors import UserError
-from raydiv.utils.signals import STATUS, Terminated, at_sigterm
+from raydiv.utils.signals import STATUS, Terminated, on_sigterm
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     handler: Handler = options.handler
     try:
-        with results_alone(), at_sigterm():
+        with results_alone(), on_sigterm():
             return handler(options)
     except UserError as error:
         print(f"raydiv: {error}", file=sys.stderr)

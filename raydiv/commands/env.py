@@ -8,23 +8,23 @@ import re
 from importlib import metadata
 from typing import Any
 
-from raydiv.utils.secrets import has_token, without_password
+from raydiv.utils.secrets import has_token, mask_password
 from raydiv.utils.versions import PACKAGES, __version__
 
 VARIABLES = ("RAYDIV_CACHE", "HF_HOME", "MLFLOW_TRACKING_URI", "RAY_ADDRESS", "CUDA_VISIBLE_DEVICES")
 
-LOGIN = re.compile(r"://\S*@")
-"""Everything of an address that may name a user or a password."""
+CREDENTIALS = re.compile(r"://\S*@")
+"""The user and password of an address."""
 
 
 def env() -> dict[str, dict[str, Any]]:
-    """``versions``, ``devices`` and ``paths`` of this machine; None stands for what is not installed or not set."""
+    """``versions``, ``devices`` and ``paths`` of this machine; None where a package is not installed or a variable not set."""
     gpu_versions, gpus = _gpus()
-    own = {"raydiv": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    platform_versions = {"raydiv": __version__, "python": platform.python_version(), "platform": platform.platform()}
     return {
-        "versions": own | {name: _version(name) for name in (*PACKAGES, "datasets")} | gpu_versions,
+        "versions": platform_versions | {name: _version(name) for name in (*PACKAGES, "datasets")} | gpu_versions,
         "devices": {"cpus": _cpus(), "memory_bytes": _memory(), "gpus": gpus},
-        "paths": {"cache": _cache(), **{name: _masked(os.environ.get(name)) for name in VARIABLES}},
+        "paths": {"cache": _cache(), **{name: _mask(os.environ.get(name)) for name in VARIABLES}},
     }
 
 
@@ -36,21 +36,21 @@ def _version(package: str) -> str | None:
 
 
 def _gpus() -> tuple[dict[str, str | None], list[dict[str, Any]]]:
-    """The versions of CUDA and NCCL that torch has, and the GPUs that it sees."""
+    """The versions of CUDA and NCCL of torch, and the GPUs that it sees."""
     try:
         import torch
-    except (ImportError, OSError):  # not installed, or without a library that it needs
+    except (ImportError, OSError):  # not installed, or a shared library is missing
         return {"cuda": None, "nccl": None}, []
     cuda = torch.version.cuda
     nccl = torch.cuda.nccl.version() if cuda and torch.distributed.is_nccl_available() else None  # type: ignore[no-untyped-call]
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    devices = [torch.cuda.get_device_properties(number) for number in range(count)]
+    devices = [torch.cuda.get_device_properties(index) for index in range(count)]
     gpus = [{"name": device.name, "memory_bytes": device.total_memory} for device in devices]
     return {"cuda": cuda, "nccl": nccl and ".".join(map(str, nccl))}, gpus
 
 
 def _cpus() -> int:
-    """The CPUs that this process may use."""
+    """CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -72,8 +72,8 @@ def _cache() -> str:
         return f"none: {error}"
 
 
-def _masked(value: str | None) -> str | None:
-    """A variable's value without the parts that may be secret."""
+def _mask(value: str | None) -> str | None:
+    """The value of a variable, with ``***`` for what may be secret."""
     if value is None:
         return None
-    return "***" if has_token(value) else LOGIN.sub("://***@", without_password(value))
+    return "***" if has_token(value) else CREDENTIALS.sub("://***@", mask_password(value))

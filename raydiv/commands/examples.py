@@ -26,15 +26,15 @@ class Example:
 
 
 def examples() -> list[Example]:
-    """The shipped recipes, by name. Raises UserError where this raydiv has none."""
-    return [_described(name, path) for name, path in _recipes().items()]
+    """The shipped recipes, by name. Raises UserError where this installation has none."""
+    return [_describe(name, path) for name, path in _recipes().items()]
 
 
 def copy_example(name: str, destination: Path | None = None) -> list[Path]:
     """Copy a recipe, and beside it the recipes that it extends, to ``destination``; returns the files, the recipe first.
 
-    ``destination`` is a folder or a new YAML file, by default the current folder. Raises UserError for an unknown name, and
-    where a file of that name exists with other content; nothing is copied then.
+    ``destination`` is a folder or a new YAML file, by default the current folder. Raises UserError, and copies nothing, for an
+    unknown name, a recipe that exists already, and a parent that exists with different content.
     """
     known = _recipes()
     if name not in known:
@@ -43,14 +43,14 @@ def copy_example(name: str, destination: Path | None = None) -> list[Path]:
     if target.suffix not in (".yaml", ".yml"):
         target = target / known[name].name
     if target.exists():
-        raise UserError(f"{target}: exists already; name another file or folder: raydiv examples {name} DEST")
+        raise UserError(f"{target}: exists already; choose another file or folder: raydiv examples {name} DEST")
     copies = {target: known[name].read_text()}
     for parent in _parents(known[name]):
         copies[target.parent / parent.name] = parent.read_text()
     for path, text in copies.items():
         if path.exists() and path.read_text() != text:
             raise UserError(
-                f"{path}: exists already, with other content; name another folder: raydiv examples {name} DEST"
+                f"{path}: exists already with different content; choose another folder: raydiv examples {name} DEST"
             )
     target.parent.mkdir(parents=True, exist_ok=True)
     for path, text in copies.items():
@@ -59,21 +59,23 @@ def copy_example(name: str, destination: Path | None = None) -> list[Path]:
 
 
 def _recipes() -> dict[str, Path]:
-    """Name -> file of the shipped recipes; a name has the folder in it, as in ``papers/kldo``."""
+    """Name -> file of the shipped recipes; the name includes the folder, as in ``papers/kldo``."""
     for folder in (PACKAGE / "configs", PACKAGE.parent / "configs"):
         if (folder / "quickstart.yaml").is_file():
             return {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.yaml"))}
-    raise UserError(f"no recipes beside {PACKAGE}: this raydiv was neither installed nor is it a checkout")
+    raise UserError(
+        f"no recipes in or beside {PACKAGE}: raydiv runs neither from its wheel nor from a checkout; install it with pip"
+    )
 
 
 def _parents(recipe: Path) -> list[Path]:
-    """The files that a recipe extends, next first; bundled recipes need no copy."""
+    """The files that a recipe extends, its parent first, without bundled recipes, which need no copy."""
     parent = yaml.safe_load(recipe.read_text()).get("extends", "bundled:")
     return [] if parent.startswith("bundled:") else [recipe.parent / parent, *_parents(recipe.parent / parent)]
 
 
-def _described(name: str, path: Path) -> Example:
-    """What a recipe's leading comment says: lines of commands first, then prose."""
+def _describe(name: str, path: Path) -> Example:
+    """The example that a recipe's leading comment describes: first lines with commands, then prose."""
     comment = []
     for line in path.read_text().splitlines():
         if not line.startswith("#"):

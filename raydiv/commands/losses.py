@@ -1,4 +1,4 @@
-"""``raydiv losses``: what each objective estimates, its ceiling, the data it needs and its options."""
+"""``raydiv losses``: the divergence that each objective estimates, its ceiling, the data it needs and its options."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
 def describe_losses(names: Collection[str] = ()) -> dict[str, dict[str, Any]]:
-    """Name -> summary, description, paper, data, reference, estimates and options of the objectives (``names``, or all).
+    """Name -> summary, description, paper, data, reference, estimates and options of ``names``, by default of all objectives.
 
-    ``estimates`` lists divergence, ceiling and scope with the ``options`` under which they hold, the defaults first. Raises
+    ``estimates`` lists divergence, ceiling and scope with the ``options`` that change them; the defaults come first. Raises
     UserError for an unknown name.
     """
     for name in names:
@@ -36,7 +36,7 @@ def describe_losses(names: Collection[str] = ()) -> dict[str, dict[str, Any]]:
             "data": objective.data,
             "reference": objective.reference,
             "estimates": _estimates(objective),
-            "options": {key: _option(*declared) for key, declared in objective.parameters.items()},
+            "options": {key: _option(*parameter) for key, parameter in objective.parameters.items()},
         }
         for name, objective in sorted(OBJECTIVES.items())
         if name in names or not names
@@ -52,13 +52,13 @@ def _estimates(objective: Objective) -> list[dict[str, Any]]:
             "ceiling": objective.ceiling(settings),
             "scope": objective.scope(settings),
         }
-        if facts not in [{key: known[key] for key in facts} for known in estimates]:
+        if facts not in [{key: estimate[key] for key in facts} for estimate in estimates]:
             estimates.append(facts | {"options": options})
     return estimates
 
 
 def _choices(objective: Objective) -> dict[str, tuple[Any, ...]]:
-    """The values of options that choose among names, and of numbers that change what is estimated."""
+    """Values of the options that change the estimate: choices by name, and the numbers that an objective declares."""
     names = {
         key: get_args(annotation)
         for key, (annotation, _) in objective.parameters.items()
@@ -68,7 +68,7 @@ def _choices(objective: Objective) -> dict[str, tuple[Any, ...]]:
 
 
 def _option(annotation: Any, default: Any) -> str:
-    """An option's default, with its bounds or choices."""
+    """The default of an option, with its bounds or choices."""
     bounds = [
         f"{sign} {getattr(mark, key)}"
         for mark in getattr(annotation, "__metadata__", ())

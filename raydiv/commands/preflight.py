@@ -20,7 +20,7 @@ from raydiv.utils.storage import Folder
 from raydiv.utils.units import gib
 from raydiv.utils.versions import versions
 
-LOOK_S = 120
+NODE_TIMEOUT_S = 120
 """Seconds that a node has to answer: it may have to unpack this raydiv first."""
 
 SAME = ("python", "ray", "torch", "raydiv", "deepspeed", "transformers")
@@ -41,13 +41,13 @@ CACHE, PROBE = "RAYDIV_CACHE", ".raydiv-probe-"
 
 
 def require_ready(recipe: Recipe, run: Path, files: Mapping[str, int], *, new: bool) -> None:
-    """What ``require_nodes`` and, of a ``new`` run, ``require_room`` ask of a training run in the directory ``run``."""
+    """What ``require_nodes`` and, of a ``new`` run, ``require_disk_space`` ask of a training run in the directory ``run``."""
     folders = {"output_dir": Folder(str(run.parent)), CACHE: shared_dir()}
     if recipe.checkpoint.storage is not None:
         folders["checkpoint.storage"] = Folder(recipe.checkpoint.storage.rstrip("/"))
     require_nodes(folders, files)
     if new:
-        require_room(recipe, architecture_of(recipe), run)
+        require_disk_space(recipe, architecture_of(recipe), run)
 
 
 def require_nodes(folders: Mapping[str, Folder], files: Mapping[str, int]) -> None:
@@ -75,10 +75,10 @@ def require_nodes(folders: Mapping[str, Folder], files: Mapping[str, int]) -> No
             ): host
             for node, host in others.items()
         }
-        _, silent = ray.wait(list(asked), num_returns=len(asked), timeout=LOOK_S)
+        _, silent = ray.wait(list(asked), num_returns=len(asked), timeout=NODE_TIMEOUT_S)
         if silent:
             hosts = ", ".join(asked[one] for one in silent)
-            raise RuntimeError(f"nodes of the cluster have not answered for {LOOK_S} s: {hosts}")
+            raise RuntimeError(f"nodes of the cluster have not answered for {NODE_TIMEOUT_S} s: {hosts}")
         seen = [_answer(one, host) for one, host in asked.items()]
         problems = [*_versions_differ(seen), *_not_shared(seen, folders), *_missing(seen)]
     if problems:
@@ -163,7 +163,7 @@ def _missing(seen: list[NodeReport]) -> list[str]:
     ][:1]
 
 
-def require_room(recipe: Recipe, architecture: Architecture, folder: Path) -> None:
+def require_disk_space(recipe: Recipe, architecture: Architecture, folder: Path) -> None:
     """Raise UserError where a new run in ``folder`` would fill its disk: with the model that it writes, and its checkpoints."""
     sizes, kept = sizes_on_disk(architecture, recipe), 0
     model, each = sizes["model"], sizes["checkpoint"]

@@ -1,4 +1,4 @@
-"""``raydiv quickstart``: the bundled experiment on this machine, under a name that no run has yet."""
+"""``raydiv quickstart``: run the bundled experiment on this machine, under an unused name."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from raydiv.runs.directory import RunDirectory
 
 
 def quickstart(overrides: Sequence[str] = (), *, show_text: bool = False) -> Result:
-    """Train and evaluate the bundled recipe, changed by ``overrides``; returns the run's result.
+    """Train and evaluate the bundled recipe with ``overrides``; returns the result of the run.
 
-    A repeated quickstart gets a name of its own (``quickstart-2``), unless an override sets one. Raises as ``train`` does.
+    A repeated quickstart is named ``quickstart-2`` and so on, unless an override sets the name. Raises as ``train`` does.
     """
     recipe = load_recipe(QUICKSTART, overrides)
-    named = any(override.startswith("name=") for override in overrides)
-    return train(recipe if named else _with_free_name(recipe), show_text=show_text)
+    has_name = any(override.startswith("name=") for override in overrides)
+    return train(recipe if has_name else _with_free_name(recipe), show_text=show_text)
 
 
 def _with_free_name(recipe: Recipe) -> Recipe:
-    """The recipe under its own name, or with the first number that no run directory has."""
+    """The recipe, with the first number appended to its name that no run directory has."""
     renamed, number = recipe, 1
     while RunDirectory.of(renamed).path.exists():
         number += 1

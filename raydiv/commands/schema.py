@@ -8,10 +8,10 @@ from raydiv.config import Recipe
 
 
 def schema() -> dict[str, Any]:
-    """The recipe's JSON Schema. Recipe files may also have ``extends``, which loading resolves."""
+    """The JSON Schema of a recipe file, with ``extends``, which loading resolves."""
     tree = Recipe.model_json_schema()
     tree["properties"]["extends"] = {
         "type": "string",
-        "description": "the recipe that this one changes: a file, relative to this one, or bundled:quickstart",
+        "description": "the recipe that this one is based on: a file, relative to this one, or bundled:quickstart",
     }
     return tree

@@ -30,8 +30,8 @@ from raydiv.training.schedule import epoch_plan
 from raydiv.training.separation_probe import SeparationProbe
 from raydiv.training.worker import TrainTask, worker_entry
 from raydiv.utils.compat import ignore_sigint_of_trainer
-from raydiv.utils.errors import user_error_in
-from raydiv.utils.signals import Terminated, at_sigterm
+from raydiv.utils.errors import find_user_error
+from raydiv.utils.signals import Terminated, on_sigterm
 from raydiv.utils.storage import read_json, write_json
 from raydiv.utils.versions import versions
 
@@ -42,7 +42,7 @@ UNBOUNDED = (
     "loss.type {type} has no floor on any one data set, and nothing in this recipe holds it: watch log_ratio/rms, and see "
     '"Holding an unbounded objective" in raydiv/losses/README.md'
 )
-RESIZE_S = 60.0
+RESIZE_INTERVAL_S = 60.0
 """Seconds between looks for nodes that have come, under ``cluster.min_workers``."""
 
 
@@ -95,7 +95,7 @@ def train(
         run.write_row_notes((prepared.data.bad + prepared.data.cut).lines())
         tags = _tags(recipe, prepared)
         tracker = MlflowTracker(recipe, tags, display.print, note=run.mlflow)
-        with tracker.told_of_its_end():
+        with tracker.end_on_error():
             with (
                 run.metrics.follow(tracker.metrics, tracker.sent),
                 run.metrics.follow(PrometheusMetrics(recipe.name).show),
@@ -186,7 +186,7 @@ def _fit(
                 update(int(record["step"]), prepared.steps(recipe), step_note(record))
 
         waiting = report_waiting(run.heartbeats.seconds_since_last, recipe.cluster, display.print)
-        with run.metrics.follow(show), run.events.follow(display.print, opened.where), waiting, at_sigterm(stop):
+        with run.metrics.follow(show), run.events.follow(display.print, opened.where), waiting, on_sigterm(stop):
             _report_failure(trainer.fit, run, recipe.cluster.timeout_s)
     if run.stage.read().ended is None:
         raise Terminated(f"stopped after step {run.metrics.steps_taken()}; the same command with --resume goes on")
@@ -198,7 +198,7 @@ def _scaling(cluster: ClusterConfig) -> ScalingConfig:
 
     return ScalingConfig(
         num_workers=cluster.num_workers if cluster.min_workers is None else (cluster.min_workers, cluster.num_workers),
-        elastic_resize_monitor_interval_s=RESIZE_S,
+        elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,
         use_gpu=cluster.use_gpu,
         resources_per_worker=worker_resources(cluster),
         accelerator_type=cluster.train.accelerator,
@@ -224,7 +224,7 @@ def _report_failure(fit: Callable[[], Any], run: RunDirectory, timeout: float) -
     except TrainingFailedError as error:
         failures = dict(getattr(error, "worker_failures", {}))
         for failure in failures.values():
-            mine = user_error_in(failure)
+            mine = find_user_error(failure)
             if mine is not None:
                 raise mine from None
         still = diagnose_hang(run.heartbeats.read(), timeout)

@@ -26,7 +26,7 @@ from raydiv.config.source import Source, Sources, unweighted
 from raydiv.config.study import StudyConfig
 from raydiv.config.sweep import SweepConfig
 from raydiv.losses import named
-from raydiv.utils.secrets import secrets_in
+from raydiv.utils.secrets import find_secrets
 
 REFERENCED = named(lambda objective: objective.reference and not objective.penalty)
 
@@ -352,7 +352,7 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _holds_no_secret(cls, values: Any) -> Any:
-        problems = list(secrets_in(values)) if isinstance(values, dict) else []
+        problems = list(find_secrets(values)) if isinstance(values, dict) else []
         if problems:
             raise ValueError("; ".join(problems))
         return values

@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from raydiv.config.section import Section
-from raydiv.utils.secrets import INSTEAD, has_password
+from raydiv.utils.secrets import REMEDY, has_password
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt")
 """Kinds of files that sources are made of; ``raydiv.data.sources`` has a reader for each."""
@@ -65,7 +65,7 @@ class Source(Section):
     @model_validator(mode="after")
     def _has_no_password(self) -> Source:
         if has_password(self.path):  # reports and records name their sources
-            raise ValueError(f"path has a password in its address; {INSTEAD}")
+            raise ValueError(f"path has a password in its address; {REMEDY}")
         return self
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""A run's directory: where its files are, how far it came, its metrics, heartbeats, tracker and report.
+"""The directory of a run: its paths, stage, metrics, events, heartbeats, MLflow tracker and report.
 
-Whatever reads or writes a file of a run goes through this package. A run is described by its directory alone.
+All code that reads or writes a file of a run goes through this package. The directory alone describes the run.
 """

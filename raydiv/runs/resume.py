@@ -1,4 +1,4 @@
-"""Going on with a run: whether a recipe is still its recipe, and its data still its data."""
+"""Resuming a run: whether a recipe, its data and its model are those that the run was started with."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from raydiv.runs.directory import RunDirectory
 from raydiv.utils.dotted import flatten
 from raydiv.utils.errors import UserError
 
-FREE = ("name", "output_dir", "cluster", "checkpoint", "track", "sweep", "study")
-"""Sections that may differ: they change no update. Name and place are where the run was found."""
+FREE_SECTIONS = ("name", "output_dir", "cluster", "checkpoint", "track", "sweep", "study")
+"""Sections that may differ, since they change no update. ``name`` and ``output_dir`` found the run."""
 
-LAYOUT = (
+LAYOUT_KEYS = (
     "batch.tokens_per_microbatch",
     "engine.zero_stage",
     "engine.offload_optimizer",
@@ -21,36 +21,36 @@ LAYOUT = (
     "engine.activation_checkpointing",
     "engine.profile",
 )
-"""Keys that say how an update is computed, not which: they may differ too."""
+"""Keys that may differ, since they change how an update is computed and not the update."""
 
-MACHINE = ("num_workers", "min_workers", "use_gpu", "worker_memory_gb", "cpus", "cpus_per_worker")
-"""Of the cluster: where these are as before, so is a layout that the recipe leaves open."""
+MACHINE_KEYS = ("num_workers", "min_workers", "use_gpu", "worker_memory_gb", "cpus", "cpus_per_worker")
+"""Keys of ``cluster``: while they are unchanged, ``auto`` keys keep the values that they were resolved to."""
 
 
 def recipe_to_resume(run: RunDirectory, recipe: Recipe) -> Recipe:
-    """The recipe by which the run in a directory goes on: ``recipe``, with what is settled already.
+    """``recipe``, with the values that the run resolved ``auto`` keys to.
 
-    Raises UserError, with the differences, when that run was begun with another one.
+    Raises UserError, with the differences, when the run was started with another recipe.
     """
-    there = run.read_recipe()
-    differ = differences(comparable(there), comparable(recipe))
-    if differ:
-        lines = [f"  {key}: {then} then, {now} now" for key, (then, now) in differ.items()]
+    started = run.read_recipe()
+    changes = differences(comparable(started), comparable(recipe))
+    if changes:
+        lines = "\n".join(f"  {key}: {before} then, {now} now" for key, (before, now) in changes.items())
         raise UserError(
-            f"{run.path}: was begun with another recipe, and cannot go on with this one:\n" + "\n".join(lines) + "\n"
-            "Take that back, or begin another run (name=...)"
+            f"{run.path}: was started with another recipe and cannot resume with this one:\n{lines}\n"
+            "Undo these changes, or start another run (name=...)"
         )
-    if any(getattr(there.cluster, key) != getattr(recipe.cluster, key) for key in MACHINE):
+    if any(getattr(started.cluster, key) != getattr(recipe.cluster, key) for key in MACHINE_KEYS):
         return recipe
-    settled = {
-        section: getattr(recipe, section).model_copy(update=_left_open(there, recipe, section))
+    resolved = {
+        section: getattr(recipe, section).model_copy(update=_resolved_values(started, recipe, section))
         for section in ("batch", "engine")
     }
-    return recipe.model_copy(update=settled)
+    return recipe.model_copy(update=resolved)
 
 
 def resumes(run: RunDirectory, recipe: Recipe) -> bool:
-    """Whether there is a run of this recipe that can be gone on with, as far as that is seen without its data."""
+    """Whether the directory holds a run of this recipe that can resume, as far as is known without its data."""
     try:
         run.stage.read()
         recipe_to_resume(run, recipe)
@@ -59,32 +59,32 @@ def resumes(run: RunDirectory, recipe: Recipe) -> bool:
     return True
 
 
-def _left_open(there: Recipe, recipe: Recipe, section: str) -> dict[str, Any]:
-    """The settled values of what the recipe leaves to raydiv."""
-    keys = [key.partition(".")[2] for key in LAYOUT if key.startswith(f"{section}.")]
+def _resolved_values(started: Recipe, recipe: Recipe, section: str) -> dict[str, Any]:
+    """Resolved values of the fields that the recipe sets to ``auto``."""
+    keys = [key.partition(".")[2] for key in LAYOUT_KEYS if key.startswith(f"{section}.")]
     return {
-        key: getattr(getattr(there, section), key) for key in keys if getattr(getattr(recipe, section), key) == "auto"
+        key: getattr(getattr(started, section), key) for key in keys if getattr(getattr(recipe, section), key) == "auto"
     }
 
 
 def comparable(recipe: Recipe) -> dict[str, Any]:
-    """What a recipe says of the model that comes out of it, by dotted keys: not where, nor in which layout, it is trained."""
-    tree = recipe.model_dump(mode="json", by_alias=True, exclude=set(FREE))
-    return {key: value for key, value in flatten(tree).items() if key not in LAYOUT}
+    """The values, by dotted key, on which the trained model depends: without place and layout of training."""
+    tree = recipe.model_dump(mode="json", by_alias=True, exclude=set(FREE_SECTIONS))
+    return {key: value for key, value in flatten(tree).items() if key not in LAYOUT_KEYS}
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The keys at which two recipes that were ``compared`` differ, in order, with what stands in each."""
-    pairs = {key: (then.get(key, "absent"), now.get(key, "absent")) for key in sorted(then.keys() | now.keys())}
-    return {key: (one, other) for key, (one, other) in pairs.items() if one != other}
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The keys, in order, whose values in two results of ``comparable`` differ, with both values."""
+    pairs = {key: (before.get(key, "absent"), now.get(key, "absent")) for key in sorted(before.keys() | now.keys())}
+    return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
 
 
-def require_same_content(run: RunDirectory, of: Mapping[str, str]) -> None:
-    """Raise UserError when data or model are not those that the run was begun with."""
-    for what, before in run.stage.read().of.items():
-        if of[what] != before:
-            where = "data.train" if what == "data" else "model.id"
+def require_same_content(run: RunDirectory, fingerprints: Mapping[str, str]) -> None:
+    """Raise UserError when the run was started with other ``data`` or another ``model``."""
+    for kind, before in run.stage.read().of.items():
+        if fingerprints[kind] != before:
+            key = "data.train" if kind == "data" else "model.id"
             raise UserError(
-                f"{where}: its content has changed since {run.path} was begun (fingerprint {before[:12]} then, "
-                f"{of[what][:12]} now); bring it back, or begin another run (name=...)"
+                f"{key}: the content has changed since {run.path} was started (fingerprint {before[:12]} then, "
+                f"{fingerprints[kind][:12]} now); restore it, or start another run (name=...)"
             )

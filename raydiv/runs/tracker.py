@@ -17,7 +17,7 @@ from raydiv.config import Recipe
 from raydiv.runs.metrics_log import Metrics, numbers
 from raydiv.utils.dotted import flatten
 from raydiv.utils.errors import UserError
-from raydiv.utils.secrets import has_password, without_password
+from raydiv.utils.secrets import has_password, mask_password
 from raydiv.utils.signals import Terminated
 from raydiv.utils.storage import atomic, require_inside
 
@@ -33,7 +33,7 @@ def tracking_uri(recipe: Recipe) -> str:
     return configured or f"sqlite:///{recipe.output_path / 'mlflow.db'}"
 
 
-def forwarded_environment(recipe: Recipe) -> str | None:
+def forwarded_uri(recipe: Recipe) -> str | None:
     """``tracking_uri`` for the recipes of a sweep's or a study's runs; None for one with a password: no recipe holds it, and
     they find it where this process does, in the environment.
     """
@@ -63,7 +63,7 @@ class MlflowTracker:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         self._address = tracking_uri(recipe)
-        self.uri = without_password(self._address)
+        self.uri = mask_password(self._address)
         """As it is shown and written down."""
         self._warn = warn
         self._warned = False
@@ -108,7 +108,7 @@ class MlflowTracker:
         return self._thread.submit(lambda: not self._waiting).result()
 
     @contextmanager
-    def told_of_its_end(self) -> Iterator[None]:
+    def end_on_error(self) -> Iterator[None]:
         """What ends the block before its time ends the run: as killed when it was somebody's wish, as failed otherwise."""
         try:
             yield
@@ -237,7 +237,7 @@ def _all_runs(client: Any, experiment_id: str, wanted: str) -> Iterator[Any]:
         token = page.token or None
 
 
-def downloaded_runs(uri: str, experiment: str, folder: Path) -> Iterator[tuple[Path, str]]:
+def download_runs(uri: str, experiment: str, folder: Path) -> Iterator[tuple[Path, str]]:
     """Finished runs of an experiment, each as a directory with what it sent, and its id.
 
     Raises UserError where there is no such experiment, or no server.
@@ -249,7 +249,7 @@ def downloaded_runs(uri: str, experiment: str, folder: Path) -> Iterator[tuple[P
         client = MlflowClient(uri)
         found = client.get_experiment_by_name(experiment)
         if found is None:
-            raise UserError(f"MLflow at {without_password(uri)}: has no experiment {experiment}")
+            raise UserError(f"MLflow at {mask_password(uri)}: has no experiment {experiment}")
         for run in _all_runs(client, found.experiment_id, "attributes.status = 'FINISHED'"):
             names = {file.path for file in client.list_artifacts(run.info.run_id)}
             if names >= SENT:
@@ -262,8 +262,8 @@ def downloaded_runs(uri: str, experiment: str, folder: Path) -> Iterator[tuple[P
                     )
                 yield folder / run.info.run_id, run.info.run_id
     except mlflow.exceptions.MlflowException as error:
-        reason = without_password(" ".join(str(error).split()))[:200]
-        raise UserError(f"MLflow at {without_password(uri)}: {reason}") from None
+        reason = mask_password(" ".join(str(error).split()))[:200]
+        raise UserError(f"MLflow at {mask_password(uri)}: {reason}") from None
 
 
 def _allowed(name: str) -> str:

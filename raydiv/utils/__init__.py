@@ -1,4 +1,4 @@
-"""Code without a domain: errors, storage, cache, signals, JSONL files, collectives, secrets, versions.
+"""Helpers without a domain of their own: errors, storage, cache, signals, JSONL files, collectives, secrets, versions.
 
 Nothing here imports another package of raydiv.
 """

@@ -1,6 +1,6 @@
 """The only collectives of the project. Without a process group each is the identity.
 
-DeepSpeed's own gathers and reductions happen inside ``raydiv.training.engine``; nothing else talks between ranks.
+DeepSpeed's own gathers and reductions happen inside ``raydiv.training.engine``; nothing else communicates between ranks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-TRIED_BYTES, TRIES = 8 * 2**20, 3
+PROBE_BYTES, PROBES = 8 * 2**20, 3
+"""Size and number of the all-reduces that ``bandwidth`` times."""
 
 
 def rank() -> int:
@@ -33,12 +34,11 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def max_over_ranks(value: float) -> float:
-    """The largest of the ranks' values."""
     return max(all_gather_object(value))
 
 
 def all_gather_object(value: T) -> list[T]:
-    """Every rank's value, which can be pickled, by rank."""
+    """The picklable values of all ranks, by rank."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -56,16 +56,16 @@ def broadcast_object(value: T) -> T:
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes of a tensor that an all-reduce of all ranks takes in a second, of a few tries the best; 0 without other ranks."""
+    """Bytes per second of an all-reduce over all ranks, the best of PROBES tries; 0 with one rank."""
     if world_size() == 1:
         return 0.0
-    tensor, seconds = torch.ones(TRIED_BYTES // 4, device=device), []
-    for _ in range(TRIES):
+    tensor, seconds = torch.ones(PROBE_BYTES // 4, device=device), []
+    for _ in range(PROBES):
         started = time.perf_counter()
         dist.all_reduce(tensor)
-        float(tensor[0])  # a GPU answers when it is done
+        float(tensor[0])  # waits for the GPU
         seconds.append(time.perf_counter() - started)
-    return TRIED_BYTES / min(seconds)
+    return PROBE_BYTES / min(seconds)
 
 
 def barrier() -> None:

@@ -18,12 +18,12 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted paths of what is neither a mapping nor a list, and the values there."""
+    """Dotted path and value of everything that is neither a mapping nor a list; list items are numbered."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from leaves(inner, f"{path}.{key}".lstrip("."))
     elif isinstance(value, Sequence) and not isinstance(value, str):
-        for number, inner in enumerate(value):
-            yield from leaves(inner, f"{path}.{number}".lstrip("."))
+        for index, inner in enumerate(value):
+            yield from leaves(inner, f"{path}.{index}".lstrip("."))
     else:
         yield path, value

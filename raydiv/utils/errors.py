@@ -2,19 +2,19 @@
 
 
 class UserError(ValueError):
-    """A recipe, data or argument error.
+    """An error in a recipe, in data or in arguments.
 
-    The message names the key, file, line or row, says what was found and what would do. The command line prints it
-    without a traceback and exits with status 2.
+    The message names the key, file, line or row, what was found, and what to do. The command line prints it without a
+    traceback and exits with status 2.
     """
 
 
-def user_error_in(error: BaseException | None) -> UserError | None:
-    """The UserError that a worker raised, out of the layers that Ray wraps it in; None when it raised something else."""
+def find_user_error(error: BaseException | None) -> UserError | None:
+    """The UserError that a worker raised, unwrapped from Ray's exceptions; None where it raised something else."""
     while error is not None:
-        # what Ray raises for a task is a UserError too, with a traceback for its message: its cause comes first
-        for found in (getattr(error, "cause", None), error):
-            if isinstance(found, UserError):
-                return found
+        # the error of a Ray task is itself a UserError, with a traceback as its message, so its cause comes first
+        for candidate in (getattr(error, "cause", None), error):
+            if isinstance(candidate, UserError):
+                return candidate
         error = error.__cause__
     return None

@@ -1,4 +1,4 @@
-"""Secrets have no place in a recipe: it is written into every run, to MLflow and to the cluster's list of jobs."""
+"""Find secrets in recipes, variables and addresses: a recipe is written into every run, to MLflow and to Ray's list of jobs."""
 
 from __future__ import annotations
 
@@ -8,80 +8,80 @@ from typing import Any
 
 from raydiv.utils.dotted import leaves
 
-NAMED = re.compile(
+SECRET_NAME = re.compile(
     r"(?:^|_|-|\.)(?:api_?key|tokens?|secrets?|passwords?|passwd|keys?|credentials?)(?:$|_|-|\.)", re.IGNORECASE
 )
-"""Names of variables, options and tags that say that their value is one, such as HF_TOKEN and AWS_SECRET_ACCESS_KEY."""
+"""Names of variables, options and tags whose value is a secret, such as HF_TOKEN and AWS_SECRET_ACCESS_KEY."""
 
-OF_TEXT = re.compile(r"(?:pad|bos|eos|unk|sep|cls|mask|max|new|num|batched)[_-]tokens?$", re.IGNORECASE)
-"""Names of tokens that are no secrets but a tokenizer's, or a number of those."""
+TEXT_TOKEN_NAME = re.compile(r"(?:pad|bos|eos|unk|sep|cls|mask|max|new|num|batched)[_-]tokens?$", re.IGNORECASE)
+"""Names of a tokenizer's tokens, or of their number: no secrets."""
 
-LOGIN = re.compile(r"\b([a-z][a-z0-9+.-]*://[^/\s:@]*):[^/\s@]+@", re.IGNORECASE)
-"""The beginning of a URI with a password in it."""
+URI_PASSWORD = re.compile(r"\b([a-z][a-z0-9+.-]*://[^/\s:@]*):[^/\s@]+@", re.IGNORECASE)
+"""The beginning of a URI with a password: ``scheme://user:password@``."""
 
-QUERY = re.compile(
+QUERY_PASSWORD = re.compile(
     r"([?&;](?:[a-z0-9]+[_-])*(?:token|secret|password|passwd|pwd|key|sig|signature|credential)=)[^&;\s#]+",
     re.IGNORECASE,
 )
-"""A password among the parameters of a URI, as databases' and signed addresses have it."""
+"""A password among the parameters of a URI, as in addresses of databases and in signed URLs."""
 
 TOKEN = re.compile(r"\b(?:hf_|ghp_|github_pat_|AKIA|(?:sk|xox[bp])-(?:\w+-)*)[A-Za-z0-9]{16,}")
-"""A token of Hugging Face, GitHub, AWS, OpenAI and those that write theirs alike, or Slack. Names of folders that only begin
-so (``hf_datasets_cache``) have no such stretch of letters and digits.
+"""A token of Hugging Face, GitHub, AWS, OpenAI (and services with the same prefix) or Slack. A folder whose name has such a
+prefix, as in ``hf_datasets_cache``, has no 16 letters and digits in a row.
 """
 
-FREELY_NAMED = ("cluster.env", "track.tags", "engine.deepspeed")
+FREE_SECTIONS = ("cluster.env", "track.tags", "engine.deepspeed")
 """Sections whose keys are the user's own, or another library's."""
 
-INSTEAD = (
-    "a recipe is written into every run, so no secret belongs there: set it in the environment of the command, and of each "
+REMEDY = (
+    "a recipe is written into every run, so it must not hold a secret: set it in the environment of the command, and of each "
     "node of a cluster"
 )
 
 
-def secrets_in(recipe: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with an unchecked recipe, without any of the values."""
+def find_secrets(recipe: Mapping[str, Any]) -> Iterator[str]:
+    """An error message for each secret in an unvalidated recipe. No message shows a value."""
     for path, value in leaves(recipe):
         if isinstance(value, str) and has_password(value):
-            yield f"{path}: has a password in its address; {INSTEAD}"
-        elif value is not None and _free_secret(path, value):
-            yield f"{path}: {INSTEAD}"
+            yield f"{path}: has a password in its address; {REMEDY}"
+        elif value is not None and _is_secret(path, value):
+            yield f"{path}: {REMEDY}"
 
 
-def _free_secret(path: str, value: Any) -> bool:
-    """Whether a value of a free section is a secret, by its name or by itself. The entries of a study have these further in."""
-    section = next((one for one in FREELY_NAMED if f".{one}." in f".{path}."), None)
+def _is_secret(path: str, value: Any) -> bool:
+    """Whether a value of a free section is a secret, by its name or its form. In a study's entries the sections are nested."""
+    section = next((section for section in FREE_SECTIONS if f".{section}." in f".{path}."), None)
     if section is None:
         return False
-    return (isinstance(value, str) and has_token(value)) or _named_secret(path, section, value)
+    return (isinstance(value, str) and has_token(value)) or _is_secret_key(path, section, value)
 
 
-def _named_secret(path: str, section: str, value: Any) -> bool:
-    """Whether the name of a value of a free section says that it is a secret."""
+def _is_secret_key(path: str, section: str, value: Any) -> bool:
+    """Whether the key of a value in a free section is the name of a secret."""
     name = f".{path}.".partition(f".{section}.")[2].rstrip(".")
-    name = name if name.isdigit() else re.sub(r"(\.\d+)+$", "", name)  # a choice of a sweep's
-    if section == "engine.deepspeed":  # its own keys have tokens of text in them, and schedules' numbers
+    name = name if name.isdigit() else re.sub(r"(\.\d+)+$", "", name)  # the index of a sweep's choice
+    if section == "engine.deepspeed":  # numbers there are counts of tokens and parameters of schedules
         name = name.rpartition(".")[2] if isinstance(value, str) else ""
-    elif isinstance(value, str) and (not name or name.isdigit()):  # NAME=VALUE, where a mapping was meant
+    elif isinstance(value, str) and (not name or name.isdigit()):  # NAME=VALUE in place of a mapping
         name = value.partition("=")[0]
-    return names_secret(name)
+    return is_secret_name(name)
 
 
-def names_secret(name: str) -> bool:
-    """Whether a variable's name says that its value is one."""
-    return bool(NAMED.search(name) and not OF_TEXT.search(name))
+def is_secret_name(name: str) -> bool:
+    """Whether the value of a variable of this name is a secret."""
+    return bool(SECRET_NAME.search(name) and not TEXT_TOKEN_NAME.search(name))
 
 
-def has_password(address: str) -> bool:
-    """Whether a URI, or a text with one in it, has a password in it."""
-    return bool(LOGIN.search(address) or QUERY.search(address))
+def has_password(text: str) -> bool:
+    """Whether a URI, or a text that contains one, has a password."""
+    return bool(URI_PASSWORD.search(text) or QUERY_PASSWORD.search(text))
 
 
 def has_token(text: str) -> bool:
-    """Whether a text has a token in it, as those look that are known."""
+    """Whether a text contains a token of a known form."""
     return bool(TOKEN.search(text))
 
 
-def without_password(address: str) -> str:
-    """A URI as it may be shown and written down."""
-    return QUERY.sub(r"\1***", LOGIN.sub(r"\1:***@", address))
+def mask_password(text: str) -> str:
+    """A URI, or a text that contains one, with ``***`` for the password."""
+    return QUERY_PASSWORD.sub(r"\1***", URI_PASSWORD.sub(r"\1:***@", text))

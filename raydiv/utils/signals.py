@@ -21,7 +21,7 @@ def _raise() -> None:
 
 
 @contextmanager
-def at_sigterm(handle: Callable[[], None] = _raise) -> Iterator[None]:
+def on_sigterm(handle: Callable[[], None] = _raise) -> Iterator[None]:
     """While the block runs, the first SIGTERM calls ``handle``, and the next ones raise Terminated where the program is.
 
     Only the main thread of a process hears signals; in another nothing changes.

@@ -1,4 +1,4 @@
-"""Versions of what a result depends on."""
+"""Versions of the packages that a result depends on."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import platform
 from importlib import metadata
 
 __version__ = "0.1.0"
-"""Raydiv's own, which pyproject.toml reads here."""
+"""The version of raydiv; pyproject.toml reads it here."""
 
 PACKAGES = ("ray", "torch", "deepspeed", "transformers", "peft", "mlflow")
 
 
 def versions() -> dict[str, str]:
-    """Of Python, of raydiv and of the packages whose behaviour a result depends on."""
-    found = {name: metadata.version(name) for name in PACKAGES}
-    # this raydiv may be one that a job brought along, and installed nowhere
-    return {"python": platform.python_version(), "raydiv": __version__, **found}
+    """Versions of Python, of raydiv and of PACKAGES."""
+    # raydiv's own comes from this file: a job may bring raydiv along without installing it
+    installed = {name: metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), "raydiv": __version__, **installed}

@@ -36,7 +36,7 @@ from raydiv.runs.directory import RunDirectory
 from raydiv.runtime.session import worker_environment
 from raydiv.runtime.submit.environment import read_runtime_environment
 from raydiv.runtime.submit.jobs import NAME_KEY, Jobs
-from raydiv.utils.secrets import LOGIN, names_secret
+from raydiv.utils.secrets import URI_PASSWORD, is_secret_name
 
 FOLDER = ROOT / "cluster"
 LAUNCHERS = ("aws", "gcp", "on-premises")
@@ -382,11 +382,11 @@ POINTS_ELSEWHERE = ("RAY_AUTH_TOKEN_PATH", "HF_TOKEN_PATH")
 def test_no_file_holds_a_secret(path: Path) -> None:
     text = path.read_text()
     assert not KNOWN_SECRETS.search(text)
-    assert not LOGIN.search(text)
+    assert not URI_PASSWORD.search(text)
     for name, value in re.findall(r"\b([A-Z][A-Z0-9_]*)=(\S*)", text):
-        assert not names_secret(name) or name in POINTS_ELSEWHERE, f"{name}={value}"
+        assert not is_secret_name(name) or name in POINTS_ELSEWHERE, f"{name}={value}"
     for name, value in re.findall(r"\{name: (\w+), value: ([^}]*)\}", text):
-        assert not names_secret(name) or name in POINTS_ELSEWHERE, f"{name}: {value}"
+        assert not is_secret_name(name) or name in POINTS_ELSEWHERE, f"{name}: {value}"
 
 
 def dockerfile() -> list[list[str]]:
@@ -415,7 +415,7 @@ def test_the_image_is_pinned_not_root_and_made_of_what_docker_is_sent() -> None:
         line.removeprefix("!") for line in sent if line.startswith("!")
     }
     assert any("cluster/install.sh" in " ".join(words) for words in instructions if words[0] == "RUN")
-    assert not any(names_secret(word.partition("=")[0]) for words in instructions for word in words if "=" in word)
+    assert not any(is_secret_name(word.partition("=")[0]) for words in instructions for word in words if "=" in word)
 
 
 def pods() -> Iterator[Any]:
@@ -442,7 +442,7 @@ def test_runtime_environments_are_rays_and_leave_raydivs_variables_alone(name: s
     for gpu in (False, True):
         # Ray refuses a job whose own environment says one of them again
         assert not variables.keys() & worker_environment(ClusterConfig(use_gpu=gpu)).keys()
-    assert not any(names_secret(variable) for variable in variables)
+    assert not any(is_secret_name(variable) for variable in variables)
     assert variables["RAYDIV_CACHE"].startswith("/shared/")
     if "working_dir" in found:
         for path in (".git/", "runs/", ".env", "deploy.pem"):

@@ -99,7 +99,7 @@ def test_a_killed_worker_is_started_again_and_nothing_is_lost(
 
     with meanwhile(kill):
         result = train(recipe)
-    assert "training goes on after step 4" in capsys.readouterr().err
+    assert "training resumes after step 4" in capsys.readouterr().err
     assert_same_run(run, whole.run)
     assert mlflow_steps(result, "loss") == list(range(1, STEPS + 1))
     assert mlflow_steps(result, "eval/loss") == mlflow_steps(whole, "eval/loss") == [0, 3, 6, 8]
@@ -127,7 +127,7 @@ def test_workers_that_stand_still_are_given_up_and_started_again(
         r"\(no heartbeat for \d+ s\)\. Waiting .*: 1 rank, in \w+ of step \d",
         said,
     ), said
-    assert "training goes on after step 4" in said
+    assert "training resumes after step 4" in said
     assert_same_run(run, whole.run)
     assert not stopped[0].is_running()
 
@@ -167,7 +167,7 @@ def test_a_run_that_loses_all_its_workers_and_then_its_driver_goes_on_where_it_w
     process.kill()
     process.wait()
     result = train(recipe, ProgressDisplay(quiet=True), resume=True)
-    assert "training goes on after step" in run.events.path.read_text()
+    assert "training resumes after step" in run.events.path.read_text()
     assert_same_run(run, whole.run)
     assert result.report["mlflow"]["run_id"] == first["run_id"]
     assert mlflow_steps(result, "loss") == list(range(1, STEPS + 1))
@@ -250,7 +250,7 @@ def test_a_node_is_lost_and_another_one_comes(whole: Result, named: Callable[...
 
     with meanwhile(lose):
         train(recipe, ProgressDisplay(quiet=True))
-    assert re.search("training goes on after step [46]", run.events.path.read_text())
+    assert re.search("training resumes after step [46]", run.events.path.read_text())
     assert_same_run(run, whole.run)
 
 
@@ -258,7 +258,7 @@ def test_a_node_is_lost_and_another_one_comes(whole: Result, named: Callable[...
 def test_workers_come_and_go_with_the_nodes(
     named: Callable[..., Recipe], raylets: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "RESIZE_S", 1.0)
+    monkeypatch.setattr(launch, "RESIZE_INTERVAL_S", 1.0)
     elastic = ("cluster.min_workers=1", "cluster.cpus_per_worker=0.9", "cluster.max_failures=2")
     recipe = named("elastic", "optim.steps=100000", "evaluate.every=null", "checkpoint.every=10", *elastic)
     run = RunDirectory.of(recipe)
@@ -283,4 +283,4 @@ def test_workers_come_and_go_with_the_nodes(
         train(recipe, ProgressDisplay(quiet=True))
     steps = [record["step"] for record in run.metrics.read() if "loss" in record]
     assert steps == list(range(1, len(steps) + 1))
-    assert run.events.path.read_text().count("training goes on after step") == 2
+    assert run.events.path.read_text().count("training resumes after step") == 2

@@ -40,7 +40,7 @@ from raydiv.model.chat import Chat
 from raydiv.model.load import ModelSource
 from raydiv.model.resolve import model_directory
 from raydiv.runs.progress import ProgressDisplay
-from raydiv.runs.tracker import MlflowTracker, forwarded_environment
+from raydiv.runs.tracker import MlflowTracker, forwarded_uri
 from raydiv.runtime.session import ray_session, require_dashboard
 from raydiv.training.checkpoint.manifest import MANIFEST, CheckpointStore, Manifest
 from raydiv.training.checkpoint.shards import CheckpointShard
@@ -383,7 +383,7 @@ def test_the_password_of_mlflows_address_is_written_nowhere(tmp_path: Path, monk
     assert tracker.uri == "http://me:***@127.0.0.1:1/?api_key=***"
     assert said
     assert "planted" not in " ".join(said)
-    member = RunGroup(tmp_path / "trials", ClusterConfig(), forwarded_environment(recipe), None).member_recipe(
+    member = RunGroup(tmp_path / "trials", ClusterConfig(), forwarded_uri(recipe), None).member_recipe(
         recipe, "000", {}
     )
     save_recipe(member, tmp_path / "trial.yaml")

@@ -20,12 +20,12 @@ from raydiv.runs.directory import RunDirectory
 from raydiv.runs.resume import recipe_to_resume, require_same_content
 from raydiv.training.checkpoint.manager import CheckpointManager
 from raydiv.training.checkpoint.manifest import MANIFEST, CheckpointStore, Manifest
-from raydiv.training.checkpoint.shards import CheckpointShard, ShardReader, fault, write_shard
+from raydiv.training.checkpoint.shards import CheckpointShard, ShardReader, find_damage, write_shard
 from raydiv.training.metric_names import require_measured
 from raydiv.training.state import EarlyStopping, TrainState
 from raydiv.training.zero_state import KINDS, Fragment, Snapshot
 from raydiv.utils.errors import UserError
-from raydiv.utils.signals import Terminated, at_sigterm
+from raydiv.utils.signals import Terminated, on_sigterm
 from raydiv.utils.storage import Folder
 
 PLAIN = {"model": {"id": "m"}, "loss": {"type": "dpo"}, "optim": {"steps": 6}}
@@ -82,7 +82,7 @@ def test_without_a_manifest_there_is_no_checkpoint(checkpoints: CheckpointStore)
     written(checkpoints, 2)
     write_shard(checkpoints.at(4), 0, state_of(0, 5))
     assert checkpoints.steps() == [2]
-    checkpoints.begin(2)
+    checkpoints.invalidate(2)
     assert checkpoints.steps() == []
 
 
@@ -134,14 +134,14 @@ def test_anothers_checkpoint_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_says_what_is_wrong_with_it(checkpoints: CheckpointStore) -> None:
     shard = written(checkpoints, 4).shards[0]
-    assert fault(checkpoints.at(4), shard) is None
-    assert "cannot be read" in str(fault(checkpoints.at(5), shard))
+    assert find_damage(checkpoints.at(4), shard) is None
+    assert "cannot be read" in str(find_damage(checkpoints.at(5), shard))
     content = bytearray(checkpoints.at(4).read(shard.file))
     content[-3] ^= 1
     checkpoints.at(4).write(shard.file, bytes(content))
-    assert "SHA-256" in str(fault(checkpoints.at(4), shard))
+    assert "SHA-256" in str(find_damage(checkpoints.at(4), shard))
     checkpoints.at(4).write(shard.file, bytes(content[:-1]))
-    assert f"has {shard.size - 1} bytes of {shard.size}" in str(fault(checkpoints.at(4), shard))
+    assert f"has {shard.size - 1} bytes of {shard.size}" in str(find_damage(checkpoints.at(4), shard))
 
 
 class Engine:
@@ -440,7 +440,7 @@ def test_metrics_that_are_measured_pass(tmp_path: Path) -> None:
 def test_the_first_sigterm_is_heard_and_the_second_ends() -> None:
     heard: list[int] = []
     before = signal.getsignal(signal.SIGTERM)
-    with at_sigterm(lambda: heard.append(1)):
+    with on_sigterm(lambda: heard.append(1)):
         os.kill(os.getpid(), signal.SIGTERM)
         assert heard == [1]
         with pytest.raises(Terminated):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from raydiv.utils.errors import UserError, user_error_in
+from raydiv.utils.errors import UserError, find_user_error
 
 
 class WrappedError(Exception):
@@ -26,9 +26,9 @@ MINE = UserError("model.id: change it")
 
 @pytest.mark.parametrize("error", [MINE, WrappedError(MINE), raised_from(MINE), raised_from(WrappedError(MINE))])
 def test_the_users_part_is_found(error: Exception) -> None:
-    assert user_error_in(error) is MINE
+    assert find_user_error(error) is MINE
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("x"), WrappedError(KeyError("x")), raised_from(ValueError("x"))])
 def test_other_failures_are_not_the_users(error: Exception | None) -> None:
-    assert user_error_in(error) is None
+    assert find_user_error(error) is None

@@ -23,7 +23,7 @@ from raydiv.commands.preflight import (
     _missing,
     _not_shared,
     _versions_differ,
-    require_room,
+    require_disk_space,
 )
 from raydiv.config.cluster import ClusterConfig
 from raydiv.model import resolve as model_files
@@ -124,7 +124,7 @@ def test_a_run_that_would_fill_its_disk_is_refused(
 
     def has(free: int) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-        require_room(recipe, architecture, tmp_path / "not" / "yet")
+        require_disk_space(recipe, architecture, tmp_path / "not" / "yet")
 
     has(needed)
     with pytest.raises(UserError, match=rf"output_dir: {tmp_path} has 0\.0 GiB free, .* lower checkpoint\.keep"):
@@ -135,7 +135,7 @@ def test_adapters_take_no_room_of_the_base(tiny_model: Path, tmp_path: Path, mon
     recipe = recipe_of(tiny_model, {"train": "t", "eval": "e"}, tmp_path, "run", "model.lora={r: 2}")
     architecture = architecture_of(recipe)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=40 * architecture.trainable))
-    require_room(recipe, architecture, tmp_path)
+    require_disk_space(recipe, architecture, tmp_path)
 
 
 def test_a_model_of_another_node_is_had_here_by_its_very_commit(

@@ -149,7 +149,7 @@ def test_a_run_that_fails_after_its_end_is_failed(tmp_path: Path) -> None:
 )
 def test_what_ends_before_its_time_is_said(error: type[BaseException], status: str, tmp_path: Path) -> None:
     tracker = MlflowTracker(recipe(tmp_path), {}, print)
-    with pytest.raises(error), tracker.told_of_its_end():
+    with pytest.raises(error), tracker.end_on_error():
         raise error
     assert MlflowClient(tracker.uri).get_run(tracker.run_id).info.status == status
 
