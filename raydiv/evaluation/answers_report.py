@@ -25,8 +25,8 @@ from raydiv.runs.metric_registry import spec_of
 class AnswersReport:
     """Verdicts on one model's answers.
 
-    ``logp_per_token`` is the direct answers' mean log-prob under the reference model, ``perplexity`` the model's own on
-    held-out helpful answers; ``kl`` is None where it was not asked for, or the models' tokens differ.
+    ``logp_per_token`` is the mean log-prob of direct answers under the reference model, ``perplexity`` the model's own
+    on held-out helpful answers. ``kl`` is None where it was not measured, as between models of different tokens.
     """
 
     model: str
@@ -92,8 +92,9 @@ class AnswersReport:
         return cells
 
     def files(self, name: str, show_text: bool) -> dict[str, str]:
-        """The rates, and a line per answer: id, set, kind, category, attack, verdict, and with ``show_text`` the texts."""
-        lines = map(self._line, self.attempts, self.graded, self.answers, [show_text] * len(self.graded))
+        """Files by name: the rates, and a line per answer (prompt, attack, verdict; with ``show_text`` the texts)."""
+        rows = zip(self.attempts, self.graded, self.answers, strict=True)
+        lines = [self._line(*row, show_text) for row in rows]
         files = {
             f"{name}.json": json.dumps(self.as_json(), indent=1) + "\n",
             f"{name}.answers.jsonl": "".join(json.dumps(line) + "\n" for line in lines),

@@ -1,6 +1,6 @@
-"""What a run directory holds of measuring, read back: separation/WHEN.json and evaluation/WHEN.json (WHEN: before, after).
+"""Readers of the measurements in a run directory: separation/WHEN.json and evaluation/WHEN.json (WHEN: before, after).
 
-raydiv.evaluation writes these files; keys that earlier versions did not write have a default.
+raydiv.evaluation writes these files. Keys that earlier versions did not write have a default.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class AnswersFile:
         }
         for key, entry in content.items():
             number = entry if isinstance(entry, Mapping) else {"value": entry}
-            if type(number.get("value")) in (int, float):
+            if isinstance(number.get("value"), int | float):
                 interval = _interval(number.get("interval"))
                 values[f"evaluate/{key}"] = MeasuredValue(number["value"], interval, number.get("of"))
         for name, score in content.get("capability", {}).items():

@@ -1,4 +1,4 @@
-"""The registry of metrics: label, digits, unit and better direction of each, for the tables of runs, sweeps and studies."""
+"""The registry of metrics: their labels, digits, units and directions in the tables of runs, sweeps and studies."""
 
 from __future__ import annotations
 
@@ -25,13 +25,12 @@ LOWER, NEITHER, HIGHER = Better
 class MetricSpec:
     """How tables show a metric.
 
-    A ``name`` such as ``evaluate/asr/{attack}`` is a family: its field stands for the rest of a metric's name, and occurs in
-    ``label`` and ``heading`` as well. Families are looked up after single metrics.
+    A ``name`` such as ``evaluate/asr/{attack}`` is a family of metrics. Its field is the rest of a metric's name, and
+    occurs in ``label`` and ``heading`` as well. ``family`` of a metric is the name of its family.
 
-    ``label`` is for rows, ``heading`` for the columns of a study. ``digits`` are decimals, ``fine_digits`` those of a study.
-    ``variant_of`` names the metric of which this one is another measurement: its row stands below that metric's, and its label
-    continues that label. ``in_run_table``: the before | after table of a run has a row for it. ``family`` is the name of the
-    family that a metric belongs to.
+    ``label`` is for rows, ``heading`` for the columns of a study. ``digits`` are decimals, ``fine_digits`` those in a
+    study. ``variant_of`` names the metric of which this one is another measurement: its row stands below that metric's,
+    and its label continues that label. ``in_run_table``: the before | after table of a run has a row for it.
     """
 
     name: str

@@ -23,7 +23,7 @@ class LayerReport:
     streamed: StreamedSeparation | None
 
     def row(self, with_interval: bool) -> tuple[str, ...]:
-        """A row of the table of layers: D_B in the plane and in all dimensions and the probe's AUC, each with its controls."""
+        """A row of the table of layers: D_B in the plane and in all dimensions, the probe's AUC, and their controls."""
         result = self.separation
         interval = [_interval(result, "-")] if with_interval else []
         d_b, d_b_full, auc = (
@@ -47,9 +47,9 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class SeparationReport:
-    """Separation of one model in each layer read; the last of ``layers`` is the reported one.
+    """Separation of one model in each layer read; the last of ``layers`` is the one reported.
 
-    ``count`` is the number of prompts. ``plane`` [n, 2], ``kinds`` and the labels ``harmful`` may cover a sample of them.
+    ``count`` is the number of prompts; ``plane`` [n, 2], ``kinds`` and the labels ``harmful`` may cover a sample.
     """
 
     model: str

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean, stdev
+from statistics import fmean
 
 from raydiv.experiments.study.cells import Cell, finite
-from raydiv.experiments.study.table_io import TableCell
 from raydiv.runs.metric_registry import Better, MetricSpec, spec_of
 
 
@@ -15,8 +14,8 @@ from raydiv.runs.metric_registry import Better, MetricSpec, spec_of
 class Measure:
     """A metric of runs as a column.
 
-    ``safety``: the metric alone says how safe a model's answers are. ``averaged``: its value is the mean over the metrics whose
-    names continue its own, such as evaluate/toxicity/KIND.
+    ``safety``: the metric alone says how safe a model's answers are. ``averaged``: its value is the mean over the
+    metrics whose names continue its own, such as evaluate/toxicity/KIND.
     """
 
     spec: MetricSpec
@@ -53,16 +52,8 @@ class Measure:
 
     def mean(self, cells: Sequence[Cell]) -> float | None:
         """The mean over the cells that have a value."""
-        values = self._values(cells)
+        values = [value for cell in cells if (value := self.of(cell)) is not None]
         return fmean(values) if values else None
-
-    def figure(self, cells: Sequence[Cell]) -> TableCell:
-        """The mean over cells (seeds), with the sample standard deviation of several values."""
-        values = self._values(cells)
-        return TableCell(self.mean(cells), self.form, stdev(values) if len(values) > 1 else None)
-
-    def _values(self, cells: Sequence[Cell]) -> list[float]:
-        return [value for cell in cells if (value := self.of(cell)) is not None]
 
 
 D_B = Measure.of_metric("separation/d_b")

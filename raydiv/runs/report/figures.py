@@ -170,8 +170,8 @@ def plane(report: SeparationFile, when: str) -> Picture:
         )
     legend(figure, axis)
     caption = (
-        f"Hidden states of the prompts {when} training: last layer, last token. An ellipse holds {ELLIPSE_SHARE:.0%} of "
-        "a Gaussian with its class's mean and covariance."
+        f"Hidden states of the prompts {when} training: last layer, last token. An ellipse holds {ELLIPSE_SHARE:.0%} "
+        "of a Gaussian with its class's mean and covariance."
     )
     return Picture(f"plane-{when}", title, figure, caption)
 

@@ -1,7 +1,7 @@
 """Rendering of the pages that raydiv writes: jinja2 templates whose values are escaped.
 
-A page is one file that loads no other, for a screen, a phone or paper. ``templates/document.html`` is the frame of every page,
-``templates/parts.html`` has the macros that pages share; the template of a page stands beside the module that renders it.
+A page is one file that loads no other, for a screen, a phone or paper. ``templates/document.html`` is the frame of
+every page, ``templates/parts.html`` has the macros that pages share. Templates are named by their path in the package.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[2]
 
 
 def render(template: str, **context: object) -> str:
-    """A page. ``template`` is a path in the package, ``context`` its values: ``title`` and ``facts``, and its own."""
+    """The page of a template; ``context`` are its values, ``title`` and ``facts`` among them."""
     return _environment().get_template(template).render(**context)
 
 
@@ -39,5 +39,5 @@ def _svg(picture: Picture) -> str:
 
 
 def _minus(number: str) -> str:
-    """A number with a minus sign instead of its hyphen."""
+    """A number, its hyphen replaced by a minus sign."""
     return number.replace("-", "\N{MINUS SIGN}")

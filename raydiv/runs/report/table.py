@@ -73,7 +73,7 @@ def _values(run: RunDirectory, when: str, metrics: Metrics) -> dict[str, Measure
 
 
 def notes(run: RunDirectory) -> list[str]:
-    """What belongs beside the table: rows left out or cut, an early stop, the judge's errors, the controls of separation."""
+    """Notes on the data (rows left out or cut), an early stop, the judge's errors and the controls of separation."""
     result = json.loads(run.result.read_text())
     lines, steps = _data_notes(result["data"]), result["steps"]
     if steps["taken"] < steps["planned"]:
