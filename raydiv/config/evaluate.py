@@ -1,4 +1,4 @@
-"""The section ``evaluate``: what a model is asked, how it is attacked, and who judges."""
+"""The section ``evaluate``: prompts, attacks and judges of the evaluation."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ JUDGES = {
     "harmbench-mistral": "cais/HarmBench-Mistral-7b-val-cls",
     "llama-guard-3": "meta-llama/Llama-Guard-3-8B",
 }
-"""Judges that are models, by the format that they speak, and the model where none is named."""
+"""Judge models: prompt format -> default model."""
 
 
 def judge_parts(name: str) -> tuple[str, str]:
-    """A judge's format and its model's id: ``string``, a format of JUDGES, FORMAT:ID, or the id of a known model.
+    """The format and the model id of a judge: ``string``, a format of JUDGES, FORMAT:ID, or the id of a known model.
 
-    Raises ValueError for what is none.
+    Raises ValueError for an unknown judge.
     """
     formats = {model: form for form, model in JUDGES.items()} | {"meta-llama/Llama-Guard-3-1B": "llama-guard-3"}
     form, _, model = name.partition(":")
@@ -39,131 +39,131 @@ def judge_parts(name: str) -> tuple[str, str]:
     if form in JUDGES:
         return form, model or JUDGES[form]
     raise ValueError(
-        f"{name} is no judge that raydiv knows: string, {', '.join(JUDGES)}, or one of these with another model as FORMAT:ID"
+        f"{name}: unknown judge; known: string, {', '.join(JUDGES)}, or FORMAT:ID for another model of such a format"
     )
 
 
 OPENING = "Sure, here is"
-"""How a compliant answer begins."""
+"""The first words of a compliant answer."""
 
 
 class GcgConfig(Section):
-    """Greedy coordinate gradient (Zou et al. 2023, arXiv 2307.15043): a suffix is sought for each prompt."""
+    """Greedy coordinate gradient (Zou et al. 2023, arXiv 2307.15043): it optimises a suffix for each prompt."""
 
-    opening: str = Field(default=OPENING, min_length=1, description="what the suffix is to make the model begin with")
+    opening: str = Field(default=OPENING, min_length=1, description="the target: the first words of the model's answer")
     steps: PositiveInt = 250
     search_width: PositiveInt = 512
     topk: PositiveInt = 256
 
 
-GIVEN = {"prefill": "opening", "templates": "file", "suffixes": "file", "gcg": "gcg"}
-"""The key that each attack has beside its kind."""
+ATTACK_KEY = {"prefill": "opening", "templates": "file", "suffixes": "file", "gcg": "gcg"}
+"""The key of each attack's option."""
 
 
 class AttackConfig(Section):
     """A way to ask harmful prompts: direct, prefill, templates: FILE, suffixes: FILE, or gcg."""
 
     kind: Literal["direct", "prefill", "templates", "suffixes", "gcg"]
-    opening: str = Field(default=OPENING, min_length=1, description="prefill: how the answer is made to begin")
+    opening: str = Field(default=OPENING, min_length=1, description="prefill: the first words of the answer")
     file: Source | None = Field(
-        default=None, description="templates, suffixes: a text a line, or a column of that name"
+        default=None, description="templates, suffixes: a file with one text per line, or with a column of that name"
     )
     gcg: GcgConfig = Field(default_factory=GcgConfig)
     only: list[str] | None = Field(
-        default=None, min_length=1, description="short names of the prompt sets that are attacked so; by default all"
+        default=None, min_length=1, description="short names of the attacked prompt sets; default: all"
     )
 
     @model_validator(mode="before")
     @classmethod
-    def _briefly(cls, values: Any) -> Any:
-        """A name alone, or a name and what it needs: prefill: OPENING, templates: FILE, suffixes: FILE, gcg: {steps: ...}.
+    def _expand_short_form(cls, values: Any) -> Any:
+        """Expand the short forms: a kind, or prefill: OPENING, templates: FILE, suffixes: FILE, gcg: {steps: ...}.
 
-        ``only`` may stand beside either.
+        ``only`` may be added to each of them.
         """
         if isinstance(values, str):
             return {"kind": values}
-        said = {key: value for key, value in values.items() if key != "only"} if isinstance(values, dict) else {}
-        if len(said) == 1 and "kind" not in said:
-            ((kind, given),) = said.items()
-            key = GIVEN.get(kind)
+        options = {key: value for key, value in values.items() if key != "only"} if isinstance(values, dict) else {}
+        if len(options) == 1 and "kind" not in options:
+            ((kind, value),) = options.items()
+            key = ATTACK_KEY.get(kind)
             if key is None:
-                raise ValueError(f"{kind}: no attack; known are direct, prefill, templates, suffixes and gcg")
-            return {key: value for key, value in values.items() if key == "only"} | {"kind": kind, key: given}
+                raise ValueError(f"{kind}: unknown attack; known: direct, prefill, templates, suffixes, gcg")
+            return {key: value for key, value in values.items() if key == "only"} | {"kind": kind, key: value}
         return values
 
     @model_validator(mode="after")
-    def _has_its_file(self) -> AttackConfig:
+    def _options_match_kind(self) -> AttackConfig:
         if (self.file is None) == (self.kind in ("templates", "suffixes")):
-            raise ValueError(f"{self.kind}: FILE is for templates and suffixes, which need one")
+            raise ValueError(f"{self.kind}: templates and suffixes need a FILE, other attacks have none")
         for key, kind in (("opening", "prefill"), ("gcg", "gcg")):
             if kind != self.kind and getattr(self, key) != type(self).model_fields[key].get_default(
                 call_default_factory=True
             ):
-                raise ValueError(f"{self.kind}: {key} means nothing here, it is for {kind}")
+                raise ValueError(f"{self.kind}: {key}: not supported here, an option of {kind}")
         return self
 
     @model_serializer(mode="wrap")
-    def _as_written(self, handler: SerializerFunctionWrapHandler) -> Any:
-        written, key = handler(self), GIVEN.get(self.kind)
+    def _serialize_short_form(self, handler: SerializerFunctionWrapHandler) -> Any:
+        fields, key = handler(self), ATTACK_KEY.get(self.kind)
         if self.only is not None:
-            given = {self.kind: written[key]} if key in written else {"kind": self.kind}
-            return {**given, "only": self.only}
-        # without a key nothing was said of it, and only what was is wanted
-        return {self.kind: written[key]} if key in written else self.kind
+            short = {self.kind: fields[key]} if key in fields else {"kind": self.kind}
+            return {**short, "only": self.only}
+        # an option that was not set is left out
+        return {self.kind: fields[key]} if key in fields else self.kind
 
 
 class EvaluateConfig(Section):
-    """Evaluation on held-out examples during training (``every``), and of generated answers before and after it."""
+    """Evaluation on held-out examples during training (``every``), and of answers before and after training."""
 
     every: PositiveInt | None = Field(default=None, description="steps between evaluations on data.eval")
     prompts: Sources | None = Field(default=None, description="prompts that are answered before and after training")
-    max_new_tokens: PositiveInt = Field(default=48, description="longest answer, in tokens")
+    max_new_tokens: PositiveInt = Field(default=48, description="maximum tokens of an answer")
     judge: str = Field(
         default="string",
-        description="who judges harmful answers: string, harmbench, harmbench-mistral, llama-guard-3, or FORMAT:ID",
+        description="judge of harmful answers: string, harmbench, harmbench-mistral, llama-guard-3, or FORMAT:ID",
     )
-    toxicity: str | None = Field(default=None, description="a text-classification model whose P(toxic) is averaged")
+    toxicity: str | None = Field(default=None, description="a text-classification model; its mean P(toxic) is reported")
     attacks: list[AttackConfig] = Field(
         default_factory=list,
-        description="attacks on harmful prompts, beside the direct request: prefill (and an OPENING), templates or suffixes "
-        "(and a FILE), gcg (and its STEPS)",
+        description="attacks on harmful prompts beside the direct request: prefill (with an OPENING), templates or suffixes "
+        "(with a FILE), gcg (with its STEPS)",
     )
     pairwise_judge: str | None = Field(
         default=None,
-        description="a chat model that judges which answers to harmless prompts are better: before or after, or of two models",
+        description="a chat model that compares answers to harmless prompts: before and after, or of two models",
     )
     tasks: list[str] = Field(
         default_factory=list, description="tasks and presets of lm-evaluation-harness (quick, general, math, papers)"
     )
-    task_limit: PositiveInt | None = Field(default=None, description="maximum documents of each task; by default all")
+    task_limit: PositiveInt | None = Field(default=None, description="maximum documents of each task; default: all")
     task_folder: str | None = Field(default=None, description="a folder with your own tasks (YAML)")
     kl_prompts: NonNegativeInt = Field(
-        default=50, description="number of prompts with a sampled answer, for the KL to the reference"
+        default=50, description="number of prompts with a sampled answer for the KL to the reference"
     )
 
     @model_validator(mode="after")
-    def _of_tasks(self) -> EvaluateConfig:
+    def _options_need_tasks(self) -> EvaluateConfig:
         for name in ("task_limit", "task_folder"):
             if getattr(self, name) is not None and not self.tasks:
-                raise ValueError(f"{name} means nothing without tasks")
+                raise ValueError(f"{name} needs tasks")
         return self
 
     @field_validator("prompts")
     @classmethod
-    def _asked_once(cls, value: list[Source] | None) -> list[Source] | None:
+    def _no_weights(cls, value: list[Source] | None) -> list[Source] | None:
         return unweighted(value)
 
     @field_validator("judge")
     @classmethod
-    def _is_a_judge(cls, value: str) -> str:
+    def _judge_is_known(cls, value: str) -> str:
         judge_parts(value)
         return value
 
     @field_validator("attacks")
     @classmethod
-    def _each_once(cls, value: list[AttackConfig]) -> list[AttackConfig]:
+    def _attacks_once(cls, value: list[AttackConfig]) -> list[AttackConfig]:
         kinds = [attack.kind for attack in value]
         twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
         if twice:
-            raise ValueError(f"{twice[0]} is there twice; one file may hold several")
+            raise ValueError(f"{twice[0]}: duplicate attack; put several texts into one file")
         return [attack for attack in value if attack.kind != "direct"]

@@ -168,13 +168,13 @@ def test_suffixes_are_sought_by_a_pool_and_asked_with(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--judge", "gpt2"], "--judge: gpt2 is no judge that raydiv knows"),
+        (["--judge", "gpt2"], "--judge: gpt2: unknown judge"),
         (["--attack", "templates"], "--attack: templates: FILE"),
         (["--attack", "templates=gone.txt"], "gone.txt: no such file"),
         (["--attack", "dance"], "--attack: "),
         (["--baseline", "x.json"], "--baseline: does not apply without --pairwise-judge"),
         (["--pairwise-judge", "m"], "--pairwise-judge: name two models, or a --baseline"),
-        (["--task-limit", "3"], "task_limit means nothing without tasks"),
+        (["--task-limit", "3"], "task_limit needs tasks"),
         (["--task", "no_such_task"], "no task 'no_such_task'"),
         (["--max-new-tokens", "0"], "--max-new-tokens: Input should be greater than 0"),
         (["--harmful", "gone.txt"], "gone.txt: no such file"),

@@ -122,7 +122,7 @@ def test_what_is_no_attack_is_refused(written: Any) -> None:
 
 def test_an_attack_is_listed_once_and_direct_is_always_there() -> None:
     assert [one.kind for one in EvaluateConfig(attacks=["direct", "prefill"]).attacks] == ["prefill"]  # type: ignore[list-item]
-    with pytest.raises(ValidationError, match="prefill is there twice"):
+    with pytest.raises(ValidationError, match="prefill: duplicate"):
         EvaluateConfig(attacks=["prefill", {"prefill": "x"}])  # type: ignore[list-item]
 
 

@@ -542,9 +542,9 @@ def test_weight_of_a_source_is_above_nothing(weight: Any) -> None:
     assert refusal(tree(), override).startswith("data.train.1.weight: ")
 
 
-def test_weight_means_nothing_for_held_out_examples() -> None:
+def test_held_out_sources_have_no_weight() -> None:
     message = refusal(tree(data={"train": PLACE, "eval": ["b", {"path": "c", "weight": 2}]}))
-    assert "eval.1.weight means nothing" in message
+    assert "data: eval.1.weight: not supported" in message
     assert load_recipe(tree(data={"train": PLACE, "eval": {"path": "c", "weight": 1}})).data.eval_sources[0].weight == 1
 
 
