@@ -1,7 +1,8 @@
-"""What goes with a command to a cluster: its recipe with what that extends, and the files here that it names.
+"""The files that are uploaded with a job: the command's recipe, with the recipes that it extends, and local files.
 
-A relative path is of this machine: what it names goes along, and lies at the same path there. Absolute paths and addresses are
-the cluster's. So a run's output_dir has to be one of these: a job's own folder is on one node, and goes when the job does.
+A relative path names a file of this machine. It is uploaded, and has the same path in the job's working directory.
+Absolute paths and URIs are the cluster's. A run's output_dir must be one of these: a job's working directory is on one
+node, and is deleted with the job.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from raydiv.utils.dotted import leaves
 from raydiv.utils.errors import UserError
 
 MAX_BUNDLE_BYTES = 100 * 2**20
-"""Of files that go with a job. Ray keeps them in the memory of the head node."""
+"""Limit of the uploaded files, which Ray keeps in the memory of the head node."""
 
-NEVER = (
+EXCLUDED = (
     ".git",
     ".hg",
     ".svn",
@@ -45,9 +46,9 @@ NEVER = (
     ".gitignore",
     ".rayignore",
 )
-"""Folders and files that are no data: left out of a folder that goes along. By the last two Ray would leave out data itself."""
+"""Names that are left out of an uploaded folder: they hold no data. Ray would leave out data that the last two list."""
 
-SECRET = (
+SECRET_PATTERNS = (
     ".env",
     ".env.*",
     ".envrc",
@@ -72,33 +73,31 @@ SECRET = (
     "token",
     "*.token",
 )
-"""Names of files that hold secrets, in small letters: they go nowhere."""
+"""Names, in lower case, of files that hold secrets: they are never uploaded."""
 
-PLACES = ("model", "data", "separation", "evaluate", "sweep", "study")
-"""Sections whose words may be names of files."""
+FILE_SECTIONS = ("model", "data", "separation", "evaluate", "sweep", "study")
+"""Sections of a recipe whose strings may be paths of files."""
 
-INCLUDED = "study.include."
-"""Where finished runs are wanted, and nothing else."""
+INCLUDE_PREFIX = "study.include."
+"""Keys that name folders of finished runs, which are not uploaded."""
 
 CHOICE_OPTIONS = ("--part", "--against", "--kind", "--pooling", "--intervals", "--precision")
-"""Options of commands whose values are words that raydiv knows, and so no names of files."""
+"""Options whose values are choices, never paths."""
 
-MODELS = ("model", *JUDGES)
-"""What stands before a colon and a model's id or directory: ``data build --worse model:DIR``, ``--judge harmbench:DIR``."""
+MODEL_PREFIXES = ("model", *JUDGES)
+"""Prefixes of a model's id or directory: ``data build --worse model:DIR``, ``--judge harmbench:DIR``."""
 
-NOT_UPLOADED = (
-    "finished runs do not go along with a job, nor do caches and secrets: say an absolute path that the cluster has"
-)
+NOT_UPLOADED = "finished runs, caches and secrets are not uploaded with a job: use an absolute path on the cluster"
 
-RECIPE = "recipe.yaml"
+RECIPE_FILE = "recipe.yaml"
 
 
 @dataclass(frozen=True, slots=True)
 class JobBundle:
-    """A folder that goes with a command, and the command as it runs there.
+    """A folder that is uploaded with a command, and the ``command`` as it runs there.
 
-    ``files`` are those in it, by their path, with their bytes; ``there``: absolute paths that the cluster is to have;
-    ``recipe``: that of the command, checked; ``secrets``: what was left out of folders for its name.
+    ``files`` maps the paths in the folder to their sizes in bytes. ``remote_paths`` are absolute paths that the cluster
+    must have. ``recipe`` is the command's, checked. ``secrets`` are files that were left out because of their names.
     """
 
     folder: Path
@@ -113,145 +112,147 @@ class JobBundle:
 def make_bundle(
     words: Sequence[str], recipe: str | None, overrides: Sequence[str], *, leaves_a_run: bool
 ) -> Iterator[JobBundle]:
-    """The bundle of a command, ``words``, while the block runs. ``recipe`` and ``overrides`` are those among the words.
+    """The bundle of the command ``words``; its folder exists while the block runs.
 
-    ``leaves_a_run``: the command writes into the recipe's output_dir.
+    ``recipe`` and ``overrides`` are those among the words. ``leaves_a_run``: the command writes into the recipe's
+    output_dir.
 
-    Raises UserError where the recipe is wrong, an output_dir is relative, a path leads out of this folder or to a secret,
-    nothing of a folder would go along, or there is too much.
+    Raises UserError where the recipe is invalid, an output_dir is relative, a path leads out of the current folder or
+    to a secret, no file of a folder would be uploaded, or the files are too large.
     """
-    checked = None if recipe is None else _checked(recipe, overrides, leaves_a_run)
+    checked = None if recipe is None else _checked_recipe(recipe, overrides, leaves_a_run)
     tree = merged({} if recipe is None else recipe, overrides)
-    # without a recipe nothing else carries the overrides
-    kept = list(words) if recipe is None else _renamed([word for word in words if word not in overrides], recipe)
+    # a bundled recipe holds the overrides; without one they stay in the command
+    plain = [word for word in words if word not in overrides]
+    command = list(words) if recipe is None else _with_bundled_recipe(plain, recipe)
     with TemporaryDirectory(prefix="raydiv-job-") as temporary:
         folder = Path(temporary)
-        there: list[str] = []
+        remote_paths: list[str] = []
         secrets: list[str] = []
-        named = _named(tree, [word for word in kept if word not in overrides])
+        candidates = _path_candidates(tree, [word for word in command if word not in overrides])
         if recipe is not None:
-            named.pop(RECIPE, None)
-        for value, where in named.items():
-            if _of_the_cluster(value):
-                there += [value] if "://" not in value else []
+            candidates.pop(RECIPE_FILE, None)
+        for value, key in candidates.items():
+            if _is_remote(value):
+                remote_paths += [value] if "://" not in value else []
             else:
-                for path in _here(value):
-                    secrets += _put(path, where, folder)
-        if recipe is not None:  # last, since a folder that goes along may have a file of this name
-            (folder / RECIPE).write_text(yaml.safe_dump(tree, sort_keys=False))
+                for path in _local_paths(value):
+                    secrets += _copy(path, key, folder)
+        if recipe is not None:  # last, since an uploaded folder may have a file of this name
+            (folder / RECIPE_FILE).write_text(yaml.safe_dump(tree, sort_keys=False))
         files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-        _require_few(files)
-        yield JobBundle(folder, kept, files, there, checked, list(dict.fromkeys(secrets)))
+        _require_small(files)
+        yield JobBundle(folder, command, files, remote_paths, checked, list(dict.fromkeys(secrets)))
 
 
-def _checked(recipe: str, overrides: Sequence[str], leaves_a_run: bool) -> Recipe:
+def _checked_recipe(recipe: str, overrides: Sequence[str], leaves_a_run: bool) -> Recipe:
     checked = load_recipe(recipe, overrides)
-    kept = {"output_dir": checked.output_dir, "checkpoint.storage": checked.checkpoint.storage}
-    for key, place in kept.items():
-        if leaves_a_run and place is not None and not _of_the_cluster(place):
-            raise UserError(f"{relative_path_error(key, place)} ({key}=/shared/runs)")
+    outputs = {"output_dir": checked.output_dir, "checkpoint.storage": checked.checkpoint.storage}
+    for key, path in outputs.items():
+        if leaves_a_run and path is not None and not _is_remote(path):
+            raise UserError(f"{relative_path_error(key, path)} ({key}=/shared/runs)")
     return checked
 
 
-def relative_path_error(where: str, place: str) -> str:
-    """What is wrong with a relative place that a job writes to."""
+def relative_path_error(key: str, path: str) -> str:
+    """The message for a relative path that a job writes to."""
     return (
-        f"{where}: {place} is relative, and a job's own folder goes when the job does: say a folder that all nodes of the "
-        "cluster share"
+        f"{key}: {path} is relative, and a job's working directory is deleted with the job: use the absolute path of a "
+        "folder that all nodes of the cluster share"
     )
 
 
-def _renamed(words: list[str], recipe: str) -> list[str]:
-    """A command with the bundle's recipe in the place of its own, which stands by itself or behind ``--recipe=``."""
-    own = next(number for number, word in enumerate(words) if number and word in (recipe, _option(word) + recipe))
-    return [*words[:own], words[own].removesuffix(recipe) + RECIPE, *words[own + 1 :]]
+def _with_bundled_recipe(words: list[str], recipe: str) -> list[str]:
+    """A command with the bundle's recipe instead of its own, which is a word of its own or follows ``--recipe=``."""
+    place = next(i for i, word in enumerate(words) if i and word in (recipe, _option_prefix(word) + recipe))
+    return [*words[:place], words[place].removesuffix(recipe) + RECIPE_FILE, *words[place + 1 :]]
 
 
-def _option(word: str) -> str:
-    """``--option=`` of a word that begins so."""
+def _option_prefix(word: str) -> str:
+    """``--option=`` of a word that begins with it."""
     name, equals, _ = word.partition("=")
     return name + equals if name.startswith("--") else ""
 
 
-def _named(tree: Mapping[str, Any], words: Sequence[str]) -> dict[str, str]:
-    """What may be the name of a file in a recipe and in a command, and where each stands first."""
-    found: dict[str, str] = {}
-    for path, value in leaves({section: tree[section] for section in PLACES if section in tree}):
+def _path_candidates(tree: Mapping[str, Any], words: Sequence[str]) -> dict[str, str]:
+    """Strings of a recipe and a command that may be paths, each with the key or word where it occurs first."""
+    candidates: dict[str, str] = {}
+    for key, value in leaves({section: tree[section] for section in FILE_SECTIONS if section in tree}):
         if isinstance(value, str):
-            found.setdefault(_place(value), path)
-    command = 2 if words[0] == "data" else 1
-    for before, word in pairwise(words[command - 1 :]):
-        if before not in CHOICE_OPTIONS and word.partition("=")[0] not in CHOICE_OPTIONS:
-            for value in _values(word):
-                found.setdefault(_place(value), word)
-    return found
+            candidates.setdefault(_without_model_prefix(value), key)
+    command_end = 2 if words[0] == "data" else 1
+    for previous, word in pairwise(words[command_end - 1 :]):
+        if previous not in CHOICE_OPTIONS and word.partition("=")[0] not in CHOICE_OPTIONS:
+            for value in _word_values(word):
+                candidates.setdefault(_without_model_prefix(value), word)
+    return candidates
 
 
-def _values(word: str) -> Iterator[str]:
-    """A word of a command and what follows each of its ``=``, as in ``--attack=templates=FILE``; of a section its leaves."""
+def _word_values(word: str) -> Iterator[str]:
+    """A word of a command, and what follows each of its ``=`` (``--attack=templates=FILE``); of a mapping its leaves."""
     parts = word.split("=")
-    for number in range(len(parts)):
-        text = "=".join(parts[number:])
+    for start in range(len(parts)):
+        text = "=".join(parts[start:])
         if not text.lstrip().startswith("{"):
             yield text
             continue
         try:
             section = yaml.safe_load(text)
-        except yaml.YAMLError:  # Jinja text, or nothing that the command could read
+        except yaml.YAMLError:  # a Jinja template, or a value that the command refuses
             continue
         yield from (value for _, value in leaves(section) if isinstance(value, str))
 
 
-def _place(value: str) -> str:
-    """A value as a path, without what a model is for."""
-    kind, _, model = value.partition(":")
-    return model if kind in MODELS and model else value
+def _without_model_prefix(value: str) -> str:
+    prefix, _, model = value.partition(":")
+    return model if prefix in MODEL_PREFIXES and model else value
 
 
-def _of_the_cluster(value: str) -> bool:
+def _is_remote(value: str) -> bool:
+    """Whether a path is the cluster's: absolute, or a URI."""
     return value.startswith(("/", "~")) or "://" in value
 
 
-def _here(value: str) -> list[str]:
-    """What of this machine a relative path names: a file, a folder, or the files of data that a pattern matches."""
+def _local_paths(value: str) -> list[str]:
+    """What a relative path names on this machine: a file, a folder, or the data files that a pattern matches."""
     if not value:
         return []
     try:
         if Path(value).exists():
             return [value]
-    except OSError:  # a text, such as a template, is no name
+    except OSError:  # a text, such as a template, is too long for a path
         return []
-    found = sorted(glob.glob(value, recursive=True)) if glob.has_magic(value) else []
-    return [path for path in found if Path(path).suffix in SUFFIXES and Path(path).is_file()]
+    matches = sorted(glob.glob(value, recursive=True)) if glob.has_magic(value) else []
+    return [path for path in matches if Path(path).suffix in SUFFIXES and Path(path).is_file()]
 
 
-def _put(value: str, where: str, folder: Path) -> list[str]:
-    """Copy what a relative path names to the same path in the bundle; returns what it leaves out as secrets."""
-    source, here = Path(value), Path.cwd().resolve()
+def _copy(path: str, key: str, folder: Path) -> list[str]:
+    """Copy a relative path to the same path in the bundle; returns the files left out because they look like secrets."""
+    source, here = Path(path), Path.cwd().resolve()
     if not source.resolve().is_relative_to(here) or ".." in source.parts:
         raise UserError(
-            f"{where}: {value} is not in this folder ({here}): start from one that it is in, or say an absolute path that the "
-            "cluster has"
+            f"{key}: {path} is not in this folder ({here}): run raydiv submit in a folder that contains it, or use an "
+            "absolute path on the cluster"
         )
-    if _is_secret(source):
-        raise UserError(f"{where}: {value} has the name of a secret, and goes nowhere; rename it if it is none")
+    if _looks_secret(source):
+        raise UserError(f"{key}: {path} looks like a secret and is not uploaded; rename it if it is not")
     target = folder / source
     target.parent.mkdir(parents=True, exist_ok=True)
     if not source.is_dir():
         shutil.copy2(source, target)
         return []
-    left = _Left()
-    shutil.copytree(source, target, ignore=left, dirs_exist_ok=True)
-    # beside runs there may be a file of MLflow's, which is none
-    if not any(path.is_file() for path in target.rglob("*")) or (where.startswith(INCLUDED) and left.runs):
-        raise UserError(f"{where}: nothing that is wanted of {value} would be there: {NOT_UPLOADED}")
-    return left.secrets
+    copied = _CopyFilter()
+    shutil.copytree(source, target, ignore=copied, dirs_exist_ok=True)
+    # a folder of runs may also hold MLflow's database, which study.include does not read
+    if not any(file.is_file() for file in target.rglob("*")) or (key.startswith(INCLUDE_PREFIX) and copied.runs):
+        raise UserError(f"{key}: no file of {path} that the job needs would be uploaded: {NOT_UPLOADED}")
+    return copied.secrets
 
 
-class _Left:
-    """Of a folder's entries, those that go nowhere, links that lead out of here too, as ``shutil.copytree`` asks for them.
+class _CopyFilter:
+    """The ``ignore`` function of ``shutil.copytree``: leaves out secrets, runs, EXCLUDED and links out of this folder.
 
-    ``secrets`` and ``runs`` are those that were found.
+    ``secrets`` and ``runs`` are those that were left out.
     """
 
     def __init__(self) -> None:
@@ -261,33 +262,32 @@ class _Left:
     def __call__(self, folder: str, names: Iterable[str]) -> set[str]:
         here = Path.cwd().resolve()
         entries = [Path(folder) / name for name in names]
-        secrets = [entry for entry in entries if _is_secret(entry)]
-        runs = [entry for entry in entries if all((entry / name).is_file() for name in (RECIPE, "metrics.jsonl"))]
-        other = [
-            entry for entry in entries if _matches([entry.name], NEVER) or not entry.resolve().is_relative_to(here)
-        ]
+        secrets = [entry for entry in entries if _looks_secret(entry)]
+        runs = [entry for entry in entries if all((entry / name).is_file() for name in (RECIPE_FILE, "metrics.jsonl"))]
+        excluded = [entry for entry in entries if _matches([entry.name], EXCLUDED)]
+        outside = [entry for entry in entries if not entry.resolve().is_relative_to(here)]
         self.secrets += map(str, secrets)
         self.runs += map(str, runs)
-        return {entry.name for entry in (*secrets, *runs, *other)}
+        return {entry.name for entry in (*secrets, *runs, *excluded, *outside)}
 
 
-def _is_secret(path: Path) -> bool:
-    """Whether a path has the name of a secret in it, or leads to one through a link."""
+def _looks_secret(path: Path) -> bool:
+    """Whether a part of a path, or of the path that it links to, has the name of a secret."""
     target, here = path.resolve(), Path.cwd().resolve()
-    inside = target.relative_to(here).parts if target.is_relative_to(here) else ()  # what is not goes nowhere anyway
-    return _matches((name.lower() for name in (*path.parts, *inside)), SECRET)
+    linked = target.relative_to(here).parts if target.is_relative_to(here) else ()  # links out of here are left out
+    return _matches((name.lower() for name in (*path.parts, *linked)), SECRET_PATTERNS)
 
 
 def _matches(names: Iterable[str], patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
-def _require_few(files: Mapping[str, int]) -> None:
+def _require_small(files: Mapping[str, int]) -> None:
     total = sum(files.values())
     if total > MAX_BUNDLE_BYTES:
         largest = max(files, key=lambda name: files[name])
         raise UserError(
-            f"{total / 2**20:.0f} MiB of files would go with the job ({largest}: {files[largest] / 2**20:.0f}), more than "
-            f"{MAX_BUNDLE_BYTES / 2**20:.0f}: put them where every node reads them (s3://..., gs://..., hf://..., or a shared folder "
-            "by its absolute path), and say that in their place"
+            f"the job's files have {total / 2**20:.0f} MiB ({largest}: {files[largest] / 2**20:.0f}), and at most "
+            f"{MAX_BUNDLE_BYTES / 2**20:.0f} are uploaded: put them where every node can read them, and name them by "
+            "s3://..., gs://..., hf://... or an absolute path"
         )

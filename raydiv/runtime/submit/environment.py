@@ -1,4 +1,4 @@
-"""Ray's runtime environment of a job: this raydiv itself, the bundle, and variables, of which none is a secret."""
+"""Ray's runtime environment of a job: this raydiv, the bundle, and environment variables, none of them a secret."""
 
 from __future__ import annotations
 
@@ -13,33 +13,32 @@ from raydiv.runtime.submit.bundle import JobBundle
 from raydiv.utils.errors import UserError
 from raydiv.utils.secrets import has_password, has_token, is_secret_name
 
-SEEN = (
-    "is a secret by its name or its value, and whoever sees the cluster's jobs would see it; let the nodes have it from the "
-    "cluster's own store (see cluster/README.md)"
+REFUSED_VARIABLE = (
+    "its name or value looks like a secret, and everyone who can list the cluster's jobs could read it; give it to "
+    "the nodes from the cluster's secret store (see cluster/README.md)"
 )
 
 
-def job_variables(named: Sequence[str]) -> dict[str, str]:
-    """Variables ``NAME`` as they are here, or ``NAME=VALUE``.
+def job_variables(options: Sequence[str]) -> dict[str, str]:
+    """Environment variables from ``NAME``, with its value here, or ``NAME=VALUE``.
 
-    Raises UserError for one that is not set, and for one whose name or value says that it is a secret: whoever sees the
-    cluster's jobs sees what they were given.
+    Raises UserError for a variable that is not set, and for one whose name or value looks like a secret.
     """
-    found = {}
-    for one in named:
-        name, equals, value = one.partition("=")
+    variables = {}
+    for option in options:
+        name, equals, value = option.partition("=")
         if not equals:
             if name not in os.environ:
-                raise UserError(f"--env {name}: is not set here; set it, or say {name}=VALUE")
+                raise UserError(f"--env {name}: not set here; set it, or give --env {name}=VALUE")
             value = os.environ[name]
-        if _secret(name, value):
-            raise UserError(f"--env {name}: {SEEN}")
-        found[name] = value
-    return found
+        if _is_secret(name, value):
+            raise UserError(f"--env {name}: {REFUSED_VARIABLE}")
+        variables[name] = value
+    return variables
 
 
 def runtime_environment(bundle: JobBundle, variables: Mapping[str, str], more: Mapping[str, Any]) -> dict[str, Any]:
-    """Ray's runtime environment: the bundle, this raydiv itself, and what the user's own one (``more``) says beside."""
+    """Ray's runtime environment: the bundle, this raydiv, the variables, and the user's environment ``more``."""
     return {
         **more,
         "working_dir": str(bundle.folder),
@@ -53,23 +52,26 @@ def runtime_environment(bundle: JobBundle, variables: Mapping[str, str], more: M
 
 
 def read_runtime_environment(path: Path | None) -> dict[str, Any]:
-    """The user's own, as ``ray job submit --runtime-env`` takes it. Raises UserError where it is none, or holds a secret."""
+    """The user's runtime environment, a file as of ``ray job submit --runtime-env``.
+
+    Raises UserError where the file cannot be read, sets working_dir, or holds a secret.
+    """
     if path is None:
         return {}
     try:
-        found = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--runtime-env {path}: cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"--runtime-env {path}: is no mapping")
-    if "working_dir" in found:
-        raise UserError(f"--runtime-env {path}: working_dir: the job's folder is made by raydiv; leave it out")
-    variables = found.get("env_vars") or {}
-    secret = [name for name, value in variables.items() if _secret(name, str(value))]
-    if secret:
-        raise UserError(f"--runtime-env {path}: env_vars.{secret[0]}: {SEEN}")
-    return found | {"env_vars": {name: str(value) for name, value in variables.items()}}
+    if not isinstance(content, dict):
+        raise UserError(f"--runtime-env {path}: not a YAML mapping")
+    if "working_dir" in content:
+        raise UserError(f"--runtime-env {path}: working_dir: not supported, since raydiv sets it; remove it")
+    variables = content.get("env_vars") or {}
+    secret = next((name for name, value in variables.items() if _is_secret(name, str(value))), None)
+    if secret is not None:
+        raise UserError(f"--runtime-env {path}: env_vars.{secret}: {REFUSED_VARIABLE}")
+    return content | {"env_vars": {name: str(value) for name, value in variables.items()}}
 
 
-def _secret(name: str, value: str) -> bool:
+def _is_secret(name: str, value: str) -> bool:
     return is_secret_name(name) or has_password(value) or has_token(value)
