@@ -30,8 +30,8 @@ def add_bench_command(commands: Any) -> None:
         "--against",
         action="append",
         choices=["loop", "trl"],
-        help="train: compare with a plain PyTorch loop, which shows what the hardware allows, or with TRL; may be repeated "
-        "(default: loop)",
+        help="train: compare with a plain PyTorch loop, which shows the limit of the hardware, or with TRL; may be "
+        "repeated (default: loop)",
     )
     bench.add_argument(
         "--steps",
@@ -56,17 +56,17 @@ def _bench(options: argparse.Namespace) -> int:
 
     recipe, part = load_recipe(options.recipe, options.overrides), options.part
     names = sorted(set.union(*PARTS.values()))
-    chosen = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    for name in chosen:
+    settings = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    for name in settings:
         if name not in PARTS[part]:
             raise UserError(f"--{name}: does not apply to --part {part}")
-    if part == "embed" and "rows" in chosen:
-        if len(chosen["rows"]) > 1:
+    if part == "embed" and "rows" in settings:
+        if len(settings["rows"]) > 1:
             raise UserError("--rows: takes one number with --part embed")
-        (chosen["rows"],) = chosen["rows"]
+        (settings["rows"],) = settings["rows"]
     name = "training" if part == "train" else part
     module = importlib.import_module(f"raydiv.commands.bench.{name}")
-    result = getattr(module, f"bench_{name}")(recipe, **chosen)
+    result = getattr(module, f"bench_{name}")(recipe, **settings)
 
     def show() -> None:
         print_table(*getattr(module, f"{name}_table")(result))

@@ -50,13 +50,13 @@ def _add_models(command: argparse.ArgumentParser, prompts: str) -> None:
     command.add_argument(
         "models", nargs="+", metavar="MODEL", help="a run, a model directory, a hub id or bundled:NAME"
     )
-    place = "a file, hf://org/name, bundled:NAME, or a section as '{path: ..., columns: {...}}'; may be repeated"
+    source = "a file, hf://org/name, bundled:NAME, or a section as '{path: ..., columns: {...}}'; may be repeated"
     command.add_argument(
         "--prompts",
         action="append",
         default=[],
         metavar="SOURCE",
-        help=f"prompts with their labels: {place} (default: {prompts})",
+        help=f"prompts with their labels: {source} (default: {prompts})",
     )
     for label in ("harmful", "harmless"):
         command.add_argument(
@@ -71,8 +71,8 @@ def _add_models(command: argparse.ArgumentParser, prompts: str) -> None:
     command.add_argument("--use-gpu", action="store_true", help="load the models on GPUs")
 
 
-def _shared(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that both commands' functions take."""
+def _shared_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of both commands' functions."""
     from raydiv.config.cluster import ClusterConfig
 
     names = ("models", "prompts", "harmful", "harmless", "template", "precision")
@@ -83,7 +83,7 @@ def _separation(options: argparse.Namespace) -> int:
     from raydiv.commands.separation import separation
 
     reports = separation(
-        **_shared(options),
+        **_shared_arguments(options),
         how=section_of(SeparationConfig, options, **_layers(options)),
         embeddings=options.embeddings,
         different_models=options.different_models,
@@ -123,7 +123,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         raise UserError("--baseline: does not apply without --pairwise-judge")
     if how.pairwise_judge and not options.baseline and len(options.models) < 2:
         raise UserError("--pairwise-judge: name two models, or a --baseline")
-    reports = evaluate(**_shared(options), reference=options.reference, baseline=options.baseline, how=how)
+    reports = evaluate(**_shared_arguments(options), reference=options.reference, baseline=options.baseline, how=how)
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
         for number, report in enumerate(reports):

@@ -64,19 +64,20 @@ def make_parser() -> argparse.ArgumentParser:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options of a command. ``key=value`` may stand anywhere among them, which argparse alone does not allow.
 
-    For ``submit``, ``words`` holds the command after ``--``, and ``sent`` its parsed options.
+    For ``submit``, ``words`` holds the words after ``--``, and ``command`` their parsed options.
     """
-    own = list(sys.argv[1:] if arguments is None else arguments)
-    words: list[str] = []
-    if own[:1] == ["submit"] and "--" in own:
-        own, words = own[: own.index("--")], own[own.index("--") + 1 :]
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    is_submit = words[:1] == ["submit"]
+    submitted: list[str] = []
+    if is_submit and "--" in words:
+        words, submitted = words[: words.index("--")], words[words.index("--") + 1 :]
     parser = make_parser()
-    options, rest = parser.parse_known_args(own)
+    options, rest = parser.parse_known_args(words)
     unknown = [word for word in rest if not hasattr(options, "overrides") or word.startswith("-") or "=" not in word]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         options.overrides = [*options.overrides, *rest]
-    if own[:1] == ["submit"]:
-        options.words, options.sent = words, _parse(words) if words else None
+    if is_submit:
+        options.words, options.command = submitted, _parse(submitted) if submitted else None
     return options

@@ -13,7 +13,7 @@ from raydiv.utils.errors import UserError
 S = TypeVar("S", bound=Section)
 
 NOT_OPTIONS = {"every", "prompts"}
-"""Fields of training alone, and those whose option is written by hand."""
+"""Fields that only apply in training, and those whose option is written by hand."""
 
 
 def add_section_options(command: argparse.ArgumentParser, section: type[Section], **metavars: str) -> None:
@@ -39,14 +39,15 @@ def add_section_options(command: argparse.ArgumentParser, section: type[Section]
 
 
 def section_of(section: type[S], options: argparse.Namespace, **parsed: Any) -> S:
-    """The section of the options that were given; ``parsed`` replaces their text. Raises UserError for the first error."""
-    given = {name: value for name, value in vars(options).items() if name in section.model_fields.keys() - NOT_OPTIONS}
+    """The section with the options' values; ``parsed`` replaces them. Raises UserError for the first invalid one."""
+    fields = section.model_fields.keys() - NOT_OPTIONS
+    values = {name: value for name, value in vars(options).items() if name in fields}
     try:
-        return section.model_validate(given | parsed)
+        return section.model_validate(values | parsed)
     except ValidationError as error:
-        problem = error.errors()[0]
-        option = f"{_option(section, str(problem['loc'][0]))}: " if problem["loc"] else ""
-        raise UserError(f"{option}{problem['msg'].removeprefix('Value error, ')}") from None
+        first = error.errors()[0]
+        option = f"{_option(section, str(first['loc'][0]))}: " if first["loc"] else ""
+        raise UserError(f"{option}{first['msg'].removeprefix('Value error, ')}") from None
 
 
 def _option(section: type[Section], name: str) -> str:

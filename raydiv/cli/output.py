@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, TextIO
 
-WIDEST = 4000
-"""Maximum characters of a table's line."""
+MAX_TABLE_WIDTH = 4000
+"""Characters of a table's line."""
 
 Handler = Callable[[argparse.Namespace], int]
 
 
-def add_command(commands: Any, name: str, handler: Handler, about: str) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(name, help=about, description=about)
+def add_command(commands: Any, name: str, handler: Handler, summary: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
     command.set_defaults(handler=handler)
     return command
 
@@ -68,7 +68,7 @@ def print_report(options: argparse.Namespace, content: Any, show: Callable[[], N
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table as wide as its cells: the terminal wraps long lines, and no cell is cut. Cells are not read as markup."""
+    """Print a table as wide as its cells: the terminal wraps long lines, no cell is cut, and markup is text."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -78,4 +78,4 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         column.justify = "right"
     for row in rows:
         table.add_row(*row)
-    Console(width=WIDEST, markup=False, emoji=False).print(table)
+    Console(width=MAX_TABLE_WIDTH, markup=False, emoji=False).print(table)

@@ -1,4 +1,4 @@
-"""``raydiv quickstart``, ``plan``, ``prepare``, ``train``, ``status`` and ``export``: one run, from plan to exported model."""
+"""``raydiv quickstart``, ``plan``, ``prepare``, ``train``, ``status`` and ``export``: one run."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from raydiv.runtime.submit.jobs import Jobs, JobStatus
 
 OUTPUT_OPTIONS = {"output": "--output", "embeddings": "--embeddings", "destination": "DEST"}
-"""Options that say where a command writes, by their name in the parsed options."""
+"""Options with a path that a command writes to, by their attribute of the parsed options."""
 
 
 def add_submit_command(commands: Any) -> None:
@@ -32,7 +32,7 @@ def add_submit_command(commands: Any) -> None:
         "raydiv submit [options] -- COMMAND ...\n       raydiv submit [options] {status [ID] | logs ID | stop ID}"
     )
     submit.add_argument(
-        "about", nargs="*", metavar="status|logs|stop ID", help="show, follow or stop a job, by its id or name"
+        "action", nargs="*", metavar="status|logs|stop ID", help="show, follow or stop a job, by its id or name"
     )
     submit.add_argument(
         "--address", metavar="URL", help="http://HEAD:8265 (default: RAY_ADDRESS, then cluster.address)"
@@ -58,21 +58,22 @@ def add_submit_command(commands: Any) -> None:
 
 
 def _submit(options: argparse.Namespace) -> int:
-    if options.sent is None:
+    if options.command is None:
         return _manage(options)
-    if options.about:
-        raise UserError(f"submit: {' '.join(options.about)} stands before --, where only options are allowed")
-    return _send(options)
+    if options.action:
+        raise UserError(f"submit: {' '.join(options.action)}: only options are allowed before --")
+    return _submit_command(options)
 
 
-def _send(options: argparse.Namespace) -> int:
+def _submit_command(options: argparse.Namespace) -> int:
     from raydiv.commands.submit import submit
 
-    _require_absolute(options.sent)
+    command = options.command
+    _require_absolute(command)
     submission = submit(
         options.words,
-        getattr(options.sent, "recipe", None),
-        getattr(options.sent, "overrides", []),
+        getattr(command, "recipe", None),
+        getattr(command, "overrides", []),
         name=options.name,
         address=options.address,
         env=options.env,
@@ -92,15 +93,15 @@ def _send(options: argparse.Namespace) -> int:
     return 0
 
 
-def _require_absolute(sent: argparse.Namespace) -> None:
-    """Raises UserError where a command would write into the job's own folder, or read a run of this machine."""
+def _require_absolute(command: argparse.Namespace) -> None:
+    """Raise UserError where a command would write into the job's working directory, or read a run of this machine."""
     from raydiv.runtime.submit.bundle import NOT_UPLOADED, relative_path_error
 
     for name, option in OUTPUT_OPTIONS.items():
-        path = getattr(sent, name, None)
+        path = getattr(command, name, None)
         if path is not None and not path.is_absolute():
             raise UserError(relative_path_error(option, str(path)))
-    run = getattr(sent, "run", None)
+    run = getattr(command, "run", None)
     if run is not None and not run.is_absolute():
         raise UserError(f"RUN: {run} is relative: {NOT_UPLOADED}")
 
@@ -132,8 +133,8 @@ def _follow(options: argparse.Namespace, jobs: Jobs, job: str) -> int:
     missing = missing_module(ended)
     if missing is not None:
         _log(
-            f"the cluster's Python has no {missing}: install there what cluster/Dockerfile installs, or name it under pip: in "
-            "--runtime-env"
+            f"the cluster's Python has no {missing}: install the packages of cluster/Dockerfile there, or list it "
+            "under pip: in a file for --runtime-env"
         )
     if options.json:
         print_report(options, asdict(ended), lambda: None)
@@ -144,8 +145,8 @@ def _manage(options: argparse.Namespace) -> int:
     """``status``, ``logs`` and ``stop`` of submitted jobs."""
     from raydiv.commands.submit import jobs_at
 
-    what, *wanted = options.about or [""]
-    if what not in ("status", "logs", "stop") or len(wanted) > 1 or (what != "status" and not wanted):
+    action, *names = options.action or [""]
+    if action not in ("status", "logs", "stop") or len(names) > 1 or (action != "status" and not names):
         raise UserError("submit: needs -- and a command to submit, or status [ID], logs ID, stop ID")
     unused = {
         "--name": options.name,
@@ -155,14 +156,14 @@ def _manage(options: argparse.Namespace) -> int:
     }
     for option, value in unused.items():
         if value:
-            raise UserError(f"{option}: does not apply to submit {what}")
+            raise UserError(f"{option}: does not apply to submit {action}")
     jobs = jobs_at(options.address, token_path=options.token_path)
-    if not wanted:
+    if not names:
         return _list(options, jobs)
-    job = jobs.find(wanted[0])
-    if what == "logs":
+    job = jobs.find(names[0])
+    if action == "logs":
         return _follow(options, jobs, job.id)
-    if what == "stop" and job.exit_code is None:
+    if action == "stop" and job.exit_code is None:
         jobs.stop(job.id)
         _log(f"job {job.id} was asked to stop: a training run writes a checkpoint after its current step")
         job = jobs.find(job.id)
@@ -171,13 +172,13 @@ def _manage(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace, jobs: Jobs) -> int:
-    listed = jobs.all()
+    statuses = jobs.all()
 
     def show() -> None:
-        rows = [(job.id, job.name, job.status, _time(job.started), job.command) for job in listed]
+        rows = [(job.id, job.name, job.status, _time(job.started), job.command) for job in statuses]
         print_table(["job", "name", "status", "since", "command"], rows)
 
-    print_report(options, [asdict(job) for job in listed], show)
+    print_report(options, [asdict(job) for job in statuses], show)
     return 0
 
 

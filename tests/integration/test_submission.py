@@ -535,7 +535,7 @@ BUILT = ("--harmful", "a", "--harmless", "b", "--kind", "preference")
         (["submit", "--detach", "status", "a"], "--detach: does not apply to submit status"),
         (["submit", "--token-path", "/nowhere", "status"], "no such file"),
         (["submit", "--", "submit", "status"], "cannot be submit itself"),
-        (["submit", "status", "--", "losses"], "stands before --"),
+        (["submit", "status", "--", "losses"], "status: only options"),
         (["submit", "status"], "cluster.address"),
         (["submit", "--address", "http://127.0.0.1:9", "status"], "http://127.0.0.1:9: no Ray dashboard"),
         (["submit", "--", "quickstart"], "output_dir: runs is relative"),
