@@ -24,7 +24,7 @@ from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.session import ray_session
 from raydiv.training.dataloader import ExampleSet
 from raydiv.training.metric_names import require_measured
-from raydiv.training.order import epochs_of, total_steps
+from raydiv.training.schedule import epoch_plan, total_steps
 from raydiv.utils.cache import shared_dir
 from raydiv.utils.errors import UserError
 
@@ -60,7 +60,7 @@ class PreparedData:
 
     def steps(self, recipe: Recipe) -> int:
         """Optimizer updates of the run."""
-        return total_steps(recipe, epochs_of(recipe, self.train.examples).steps_per_epoch)
+        return total_steps(recipe, epoch_plan(recipe, self.train.examples).steps_per_epoch)
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -107,7 +107,7 @@ def load_inputs(recipe: Recipe, display: ProgressDisplay) -> LoadedInputs:
             for sources in (recipe.data.train, recipe.data.eval_sources)
         )
         for opened in (*train, *held_out):
-            opened.peek(tolerant=recipe.data.on_bad_row == "quarantine")
+            opened.require_example(quarantine=recipe.data.on_bad_row == "quarantine")
         return LoadedInputs(directory, chat, train, held_out, prompts)
 
 

@@ -92,7 +92,7 @@ def train(
             run.start_attempt(recipe)
         else:
             run.create(recipe, prepared.fingerprints)
-        run.write_row_notes((prepared.data.bad + prepared.data.cut).lines())
+        run.write_row_notes((prepared.data.bad + prepared.data.truncated).as_json())
         tags = _tags(recipe, prepared)
         tracker = MlflowTracker(recipe, tags, display.print, note=run.mlflow)
         with tracker.end_on_error():

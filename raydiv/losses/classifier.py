@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Literal
 
-from raydiv.losses.numerics import class_mean, log_sigmoid, pair_mean, running
+from raydiv.losses.numerics import class_mean, ema_update, log_sigmoid, pair_mean
 from raydiv.losses.objective import AverageWeight, Batch, Options, Positive, Scope, State, Value, objective
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def _shift(delta: Delta, state: State, midpoint: Tensor | None, rate: float) -> 
         return state["delta"], state
     if delta == "batch":
         return float(midpoint), {"delta": float(midpoint)}
-    return state["delta"], {"delta": running(state["delta"], float(midpoint), rate)}
+    return state["delta"], {"delta": ema_update(state["delta"], float(midpoint), rate)}
 
 
 def _at_delta(options: Options) -> str:

@@ -68,6 +68,6 @@ def pair_logistic(x: Tensor, smoothing: float = 0.0) -> Tensor:
     return pair_mean(smoothed_logistic(x, smoothing), empty=math.log(2))
 
 
-def running(previous: float, fresh: float, rate: float) -> float:
+def ema_update(average: float, value: float, rate: float) -> float:
     """One update of an exponential moving average."""
-    return (1 - rate) * previous + rate * fresh
+    return (1 - rate) * average + rate * value

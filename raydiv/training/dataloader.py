@@ -1,7 +1,7 @@
-"""What reaches a rank: the steps of a set in the order of their plan, with the token ids that this rank forwards.
+"""The steps of a set in the order of their plan, each with the token ids that one rank forwards.
 
-Ray Data tasks read ahead of the rank. A step is found by its number alone, so a stream begins at any step as fast as at the
-first.
+Ray Data tasks read ahead of the rank. A step is a function of its number alone, so a stream starts at any step as fast as at
+the first.
 """
 
 from __future__ import annotations
@@ -14,24 +14,21 @@ from functools import partial
 import numpy as np
 import torch
 
-from raydiv.data.batching import BatchLayout, BatchPlan, StepPlan
+from raydiv.data.batching import BatchLayout, BatchPlan, MicroBatch
 from raydiv.data.tokens import StoredExamples, TokenizedExamples
-from raydiv.runtime.actor_pool import Stream
-from raydiv.training.step import StepExamples
+from raydiv.runtime.actor_pool import PrefetchedStream
+from raydiv.training.step import RankLayout, RankStep
 
 AHEAD = 4
-"""Steps that are read before they are asked for."""
+"""Steps that are read before they are requested."""
 
 WINDOW = 256
-"""Steps that one task reads, one after another."""
-
-RankStep = tuple[list[int], list[tuple[np.ndarray, np.ndarray]]]
-"""Positions in a step, and the token ids of the examples there."""
+"""Consecutive steps that one task reads."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExampleSet:
-    """Examples with the reference log-probs of each, and KTO's mismatched ones row by row, where the loss wants them."""
+    """Examples with the reference log-prob of each; for KTO also the mismatched ones, which correspond row by row."""
 
     examples: StoredExamples
     reference_logps: np.ndarray | None
@@ -41,87 +38,85 @@ class ExampleSet:
 
 @dataclass(frozen=True, slots=True)
 class RankShard:
-    """One rank's part of every step: ``scores`` when it also scores the step without training on it (adapters off)."""
+    """Which micro-batches of every step one rank forwards.
+
+    ``trains``: with gradient; ``scores``: without, as in evaluation, or to score the reference with the adapters off.
+    """
 
     layout: BatchLayout
     rank: int
     trains: bool
     scores: bool
 
-    def positions(self, examples: TokenizedExamples) -> list[int]:
-        """Positions of the examples that the rank forwards."""
-        layouts = [self.layout.training(examples.lengths, examples.units)[0]] if self.trains else []
-        layouts += [self.layout.scoring(examples.lengths)] if self.scores else []
-        return sorted({position for dealt in layouts for batch in dealt[self.rank] for position in batch})
+    def layout_of(self, examples: TokenizedExamples, mismatched: TokenizedExamples) -> RankLayout:
+        """The rank's micro-batches of a step, for which the examples' token ids are not needed."""
+        training: list[MicroBatch] = []
+        one_pass = False
+        if self.trains:
+            by_rank, one_pass = self.layout.training(examples.lengths, examples.units)
+            training = by_rank[self.rank]
+        scoring = self.layout.scoring(examples.lengths)[self.rank] if self.scores else []
+        return RankLayout(training, one_pass, scoring, self.layout.scoring(mismatched.lengths)[self.rank])
 
 
 @dataclass(frozen=True, slots=True)
 class StepLoader:
-    """The steps of a set, as one rank needs them."""
+    """Reads the steps of a set for one rank."""
 
     examples: ExampleSet
     plan: BatchPlan
-    share: RankShard
+    shard: RankShard
 
-    def read(self, step: int) -> tuple[RankStep, RankStep]:
-        """Token ids of step ``step`` that this rank forwards: of its examples, and of the mismatched ones."""
-        plan = self.plan.step(step)
-        own, others = self._without_ids(plan)
-        scoring = RankShard(self.share.layout, self.share.rank, trains=False, scores=True)
-        return _rank_step(self.examples.examples, plan, own, self.share), _rank_step(
-            self.examples.mismatched, plan, others, scoring
+    def read(self, number: int) -> RankStep:
+        """Step ``number``, with the token ids of the examples that the rank forwards."""
+        plan, data = self.plan.step(number), self.examples
+        examples = data.examples.without_ids(plan.rows, plan.pair)
+        mismatched = TokenizedExamples.from_ids([], [], [])
+        if data.mismatched is not None:
+            mismatched = data.mismatched.without_ids(plan.rows, np.full(len(plan.rows), -1))
+        layout = self.shard.layout_of(examples, mismatched)
+        return RankStep(
+            plan,
+            _with_ids(examples, data.examples, plan.rows, layout.positions),
+            _with_ids(mismatched, data.mismatched, plan.rows, layout.mismatched_positions),
+            None if data.reference_logps is None else torch.from_numpy(data.reference_logps[plan.rows]),
+            torch.zeros(len(mismatched))
+            if data.mismatched_reference_logps is None
+            else torch.from_numpy(data.mismatched_reference_logps[plan.rows]),
+            layout,
         )
 
-    def step(self, plan: StepPlan, held: tuple[RankStep, RankStep]) -> StepExamples:
-        """The examples of a step, with the ids that ``read`` found."""
-        own, others = self._without_ids(plan)
-        reference, mismatched_reference = self.examples.reference_logps, self.examples.mismatched_reference_logps
-        unused = torch.zeros(len(others))
-        return StepExamples(
-            plan.step,
-            own.holding(*held[0]),
-            others.holding(*held[1]),
-            None if reference is None else torch.from_numpy(reference[plan.rows]),
-            unused if mismatched_reference is None else torch.from_numpy(mismatched_reference[plan.rows]),
-        )
 
-    def _without_ids(self, plan: StepPlan) -> tuple[TokenizedExamples, TokenizedExamples]:
-        own = self.examples.examples.without_ids(plan.rows, plan.pair)
-        if self.examples.mismatched is None:
-            return own, TokenizedExamples.from_ids([], [], [])
-        return own, self.examples.mismatched.without_ids(plan.rows, np.full(len(plan.rows), -1))
+def _with_ids(
+    examples: TokenizedExamples, stored: StoredExamples | None, rows: np.ndarray, positions: list[int]
+) -> TokenizedExamples:
+    """``examples``, those at ``positions`` with their token ids."""
+    if stored is None or not positions:
+        return examples
+    return examples.holding(positions, stored.ids(rows[positions]))
 
 
-def _rank_step(
-    stored: StoredExamples | None, plan: StepPlan, examples: TokenizedExamples, share: RankShard
-) -> RankStep:
-    positions = share.positions(examples)
-    return positions, stored.ids(plan.rows[positions]) if stored is not None and positions else []
-
-
-def parts(feed: StepLoader, count: int) -> Iterator[StepExamples]:
-    """The first ``count`` steps, each read when it is asked for: for evaluation, which no step waits for."""
-    for number in range(count):
-        yield feed.step(feed.plan.step(number), feed.read(number))
+def read_steps(loader: StepLoader, start: int, stop: int) -> Iterator[RankStep]:
+    """Steps ``start`` to ``stop``, each read when it is requested."""
+    for number in range(start, stop):
+        yield loader.read(number)
 
 
 def stream_steps(
-    feed: StepLoader, again: Callable[[], StepLoader], start: int, stop: int
-) -> Iterator[tuple[StepPlan, StepExamples]]:
-    """Steps ``start`` to ``stop``, read ahead by Ray Data tasks; ``again`` makes the same feed where these run.
+    loader: StepLoader, make_loader: Callable[[], StepLoader], start: int, stop: int
+) -> Iterator[RankStep]:
+    """Steps ``start`` to ``stop``, read ahead by Ray Data tasks; ``make_loader`` makes the same loader in a task.
 
-    The first few are read here: tasks take seconds to start, and do so meanwhile.
+    The first few are read in this process: tasks take seconds to start, and do so meanwhile.
     """
     streamed = min(start + AHEAD, stop)
-    makers = [partial(_read_steps, again, first, min(first + WINDOW, stop)) for first in range(streamed, stop, WINDOW)]
-    with closing(Stream(makers, AHEAD)) as stream:
-        rows = iter(stream)
+    windows = [(first, min(first + WINDOW, stop)) for first in range(streamed, stop, WINDOW)]
+    makers = [partial(_read_window, make_loader, *window) for window in windows]
+    with closing(PrefetchedStream(makers, AHEAD)) as stream:
+        steps = iter(stream)
         for number in range(start, stop):
-            plan = feed.plan.step(number)
-            yield plan, feed.step(plan, feed.read(number) if number < streamed else next(rows))
+            yield loader.read(number) if number < streamed else next(steps)
 
 
-def _read_steps(again: Callable[[], StepLoader], start: int, stop: int) -> Iterator[tuple[RankStep, RankStep]]:
-    feed = again()
-    for step in range(start, stop):
-        yield feed.read(step)
+def _read_window(make_loader: Callable[[], StepLoader], start: int, stop: int) -> Iterator[RankStep]:
+    return read_steps(make_loader(), start, stop)

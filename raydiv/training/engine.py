@@ -1,4 +1,4 @@
-"""DeepSpeed, and nothing of it elsewhere: partitioned weights, backward, the optimizer, and weights put together again."""
+"""DeepSpeed: partitioned weights, backward, the optimizer, and gathered weights. No other package but bench uses it."""
 
 from __future__ import annotations
 
@@ -12,36 +12,40 @@ import torch
 from torch import Tensor
 
 from raydiv.config import Recipe
-from raydiv.training.zero_state import Partitions, Read, Snapshot, partitions_of, restore, snapshot, updates
+from raydiv.training.zero_state import partitions_of
 from raydiv.utils import distributed as dist
-from raydiv.utils.compat import hide_module
+from raydiv.utils.compat import (
+    hide_module,
+    infinite_gradient_norm,
+    limit_release_look_ahead,
+    skip_shared_memory_op,
+)
 
 PERSISTENT_ELEMENTS = 1_000_000
-"""Parameters up to this size are not partitioned between their uses under ZeRO-3."""
+"""Parameters up to this size stay whole between their uses under ZeRO-3."""
 
 
 class DeepSpeedEngine:
     """A causal model under DeepSpeed at any ZeRO stage.
 
-    ``build`` makes the model; under ZeRO-3 its weights go straight into partitions as they are read.
+    ``build`` makes the model; under ZeRO-3 its weights are partitioned as they are read. ``partitions`` is this rank's part of
+    the training state.
     """
 
     def __init__(self, recipe: Recipe, build: Callable[[], Any]) -> None:
-        # its autotuner, of no use here, would load it for more than a second
+        # DeepSpeed's autotuner, which is not used, would spend more than a second on it
         with hide_module("mlflow"):
             import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
 
-        # DeepSpeed would compile a shared-memory all-reduce for a minute, which ZeRO does not use: gloo serves it all
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-        self._stage = recipe.engine.zero_stage
-        assert self._stage != "auto", "the stage is settled before workers start (raydiv.commands.plan)"
-        self._zero3 = self._stage == 3
+        skip_shared_memory_op()
+        stage = recipe.engine.zero_stage
+        assert stage != "auto", "engine.zero_stage is resolved before workers start (raydiv.commands.plan)"
+        self._stage = int(stage)
         config = deepspeed_config(recipe)
-        # transformers looks this object up while it loads, and forgets it when it is collected: another model that this
-        # process loads later is to be whole
-        loading = HfDeepSpeedConfig(config) if self._zero3 else None
+        # transformers finds this object while it loads a model, as long as it exists: a model that this process loads later
+        # must not be partitioned
+        loading = HfDeepSpeedConfig(config) if self._stage == 3 else None
         if not torch.distributed.is_initialized():
             deepspeed.init_distributed(
                 dist_backend=None, timeout=timedelta(seconds=recipe.cluster.collective_timeout_s)
@@ -53,13 +57,13 @@ class DeepSpeedEngine:
         trainable = [p for p in model.parameters() if p.requires_grad]
         self._deepspeed, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=config)
         if self._stage == 0 and dist.world_size() == 1:
-            # nothing to sum with nobody, which DeepSpeed does all the same, in a copy of all gradients
+            # DeepSpeed would all-reduce with no other rank, in a copy of all gradients
             self._deepspeed.enable_backward_allreduce = False
-        if self._zero3:
-            _look_ahead_less(self._deepspeed.optimizer.parameter_offload.param_coordinator)
         self.model = model
         self.device: torch.device = self._deepspeed.device
-        self._partitions: Partitions = partitions_of(self._deepspeed, int(self._stage))
+        self.partitions = partitions_of(self._deepspeed, self._stage)
+        if self._stage == 3:
+            limit_release_look_ahead(self._deepspeed.optimizer)
 
     def __call__(self, **inputs: Any) -> Any:
         """Forward of the model."""
@@ -74,14 +78,14 @@ class DeepSpeedEngine:
         self._deepspeed.backward(scalar * dist.world_size())
 
     def update(self, lr: float) -> float:
-        """One optimizer update at rate ``lr``; returns the gradient's norm before clipping.
+        """Make one optimizer update at rate ``lr``; returns the gradient's norm before clipping.
 
-        Where that is not finite, nothing is updated.
+        Where the norm is not finite, nothing is updated.
         """
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = lr
-        # without partitions DeepSpeed keeps no norm
-        norm = self._whole_norm() if self._stage == 0 else None
+        # DeepSpeed keeps no norm at stage 0
+        norm = self._total_norm() if self._stage == 0 else None
         if norm is not None and not math.isfinite(norm):
             self.discard()
             return norm
@@ -93,9 +97,9 @@ class DeepSpeedEngine:
 
         Raises RuntimeError where DeepSpeed made the update all the same: the weights are then wrong, and training must end.
         """
-        made = self.updates
+        updates = self.partitions.updates
         self._drop_gradients()
-        if self.updates != made:
+        if self.partitions.updates != updates:
             raise RuntimeError(
                 "DeepSpeed applied a step that was to be discarded: this version of it is not supported (see "
                 "cluster/constraints.txt for the versions tested)"
@@ -106,27 +110,21 @@ class DeepSpeedEngine:
         if self._stage == 0:
             for parameter in self.model.parameters():
                 parameter.grad = None
-        elif hasattr(optimizer, "clear_hp_grads"):  # its optimizer of bf16 under stage 1
+        elif hasattr(optimizer, "clear_hp_grads"):  # DeepSpeed's optimizer of bf16 under stage 1
             optimizer.clear_hp_grads()
             optimizer.clear_lp_grads()
         else:
-            name = "_get_norm_groups" if self._zero3 else "scaled_global_norm"
-            invalid = torch.tensor(-1.0, device=self.device)
-            # for this once its own method is hidden behind one that finds the norm not finite
-            setattr(optimizer, name, lambda: [invalid] if self._zero3 else invalid)
-            try:
+            with infinite_gradient_norm(optimizer, self._stage, self.device):
                 self._deepspeed.step()
-            finally:
-                delattr(optimizer, name)
 
-    def _whole_norm(self) -> float:
+    def _total_norm(self) -> float:
         """Norm of the gradients, which every rank has whole once the last backward has summed them."""
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(grads))
 
-    def whole(self, parameters: list[Tensor]) -> AbstractContextManager[None]:
+    def gathered(self, parameters: list[Tensor]) -> AbstractContextManager[None]:
         """Within the context these parameters are whole on every rank (they are partitioned under ZeRO-3)."""
-        if not self._zero3:
+        if self._stage != 3:
             return nullcontext()
         from deepspeed import zero
 
@@ -136,54 +134,16 @@ class DeepSpeedEngine:
         """(name, whole tensor on the CPU) of every parameter, one at a time. All ranks must iterate together."""
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad or not trainable_only:
-                with self.whole([parameter]):
+                with self.gathered([parameter]):
                     yield name, parameter.detach().cpu().clone()
 
-    @property
-    def updates(self) -> int:
-        """Updates that the optimizer has made; a refused one is none."""
-        return updates(self._deepspeed, self._partitions)
-
-    def snapshot(self) -> Snapshot:
-        """A copy on the CPU of this rank's share of what is trained, optimizer included."""
-        return snapshot(self._deepspeed, self._partitions)
-
-    def restore(self, read: Read, made: int) -> None:
-        """Take up what ``read`` gives, after ``made`` updates, instead of what this engine has. All ranks must call it."""
-        restore(self._deepspeed, self._partitions, read, made)
-
     def close(self) -> None:
-        """Let go of hooks and buffers, for a process that builds another engine."""
+        """Release hooks and buffers, for a process that builds another engine."""
         self._deepspeed.destroy()
 
 
-LOOK_AHEAD = "_PartitionedParameterCoordinator__params_to_release"
-
-
-def _look_ahead_less(coordinator: Any) -> None:
-    """Let DeepSpeed look for the next use of a module's weights only where it could release them.
-
-    It goes through the rest of the step for each module, those whose weights stay whole, or that have none, included: a small
-    model with adapters has thousands, and its second step took a quarter of a minute longer.
-    """
-    from deepspeed.runtime.zero.partitioned_param_coordinator import iter_params
-    from deepspeed.utils import z3_leaf_module
-
-    looks_ahead = getattr(coordinator, LOOK_AHEAD, None)
-    if looks_ahead is None:  # of another DeepSpeed
-        return
-
-    def params_to_release(module: Any, step_id: int) -> set[int]:
-        if all(parameter.ds_persist for parameter in iter_params(module, recurse=z3_leaf_module(module))):
-            return set()
-        found: set[int] = looks_ahead(module, step_id)
-        return found
-
-    setattr(coordinator, LOOK_AHEAD, params_to_release)
-
-
 def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
-    """DeepSpeed's configuration: what the recipe's sections say, and ``engine.deepspeed`` over it."""
+    """DeepSpeed's configuration: that of the recipe's sections, overridden by ``engine.deepspeed``."""
     optim, engine = recipe.optim, recipe.engine
     bf16 = engine.precision == "bf16"
     config: dict[str, Any] = {
@@ -191,11 +151,11 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optim.clip or 0.0,
         "bf16": {"enabled": bf16},
-        # micro-batches add up in fp32 whatever they are computed in
+        # gradients of micro-batches are summed in fp32 at any precision
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
             "stage": engine.zero_stage,
-            # small matrices stay whole: gathering them anew for every forward costs more than the memory that it saves
+            # gathering small matrices for every forward costs more than the memory that it saves
             "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
             **_offload("offload_optimizer", engine.offload_optimizer, engine.nvme_path),
             **_offload("offload_param", engine.offload_parameters, engine.nvme_path),
@@ -214,7 +174,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
             },
         },
     }
-    return _merged(config, engine.deepspeed)
+    return _merge(config, engine.deepspeed)
 
 
 def _offload(key: str, device: str, nvme_path: str | None) -> dict[str, Any]:
@@ -223,7 +183,7 @@ def _offload(key: str, device: str, nvme_path: str | None) -> dict[str, Any]:
     return {key: {"device": device, "pin_memory": torch.cuda.is_available(), "nvme_path": nvme_path}}
 
 
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """``over`` on ``base``, section by section."""
-    inner = {key: _merged(base[key], value) for key, value in over.items() if isinstance(base.get(key), dict)}
-    return base | over | inner
+def _merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with ``overrides``, merged section by section."""
+    sections = {key: _merge(base[key], value) for key, value in overrides.items() if isinstance(base.get(key), dict)}
+    return base | overrides | sections

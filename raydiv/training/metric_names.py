@@ -1,50 +1,58 @@
-"""The metrics that training under a recipe logs, by name, before anything is trained."""
+"""Names of the metrics that training under a recipe logs, before anything is trained."""
 
 from __future__ import annotations
+
+import difflib
 
 import torch
 
 from raydiv.config import Recipe
 from raydiv.losses import Batch
-from raydiv.training.coefficients import evaluate_objective, first_states
-from raydiv.training.metrics import MEANS, MFU, OF_A_STEP, state_metrics
+from raydiv.training.coefficients import LossOutput, evaluate_objective, initial_states
+from raydiv.training.metrics import AVERAGED, MFU, STEP_COSTS, state_metrics
 from raydiv.utils.errors import UserError
-from raydiv.utils.nearest import nearest
 
 
 def step_metrics(recipe: Recipe) -> set[str]:
-    """Numbers of every step: those of the objective, judged on two made-up pairs, and those of the step itself."""
-    objective, states = _judged(recipe)
-    means = {f"{name}/ema" for name in MEANS if name in objective}
+    """Numeric metrics of every step: those of the loss, evaluated on two made-up pairs, and the costs of the step."""
+    output = _evaluate_example(recipe)
+    means = {f"{name}/ema" for name in AVERAGED if name in output.metrics}
     on_gpus = {MFU} if recipe.cluster.use_gpu else set()
-    return {*objective, *means, *state_metrics(recipe.loss.terms, states), *OF_A_STEP, *on_gpus}
+    return {*output.metrics, *means, *state_metrics(recipe.loss.terms, output.states), *STEP_COSTS, *on_gpus}
 
 
 def held_out_metrics(recipe: Recipe) -> set[str]:
-    """Numbers of an evaluation on ``data.eval``; none without it."""
-    return set() if recipe.data.eval is None else {f"eval/{name}" for name in _judged(recipe)[0]}
+    """Metrics of an evaluation on ``data.eval``; empty without it."""
+    return set() if recipe.data.eval is None else {f"eval/{name}" for name in _evaluate_example(recipe).metrics}
 
 
 def training_metrics(recipe: Recipe) -> set[str]:
-    """Numbers that are had while a run still trains, but those of separation, which only a measurement tells."""
+    """Metrics that a run logs while it trains, without those of separation, whose names only a measurement gives."""
     return step_metrics(recipe) | (held_out_metrics(recipe) if recipe.evaluate.every is not None else set())
 
 
+def nearest_metrics(metric: str, known: set[str]) -> str:
+    """``did you mean ...?`` with the nearest known metric, and a space; empty where none is near."""
+    near = difflib.get_close_matches(metric, sorted(known), n=1, cutoff=0.6)
+    return f"did you mean {near[0]}? " if near else ""
+
+
 def require_measured(recipe: Recipe) -> None:
-    """Raise UserError where ``checkpoint.best_metric`` or ``optim.early_stop.metric`` is measured at no time in training."""
+    """Raise UserError where training never measures ``checkpoint.best_metric`` or ``optim.early_stop.metric``."""
     known = training_metrics(recipe)
     early, best = recipe.optim.early_stop, recipe.checkpoint.best_metric
-    asked = {"checkpoint.best_metric": best, "optim.early_stop.metric": early.metric if early else None}
-    for key, metric in asked.items():
-        apart = recipe.separation.every is not None and str(metric).startswith("separation/")
-        if metric is not None and metric not in known and not apart:
+    by_key = {"checkpoint.best_metric": best, "optim.early_stop.metric": early.metric if early else None}
+    for key, metric in by_key.items():
+        is_separation = recipe.separation.every is not None and str(metric).startswith("separation/")
+        if metric is not None and metric not in known and not is_separation:
+            near = nearest_metrics(metric, known)
             raise UserError(
-                f"{key}: {metric} is not measured during training{nearest(metric, known)}; eval/* needs data.eval and "
-                "evaluate.every, separation/* needs separation.every"
+                f"{key}: {metric} is not measured while this recipe trains; {near}Known metrics: "
+                f"{', '.join(sorted(known))}; eval/* needs data.eval and evaluate.every, separation/* separation.every"
             )
 
 
-def _judged(recipe: Recipe) -> tuple[dict[str, float], list[dict[str, float]]]:
+def _evaluate_example(recipe: Recipe) -> LossOutput:
     zeros = torch.zeros(4)
     batch = Batch(
         logps=zeros - 2,
@@ -54,5 +62,4 @@ def _judged(recipe: Recipe) -> tuple[dict[str, float], list[dict[str, float]]]:
         pairs=torch.tensor([[0, 1], [2, 3]]),
         mismatched_log_ratios=zeros,
     )
-    verdict = evaluate_objective(recipe.loss.terms, first_states(recipe.loss.terms), batch)
-    return verdict.metrics, [dict(state) for state in verdict.states]
+    return evaluate_objective(recipe.loss.terms, initial_states(recipe.loss.terms), batch)

@@ -1,7 +1,8 @@
-"""What every step metric means."""
+"""The metrics of a training step, and what each means."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,40 +12,40 @@ import torch
 from torch import Tensor
 
 from raydiv.data.batching import StepPlan
-from raydiv.data.tokens import TokenizedExamples
 from raydiv.losses import Batch, State, Term
-from raydiv.losses.numerics import running
-from raydiv.runs.directory import Metrics
-from raydiv.training.step_timer import STEP_PHASES as PHASES
-from raydiv.training.step_timer import StepTimer
+from raydiv.losses.numerics import ema_update
+from raydiv.runs.directory import RunDirectory
+from raydiv.runs.metrics_log import Metrics
+from raydiv.training.step_timer import STEP_PHASES, StepTimer
 from raydiv.training.utilisation import Utilisation
 from raydiv.utils import distributed as dist
 
 
 def step_record(
     plan: StepPlan,
-    examples: TokenizedExamples,
+    tokens: int,
     metrics: Metrics,
     lr: float,
-    phases: StepTimer,
+    timer: StepTimer,
     utilisation: Utilisation | None = None,
 ) -> Metrics:
-    """A line of metrics.jsonl: ``metrics`` of the objective and ``grad_norm`` (before clipping), and what the step took.
+    """A line of metrics.jsonl: ``metrics`` of the loss with ``grad_norm`` (before clipping), and the cost of the step.
 
-    ``step`` counts optimizer updates from 1; ``tokens`` are real ones of the global batch, prompts included: padding,
-    mismatched examples and dummies do not count; ``step_seconds`` is rank 0's wall time, of which ``data_seconds`` passed in
-    waiting for data, and the seconds of its other phases in them (see raydiv.training.step); ``checkpoint_seconds``, not among
-    them, is how long training stood still for a checkpoint since the step before; ``peak_memory_bytes`` that of the worker
-    with the most; ``skew_seconds`` how long the first rank that had scored its share waited for the last one; ``mfu``, on GPUs,
-    the model FLOPs utilisation of them all.
+    - ``step`` counts optimizer updates from 1.
+    - ``tokens``: those of the global batch, prompts included, without padding, mismatched examples and dummies.
+    - ``step_seconds``: rank 0's wall time, which its phases share out: ``data_seconds`` is the wait for data, the others are
+      described in raydiv.training.step.
+    - ``checkpoint_seconds``, not part of it: how long training paused for a checkpoint since the previous step.
+    - ``skew_seconds``: how long the rank that first finished scoring waited for the last one.
+    - ``peak_memory_bytes``: of the worker with the largest.
+    - ``mfu``, on GPUs: the model FLOPs utilisation of all workers.
 
     All ranks must call it.
     """
-    tokens = sum(examples.lengths)
-    spent = phases.spent()
-    parts = {f"{phase}_seconds": spent.get(phase, 0.0) for phase in PHASES}
-    seconds = sum(parts.values())
-    memory, arrived = zip(*dist.all_gather_object((peak_memory(), phases.until_judged)), strict=True)
+    by_phase = timer.take_seconds()
+    phases = {f"{phase}_seconds": by_phase.get(phase, 0.0) for phase in STEP_PHASES}
+    seconds = sum(phases.values())
+    memory, arrivals = zip(*dist.all_gather_object((peak_memory(), timer.seconds_to_judge)), strict=True)
     return {
         "step": plan.step + 1,
         "epoch": plan.epoch,
@@ -54,77 +55,88 @@ def step_record(
         "tokens_per_second": tokens / seconds,
         **({} if utilisation is None else {MFU: utilisation.share(tokens / seconds)}),
         "step_seconds": seconds,
-        **parts,
-        "checkpoint_seconds": spent.get("checkpoint", 0.0),
-        "skew_seconds": max(arrived) - min(arrived),
+        **phases,
+        "checkpoint_seconds": by_phase.get("checkpoint", 0.0),
+        "skew_seconds": max(arrivals) - min(arrivals),
         "peak_memory_bytes": max(memory),
     }
 
 
 MFU = "mfu"
-TIMED = ("step_seconds", *(f"{phase}_seconds" for phase in PHASES), "checkpoint_seconds", "skew_seconds")
-OF_A_STEP = ("grad_norm", "lr", "tokens", "tokens_per_second", *TIMED, "peak_memory_bytes")
-"""What ``step_record`` has besides the objective's metrics, where step and epoch stand; on GPUs, MFU too."""
+TIMED = ("step_seconds", *(f"{phase}_seconds" for phase in STEP_PHASES), "checkpoint_seconds", "skew_seconds")
+STEP_COSTS = ("grad_norm", "lr", "tokens", "tokens_per_second", *TIMED, "peak_memory_bytes")
+"""What ``step_record`` has besides step, epoch and the metrics of the loss; on GPUs, also MFU."""
 
-MEANS = ("divergence", "reward/margin")
-"""Step metrics that are logged as running means too, as ``NAME/ema``: one step's examples are few."""
-RATE = 0.1
+AVERAGED = ("divergence", "reward/margin")
+"""Step metrics that are also logged as running means, as ``NAME/ema``, since one step has few examples."""
+EMA_RATE = 0.1
 
 
 @dataclass
 class RunningMeans:
-    """Exponential moving averages of MEANS at RATE per update, from the first value on. Same on every rank."""
+    """Exponential moving averages of AVERAGED at EMA_RATE per update, from the first value on. The same on every rank."""
 
     values: dict[str, float] = field(default_factory=dict)
 
     def update(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Take a step's metrics in; returns ``NAME/ema`` of what has been seen so far (a class may be absent in a step)."""
-        for name in MEANS:
+        """Include a step's metrics; returns ``NAME/ema`` of all that had a value so far. A class may be absent in a step."""
+        for name in AVERAGED:
             if name in metrics:
-                self.values[name] = running(self.values.get(name, metrics[name]), metrics[name], RATE)
+                self.values[name] = ema_update(self.values.get(name, metrics[name]), metrics[name], EMA_RATE)
         return {f"{name}/ema": value for name, value in self.values.items()}
 
 
+def finite(record: Metrics) -> Metrics:
+    """``record`` without the metrics that have no value: NaN and infinities are no JSON, and spoil means and charts."""
+    return {name: value for name, value in record.items() if not isinstance(value, float) or math.isfinite(value)}
+
+
+def log_metrics(run: RunDirectory, record: Metrics) -> None:
+    """Write a line of metrics, which are the same on every rank; rank 0 writes it."""
+    if dist.rank() == 0:
+        run.metrics.append(finite(record))
+
+
 def estimate_facts(main: Term) -> Metrics:
-    """``divergence/name`` and, where there is one, ``divergence/ceiling`` of a run's main objective; empty if it has none."""
+    """``divergence/name`` of the main objective and, where it has one, ``divergence/ceiling``; empty if it estimates none."""
     if main.divergence == "none":
         return {}
     return {"divergence/name": main.divergence} | ({} if main.ceiling is None else {"divergence/ceiling": main.ceiling})
 
 
 def state_metrics(terms: Sequence[Term], states: Sequence[State]) -> dict[str, float]:
-    """``state/OBJECTIVE/NAME``: the running quantities that the step leaves to the next."""
+    """``state/OBJECTIVE/NAME``: the running quantities after the step."""
     return {
-        f"state/{term.name}/{name}": number
+        f"state/{term.name}/{name}": value
         for term, state in zip(terms, states, strict=True)
-        for name, number in state.items()
+        for name, value in state.items()
     }
 
 
-def rewards(batch: Batch, beta: float) -> Tensor:
-    """Beta * log-ratio of each example [n], without graph."""
-    return beta * batch.log_ratios.detach()
+def rewards(batch: Batch, scale: float) -> Tensor:
+    """Reward of each example [n], ``scale`` times its log-ratio, without graph."""
+    return scale * batch.log_ratios.detach()
 
 
-def reward_metrics(batch: Batch, beta: float) -> dict[str, float]:
-    """What the step's log-probs say, over the global batch; a class that is absent leaves its metrics out.
+def reward_metrics(batch: Batch, scale: float) -> dict[str, float]:
+    """Rewards, log-ratios and log-probs over the global batch; the metrics of an absent class are left out.
 
-    ``reward/*``: means of beta * log-ratio per class, their difference, and the share of pairs whose aligned example has
-    the larger reward (without pairs: of examples whose reward has its label's sign). Rewards are of whole sequences, also
+    ``reward/*``: means of ``scale`` times log-ratio per class, their difference, and the share of pairs whose aligned example
+    has the larger reward (without pairs: of examples whose reward has its label's sign). Rewards are of whole sequences, also
     under objectives that divide by lengths, and count from zero where there is no reference. ``logp/*``: mean sequence
-    log-probs. ``log_ratio/rms`` and ``log_ratio/max``: root mean square and largest absolute log-ratio, in nats; at the first
-    step, where the policy is the reference, they are the noise of the numbers that the reference was scored in.
+    log-probs. ``log_ratio/rms`` and ``log_ratio/max``: root mean square and largest absolute log-ratio, in nats. At the first
+    step, where the policy is the reference, these are the rounding noise of the reference's precision.
     """
     log_ratios = batch.log_ratios.detach()
-    reward, aligned = rewards(batch, beta), batch.aligned
+    reward, aligned = rewards(batch, scale), batch.aligned
     metrics = {
         "log_ratio/rms": float(log_ratios.square().mean().sqrt()),
         "log_ratio/max": float(log_ratios.abs().max()),
     }
-    for name, members in (("aligned", aligned), ("unaligned", ~aligned)):
-        if members.any():
-            metrics[f"reward/{name}"] = float(reward[members].mean())
-            metrics[f"logp/{name}"] = float(batch.logps.detach()[members].mean())
+    for name, mask in (("aligned", aligned), ("unaligned", ~aligned)):
+        if mask.any():
+            metrics[f"reward/{name}"] = float(reward[mask].mean())
+            metrics[f"logp/{name}"] = float(batch.logps.detach()[mask].mean())
     if aligned.any() and not aligned.all():
         metrics["reward/margin"] = metrics["reward/aligned"] - metrics["reward/unaligned"]
     if len(batch.pairs):
@@ -142,6 +154,6 @@ def peak_memory() -> float:
     import resource
 
     status = Path("/proc/self/status")
-    # ru_maxrss of a child starts where its parent stood when it was forked
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
-    return 1024.0 * float(found[1] if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    # ru_maxrss of a child starts at its parent's value at the fork
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    return 1024.0 * float(peak[1] if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

@@ -1,4 +1,4 @@
-"""Separation of prompts in the policy as it is being trained: every rank reads its share of them."""
+"""Separation of prompts in the policy during training; each rank reads a share of the prompts."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ import torch
 from raydiv.config import Recipe
 from raydiv.data.prompt_sets import Prompt
 from raydiv.evaluation.separation.embed import Readout, collate_prompts, pool_states, sample_prompts
-from raydiv.evaluation.separation.metrics import as_row, separation_of
-from raydiv.model.chat import Chat
-from raydiv.model.collate import Ids, ModelInputs, collate
-from raydiv.training.step import Stepper, gathered
+from raydiv.evaluation.separation.metrics import metric_values, separation_metrics
+from raydiv.model.chat import Chat, Ids
+from raydiv.model.collate import ModelInputs, collate
+from raydiv.runs.directory import RunDirectory
+from raydiv.training.metrics import finite, log_metrics
+from raydiv.training.schedule import is_due
+from raydiv.training.state import TrainState
+from raydiv.training.step import Stepper, gather_examples
 from raydiv.utils import distributed as dist
 
 
 @dataclass(frozen=True, slots=True)
 class SeparationProbe:
-    """Token ids and labels [n] of prompts that are not trained on, and which hidden states of theirs are compared."""
+    """Token ids and labels [n] of prompts that are not trained on, and which of their hidden states are compared."""
 
     ids: list[list[int]]
     harmful: np.ndarray
@@ -28,50 +32,74 @@ class SeparationProbe:
 
     @classmethod
     def of(cls, recipe: Recipe, chat: Chat, prompts: Sequence[Prompt]) -> SeparationProbe | None:
-        """The recipe's separation ``prompts`` (a sample of many), where they are measured during training."""
+        """A sample of the recipe's separation ``prompts``; None where separation is not measured during training."""
         section = recipe.separation
         if section.every is None:
             return None
         harmful = np.array([prompt.harmful for prompt in prompts])
-        chosen = sample_prompts(harmful, section.sample)
-        ids = [chat.prompt(prompts[position].text, generation=False) for position in chosen]
-        return cls(ids, harmful[chosen], Readout.of(section))
+        sample = sample_prompts(harmful, section.sample)
+        ids = [chat.prompt(prompts[position].text, generation=False) for position in sample]
+        return cls(ids, harmful[sample], Readout.from_config(section))
 
 
-def policy_separation(stepper: Stepper, anchors: SeparationProbe) -> dict[str, float]:
-    """``separation/*`` of the policy in the last of the layers that the recipe names.
+@dataclass(frozen=True, slots=True)
+class SeparationMeasurement:
+    """Measures separation every so many steps; without a ``probe`` it does nothing. All ranks must call its methods."""
 
-    All ranks must call it; rank 0 has the figures.
+    run: RunDirectory
+    stepper: Stepper
+    probe: SeparationProbe | None
+    every: int | None
+
+    def after_step(self, step: int, state: TrainState) -> dict[str, float]:
+        """Log and return ``separation/*`` where it is due after ``step``, on rank 0; empty elsewhere.
+
+        The end of training needs none: the written model is measured then.
+        """
+        if self.probe is None or state.ended is not None or not is_due(self.every, step):
+            return {}
+        self.stepper.timer.enter("separation")
+        metrics = policy_separation(self.stepper, self.probe)
+        log_metrics(self.run, {"step": step, **metrics})
+        return metrics
+
+
+def policy_separation(stepper: Stepper, probe: SeparationProbe) -> dict[str, float]:
+    """``separation/*`` of the policy in the last of the layers that the recipe names, on rank 0; empty on the others.
+
+    All ranks must call it.
     """
-    lengths, model = [len(ids) for ids in anchors.ids], stepper.engine.model
+    lengths, model = [len(ids) for ids in probe.ids], stepper.engine.model
     model.eval()
-    layer = anchors.readout.layer_indices(model.config.get_text_config().num_hidden_layers)[-1]
-    mine = stepper.layout.scoring(lengths)[dist.rank()]
-    prompts = [[anchors.ids[position] for position in micro_batch] for micro_batch in mine]
-    states = [_states(stepper, own, layer, anchors.readout.pooling) for own in prompts]
-    points = gathered(len(lengths), mine, states, stepper.engine.device).numpy().astype(np.float64)
+    layer = probe.readout.layer_indices(model.config.get_text_config().num_hidden_layers)[-1]
+    micro_batches = stepper.layout.scoring(lengths)[dist.rank()]
+    states = [
+        _pooled_states(stepper, [probe.ids[position] for position in micro_batch], layer, probe.readout.pooling)
+        for micro_batch in micro_batches
+    ]
+    points = gather_examples(len(lengths), micro_batches, states, stepper.engine.device).numpy().astype(np.float64)
     if dist.rank():
         return {}
-    return as_row(separation_of(points, anchors.harmful, np.array(lengths), resampled=False))
+    return finite(metric_values(separation_metrics(points, probe.harmful, np.array(lengths), resampled=False)))
 
 
-def _states(stepper: Stepper, prompts: Sequence[Ids], layer: int, pooling: str) -> torch.Tensor:
-    """States [m, d] of prompts; without any, what a rank without a share forwards to keep step with the others."""
+def _pooled_states(stepper: Stepper, prompts: Sequence[Ids], layer: int, pooling: str) -> torch.Tensor:
+    """States [m, d] of m prompts; without any, a dummy forward keeps this rank in step with the others."""
     inputs: ModelInputs = (collate_prompts(prompts, stepper.packing) if prompts else collate([])).to(
         stepper.engine.device
     )
-    model, head_input = stepper.engine.model, []
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: head_input.append(given[0]))
+    model, head_inputs = stepper.engine.model, []
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: head_inputs.append(args[0]))
     last = layer == model.config.get_text_config().num_hidden_layers
-    stepper.phases.advance()
+    stepper.timer.advance()
     try:
         with torch.no_grad():
-            # one position each for the head, which would make all logits otherwise
+            # the head scores one position a prompt; without targets it would make all logits
             stepper.head.set_targets(inputs.rows, inputs.columns, inputs.targets)
             output = stepper.engine(**inputs.arguments(), **({} if last else {"output_hidden_states": True}))
     finally:
         hook.remove()
-    states: torch.Tensor = head_input[0] if last else output.hidden_states[layer]
+    states: torch.Tensor = head_inputs[0] if last else output.hidden_states[layer]
     if not prompts:
         return states[:0, 0]
     return pool_states([states], inputs, [len(ids) for ids in prompts], pooling)[:, 0]

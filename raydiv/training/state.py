@@ -1,4 +1,4 @@
-"""What training carries from step to step beside weights and moments, so that a checkpoint can hold it."""
+"""The state of the training loop besides weights and moments; checkpoints hold it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from raydiv.training.metrics import RunningMeans
 
 @dataclass
 class EarlyStopping:
-    """Of ``optim.early_stop``: the best value so far, and how many evaluations in a row were no better."""
+    """State of ``optim.early_stop``: the best value so far, and how many evaluations in a row were no better."""
 
     best: float | None = None
     waited: int = 0
 
     def update(self, section: EarlyStopConfig, value: float) -> bool:
-        """Take an evaluation in; returns whether it is time to stop."""
+        """Include an evaluation; returns whether to stop."""
         gain = 0.0 if self.best is None else (self.best - value) * (1 if section.mode == "min" else -1)
         if self.best is None or gain > section.min_delta:
             self.best, self.waited = value, 0
@@ -29,7 +29,10 @@ class EarlyStopping:
 
 @dataclass
 class TrainState:
-    """The same on every rank. ``refused`` counts steps that were not finite; ``ended`` is why training is over, if it is."""
+    """State of the loop, the same on every rank.
+
+    ``refused`` counts the steps that were not finite; ``ended`` is the reason why training is over, None while it goes on.
+    """
 
     means: RunningMeans = field(default_factory=RunningMeans)
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
@@ -37,10 +40,10 @@ class TrainState:
     ended: str | None = None
 
     def as_json(self, states: list[State], logged: int) -> dict[str, Any]:
-        """With the objective's running ``states``, and the bytes of metrics.jsonl that are ``logged``."""
+        """With the running ``states`` of the loss, and the ``logged`` bytes of metrics.jsonl."""
         return {
             "means": asdict(self.means),
-            "patience": asdict(self.early_stopping),  # the key in checkpoints written so far
+            "patience": asdict(self.early_stopping),  # the key in existing checkpoints
             "refused": self.refused,
             "ended": self.ended,
             "states": states,

@@ -1,4 +1,4 @@
-"""What a worker does, in phases one after another: how long each took, and how far it has come."""
+"""The phases of a worker: how long each took, and how far the worker has come."""
 
 from __future__ import annotations
 
@@ -9,51 +9,51 @@ from typing import TypeVar
 T = TypeVar("T")
 
 STEP_PHASES = ("data", "score", "judge", "push", "optimizer")
-"""Phases that make up a step; one that its loss does not need takes no time."""
+"""Phases that make up a step; one that the loss does not need takes no time."""
 
 
 class StepTimer:
-    """``name`` is the phase that a worker is in, of the ``step`` that it makes or has made last.
+    """``phase`` is what a worker does now, at step number ``step`` (from 1).
 
-    ``passed`` counts phases and forwards. Every rank goes through the same ones, so it compares them.
+    ``progress`` counts phases and forwards. Every rank goes through the same sequence, so the counts are comparable.
     """
 
     def __init__(self) -> None:
-        self.name, self.step, self.passed = "start", 0, 0
-        self._entered = self._went_on = self._began = time.perf_counter()
-        self.until_judged = 0.0
-        """Seconds from the beginning of the step to where the ranks meet, what the others wait for included in none."""
-        self._spent: dict[str, float] = {}
+        self.phase, self.step, self.progress = "start", 0, 0
+        self._phase_start = self._last_progress = self._step_start = time.perf_counter()
+        self.seconds_to_judge = 0.0
+        """Seconds from the start of the step to the collective that all ranks wait in, without that wait."""
+        self._seconds: dict[str, float] = {}
 
-    def enter(self, name: str) -> None:
-        """The phase before is over, and another begins."""
+    def enter(self, phase: str) -> None:
+        """End the current phase and begin ``phase``."""
         now = time.perf_counter()
-        self._spent[self.name] = self._spent.get(self.name, 0.0) + now - self._entered
-        if name == "data":
-            self._began = now
-        elif name == "judge":
-            self.until_judged = now - self._began
-        self.name, self._entered = name, now
+        self._seconds[self.phase] = self._seconds.get(self.phase, 0.0) + now - self._phase_start
+        if phase == "data":
+            self._step_start = now
+        elif phase == "judge":
+            self.seconds_to_judge = now - self._step_start
+        self.phase, self._phase_start = phase, now
         self.advance()
 
     def advance(self) -> None:
-        """A part of the phase is done."""
-        self.passed += 1
-        self._went_on = time.perf_counter()
+        """Note that a part of the phase is done."""
+        self.progress += 1
+        self._last_progress = time.perf_counter()
 
     @property
     def idle(self) -> float:
-        """Seconds since the worker went on."""
-        return time.perf_counter() - self._went_on
+        """Seconds since the last progress."""
+        return time.perf_counter() - self._last_progress
 
-    def spent(self) -> dict[str, float]:
+    def take_seconds(self) -> dict[str, float]:
         """Seconds in each phase since the last call."""
-        self.enter(self.name)
-        spent, self._spent = self._spent, {}
-        return spent
+        self.enter(self.phase)
+        seconds, self._seconds = self._seconds, {}
+        return seconds
 
     def timed_steps(self, steps: Iterator[T], behind: int) -> Iterator[T]:
-        """The steps after the first ``behind``; waiting for one is its phase ``data``."""
+        """The ``steps``, which come after the first ``behind`` of a run; the wait for each is its phase ``data``."""
         self.step = behind
         while True:
             self.step += 1

@@ -1,5 +1,7 @@
-"""Model FLOPs utilisation: what share of the GPUs' arithmetic the model's own is (Chowdhery et al. 2022, arXiv 2204.02311,
-appendix B), against what they reach in a large matrix product, where that paper has the maker's figure.
+"""Model FLOPs utilisation: the model's own arithmetic as a share of what the GPUs reach.
+
+After Chowdhery et al. 2022 (arXiv 2204.02311), appendix B, with one difference: the peak is measured in a large matrix
+product, where that paper takes the maker's figure.
 """
 
 from __future__ import annotations
@@ -18,22 +20,22 @@ REPEATS = 10
 
 @dataclass(frozen=True, slots=True)
 class Utilisation:
-    """``peak``: operations a second that the GPUs of all workers reach; ``weights``: those that a token is multiplied with."""
+    """``peak``: operations a second that the GPUs of all workers reach; ``weights``: those that a token is multiplied by."""
 
     weights: int
     peak: float
 
     @classmethod
     def measured(cls, weights: int, device: torch.device, dtype: torch.dtype) -> Utilisation:
-        """All ranks must call it."""
+        """With the measured peak. All ranks must call it."""
         return cls(weights, sum(dist.all_gather_object(product_flops(device, dtype))))
 
     def share(self, tokens_per_second: float) -> float:
-        """Six operations per token and weight, against the peak.
+        """Six operations per token and weight, divided by the peak.
 
-        The 6 are 2 of the forward and 4 of the backward, whether or not a weight is trained (under LoRA the backward does with
-        about half). Not counted: attention's products of activations, second forwards, padding. The head's weights count for
-        every token, though prompts never reach it.
+        Two are of the forward and four of the backward, whether or not a weight is trained (under LoRA the backward does with
+        about half). Attention's products of activations, second forwards and padding do not count. The head's weights count
+        for every token, although prompts never reach it.
         """
         return 6 * self.weights * tokens_per_second / self.peak
 
@@ -43,9 +45,9 @@ def product_flops(device: torch.device, dtype: torch.dtype, size: int = 8192) ->
     left, right = torch.randn(2, size, size, dtype=dtype, device=device)
     seconds = []
     for _ in range(2 * REPEATS):
-        started = time.perf_counter()
+        start = time.perf_counter()
         torch.mm(left, right)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.perf_counter() - start)
     return 2 * size**3 / statistics.median(seconds[REPEATS:])

@@ -1,7 +1,7 @@
-"""A watch over a training worker: it says from time to time where the worker is, and ends one that stands still.
+"""The watchdog of a training worker: it sends heartbeats, and ends a worker that hangs.
 
-A collective that waits for ever raises nothing, and one that gives up names the worker that waited, not the one that was
-waited for. So each worker leaves a beat in the run directory, and whoever gives up first reads them all.
+A collective that waits for ever raises nothing, and one that times out names the rank that waited, not the straggler. So
+each worker leaves heartbeats in the run directory, and the first to give up reads them all.
 """
 
 from __future__ import annotations
@@ -21,66 +21,68 @@ from raydiv.training.step_timer import StepTimer
 from raydiv.utils import distributed as dist
 
 HEARTBEAT_SECONDS = 10.0
-"""Seconds from beat to beat, or less under a short timeout."""
+"""Seconds between heartbeats, less under a short timeout."""
 
 HUNG_EXIT_STATUS = 70
-"""Exit status of a worker that stood still."""
+"""Exit status of a worker that hung."""
 
 
 class Watchdog:
-    """Runs beside the block that it is entered for, in the thread of which the work is done."""
+    """Watches the thread that enters this context, from a thread of its own."""
 
-    def __init__(self, run: RunDirectory, phases: StepTimer, timeout: float) -> None:
-        self._run, self._phases, self._timeout = run, phases, timeout
+    def __init__(self, run: RunDirectory, timer: StepTimer, timeout: float) -> None:
+        self._run, self._timer, self._timeout = run, timer, timeout
         self._every = min(HEARTBEAT_SECONDS, timeout / 10)
-        self._rank, self._of = dist.rank(), dist.world_size()
-        self._over = threading.Event()
+        self._rank, self._world_size = dist.rank(), dist.world_size()
+        self._done = threading.Event()
         self._watched = threading.get_ident()
-        self._thread = threading.Thread(target=self._watch, daemon=True, name="watch")
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
     def __enter__(self) -> Watchdog:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._done.set()
         self._thread.join()
 
     def _watch(self) -> None:
         while True:
-            beat = self._beat()
-            stands = beat.idle >= self._timeout
-            # a full disk must not end the watch
+            beat = self._heartbeat()
+            hangs = beat.idle >= self._timeout
+            # a full disk must not end the watchdog
             with suppress(OSError):
-                self._run.heartbeats.write(replace(beat, where=_place(self._watched)) if stands else beat)
-            if stands:
+                self._run.heartbeats.write(replace(beat, where=_current_line(self._watched)) if hangs else beat)
+            if hangs:
                 self._give_up()
-            if self._over.wait(self._every):
+            if self._done.wait(self._every):
                 return
 
-    def _beat(self) -> Heartbeat:
-        phases = self._phases
+    def _heartbeat(self) -> Heartbeat:
+        timer = self._timer
         return Heartbeat(
-            self._rank, self._of, platform.node(), os.getpid(), phases.step, phases.name, phases.passed,
-            round(phases.idle, 3), self._every,
+            self._rank, self._world_size, platform.node(), os.getpid(), timer.step, timer.phase, timer.progress,
+            round(timer.idle, 3), self._every,
         )  # fmt: skip
 
     def _give_up(self) -> None:
-        """End the process, which ends what the others wait for; Ray Train starts all of them again, or fails the run."""
+        """End the process, so that the collectives of the others fail; Ray Train restarts all workers or fails the run."""
         with suppress(OSError):
-            # those who stand still since a moment later are still to say so
-            self._over.wait(2 * self._every)
+            # ranks that began to hang a moment later still have to write their heartbeat
+            self._done.wait(2 * self._every)
             if self._run.heartbeats.claim_report("stalled"):
                 self._run.events.log(str(diagnose_hang(self._run.heartbeats.read(), self._timeout)))
         os._exit(HUNG_EXIT_STATUS)
 
 
-def _place(thread: int) -> str:
-    """Where a thread of this process is: the innermost line, and raydiv's own that led there."""
+def _current_line(thread: int) -> str:
+    """The innermost line of code that a thread of this process runs, and the line of raydiv that led there."""
     frame = sys._current_frames().get(thread)
     if frame is None:
         return ""
     stack = [(Path(line.filename), line) for line in traceback.extract_stack(frame)]
-    ours = [found for found in stack if "raydiv" in found[0].parts]
-    places = [f"{path.parent.name}/{path.name}:{line.lineno} ({line.name})" for path, line in [stack[-1], *ours[-1:]]]
-    return " from ".join(dict.fromkeys(places))
+    raydiv_lines = [(path, line) for path, line in stack if "raydiv" in path.parts]
+    lines = [
+        f"{path.parent.name}/{path.name}:{line.lineno} ({line.name})" for path, line in [stack[-1], *raydiv_lines[-1:]]
+    ]
+    return " from ".join(dict.fromkeys(lines))

@@ -1,21 +1,24 @@
-"""The training state as a rank holds it: pieces of named parameters, from which any other layout can be put together.
+"""The training state as a rank holds it: fragments of named parameters, which fit together under any other layout.
 
 Under every ZeRO stage a rank's share of a parameter is one run of its flattened elements. A checkpoint of such runs therefore
-loads on any number of workers and under any stage. Beside each weight, in fp32, stand AdamW's two moments.
+loads on any number of workers and under any stage. Each has its weights in fp32, and AdamW's two moments.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from raydiv.utils.compat import require_zero_state
+
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 KINDS = (WEIGHT, *MOMENTS)
-"""What there is of every trained parameter."""
+"""What a checkpoint holds of every trained parameter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,183 +35,186 @@ class Fragment:
         return self.start + self.length
 
 
-Read = Callable[[Fragment, str], Tensor]
-"""The elements [length] of a piece, of one of the KINDS."""
+ReadFragment = Callable[[Fragment, str], Tensor]
+"""Reads the elements [length] of a fragment, of one of the KINDS."""
 
 Snapshot = dict[tuple[Fragment, str], Tensor]
-"""The elements [length] by piece and kind."""
+"""The elements [length] by fragment and kind."""
 
 
-class Partitions(Protocol):
-    """What a rank holds of the training state, and how it is reached."""
+class Partitions(ABC):
+    """A rank's part of the training state of a DeepSpeed ``engine``, by trained parameters ``named``."""
 
-    def pieces(self) -> list[Fragment]:
-        """All that this rank holds."""
+    def __init__(self, engine: Any, named: dict[str, Any]) -> None:
+        self._engine, self._named = engine, named
 
-    def own(self) -> list[Fragment]:
-        """What of it this rank keeps: over all ranks each element once."""
+    @property
+    def updates(self) -> int:
+        """Updates that the optimizer has made, without refused ones."""
+        states = (self._engine.basic_optimizer.state.get(tensor) for tensor in self.optimizer_tensors())
+        return max((int(state.get("step", 0)) for state in states if state), default=0)
 
-    def get(self, piece: Fragment, kind: str) -> Tensor:
-        """The elements [length] of a piece: a view where there is one."""
+    def snapshot(self) -> Snapshot:
+        """A copy on the CPU of the fragments that this rank saves."""
+        self._create_optimizer_state()
+        return {
+            (fragment, kind): self.get(fragment, kind).detach().to("cpu", copy=True)
+            for fragment, kind in _with_kinds(self.saved_fragments())
+        }
 
-    def set(self, piece: Fragment, kind: str, values: Tensor) -> None:
-        """Put ``values`` [length] there."""
+    def restore(self, read: ReadFragment, updates: int) -> None:
+        """Set the state to what ``read`` returns, after ``updates`` updates. All ranks must call it together."""
+        self._create_optimizer_state()
+        for tensor in self.optimizer_tensors():
+            self._engine.basic_optimizer.state[tensor]["step"].fill_(updates)
+        for fragment, kind in _with_kinds(self.fragments()):
+            self.set(fragment, kind, read(fragment, kind))
+        self.sync_model()
 
-    def flats(self) -> list[Tensor]:
-        """The tensors that the optimizer updates; each has a state of its own."""
+    def _create_optimizer_state(self) -> None:
+        """Give the optimizer the state that torch's AdamW creates at its first update, where it has none yet."""
+        for tensor in self.optimizer_tensors():
+            if not self._engine.basic_optimizer.state.get(tensor):
+                moments = {kind: torch.zeros_like(tensor) for kind in MOMENTS}
+                step = torch.zeros((), device=tensor.device)
+                self._engine.basic_optimizer.state[tensor] = {"step": step, **moments}
 
-    def settle(self) -> None:
-        """Make the weights that the model computes with those that have been set. All ranks must call it together."""
+    @abstractmethod
+    def fragments(self) -> list[Fragment]:
+        """All fragments that this rank holds."""
+
+    def saved_fragments(self) -> list[Fragment]:
+        """The fragments that this rank saves: over all ranks each element once."""
+        return self.fragments()
+
+    @abstractmethod
+    def get(self, fragment: Fragment, kind: str) -> Tensor:
+        """The elements [length] of a fragment, as a view where there is one."""
+
+    @abstractmethod
+    def set(self, fragment: Fragment, kind: str, values: Tensor) -> None:
+        """Write the elements [length] of a fragment."""
+
+    @abstractmethod
+    def optimizer_tensors(self) -> list[Tensor]:
+        """The tensors that the optimizer updates, each with a state of its own."""
+
+    @abstractmethod
+    def sync_model(self) -> None:
+        """Copy the weights that were set to those that the model computes with. All ranks must call it together."""
 
 
 def partitions_of(engine: Any, stage: int) -> Partitions:
-    """Of a DeepSpeed ``engine`` at a ZeRO stage."""
+    """The partitions of a DeepSpeed ``engine`` at a ZeRO stage.
+
+    Raises RuntimeError where this DeepSpeed lacks a name that they use.
+    """
     named = {name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+    require_zero_state(engine, named.values(), stage)
     if stage == 0:
-        return _Whole(engine, named)
-    return _Partitioned(engine, named) if stage == 3 else _Fragments(engine, named)
+        return _Stage0(engine, named)
+    return _Stage3(engine, named) if stage == 3 else _Stage12(engine, named)
 
 
-def updates(engine: Any, held: Partitions) -> int:
-    """Updates that the optimizer has made."""
-    states = (engine.basic_optimizer.state.get(flat) for flat in held.flats())
-    return max((int(state.get("step", 0)) for state in states if state), default=0)
+def _with_kinds(fragments: list[Fragment]) -> Iterator[tuple[Fragment, str]]:
+    return ((fragment, kind) for fragment in fragments for kind in KINDS)
 
 
-def restore(engine: Any, held: Partitions, read: Read, made: int) -> None:
-    """Take up the state that ``read`` gives, after ``made`` updates. All ranks must call it together."""
-    _begin(engine, held)
-    for flat in held.flats():
-        engine.basic_optimizer.state[flat]["step"].fill_(made)
-    for piece, kind in every(held.pieces()):
-        held.set(piece, kind, read(piece, kind))
-    held.settle()
+class _Stage0(Partitions):
+    """Every rank holds everything. Each saves its share of the parameters."""
 
-
-def snapshot(engine: Any, held: Partitions) -> Snapshot:
-    """A copy on the CPU of all that this rank keeps."""
-    _begin(engine, held)
-    return {(piece, kind): held.get(piece, kind).detach().to("cpu", copy=True) for piece, kind in every(held.own())}
-
-
-def every(pieces: list[Fragment]) -> Iterator[tuple[Fragment, str]]:
-    return ((piece, kind) for piece in pieces for kind in KINDS)
-
-
-def _begin(engine: Any, held: Partitions) -> None:
-    """Give the optimizer the state that torch's AdamW begins with at its first update, where it has none yet."""
-    for flat in held.flats():
-        if not engine.basic_optimizer.state.get(flat):
-            moments = {kind: torch.zeros_like(flat) for kind in MOMENTS}
-            engine.basic_optimizer.state[flat] = {"step": torch.zeros((), device=flat.device), **moments}
-
-
-class _Whole:
-    """Stage 0: every rank holds everything. Each keeps its share of the parameters."""
-
-    def __init__(self, engine: Any, named: dict[str, Tensor]) -> None:
-        self._engine, self._named = engine, named
-
-    def pieces(self) -> list[Fragment]:
+    def fragments(self) -> list[Fragment]:
         return [Fragment(name, 0, parameter.numel(), parameter.numel()) for name, parameter in self._named.items()]
 
-    def own(self) -> list[Fragment]:
-        return self.pieces()[self._engine.global_rank :: self._engine.world_size]
+    def saved_fragments(self) -> list[Fragment]:
+        return self.fragments()[self._engine.global_rank :: self._engine.world_size]
 
-    def get(self, piece: Fragment, kind: str) -> Tensor:
-        return self._of(piece, kind).reshape(-1)
+    def get(self, fragment: Fragment, kind: str) -> Tensor:
+        return self._tensor(fragment, kind).reshape(-1)
 
-    def set(self, piece: Fragment, kind: str, values: Tensor) -> None:
-        there = self._of(piece, kind)
-        there.copy_(values.reshape(there.shape))
+    def set(self, fragment: Fragment, kind: str, values: Tensor) -> None:
+        tensor = self._tensor(fragment, kind)
+        tensor.copy_(values.reshape(tensor.shape))
 
-    def _of(self, piece: Fragment, kind: str) -> Tensor:
-        parameter = self._named[piece.name]
+    def _tensor(self, fragment: Fragment, kind: str) -> Tensor:
+        parameter = self._named[fragment.name]
         if kind == WEIGHT:
-            return parameter.detach()
+            return parameter.detach()  # type: ignore[no-any-return]
         return self._engine.basic_optimizer.state[parameter][kind]  # type: ignore[no-any-return]
 
-    def flats(self) -> list[Tensor]:
+    def optimizer_tensors(self) -> list[Tensor]:
         return list(self._named.values())
 
-    def settle(self) -> None:
-        """They are the same tensors."""
+    def sync_model(self) -> None:
+        """Nothing to do: they are the same tensors."""
 
 
-class _Fragments:
-    """Stages 1 and 2: all parameters end to end in fp32, in equal parts, of which a rank has one."""
+class _Stage12(Partitions):
+    """All parameters end to end in fp32, cut into equal parts, one a rank."""
 
-    def __init__(self, engine: Any, named: dict[str, Any]) -> None:
-        self._engine, self._named = engine, named
-
-    def pieces(self) -> list[Fragment]:
+    def fragments(self) -> list[Fragment]:
         return [
-            Fragment(name, held.lp_fragment_address.start, held.lp_fragment_address.numel, parameter.numel())
+            Fragment(name, mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel, parameter.numel())
             for name, parameter in self._named.items()
-            if (held := parameter._hp_mapping) is not None
+            if (mapping := parameter._hp_mapping) is not None
         ]
 
-    own = pieces
-
-    def get(self, piece: Fragment, kind: str) -> Tensor:
+    def get(self, fragment: Fragment, kind: str) -> Tensor:
         # DeepSpeed links the moments to parameters only after a first update
         self._engine.optimizer._lazy_init_hp_params_optimizer_state()
-        fragment = self._named[piece.name]._hp_mapping
-        return fragment.get_hp_fragment(None if kind == WEIGHT else kind)  # type: ignore[no-any-return]
+        mapping = self._named[fragment.name]._hp_mapping
+        return mapping.get_hp_fragment(None if kind == WEIGHT else kind)  # type: ignore[no-any-return]
 
-    def set(self, piece: Fragment, kind: str, values: Tensor) -> None:
-        self.get(piece, kind).data.copy_(values)
+    def set(self, fragment: Fragment, kind: str, values: Tensor) -> None:
+        self.get(fragment, kind).data.copy_(values)
 
-    def flats(self) -> list[Tensor]:
-        return [flat for group in self._engine.basic_optimizer.param_groups for flat in group["params"]]
+    def optimizer_tensors(self) -> list[Tensor]:
+        return [tensor for group in self._engine.basic_optimizer.param_groups for tensor in group["params"]]
 
-    def settle(self) -> None:
+    def sync_model(self) -> None:
         self._engine.optimizer.update_lp_params()
 
 
-class _Partitioned:
-    """Stage 3: every parameter in equal parts, the last ones filled up with zeros, of which a rank has one."""
+class _Stage3(Partitions):
+    """Every parameter cut into equal parts, one a rank, the last ones padded with zeros."""
 
-    def __init__(self, engine: Any, named: dict[str, Any]) -> None:
-        self._optimizer, self._rank, self._named = engine.optimizer, engine.global_rank, named
-
-    def pieces(self) -> list[Fragment]:
-        found = []
+    def fragments(self) -> list[Fragment]:
+        fragments = []
+        rank = self._engine.global_rank
         for name, parameter in self._named.items():
             part = parameter.ds_tensor.numel()
-            length = max(0, min(part, parameter.ds_numel - self._rank * part))
+            length = max(0, min(part, parameter.ds_numel - rank * part))
             if length:
-                found.append(Fragment(name, self._rank * part, length, parameter.ds_numel))
-        return found
+                fragments.append(Fragment(name, rank * part, length, parameter.ds_numel))
+        return fragments
 
-    own = pieces
-
-    def get(self, piece: Fragment, kind: str) -> Tensor:
+    def get(self, fragment: Fragment, kind: str) -> Tensor:
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
-        parameter = self._named[piece.name]
+        parameter = self._named[fragment.name]
         weight = kind == WEIGHT
         part = safe_get_local_fp32_param(parameter) if weight else safe_get_local_optimizer_state(parameter, kind)
-        return part[: piece.length]  # type: ignore[no-any-return]
+        return part[: fragment.length]  # type: ignore[no-any-return]
 
-    def set(self, piece: Fragment, kind: str, values: Tensor) -> None:
+    def set(self, fragment: Fragment, kind: str, values: Tensor) -> None:
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
-        parameter = self._named[piece.name]
-        filled = torch.zeros(parameter.ds_tensor.numel(), dtype=values.dtype)
-        filled[: piece.length] = values
+        parameter = self._named[fragment.name]
+        padded = torch.zeros(parameter.ds_tensor.numel(), dtype=values.dtype)
+        padded[: fragment.length] = values
         if kind == WEIGHT:
-            safe_set_local_fp32_param(parameter, filled)
+            safe_set_local_fp32_param(parameter, padded)
         else:
-            safe_set_local_optimizer_state(parameter, filled, kind)
+            safe_set_local_optimizer_state(parameter, padded, kind)
 
-    def flats(self) -> list[Tensor]:
-        return list(self._optimizer.fp32_partitioned_groups_flat)
+    def optimizer_tensors(self) -> list[Tensor]:
+        return list(self._engine.optimizer.fp32_partitioned_groups_flat)
 
-    def settle(self) -> None:
-        for group in range(len(self._optimizer.fp32_partitioned_groups_flat)):
-            self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
+    def sync_model(self) -> None:
+        optimizer = self._engine.optimizer
+        for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
         # small parameters are whole on every rank, and stay so
-        small = self._optimizer.persistent_parameters
-        if small:
-            small[0].all_gather(small)
+        persistent = optimizer.persistent_parameters
+        if persistent:
+            persistent[0].all_gather(persistent)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from helpers.layouts import CPU, Layout, built, update
+from helpers.layouts import CPU, Layout, make_engine, update
 from helpers.ranks import run_on_ranks
 from raydiv.training.checkpoint.manifest import CheckpointStore, Manifest
 from raydiv.training.checkpoint.shards import ShardReader, write_shard
@@ -38,8 +38,8 @@ LAYOUTS = WHOLE + ADAPTERS + HALF
 def kept(engine: Any, folder: Folder, step: int) -> Manifest:
     """Write the engine's state as a checkpoint; all ranks."""
     checkpoints = CheckpointStore(folder)
-    shard = write_shard(checkpoints.at(step), dist.rank(), engine.snapshot())
-    manifest = Manifest(step, engine.updates, dist.world_size(), {}, {}, None, dist.all_gather_object(shard))
+    shard = write_shard(checkpoints.at(step), dist.rank(), engine.partitions.snapshot())
+    manifest = Manifest(step, engine.partitions.updates, dist.world_size(), {}, {}, None, dist.all_gather_object(shard))
     if dist.rank() == 0:
         checkpoints.commit(manifest)
     dist.barrier()
@@ -65,7 +65,7 @@ def begin(model: Path, layouts: Sequence[Layout], root: Path) -> list[dict[str, 
     """Train under each layout, keep the state half-way, and return the weights at the end; runs on every rank."""
     ends = []
     for number, layout in enumerate(layouts):
-        engine = built(layout, model)
+        engine = make_engine(layout, model)
         for step in range(BEFORE):
             update(engine, step)
         kept(engine, Folder(str(root / str(number))), BEFORE)
@@ -85,11 +85,11 @@ def go_on(model: Path, pairs: Sequence[tuple[Layout, Path]], root: Path) -> list
     """Take each checkpoint up under a layout, keep it again as it was taken up, and return the weights at the end."""
     ends = []
     for number, (layout, source) in enumerate(pairs):
-        engine = built(layout, model)
+        engine = make_engine(layout, model)
         manifest = CheckpointStore(Folder(str(source))).manifest(BEFORE)
         with ShardReader(CheckpointStore(Folder(str(source))).at(BEFORE), manifest.shards) as shards:
-            engine.restore(shards.read, manifest.updates)
-        assert engine.updates == BEFORE
+            engine.partitions.restore(shards.read, manifest.updates)
+        assert engine.partitions.updates == BEFORE
         kept(engine, Folder(str(root / str(number))), BEFORE)
         ends.append(end_of(engine))
     return ends

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from helpers.ranks import run_on_ranks
-from helpers.step_cases import LR, Case, step_examples
+from helpers.step_cases import LR, Case, on_this_rank, step_examples
 from raydiv.config.loss import TYPES
 from raydiv.data.batching import MicroBatch, micro_batches
 from raydiv.data.tokens import TokenizedExamples
@@ -89,9 +89,8 @@ def steps(model: str, cases: list[Case]) -> list[dict[str, Any]]:
                 engine = build(model, case)
                 head, first = LogProbHead(engine.model), trained_weights(engine)
             stepper = stepper_of(engine, head, model, case)
-            metrics = stepper.step(
-                step_examples(case.examples, any(term.objective.mismatched for term in stepper.terms)), LR
-            )
+            step = step_examples(case.examples, any(term.objective.mismatched for term in stepper.terms))
+            metrics = stepper.step(on_this_rank(step, stepper.layout), LR)
             weights = {
                 name.removeprefix("base_model.model."): weight.numpy()
                 for name, weight in trained_weights(engine).items()
@@ -327,7 +326,7 @@ def masked_step(model: str, case: Case) -> list[tuple[float, float]]:
         return output
 
     with patch.object(Stepper, "_forward", recorded):
-        stepper.step(step_examples("pairs"), LR)
+        stepper.step(on_this_rank(step_examples("pairs"), stepper.layout), LR)
     same = [(float((c * logps).sum()), float(out)) for logps, (c, out) in zip(scored, pushed, strict=True)]
     engine.close()
     return same
@@ -344,12 +343,12 @@ def test_score_and_push_see_the_same_dropout_masks(tiny_model: Path, tmp_path: P
 
 def released(model: str, case: Case) -> list[tuple[set[int], set[int]]]:
     """What is released after each module of a third step, whose order DeepSpeed knows: as it is, and as DeepSpeed has it."""
-    from raydiv.training.engine import LOOK_AHEAD
+    from raydiv.utils.compat import RELEASE_LOOK_AHEAD
 
     engine = build(model, case)
     stepper = stepper_of(engine, LogProbHead(engine.model), model, case)
     coordinator, found = engine._deepspeed.optimizer.parameter_offload.param_coordinator, []
-    ours, theirs = getattr(coordinator, LOOK_AHEAD), getattr(type(coordinator), LOOK_AHEAD)
+    ours, theirs = getattr(coordinator, RELEASE_LOOK_AHEAD), getattr(type(coordinator), RELEASE_LOOK_AHEAD)
 
     def both(module: Any, step_id: int) -> set[int]:
         mine: set[int] = ours(module, step_id)
@@ -358,8 +357,8 @@ def released(model: str, case: Case) -> list[tuple[set[int], set[int]]]:
 
     for number in range(3):
         if number == 2:
-            setattr(coordinator, LOOK_AHEAD, both)
-        stepper.step(step_examples("pairs"), 1e-3)
+            setattr(coordinator, RELEASE_LOOK_AHEAD, both)
+        stepper.step(on_this_rank(step_examples("pairs"), stepper.layout), 1e-3)
     engine.close()
     return found
 
@@ -383,7 +382,7 @@ def refusals(model: str, cases: list[Case]) -> list[str]:
     for case in cases:
         engine = build(model, case)
         stepper = stepper_of(engine, LogProbHead(engine.model), model, case)
-        chosen = step_examples(case.examples)
+        chosen = on_this_rank(step_examples(case.examples), stepper.layout)
         assert chosen.reference_logps is not None
         chosen.reference_logps[0] = torch.nan
         before = trained_weights(engine)

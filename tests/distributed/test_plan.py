@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from helpers.models import make_model
 from helpers.ranks import run_on_ranks
 from helpers.sources import ROOT
+from helpers.step_cases import make_step, on_this_rank
 from raydiv.cli import main
 from raydiv.commands.plan.amounts import measure_data
 from raydiv.commands.plan.architecture import SHIPPED, architecture_of, config_of
@@ -47,7 +48,7 @@ from raydiv.model.head import LogProbHead, buffer_bytes
 from raydiv.model.load import DTYPES, ModelSource, build_policy
 from raydiv.runtime.session import KEEP_FREED_MEMORY, training_environment
 from raydiv.training.engine import DeepSpeedEngine
-from raydiv.training.step import StepExamples, Stepper
+from raydiv.training.step import Stepper
 from raydiv.utils.errors import UserError
 
 MIB, GIB = 2**20, 2**30
@@ -264,7 +265,8 @@ def steps_of(recipe: Recipe, path: Path, examples: int) -> None:
         "mask",
     )
     for number in range(STEPS_OF_ZERO_3 if recipe.engine.zero_stage == 3 else STEPS):
-        stepper.step(StepExamples(number, own, nothing, torch.full((examples,), -50.0), torch.zeros(0)), 1e-4)
+        step = make_step(number, own, nothing, torch.full((examples,), -50.0), torch.zeros(0))
+        stepper.step(on_this_rank(step, stepper.layout), 1e-4)
     engine.close()
 
 

@@ -11,7 +11,7 @@ import torch
 
 from helpers.models import make_model
 from helpers.ranks import run_on_ranks
-from helpers.step_cases import Case, step_examples
+from helpers.step_cases import Case, on_this_rank, step_examples
 from raydiv.config import load_recipe
 from raydiv.model.head import LogProbHead
 from raydiv.model.load import DTYPES, ModelSource, build_policy
@@ -30,7 +30,7 @@ def trained(model: str, case: Case, optim: dict[str, Any], precision: str) -> di
     engine: Any = DeepSpeedEngine(recipe, lambda: build_policy(Path(model), recipe.model, DTYPES[precision]))
     stepper = Stepper(engine, LogProbHead(engine.model), recipe.loss.terms, case.tokens, "mask")
     for _ in range(STEPS):
-        stepper.step(step_examples("pairs"), recipe.optim.lr)
+        stepper.step(on_this_rank(step_examples("pairs"), stepper.layout), recipe.optim.lr)
     found = {name: weight.float() for name, weight in engine.weights(trainable_only=True)}
     engine.close()
     return found
@@ -82,7 +82,7 @@ def quantized_step(model: str, stage: int, tokens: int) -> dict[str, torch.Tenso
     assert "Linear4bit" in kinds
     packed = {name: p.detach().clone() for name, p in engine.model.named_parameters() if not p.requires_grad}
     stepper = Stepper(engine, LogProbHead(engine.model), recipe.loss.terms, tokens, "mask")
-    stepper.step(step_examples("pairs"), 0.01)
+    stepper.step(on_this_rank(step_examples("pairs"), stepper.layout), 0.01)
     assert all(torch.equal(p, packed[name]) for name, p in engine.model.named_parameters() if name in packed)
     found = dict(engine.weights(trainable_only=True))
     engine.close()

@@ -1,4 +1,4 @@
-"""Steps that are not finite: left out without a trace under every ZeRO stage, counted, named, and too many end the run."""
+"""Steps that are not finite: refused without a trace under every ZeRO stage, counted, named; too many end the run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.layouts import CPU, Layout, built, update
+from helpers.layouts import CPU, Layout, make_engine, update
 from helpers.ranks import run_on_ranks
 from raydiv.config import load_recipe
 from raydiv.runs.directory import RunDirectory
 from raydiv.training.coefficients import NotFiniteError
+from raydiv.training.loop import Updates
 from raydiv.training.state import TrainState
-from raydiv.training.worker import _step
+from raydiv.utils import compat
 from raydiv.utils import distributed as dist
 
 LAYOUTS = [
@@ -40,90 +41,94 @@ def weights(engine: Any) -> dict[str, np.ndarray]:
     return {name: weight.float().numpy() for name, weight in engine.weights(trainable_only=True)}
 
 
-def refused(model: Path, layouts: Sequence[Layout]) -> list[dict[str, Any]]:
-    """Two updates, and between them steps that are not made; runs on every rank."""
-    found = []
+def train_with_refusals(model: Path, layouts: Sequence[Layout]) -> list[dict[str, Any]]:
+    """Two updates, ``plain`` and with two refused steps between them; runs on every rank."""
+    results = []
     for layout in layouts:
-        ends = []
-        for bad in (False, True):
-            engine = built(layout, model)
+        by_kind = {}
+        for kind in ("plain", "refusing"):
+            engine = make_engine(layout, model)
             update(engine, 0)
             before, norm = weights(engine), None
-            if bad:
+            if kind == "refusing":
                 backward(engine, 1.0)
                 engine.discard()
                 backward(engine, float("nan"))
                 norm = engine.update(0.1)
             between = weights(engine)
             update(engine, 1)
-            ends.append(
-                {"before": before, "between": between, "after": weights(engine), "norm": norm, "made": engine.updates}
-            )
+            by_kind[kind] = {
+                "before": before,
+                "between": between,
+                "after": weights(engine),
+                "norm": norm,
+                "updates": engine.partitions.updates,
+            }
             engine.close()
-        found.append({"plain": ends[0], "bad": ends[1]})
-    return found
+        results.append(by_kind)
+    return results
 
 
-def discarded_by_another_name(model: Path) -> bool:
-    """Whether it is found that DeepSpeed made the update, where the method that is hidden from it has another name."""
-    engine = built(Layout(3), model)
+def discard_under_another_name(model: Path) -> bool:
+    """Whether an update is noticed that DeepSpeed makes because the method of the norm has another name."""
+    engine = make_engine(Layout(3), model)
     update(engine, 0)
-    engine._zero3 = False  # hides the method that stage 3 does not call, as a rename in DeepSpeed would
+    names = compat.GRADIENT_NORM
+    compat.GRADIENT_NORM = names | {3: "refresh_fp32_params"}
     backward(engine, 1.0)
     try:
         engine.discard()
     except RuntimeError as error:
         return "discarded" in str(error)
     finally:
+        compat.GRADIENT_NORM = names
         engine.close()
     return False
 
 
 @pytest.mark.slow
-def test_a_discarded_step_that_was_applied_is_found(tiny_model: Path, tmp_path: Path) -> None:
-    assert run_on_ranks(discarded_by_another_name, 2, tmp_path / "ranks", tiny_model) == [True, True]
+def test_an_update_in_place_of_a_discarded_step_is_an_error(tiny_model: Path, tmp_path: Path) -> None:
+    assert run_on_ranks(discard_under_another_name, 2, tmp_path / "ranks", tiny_model) == [True, True]
 
 
 @pytest.mark.slow
 def test_a_refused_step_leaves_nothing_behind(tiny_model: Path, tmp_path: Path) -> None:
-    for by_layout in run_on_ranks(refused, 2, tmp_path / "ranks", tiny_model, LAYOUTS):
-        for layout, found in zip(LAYOUTS, by_layout, strict=True):
-            plain, bad = found["plain"], found["bad"]
-            assert not np.isfinite(bad["norm"]), layout
-            assert plain["made"] == bad["made"] == 2, layout
+    for results in run_on_ranks(train_with_refusals, 2, tmp_path / "ranks", tiny_model, LAYOUTS):
+        for layout, result in zip(LAYOUTS, results, strict=True):
+            plain, refusing = result["plain"], result["refusing"]
+            assert not np.isfinite(refusing["norm"]), layout
+            assert plain["updates"] == refusing["updates"] == 2, layout
             for name in plain["after"]:
-                assert np.array_equal(bad["before"][name], bad["between"][name]), (layout, name)
-                assert np.array_equal(bad["after"][name], plain["after"][name]), (layout, name)
+                assert np.array_equal(refusing["before"][name], refusing["between"][name]), (layout, name)
+                assert np.array_equal(refusing["after"][name], plain["after"][name]), (layout, name)
             assert any(not np.array_equal(plain["after"][name], plain["before"][name]) for name in plain["after"])
 
 
-class Stepper:
-    """Refuses every step that it is given."""
+class RefusingStepper:
+    """Refuses every step."""
 
-    def step(self, chosen: Any, lr: float) -> dict[str, float]:
+    def step(self, step: Any, lr: float) -> dict[str, float]:
         raise NotFiniteError("log-probs of examples [1] of the step are not finite", [1])
 
 
-def test_it_is_counted_and_named_and_one_too_many_ends_the_run(tmp_path: Path) -> None:
+def test_a_refused_step_is_counted_and_named_and_one_too_many_ends_the_run(tmp_path: Path) -> None:
     recipe = load_recipe(
         {"model": {"id": "m"}, "loss": {"type": "dpo"}, "optim": {"steps": 9, "max_refused": 2}},
         [f"output_dir={tmp_path}"],
     )
-    run, carried = RunDirectory(tmp_path), TrainState()
+    run, stepper = RunDirectory(tmp_path), RefusingStepper()
     examples = SimpleNamespace(places=lambda rows: [(0, 1, int(row)) for row in rows])
-    given: Any = SimpleNamespace(recipe=recipe, train=SimpleNamespace(examples=examples))
-    plan: Any = SimpleNamespace(step=6, rows=np.array([40, 41, 42]))
-    counts = [_step(Stepper(), None, 0.1, plan, given, run, carried, last=False)["refused_steps"] for _ in range(2)]  # type: ignore[arg-type]
-    assert counts == [1, 2]
-    with pytest.raises(FloatingPointError, match=r"step 7: log-probs .* one more than optim\.max_refused: 2"):
-        _step(Stepper(), None, 0.1, plan, given, run, carried, last=False)  # type: ignore[arg-type]
-    with pytest.raises(FloatingPointError, match="it is the last one"):
-        _step(Stepper(), None, 0.1, plan, given, run, TrainState(), last=True)  # type: ignore[arg-type]
-    said: list[str] = []
+    step: Any = SimpleNamespace(number=6, plan=SimpleNamespace(rows=np.array([40, 41, 42])))
+    updates = Updates(recipe, run, stepper, TrainState(), examples, steps=9)  # type: ignore[arg-type]
+    assert [updates.attempt(step, 0.1)["refused_steps"] for _ in range(2)] == [1, 2]
+    with pytest.raises(FloatingPointError, match=r"step 7: log-probs .* optim\.max_refused: 2"):
+        updates.attempt(step, 0.1)
+    last = Updates(recipe, run, stepper, TrainState(), examples, steps=7)  # type: ignore[arg-type]
+    with pytest.raises(FloatingPointError, match="last step"):
+        last.attempt(step, 0.1)
+    messages: list[str] = []
     run.events.path.rename(tmp_path / "written")
-    with run.events.follow(said.append, lambda place: f"train.jsonl:{place[2]}"):
+    with run.events.follow(messages.append, lambda place: f"train.jsonl:{place[2]}"):
         run.events.path.write_bytes((tmp_path / "written").read_bytes())
-    assert (
-        said
-        == [f"step 7: {NotFiniteError('log-probs of examples [1] of the step are not finite')} (train.jsonl:41)"] * 4
-    )
+    error = NotFiniteError("log-probs of examples [1] of the step are not finite")
+    assert messages == [f"step 7: {error} (train.jsonl:41)"] * 4

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.layouts import Layout, built
+from helpers.layouts import Layout, make_engine
 from helpers.ranks import run_on_ranks
-from raydiv.commands.bench.scale import RANKS, bench_scale, scale_table, step_of
+from raydiv.commands.bench.scale import RANKS, bench_scale, scale_table, synthetic_step
 from raydiv.commands.plan.architecture import architecture_of
 from raydiv.commands.plan.traffic import step_traffic
 from raydiv.config import load_recipe
@@ -37,7 +37,7 @@ def exchanged(model: Path, layouts: list[Layout]) -> list[Counter[str]]:
 
     found, ids = [], torch.arange(6, 30)[None]
     for layout in layouts:
-        engine = built(layout, model)
+        engine = make_engine(layout, model)
         for _ in range(2):  # at the first one DeepSpeed learns the order of the weights
             comm.comms_logger.comms_dict.clear()
             for _ in range(MICRO_BATCHES):
@@ -89,7 +89,7 @@ def test_one_worker_sends_nothing_and_one_pass_gathers_less(tiny_model: Path) ->
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("scope", ["batch", "pair"])
 def test_a_step_of_1024_ranks_is_dealt_whole_and_evenly(packed: bool, scope: Any) -> None:
-    lengths, units = step_of(8 * 1024, 1024)
+    lengths, units = synthetic_step(8 * 1024, 1024)
     layout = Dealt(2048, 1024, scope, packed)
     dealt, _ = layout.training(lengths, units)
     assert sorted(position for mine in dealt for batch in mine for position in batch) == list(range(len(lengths)))

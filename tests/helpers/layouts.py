@@ -39,7 +39,7 @@ class Layout:
         return repr((self.lora, self.precision)).replace("/", " ")
 
 
-def built(layout: Layout, model: Path) -> Any:
+def make_engine(layout: Layout, model: Path) -> Any:
     import raydiv.training.engine as module
     from raydiv.model.load import DTYPES, build_policy
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,12 @@ import numpy as np
 import torch
 
 from raydiv.config import Recipe, load_recipe
+from raydiv.data.batching import BatchLayout, StepPlan
 from raydiv.data.tokens import TokenizedExamples
 from raydiv.model.packing import Packing
-from raydiv.training.step import StepExamples
+from raydiv.training.dataloader import RankShard
+from raydiv.training.step import RankLayout, RankStep
+from raydiv.utils import distributed as dist
 
 LR = 0.5
 
@@ -44,8 +47,30 @@ class Case:
         )
 
 
-def step_examples(kind: str, with_mismatched: bool = False) -> StepExamples:
-    """Aligned responses long and unaligned ones short, so that sorting by length leaves ranks with one class."""
+def make_step(
+    number: int,
+    examples: TokenizedExamples,
+    mismatched: TokenizedExamples,
+    reference_logps: torch.Tensor | None,
+    mismatched_reference_logps: torch.Tensor | None,
+) -> RankStep:
+    """A step with all token ids, without a layout."""
+    plan = StepPlan(number, 0.0, np.arange(len(examples)), examples.pair)
+    layout = RankLayout([], False, [], [])
+    return RankStep(plan, examples, mismatched, reference_logps, mismatched_reference_logps, layout)
+
+
+def on_this_rank(step: RankStep, layout: BatchLayout) -> RankStep:
+    """``step`` with this rank's micro-batches."""
+    shard = RankShard(layout, dist.rank(), trains=True, scores=step.reference_logps is None)
+    return replace(step, layout=shard.layout_of(step.examples, step.mismatched))
+
+
+def step_examples(kind: str, with_mismatched: bool = False) -> RankStep:
+    """A step of ``kind``, without a layout.
+
+    Aligned responses are long and unaligned ones short, so that sorting by length leaves ranks with one class.
+    """
     generator = np.random.default_rng(7)
 
     def ids(length: int) -> list[int]:
@@ -72,7 +97,7 @@ def step_examples(kind: str, with_mismatched: bool = False) -> StepExamples:
     others = mismatched(rows) if with_mismatched else TokenizedExamples.from_ids([], [], [])
     noise = lambda n: torch.tensor(generator.normal(-60, 20, n), dtype=torch.float32)  # noqa: E731
     # far enough below the policy for kto's z0, the mean mismatched log-ratio, to be above 0
-    return StepExamples(0, examples, others, noise(len(examples)), noise(len(others)) - 80)
+    return make_step(0, examples, others, noise(len(examples)), noise(len(others)) - 80)
 
 
 def mismatched(rows: Sequence[tuple[list[int], list[int], bool, int]]) -> TokenizedExamples:

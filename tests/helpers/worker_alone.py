@@ -15,6 +15,7 @@ from raydiv.runs.directory import RunDirectory
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.session import ray_session
 from raydiv.training import worker
+from raydiv.training.dataloader import read_steps
 from raydiv.training.worker import TrainTask, run_worker
 
 
@@ -32,10 +33,8 @@ def prepared(recipe: Recipe) -> TrainTask:
 def without_tasks() -> AbstractContextManager[Any]:
     """While the block runs, steps are read where they are made."""
 
-    def local_steps(feed: Any, again: Any, start: int, stop: int) -> Iterator[Any]:
-        for number in range(start, stop):
-            plan = feed.plan.step(number)
-            yield plan, feed.step(plan, feed.read(number))
+    def local_steps(loader: Any, make_loader: Any, start: int, stop: int) -> Iterator[Any]:
+        return read_steps(loader, start, stop)
 
     return patch.object(worker, "stream_steps", local_steps)
 

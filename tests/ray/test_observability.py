@@ -33,9 +33,9 @@ def test_utilisation_is_of_what_the_workers_reach_in_a_matrix_product() -> None:
 def test_a_trace_is_of_the_steps_that_were_asked_for(tmp_path: Path) -> None:
     profiled = StepProfiler((2, 3), tmp_path / "profile")
     for step in range(1, 6):
-        profiled.before(step)
+        profiled.before_step(step)
         torch.ones(step).sum()
-        profiled.after(step, last=step == 5)
+        profiled.after_step(step, last=step == 5)
         assert (tmp_path / "profile").exists() == (step >= 3)
     (trace,) = (tmp_path / "profile").iterdir()
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
@@ -44,14 +44,14 @@ def test_a_trace_is_of_the_steps_that_were_asked_for(tmp_path: Path) -> None:
 
 def test_a_trace_is_left_where_training_ends_before_it(tmp_path: Path) -> None:
     profiled = StepProfiler((1, 100), tmp_path)
-    profiled.before(1)
-    profiled.after(1, last=True)
+    profiled.before_step(1)
+    profiled.after_step(1, last=True)
     assert [path.name for path in tmp_path.iterdir()] == ["rank-0.json.gz"]
 
 
 @pytest.mark.parametrize(("written", "steps"), [("3", (3, 3)), ("3-5", (3, 5)), ("null", None)])
 def test_steps_to_profile(written: str, steps: tuple[int, int] | None) -> None:
-    assert load_recipe(SMALLEST, [f"engine.profile={written}"]).engine.profiled == steps
+    assert load_recipe(SMALLEST, [f"engine.profile={written}"]).engine.profiled_steps == steps
 
 
 @pytest.mark.parametrize("written", ["5-3", "0", "x", "1-"])

@@ -37,7 +37,7 @@ LIBRARIES = {
         "training.worker",
         "experiments",
     },
-    "deepspeed": {"training.engine", "training.zero_state", "commands.bench.ray_baseline"},
+    "deepspeed": {"training.engine", "training.zero_state", "utils.compat", "commands.bench.ray_baseline"},
     "mlflow": {"runs.tracker"},
     "transformers": {
         "model",

@@ -22,6 +22,8 @@ from raydiv.data.batching import (
 from raydiv.data.tokens import TokenizedExamples
 from raydiv.training.dataloader import RankShard
 
+NOTHING = TokenizedExamples.from_ids([], [], [])
+
 quick = settings(max_examples=80, deadline=None)
 
 
@@ -134,7 +136,7 @@ def test_pair_numbers_of_a_step_are_shared_by_a_pair_alone(plan: EpochPlan, epoc
 
 
 def test_step_of_units_numbers_pairs_and_leaves_lone_rows_without() -> None:
-    step = StepPlan.of_units(3, 0.5, units_of([7, 2], [5], [1, 9], [0]))
+    step = StepPlan.from_units(3, 0.5, units_of([7, 2], [5], [1, 9], [0]))
     assert (step.step, step.epoch) == (3, 0.5)
     assert step.rows.tolist() == [7, 2, 5, 1, 9, 0]
     first, second = step.pair[0], step.pair[3]
@@ -493,7 +495,7 @@ SCOPES = ("example", "pair", "batch")
 def steps_of_examples(draw: st.DrawFn) -> TokenizedExamples:
     """A step as a plan makes it: pairs and lone examples of any lengths, their token ids elsewhere."""
     units = draw(unit_arrays())
-    pair = StepPlan.of_units(0, 0.0, units).pair
+    pair = StepPlan.from_units(0, 0.0, units).pair
     lengths = draw(st.lists(st.integers(1, 40), min_size=len(pair), max_size=len(pair)))
     aligned, seen = [], set()
     for number in pair.tolist():
@@ -509,7 +511,7 @@ def test_positions_of_all_ranks_are_the_whole_step(
 ) -> None:
     trains, scores = map(bool, kind)
     layout = BatchLayout(tokens, ranks, scope)
-    shares = [RankShard(layout, rank, trains, scores).positions(examples) for rank in range(ranks)]
+    shares = [RankShard(layout, rank, trains, scores).layout_of(examples, NOTHING).positions for rank in range(ranks)]
     assert {position for share in shares for position in share} == set(range(len(examples)))
     assert all(share == sorted(set(share)) for share in shares)
     if not (trains and scores):  # each forwarded once, by one rank
@@ -530,7 +532,7 @@ def test_positions_are_those_of_the_micro_batches(
             (False, True, flat[1]),
             (True, True, flat[0] | flat[1]),
         ]:
-            assert set(RankShard(layout, rank, trains, scores).positions(examples)) == expected
+            assert set(RankShard(layout, rank, trains, scores).layout_of(examples, NOTHING).positions) == expected
 
 
 @quick

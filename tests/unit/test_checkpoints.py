@@ -339,14 +339,14 @@ def test_data_that_changed_meanwhile_are_refused(tmp_path: Path) -> None:
     run = RunDirectory.of(mine)
     run.create(mine, {"data": "a" * 32, "model": "m"})
     require_same_content(run, {"data": "a" * 32, "model": "m"})
-    with pytest.raises(UserError, match=r"data\.train: its content has changed .*aaaaaaaaaaaa then, bbbbbbbbbbbb now"):
+    with pytest.raises(UserError, match=r"data\.train: .*aaaaaaaaaaaa then, bbbbbbbbbbbb now"):
         require_same_content(run, {"data": "b" * 32, "model": "m"})
     with pytest.raises(UserError, match=r"model\.id"):
         require_same_content(run, {"data": "a" * 32, "model": "n"})
 
 
 def test_a_run_of_before_checkpoints_says_so(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has no stage\.json"):
+    with pytest.raises(UserError, match=r"stage\.json"):
         RunDirectory(tmp_path).stage.read()
 
 
@@ -391,7 +391,7 @@ def test_a_checkpoint_is_due_by_steps_or_by_time(tmp_path: Path, every: str, sec
         ("checkpoint.mode=max", "needs best_metric"),
         ("optim.early_stop={patience: 2}", r"optim\.early_stop needs data\.eval"),
         ("optim.early_stop={metric: loss}", "pattern"),
-        ("engine={nvme_path: /x, offload_optimizer: nvme}", "checkpoint.every: what is offloaded"),
+        ("engine={nvme_path: /x, offload_optimizer: nvme}", r"checkpoint\.every: .*nvme"),
     ],
 )
 def test_what_a_recipe_cannot_ask_for(tmp_path: Path, override: str, said: str) -> None:
@@ -409,7 +409,7 @@ def test_nvme_is_in_no_checkpoint_and_none_is_made(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["checkpoint.best_metric=eval/loss"], r"checkpoint\.best_metric: eval/loss is not measured"),
+        (["checkpoint.best_metric=eval/loss"], r"checkpoint\.best_metric: eval/loss .* data\.eval"),
         (["checkpoint.best_metric=reward/margins"], r"did you mean reward/margin\?"),
         (["checkpoint.best_metric=separation/d_b"], r"separation/\* separation\.every"),
         (

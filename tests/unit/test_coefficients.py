@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from raydiv.data.batching import StepPlan
-from raydiv.data.tokens import TokenizedExamples
 from raydiv.losses import OBJECTIVES, Batch, Term, widest_scope
 from raydiv.losses.objective import objective as register_objective
-from raydiv.training.coefficients import evaluate_objective, first_states, known_coefficients
+from raydiv.training.coefficients import evaluate_objective, initial_states, known_coefficients
+from raydiv.training.loop import Updates
 from raydiv.training.metrics import (
-    RATE,
+    EMA_RATE,
     RunningMeans,
     estimate_facts,
     reward_metrics,
@@ -26,7 +26,6 @@ from raydiv.training.metrics import (
     step_record,
 )
 from raydiv.training.utilisation import Utilisation
-from raydiv.training.worker import reached
 
 torch.set_num_threads(1)
 
@@ -70,44 +69,44 @@ def test_mixture_is_the_weighted_sum() -> None:
     sft = -logps[aligned].sum() / 10  # 4 + 6 aligned response tokens
     (expected,) = torch.autograd.grad(kldo + 0.5 * sft, logps)
 
-    verdict = evaluate_objective(MIXTURE, first_states(MIXTURE), batch)
-    torch.testing.assert_close(verdict.coefficients, expected, rtol=0, atol=1e-6)
-    assert not verdict.coefficients.requires_grad
+    output = evaluate_objective(MIXTURE, initial_states(MIXTURE), batch)
+    torch.testing.assert_close(output.coefficients, expected, rtol=0, atol=1e-6)
+    assert not output.coefficients.requires_grad
     assert not batch.logps.requires_grad
-    assert verdict.loss == verdict.metrics["loss"] == pytest.approx(float((kldo + 0.5 * sft).detach()), abs=1e-5)
-    assert verdict.metrics["loss/kldo"] == pytest.approx(float(kldo.detach()), abs=1e-5)
-    assert verdict.metrics["loss/sft"] == pytest.approx(float(sft.detach()), abs=1e-5)
+    assert output.loss == output.metrics["loss"] == pytest.approx(float((kldo + 0.5 * sft).detach()), abs=1e-5)
+    assert output.metrics["loss/kldo"] == pytest.approx(float(kldo.detach()), abs=1e-5)
+    assert output.metrics["loss/sft"] == pytest.approx(float(sft.detach()), abs=1e-5)
     # the estimate of the main objective alone
-    assert verdict.metrics["divergence"] == pytest.approx(-float(kldo.detach()), abs=1e-5)
+    assert output.metrics["divergence"] == pytest.approx(-float(kldo.detach()), abs=1e-5)
 
 
 def test_shares_appear_for_mixtures_only() -> None:
-    alone = evaluate_objective([KLDO], first_states([KLDO]), make_batch()).metrics
-    mixed = evaluate_objective(MIXTURE, first_states(MIXTURE), make_batch()).metrics
+    alone = evaluate_objective([KLDO], initial_states([KLDO]), make_batch()).metrics
+    mixed = evaluate_objective(MIXTURE, initial_states(MIXTURE), make_batch()).metrics
     assert [name for name in alone if name.startswith("loss")] == ["loss"]
     assert [name for name in mixed if name.startswith("loss")] == ["loss", "loss/kldo", "loss/sft"]
 
 
 def test_no_divergence_where_none_is_estimated() -> None:
     terms = [term("sft"), term("kldo", 0.1)]
-    assert "divergence" not in evaluate_objective(terms, first_states(terms), make_batch()).metrics
+    assert "divergence" not in evaluate_objective(terms, initial_states(terms), make_batch()).metrics
 
 
 def test_divergence_before_training_is_plain_zero() -> None:
     terms = [term("kldo")]
-    metrics = evaluate_objective(terms, first_states(terms), make_batch([0.0] * 3, [True, True, False])).metrics
+    metrics = evaluate_objective(terms, initial_states(terms), make_batch([0.0] * 3, [True, True, False])).metrics
     assert str(metrics["divergence"]) == "0.0"
 
 
 def test_each_term_keeps_its_own_state() -> None:
     terms = [term("kldo", beta=1.0, estimator="ema"), term("bco", 0.5, beta=1.0), term("sft", 0.1)]
-    states = first_states(terms)
+    states = initial_states(terms)
     assert states == [{"log_mean": 0.0}, {"delta": 0.0}, {}]
     states[0]["log_mean"] = 9.0  # type: ignore[index]
     assert OBJECTIVES["kldo"].state == {"log_mean": 0.0}
 
     batch = make_batch()
-    after = evaluate_objective(terms, first_states(terms), batch).states
+    after = evaluate_objective(terms, initial_states(terms), batch).states
     mean = (math.exp(-1) + math.exp(4) + math.exp(-3)) / 3
     assert after[0]["log_mean"] == pytest.approx(math.log(0.9 + 0.1 * mean), abs=1e-6)
     # E+[r] = 1.25, E-[r] = 0; delta is the mean of the steps before
@@ -118,7 +117,7 @@ def test_each_term_keeps_its_own_state() -> None:
 
 def test_states_are_logged_by_objective() -> None:
     terms = [term("bco", beta=1.0), term("bco-pair", 0.5, beta=1.0)]
-    metrics = state_metrics(terms, evaluate_objective(terms, first_states(terms), make_batch(pairs=[(0, 1)])).states)
+    metrics = state_metrics(terms, evaluate_objective(terms, initial_states(terms), make_batch(pairs=[(0, 1)])).states)
     assert metrics["state/bco/delta"] == pytest.approx(0.0625, abs=1e-6)
     assert metrics["state/bco-pair/delta"] == pytest.approx(0.1 * (2.0 - 1.0) / 2, abs=1e-6)
 
@@ -140,11 +139,11 @@ def test_scope_of_a_mixture_is_the_widest(terms: list[Term], scope: str) -> None
 def test_coefficients_of_a_part_are_those_of_the_whole() -> None:
     terms = [term("bco"), term("dpo", 0.3), term("sft", 0.5)]
     batch = make_batch(pairs=[(0, 1), (2, 3)])
-    whole = evaluate_objective(terms, first_states(terms), batch).coefficients
+    whole = evaluate_objective(terms, initial_states(terms), batch).coefficients
     for part in ([0, 1], [2, 3], [4]):
         logps = torch.full_like(batch.logps, -77.0)
         logps[part] = batch.logps[part]
-        known = known_coefficients(terms, first_states(terms), replace(batch, logps=logps))
+        known = known_coefficients(terms, initial_states(terms), replace(batch, logps=logps))
         torch.testing.assert_close(known[part], whole[part], rtol=1e-6, atol=1e-8)
 
 
@@ -153,17 +152,23 @@ def test_running_means_start_at_the_first_value_and_outlast_an_absent_class() ->
     assert means.update({"loss": 1.0}) == {}
     assert means.update({"divergence": 2.0}) == {"divergence/ema": 2.0}
     after = means.update({"divergence": 4.0, "reward/margin": 1.0})
-    assert after == {"divergence/ema": pytest.approx(2.0 + 2.0 * RATE), "reward/margin/ema": 1.0}
+    assert after == {"divergence/ema": pytest.approx(2.0 + 2.0 * EMA_RATE), "reward/margin/ema": 1.0}
     assert means.update({"loss": 0.0}) == after
 
 
 @pytest.mark.parametrize(("target", "margin", "stop"), [(None, 9.0, False), (2.0, 1.9, False), (2.0, 2.0, True)])
 def test_training_stops_at_the_target_margin(target: float | None, margin: float, stop: bool) -> None:
-    assert reached(target, {"reward/margin/ema": margin}) == stop
+    assert (reason_to_end(target, {"reward/margin/ema": margin}) is not None) == stop
 
 
-def test_no_margin_yet_stops_nothing() -> None:
-    assert not reached(0.1, {"loss": 1.0})
+def test_training_goes_on_while_no_margin_is_known() -> None:
+    assert reason_to_end(0.1, {"loss": 1.0}) is None
+
+
+def reason_to_end(target_margin: float | None, metrics: dict[str, float]) -> str | None:
+    recipe: Any = SimpleNamespace(optim=SimpleNamespace(target_margin=target_margin))
+    nothing: Any = None
+    return Updates(recipe, nothing, nothing, nothing, nothing, steps=9).reason_to_end(3, metrics)
 
 
 def test_estimate_is_named_with_its_ceiling() -> None:
@@ -176,7 +181,7 @@ def test_estimate_is_named_with_its_ceiling() -> None:
 
 
 def test_metrics_of_unpaired_data() -> None:
-    assert reward_metrics(make_batch(), beta=BETA) == {
+    assert reward_metrics(make_batch(), BETA) == {
         "log_ratio/rms": pytest.approx(math.sqrt((4 + 1 + 0.25 + 16 + 9) / 5)),
         "log_ratio/max": pytest.approx(4.0),
         "reward/aligned": pytest.approx(0.25),
@@ -198,7 +203,7 @@ def test_largest_log_ratio_counts_whatever_its_sign() -> None:
 
 def test_accuracy_of_pairs_compares_their_rewards() -> None:
     # 2 > -1, 0.5 < 4, 2 < 4; signs would say 4/5
-    metrics = reward_metrics(make_batch(pairs=[(0, 1), (2, 3), (0, 3)]), beta=BETA)
+    metrics = reward_metrics(make_batch(pairs=[(0, 1), (2, 3), (0, 3)]), BETA)
     assert metrics["reward/accuracy"] == pytest.approx(1 / 3)
     assert metrics["reward/margin"] == pytest.approx(0.25)
 
@@ -207,7 +212,7 @@ def test_accuracy_of_pairs_compares_their_rewards() -> None:
     ("label", "present", "absent"), [(True, "aligned", "unaligned"), (False, "unaligned", "aligned")]
 )
 def test_absent_class_leaves_its_metrics_out(label: bool, present: str, absent: str) -> None:
-    metrics = evaluate_objective([KLDO], first_states([KLDO]), make_batch([2.0, -1.0, 3.0], [label] * 3)).metrics
+    metrics = evaluate_objective([KLDO], initial_states([KLDO]), make_batch([2.0, -1.0, 3.0], [label] * 3)).metrics
     assert {f"reward/{present}", f"logp/{present}", "reward/accuracy", "log_ratio/rms", "log_ratio/max"} <= set(metrics)
     assert not {f"reward/{absent}", f"logp/{absent}", "reward/margin"} & set(metrics)
     assert metrics["reward/accuracy"] == pytest.approx(2 / 3 if label else 1 / 3)
@@ -216,7 +221,7 @@ def test_absent_class_leaves_its_metrics_out(label: bool, present: str, absent: 
 
 def test_rewards_use_the_main_objective_beta() -> None:
     terms = [term("kldo", beta=0.5), term("bco", 1.0, beta=0.1)]
-    assert evaluate_objective(terms, first_states(terms), make_batch()).metrics["reward/aligned"] == pytest.approx(
+    assert evaluate_objective(terms, initial_states(terms), make_batch()).metrics["reward/aligned"] == pytest.approx(
         0.5 * 1.25
     )
 
@@ -234,15 +239,14 @@ def test_an_objective_declares_the_option_that_scales_its_reward() -> None:
 
 
 def test_record_of_a_step_counts_real_tokens_and_what_the_step_took() -> None:
-    examples = TokenizedExamples.from_ids([([5] * 4, [6] * 3), ([5], [6, 2])], [True, False], [0, 0])
-    spent = {"data": 0.5, "score": 0.25, "push": 1.0, "optimizer": 0.25, "log": 7.0, "checkpoint": 3.0}
-    phases = SimpleNamespace(spent=lambda: spent, until_judged=0.75)
+    seconds = {"data": 0.5, "score": 0.25, "push": 1.0, "optimizer": 0.25, "log": 7.0, "checkpoint": 3.0}
+    timer: Any = SimpleNamespace(take_seconds=lambda: seconds, seconds_to_judge=0.75)
     record = step_record(
         StepPlan(6, 1.25, np.arange(2), np.zeros(2)),
-        examples,
+        10,
         {"loss": 0.5, "grad_norm": 3.0},
         1e-3,
-        phases,
+        timer,
         Utilisation(100, 12_000.0),
     )
     assert record.pop("peak_memory_bytes") > 0
@@ -275,9 +279,9 @@ def test_non_finite_log_probs_are_refused(terms: list[Term], position: int, bad:
     log_ratios = list(LOG_RATIOS)
     log_ratios[position] = bad
     with pytest.raises(FloatingPointError, match="not applied"):
-        evaluate_objective(terms, first_states(terms), make_batch(log_ratios))
+        evaluate_objective(terms, initial_states(terms), make_batch(log_ratios))
 
 
 def test_the_refusal_names_the_examples() -> None:
     with pytest.raises(FloatingPointError, match=r"log-probs of examples \[1, 4\]"):
-        evaluate_objective([KLDO], first_states([KLDO]), make_batch([2.0, math.nan, 0.5, 4.0, math.inf]))
+        evaluate_objective([KLDO], initial_states([KLDO]), make_batch([2.0, math.nan, 0.5, 4.0, math.inf]))

@@ -9,6 +9,7 @@ import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -93,3 +94,95 @@ def test_saved_data_files(tmp_path: Path) -> None:
     assert len(files) == 2
     with pytest.raises(ValueError, match="_data_files"):
         compat.saved_data_files({"files": []})
+
+
+# DeepSpeed
+
+
+def zero_optimizer(stage: int) -> type:
+    """DeepSpeed's optimizer of a ZeRO stage."""
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    return DeepSpeedZeroOptimizer_Stage3 if stage == 3 else DeepSpeedZeroOptimizer
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_state_names(stage: int) -> None:
+    """The attributes that only an engine has are looked up in the sources."""
+    from deepspeed.runtime.zero import parameter_offload, partition_parameters
+    from deepspeed.utils import mixed_precision_linkage
+
+    of_optimizer, of_parameters = compat.ZERO_STATE[stage]
+    source = inspect.getsource(zero_optimizer(stage))
+    assert all(name in source for name in of_optimizer)
+    modules = (parameter_offload, partition_parameters) if stage == 3 else (mixed_precision_linkage,)
+    assert all(any(name in inspect.getsource(module) for module in modules) for name in of_parameters)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_require_zero_state_names_what_is_missing(stage: int) -> None:
+    of_optimizer, of_parameters = compat.ZERO_STATE[stage]
+    norm = [compat.GRADIENT_NORM[stage]] if stage else []
+    optimizer = dict.fromkeys([*of_optimizer, *norm])
+    parameter = dict.fromkeys(of_parameters)
+
+    def require(optimizer: dict[str, None], parameter: dict[str, None], **engine: int) -> None:
+        parts = SimpleNamespace(optimizer=SimpleNamespace(**optimizer), **engine)
+        compat.require_zero_state(parts, [SimpleNamespace(**parameter)], stage)
+
+    require(optimizer, parameter, basic_optimizer=0, global_rank=0)
+    with pytest.raises(RuntimeError, match=rf"deepspeed \d.*engine\.global_rank.*{compat.DEEPSPEED_CHECKED}"):
+        require(optimizer, parameter, basic_optimizer=0)
+    for name in optimizer:
+        without = {key: value for key, value in optimizer.items() if key != name}
+        with pytest.raises(RuntimeError, match=rf"optimizer\.{name} "):
+            require(without, parameter, basic_optimizer=0, global_rank=0)
+    for name in parameter:
+        without = {key: value for key, value in parameter.items() if key != name}
+        with pytest.raises(RuntimeError, match=rf"parameter\.{name} "):
+            require(optimizer, without, basic_optimizer=0, global_rank=0)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_infinite_gradient_norm(stage: int) -> None:
+    """``step`` calls the method that is replaced, and the replacement is gone after the block."""
+    kind, name = zero_optimizer(stage), compat.GRADIENT_NORM[stage]
+    assert callable(getattr(kind, name))
+    assert f"self.{name}()" in inspect.getsource(kind)
+    optimizer = object.__new__(kind)
+    with compat.infinite_gradient_norm(optimizer, stage, "cpu"):
+        norm = getattr(optimizer, name)()
+        assert float(norm[0] if stage == 3 else norm) == -1
+    assert getattr(optimizer, name).__func__ is getattr(kind, name)
+
+
+def test_limit_release_look_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search is left out for a module whose parameters all stay whole."""
+    import torch
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    monkeypatch.setattr(PartitionedParameterCoordinator, compat.RELEASE_LOOK_AHEAD, lambda *_: {7})
+    coordinator = object.__new__(PartitionedParameterCoordinator)
+    compat.limit_release_look_ahead(SimpleNamespace(parameter_offload=SimpleNamespace(param_coordinator=coordinator)))
+    module: Any = torch.nn.Linear(2, 2)
+    module.ds_external_parameters = dict
+    for persistent in (True, False):
+        module.bias.ds_persist, module.weight.ds_persist = True, persistent
+        released = getattr(coordinator, compat.RELEASE_LOOK_AHEAD)(module, 0)
+        assert released == (set() if persistent else {7})
+
+
+def test_release_look_ahead_is_what_deepspeed_calls() -> None:
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    assert callable(getattr(PartitionedParameterCoordinator, compat.RELEASE_LOOK_AHEAD))
+    assert "self.__params_to_release(" in inspect.getsource(PartitionedParameterCoordinator)
+
+
+def test_skip_shared_memory_op() -> None:
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = True
+    compat.skip_shared_memory_op()
+    assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False

@@ -1,4 +1,4 @@
-"""What reaches a rank: the ids that it forwards and no others, in the order of the plan, wherever they are read."""
+"""The data loader of a rank: the ids that it forwards and no others, in the order of the plan, in any process."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from raydiv.data.batching import BatchLayout, EpochPlan, SequentialPlan, StepPla
 from raydiv.data.tokens import TokenizedExamples, mismatched
 from raydiv.losses import OBJECTIVES, Batch, Term
 from raydiv.training import dataloader as module
-from raydiv.training.dataloader import ExampleSet, RankShard, StepLoader, parts, stream_steps
-from raydiv.training.step import StepExamples, Stepper, joined
+from raydiv.training.dataloader import ExampleSet, RankShard, StepLoader, read_steps, stream_steps
+from raydiv.training.step import RankLayout, RankStep, Stepper, concatenate_batches
 from raydiv.utils import distributed as dist
 
 PAIRS, LONE = 40, 25
@@ -59,21 +59,21 @@ def order_of(examples: ExampleSet, size: int = 14, weight: float = 1.0) -> Epoch
     return EpochPlan(examples.examples.units, size, 3, examples.examples.fingerprint, weights=(weight,))
 
 
-def forwarded(dealt: Sequence[Sequence[Sequence[int]]], rank: int) -> set[int]:
-    return {position for batch in dealt[rank] for position in batch}
+def in_batches(micro_batches: Sequence[Sequence[int]]) -> set[int]:
+    return {position for batch in micro_batches for position in batch}
 
 
-def assert_held(found: TokenizedExamples, expected: set[int], stored: Any, rows: np.ndarray) -> None:
-    """``found`` holds the ids of ``stored`` at positions ``expected`` alone; lengths are known of all."""
-    assert len(found) == len(rows)
-    assert found.lengths == stored.lengths[rows].tolist()
+def assert_ids(examples: TokenizedExamples, expected: set[int], stored: Any, rows: np.ndarray) -> None:
+    """``examples`` has the ids of ``stored`` at positions ``expected`` alone, and the lengths of all."""
+    assert len(examples) == len(rows)
+    assert examples.lengths == stored.lengths[rows].tolist()
     for position, row in enumerate(rows.tolist()):
         if position in expected:
-            (same,) = stored.ids(np.array([row]))
-            assert all((one == other).all() for one, other in zip(found[position], same, strict=True))
+            (ids,) = stored.ids(np.array([row]))
+            assert all((read == written).all() for read, written in zip(examples[position], ids, strict=True))
         else:
             with pytest.raises(LookupError):
-                found[position]
+                examples[position]
 
 
 @quick
@@ -85,86 +85,85 @@ def assert_held(found: TokenizedExamples, expected: set[int], stored: Any, rows:
     weight=st.sampled_from([1.0, 2.0, 0.5]),
     number=st.integers(0, 40),
 )
-def test_a_rank_holds_exactly_what_its_layout_forwards(
+def test_a_rank_has_the_ids_that_its_layout_forwards_and_no_others(
     ranks: int, tokens: int, scope: Any, scores: bool, weight: float, number: int, examples: ExampleSet
 ) -> None:
     layout, order = BatchLayout(tokens, ranks, scope), order_of(examples, weight=weight)
+    rows = order.step(number).rows
     seen: set[int] = set()
     for rank in range(ranks):
-        feed = StepLoader(examples, order, RankShard(layout, rank, trains=True, scores=scores))
-        plan = order.step(number)
-        chosen = feed.step(plan, feed.read(number))
-        own = forwarded(layout.training(chosen.examples.lengths, chosen.examples.units)[0], rank)
-        if scores:
-            own |= forwarded(layout.scoring(chosen.examples.lengths), rank)
-        assert_held(chosen.examples, own, examples.examples, plan.rows)
-        others = forwarded(layout.scoring(chosen.mismatched.lengths), rank)
-        assert_held(chosen.mismatched, others, examples.mismatched, plan.rows)
-        seen |= own
-    assert seen == set(range(len(plan.rows)))
+        step = StepLoader(examples, order, RankShard(layout, rank, trains=True, scores=scores)).read(number)
+        training, one_pass = layout.training(step.examples.lengths, step.examples.units)
+        scoring, mismatched = layout.scoring(step.examples.lengths), layout.scoring(step.mismatched.lengths)
+        assert step.layout == RankLayout(training[rank], one_pass, scoring[rank] if scores else [], mismatched[rank])
+        positions = in_batches(training[rank]) | (in_batches(scoring[rank]) if scores else set())
+        assert_ids(step.examples, positions, examples.examples, rows)
+        assert_ids(step.mismatched, in_batches(mismatched[rank]), examples.mismatched, rows)
+        seen |= positions
+    assert seen == set(range(len(rows)))
 
 
 def test_a_step_knows_labels_pairs_and_reference_of_the_whole_step(examples: ExampleSet) -> None:
     order = order_of(examples)
-    feed = StepLoader(examples, order, RankShard(BatchLayout(30, 3, "pair"), 1, trains=True, scores=False))
     plan = order.step(2)
-    chosen = feed.step(plan, feed.read(2))
-    assert chosen.number == 2
-    assert chosen.examples.aligned.tolist() == examples.examples.aligned[plan.rows].tolist()
-    assert chosen.examples.pair.tolist() == plan.pair.tolist()
-    assert len(chosen.examples.pairs) == (plan.pair >= 0).sum() / 2 > 0
-    assert not chosen.mismatched.aligned.any()
-    assert len(chosen.mismatched.pairs) == 0
-    assert chosen.reference_logps is not None
-    assert chosen.reference_logps.tolist() == plan.rows.tolist()
-    assert chosen.mismatched_reference_logps is not None
-    assert chosen.mismatched_reference_logps.tolist() == (1000 + plan.rows).tolist()
+    step = StepLoader(examples, order, RankShard(BatchLayout(30, 3, "pair"), 1, trains=True, scores=False)).read(2)
+    assert step.number == 2
+    assert step.plan.rows.tolist() == plan.rows.tolist()
+    assert step.examples.aligned.tolist() == examples.examples.aligned[plan.rows].tolist()
+    assert step.examples.pair.tolist() == plan.pair.tolist()
+    assert len(step.examples.pairs) == (plan.pair >= 0).sum() / 2 > 0
+    assert not step.mismatched.aligned.any()
+    assert len(step.mismatched.pairs) == 0
+    assert step.reference_logps is not None
+    assert step.reference_logps.tolist() == plan.rows.tolist()
+    assert step.mismatched_reference_logps is not None
+    assert step.mismatched_reference_logps.tolist() == (1000 + plan.rows).tolist()
 
 
 def test_a_set_without_mismatched_examples_or_reference_has_none(examples: ExampleSet) -> None:
     order = order_of(examples)
-    feed = StepLoader(
-        ExampleSet(examples.examples, None), order, RankShard(BatchLayout(30, 1, "pair"), 0, trains=True, scores=True)
-    )
-    chosen = feed.step(order.step(0), feed.read(0))
-    assert chosen.reference_logps is None
-    assert len(chosen.mismatched) == 0
-    assert chosen.mismatched_reference_logps is not None
-    assert len(chosen.mismatched_reference_logps) == 0
+    shard = RankShard(BatchLayout(30, 1, "pair"), 0, trains=True, scores=True)
+    step = StepLoader(ExampleSet(examples.examples, None), order, shard).read(0)
+    assert step.reference_logps is None
+    assert len(step.mismatched) == 0
+    assert step.mismatched_reference_logps is not None
+    assert len(step.mismatched_reference_logps) == 0
 
 
-def same(one: StepExamples, other: StepExamples) -> bool:
-    """Whether two steps hold the same."""
+def is_same(one: RankStep, other: RankStep) -> bool:
+    """Whether two steps have the same content."""
     fields = ("prompt_lengths", "response_lengths", "aligned", "pair")
-    alike = one.number == other.number
-    for mine, theirs in ((one.examples, other.examples), (one.mismatched, other.mismatched)):
-        alike &= all((getattr(mine, name) == getattr(theirs, name)).all() for name in fields)
+    same = one.number == other.number and one.plan.rows.tolist() == other.plan.rows.tolist()
+    same &= one.layout == other.layout
+    for left, right in ((one.examples, other.examples), (one.mismatched, other.mismatched)):
+        same &= all((getattr(left, name) == getattr(right, name)).all() for name in fields)
         for name in ("prompt_ids", "response_ids"):
-            ids = [[None if row is None else row.tolist() for row in getattr(side, name)] for side in (mine, theirs)]
-            alike &= ids[0] == ids[1]
-    return alike
+            ids = [[None if row is None else row.tolist() for row in getattr(side, name)] for side in (left, right)]
+            same &= ids[0] == ids[1]
+    for name in ("reference_logps", "mismatched_reference_logps"):
+        left, right = getattr(one, name), getattr(other, name)
+        same &= left is right if left is None or right is None else torch.equal(left, right)
+    return same
 
 
-def test_a_feed_that_travelled_reads_the_same(examples: ExampleSet) -> None:
+def test_a_loader_that_was_pickled_reads_the_same_steps(examples: ExampleSet) -> None:
     for plan in (order_of(examples), SequentialPlan(examples.examples.lengths, 16)):
         here = StepLoader(examples, plan, RankShard(BatchLayout(30, 2, "pair"), 1, trains=True, scores=True))
-        here.step(here.plan.step(4), here.read(4))
+        here.read(4)
         there: StepLoader = pickle.loads(pickle.dumps(here))
         for number in (0, 3):
-            first, second = (feed.step(feed.plan.step(number), feed.read(number)) for feed in (here, there))
-            assert same(first, second)
-            # read there, used here
-            assert same(first, here.step(here.plan.step(number), pickle.loads(pickle.dumps(there.read(number)))))
+            assert is_same(here.read(number), there.read(number))
+            assert is_same(here.read(number), pickle.loads(pickle.dumps(there.read(number))))
 
 
 def test_steps_are_streamed_in_order_from_any_step(examples: ExampleSet, monkeypatch: pytest.MonkeyPatch) -> None:
     order = order_of(examples)
-    feed = StepLoader(examples, order, RankShard(BatchLayout(30, 2, "pair"), 0, trains=True, scores=False))
-    made = []
+    loader = StepLoader(examples, order, RankShard(BatchLayout(30, 2, "pair"), 0, trains=True, scores=False))
+    windows_made = []
 
     class Here:
         def __init__(self, makers: Sequence[Callable[[], Iterable[Any]]], ahead: int) -> None:
-            made.append(len(makers))
+            windows_made.append(len(makers))
             self._makers = makers
 
         def __iter__(self) -> Iterator[Any]:
@@ -174,30 +173,30 @@ def test_steps_are_streamed_in_order_from_any_step(examples: ExampleSet, monkeyp
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr(module, "Stream", Here)
+    monkeypatch.setattr(module, "PrefetchedStream", Here)
     monkeypatch.setattr(module, "WINDOW", 4)
     monkeypatch.setattr(module, "AHEAD", 1)
     # the first step is read by the rank itself
     for start, stop, windows in [(0, 4, 1), (0, 9, 2), (3, 12, 2), (11, 12, 0)]:
-        steps = list(stream_steps(feed, lambda: pickle.loads(pickle.dumps(feed)), start, stop))
-        assert [plan.step for plan, _ in steps] == [chosen.number for _, chosen in steps] == list(range(start, stop))
-        assert made[-1] == windows
-        for plan, chosen in steps:
-            assert plan.rows.tolist() == order.step(plan.step).rows.tolist()
-            assert same(chosen, feed.step(plan, feed.read(plan.step)))
+        steps = list(stream_steps(loader, lambda: pickle.loads(pickle.dumps(loader)), start, stop))
+        assert [step.number for step in steps] == list(range(start, stop))
+        assert windows_made[-1] == windows
+        for step in steps:
+            assert step.plan.rows.tolist() == order.step(step.number).rows.tolist()
+            assert is_same(step, loader.read(step.number))
 
 
-def scored(chosen: StepExamples) -> Batch:
+def scored(step: RankStep) -> Batch:
     """A part as scoring leaves it; an example's log-prob tells its content."""
-    assert chosen.reference_logps is not None
-    assert chosen.mismatched_reference_logps is not None
+    assert step.reference_logps is not None
+    assert step.mismatched_reference_logps is not None
     return Batch(
-        logps=torch.tensor([content(chosen.examples, row) for row in range(len(chosen.examples))]),
-        reference_logps=chosen.reference_logps,
-        aligned=torch.from_numpy(chosen.examples.aligned),
-        tokens=torch.from_numpy(chosen.examples.response_lengths),
-        pairs=torch.from_numpy(chosen.examples.pairs),
-        mismatched_log_ratios=torch.tensor([content(chosen.mismatched, row) for row in range(len(chosen.mismatched))]),
+        logps=torch.tensor([content(step.examples, row) for row in range(len(step.examples))]),
+        reference_logps=step.reference_logps,
+        aligned=torch.from_numpy(step.examples.aligned),
+        tokens=torch.from_numpy(step.examples.response_lengths),
+        pairs=torch.from_numpy(step.examples.pairs),
+        mismatched_log_ratios=torch.tensor([content(step.mismatched, row) for row in range(len(step.mismatched))]),
     )
 
 
@@ -211,12 +210,12 @@ def content(examples: TokenizedExamples, row: int) -> float:
 def test_parts_together_are_the_set_in_its_order_with_its_pairs(
     size: int, with_mismatched: bool, examples: ExampleSet, ids: Ids
 ) -> None:
-    given_set = examples if with_mismatched else ExampleSet(examples.examples, examples.reference_logps)
+    example_set = examples if with_mismatched else ExampleSet(examples.examples, examples.reference_logps)
     order = SequentialPlan(examples.examples.lengths, size)
-    feed = StepLoader(given_set, order, RankShard(BatchLayout(70, 1, "pair"), 0, trains=False, scores=True))
-    steps = list(parts(feed, order.parts))
-    assert [len(chosen.examples) for chosen in steps] == [len(order.step(n).rows) for n in range(order.parts)]
-    batch = joined([scored(chosen) for chosen in steps], order.order, examples.examples.units)
+    loader = StepLoader(example_set, order, RankShard(BatchLayout(70, 1, "pair"), 0, trains=False, scores=True))
+    steps = list(read_steps(loader, 0, order.parts))
+    assert [len(step.examples) for step in steps] == [len(order.step(n).rows) for n in range(order.parts)]
+    batch = concatenate_batches([scored(step) for step in steps], order.order, examples.examples.units)
     assert batch.logps.tolist() == [sum(prompt) + 0.5 * sum(response) for prompt, response in ids]
     assert batch.reference_logps.tolist() == list(range(len(ids)))
     assert batch.aligned.tolist() == examples.examples.aligned.tolist()
@@ -228,22 +227,22 @@ def test_parts_together_are_the_set_in_its_order_with_its_pairs(
     assert batch.mismatched_log_ratios.tolist() == (expected if with_mismatched else [])
 
 
-def test_parts_are_read_when_they_are_asked_for(examples: ExampleSet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_are_read_when_they_are_requested(examples: ExampleSet, monkeypatch: pytest.MonkeyPatch) -> None:
     order = SequentialPlan(examples.examples.lengths, 16)
-    feed = StepLoader(examples, order, RankShard(BatchLayout(70, 1, "pair"), 0, trains=False, scores=True))
-    read, asked = StepLoader.read, []
+    loader = StepLoader(examples, order, RankShard(BatchLayout(70, 1, "pair"), 0, trains=False, scores=True))
+    read, numbers = StepLoader.read, []
 
-    def counted(self: StepLoader, step: int) -> Any:
-        asked.append(step)
-        return read(self, step)
+    def counted(self: StepLoader, number: int) -> RankStep:
+        numbers.append(number)
+        return read(self, number)
 
     monkeypatch.setattr(StepLoader, "read", counted)
-    reading = parts(feed, order.parts)
-    assert asked == []
-    next(reading)
-    assert asked == [0]
-    assert len(list(reading)) == order.parts - 1
-    assert asked == list(range(order.parts))
+    steps = read_steps(loader, 0, order.parts)
+    assert numbers == []
+    next(steps)
+    assert numbers == [0]
+    assert len(list(steps)) == order.parts - 1
+    assert numbers == list(range(order.parts))
 
 
 class FakeHeadAndEngine:
@@ -273,7 +272,7 @@ LOSSES: list[tuple[str, dict[str, Any]]] = [("kldo", {}), ("kldo", {"estimator":
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("adapters_off", [False, True])
 @pytest.mark.parametrize(("loss", "options"), LOSSES, ids=str)
-def test_a_rank_steps_with_what_it_is_fed(
+def test_a_rank_uses_exactly_the_ids_that_it_was_given(
     loss: str,
     options: dict[str, Any],
     adapters_off: bool,
@@ -281,20 +280,20 @@ def test_a_rank_steps_with_what_it_is_fed(
     examples: ExampleSet,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The trainer's own way through a step looks up no example that the feed has not brought, and all that it has."""
+    """A real step looks up no example whose ids the loader has not read, and every one that it has."""
     objective = OBJECTIVES[loss]
-    given_set = ExampleSet(
+    example_set = ExampleSet(
         examples.examples,
         None if adapters_off else examples.reference_logps,
         examples.mismatched if objective.mismatched else None,
         examples.mismatched_reference_logps if objective.mismatched and not adapters_off else None,
     )
     order, looked_up = order_of(examples), set()
-    look_up = TokenizedExamples.__getitem__
+    get_item = TokenizedExamples.__getitem__
 
     def watched(self: TokenizedExamples, row: int) -> Any:
         looked_up.add((id(self), row))
-        return look_up(self, row)
+        return get_item(self, row)
 
     monkeypatch.setattr(TokenizedExamples, "__getitem__", watched)
     monkeypatch.setattr(dist, "world_size", lambda: ranks)
@@ -304,14 +303,14 @@ def test_a_rank_steps_with_what_it_is_fed(
             monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
             model: Any = FakeHeadAndEngine()
             stepper = Stepper(model, model, [Term(objective, 1.0, {**objective.defaults, **options})], tokens)
-            feed = StepLoader(given_set, order, RankShard(stepper.layout, rank, trains=True, scores=adapters_off))
+            loader = StepLoader(example_set, order, RankShard(stepper.layout, rank, trains=True, scores=adapters_off))
             for number in (0, 7):
+                step = loader.read(number)
                 looked_up.clear()
-                chosen = feed.step(order.step(number), feed.read(number))
-                stepper.step(chosen, lr=0.1)
+                stepper.step(step, lr=0.1)
                 held = {
                     (id(side), row)
-                    for side in (chosen.examples, chosen.mismatched)
+                    for side in (step.examples, step.mismatched)
                     for row, ids in enumerate(side.prompt_ids)
                     if ids is not None
                 }
@@ -319,11 +318,10 @@ def test_a_rank_steps_with_what_it_is_fed(
                 assert held
 
 
-def test_plan_of_a_feed_is_any_order_that_finds_a_step(examples: ExampleSet) -> None:
+def test_any_plan_that_returns_steps_by_number_will_do(examples: ExampleSet) -> None:
     plan = StepPlan(9, 0.25, np.array([3, 2, 3]), np.array([5, 5, -1]))
     order = Mock(step=Mock(return_value=plan))
-    feed = StepLoader(examples, order, RankShard(BatchLayout(70, 1, "batch"), 0, trains=True, scores=False))
-    chosen = feed.step(plan, feed.read(9))
+    step = StepLoader(examples, order, RankShard(BatchLayout(70, 1, "batch"), 0, trains=True, scores=False)).read(9)
     order.step.assert_called_once_with(9)
-    assert_held(chosen.examples, {0, 1, 2}, examples.examples, plan.rows)
-    assert chosen.examples.pairs.tolist() == [[1, 0]]
+    assert_ids(step.examples, {0, 1, 2}, examples.examples, plan.rows)
+    assert step.examples.pairs.tolist() == [[1, 0]]

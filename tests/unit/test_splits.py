@@ -22,7 +22,7 @@ from raydiv.config.recipe import OptimConfig
 from raydiv.data.splits import Splits, make_splits
 from raydiv.data.tokens import StoredExamples
 from raydiv.model.chat import Chat
-from raydiv.training.order import epochs_of, total_steps
+from raydiv.training.schedule import epoch_plan, total_steps
 
 Row = dict[str, Any]
 Writer = Callable[..., Path]
@@ -376,7 +376,7 @@ def test_bad_rows_of_all_sources_are_listed(tokenizer: Path, chat: Chat, write_j
     train = write_jsonl(good[0], {"prompt": PLANTED}, *good[1:])
     other = write_jsonl(pair("new"), pair("newer"), pair("newest") | {"chosen": ""}, name="eval.jsonl")
     found = sets_of(recipe_of(tokenizer, str(train), eval=str(other), on_bad_row="quarantine"), chat)
-    lines = list(found.bad.lines())
+    lines = list(found.bad.as_json())
     assert [(line["file"], line["line"]) for line in lines] == [(str(train), 2), (str(other), 3)]
     assert "chosen must be non-empty text" in lines[1]["reason"]
     assert PLANTED not in json.dumps(lines)
@@ -391,7 +391,7 @@ def test_weights_are_the_sources_own_after_a_split(tokenizer: Path, chat: Chat, 
     mixture = [str(first), {"path": str(second), "weight": 2}]
     recipe = recipe_of(tokenizer, mixture, eval=0.3, batch={"examples": 6})
     examples = sets_of(recipe, chat).train.examples
-    epochs = epochs_of(recipe, examples)
+    epochs = epoch_plan(recipe, examples)
     taken = Counter(row for step in range(epochs.steps_per_epoch) for row in epochs.step(step).rows.tolist())
     assert [taken[row] for row in range(len(examples))] == (1 + examples.source).tolist()
     assert set(examples.source.tolist()) == {0, 1}

@@ -1,4 +1,4 @@
-"""The work that is timed: a real run's steps, and the same steps for scripts that run in processes of their own."""
+"""The timed workload: the steps of a real run, and the same steps for baseline scripts in separate processes."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from raydiv.config import Recipe
 from raydiv.config.checkpoint import CheckpointConfig
 from raydiv.data.batching import StepPlan
 from raydiv.data.tokens import StoredExamples
-from raydiv.runs.directory import Metrics
+from raydiv.runs.metrics_log import Metrics
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.resources import threads_per_worker
 from raydiv.runtime.session import ray_session, worker_environment
 from raydiv.training.dataloader import ExampleSet
-from raydiv.training.order import epochs_of
+from raydiv.training.schedule import epoch_plan
 
 
-def steps_alone(recipe: Recipe, steps: int) -> Recipe:
-    """The recipe of a run of ``steps`` updates and nothing else: no evaluation, no separation."""
+def without_evaluation(recipe: Recipe, steps: int) -> Recipe:
+    """The recipe of a run that makes ``steps`` updates, without evaluation, separation and checkpoints."""
     changes: dict[str, Any] = {
         "optim": recipe.optim.model_copy(
             update={"steps": steps, "epochs": None, "target_margin": None, "early_stop": None}
@@ -42,15 +42,15 @@ def steps_alone(recipe: Recipe, steps: int) -> Recipe:
     return recipe.model_copy(update=changes)
 
 
-def inside(recipe: Recipe, folder: str) -> Recipe:
-    """The recipe with everything that a run of it leaves in ``folder``."""
+def with_output_in(recipe: Recipe, folder: str) -> Recipe:
+    """The recipe with its output directory and MLflow database in ``folder``."""
     track = recipe.track.model_copy(update={"uri": f"sqlite:///{folder}/mlflow.db"})
     return recipe.model_copy(update={"output_dir": folder, "track": track})
 
 
 def run_module(name: str, arguments: Sequence[str], environment: Mapping[str, str]) -> str:
-    """Run a module of ours in a process of its own, to its end; what it prints. Raises RuntimeError when it fails."""
-    run = subprocess.run(  # noqa: S603 - our own module
+    """Run a module of raydiv in a subprocess; returns its standard output. Raises RuntimeError if it fails."""
+    run = subprocess.run(  # noqa: S603 - a module of raydiv
         [sys.executable, "-m", name, *arguments],
         capture_output=True,
         text=True,
@@ -58,13 +58,13 @@ def run_module(name: str, arguments: Sequence[str], environment: Mapping[str, st
         env=os.environ | dict(environment),
     )
     if run.returncode:
-        last = (run.stderr.strip().splitlines() or ["killed, as for want of memory"])[-1]
+        last = (run.stderr.strip().splitlines() or ["killed, possibly out of memory"])[-1]
         raise RuntimeError(f"{name.rpartition('.')[2]}: status {run.returncode}: {last[:300]}")
     return run.stdout
 
 
 def run_script(name: str, settings: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
-    """Run ``raydiv.commands.bench.NAME`` on a JSON file of ``settings``; the JSON object that it prints last."""
+    """Run ``raydiv.commands.bench.NAME`` on a JSON file of ``settings``; returns the JSON object on its last line."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "settings.json"
         path.write_text(json.dumps(settings))
@@ -73,24 +73,26 @@ def run_script(name: str, settings: Mapping[str, Any], environment: Mapping[str,
     return answer
 
 
-def real_run(recipe: Recipe) -> tuple[Result, list[Metrics]]:
-    """A run that leaves nothing behind, and the metrics of its steps."""
+def timed_run(recipe: Recipe) -> tuple[Result, list[Metrics]]:
+    """Train in a temporary directory; returns the result and the metrics of each step."""
     with tempfile.TemporaryDirectory() as folder:
-        result = train(inside(recipe, folder), ProgressDisplay(quiet=True))
-        return result, [record for record in result.run.read_metrics() if "step_seconds" in record]
+        result = train(with_output_in(recipe, folder), ProgressDisplay(quiet=True))
+        return result, [record for record in result.run.metrics.read() if "step_seconds" in record]
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """The steps of a run as ``script`` wants them, and the environment of its process."""
+    """The steps of a run in the format of ``script``, and the environment variables of its process."""
 
     settings: dict[str, Any]
     environment: dict[str, str]
 
     @classmethod
-    def of(cls, recipe: Recipe, directory: Path, given: ExampleSet, steps: int, threads: int) -> Workload:
-        """The first steps of a run on the model in ``directory`` and the examples ``given``."""
-        plan = epochs_of(recipe, given.examples)
+    def from_examples(
+        cls, recipe: Recipe, directory: Path, example_set: ExampleSet, steps: int, threads: int
+    ) -> Workload:
+        """The first ``steps`` steps of a run on ``example_set``, with the model in ``directory``."""
+        plan = epoch_plan(recipe, example_set.examples)
         settings = {
             "model": str(directory),
             **recipe.model.model_dump(mode="json", include={"attention", "trust_remote_code", "lora"}),
@@ -101,7 +103,7 @@ class Workload:
             "use_gpu": recipe.cluster.use_gpu,
             "seed": recipe.seed,
             "threads": threads,
-            "steps": [_step(given, plan.step(number)) for number in range(steps)],
+            "steps": [_step(example_set, plan.step(number)) for number in range(steps)],
         }
         return cls(settings, _environment(recipe))
 
@@ -112,57 +114,58 @@ class Workload:
 
     @property
     def tokens(self) -> list[int]:
-        """Real tokens of each step: every example once, with its prompt."""
+        """Tokens of each step without padding; every example counts once, prompt included."""
         return [
-            sum(len(one["prompt_ids"]) + len(one["response_ids"]) for one in step["examples"])
+            sum(len(example["prompt_ids"]) + len(example["response_ids"]) for example in step["examples"])
             for step in self.settings["steps"]
         ]
 
     def script(self, name: str, **settings: Any) -> dict[str, Any]:
-        """Run ``raydiv.commands.bench.NAME`` on the work; returns the JSON object that it prints last.
+        """Run ``raydiv.commands.bench.NAME`` on the workload; returns the JSON object on its last line.
 
-        Its one argument is a JSON file: the model's directory (``model``, with ``attention``, ``trust_remote_code`` and
-        ``precision``), the recipe's sections ``lora`` (or null) and ``loss``, AdamW's ``lr, betas, eps, weight_decay`` and
-        ``clip``, ``max_length``, ``activation_checkpointing``, ``use_gpu`` and ``seed``, ``threads`` for torch, and ``steps``,
-        in order: the ``examples`` of each, with ``prompt_ids, response_ids, aligned, pair`` (-1 without) and
-        ``reference_logp``, and its ``mismatched`` ones. It prints ``seconds`` and ``tokens`` of each step, and ``peak_bytes``.
+        The script's argument is a JSON file: the model's directory (``model``, with ``attention``,
+        ``trust_remote_code`` and ``precision``), the recipe's sections ``lora`` (or null) and ``loss``, AdamW's ``lr,
+        betas, eps, weight_decay``, ``clip``, ``max_length``, ``activation_checkpointing``, ``use_gpu``, ``seed``,
+        ``threads`` for torch, and ``steps``. Each step has its ``examples`` with ``prompt_ids, response_ids, aligned,
+        pair`` (-1 if unpaired) and ``reference_logp``, and its ``mismatched`` examples. The script prints ``seconds``
+        and ``tokens`` of each step, and ``peak_bytes``.
 
-        Raises RuntimeError when it fails.
+        Raises RuntimeError if the script fails.
         """
         return run_script(name, self.settings | settings, self.environment)
 
 
-def workload_of(recipe: Recipe, steps: int, display: ProgressDisplay) -> Workload:
-    """The first ``steps`` steps that a run of the recipe makes, prepared as it would; reference log-probs from the store."""
+def make_workload(recipe: Recipe, steps: int, display: ProgressDisplay) -> Workload:
+    """The first ``steps`` steps of the recipe's run, with reference log-probs from the store."""
     model = recipe.model.model_copy(update={"reference": "store"})
     recipe = recipe.model_copy(update={"model": model})
-    opened = load_inputs(recipe, display)
+    inputs = load_inputs(recipe, display)
     with ray_session(recipe.cluster):
-        prepared = prepare_data(recipe, opened, display)
+        prepared = prepare_data(recipe, inputs, display)
         threads = threads_per_worker(recipe.cluster) * recipe.cluster.num_workers
-    return Workload.of(recipe, prepared.directory, prepared.train, steps, threads)
+    return Workload.from_examples(recipe, prepared.directory, prepared.train, steps, threads)
 
 
 def _environment(recipe: Recipe) -> dict[str, str]:
-    """What a worker would have, and of several GPUs one: the scripts are single processes."""
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-    one = {"CUDA_VISIBLE_DEVICES": shown} if recipe.cluster.use_gpu else {}
-    return one | worker_environment(recipe.cluster)
+    """A worker's environment variables, with a single visible GPU: the scripts are single processes."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    single = {"CUDA_VISIBLE_DEVICES": visible} if recipe.cluster.use_gpu else {}
+    return single | worker_environment(recipe.cluster)
 
 
-def _step(given: ExampleSet, plan: StepPlan) -> dict[str, Any]:
-    own = _examples(given.examples, plan.rows, plan.pair, given.reference_logps)
-    others: list[dict[str, Any]] = []
-    if given.mismatched is not None:
-        alone = np.full(len(plan.rows), -1)
-        others = _examples(given.mismatched, plan.rows, alone, given.mismatched_reference_logps)
-    return {"examples": own, "mismatched": others}
+def _step(example_set: ExampleSet, plan: StepPlan) -> dict[str, Any]:
+    examples = _examples(example_set.examples, plan.rows, plan.pair, example_set.reference_logps)
+    mismatched: list[dict[str, Any]] = []
+    if example_set.mismatched is not None:
+        unpaired = np.full(len(plan.rows), -1)
+        mismatched = _examples(example_set.mismatched, plan.rows, unpaired, example_set.mismatched_reference_logps)
+    return {"examples": examples, "mismatched": mismatched}
 
 
 def _examples(
     stored: StoredExamples, rows: np.ndarray, pair: np.ndarray, logps: np.ndarray | None
 ) -> list[dict[str, Any]]:
-    assert logps is not None, "the reference store was asked for"
+    assert logps is not None, "make_workload sets model.reference to the store"
     labels = zip(stored.aligned[rows].tolist(), pair.tolist(), logps[rows].tolist(), strict=True)
     return [
         {

@@ -1,7 +1,7 @@
-"""``raydiv bench --part scale``: what every rank computes for all of them at each step, at more ranks than there are here.
+"""``raydiv bench --part scale``: the work per step that every rank repeats, at more ranks than this machine has.
 
-Dealing a step to the ranks, and judging its log-probs, are pure functions that each rank evaluates whole; so they are timed on
-made-up steps without a process per rank, and the balance of what is dealt is the real one.
+Each rank computes the layout of the whole step and evaluates the objective on all log-probs. Both are pure functions,
+so they are timed on synthetic steps without a process per rank. The reported balance of the layout is the real one.
 """
 
 from __future__ import annotations
@@ -18,30 +18,32 @@ from raydiv.config import Recipe
 from raydiv.data.batching import BatchLayout
 from raydiv.data.bundled.w1 import ANSWER_MEDIAN, ANSWER_MOST, ANSWER_SPREAD, PROMPT_WORDS, REFUSAL_WORDS
 from raydiv.losses import Batch, widest_scope
-from raydiv.training.coefficients import evaluate_objective, first_states
+from raydiv.training.coefficients import evaluate_objective, initial_states
 
 RANKS = (8, 64, 256, 1024)
 
 
 def bench_scale(recipe: Recipe, repeats: int = 3) -> dict[str, Any]:
-    """Deal and judge a step of compliance-refusal pairs among ever more ranks, each with as many examples as in the recipe.
+    """Time the layout and the objective of a step of compliance-refusal pairs at the RANKS, with the recipe's examples
+    per rank.
 
-    Returns by number of ranks the ``examples`` of a step, the medians ``deal_ms`` and ``judge_ms``, ``micro_batches`` of each
-    rank, and ``balance``: tokens of the busiest rank, padding included, over the mean of real ones.
+    Returns for each number of ranks the ``examples`` of a step, the median ``deal_ms`` (layout) and ``judge_ms``
+    (objective), the ``micro_batches`` of a rank, and ``balance``: tokens of the busiest rank, padding included, divided
+    by the mean without padding.
     """
     each = max(2, recipe.batch.examples // recipe.cluster.num_workers // 2 * 2)
-    return {str(ranks): _at(recipe, ranks, ranks * each, repeats) for ranks in RANKS}
+    return {str(ranks): _measure(recipe, ranks, ranks * each, repeats) for ranks in RANKS}
 
 
-def _at(recipe: Recipe, ranks: int, examples: int, repeats: int) -> dict[str, Any]:
-    lengths, units = step_of(examples, recipe.batch.max_length)
+def _measure(recipe: Recipe, ranks: int, examples: int, repeats: int) -> dict[str, Any]:
+    lengths, units = synthetic_step(examples, recipe.batch.max_length)
     tokens = recipe.batch.tokens_per_microbatch
     layout = BatchLayout(
         max(lengths) * examples if tokens == "auto" else tokens, ranks, widest_scope(recipe.loss.terms), packed=True
     )
     dealt, _ = layout.training(lengths, units)
-    batch = _scored(examples, units)
-    states = first_states(recipe.loss.terms)
+    batch = _synthetic_batch(examples, units)
+    states = initial_states(recipe.loss.terms)
     return {
         "examples": examples,
         "deal_ms": _milliseconds(lambda: layout.training(lengths, units), repeats),
@@ -51,8 +53,8 @@ def _at(recipe: Recipe, ranks: int, examples: int, repeats: int) -> dict[str, An
     }
 
 
-def step_of(examples: int, longest: int) -> tuple[list[int], list[list[int]]]:
-    """Tokens of each of a step's examples, as W1 has them (a word each), and its pairs: an answer and a refusal."""
+def synthetic_step(examples: int, longest: int) -> tuple[list[int], list[list[int]]]:
+    """Tokens of each example of a step, distributed as in W1 (one token per word), and its answer-refusal pairs."""
     draw = np.random.default_rng(0)
     pairs = examples // 2
     prompts = draw.integers(PROMPT_WORDS[0], PROMPT_WORDS[1] + 1, pairs)
@@ -62,7 +64,7 @@ def step_of(examples: int, longest: int) -> tuple[list[int], list[list[int]]]:
     return lengths.tolist(), np.stack([np.arange(pairs), pairs + np.arange(pairs)], axis=1).tolist()
 
 
-def _scored(examples: int, units: list[list[int]]) -> Batch:
+def _synthetic_batch(examples: int, units: list[list[int]]) -> Batch:
     draw = torch.Generator().manual_seed(0)
     reference = -100.0 * torch.rand(examples, generator=draw)
     aligned = torch.arange(examples) < len(units)
@@ -85,16 +87,16 @@ def _milliseconds(call: Callable[[], object], repeats: int) -> float:
     return median(taken)
 
 
-def scale_table(found: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
+def scale_table(report: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
     """Header and rows of what ``bench_scale`` returns."""
     return ["ranks", "examples", "deal, ms", "judge, ms", "micro-batches", "busiest rank / mean"], [
         (
             ranks,
-            f"{one['examples']:,}",
-            f"{one['deal_ms']:.1f}",
-            f"{one['judge_ms']:.1f}",
-            str(one["micro_batches"]),
-            f"{one['balance']:.3f}",
+            f"{row['examples']:,}",
+            f"{row['deal_ms']:.1f}",
+            f"{row['judge_ms']:.1f}",
+            str(row["micro_batches"]),
+            f"{row['balance']:.3f}",
         )
-        for ranks, one in found.items()
+        for ranks, row in report.items()
     ]

@@ -23,10 +23,11 @@ from raydiv.data.batching import EpochPlan
 from raydiv.data.formats import BadRow, Example
 from raydiv.data.index import OpenSource, read_index
 from raydiv.data.prompt_sets import prompt_sets, read_prompts
-from raydiv.data.sources import File, file_chunks, files_of, locate, parse, read, reading_of
+from raydiv.data.readers import file_chunks, line_numbers, parse_record, read_chunk, record_reader
+from raydiv.data.sources import File, files_of
 from raydiv.data.splits import make_splits
 from raydiv.model.chat import Chat
-from raydiv.training.order import epochs_of, total_steps
+from raydiv.training.schedule import epoch_plan, total_steps
 from raydiv.utils.errors import UserError
 
 SAMPLE_RECORDS = 2000
@@ -90,7 +91,7 @@ def _from_indices(recipe: Recipe, opened: Sequence[OpenSource], unavailable: lis
     indices = [read_index(source) for source in opened]
     train = len(recipe.data.train)
     examples = make_splits(recipe, indices[:train], indices[train:]).train.examples
-    epochs = epochs_of(recipe, examples)
+    epochs = epoch_plan(recipe, examples)
     steps = total_steps(recipe, epochs.steps_per_epoch)
     budget = largest_budget(epochs, steps, examples.lengths, recipe.cluster.least_workers)
     weights = np.array([source.weight for source in recipe.data.train])[examples.source]
@@ -146,18 +147,18 @@ def _records(source: Source) -> Iterator[tuple[File, tuple[int, Any]]]:
     """(file, raw record) pairs of a source, in order."""
     for file in files_of(source):
         for piece in file_chunks(file):
-            yield from ((file, raw) for raw in read(piece))
+            yield from ((file, raw) for raw in read_chunk(piece))
 
 
 def _examples(source: Source, recipe: Recipe, stride: int) -> Iterator[list[Example]]:
     """Examples of one record in ``stride``. Raises UserError for a bad row unless ``data.on_bad_row`` leaves it out."""
-    reader = reading_of(source, recipe.data.columns or {})
+    reader = record_reader(source, recipe.data.columns or {})
     for file, (position, raw) in itertools.islice(_records(source), 0, None, stride):
         try:
-            yield reader.examples(parse(raw), f"{file.name}@{position}")
+            yield reader.examples(parse_record(raw), f"{file.name}@{position}")
         except BadRow as error:
             if recipe.data.on_bad_row == "error":
-                raise UserError(f"{file.name}:{locate(file, [position])[position]}: {error}") from None
+                raise UserError(f"{file.name}:{line_numbers(file, [position])[position]}: {error}") from None
 
 
 def _from_sample(recipe: Recipe, sample: _Sample, chat: Chat, unavailable: list[str]) -> DataAmounts:

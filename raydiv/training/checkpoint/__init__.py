@@ -1,1 +1,1 @@
-"""Checkpoints: written whole or not at all, checked when they are read, and read under any layout."""
+"""Checkpoints: each rank writes a shard, rank 0 the manifest that completes them; any layout reads them again."""

@@ -1,4 +1,4 @@
-"""Writing a rank's share of a checkpoint while training goes on."""
+"""Writes a rank's shard of a checkpoint in a thread, while training goes on."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from raydiv.utils.storage import Folder
 
 
 class AsyncWriter:
-    """A thread that writes one rank's file at a time."""
+    """Writes one shard at a time."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing: Future[CheckpointShard] | None = None
+        self._shard: Future[CheckpointShard] | None = None
 
     def start(self, folder: Folder, state: Snapshot) -> None:
-        """Begin to write ``state``, which nobody changes any more."""
-        assert self._writing is None, "the one before is to be taken first"
-        self._writing = self._thread.submit(write_shard, folder, self._rank, state)
+        """Start to write ``state``, which must not change any more."""
+        assert self._shard is None, "the previous shard's result has not been taken"
+        self._shard = self._thread.submit(write_shard, folder, self._rank, state)
 
     @property
     def busy(self) -> bool:
-        return self._writing is not None and not self._writing.done()
+        return self._shard is not None and not self._shard.done()
 
-    def take(self) -> CheckpointShard | str:
-        """What was written, or why it could not be; waits for it."""
-        assert self._writing is not None
-        writing, self._writing = self._writing, None
+    def result(self) -> CheckpointShard | str:
+        """The shard, or why it could not be written; waits for it."""
+        assert self._shard is not None
+        shard, self._shard = self._shard, None
         try:
-            return writing.result()
+            return shard.result()
         except OSError as error:
             return error.strerror or str(error)

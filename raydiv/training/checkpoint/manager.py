@@ -1,7 +1,7 @@
-"""Checkpoints of a training loop: when one is due, how the ranks agree that it is whole, and how a loop goes on from one.
+"""Checkpoints of a training loop: when one is due, how the ranks agree that it is complete, and how a run resumes from it.
 
 The loop itself waits only for a copy of the state in memory: each rank writes its own while the next steps are computed.
-Nothing of a random generator is kept: a micro-batch's is seeded by the step and its examples, and the order of the data is a
+No generator state is saved: that of a micro-batch is seeded by the step and its examples, and the order of the data is a
 function of the step alone.
 """
 
@@ -16,15 +16,16 @@ from typing import Any
 from raydiv.config import Recipe
 from raydiv.runs.directory import RunDirectory
 from raydiv.training.checkpoint.async_writer import AsyncWriter
-from raydiv.training.checkpoint.manifest import CheckpointStore, Manifest, assigned
-from raydiv.training.checkpoint.shards import CheckpointShard, ShardReader, fault
+from raydiv.training.checkpoint.manifest import CheckpointStore, Manifest, assigned_shards
+from raydiv.training.checkpoint.shards import CheckpointShard, ShardReader, find_damage
+from raydiv.training.zero_state import Partitions
 from raydiv.utils import distributed as dist
 from raydiv.utils.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
 class _PendingCheckpoint:
-    """A checkpoint that ranks still write."""
+    """A checkpoint that ranks are still writing."""
 
     step: int
     updates: int
@@ -33,140 +34,136 @@ class _PendingCheckpoint:
 
 
 class CheckpointManager:
-    """Writes the checkpoints of a run, and finds the one to go on from. Every method is called by all ranks together.
+    """Writes the checkpoints of a run, and finds the one to resume from. All ranks must call every method together."""
 
-    ``engine`` has ``updates``, ``snapshot`` and ``restore`` (see raydiv.training.engine.DeepSpeedEngine).
-    """
-
-    def __init__(self, run: RunDirectory, recipe: Recipe, engine: Any) -> None:
-        self._run, self._section, self._engine = run, recipe.checkpoint, engine
-        self._checkpoints = CheckpointStore(run.checkpoints(recipe))
-        self._possible = recipe.engine.nvme_path is None
+    def __init__(self, run: RunDirectory, recipe: Recipe, partitions: Partitions) -> None:
+        self._run, self._section, self._partitions = run, recipe.checkpoint, partitions
+        self._store = CheckpointStore(run.checkpoints(recipe))
+        # what is offloaded to NVMe is not in a snapshot
+        self._enabled = recipe.engine.nvme_path is None
         self._writer = AsyncWriter(dist.rank())
-        self._begun: _PendingCheckpoint | None = None
+        self._pending: _PendingCheckpoint | None = None
         self._due, self._last = False, time.monotonic()
-        self._id = dist.broadcast_object(run.stage.read().id if dist.rank() == 0 else "")
+        self._run_id = dist.broadcast_object(run.stage.read().id if dist.rank() == 0 else "")
 
     def find(self) -> Manifest | None:
-        """The newest checkpoint all of whose files are as they were written; None without any.
+        """The newest checkpoint whose files are undamaged; None where there is none.
 
-        What is damaged is said, and the one before it taken.
+        Damaged ones are logged and skipped. Raises UserError where the newest belongs to another run.
         """
-        for step in dist.broadcast_object(self._checkpoints.steps() if dist.rank() == 0 else []):
-            found, wrong = self._checked(step)
-            if not wrong:
-                return found
+        for step in dist.broadcast_object(self._store.steps() if dist.rank() == 0 else []):
+            manifest, damage = self._verify(step)
+            if not damage:
+                return manifest
             if dist.rank() == 0:
-                self._run.events.log(f"the checkpoint after step {step} is damaged and not used: {wrong}")
+                self._run.events.log(f"the checkpoint after step {step} is damaged and not used: {damage}")
         return None
 
     def best(self) -> Manifest | None:
-        """The checkpoint with the best of what ``checkpoint.best_metric`` measured; None where none was measured.
+        """The checkpoint with the best value of ``checkpoint.best_metric``; None where it was never measured.
 
         Raises RuntimeError where it is damaged.
         """
-        step = dist.broadcast_object(self._checkpoints.best(self._section.mode) if dist.rank() == 0 else None)
+        step = dist.broadcast_object(self._store.best(self._section.mode) if dist.rank() == 0 else None)
         if step is None:
             return None
-        found, wrong = self._checked(step)
-        if wrong:
-            raise RuntimeError(f"the best checkpoint, after step {step}, is damaged: {wrong}")
-        return found
+        manifest, damage = self._verify(step)
+        if damage:
+            raise RuntimeError(f"the best checkpoint, after step {step}, is damaged: {damage}")
+        return manifest
 
     def restore(self, manifest: Manifest) -> None:
-        """Put the engine where it was."""
-        with ShardReader(self._checkpoints.at(manifest.step), manifest.shards) as shards:
-            self._engine.restore(shards.read, manifest.updates)
+        """Set the training state to the checkpoint's."""
+        with ShardReader(self._store.at(manifest.step), manifest.shards) as shards:
+            self._partitions.restore(shards.read, manifest.updates)
 
-    def _checked(self, step: int) -> tuple[Manifest | None, str]:
-        """A checkpoint's manifest and, where it is damaged, how. The ranks share the reading."""
-        found, wrong = None, None
+    def _verify(self, step: int) -> tuple[Manifest | None, str]:
+        """A checkpoint's manifest, and how it is damaged, else an empty text. The ranks share the reading."""
+        manifest, damage = None, None
         try:
-            found = self._checkpoints.manifest(step)
-            mine = assigned(found.shards, dist.rank(), dist.world_size())
-            wrong = next(filter(None, (fault(self._checkpoints.at(step), shard) for shard in mine)), None)
+            manifest = self._store.manifest(step)
+            shards = assigned_shards(manifest.shards, dist.rank(), dist.world_size())
+            damage = next(filter(None, (find_damage(self._store.at(step), shard) for shard in shards)), None)
         except (OSError, ValueError) as error:
-            wrong = str(error)
-        if found is not None and found.of.get("run") != self._id:
+            damage = str(error)
+        if manifest is not None and manifest.of.get("run") != self._run_id:
             raise UserError(
-                f"checkpoint: {self._checkpoints.at(step).uri} is of another run; give this one another name=... or "
+                f"checkpoint: {self._store.at(step).uri} is of another run; give this one another name=... or "
                 "another checkpoint.storage=..."
             )
-        return found, next(filter(None, dist.all_gather_object(wrong)), "")
+        return manifest, next(filter(None, dist.all_gather_object(damage)), "")
 
     def after_step(
         self, step: int, loop: Callable[[], dict[str, Any]], metrics: Mapping[str, float], last: bool
     ) -> bool:
-        """Begin a checkpoint if one is due after ``step`` steps; returns whether the run was asked to stop, and did.
+        """Start a checkpoint if one is due after ``step`` steps; returns whether the run stops here because it was asked to.
 
-        ``loop``: what the loop carries on; ``metrics``: what was measured after this step. A checkpoint waits for a step at
-        which ``checkpoint.best_metric`` is measured; after the ``last`` step everything is written before this returns.
+        ``loop`` returns the state of the loop; ``metrics`` are those measured after this step. A checkpoint that is due waits
+        for a step at which ``checkpoint.best_metric`` is measured. After the ``last`` step this returns when all is written.
         """
         metric = self._section.best_metric
         measured = None if metric is None else metrics.get(metric)
-        busy, due, stop = self._agreed(step, ready=metric is None or measured is not None)
+        writing, due, stop = self._agree(step, ready=metric is None or measured is not None)
         stop = stop and not last
-        if self._begun is not None and not busy:
-            self._settle()
-        if (due or stop) and self._possible:
-            self._settle()
-            self._begin(step, loop, measured)
+        if self._pending is not None and not writing:
+            self._finish()
+        if (due or stop) and self._enabled:
+            self._finish()
+            self._start(step, loop, measured)
         if stop or last:
-            self._settle()
+            self._finish()
         return stop
 
-    def _agreed(self, step: int, ready: bool) -> tuple[bool, bool, bool]:
-        """Whether any rank still writes, a checkpoint is to be begun, and the run is to stop: the same on every rank."""
+    def _agree(self, step: int, ready: bool) -> tuple[bool, bool, bool]:
+        """Whether any rank is still writing, a checkpoint is due, and the run is to stop: the same on every rank."""
         seconds, every = self._section.seconds, self._section.every
         if isinstance(every, int):
             self._due |= step % every == 0
         elif seconds is not None:
             self._due |= time.monotonic() - self._last >= seconds
         first = dist.rank() == 0
-        said = dist.all_gather_object(
-            (self._writer.busy, first and self._due and ready, first and self._run.stop_requested)
-        )
-        busy, due, stop = (any(flags) for flags in zip(*said, strict=True))
-        return busy, due, stop
+        flags = (self._writer.busy, first and self._due and ready, first and self._run.stop_requested)
+        writing, due, stop = (any(votes) for votes in zip(*dist.all_gather_object(flags), strict=True))
+        return writing, due, stop
 
-    def _begin(self, step: int, loop: Callable[[], dict[str, Any]], measured: float | None) -> None:
+    def _start(self, step: int, loop: Callable[[], dict[str, Any]], measured: float | None) -> None:
         if dist.rank() == 0:
-            with suppress(OSError):  # then the files cannot be written neither, which is said
-                self._checkpoints.begin(step)
-        self._begun = _PendingCheckpoint(step, self._engine.updates, loop(), measured)
+            with suppress(OSError):  # writing the files fails as well, and that is logged
+                self._store.invalidate(step)
+        self._pending = _PendingCheckpoint(step, self._partitions.updates, loop(), measured)
         self._due, self._last = False, time.monotonic()
-        self._writer.start(self._checkpoints.at(step), self._engine.snapshot())
+        self._writer.start(self._store.at(step), self._partitions.snapshot())
 
-    def _settle(self) -> None:
-        """Wait until every rank has written, and call the checkpoint whole if all could."""
-        if self._begun is None:
+    def _finish(self) -> None:
+        """Wait until every rank has written the pending checkpoint, and commit it."""
+        if self._pending is None:
             return
-        begun, self._begun = self._begun, None
-        written = dist.all_gather_object(self._writer.take())
+        pending, self._pending = self._pending, None
+        results = dist.all_gather_object(self._writer.result())
         if dist.rank() == 0:
-            self._commit(begun, written)
+            self._commit(pending, results)
 
-    def _commit(self, begun: _PendingCheckpoint, written: Sequence[CheckpointShard | str]) -> None:
-        """Call a checkpoint whole, and let go of old ones; where a rank could not write its share, say so instead."""
-        folder = self._checkpoints.folder.uri
+    def _commit(self, pending: _PendingCheckpoint, results: Sequence[CheckpointShard | str]) -> None:
+        """Write the manifest and remove old checkpoints; where a rank could not write its shard, log that instead."""
+        folder = self._store.folder.uri
         try:
-            for rank, shard in enumerate(written):
-                if isinstance(shard, str):
-                    raise OSError(f"worker {rank}: {shard}")
-            shards = [shard for shard in written if isinstance(shard, CheckpointShard)]
-            of = {"run": self._id, **self._run.stage.read().of}
-            self._checkpoints.commit(
-                Manifest(begun.step, begun.updates, dist.world_size(), begun.loop, of, begun.measured, shards)
+            for rank, result in enumerate(results):
+                if isinstance(result, str):
+                    raise OSError(f"worker {rank}: {result}")
+            shards = [result for result in results if isinstance(result, CheckpointShard)]
+            of = {"run": self._run_id, **self._run.stage.read().of}
+            self._store.commit(
+                Manifest(pending.step, pending.updates, dist.world_size(), pending.loop, of, pending.measured, shards)
             )
         except OSError as error:
             self._run.events.log(
-                f"the checkpoint after step {begun.step} could not be written to {folder}: {error}; training goes on, and "
-                "the one before it is kept"
+                f"the checkpoint after step {pending.step} could not be written to {folder}: {error}; training goes on, "
+                "and the one before it is kept"
             )
             with suppress(OSError):
-                self._checkpoints.at(begun.step).remove()
+                self._store.at(pending.step).remove()
             return
         try:
-            self._checkpoints.prune(self._section.keep, self._section.mode if self._section.best_metric else None)
+            self._store.prune(self._section.keep, self._section.mode if self._section.best_metric else None)
         except OSError as error:
             self._run.events.log(f"old checkpoints in {folder} could not be removed: {error}")

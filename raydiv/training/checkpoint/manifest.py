@@ -1,7 +1,7 @@
-"""The checkpoints of a run: which there are, which is the newest that is whole, and which may go.
+"""The checkpoints of a run: which exist, which are complete, and which are removed.
 
-A checkpoint is a folder of one file a rank, and of a manifest that is written last: without it nobody takes the folder for
-a checkpoint. The manifest has the digest of every file, and its own. Nothing in it is code: JSON and safetensors.
+A checkpoint is a folder of one file a rank, and a manifest that is written last: a folder without it is no checkpoint. The
+manifest holds the digest of every file, and its own. Nothing in it is code: JSON and safetensors.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ PREFIX = "step-"
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a checkpoint holds.
+    """The content of a checkpoint.
 
-    ``step``: training steps that it has behind it; ``updates`` the optimizer's, which a refused step does not add to.
-    ``loop``: what the training loop carries from step to step beside weights and moments. ``of``: facts by which a run knows
-    its own checkpoints. ``measured``: the value of ``checkpoint.best_metric`` then.
+    ``step`` counts training steps, ``updates`` those of the optimizer, without refused ones. ``loop`` is the state of the loop
+    besides weights and moments. ``of`` identifies the run. ``measured``: the value of ``checkpoint.best_metric``.
     """
 
     step: int
@@ -41,24 +40,24 @@ class Manifest:
         return json.dumps({"sha256": _sha256(content), "content": content}).encode()
 
     @classmethod
-    def from_bytes(cls, written: bytes) -> Manifest:
-        """Raises ValueError where the bytes are not what was written."""
+    def from_bytes(cls, data: bytes) -> Manifest:
+        """Raises ValueError where the bytes are damaged."""
         try:
-            whole = json.loads(written)
-            content = whole["content"]
-            if _sha256(content) != whole["sha256"]:
+            signed = json.loads(data)
+            content = signed["content"]
+            if _sha256(content) != signed["sha256"]:
                 raise ValueError("its SHA-256 differs")
-            found = json.loads(content)
-            shards = [CheckpointShard.from_json(shard) for shard in found.pop("shards")]
+            fields = json.loads(content)
+            shards = [CheckpointShard.from_json(shard) for shard in fields.pop("shards")]
             for shard in shards:
                 require_inside(shard.file)
-            return cls(**found, shards=shards)
+            return cls(**fields, shards=shards)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{MANIFEST} is not what was written: {error}") from None
+            raise ValueError(f"{MANIFEST} is damaged: {error}") from None
 
 
 class CheckpointStore:
-    """The checkpoints in a folder, which may be of an object store."""
+    """The checkpoints in a folder, which may be in an object store."""
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
@@ -68,39 +67,39 @@ class CheckpointStore:
         return self.folder.inside(f"{PREFIX}{step:08d}")
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that were written to their end, the newest first."""
-        return [step for step in sorted(self._begun(), reverse=True) if self.at(step).has(MANIFEST)]
+        """Steps of the complete checkpoints, the newest first."""
+        return [step for step in sorted(self._all_steps(), reverse=True) if self.at(step).has(MANIFEST)]
 
     def manifest(self, step: int) -> Manifest:
-        """Raises ValueError where it is damaged, OSError where it cannot be read."""
-        found = Manifest.from_bytes(self.at(step).read(MANIFEST))
-        if found.step != step:
-            raise ValueError(f"{MANIFEST} is that of step {found.step}")
-        return found
+        """The manifest of a checkpoint. Raises ValueError where it is damaged, OSError where it cannot be read."""
+        manifest = Manifest.from_bytes(self.at(step).read(MANIFEST))
+        if manifest.step != step:
+            raise ValueError(f"{MANIFEST} is that of step {manifest.step}")
+        return manifest
 
-    def begin(self, step: int) -> None:
-        """Make way for a checkpoint: one of that step that is there already counts no more."""
+    def invalidate(self, step: int) -> None:
+        """Remove the manifest of the checkpoint at ``step``, if there is one, before its files are overwritten."""
         self.at(step).remove_file(MANIFEST)
 
     def commit(self, manifest: Manifest) -> None:
-        """Call a checkpoint whole, all of whose files are written."""
+        """Complete a checkpoint whose files are all written."""
         self.at(manifest.step).write(MANIFEST, manifest.as_bytes())
 
     def prune(self, newest: int, best: str | None) -> None:
-        """Remove all but the ``newest`` ones, and the best one where there is a direction for it: ``min`` or ``max``.
+        """Remove all but the ``newest`` ones, and the best by direction ``best``: ``min``, ``max``, or None for no best.
 
-        What was never finished goes as well.
+        Incomplete ones are removed as well.
         """
-        kept = set(self.steps()[:newest])
+        keep = set(self.steps()[:newest])
         if best is not None and (step := self.best(best)) is not None:
-            kept.add(step)
-        for step in self._begun() - kept:
-            # the manifest first: what is half removed is no checkpoint either
+            keep.add(step)
+        for step in self._all_steps() - keep:
+            # the manifest first, so that a half-removed checkpoint is none
             self.at(step).remove_file(MANIFEST)
             self.at(step).remove()
 
     def best(self, direction: str) -> int | None:
-        """The step of the best checkpoint by what was measured, the earliest of equal ones; None where nothing was."""
+        """The step of the best checkpoint, the earliest of equal ones; None where none has a measured value."""
         sign = 1 if direction == "min" else -1
         measured = [(sign * value, step) for step in self.steps() if (value := self._measured(step)) is not None]
         return min(measured)[1] if measured else None
@@ -111,13 +110,13 @@ class CheckpointStore:
         except (OSError, ValueError):
             return None
 
-    def _begun(self) -> set[int]:
-        """Steps of all checkpoints, whole or not."""
+    def _all_steps(self) -> set[int]:
+        """Steps of all checkpoints, complete or not."""
         return {int(name.removeprefix(PREFIX)) for name in self.folder.folders() if name.startswith(PREFIX)}
 
 
-def assigned(shards: Sequence[CheckpointShard], rank: int, world_size: int) -> Sequence[CheckpointShard]:
-    """The files that a rank checks: over all ranks each one once."""
+def assigned_shards(shards: Sequence[CheckpointShard], rank: int, world_size: int) -> Sequence[CheckpointShard]:
+    """The files that a rank verifies: over all ranks each one once."""
     return shards[rank::world_size]
 
 

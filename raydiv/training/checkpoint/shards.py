@@ -1,4 +1,4 @@
-"""A checkpoint's files: safetensors, one a rank, in which every piece of the training state stands once."""
+"""A checkpoint's files: safetensors, one a rank, which together hold every element of the training state once."""
 
 from __future__ import annotations
 
@@ -25,77 +25,78 @@ class CheckpointShard:
     pieces: dict[str, tuple[int, int]]
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> CheckpointShard:
-        pieces = {name: (int(start), int(stop)) for name, (start, stop) in found["pieces"].items()}
-        return cls(str(found["file"]), int(found["size"]), str(found["sha256"]), pieces)
+    def from_json(cls, fields: Mapping[str, Any]) -> CheckpointShard:
+        pieces = {name: (int(start), int(stop)) for name, (start, stop) in fields["pieces"].items()}
+        return cls(str(fields["file"]), int(fields["size"]), str(fields["sha256"]), pieces)
 
 
 def write_shard(folder: Folder, rank: int, state: Snapshot) -> CheckpointShard:
-    """Write a rank's share of the state. Raises OSError where that fails, and leaves no file then."""
+    """Write a rank's part of the state. Raises OSError where that fails, and then leaves no file."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     file = f"rank-{rank:05d}.safetensors"
     with folder.filled(file) as path:
         try:
-            save_file({_key(piece.name, kind): values for (piece, kind), values in state.items()}, path)
-        except SafetensorError as error:  # a disk that is full, say
+            save_file({_key(fragment.name, kind): values for (fragment, kind), values in state.items()}, path)
+        except SafetensorError as error:  # such as a full disk
             raise OSError(f"{file}: {error}") from None
         size, sha256 = path.stat().st_size, sha256_of(path)
-    return CheckpointShard(file, size, sha256, {piece.name: (piece.start, piece.stop) for piece, _ in state})
+    pieces = {fragment.name: (fragment.start, fragment.stop) for fragment, _ in state}
+    return CheckpointShard(file, size, sha256, pieces)
 
 
-def fault(folder: Folder, shard: CheckpointShard) -> str | None:
-    """What is wrong with a file; None when it is as it was written."""
+def find_damage(folder: Folder, shard: CheckpointShard) -> str | None:
+    """How a file is damaged; None where it is not."""
     try:
         with folder.local(shard.file) as path:
             if path.stat().st_size != shard.size:
                 return f"{shard.file} has {path.stat().st_size} bytes of {shard.size}"
             if sha256_of(path) != shard.sha256:
-                return f"{shard.file} is not what was written (its SHA-256 differs)"
+                return f"{shard.file} is damaged (its SHA-256 differs)"
     except OSError as error:
         return f"{shard.file} cannot be read: {error.strerror or error}"
     return None
 
 
 class ShardReader:
-    """The state in a checkpoint's files, by pieces of any layout. A context: files are opened when they are first needed."""
+    """Reads fragments of any layout from a checkpoint's files. A context: files are opened at their first use."""
 
     def __init__(self, folder: Folder, shards: Sequence[CheckpointShard]) -> None:
         self._folder, self._shards = folder, shards
-        self._opened: dict[str, Any] = {}
-        self._open = ExitStack()
+        self._files: dict[str, Any] = {}
+        self._contexts = ExitStack()
 
     def __enter__(self) -> ShardReader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._open.close()
+        self._contexts.close()
 
-    def read(self, piece: Fragment, kind: str) -> Tensor:
-        """The elements [length] of a piece. Raises ValueError where the checkpoint does not have all of them."""
-        values = torch.empty(piece.length)
-        there = 0
+    def read(self, fragment: Fragment, kind: str) -> Tensor:
+        """The elements [length] of a fragment. Raises ValueError where the checkpoint does not have all of them."""
+        values = torch.empty(fragment.length)
+        count = 0
         for shard in self._shards:
-            start, stop = shard.pieces.get(piece.name, (0, 0))
-            first, last = max(start, piece.start), min(stop, piece.stop)
+            start, stop = shard.pieces.get(fragment.name, (0, 0))
+            first, last = max(start, fragment.start), min(stop, fragment.stop)
             if first < last:
-                part = self._file(shard.file).get_slice(_key(piece.name, kind))[first - start : last - start]
-                values[first - piece.start : last - piece.start] = part
-                there += last - first
-        if there != piece.length:
+                elements = self._file(shard.file).get_slice(_key(fragment.name, kind))[first - start : last - start]
+                values[first - fragment.start : last - fragment.start] = elements
+                count += last - first
+        if count != fragment.length:
             raise ValueError(
-                f"{self._folder.uri}: has {there} of the {piece.length} elements of {piece.name} that are needed"
+                f"{self._folder.uri}: has {count} of the {fragment.length} elements of {fragment.name} that are needed"
             )
         return values
 
     def _file(self, name: str) -> Any:
         from safetensors import safe_open
 
-        if name not in self._opened:
-            path = self._open.enter_context(self._folder.local(name))
-            self._opened[name] = self._open.enter_context(safe_open(path, framework="pt"))
-        return self._opened[name]
+        if name not in self._files:
+            path = self._contexts.enter_context(self._folder.local(name))
+            self._files[name] = self._contexts.enter_context(safe_open(path, framework="pt"))
+        return self._files[name]
 
 
 def _key(name: str, kind: str) -> str:

@@ -1,0 +1,75 @@
+"""Evaluation on the held-out examples during training, and early stopping by it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from raydiv.config import Recipe
+from raydiv.data.batching import SequentialPlan
+from raydiv.runs.directory import RunDirectory
+from raydiv.training.coefficients import evaluate_objective
+from raydiv.training.dataloader import ExampleSet, RankShard, StepLoader, read_steps
+from raydiv.training.metrics import log_metrics, rewards
+from raydiv.training.schedule import is_due
+from raydiv.training.state import TrainState
+from raydiv.training.step import Stepper, concatenate_batches
+from raydiv.utils import distributed as dist
+from raydiv.utils.storage import write_json
+
+PART_EXAMPLES = 256
+"""Held-out examples that are read and scored at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutEvaluation:
+    """Evaluates the loss on held-out ``examples``; without any it does nothing. All ranks must call its methods."""
+
+    recipe: Recipe
+    run: RunDirectory
+    stepper: Stepper
+    examples: ExampleSet | None
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Log and return loss, divergence and rewards as ``eval/*``, which leaves the running states as they were.
+
+        Where there is a reference, each example's reward is written into the run.
+        """
+        if self.examples is None:
+            return {}
+        self.stepper.timer.enter("evaluate")
+        stored = self.examples.examples
+        shard = RankShard(self.stepper.layout, dist.rank(), trains=False, scores=True)
+        plan = SequentialPlan(stored.lengths, PART_EXAMPLES)
+        steps = read_steps(StepLoader(self.examples, plan, shard), 0, plan.parts)
+        batch = concatenate_batches([self.stepper.score(part) for part in steps], plan.order, stored.units)
+        values = evaluate_objective(self.stepper.terms, self.stepper.states, batch).metrics
+        if dist.rank() == 0 and self.recipe.loss.needs_reference:
+            reward = rewards(batch, self.stepper.terms[0].reward_scale)
+            classes = {"aligned": batch.aligned, "unaligned": ~batch.aligned}
+            write_json(self.run.rewards, {name: reward[mask].tolist() for name, mask in classes.items()})
+        metrics = {"step": step} | {f"eval/{name}": value for name, value in values.items()}
+        log_metrics(self.run, metrics)
+        return metrics
+
+    def after_step(self, step: int, state: TrainState) -> dict[str, float]:
+        """The metrics of an evaluation that is due after ``step``, or at the end of training; empty otherwise.
+
+        Ends training where ``optim.early_stop`` says so.
+        """
+        if state.ended is None and not is_due(self.recipe.evaluate.every, step):
+            return {}
+        metrics = self.evaluate(step)
+        early_stop = self.recipe.optim.early_stop
+        if early_stop is None:
+            return metrics
+        if early_stop.metric not in metrics:
+            self._log_missing(early_stop.metric, step)
+        elif state.early_stopping.update(early_stop, metrics[early_stop.metric]) and state.ended is None:
+            state.ended = f"{early_stop.metric} was no better in {early_stop.patience} evaluations (optim.early_stop)"
+        return metrics
+
+    def _log_missing(self, metric: str, step: int) -> None:
+        if dist.rank() == 0:
+            self.run.events.log(
+                f"optim.early_stop.metric: {metric} has no value at step {step}; early stopping ignores this evaluation"
+            )
