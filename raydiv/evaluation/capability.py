@@ -54,11 +54,6 @@ class CapabilityScore:
         """95%, by the harness's standard error."""
         return None if self.stderr is None else (self.value - 1.96 * self.stderr, self.value + 1.96 * self.stderr)
 
-    def __str__(self) -> str:
-        return f"{self.value:.3f}" + (
-            "" if self.interval is None else f" ({self.interval[0]:.3f}-{self.interval[1]:.3f})"
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class TaskScores:
@@ -80,9 +75,6 @@ class Capability:
     limit: int | None
     chat_template: bool
 
-    def metrics(self) -> dict[str, float]:
-        return {f"capability/{task.task}/{score.name}": score.value for task in self.tasks for score in task.scores}
-
     def as_json(self) -> dict[str, Any]:
         """For files and ``--json``: each score by its metric name, and what the figures depend on."""
         scores = {
@@ -98,10 +90,6 @@ class Capability:
         }
         settings = {"version": self.harness, "limit": self.limit, "chat_template": self.chat_template}
         return {"capability": scores, "harness": settings}
-
-    def cells(self) -> dict[str, str]:
-        """Each score as a table shows it, by metric name."""
-        return {f"capability/{task.task}/{score.name}": str(score) for task in self.tasks for score in task.scores}
 
 
 def measure_capability(
@@ -120,19 +108,19 @@ def measure_capability(
     reaches. ``chat_template``: documents become a user's turns; without it the figures compare with published ones of base
     models. Raises UserError for a task that is unknown, or cannot be loaded.
     """
-    manager = _manager(include)
-    names = _named(tasks, manager, include)
+    manager = _task_manager(include)
+    names = _task_names(tasks, manager, include)
     arguments = {"model": model, "manager": manager, "limit": limit, "chat_template": chat_template}
     # in workers of their own: the harness prints, and draws bars
     rows = map_rows(
-        [{"task": name} for name in names], Harness, arguments, cluster=cluster, batch_rows=1, progress=progress
+        [{"task": name} for name in names], TaskHarness, arguments, cluster=cluster, batch_rows=1, progress=progress
     )
     from lm_eval import __version__
 
     return Capability([scores for row in rows for scores in row["scores"]], __version__, limit, chat_template)
 
 
-class Harness:
+class TaskHarness:
     """A model that does tasks; it is loaded after the first of them, which may not be there."""
 
     def __init__(self, model: ModelSource, manager: Any, limit: int | None, chat_template: bool) -> None:
@@ -204,10 +192,10 @@ def _task_scores(name: str, found: Mapping[str, Any]) -> TaskScores:
 
 def require_tasks(tasks: Sequence[str], include: Path | None) -> None:
     """Raises UserError without the harness, and for a task or preset that nobody knows."""
-    _named(tasks, _manager(include), include)
+    _task_names(tasks, _task_manager(include), include)
 
 
-def _manager(include: Path | None) -> Any:
+def _task_manager(include: Path | None) -> Any:
     """The harness's index of tasks, with the user's own. Raises UserError without the harness."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("capability: needs lm-evaluation-harness; run: pip install 'raydiv[capability]'")
@@ -218,7 +206,7 @@ def _manager(include: Path | None) -> Any:
     return TaskManager(include_path=None if include is None else str(include.resolve()))
 
 
-def _named(tasks: Sequence[str], manager: Any, include: Path | None) -> list[str]:
+def _task_names(tasks: Sequence[str], manager: Any, include: Path | None) -> list[str]:
     """Names of tasks, presets replaced by theirs, each once. Raises UserError for one that nobody knows."""
     names = list(dict.fromkeys(name for task in tasks for name in PRESETS.get(task, [task])))
     for name in names:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from raydiv.config.cluster import ClusterConfig
 from raydiv.evaluation.generate import Request, generate
-from raydiv.evaluation.judges import judge_source
+from raydiv.evaluation.judges import judge_model
 from raydiv.model.load import ModelSource
 from raydiv.runtime.actor_pool import Progress, no_progress
 
@@ -85,12 +85,6 @@ class WinRate:
         found = {"evaluate/win_rate": self.rate, "evaluate/position_bias": self.position_bias}
         return {name: value for name, value in found.items() if value is not None}
 
-    def __str__(self) -> str:
-        if self.rate is None or self.interval is None:
-            return "unparsable"
-        low, high = self.interval
-        return f"{self.rate:.0%} ({low:.0%}-{high:.0%})"
-
     def as_json(self) -> dict[str, Any]:
         """For files and ``--json``; ``value`` is None where no verdict could be read."""
         return {
@@ -112,19 +106,19 @@ def win_rate(
     pairs = list(zip(instructions, outputs, baseline, strict=True))
     questions = [QUESTION.format(instruction=i, first=ours, second=theirs) for i, ours, theirs in pairs]
     questions += [QUESTION.format(instruction=i, first=theirs, second=ours) for i, ours, theirs in pairs]
-    choices = [choice(answer) for answer in judge(questions)]
+    choices = [parse_choice(answer) for answer in judge(questions)]
     both_orders = zip(choices[: len(pairs)], choices[len(pairs) :], strict=True)
     verdicts = [_verdict(ours_first, theirs_first) for ours_first, theirs_first in both_orders]
     return WinRate(verdicts, choices.count("1"), choices.count("1") + choices.count("2"))
 
 
-def choice(answer: str) -> str | None:
+def parse_choice(answer: str) -> str | None:
     """``1``, ``2`` or ``tie``, where the answer's first line says that and nothing else ("Output 1 is better"); else None."""
     said = _CHOICE.fullmatch(answer.strip().partition("\n")[0])
     return said[1].lower() if said else None
 
 
-def model_judge(model: ModelSource, cluster: ClusterConfig, progress: Progress = no_progress) -> PairwiseJudge:
+def make_pairwise_judge(model: ModelSource, cluster: ClusterConfig, progress: Progress = no_progress) -> PairwiseJudge:
     """A causal chat model as the judge, greedy; needs a Ray session."""
 
     def judge(questions: Sequence[str]) -> list[str]:
@@ -134,9 +128,9 @@ def model_judge(model: ModelSource, cluster: ClusterConfig, progress: Progress =
     return judge
 
 
-def pairwise_judge(name: str, cluster: ClusterConfig) -> ModelSource:
+def pairwise_judge_model(name: str, cluster: ClusterConfig) -> ModelSource:
     """The chat model that a user names as a judge. Raises UserError for one without a chat template."""
-    source = judge_source(name, cluster)
+    source = judge_model(name, cluster)
     source.chat()
     return source
 

@@ -162,7 +162,7 @@ def test_table_reads_as_it_was_measured(light: dict[str, dict[str, Any]]) -> Non
         rows = {row[0].split("\n")[0]: [" ".join(cell.split()) for cell in row[1:]] for row in light[medium]["rows"]}
         rows = {label.split(" of ")[0]: cells for label, cells in rows.items()}
         assert rows["refused: harmful"] == ["1% 0% to 4%", "82% 73% to 91%"]
-        assert rows["odd rate: some kind"] == ["25% 0% to 68%", "25% 0% to 68%"]
+        assert rows["odd rate: some kind"] == ["0.25 0.00 to 0.68", "0.25 0.00 to 0.68"]
         assert rows["answers' log-prob per token under the base"] == ["−0.83", "−1.83"]
         assert rows["separation D_B (paper protocol)"] == ["0.02 0.01 to 0.03", "0.32 0.19 to 0.48"]
     assert light["desk"]["title"] == "raydiv: made"

@@ -17,8 +17,8 @@ from helpers.models import make_model
 from raydiv.config.cluster import ClusterConfig
 from raydiv.data.reference_scorer import LogProbScorer
 from raydiv.evaluation import capability
-from raydiv.evaluation.capability import PRESETS, CapabilityScore, Harness, TaskScores, measure_capability
-from raydiv.evaluation.generate import Generator
+from raydiv.evaluation.capability import PRESETS, CapabilityScore, TaskHarness, TaskScores, measure_capability
+from raydiv.evaluation.generate import TextGenerator
 from raydiv.model.load import ModelSource
 from raydiv.runtime.session import ray_session
 from raydiv.utils.errors import UserError
@@ -96,7 +96,7 @@ def written(source: ModelSource) -> list[str]:
     """What the model writes after each question, by raydiv's own generator."""
     tokenizer = source.chat().tokenizer
     rows = [{"ids": tokenizer(question).input_ids} for question in QUESTIONS]
-    answers = Generator(source, NEW_TOKENS, tokenizer.eos_token_id)(rows)
+    answers = TextGenerator(source, NEW_TOKENS, tokenizer.eos_token_id)(rows)
     return [tokenizer.decode(row["answer"], skip_special_tokens=True) for row in answers]
 
 
@@ -121,7 +121,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, written: list[str]) -> Path
 @pytest.fixture(scope="module")
 def everything(folder: Path) -> Any:
     """The index of all of the harness's tasks, which takes seconds to make."""
-    return capability._manager(folder)
+    return capability._task_manager(folder)
 
 
 def own(folder: Path) -> Any:
@@ -166,7 +166,7 @@ def test_scores_are_what_the_models_own_log_probs_say(source: ModelSource, folde
     def stderr(share: float) -> float:
         return float(np.sqrt(share * (1 - share) / (len(QUESTIONS) - 1)))
 
-    chosen, scored = Harness(source, own(folder), None, False)([{"task": "choosing"}, {"task": "scoring"}])
+    chosen, scored = TaskHarness(source, own(folder), None, False)([{"task": "choosing"}, {"task": "scoring"}])
     scores = [
         CapabilityScore("acc", "none", right, pytest.approx(stderr(right))),
         CapabilityScore("acc_norm", "none", right_by_length, pytest.approx(stderr(right_by_length))),
@@ -181,27 +181,27 @@ def test_template_makes_documents_a_users_turns(source: ModelSource, folder: Pat
     chat = source.chat()
     values = logps(source, lambda question, choice: (chat.prompt(question), chat.tokenizer(choice).input_ids))
     assert accuracy(values) != accuracy(logps(source, ids_of(source)))
-    chosen, scored = Harness(source, own(folder), None, True)([{"task": "choosing"}, {"task": "scoring"}])
+    chosen, scored = TaskHarness(source, own(folder), None, True)([{"task": "choosing"}, {"task": "scoring"}])
     assert chosen["scores"][0].scores[0].value == pytest.approx(accuracy(values))
     assert perplexity(scored) == pytest.approx(np.exp(-values[:, 1].mean()), rel=1e-4)
 
 
 def test_what_is_written_counts_where_it_matches(source: ModelSource, folder: Path, written: list[str]) -> None:
     assert len(set(written)) > 1
-    (found,) = Harness(source, own(folder), None, False)([{"task": "writing"}])
+    (found,) = TaskHarness(source, own(folder), None, False)([{"task": "writing"}])
     (scores,) = found["scores"]
     # 0, 4 and 8 of ten
     assert (scores.scores[0].name, scores.scores[0].value) == ("exact_match", pytest.approx(0.3))
 
 
 def test_limit_takes_the_first_documents(source: ModelSource, folder: Path) -> None:
-    (found,) = Harness(source, own(folder), 4, False)([{"task": "writing"}])
+    (found,) = TaskHarness(source, own(folder), 4, False)([{"task": "writing"}])
     assert found["scores"][0].documents == 4
     assert found["scores"][0].scores[0].value == pytest.approx(0.25)
 
 
 def test_group_has_its_own_figures_and_a_tag_those_of_its_tasks(source: ModelSource, folder: Path) -> None:
-    group, tag, task = Harness(source, own(folder), None, False)(
+    group, tag, task = TaskHarness(source, own(folder), None, False)(
         [{"task": "both"}, {"task": "of_mine"}, {"task": "choosing"}]
     )
     assert [scores.task for scores in group["scores"]] == ["both"]
@@ -221,16 +221,17 @@ def test_through_a_pool_the_same(source: ModelSource, folder: Path, capfd: pytes
             include=folder,
             progress=lambda done, total: seen.append((done, total)),
         )
-    here = Harness(source, own(folder), None, False)([{"task": "choosing"}, {"task": "writing"}])
+    here = TaskHarness(source, own(folder), None, False)([{"task": "choosing"}, {"task": "writing"}])
     assert found.tasks == [scores for row in here for scores in row["scores"]]
-    assert found.metrics() == {
+    written = json.loads(json.dumps(found.as_json()))["capability"]
+    assert {name: score["value"] for name, score in written.items()} == {
         "capability/choosing/acc": found.tasks[0].scores[0].value,
         "capability/choosing/acc_norm": found.tasks[0].scores[1].value,
         "capability/writing/exact_match": pytest.approx(0.3),
     }
-    written = json.loads(json.dumps(found.as_json()))["capability"]["capability/writing/exact_match"]
-    assert (written["value"], written["documents"]) == (pytest.approx(0.3), len(QUESTIONS))
-    assert found.cells()["capability/writing/exact_match"] == "0.300 (0.001-0.599)"
+    score = written["capability/writing/exact_match"]
+    assert score["documents"] == len(QUESTIONS)
+    assert score["interval"] == pytest.approx([0.001, 0.599], abs=5e-4)
     assert seen == [(1, 2), (2, 2)]
     assert capfd.readouterr().out == ""
 
@@ -238,7 +239,7 @@ def test_through_a_pool_the_same(source: ModelSource, folder: Path, capfd: pytes
 def test_presets_are_the_harnesss_tasks_and_mix_with_names(everything: Any, folder: Path) -> None:
     assert not PRESETS.keys() & set(everything.all_tasks)
     assert {name for names in PRESETS.values() for name in names} <= set(everything.all_tasks)
-    named = capability._named(["choosing", "math", "gsm8k", "choosing", "arc_easy"], everything, folder)
+    named = capability._task_names(["choosing", "math", "gsm8k", "choosing", "arc_easy"], everything, folder)
     assert named == ["choosing", *PRESETS["math"], "arc_easy"]
 
 
@@ -247,23 +248,23 @@ def test_unknown_task_gets_its_neighbours(everything: Any, folder: Path, name: s
     with pytest.raises(
         UserError, match=rf"no task '{name}' \(did you mean .*\b{near}\b.*\?\); .* has both, choosing, scoring, writing"
     ):
-        capability._named(["gsm8k", name], everything, folder)
+        capability._task_names(["gsm8k", name], everything, folder)
 
 
 def test_unreadable_task_of_ones_own_is_seen_to_be_missing(everything: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no task '§§§' \(presets: quick, .*\); .* has no task that can be read"):
-        capability._named(["§§§"], everything, tmp_path)
+        capability._task_names(["§§§"], everything, tmp_path)
 
 
 def test_folder_that_is_none_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere: no such folder"):
-        capability._manager(tmp_path / "nowhere")
+        capability._task_manager(tmp_path / "nowhere")
 
 
 def test_without_the_harness_the_command_that_brings_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'raydiv\[capability\]'"):
-        capability._manager(None)
+        capability._task_manager(None)
 
 
 @pytest.mark.parametrize(
@@ -280,4 +281,4 @@ def test_task_that_cannot_run_is_refused_before_a_model_is_loaded(
     (tmp_path / "documents.jsonl").write_text(json.dumps({"question": "q", "choices": CHOICES, "label": 0}) + "\n")
     (tmp_path / "task.yaml").write_text(text)
     with pytest.raises(UserError, match=rf"task choosing: {reason}"):
-        Harness(ModelSource(tmp_path / "no model"), own(tmp_path), None, False)([{"task": "choosing"}])
+        TaskHarness(ModelSource(tmp_path / "no model"), own(tmp_path), None, False)([{"task": "choosing"}])
