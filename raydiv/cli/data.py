@@ -1,4 +1,4 @@
-"""``raydiv data check`` and ``raydiv data build``: inspect data sets, and build them."""
+"""``raydiv data check`` and ``raydiv data build``."""
 
 from __future__ import annotations
 
@@ -12,72 +12,84 @@ from raydiv.cli.output import add_command, add_reports, print_report, print_tabl
 def add_data_commands(commands: Any) -> None:
     about = "check data sets, and build them"
     data = commands.add_parser("data", help=about, description=about).add_subparsers(required=True, metavar="COMMAND")
-    check = add_command(data, "check", _check, "contents of a data set, and its errors")
-    check.add_argument(
-        "source", metavar="FILE", help="a source: a file, folder, s3://, hf://org/name, bundled:NAME ..."
+    check = add_command(
+        data, "check", _check, "content and errors of a data set, and its overlap with evaluation prompts"
     )
     check.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as data.columns.prompt=question"
+        "source", metavar="FILE", help="a source: file, folder, pattern, s3://, gs://, hf://org/name or bundled:NAME"
+    )
+    check.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="overrides of the recipe, such as data.columns.prompt=question",
     )
     check.add_argument(
         "--recipe",
         metavar="RECIPE",
-        help="gives the tokenizer, template, lengths and evaluation prompts (default: the quickstart's)",
+        help="recipe with the tokenizer, template, lengths and evaluation prompts (default: the quickstart's)",
     )
     check.add_argument(
-        "--rows", type=int, default=20, metavar="N", help="maximum bad rows to print (default: 20; --json has all)"
+        "--rows",
+        type=int,
+        default=20,
+        metavar="N",
+        help="maximum number of bad rows to print (default: 20; --json prints all)",
     )
     add_reports(check)
 
     build = add_command(
-        data, "build", _build, "a compliance-refusal or preference set from harmful and harmless prompts"
+        data, "build", _build, "build a compliance-refusal or preference set from harmful and harmless prompts"
     )
     for side in ("harmful", "harmless"):
         build.add_argument(
             f"--{side}",
             required=True,
             metavar="SOURCE",
-            help=f"{side} prompts: a source, or a section as '{{path: ..., columns: {{...}}}}'",
+            help=f"source of {side} prompts, or a section such as '{{path: ..., columns: {{...}}}}'",
         )
     build.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new or empty folder")
     build.add_argument(
-        "--kind", required=True, choices=["compliance-refusal", "preference"], help="what the unaligned responses are"
+        "--kind", required=True, choices=["compliance-refusal", "preference"], help="kind of the unaligned responses"
     )
     build.add_argument(
         "--refusals",
         default="bank",
         metavar="ANSWERS",
-        help="bank, constant, own, model:ID, or a source with a column refusal (default: bank)",
+        help="source of refusals: bank, constant, own, model:ID, or a source with a column refusal (default: bank)",
     )
     build.add_argument(
-        "--worse", metavar="ANSWERS", help="worse answers of preference data: own (the default) or model:ID"
+        "--worse", metavar="ANSWERS", help="source of preference data's worse answers: own (default) or model:ID"
     )
-    build.add_argument("--prompts", type=int, metavar="N", help="prompts of each class (default: all)")
-    build.add_argument("--seed", type=int, default=0, metavar="N", help="of every random choice (default: 0)")
-    build.add_argument("--template", help="a chat template (Jinja text or file) for the models that answer")
-    build.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer of a model (default: 256)")
-    build.add_argument("--use-gpu", action="store_true", help="load the models on GPUs")
+    build.add_argument("--prompts", type=int, metavar="N", help="number of prompts of each class (default: all)")
+    build.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all random choices (default: 0)")
+    build.add_argument("--template", help="chat template (Jinja text or file) of the models that answer")
+    build.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="maximum tokens of a model's answer (default: 256)"
+    )
+    build.add_argument("--use-gpu", action="store_true", help="run the models on GPUs")
     add_reports(build)
 
 
 def _check(options: argparse.Namespace) -> int:
     from raydiv.commands.data_check import check_data
-    from raydiv.config import load_recipe, source_of
+    from raydiv.config import load_recipe, parse_source
     from raydiv.data.bundled import QUICKSTART
 
-    (report,) = check_data(load_recipe(options.recipe or QUICKSTART, options.overrides), [source_of(options.source)])
+    (report,) = check_data(load_recipe(options.recipe or QUICKSTART, options.overrides), [parse_source(options.source)])
     print_report(options, report.facts, lambda: _show_data(report.facts, options.rows))
-    return 0 if report.sound else 2
+    return 0 if report.valid else 2
 
 
 def _build(options: argparse.Namespace) -> int:
     from raydiv.commands.data_build import build_data
-    from raydiv.config import source_of
+    from raydiv.commands.data_build.card import COUNT_LABELS
+    from raydiv.config import parse_source
     from raydiv.config.cluster import ClusterConfig
 
-    built = build_data(
-        source_of(options.harmful),
-        source_of(options.harmless),
+    report = build_data(
+        parse_source(options.harmful),
+        parse_source(options.harmless),
         options.output,
         kind=options.kind,
         refusals=options.refusals,
@@ -90,55 +102,56 @@ def _build(options: argparse.Namespace) -> int:
     )
 
     def show() -> None:
-        counts = built.as_json()["classes"]
-        print_table(["", *counts], [(key, *(str(by[key]) for by in counts.values())) for key in counts["harmful"]])
-        print(f"data     {built.data}\ncard     {built.card}")
+        classes = report.as_json()["classes"]
+        rows = [(label, *(str(counts[key]) for counts in classes.values())) for key, label in COUNT_LABELS.items()]
+        print_table(["", *classes], rows)
+        print(f"data     {report.data}\ncard     {report.card}")
 
-    print_report(options, built.as_json(), show)
+    print_report(options, report.as_json(), show)
     return 0
 
 
-def _show_data(facts: dict[str, Any], rows: int) -> None:
+def _show_data(facts: dict[str, Any], max_rows: int) -> None:
     labels = ["harmful", "harmless", "unlabelled"]
-    print_table(
-        ["examples", *labels], [(name, *(str(by[label]) for label in labels)) for name, by in facts["classes"].items()]
-    )
+    classes = [(name, *(str(counts[label]) for label in labels)) for name, counts in facts["classes"].items()]
+    print_table(["examples", *labels], classes)
     pairs, prompts, duplicates = facts["pairs"], facts["prompts"], facts["duplicates"]
     counts = [
-        ("different prompts", prompts["different"]),
+        ("distinct prompts", prompts["different"]),
         ("prompts labelled both harmful and harmless", prompts["with_both_labels"]),
         ("complete pairs", pairs["complete"]),
         ("examples without a partner", pairs["without_partner"]),
         ("invalid pairs", len(pairs["broken"])),
         ("duplicate examples", duplicates["examples"]),
-        ("answers both aligned and unaligned", duplicates["aligned_and_unaligned"]),
+        ("responses both aligned and unaligned", duplicates["aligned_and_unaligned"]),
         ("bad rows", facts["bad_rows"]["count"]),
     ]
     print_table(["", "count"], [(name, str(count)) for name, count in counts])
-    lengths = {name: spread for name, spread in facts["tokens"].items() if "histogram" in spread}
+    _show_lengths(facts["tokens"])
+    for name, overlap in facts["overlap"].items():
+        print(f"overlap with {name}: {overlap['same']} of {overlap['prompts']} prompts, {overlap['near']} more nearly")
+    for message in pairs["broken"][:max_rows]:
+        print(message)
+    for row in facts["bad_rows"]["rows"][:max_rows]:
+        print(f"{row['file']}:{row['line']}: {row['reason']}")
+    bad = facts["bad_rows"]["count"]
+    if bad > max_rows:
+        print(f"and {bad - max_rows} more bad rows (print them with --rows {bad} or --json)")
+
+
+def _show_lengths(tokens: dict[str, Any]) -> None:
+    lengths = {name: spread for name, spread in tokens.items() if "histogram" in spread}
     quantiles = ["min", "p50", "p90", "p99", "max"]
-    print_table(
-        ["tokens", *quantiles], [(name, *(str(spread[key]) for key in quantiles)) for name, spread in lengths.items()]
-    )
+    rows = [(name, *(str(spread[key]) for key in quantiles)) for name, spread in lengths.items()]
+    print_table(["tokens", *quantiles], rows)
     for name, spread in lengths.items():
         print(name)
-        most = max(interval["examples"] for interval in spread["histogram"])
+        largest = max(interval["examples"] for interval in spread["histogram"])
         for interval in spread["histogram"]:
-            bar = "#" * round(40 * interval["examples"] / most)
+            bar = "#" * round(40 * interval["examples"] / largest)
             print(f"  {interval['from']:>6}-{interval['to']:<6} {bar:<40} {interval['examples']}")
-    cut = facts["tokens"]["truncated"]
+    truncated = tokens["truncated"]
     print(
-        f"truncated: {cut['prompts']} prompts at {cut['max_prompt_length']} tokens, {cut['responses']} responses at "
-        f"{cut['max_length']} with their prompt"
+        f"truncated: {truncated['prompts']} prompts at {truncated['max_prompt_length']} tokens, {truncated['responses']} "
+        f"responses at {truncated['max_length']} tokens, prompt included"
     )
-    for name, overlap in facts["overlap"].items():
-        print(
-            f"{name}: of its {overlap['prompts']} prompts, {overlap['same']} are in this data set, {overlap['near']} nearly"
-        )
-    for place in pairs["broken"][:rows]:
-        print(place)
-    for row in facts["bad_rows"]["rows"][:rows]:
-        print(f"{row['file']}:{row['line']}: {row['reason']}")
-    left = facts["bad_rows"]["count"] - rows
-    if left > 0:
-        print(f"and {left} more bad rows (--rows {facts['bad_rows']['count']}, or --json)")

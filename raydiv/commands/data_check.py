@@ -1,4 +1,4 @@
-"""``raydiv data check``: what is in a data set, what is wrong with it, and what of it evaluation prompts share."""
+"""``raydiv data check``: the content of a data set, its errors, and its overlap with evaluation prompts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import numpy as np
 from raydiv.config import Recipe
 from raydiv.config.source import Source
 from raydiv.data.index import Index, OpenSource
-from raydiv.data.overlap import EvaluationPrompts, Overlap, overlaps_of
+from raydiv.data.overlap import EvaluationPrompts, Overlap, find_overlaps
 from raydiv.data.prompt_sets import PromptSets
-from raydiv.data.sources import read_examples
-from raydiv.data.splits import broken_pairs
+from raydiv.data.readers import read_examples
+from raydiv.data.sources import files_of
+from raydiv.data.splits import invalid_pairs
 from raydiv.data.tokenize import tokenize
 from raydiv.data.tokens import KEY
 from raydiv.model.chat import Chat, Messages
@@ -23,42 +24,44 @@ from raydiv.model.resolve import model_directory
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.session import ray_session
 
-HISTOGRAM = 12
+HISTOGRAM_BINS = 12
 """Bins of the token-length histogram."""
 
 
 @dataclass(frozen=True, slots=True)
 class DataReport:
-    """What was found in one source. ``facts`` is what ``--json`` prints."""
+    """The report on one source. ``facts`` is the object that ``--json`` prints."""
 
     facts: dict[str, Any]
 
     @property
-    def sound(self) -> bool:
-        """Whether nothing in it has to be changed: no bad rows, no pairs that are none."""
+    def valid(self) -> bool:
+        """Whether the source has neither bad rows nor invalid pairs."""
         return not self.facts["bad_rows"]["count"] and not self.facts["pairs"]["broken"]
 
 
 def check_data(
     recipe: Recipe, sources: Sequence[Source] | None = None, display: ProgressDisplay | None = None
 ) -> list[DataReport]:
-    """A report for each source (by default those of ``recipe.data.train``), at the recipe's tokenizer, template and lengths.
+    """A report on each source (by default those of ``recipe.data.train``), under the recipe's tokenizer, template and lengths.
 
-    Evaluation prompts are those of ``data.eval``, ``evaluate.prompts`` and ``separation.prompts``. Bad rows are listed, not
-    raised. Raises UserError for a source that cannot be read at all.
+    Evaluation prompts are those of ``data.eval``, ``evaluate.prompts`` and ``separation.prompts``. Bad rows are reported, not
+    raised. Raises UserError for a source that cannot be read.
     """
-    display = display or ProgressDisplay()
+    display, sources = display or ProgressDisplay(), sources or recipe.data.train
+    for source in sources:
+        files_of(source)  # a missing file is reported before a model is converted or downloaded
+    evaluation_sets = _evaluation_prompts(recipe)
     directory = model_directory(recipe.model.id, recipe.model.revision)
     chat = Chat(directory, recipe.data.template, recipe.model.trust_remote_code)
-    opened = [OpenSource(source, recipe.data, recipe.batch, chat) for source in sources or recipe.data.train]
-    evaluated = _evaluation_prompts(recipe)
+    opened = [OpenSource(source, recipe.data, recipe.batch, chat) for source in sources]
     with ray_session(recipe.cluster.model_copy(update={"num_workers": 1})):  # nothing is trained
         with display.phase("tokens") as update:
             indices = tokenize(opened, chat, recipe.cluster, quarantine=True, progress=update)
         reports = []
         for index in indices:
             with display.phase("overlap with evaluation prompts"):
-                overlaps = list(overlaps_of(index.opened, evaluated, recipe))
+                overlaps = list(find_overlaps(index.opened, evaluation_sets, recipe))
             reports.append(DataReport(_facts(index, overlaps, recipe)))
     return reports
 
@@ -78,17 +81,17 @@ def _facts(index: Index, overlaps: Sequence[Overlap], recipe: Recipe) -> dict[st
         "bad_rows": {
             "count": len(index.bad),
             "reasons": dict(Counter(index.bad.reasons).most_common()),
-            "rows": list(index.bad.lines()),
+            "rows": list(index.bad.as_json()),
         },
     }
 
 
 LABELS = {1: "harmful", 0: "harmless", -1: "unlabelled"}
-"""What the index's ``harmful`` says."""
+"""Labels of the index column ``harmful``."""
 
 
 def _classes(columns: dict[str, np.ndarray]) -> dict[str, dict[str, int]]:
-    """Examples by class, and by their prompt's label."""
+    """Counts of examples by class and by the prompt's label."""
     return {
         name: {
             label: int(((columns["aligned"] == aligned) & (columns["harmful"] == code)).sum())
@@ -99,24 +102,24 @@ def _classes(columns: dict[str, np.ndarray]) -> dict[str, dict[str, int]]:
 
 
 def _pairs(index: Index) -> dict[str, Any]:
-    """Complete pairs, examples without a partner, and pairs that are none, by place."""
+    """Numbers of complete pairs and of examples without a partner, and a message about each invalid pair."""
     pair = index.columns["pair"]
     _, inverse, members = np.unique(pair[pair >= 0], return_inverse=True, return_counts=True)
-    alone = int((pair < 0).sum()) + int((members[inverse] == 1).sum())
-    broken = list(broken_pairs(index))
-    complete = int((members == 2).sum()) - sum(len(rows) == 2 for rows, _ in broken)
-    return {"complete": complete, "without_partner": alone, "broken": [words for _, words in broken]}
+    unpaired = int((pair < 0).sum()) + int((members[inverse] == 1).sum())
+    invalid = list(invalid_pairs(index))
+    complete = int((members == 2).sum()) - sum(len(rows) == 2 for rows, _ in invalid)
+    return {"complete": complete, "without_partner": unpaired, "broken": [message for _, message in invalid]}
 
 
 def _prompts(columns: dict[str, np.ndarray]) -> dict[str, int]:
-    """Different prompts, and those that are labelled both harmful and harmless."""
+    """Numbers of distinct prompts, and of those that are labelled both harmful and harmless."""
     prompts = columns["prompt_text"]
     both = np.intersect1d(prompts[columns["harmful"] == 1], prompts[columns["harmful"] == 0])
     return {"different": len(np.unique(prompts)), "with_both_labels": len(both)}
 
 
 def _duplicates(columns: dict[str, np.ndarray]) -> dict[str, int]:
-    """Examples that were there before, and (prompt, response) that are both aligned and unaligned."""
+    """Numbers of duplicate examples, and of (prompt, response) that are both aligned and unaligned."""
     keys = [columns[name].astype(KEY).view(np.uint8).reshape(-1, 16) for name in ("prompt_text", "response_key")]
     content = np.ascontiguousarray(np.concatenate(keys, axis=1)).view("V32").ravel()
     aligned, unaligned = (content[columns["aligned"] == label] for label in (True, False))
@@ -125,7 +128,7 @@ def _duplicates(columns: dict[str, np.ndarray]) -> dict[str, int]:
 
 
 def _lengths(columns: dict[str, np.ndarray], recipe: Recipe) -> dict[str, Any]:
-    """Tokens of prompts and of each class's responses before truncation, and what truncation takes at the recipe's lengths."""
+    """Token lengths of prompts and of each class's responses before truncation, and the numbers of truncated examples."""
     prompts = columns["prompt_length"] + columns["prompt_cut"]
     responses = columns["response_length"] + columns["response_cut"]
     aligned = columns["aligned"]
@@ -143,32 +146,29 @@ def _lengths(columns: dict[str, np.ndarray], recipe: Recipe) -> dict[str, Any]:
 
 
 def _spread(lengths: np.ndarray) -> dict[str, Any]:
-    """Quantiles of lengths, and their histogram in bins that widen with length."""
+    """Quantiles and histogram of lengths; bins widen with length."""
     if not len(lengths):
         return {"examples": 0}
-    edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, HISTOGRAM + 1).round().astype(int))
-    counts, edges = (
-        np.histogram(lengths, edges) if len(edges) > 1 else (np.array([len(lengths)]), np.append(edges, edges + 1))
-    )
-    quantiles = dict(
-        zip(
-            ("min", "p50", "p90", "p99", "max"),
-            np.quantile(lengths, [0, 0.5, 0.9, 0.99, 1]).round().astype(int).tolist(),
-            strict=True,
-        )
-    )
+    edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, HISTOGRAM_BINS + 1).round().astype(int))
+    if len(edges) > 1:
+        counts, edges = np.histogram(lengths, edges)
+    else:
+        counts, edges = np.array([len(lengths)]), np.append(edges, edges + 1)
+    quantiles = np.quantile(lengths, [0, 0.5, 0.9, 0.99, 1]).round().astype(int).tolist()
     bins = [
-        {"from": int(a), "to": int(b) - 1, "examples": int(n)}
-        for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True)
+        {"from": int(start), "to": int(stop) - 1, "examples": int(count)}
+        for start, stop, count in zip(edges[:-1], edges[1:], counts, strict=True)
     ]
-    return {"examples": len(lengths), **quantiles, "histogram": bins}
+    names = ("min", "p50", "p90", "p99", "max")
+    return {"examples": len(lengths), **dict(zip(names, quantiles, strict=True)), "histogram": bins}
 
 
 def _evaluation_prompts(recipe: Recipe) -> list[EvaluationPrompts]:
-    found: dict[str, list[tuple[str | Messages, str]]] = {}
+    """The prompts of each held-out source and prompt set of the recipe."""
+    sets: dict[str, list[tuple[str | Messages, str]]] = {}
     for source in recipe.data.eval_sources:
         examples = read_examples(source, recipe.data.columns)
-        found.setdefault(source.path, []).extend((example.prompt, example.source) for example in examples)
+        sets.setdefault(source.path, []).extend((example.prompt, example.source) for example in examples)
     for name, prompts in PromptSets.of(recipe).by_name(recipe).items():
-        found.setdefault(name, []).extend((prompt.text, prompt.id) for prompt in prompts)
-    return [EvaluationPrompts.of(name, own) for name, own in found.items()]
+        sets.setdefault(name, []).extend((prompt.text, prompt.id) for prompt in prompts)
+    return [EvaluationPrompts.of(name, prompts) for name, prompts in sets.items()]

@@ -9,13 +9,13 @@ from typing import Literal
 
 from raydiv.config.cluster import ClusterConfig
 from raydiv.config.evaluate import EvaluateConfig as EvaluateSection
-from raydiv.data.prompt_sets import Prompt, named, read_prompts, sets_of
-from raydiv.evaluation.answers import Judges, against, measure_answers
+from raydiv.data.prompt_sets import Prompt, prompt_sets_of, read_prompts, set_name
+from raydiv.evaluation.answers import EvaluationJudges, with_win_rate, measure_answers
 from raydiv.evaluation.answers_report import AnswersReport
 from raydiv.evaluation.contamination import count_contaminated
-from raydiv.evaluation.judges import said
-from raydiv.evaluation.models import reference_of, sources_of
-from raydiv.evaluation.outputs import outputs_to, read_outputs
+from raydiv.evaluation.judges import last_user_text
+from raydiv.evaluation.models import initial_model, resolve_models
+from raydiv.evaluation.outputs import match_outputs, read_outputs
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.session import ray_session
 
@@ -45,30 +45,30 @@ def evaluate(
     pairwise judge answers are compared with those of ``baseline``, a file in AlpacaEval's format, else of the first model.
     """
     display, cluster, how = display or ProgressDisplay(), cluster or ClusterConfig(), how or EvaluateSection()
-    sources = sources_of(models, template, precision)
+    sources = resolve_models(models, template, precision)
     if reference is not None:
-        (scorer,) = sources_of([reference], template, precision)
+        (scorer,) = resolve_models([reference], template, precision)
     else:
-        scorer = reference_of(models[0]) or sources[0]
-    sets = sets_of(prompts, harmful, harmless, default="bundled:heldout")
+        scorer = initial_model(models[0]) or sources[0]
+    sets = prompt_sets_of(prompts, harmful, harmless, default="bundled:heldout")
     own = read_prompts([source for one in sets for source in one], both=False)
-    judges = Judges.of(how, own, cluster)
+    judges = EvaluationJudges.from_config(how, own, cluster)
     stored = None if baseline is None else _stored_answers(baseline, own)
     with ray_session(cluster):
         reports = []
         for model, source in zip(models, sources, strict=True):
-            shared = count_contaminated(model, {named([place for one in sets for place in one]): own}, display)
+            shared = count_contaminated(model, {set_name([place for one in sets for place in one]): own}, display)
             found = measure_answers(source, scorer, own, how, judges, cluster, display, label=model)
             alone = [OWN_REFERENCE] if source == scorer and len(models) == 1 else []
             reports.append(replace(found, notes=[*shared, *alone, *found.notes]))
-        if judges.pairs is None:
+        if judges.pairwise is None:
             return reports
         compared = reports if stored is not None else reports[1:]
         theirs = reports[0].harmless()[1] if stored is None else stored
-        rated = [against(report, theirs, judges.pairs, cluster, display) for report in compared]
+        rated = [with_win_rate(report, theirs, judges.pairwise, cluster, display) for report in compared]
         return [*reports[: len(reports) - len(rated)], *rated]
 
 
 def _stored_answers(path: Path, prompts: Sequence[Prompt]) -> list[str]:
     """A baseline's stored answers to the harmless prompts. Raises UserError where it lacks one."""
-    return outputs_to([said(prompt) for prompt in prompts if not prompt.harmful], read_outputs(path), path)
+    return match_outputs([last_user_text(prompt) for prompt in prompts if not prompt.harmful], read_outputs(path), path)

@@ -1,4 +1,4 @@
-"""Where examples and prompts come from, as a recipe says it."""
+"""The recipe's sources of examples and prompts."""
 
 from __future__ import annotations
 
@@ -19,73 +19,74 @@ from raydiv.config.section import Section
 from raydiv.utils.secrets import REMEDY, has_password
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt")
-"""Kinds of files that sources are made of; ``raydiv.data.sources`` has a reader for each."""
+"""Suffixes of the files that sources consist of; ``raydiv.data.readers`` has a reader for each."""
 
 
 class Source(Section):
-    """One source of examples, where its place alone does not say enough."""
+    """A source of examples or prompts. A source with a path alone may be written as that path."""
 
     path: str = Field(
-        description="a file, folder, pattern or saved datasets directory, also on s3:// or gs://; hf://org/name; bundled:NAME"
+        description="file, folder, pattern or saved datasets directory, also on s3:// or gs://; hf://org/name; bundled:NAME"
     )
     config: str | None = Field(default=None, description="configuration of an hf:// data set")
     split: str | None = Field(default=None, description="split of an hf:// or saved data set; train by default")
     revision: str | None = Field(default=None, description="commit, branch or tag of an hf:// data set")
     columns: dict[str, str] | None = Field(
-        default=None, description="names of a known format's columns, and what this source calls them"
+        default=None, description="maps the column names of a known format to those of this source"
     )
     constants: dict[str, StrictBool | str] = Field(
-        default_factory=dict, description="values of columns that this source lacks, such as aligned: true"
+        default_factory=dict, description="values of columns that this source does not have, such as aligned: true"
     )
     weight: PositiveFloat = Field(
-        default=1.0, description="passes over this source in an epoch; 0.5 takes another half of it every epoch"
+        default=1.0,
+        description="passes over this source in an epoch; 0.5 takes one half of it, and the other half in the next epoch",
     )
 
     @property
     def short_name(self) -> str:
-        """By which figures of this source alone are known; sources of one name are counted as one.
+        """The name of this source in results; sources with equal names are counted together.
 
-        Of a hub set what follows its organisation, and the configuration where one is named (``Salad-Data:base_set``); of
-        bundled:NAME the name; of another place its last segment without an extension, of a pattern that of its folder.
+        A hub set's name without its organisation, with its configuration if there is one (``Salad-Data:base_set``); the NAME
+        of bundled:NAME; otherwise the last path segment without wildcards, without its suffix.
         """
         if self.path.startswith("hf://"):
             name = self.path.rstrip("/").rpartition("/")[2]
             return name if self.config is None else f"{name}:{self.config}"
         segments = self.path.removeprefix("bundled:").split("/")
-        plain = [segment for segment in segments if segment and not any(mark in segment for mark in "*?[")]
-        return PurePath(plain[-1]).stem if plain else self.path
+        names = [segment for segment in segments if segment and not set(segment) & set("*?[")]
+        return PurePath(names[-1]).stem if names else self.path
 
     @model_validator(mode="before")
     @classmethod
-    def _place_alone(cls, values: Any) -> Any:
+    def _from_path(cls, values: Any) -> Any:
         if not isinstance(values, str | dict | Source):
-            raise ValueError("a source is a place, or a section with its path")
+            raise ValueError("a source is a path, or a section with a path")
         return {"path": values} if isinstance(values, str) else values
 
     @model_validator(mode="after")
     def _has_no_password(self) -> Source:
-        if has_password(self.path):  # reports and records name their sources
+        if has_password(self.path):  # sources are named in reports and records
             raise ValueError(f"path has a password in its address; {REMEDY}")
         return self
 
     @model_validator(mode="after")
-    def _fits_its_place(self) -> Source:
+    def _options_apply(self) -> Source:
         if not self.path.startswith("hf://"):
             for key in ("config", "revision"):
                 if getattr(self, key) is not None:
-                    raise ValueError(f"{key} means nothing for {self.path}, which is not on the hub (hf://org/name)")
+                    raise ValueError(f"{key} does not apply to {self.path}, which is not on the hub (hf://org/name)")
         return self
 
     @model_serializer(mode="wrap")
-    def _briefly(self, handler: SerializerFunctionWrapHandler) -> Any:
-        """As it would be written: the place alone where that says everything."""
+    def _shortest(self, handler: SerializerFunctionWrapHandler) -> Any:
+        """The path if all other keys have their defaults, else a section without the keys that have."""
         fields = Source.model_fields
-        written = {
+        section = {
             key: value
             for key, value in handler(self).items()
             if value != fields[key].get_default(call_default_factory=True)
         }
-        return written["path"] if written.keys() == {"path"} else written
+        return section["path"] if section.keys() == {"path"} else section
 
 
 Sources = Annotated[
@@ -96,12 +97,12 @@ Sources = Annotated[
     ),
     Field(min_length=1),
 ]
-"""One source or several, each a place or a section."""
+"""One source or several, each a path or a section."""
 
 
 def unweighted(sources: list[Source] | None) -> list[Source] | None:
-    """Sources that are gone through once. Raises ValueError for one with a weight."""
+    """Sources that are read once. Raises ValueError for one with a weight."""
     for number, source in enumerate(sources or []):
         if source.weight != 1:
-            raise ValueError(f"{number}.weight means nothing here: every prompt is measured once")
+            raise ValueError(f"{number}.weight does not apply here: every prompt is measured once")
     return sources

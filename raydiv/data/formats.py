@@ -1,6 +1,6 @@
-"""Formats of examples: what is recognised by its columns, and how a record becomes raydiv's example schema.
+"""Formats of examples: recognised by their columns, and converted to raydiv's example schema.
 
-To add a format, add its columns to ``FORMATS`` with the function that turns a record into examples.
+To add a format, add its columns to ``FORMATS`` with the function that converts a record to examples.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from raydiv.model.chat import Messages
 
 Record = Mapping[str, Any]
 
-LONGEST_TEXT = 1_000_000
-"""Characters beyond which a text is taken for a mistake."""
+MAX_TEXT_LENGTH = 1_000_000
+"""Maximum characters of a text; a longer one is most likely a mistake."""
 
 
 class BadRow(ValueError):  # noqa: N818 - a row, not an error of the program
-    """A record that is not an example; the message says why, without its text."""
+    """A record that is not an example; the message gives the reason without the record's text."""
 
 
-class Cells(dict[str, Any]):
-    """A record of text alone, as CSV has it: its labels are still to be read."""
+class TextRecord(dict[str, Any]):
+    """A record whose values are all text, as in CSV; its labels still have to be parsed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
     """One (prompt, response) with its label; see raydiv/data/README.md for the schema.
 
-    ``prompt`` is text or chat messages; ``harmful`` is the prompt's label, None where the source has none; ``pair`` names
-    the pair within its source; ``source`` is the file and line. ``spelling`` says how the source writes ``harmful``, where
-    it has several ways.
+    ``prompt`` is text or chat messages; ``harmful`` is the prompt's label, None if the source has none; ``pair`` names the
+    pair within its source; ``source`` is the file and line. ``spelling`` says how the record spells ``harmful``, for a format
+    with several spellings (see SAFETY).
     """
 
     prompt: str | Messages
@@ -45,144 +45,148 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class RecordReader:
-    """How to read a source's records: what it calls a format's columns, and the values of those that it lacks."""
+    """How a source's records are read: its names for a format's columns, and the values of columns that it lacks."""
 
     columns: Mapping[str, str]
     constants: Mapping[str, Any]
 
     def examples(self, record: Any, where: str) -> list[Example]:
         """The examples of a record. Raises BadRow."""
-        record = self.rename(record)
-        return format_of(record)(record, where)
+        record = self.rename_columns(record)
+        return converter_of(record)(record, where)
 
-    def rename(self, record: Any) -> Record:
-        """The record under the names that formats know."""
+    def rename_columns(self, record: Any) -> Record:
+        """The record with the column names of its format. Raises BadRow for a value that is not a record."""
         if not isinstance(record, Mapping):
-            raise BadRow(f"a record is a mapping of columns, found {brief(record)}")
-        missing = sorted(theirs for theirs in self.columns.values() if theirs not in record)
+            raise BadRow(f"a record is a mapping of columns, found {describe(record)}")
+        missing = sorted(name for name in self.columns.values() if name not in record)
         if missing:
             raise BadRow(f"no column {', '.join(missing)}, which data.columns names")
-        taken = set(self.columns.values())
-        kept = {name: value for name, value in record.items() if name not in taken}
-        renamed = {**self.constants, **kept, **{ours: record[theirs] for ours, theirs in self.columns.items()}}
-        if isinstance(record, Cells):
-            renamed |= {
-                name: TRUTH.get(str(renamed[name]).strip().lower(), renamed[name]) for name in LABELS & renamed.keys()
-            }
+        mapped = set(self.columns.values())
+        unmapped = {name: value for name, value in record.items() if name not in mapped}
+        renamed = {**self.constants, **unmapped, **{name: record[theirs] for name, theirs in self.columns.items()}}
+        if isinstance(record, TextRecord):
+            for name in LABEL_COLUMNS & renamed.keys():
+                renamed[name] = LABEL_VALUES.get(str(renamed[name]).strip().lower(), renamed[name])
         return renamed
 
 
-AS_IT_IS = RecordReader({}, {})
+CANONICAL = RecordReader({}, {})
+"""Reads records that have a format's column names already."""
 
 
-def text(record: Record, field: str) -> str:
-    """A field that must hold text."""
+def text_field(record: Record, field: str) -> str:
+    """The text of a field. Raises BadRow if it is missing, empty or not text."""
     value = record.get(field)
     if not isinstance(value, str) or not value.strip():
-        raise BadRow(f"{field} must be non-empty text, found {brief(value)}")
-    return _sane(value, field)
+        raise BadRow(f"{field} must be non-empty text, found {describe(value)}")
+    return _valid_text(value, field)
 
 
-def _sane(value: str, field: str) -> str:
-    """Text that a tokenizer can take."""
-    if len(value) > LONGEST_TEXT:
-        raise BadRow(f"{field} has {len(value):,} characters, and more than {LONGEST_TEXT:,} are taken for a mistake")
+def bool_field(record: Record, field: str) -> bool:
+    """The value of a field that is true or false. Raises BadRow for any other value."""
+    value = record.get(field)
+    if not isinstance(value, bool):
+        raise BadRow(f"{field} must be true or false, found {describe(value)}")
+    return value
+
+
+def prompt_field(record: Record) -> str | Messages:
+    """The prompt, as text or as chat messages. Raises BadRow."""
+    if isinstance(record.get("prompt"), list):
+        return conversation(record["prompt"], "prompt")
+    return text_field(record, "prompt")
+
+
+def conversation(value: Any, field: str) -> Messages:
+    """The messages of a conversation. Raises BadRow if ``value`` is not a list of messages with role and content."""
+    if not value or not all(
+        isinstance(turn, Mapping) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        for turn in value
+    ):
+        raise BadRow(f"{field} must be text or a list of messages with role and content, found {describe(value)}")
+    turns = []
+    for turn in value:
+        role, content = _valid_text(turn["role"], "role"), _valid_text(turn["content"], "content")
+        # an empty system turn means no system turn; all other turns must have content
+        turns.append({"role": role, "content": content if role == "system" else text_field(turn, "content")})
+    return turns
+
+
+def describe(value: Any) -> str:
+    """A value's type, without its text: harmful text stays out of messages."""
+    if value is None or isinstance(value, bool | int | float):
+        return repr(value)
+    return f"{type(value).__name__} of length {len(value)}" if hasattr(value, "__len__") else type(value).__name__
+
+
+def _valid_text(value: str, field: str) -> str:
+    """The text, if a tokenizer accepts it. Raises BadRow otherwise."""
+    if len(value) > MAX_TEXT_LENGTH:
+        raise BadRow(f"{field} has {len(value):,} characters; the maximum is {MAX_TEXT_LENGTH:,}")
     if "\0" in value:
         raise BadRow(f"{field} holds a NUL character")
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise BadRow(f"{field} is not UTF-8: it holds half a character") from None
+            raise BadRow(f"{field} is not UTF-8: it holds a lone surrogate") from None
     return value
 
 
-def flag(record: Record, field: str) -> bool:
-    """A field that must be true or false."""
-    value = record.get(field)
-    if not isinstance(value, bool):
-        raise BadRow(f"{field} must be true or false, found {brief(value)}")
-    return value
-
-
-def prompt_of(record: Record) -> str | Messages:
-    """The prompt, as text or as chat messages."""
-    return messages(record["prompt"], "prompt") if isinstance(record.get("prompt"), list) else text(record, "prompt")
-
-
-def messages(value: Any, field: str) -> Messages:
-    """A conversation: a list of messages with role and content."""
-    if not value or not all(
-        isinstance(turn, Mapping) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-        for turn in value
-    ):
-        raise BadRow(f"{field} must be text or a list of messages with role and content, found {brief(value)}")
-    turns = []
-    for turn in value:
-        role, content = _sane(turn["role"], "role"), _sane(turn["content"], "content")
-        # an empty system turn is a way of having none; the others must say something
-        turns.append({"role": role, "content": content if role == "system" else text(turn, "content")})
-    return turns
-
-
-def brief(value: Any) -> str:
-    """Kind of a value, without its text: harmful text stays out of messages."""
-    if value is None or isinstance(value, bool | int | float):
-        return repr(value)
-    return f"{type(value).__name__} of length {len(value)}" if hasattr(value, "__len__") else type(value).__name__
-
-
-def _response(record: Record, field: str) -> str:
-    """A response given as text, or as one assistant message."""
+def _response_field(record: Record, field: str) -> str:
+    """A response, from text or one assistant message."""
     if not isinstance(record.get(field), list):
-        return text(record, field)
-    turns = messages(record[field], field)
+        return text_field(record, field)
+    turns = conversation(record[field], field)
     if len(turns) != 1 or turns[0]["role"] != "assistant":
         raise BadRow(f"{field} must be one assistant message, found {len(turns)} messages")
-    return text(turns[0], "content")
+    return text_field(turns[0], "content")
 
 
-def _own(record: Record, where: str) -> list[Example]:
+def _harmful_field(record: Record) -> bool | None:
+    return None if record.get("harmful") is None else bool_field(record, "harmful")
+
+
+def _from_raydiv(record: Record, where: str) -> list[Example]:
     """Raydiv's schema: prompt, response, aligned, harmful, pair, source."""
-    pair = record.get("pair")
-    name = None if pair is None else _sane(str(pair), "pair")
-    return [
-        Example(
-            prompt_of(record), _response(record, "response"), flag(record, "aligned"), _harmful(record), name, where
-        )
-    ]
+    pair = None if record.get("pair") is None else _valid_text(str(record["pair"]), "pair")
+    prompt, response = prompt_field(record), _response_field(record, "response")
+    return [Example(prompt, response, bool_field(record, "aligned"), _harmful_field(record), pair, where)]
 
 
-def _preference(record: Record, where: str) -> list[Example]:
-    """TRL's prompt/chosen/rejected, with the prompt's label in ``harmful`` where there is one."""
-    prompt, harmful = prompt_of(record), _harmful(record)
+def _from_preference(record: Record, where: str) -> list[Example]:
+    """TRL's prompt/chosen/rejected; ``harmful`` is optional."""
+    prompt, harmful = prompt_field(record), _harmful_field(record)
     return [
-        Example(prompt, _response(record, field), aligned, harmful, where, where)
+        Example(prompt, _response_field(record, field), aligned, harmful, where, where)
         for field, aligned in (("chosen", True), ("rejected", False))
     ]
 
 
-def _implicit_preference(record: Record, where: str) -> list[Example]:
-    """TRL's chosen/rejected conversations that both hold the prompt: it is what they begin with alike."""
-    sides = [
-        messages(record[field], field) if isinstance(record[field], list) else [] for field in ("chosen", "rejected")
-    ]
-    if not all(sides):
-        raise BadRow("chosen and rejected must be conversations where there is no prompt beside them")
-    same = next((n for n, (a, b) in enumerate(zip(*sides, strict=False)) if a != b), min(map(len, sides)))
+def _from_implicit_preference(record: Record, where: str) -> list[Example]:
+    """TRL's chosen/rejected conversations, whose common beginning is the prompt."""
+    chosen, rejected = (
+        conversation(record[field], field) if isinstance(record[field], list) else []
+        for field in ("chosen", "rejected")
+    )
+    if not chosen or not rejected:
+        raise BadRow("chosen and rejected must be conversations if there is no prompt column")
+    turns = enumerate(zip(chosen, rejected, strict=False))
+    common = next((number for number, (a, b) in turns if a != b), min(len(chosen), len(rejected)))
     explicit = {
-        "prompt": sides[0][:same],
-        "chosen": sides[0][same:],
-        "rejected": sides[1][same:],
+        "prompt": chosen[:common],
+        "chosen": chosen[common:],
+        "rejected": rejected[common:],
         "harmful": record.get("harmful"),
     }
-    return _preference(explicit, where)
+    return _from_preference(explicit, where)
 
 
-def _unpaired(record: Record, where: str) -> list[Example]:
+def _from_unpaired(record: Record, where: str) -> list[Example]:
     """TRL's prompt/completion/label."""
-    response = _response(record, "completion")
-    return [Example(prompt_of(record), response, flag(record, "label"), _harmful(record), None, where)]
+    response, prompt = _response_field(record, "completion"), prompt_field(record)
+    return [Example(prompt, response, bool_field(record, "label"), _harmful_field(record), None, where)]
 
 
 SAFETY = {
@@ -193,63 +197,62 @@ SAFETY = {
     "true": (False, "true"),
     "false": (True, "true"),
 }
-"""What the KLDO authors' ``safety`` may say: whether the prompt is harmful, and which spelling that is."""
+"""Values of the KLDO authors' ``safety``: whether the prompt is harmful, and the name of the spelling."""
 
 
-def _kldo_authors(record: Record, where: str) -> list[Example]:
-    """The KLDO authors' safety, prompt, acc_responses, rej_responses: the n-th of both make a pair, the rest stand alone."""
+def _from_kldo_authors(record: Record, where: str) -> list[Example]:
+    """The KLDO authors' safety, prompt, acc_responses, rej_responses: the n-th responses make a pair, the rest are unpaired."""
     safety = str(record.get("safety", "")).strip().lower()
     if safety not in SAFETY:
-        raise BadRow(f"safety must be safe or unsafe, found {brief(record.get('safety'))}")
+        raise BadRow(f"safety must be safe or unsafe, found {describe(record.get('safety'))}")
     harmful, spelling = SAFETY[safety]
-    sides = [_several(record, field) for field in ("acc_responses", "rej_responses")]
-    complete = min(map(len, sides))
-    if not any(sides):
+    accepted, rejected = (_text_list(record, field) for field in ("acc_responses", "rej_responses"))
+    pairs = min(len(accepted), len(rejected))
+    if not accepted and not rejected:
         raise BadRow("acc_responses and rej_responses are both empty")
-    prompt = prompt_of(record)
+    prompt = prompt_field(record)
     return [
-        Example(prompt, response, aligned, harmful, f"{where}#{n}" if n < complete else None, where, spelling)
-        for responses, aligned in zip(sides, (True, False), strict=True)
+        Example(prompt, response, aligned, harmful, f"{where}#{n}" if n < pairs else None, where, spelling)
+        for responses, aligned in ((accepted, True), (rejected, False))
         for n, response in enumerate(responses)
     ]
 
 
-def _several(record: Record, field: str) -> list[str]:
+def _text_list(record: Record, field: str) -> list[str]:
     value = record.get(field)
-    return [text({field: item}, field) for item in (value if isinstance(value, list) else [value])]
+    return [text_field({field: item}, field) for item in (value if isinstance(value, list) else [value])]
 
 
-def _harmful(record: Record) -> bool | None:
-    return None if record.get("harmful") is None else flag(record, "harmful")
+Converter = Callable[[Record, str], list[Example]]
+"""From a record and its file and line to its examples. Raises BadRow."""
 
-
-FORMATS: list[tuple[frozenset[str], Callable[[Record, str], list[Example]]]] = [
-    (frozenset({"prompt", "response", "aligned"}), _own),
-    (frozenset({"prompt", "chosen", "rejected"}), _preference),
-    (frozenset({"prompt", "completion", "label"}), _unpaired),
-    (frozenset({"safety", "prompt", "acc_responses", "rej_responses"}), _kldo_authors),
-    (frozenset({"chosen", "rejected"}), _implicit_preference),
+FORMATS: list[tuple[frozenset[str], Converter]] = [
+    (frozenset({"prompt", "response", "aligned"}), _from_raydiv),
+    (frozenset({"prompt", "chosen", "rejected"}), _from_preference),
+    (frozenset({"prompt", "completion", "label"}), _from_unpaired),
+    (frozenset({"safety", "prompt", "acc_responses", "rej_responses"}), _from_kldo_authors),
+    (frozenset({"chosen", "rejected"}), _from_implicit_preference),
 ]
-"""Columns that tell a format, and the function from a record to its examples."""
+"""The columns of each format, and its converter. The first format whose columns a record has applies."""
 
-LABELS = {"aligned", "label", "harmful"}
-"""Columns of true or false."""
+LABEL_COLUMNS = {"aligned", "label", "harmful"}
+"""Columns that are true or false."""
 
-TRUTH = {"true": True, "false": False}
-"""What a label may say where all is text."""
+LABEL_VALUES = {"true": True, "false": False}
+"""The text of a label in a TextRecord, lower-case."""
 
 
-def format_of(record: Record) -> Callable[[Record, str], list[Example]]:
-    """The function for a record's columns. Raises BadRow where no format has them, or two spellings of a label stand."""
+def converter_of(record: Record) -> Converter:
+    """The converter of a record's format. Raises BadRow for columns of no known format, or both aligned and label."""
     if record.get("aligned") is not None and record.get("label") is not None:
-        raise BadRow("has both aligned and label, two spellings of one label; keep one (data.columns can rename)")
+        raise BadRow("has both aligned and label, two columns for one label; keep one (data.columns can rename)")
     for columns, convert in FORMATS:
         if columns <= record.keys():
             return convert
-    # a file without a header has its first row for column names: text that must not be shown
+    # a CSV file without a header has its first row for column names: text that must not be shown
     names = sorted(str(name) for name in record if str(name).isidentifier() and len(str(name)) <= 30)
-    others = f" and {len(record) - len(names)} that are no names" if len(names) < len(record) else ""
+    others = f" and {len(record) - len(names)} that are not identifiers" if len(names) < len(record) else ""
     known = "; ".join(", ".join(sorted(columns)) for columns, _ in FORMATS)
     raise BadRow(
-        f"columns {', '.join(names)}{others} are of no known format (known: {known}); data.columns names others"
+        f"unknown format: columns {', '.join(names)}{others} (known formats: {known}); map the names with data.columns"
     )

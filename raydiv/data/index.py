@@ -1,4 +1,4 @@
-"""What is known of a prepared source without reading its tokens: an index of lengths, labels and digests, and its bad rows."""
+"""The index of a prepared source: lengths, labels and digests of its examples, and its bad rows, without the tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from raydiv.config.recipe import BatchConfig, DataConfig
 from raydiv.config.source import Source
 from raydiv.data.formats import BadRow
-from raydiv.data.sources import File, file_chunks, files_of, locate, parse, read, reading_of
+from raydiv.data.readers import file_chunks, line_numbers, parse_record, read_chunk, record_reader
+from raydiv.data.sources import File, files_of
 from raydiv.data.tokens import TokenShards
 from raydiv.model.chat import Chat
 from raydiv.utils.cache import digest, shared_dir
@@ -25,18 +26,18 @@ from raydiv.utils.errors import UserError
 from raydiv.utils.storage import open_input
 
 VERSION = 1
-"""Of what shards and index hold; another one reads nothing that this one wrote."""
+"""Version of the content of shards and index; part of their key."""
 
 INDEX = "index.parquet"
 
-PEEKED = 1000
-"""Records of which one must be good."""
+CHECKED_RECORDS = 1000
+"""Under quarantine, the number of first records of which one must be good."""
 
 SPELLINGS = ("", "safe", "1", "true")
-"""How a source may write one label, where it has several ways (see formats.SAFETY)."""
+"""The column ``spelling`` is a position in this tuple: how the record spells its label (see formats.SAFETY)."""
 
-SPELLED = ("", "safe/unsafe", "1/0", "true/false")
-"""The same, for messages."""
+SPELLING_LABELS = ("", "safe/unsafe", "1/0", "true/false")
+"""The same for messages."""
 
 SCHEMA = pa.schema(
     {
@@ -57,14 +58,14 @@ SCHEMA = pa.schema(
         "response_key": pa.binary(16),
     }
 )
-"""A shard. ``harmful``: 1, 0, or -1 where there is no label; ``pair``: digest of its name, -1 without."""
+"""Columns of a shard. ``harmful``: 1, 0, or -1 for no label; ``pair``: digest of the pair's name, or -1 for no pair."""
 
-INDEXED = [name for name in SCHEMA.names if not name.endswith("_ids")]
+INDEX_COLUMNS = [name for name in SCHEMA.names if not name.endswith("_ids")]
 
 
 @dataclass(frozen=True, slots=True)
 class RowNotes:
-    """Rows that something is to be said of: file and line of each, and what."""
+    """Notes on rows: the file and line of each, and the reason for the note."""
 
     places: list[tuple[str, int]]
     reasons: list[str]
@@ -75,73 +76,77 @@ class RowNotes:
     def __add__(self, other: RowNotes) -> RowNotes:
         return RowNotes(self.places + other.places, self.reasons + other.reasons)
 
-    def lines(self) -> Iterator[dict[str, Any]]:
-        """A mapping each, for files and ``--json``."""
+    def as_json(self) -> Iterator[dict[str, Any]]:
+        """One mapping per note, for ``rows.jsonl`` and ``--json``."""
         for (file, line), reason in zip(self.places, self.reasons, strict=True):
             yield {"file": file, "line": line, "reason": reason}
 
     @classmethod
-    def found(cls, files: Sequence[File], rows: Iterable[tuple[int, int, str]]) -> RowNotes:
-        """Notes on (number of the file, position in it, what), each file read through once to find its lines."""
+    def locate(cls, files: Sequence[File], rows: Iterable[tuple[int, int, str]]) -> RowNotes:
+        """Notes from (file number, position in the file, reason). Each file is read through once to find the lines."""
         rows = list(rows)
         lines = {
-            number: locate(files[number], (position for file, position, _ in rows if file == number))
+            number: line_numbers(files[number], (position for file, position, _ in rows if file == number))
             for number in {file for file, _, _ in rows}
         }
-        return cls([(files[f].name, lines[f][position]) for f, position, _ in rows], [what for _, _, what in rows])
+        places = [(files[file].name, lines[file][position]) for file, position, _ in rows]
+        return cls(places, [reason for _, _, reason in rows])
 
 
 class OpenSource:
-    """A source whose files were found, and the folder that its content names.
+    """A source with its files, its reader, and the cache folder of its prepared examples.
 
-    Raises UserError for a source that is not there, or is of no known kind.
+    Raises UserError for a source that does not exist, or a file of unknown kind.
     """
 
     def __init__(self, source: Source, data: DataConfig, batch: BatchConfig, chat: Chat) -> None:
         self.source = source
-        self.reading = reading_of(source, data.columns or {})
+        self.reader = record_reader(source, data.columns or {})
         self.files = files_of(source)
         self.lengths = (batch.max_prompt_length, batch.max_length)
         content = [
             VERSION,
             [(file.kind, file.digest) for file in self.files],
-            self.reading.columns,
-            self.reading.constants,
+            self.reader.columns,
+            self.reader.constants,
         ]
         self.folder = shared_dir("prepared", digest(content, chat.fingerprint, self.lengths))
 
     @property
     def ready(self) -> bool:
+        """Whether the source is prepared."""
         return self.folder.has(INDEX)
 
-    def peek(self, tolerant: bool) -> None:
-        """Raise UserError when there is no record, or the first is none, before anything is started.
+    def require_example(self, quarantine: bool) -> None:
+        """Raise UserError if the first record is not an example, before any work starts.
 
-        ``tolerant``: when not one of the first is.
+        With ``quarantine``, raise it only if none of the first CHECKED_RECORDS records is.
         """
-        raws = (
-            (number, raw)
+        records = (
+            (number, record)
             for number, file in enumerate(self.files)
-            for piece in file_chunks(file)
-            for raw in read(piece)
+            for chunk in file_chunks(file)
+            for record in read_chunk(chunk)
         )
-        wrong = f"{self.source.path}: holds no examples"
-        for tried, (number, (position, raw)) in enumerate(itertools.islice(raws, PEEKED if tolerant else 1)):
+        message = f"{self.source.path}: holds no examples"
+        checked = itertools.islice(records, CHECKED_RECORDS if quarantine else 1)
+        for count, (number, (position, content)) in enumerate(checked):
             try:
-                self.reading.examples(parse(raw), "")
+                self.reader.examples(parse_record(content), "")
                 return
             except BadRow as error:
-                wrong = wrong if tried else f"{self.where(number, position)}: {error}"
-        raise UserError(wrong)
+                if count == 0:
+                    message = f"{self.where(number, position)}: {error}"
+        raise UserError(message)
 
     def where(self, file: int, position: int) -> str:
         """``FILE:LINE`` of a record."""
-        return f"{self.files[file].name}:{locate(self.files[file], [position])[position]}"
+        return f"{self.files[file].name}:{line_numbers(self.files[file], [position])[position]}"
 
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """``columns`` [n]: those of INDEXED, and ``row``, the number in ``shards``. ``bad``: the rows left out."""
+    """``columns`` [n]: INDEX_COLUMNS, and ``row``, the row number in ``shards``. ``bad``: the rows left out."""
 
     opened: OpenSource
     shards: TokenShards
@@ -155,27 +160,27 @@ class Index:
         """``FILE:LINE`` of an example."""
         return self.opened.where(int(self.columns["file"][row]), int(self.columns["position"][row]))
 
-    def cut(self) -> RowNotes:
-        """The rows whose prompt or response truncation cut, and by how much."""
+    def truncated(self) -> RowNotes:
+        """The rows with a truncated prompt or response, and the number of tokens cut."""
         notes = []
         for side in ("prompt", "response"):
-            cut = np.flatnonzero(self.columns[f"{side}_cut"])
-            found = (self.columns[name][cut].tolist() for name in ("file", "position", f"{side}_cut"))
+            rows = np.flatnonzero(self.columns[f"{side}_cut"])
+            columns = (self.columns[name][rows].tolist() for name in ("file", "position", f"{side}_cut"))
             notes += [
                 (file, position, f"{side} cut by {tokens} tokens")
-                for file, position, tokens in zip(*found, strict=True)
+                for file, position, tokens in zip(*columns, strict=True)
             ]
-        return RowNotes.found(self.opened.files, dict.fromkeys(notes))
+        return RowNotes.locate(self.opened.files, dict.fromkeys(notes))
 
 
 class IndexWriter:
-    """Writes a source's index shard by shard; it takes its place when the block ends well."""
+    """Writes a source's index, shard by shard. The file appears in the source's folder when the block ends without an error."""
 
     def __init__(self, opened: OpenSource) -> None:
         self._opened = opened
         self._temporary = tempfile.TemporaryDirectory()
         self._path = Path(self._temporary.name) / INDEX
-        self._writer = pq.ParquetWriter(self._path, pa.schema([SCHEMA.field(name) for name in INDEXED]))
+        self._writer = pq.ParquetWriter(self._path, pa.schema([SCHEMA.field(name) for name in INDEX_COLUMNS]))
         self._shards: list[tuple[str, int]] = []
         self._bad: list[tuple[int, int, str]] = []
 
@@ -183,7 +188,7 @@ class IndexWriter:
         return self
 
     def add(self, shard: str, table: pa.Table, bad: Iterable[tuple[int, int, str]]) -> None:
-        """The next shard: its name, its columns of INDEXED, and (file, position, reason) of its bad rows."""
+        """Add the next shard: its name, its INDEX_COLUMNS, and (file, position, reason) of its bad rows."""
         self._writer.write_table(table)
         self._shards.append((shard, len(table)))
         self._bad += bad
@@ -198,43 +203,45 @@ class IndexWriter:
 
 
 def read_index(opened: OpenSource) -> Index:
-    """The index of a source that is ready."""
+    """The index of a prepared source."""
     with open_input(opened.folder.at(INDEX)) as content:
-        stored = pq.ParquetFile(content)
-        table, facts = stored.read(), json.loads(stored.metadata.metadata[b"raydiv"])
-    columns = {name: _numpy(table[name]) for name in table.column_names}
+        file = pq.ParquetFile(content)
+        table, metadata = file.read(), json.loads(file.metadata.metadata[b"raydiv"])
+    columns = {name: _as_numpy(table[name]) for name in table.column_names}
     columns["row"] = np.arange(len(table))
-    starts = np.cumsum([0, *(rows for _, rows in facts["shards"])], dtype=np.int64)
-    shards = TokenShards(tuple(opened.folder.at(name) for name, _ in facts["shards"]), starts)
-    return _one_spelling(Index(opened, shards, columns, RowNotes.found(opened.files, map(tuple, facts["bad"]))))
+    starts = np.cumsum([0, *(rows for _, rows in metadata["shards"])], dtype=np.int64)
+    shards = TokenShards(tuple(opened.folder.at(name) for name, _ in metadata["shards"]), starts)
+    bad = RowNotes.locate(opened.files, map(tuple, metadata["bad"]))
+    return _with_one_spelling(Index(opened, shards, columns, bad))
 
 
-def _one_spelling(index: Index) -> Index:
-    """The index without the rows whose label is spelled otherwise than in most: 0 may mean what 1 means there."""
+def _with_one_spelling(index: Index) -> Index:
+    """The index without rows whose label is spelled differently from most: 0 in one spelling may mean 1 in the other."""
     spelling = index.columns["spelling"]
     kinds = np.unique(spelling[spelling > 0])
     if len(kinds) < 2:
         return index
-    rows = {kind: _records(index, spelling == kind) for kind in kinds.tolist()}
-    most = max(rows, key=lambda kind: len(rows[kind]))
-    other = (spelling > 0) & (spelling != most)
+    records = {kind: _records(index, spelling == kind) for kind in kinds.tolist()}
+    most = max(records, key=lambda kind: len(records[kind]))
+    minority = (spelling > 0) & (spelling != most)
     notes = [
-        (file, position, f"safety is spelled {SPELLED[kind]} here, and {SPELLED[most]} in most rows")
-        for kind in rows.keys() - {most}
-        for file, position in rows[kind]
+        (file, position, f"safety is spelled {SPELLING_LABELS[kind]} here, and {SPELLING_LABELS[most]} in most rows")
+        for kind in records.keys() - {most}
+        for file, position in records[kind]
     ]
-    columns = {name: column[~other] for name, column in index.columns.items()}
-    return Index(index.opened, index.shards, columns, index.bad + RowNotes.found(index.opened.files, sorted(notes)))
+    columns = {name: column[~minority] for name, column in index.columns.items()}
+    bad = index.bad + RowNotes.locate(index.opened.files, sorted(notes))
+    return Index(index.opened, index.shards, columns, bad)
 
 
 def _records(index: Index, members: np.ndarray) -> list[tuple[int, int]]:
     """File and position of the records of some examples, each once."""
-    found = (index.columns[name][members].tolist() for name in ("file", "position"))
-    return list(dict.fromkeys(zip(*found, strict=True)))
+    columns = (index.columns[name][members].tolist() for name in ("file", "position"))
+    return list(dict.fromkeys(zip(*columns, strict=True)))
 
 
-def _numpy(column: pa.ChunkedArray) -> np.ndarray:
+def _as_numpy(column: pa.ChunkedArray) -> np.ndarray:
     if pa.types.is_fixed_size_binary(column.type):
-        whole, width = pa.concat_arrays(column.chunks), column.type.byte_width
-        return np.frombuffer(whole.buffers()[1], f"S{width}", len(whole), whole.offset * width)
+        array, width = pa.concat_arrays(column.chunks), column.type.byte_width
+        return np.frombuffer(array.buffers()[1], f"S{width}", len(array), array.offset * width)
     return column.to_numpy()  # type: ignore[no-any-return]

@@ -1,6 +1,6 @@
-"""Prompt sets that are known by their hub id: split, configuration, and what a record of each says.
+"""Published prompt sets, by their hub id: split, configurations, and how their records are read.
 
-A new one is a row of ``PUBLISHED``. A source that names columns of its own is read as any other.
+To add a set, add a row to ``PUBLISHED``. A source that names its columns is read as any other source.
 """
 
 from __future__ import annotations
@@ -10,89 +10,89 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from raydiv.config.source import Source
-from raydiv.data.formats import BadRow, Record, brief
+from raydiv.data.formats import BadRow, Record, describe
 from raydiv.utils.errors import UserError
 
 RecordParser = Callable[[Record], Record]
-"""From a record as published to prompt, harmful, kind and category."""
+"""From a published record to prompt, harmful, kind and category."""
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
-    """A set's split, how its records are read by configuration (the first is the default), and who has it without asking."""
+class PublishedSet:
+    """A set's split, the record parser of each configuration (the first is the default), and a copy without gated access."""
 
     split: str
-    read: dict[str | None, RecordParser]
-    instead: str | None = None
+    parsers: dict[str | None, RecordParser]
+    alternative: str | None = None
 
 
-def published(source: Source) -> tuple[Source, RecordParser]:
-    """The source under the split and configuration that its set is published in, and how its records are read.
+def as_published(source: Source) -> tuple[Source, RecordParser]:
+    """The source with the split and configuration of its published set, and the parser of its records.
 
-    Raises UserError for a configuration that is not known of it.
+    A source that is not a published set is returned as it is. Raises UserError for an unknown configuration.
     """
     known = PUBLISHED.get(source.path.removeprefix("hf://")) if source.path.startswith("hf://") else None
     if known is None or source.columns is not None:
         return source, lambda record: record
-    config = source.config or next(iter(known.read))
-    if config not in known.read:
-        there = ", ".join(str(name) for name in known.read)
+    config = source.config or next(iter(known.parsers))
+    if config not in known.parsers:
+        names = ", ".join(str(name) for name in known.parsers)
         raise UserError(
-            f"{source.path}: config {config} is not known (known: {there}); give columns to read it all the same"
+            f"{source.path}: unknown config {config} (known: {names}); give columns to read it all the same"
         )
-    read = known.read[config]
+    parse = known.parsers[config]
     constants = {name: value for name, value in source.constants.items() if name != "harmful"}
     return (
         source.model_copy(update={"split": source.split or known.split, "config": config}),
-        lambda record: {**read(record), **constants},
+        lambda record: {**parse(record), **constants},
     )
 
 
-def instead_of(source: Source) -> str:
-    """What to say of a set that could not be had, where others have it too."""
+def alternative_hint(source: Source) -> str:
+    """The end of a message about a published set that cannot be loaded: its copy without gated access, if there is one."""
     known = PUBLISHED.get(source.path.removeprefix("hf://"))
-    return f"; it may need the hub's permission, {known.instead} does not" if known and known.instead else ""
+    return f"; it may need permission on the hub, {known.alternative} does not" if known and known.alternative else ""
 
 
 def _harmful(prompt: str, category: str | None = None, kind: str = "harmful") -> RecordParser:
-    """A set of harmful prompts alone, and its columns."""
+    """A set of harmful prompts alone: the names of its columns, and the kind of its prompts."""
 
-    def read(record: Record) -> Record:
-        about = _plain(record.get(category)) if category else None
-        return {"prompt": record.get(prompt), "harmful": True, "kind": kind, "category": about}
+    def parse(record: Record) -> Record:
+        topic = _without_number(record.get(category)) if category else None
+        return {"prompt": record.get(prompt), "harmful": True, "kind": kind, "category": topic}
 
-    return read
+    return parse
 
 
-def _plain(category: object) -> object:
+def _without_number(category: object) -> object:
     """A category without its number, such as O1: or S3:."""
     return re.sub(r"^[A-Z]?\d+:\s*", "", category) if isinstance(category, str) else category
 
 
 def _alert(kind: str) -> RecordParser:
-    """ALERT's prompts stand in an instruction template of its own; the model's chat template takes its place."""
+    """ALERT: its prompts are in an instruction template, which the model's chat template replaces."""
 
-    def read(record: Record) -> Record:
+    def parse(record: Record) -> Record:
         prompt = record.get("prompt")
         if isinstance(prompt, str):
             prompt = re.sub(r"\s*###\s*(?:Instruction|Response):\s*", "\n", prompt).strip()
         return {"prompt": prompt, "harmful": True, "kind": kind, "category": record.get("category")}
 
-    return read
+    return parse
 
 
 def _xstest(record: Record) -> Record:
-    """Safe prompts that look unsafe, and unsafe ones in contrast to them; some copies have a type alone."""
-    label, about = record.get("label"), str(record.get("type"))
+    """XSTest: safe prompts that look unsafe, and unsafe contrasts; some copies have the type but no label."""
+    label, topic = record.get("label"), str(record.get("type"))
     if label not in ("safe", "unsafe", None):
-        raise BadRow(f"label must be safe or unsafe, found {brief(label)}")
-    harmful = about.startswith("contrast") if label is None else label == "unsafe"
+        raise BadRow(f"label must be safe or unsafe, found {describe(label)}")
+    harmful = topic.startswith("contrast") if label is None else label == "unsafe"
     kind = "harmful" if harmful else "alarming"
-    return {"prompt": record.get("prompt"), "harmful": harmful, "kind": kind, "category": about}
+    return {"prompt": record.get("prompt"), "harmful": harmful, "kind": kind, "category": topic}
 
 
 def _toxigen(record: Record) -> Record:
-    """Statements about groups; toxic where the annotators of both columns together say so (more than 5.5 of 10)."""
+    """ToxiGen: statements about groups; toxic if both annotations together exceed 5.5 of 10."""
     scores = [record.get(name) for name in ("toxicity_ai", "toxicity_human")]
     if not all(isinstance(score, int | float) for score in scores):
         raise BadRow("toxicity_ai and toxicity_human must be numbers")
@@ -102,7 +102,7 @@ def _toxigen(record: Record) -> Record:
 
 
 def _toxigen_seeds(record: Record) -> Record:
-    """Lists of statements for a model to go on with."""
+    """ToxiGen's prompts: lists of statements that a model continues."""
     toxic = record.get("prompt_label") == 1
     kind = "harmful" if toxic else "ordinary"
     return {"prompt": record.get("prompt"), "harmful": toxic, "kind": kind, "category": record.get("group")}
@@ -111,22 +111,22 @@ def _toxigen_seeds(record: Record) -> Record:
 _XSTEST: dict[str | None, RecordParser] = {None: _xstest}
 _TOXIGEN: dict[str | None, RecordParser] = {"annotated": _toxigen, "train": _toxigen_seeds}
 
-PUBLISHED: dict[str, Published] = {
-    "walledai/AdvBench": Published("train", {None: _harmful("prompt")}, "hf://mlabonne/harmful_behaviors"),
-    "mlabonne/harmful_behaviors": Published("train", {None: _harmful("text")}),
-    "walledai/MaliciousInstruct": Published("train", {None: _harmful("prompt")}),
-    "Babelscape/ALERT": Published("test", {"alert": _alert("harmful"), "alert_adversarial": _alert("adversarial")}),
-    "Paul/XSTest": Published("train", _XSTEST),
-    "walledai/XSTest": Published("test", _XSTEST, "hf://Paul/XSTest"),
-    "natolambert/xstest-v2-copy": Published("prompts", _XSTEST),
-    "OpenSafetyLab/Salad-Data": Published(
+PUBLISHED: dict[str, PublishedSet] = {
+    "walledai/AdvBench": PublishedSet("train", {None: _harmful("prompt")}, "hf://mlabonne/harmful_behaviors"),
+    "mlabonne/harmful_behaviors": PublishedSet("train", {None: _harmful("text")}),
+    "walledai/MaliciousInstruct": PublishedSet("train", {None: _harmful("prompt")}),
+    "Babelscape/ALERT": PublishedSet("test", {"alert": _alert("harmful"), "alert_adversarial": _alert("adversarial")}),
+    "Paul/XSTest": PublishedSet("train", _XSTEST),
+    "walledai/XSTest": PublishedSet("test", _XSTEST, "hf://Paul/XSTest"),
+    "natolambert/xstest-v2-copy": PublishedSet("prompts", _XSTEST),
+    "OpenSafetyLab/Salad-Data": PublishedSet(
         "train",
         {
             "base_set": _harmful("question", "1-category"),
             "attack_enhanced_set": _harmful("augq", "1-category", "adversarial"),
         },
     ),
-    "toxigen/toxigen-data": Published("train", _TOXIGEN),
-    "skg/toxigen-data": Published("train", _TOXIGEN),
+    "toxigen/toxigen-data": PublishedSet("train", _TOXIGEN),
+    "skg/toxigen-data": PublishedSet("train", _TOXIGEN),
 }
-"""By hub id."""
+"""The published sets, by hub id."""

@@ -18,7 +18,8 @@ from raydiv.config.cluster import ClusterConfig
 from raydiv.data.batching import micro_batches
 from raydiv.data.reference_store import ReferenceStore
 from raydiv.data.tokens import StoredExamples, content_keys
-from raydiv.model.collate import Ids, collate
+from raydiv.model.chat import Ids
+from raydiv.model.collate import collate
 from raydiv.model.compatibility import CompatibilityCheck
 from raydiv.model.head import LogProbHead
 from raydiv.model.load import ModelSource

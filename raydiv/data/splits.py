@@ -1,4 +1,4 @@
-"""The training and the held-out set: mixed from sources, split by prompt, pairs found, and checked against the loss."""
+"""The training and the held-out set: mixed from sources, split by prompt, paired, and checked against the loss."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from raydiv.utils.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class ExampleCounts:
-    """What was found, what was cut and what was left out, of one set."""
+    """Counts of a set's examples, by class and by the prompt's label, of its tokens, and of its truncated examples."""
 
     examples: int
     aligned: int
@@ -33,49 +33,56 @@ class ExampleCounts:
 
 
 @dataclass(frozen=True, slots=True)
-class ExamplesAndCounts:
+class Split:
+    """A set's examples and their counts."""
+
     examples: StoredExamples
     counts: ExampleCounts
 
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """Training and held-out examples (None without ``data.eval``); the rows left out, and cut; prompts in both sets."""
+    """Training and held-out set (None without ``data.eval``); bad and truncated rows; the number of prompts in both sets."""
 
-    train: ExamplesAndCounts
-    eval: ExamplesAndCounts | None
+    train: Split
+    eval: Split | None
     bad: RowNotes
-    cut: RowNotes
+    truncated: RowNotes
     shared_prompts: int
 
 
 def make_splits(recipe: Recipe, train: Sequence[Index], held_out: Sequence[Index]) -> Splits:
-    """The recipe's sets, from its prepared sources.
+    """The recipe's training and held-out set, from its prepared sources.
 
-    Raises UserError for a single class, pairs that are none, paired losses without pairs, or a split with an empty side.
+    Raises UserError for a source without a good row, a set without a class that the loss needs, invalid pairs, unpaired
+    examples under a paired loss, or a split that leaves one set empty.
     """
     for index in (*train, *held_out):
         if not len(index):
             path = index.opened.source.path
-            raise UserError(f"{path}: every row of it is bad; raydiv data check {path} lists them")
-    sides = [_Mixture.of(train)]
+            raise UserError(f"{path}: every row is bad; raydiv data check {path} lists them")
+    mixtures = [_Mixture.of(train)]
     if held_out:
-        sides.append(_Mixture.of(held_out))
+        mixtures.append(_Mixture.of(held_out))
     elif isinstance(recipe.data.eval, float):
-        sides = list(sides[0].split(recipe.data.eval, recipe.seed))
+        mixtures = list(mixtures[0].split(recipe.data.eval, recipe.seed))
     names = [", ".join(source.path for source in sources) for sources in (recipe.data.train, recipe.data.eval_sources)]
-    for side, key, name in zip(sides, ("data.train", "data.eval"), names, strict=False):
-        _require(recipe.loss, f"{key}: {name or recipe.data.eval}", side.examples)
-    shared = len(np.intersect1d(sides[0].prompts, sides[1].prompts)) if len(sides) > 1 else 0
-    nothing = RowNotes([], [])
-    bad = sum((index.bad for index in (*train, *held_out)), nothing)
-    cut = sum((index.cut() for index in (*train, *held_out)), nothing)
-    done = [ExamplesAndCounts(side.examples, side.counts()) for side in sides]
-    return Splits(done[0], done[1] if len(done) > 1 else None, bad, cut, shared)
+    for mixture, key, name in zip(mixtures, ("data.train", "data.eval"), names, strict=False):
+        _require_fit(recipe.loss, f"{key}: {name or recipe.data.eval}", mixture.examples)
+    shared = len(np.intersect1d(mixtures[0].prompts, mixtures[1].prompts)) if len(mixtures) > 1 else 0
+    indices, no_notes = (*train, *held_out), RowNotes([], [])
+    splits = [Split(mixture.examples, mixture.counts()) for mixture in mixtures]
+    return Splits(
+        train=splits[0],
+        eval=splits[1] if len(splits) > 1 else None,
+        bad=sum((index.bad for index in indices), no_notes),
+        truncated=sum((index.truncated() for index in indices), no_notes),
+        shared_prompts=shared,
+    )
 
 
 class _Mixture:
-    """The examples of several prepared sources, or some of them, with the columns that training has no use for."""
+    """Examples of several prepared sources, with the index columns that splitting and counting need beside them."""
 
     def __init__(self, examples: StoredExamples, columns: dict[str, np.ndarray]) -> None:
         self.examples, self._columns = examples, columns
@@ -83,26 +90,27 @@ class _Mixture:
     @classmethod
     def of(cls, indices: Sequence[Index]) -> _Mixture:
         """All examples of the sources."""
-        return cls(examples_of(indices), _concatenated(indices, "prompt_text", "harmful", "prompt_cut", "response_cut"))
+        columns = _concatenated(indices, "prompt_text", "harmful", "prompt_cut", "response_cut")
+        return cls(examples_of(indices), columns)
 
     def _select(self, rows: np.ndarray) -> _Mixture:
         return _Mixture(self.examples.select(rows), {name: column[rows] for name, column in self._columns.items()})
 
     @property
     def prompts(self) -> np.ndarray:
-        """Digest [n] of each example's prompt, as text."""
+        """Digests [n] of the prompts' texts."""
         return self._columns["prompt_text"]
 
-    def split(self, share: float, seed: int) -> tuple[_Mixture, _Mixture]:
-        """Training and held-out examples. It is prompts that are split: none is in both, whatever its examples."""
-        prompts, number = np.unique(self.prompts, return_inverse=True)
-        held_out = round(share * len(prompts))
-        if held_out in (0, len(prompts)):
-            raise UserError(f"data.eval: {share} of {len(prompts)} prompts leaves one side without a prompt")
-        drawn = np.array([hashlib.sha256(b"%d/" % seed + prompt).digest()[:16] for prompt in prompts.tolist()], KEY)
-        chosen = np.zeros(len(prompts), dtype=bool)
-        chosen[np.argsort(drawn)[:held_out]] = True
-        return self._select(np.flatnonzero(~chosen[number])), self._select(np.flatnonzero(chosen[number]))
+    def split(self, fraction: float, seed: int) -> tuple[_Mixture, _Mixture]:
+        """Training and held-out examples. Prompts are split, so that no prompt is in both, whatever its examples."""
+        prompts, numbers = np.unique(self.prompts, return_inverse=True)
+        count = round(fraction * len(prompts))
+        if count in (0, len(prompts)):
+            raise UserError(f"data.eval: {fraction} of {len(prompts)} prompts leaves one side without a prompt")
+        order = np.array([hashlib.sha256(b"%d/" % seed + prompt).digest()[:16] for prompt in prompts.tolist()], KEY)
+        held_out = np.zeros(len(prompts), dtype=bool)
+        held_out[np.argsort(order)[:count]] = True
+        return self._select(np.flatnonzero(~held_out[numbers])), self._select(np.flatnonzero(held_out[numbers]))
 
     def counts(self) -> ExampleCounts:
         examples, harmful = self.examples, self._columns["harmful"]
@@ -122,12 +130,12 @@ class _Mixture:
 
 
 def _concatenated(indices: Sequence[Index], *names: str) -> dict[str, np.ndarray]:
-    """Columns of several sources, one source after another."""
+    """Index columns of several sources, concatenated."""
     return {name: np.concatenate([index.columns[name] for index in indices]) for name in names}
 
 
 def examples_of(indices: Sequence[Index]) -> StoredExamples:
-    """The examples of prepared sources, one source after another. Raises UserError for pairs that are none."""
+    """The examples of prepared sources, concatenated. Raises UserError for invalid pairs."""
     shards, first_row, first_pair = TokenShards((), np.zeros(1, np.int64)), 0, 0
     rows, pairs = [], []
     for index in indices:
@@ -152,12 +160,9 @@ def examples_of(indices: Sequence[Index]) -> StoredExamples:
 
 
 def _pair_numbers(index: Index) -> np.ndarray:
-    """The pair [n] of each example as a number from 0, -1 without.
-
-    Raises UserError for a pair that is not one aligned and one unaligned example of one prompt.
-    """
-    for _, words in broken_pairs(index):
-        raise UserError(words)
+    """The pair [n] of each example as a number from 0, or -1 for no pair. Raises UserError for an invalid pair."""
+    for _, message in invalid_pairs(index):
+        raise UserError(message)
     pair = index.columns["pair"]
     paired = np.flatnonzero(pair >= 0)
     numbers = np.full(len(index), -1, dtype=np.int64)
@@ -165,46 +170,52 @@ def _pair_numbers(index: Index) -> np.ndarray:
     return numbers
 
 
-def broken_pairs(index: Index) -> Iterator[tuple[np.ndarray, str]]:
-    """The members of each pair that is none, and what is said of it."""
+def invalid_pairs(index: Index) -> Iterator[tuple[np.ndarray, str]]:
+    """The members of each pair that is not one aligned and one unaligned example of one prompt, and a message about it."""
     pair, aligned, prompts = (index.columns[name] for name in ("pair", "aligned", "prompt_text"))
     order = np.argsort(pair, kind="stable")
     order = order[pair[order] >= 0]
-    starts = np.flatnonzero(np.diff(pair[order], prepend=-1))
-    for members in (order[start:stop] for start, stop in _runs(pair[order], starts, aligned[order], prompts[order])):
-        yes = int(aligned[members].sum())
-        if max(yes, len(members) - yes) > 1:
-            reason = f"one pair with {yes} aligned and {len(members) - yes} unaligned examples; a pair has one of each"
+    ranges = _invalid_ranges(pair[order], aligned[order], prompts[order])
+    for members in (order[start:stop] for start, stop in ranges):
+        count = int(aligned[members].sum())
+        others = len(members) - count
+        if max(count, others) > 1:
+            reason = f"one pair with {count} aligned and {others} unaligned examples; a pair has one of each"
         else:
             reason = "one pair with two prompts; a pair is two responses to one"
         places = ", ".join(dict.fromkeys(index.where(int(row)) for row in members[:3]))
         yield members, f"{places}: {reason}"
 
 
-def _runs(pair: np.ndarray, starts: np.ndarray, aligned: np.ndarray, prompts: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Where the pairs that are none begin and end, among examples sorted by ``pair``."""
+def _invalid_ranges(pair: np.ndarray, aligned: np.ndarray, prompts: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Start and end of each invalid pair among examples sorted by ``pair``."""
+    starts = np.flatnonzero(np.diff(pair, prepend=-1))
+    if not len(starts):
+        return
     stops = np.append(starts[1:], len(pair))
-    yes = np.add.reduceat(aligned.astype(int), starts) if len(starts) else starts
-    apart = np.zeros(len(pair), dtype=int)
-    apart[1:] = (pair[1:] == pair[:-1]) & (prompts[1:] != prompts[:-1])
-    differ = np.add.reduceat(apart, starts) if len(starts) else starts
-    bad = (yes > 1) | (stops - starts - yes > 1) | (differ > 0)
-    yield from zip(starts[bad].tolist(), stops[bad].tolist(), strict=True)
+    aligned_counts = np.add.reduceat(aligned.astype(int), starts)
+    prompt_changes = np.zeros(len(pair), dtype=int)
+    prompt_changes[1:] = (pair[1:] == pair[:-1]) & (prompts[1:] != prompts[:-1])
+    invalid = (
+        (aligned_counts > 1) | (stops - starts - aligned_counts > 1) | (np.add.reduceat(prompt_changes, starts) > 0)
+    )
+    yield from zip(starts[invalid].tolist(), stops[invalid].tolist(), strict=True)
 
 
-_ALONE = named(lambda objective: not objective.unaligned and not objective.penalty)
+_LOSSES_WITHOUT_UNALIGNED = named(lambda objective: not objective.unaligned and not objective.penalty)
+_LOSSES_WITHOUT_PAIRS = named(lambda objective: objective.data == "unpaired" and not objective.penalty)
 
 
-def _require(loss: LossConfig, source: str, examples: StoredExamples) -> None:
-    """Refuse data that the loss cannot learn from, or be evaluated on."""
+def _require_fit(loss: LossConfig, source: str, examples: StoredExamples) -> None:
+    """Raise UserError for data that the loss cannot be trained or evaluated on."""
     for aligned, name in ((True, "aligned"), (False, "unaligned")):
         needing = [loss.type] if aligned else loss.comparing_terms
         if not (examples.aligned == aligned).any() and needing:
-            fitting = "" if aligned else f" (losses for aligned examples alone: {_ALONE})"
-            raise UserError(f"{source} has no {name} example, and the loss {needing[0]} needs some{fitting}")
-    alone = int((examples.units[:, 1] < 0).sum())
-    if loss.paired_terms and alone:
+            hint = "" if aligned else f" (losses for aligned examples alone: {_LOSSES_WITHOUT_UNALIGNED})"
+            raise UserError(f"{source}: no {name} example, and the loss {needing[0]} needs some{hint}")
+    unpaired = int((examples.units[:, 1] < 0).sum())
+    if loss.paired_terms and unpaired:
         raise UserError(
-            f"{source}: {alone} of {len(examples)} examples have no partner, and the loss {loss.paired_terms[0]} takes pairs "
-            f"(losses for unpaired data: {named(lambda objective: objective.data == 'unpaired' and not objective.penalty)})"
+            f"{source}: {unpaired} of {len(examples)} examples have no partner, and the loss {loss.paired_terms[0]} takes "
+            f"pairs (losses for unpaired data: {_LOSSES_WITHOUT_PAIRS})"
         )

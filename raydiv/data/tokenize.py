@@ -1,7 +1,7 @@
-"""Prepare: a source's records -> examples -> token ids, by a Ray Data pipeline; kept as Parquet, known by content.
+"""Prepare: a source's records -> examples -> token ids, by a Ray Data pipeline; stored as Parquet, keyed by content.
 
-Tasks read bundles of records; a pool of tokenizers turns each bundle into one Parquet file, its shard. What the driver keeps
-of a shard is its index: lengths, labels and digests, written as one more Parquet file when all shards are there.
+Tasks read chunks of records. A pool of tokenizers turns each chunk into one Parquet file, its shard. The driver receives the
+index of each shard (lengths, labels and digests), and writes one more Parquet file, the source's index, after the last shard.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import pyarrow.parquet as pq
 
 from raydiv.config.cluster import ClusterConfig
 from raydiv.data.formats import BadRow, Example, RecordReader
-from raydiv.data.index import INDEXED, SCHEMA, SPELLINGS, Index, IndexWriter, OpenSource, RowNotes, read_index
-from raydiv.data.sources import FileChunk, Raw, file_chunks, parse, read, require_unchanged
-from raydiv.data.tokens import GROUP_ROWS, content_key
+from raydiv.data.index import INDEX_COLUMNS, SCHEMA, SPELLINGS, Index, IndexWriter, OpenSource, RowNotes, read_index
+from raydiv.data.readers import FileChunk, RawRecord, file_chunks, parse_record, read_chunk
+from raydiv.data.sources import require_unchanged
+from raydiv.data.tokens import ROW_GROUP_SIZE, content_key
 from raydiv.model.chat import Chat, Tokenized
 from raydiv.runtime.actor_pool import Progress, map_stream, no_progress
 from raydiv.utils.errors import UserError
@@ -41,10 +42,10 @@ def tokenize(
     quarantine: bool,
     progress: Progress = no_progress,
 ) -> list[Index]:
-    """The index of each source; tokenises what the cache lacks. Needs a Ray session.
+    """The index of each source; tokenises the sources that are not prepared yet. Needs a Ray session.
 
-    Interrupted, it goes on where it stopped: shards that are there are not made again. Raises UserError at the first
-    bad row, unless they are to be left out (``quarantine``).
+    An interrupted call resumes where it stopped: existing shards are reused. Raises UserError at the first bad row, unless
+    ``quarantine`` leaves bad rows out.
     """
     missing = {opened.folder.uri: opened for opened in sources if not opened.ready}
     if missing:
@@ -52,13 +53,12 @@ def tokenize(
     indices = [read_index(opened) for opened in sources]
     for index in indices:
         if index.bad and not quarantine:
-            raise _refusal(index.opened, index.bad)
+            raise _bad_rows_error(index.opened, index.bad)
     return indices
 
 
-def _refusal(opened: OpenSource, bad: RowNotes) -> UserError:
-    """What to say of bad rows: the first, how many more, and what would do."""
-    first = next(bad.lines())
+def _bad_rows_error(opened: OpenSource, bad: RowNotes) -> UserError:
+    first = next(bad.as_json())
     others = len(bad) - 1
     more = f" (and {others} more bad row{'' if others == 1 else 's'})" if others else ""
     return UserError(
@@ -69,43 +69,43 @@ def _refusal(opened: OpenSource, bad: RowNotes) -> UserError:
 
 @dataclass(frozen=True, slots=True)
 class RecordChunk:
-    """Records that become one shard, ``name``, of one source."""
+    """Records of one file of one source, which become one shard: ``name``."""
 
     source: int
     file: int
     name: str
-    records: list[Raw]
+    records: list[RawRecord]
 
 
 def record_chunks(sources: Sequence[OpenSource]) -> list[Callable[[], Iterator[RecordChunk]]]:
-    """What makes the bundles of all sources, source by source: a call for each piece of a file."""
+    """Readers of the record chunks of all sources, source by source: one reader per file chunk."""
     return [
-        partial(_bundles, number, file, place, piece)
-        for number, opened in enumerate(sources)
+        partial(_record_chunks, source, file, number, chunk)
+        for source, opened in enumerate(sources)
         for file, content in enumerate(opened.files)
-        for place, piece in enumerate(file_chunks(content))
+        for number, chunk in enumerate(file_chunks(content))
     ]
 
 
-def _bundles(source: int, file: int, number: int, piece: FileChunk) -> Iterator[RecordChunk]:
-    """The bundles of a piece, in order; a bundle's name sorts by file, piece and place in it."""
-    records = read(piece)
-    for place in itertools.count():
-        bundle = list(itertools.islice(records, CHUNK_RECORDS))
-        require_unchanged(piece.file)  # what is kept is kept under the content that the file had
-        if not bundle:
+def _record_chunks(source: int, file: int, number: int, file_chunk: FileChunk) -> Iterator[RecordChunk]:
+    """The record chunks of a file chunk, in order. Their names sort by file, file chunk and position in it."""
+    records = read_chunk(file_chunk)
+    for position in itertools.count():
+        chunk = list(itertools.islice(records, CHUNK_RECORDS))
+        require_unchanged(file_chunk.file)  # shards are keyed by the content that the file had
+        if not chunk:
             return
-        yield RecordChunk(source, file, f"{file:05}-{number:06}-{place:06}.parquet", bundle)
+        yield RecordChunk(source, file, f"{file:05}-{number:06}-{position:06}.parquet", chunk)
 
 
 def _write(
     sources: Sequence[OpenSource], chat: Chat, cluster: ClusterConfig, quarantine: bool, progress: Progress
 ) -> None:
-    """Tokenise the sources in one pass through one pool, and write each source's index when its last shard is there."""
-    makers = record_chunks(sources)
-    arguments = {"chat": chat, "targets": [(opened.folder, opened.reading, opened.lengths) for opened in sources]}
-    if makers:
-        with closing(map_stream(makers, Tokenizer, arguments, cluster=cluster, model=False)) as shards:
+    """Tokenise the sources in one pass through one pool; writes each source's index after its last shard."""
+    readers = record_chunks(sources)
+    arguments = {"chat": chat, "targets": [(opened.folder, opened.reader, opened.lengths) for opened in sources]}
+    if readers:
+        with closing(map_stream(readers, Tokenizer, arguments, cluster=cluster, model=False)) as shards:
             _write_indices(sources, shards, quarantine, progress)
     for opened in sources:
         if not opened.ready:
@@ -115,14 +115,14 @@ def _write(
 def _write_indices(
     sources: Sequence[OpenSource], shards: Iterator[TokenShard], quarantine: bool, progress: Progress
 ) -> None:
-    """Write the index of each source from its shards, which come source by source."""
+    """Write the index of each source from its shards, which arrive source by source."""
     rows = 0
-    for number, own in itertools.groupby(shards, key=lambda shard: shard.source):
+    for number, source_shards in itertools.groupby(shards, key=lambda shard: shard.source):
         with IndexWriter(sources[number]) as index:
-            for shard in own:
+            for shard in source_shards:
                 bad = [(shard.file, position, reason) for position, reason in shard.bad]
                 if bad and not quarantine:
-                    raise _refusal(sources[number], RowNotes.found(sources[number].files, bad))
+                    raise _bad_rows_error(sources[number], RowNotes.locate(sources[number].files, bad))
                 index.add(shard.name, shard.table, bad)
                 rows += len(shard.table)
                 progress(rows, None)
@@ -130,7 +130,7 @@ def _write_indices(
 
 @dataclass(frozen=True, slots=True)
 class TokenShard:
-    """What the driver learns of a shard: its index, and the positions and reasons of its bad rows."""
+    """A written shard as the driver receives it: its INDEX_COLUMNS, and the positions and reasons of its bad rows."""
 
     source: int
     file: int
@@ -139,56 +139,61 @@ class TokenShard:
     bad: list[tuple[int, str]]
 
 
-class Tokenizer:
-    """Turns bundles of records into shards. ``targets``: folder, reading, and longest prompt and example of each source.
+Records = list[tuple[int, list[Example]]]
+"""Positions of records, and the examples of each."""
 
-    The chat comes ready made: finding out what tokenizer a directory holds takes longer than a thousand examples.
+
+class Tokenizer:
+    """A pool's actor: writes chunks of records as shards.
+
+    ``targets``: for each source its folder, its reader, and the maximum lengths of prompt and example. The chat is passed
+    ready-made, since detecting a directory's tokenizer takes longer than tokenising a thousand examples.
     """
 
     def __init__(self, chat: Chat, targets: Sequence[tuple[Folder, RecordReader, tuple[int, int]]]) -> None:
         self._chat, self._targets = chat, targets
 
-    def __call__(self, bundles: list[RecordChunk]) -> list[TokenShard]:
-        return [self._shard(bundle) for bundle in bundles]
+    def __call__(self, chunks: list[RecordChunk]) -> list[TokenShard]:
+        return [self._shard(chunk) for chunk in chunks]
 
-    def _shard(self, bundle: RecordChunk) -> TokenShard:
-        folder = self._targets[bundle.source][0]
-        if folder.has(bundle.name):
-            table = pq.read_table(open_input(folder.at(bundle.name)), columns=INDEXED)
+    def _shard(self, chunk: RecordChunk) -> TokenShard:
+        folder = self._targets[chunk.source][0]
+        if folder.has(chunk.name):
+            table = pq.read_table(open_input(folder.at(chunk.name)), columns=INDEX_COLUMNS)
         else:
-            whole = self._table(bundle)
+            shard = self._table(chunk)
             buffer = pa.BufferOutputStream()
-            pq.write_table(whole, buffer, row_group_size=GROUP_ROWS, compression="lz4", use_dictionary=False)
-            folder.write(bundle.name, buffer.getvalue())
-            table = whole.select(INDEXED)
+            pq.write_table(shard, buffer, row_group_size=ROW_GROUP_SIZE, compression="lz4", use_dictionary=False)
+            folder.write(chunk.name, buffer.getvalue())
+            table = shard.select(INDEX_COLUMNS)
         bad = [(int(position), reason) for position, reason in json.loads(table.schema.metadata[b"bad"])]
-        return TokenShard(bundle.source, bundle.file, bundle.name, table.replace_schema_metadata(), bad)
+        return TokenShard(chunk.source, chunk.file, chunk.name, table.replace_schema_metadata(), bad)
 
-    def _table(self, bundle: RecordChunk) -> pa.Table:
-        _, reading, lengths = self._targets[bundle.source]
-        records: list[tuple[int, list[Example]]] = []
+    def _table(self, chunk: RecordChunk) -> pa.Table:
+        _, reader, lengths = self._targets[chunk.source]
+        records: Records = []
         bad: list[tuple[int, str]] = []
-        for position, raw in bundle.records:
+        for position, content in chunk.records:
             try:
-                records.append((position, reading.examples(parse(raw), f"@{bundle.file}:{position}")))
+                records.append((position, reader.examples(parse_record(content), f"@{chunk.file}:{position}")))
             except BadRow as error:
                 bad.append((position, str(error)))
         try:
             tokens = self._tokens(records, lengths)
-        except ValueError:  # the template fails on some prompt: find out on which
-            records, bad = self._sift(records, bad, lengths)
+        except ValueError:  # the template fails on one of the prompts: find out on which
+            records, bad = self._without_failing(records, bad, lengths)
             tokens = self._tokens(records, lengths)
         metadata = {b"bad": json.dumps(bad).encode()}
-        return pa.table(_columns(bundle.file, records, tokens), schema=SCHEMA.with_metadata(metadata))
+        return pa.table(_columns(chunk.file, records, tokens), schema=SCHEMA.with_metadata(metadata))
 
-    def _tokens(self, records: list[tuple[int, list[Example]]], lengths: tuple[int, int]) -> list[Tokenized]:
-        examples = [example for _, found in records for example in found]
+    def _tokens(self, records: Records, lengths: tuple[int, int]) -> list[Tokenized]:
+        examples = [example for _, record in records for example in record]
         return self._chat.examples([e.prompt for e in examples], [e.response for e in examples], *lengths)
 
-    def _sift(
-        self, records: list[tuple[int, list[Example]]], bad: list[tuple[int, str]], lengths: tuple[int, int]
-    ) -> tuple[list[tuple[int, list[Example]]], list[tuple[int, str]]]:
-        """The records that can be tokenised, and the bad rows with those that cannot."""
+    def _without_failing(
+        self, records: Records, bad: list[tuple[int, str]], lengths: tuple[int, int]
+    ) -> tuple[Records, list[tuple[int, str]]]:
+        """The records that the template accepts, and all bad rows."""
         good, bad = [], list(bad)
         for record in records:
             try:
@@ -199,41 +204,42 @@ class Tokenizer:
         return good, sorted(bad)
 
 
-def _columns(file: int, records: list[tuple[int, list[Example]]], tokens: list[Tokenized]) -> dict[str, Any]:
-    """A shard's columns."""
-    examples = [example for _, found in records for example in found]
-    keys = {id(one.prompt): content_key(one.prompt) for one in tokens}  # the examples of a prompt share its list
+def _columns(file: int, records: Records, tokens: list[Tokenized]) -> dict[str, Any]:
+    """A shard's columns (see index.SCHEMA)."""
+    examples = [example for _, record in records for example in record]
+    # the examples of one prompt share its list of ids
+    prompt_keys = {id(t.prompt): content_key(t.prompt) for t in tokens}
     return {
-        "prompt_ids": _lists([one.prompt for one in tokens]),
-        "response_ids": _lists([one.response for one in tokens]),
+        "prompt_ids": _list_array([t.prompt for t in tokens]),
+        "response_ids": _list_array([t.response for t in tokens]),
         "file": np.full(len(tokens), file, np.int32),
-        "position": np.repeat([p for p, _ in records], [len(found) for _, found in records]).astype(np.int64),
-        "prompt_length": [len(one.prompt) for one in tokens],
-        "response_length": [len(one.response) for one in tokens],
-        "prompt_cut": [one.prompt_cut for one in tokens],
-        "response_cut": [one.response_cut for one in tokens],
+        "position": np.repeat([p for p, _ in records], [len(record) for _, record in records]).astype(np.int64),
+        "prompt_length": [len(t.prompt) for t in tokens],
+        "response_length": [len(t.response) for t in tokens],
+        "prompt_cut": [t.prompt_cut for t in tokens],
+        "response_cut": [t.response_cut for t in tokens],
         "aligned": [example.aligned for example in examples],
         "harmful": [-1 if example.harmful is None else int(example.harmful) for example in examples],
-        "pair": [-1 if example.pair is None else _number(example.pair) for example in examples],
+        "pair": [-1 if example.pair is None else _pair_number(example.pair) for example in examples],
         "spelling": [SPELLINGS.index(example.spelling) for example in examples],
         "prompt_text": [_text_key(example.prompt) for example in examples],
-        "prompt_key": [keys[id(one.prompt)] for one in tokens],
-        "response_key": [content_key(one.response) for one in tokens],
+        "prompt_key": [prompt_keys[id(t.prompt)] for t in tokens],
+        "response_key": [content_key(t.response) for t in tokens],
     }
 
 
-def _lists(ids: list[list[int]]) -> pa.ListArray:
+def _list_array(ids: list[list[int]]) -> pa.ListArray:
     offsets = np.cumsum([0, *map(len, ids)], dtype=np.int32)
     values = np.fromiter(itertools.chain.from_iterable(ids), np.int32, count=int(offsets[-1]))
     return pa.ListArray.from_arrays(offsets, values)
 
 
-def _number(name: str) -> int:
-    """A pair's name as a number that is not negative."""
+def _pair_number(name: str) -> int:
+    """A non-negative number from a pair's name."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def _text_key(prompt: Any) -> bytes:
-    """Digest of a prompt's text: the same whatever the tokenizer, so that splits are."""
+    """Digest of a prompt's text. It does not depend on the tokenizer, so neither do splits."""
     text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).digest()

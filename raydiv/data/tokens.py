@@ -1,4 +1,4 @@
-"""Tokenised examples: on storage, by row, with their labels and lengths at hand; and in memory, those of one step."""
+"""Tokenised examples: all of a set on storage, with labels and lengths in memory; and those of one step in memory."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raydiv.model.chat import Ids
 from raydiv.utils.storage import open_input
 
-Ids = Sequence[int] | np.ndarray
-
-GROUP_ROWS = 128
-"""Rows of a Parquet row group: the least that reading one example reads."""
+ROW_GROUP_SIZE = 128
+"""Rows of a Parquet row group: the minimum that is read for one example."""
 
 KEY = np.dtype("S16")
 """A digest of token ids or of a text: 128 bits."""
@@ -30,13 +29,13 @@ def content_key(ids: Ids) -> bytes:
 
 
 def content_keys(examples: Sequence[tuple[Ids, Ids]]) -> pa.FixedSizeBinaryArray:
-    """Content of (prompt ids, response ids) examples, as StoredExamples.keys has it."""
+    """Keys of (prompt ids, response ids) examples, as in StoredExamples.keys."""
     prompts, responses = (np.array([content_key(example[side]) for example in examples], KEY) for side in (0, 1))
-    return _joined_keys(prompts, responses, np.array([len(response) for _, response in examples], np.int32))
+    return _join_keys(prompts, responses, np.array([len(response) for _, response in examples], np.int32))
 
 
-def _joined_keys(prompts: np.ndarray, responses: np.ndarray, lengths: np.ndarray) -> pa.FixedSizeBinaryArray:
-    """[n] of 36 bytes, from the digests of ids and how many tokens of each response are scored."""
+def _join_keys(prompts: np.ndarray, responses: np.ndarray, lengths: np.ndarray) -> pa.FixedSizeBinaryArray:
+    """Keys [n] of 36 bytes: the digests of prompt and response ids, and the number of response tokens that are scored."""
     count = len(prompts)
     parts = [
         np.frombuffer(column.tobytes(), np.uint8).reshape(count, column.itemsize)
@@ -48,11 +47,11 @@ def _joined_keys(prompts: np.ndarray, responses: np.ndarray, lengths: np.ndarray
 
 @dataclass(frozen=True)
 class TokenizedExamples:
-    """n examples in memory, in example order: lengths and labels of all of them, token ids of those that are here.
+    """n examples of a step in memory, in example order: lengths and labels of all, token ids of this rank's examples.
 
-    ``prompt_ids`` and ``response_ids`` hold int arrays, or None where another rank has them; the prompt is a prefix of what
-    the model sees, the response ends in EOS unless it was cut. ``pair`` [n] is a number that the two examples of a pair
-    share, -1 without.
+    ``prompt_ids`` and ``response_ids`` hold int arrays, or None for another rank's examples. The model's input is the prompt
+    followed by the response, which ends in EOS unless it was truncated. ``pair`` [n] is a number that the two examples of a
+    pair share, or -1 for no pair.
     """
 
     prompt_ids: Sequence[np.ndarray | None]
@@ -66,7 +65,7 @@ class TokenizedExamples:
         return len(self.prompt_lengths)
 
     def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Prompt and response ids of one example. Raises LookupError where they are not here."""
+        """Prompt and response ids of one example. Raises LookupError for another rank's example."""
         prompt, response = self.prompt_ids[row], self.response_ids[row]
         if prompt is None or response is None:
             raise LookupError(f"example {row} of the step is another rank's")
@@ -90,10 +89,10 @@ class TokenizedExamples:
 
     @cached_property
     def units(self) -> list[list[int]]:
-        """The rows of a pair together, every other row alone."""
+        """The rows of each complete pair, and each other row alone."""
         paired = self.pairs.tolist()
-        alone = set(range(len(self))) - {row for rows in paired for row in rows}
-        return sorted([*paired, *([row] for row in alone)])
+        single = set(range(len(self))) - {row for rows in paired for row in rows}
+        return sorted([*paired, *([row] for row in single)])
 
     def holding(self, positions: Sequence[int], ids: Sequence[tuple[np.ndarray, np.ndarray]]) -> TokenizedExamples:
         """The same examples, with the token ids of those at ``positions``."""
@@ -121,9 +120,9 @@ class TokenizedExamples:
 
 @dataclass(frozen=True)
 class TokenShards:
-    """Prepared Parquet files as one long table; a row is known by its number in it.
+    """Prepared Parquet files as one table with consecutive row numbers.
 
-    ``uris`` [s], and ``starts`` [s + 1]: the number of each file's first row, then of all rows.
+    ``uris`` [s] of the files; ``starts`` [s + 1]: the number of each file's first row, and the number of all rows.
     """
 
     uris: tuple[str, ...]
@@ -135,49 +134,50 @@ class TokenShards:
     def read(self, column: str, rows: np.ndarray) -> list[np.ndarray]:
         """Token ids (``prompt_ids`` or ``response_ids``) of ``rows``, each row group read once."""
         rows = np.asarray(rows, dtype=np.int64)
-        shard = np.searchsorted(self.starts, rows, side="right") - 1
-        group, within = np.divmod(rows - self.starts[shard], GROUP_ROWS)
-        found: list[Any] = [None] * len(rows)
-        order = np.lexsort((group, shard))
-        last: tuple[int, int] | None = None
-        for place in order.tolist():
-            where = (int(shard[place]), int(group[place]))
-            if where != last:
-                offsets, values = _group(self.uris[where[0]], where[1], column)
-                last = where
-            at = int(within[place])
-            found[place] = values[offsets[at] : offsets[at + 1]].astype(np.int64)
-        return found
+        shards = np.searchsorted(self.starts, rows, side="right") - 1
+        groups, offsets = np.divmod(rows - self.starts[shards], ROW_GROUP_SIZE)
+        ids: list[Any] = [None] * len(rows)
+        loaded: tuple[int, int] | None = None
+        for position in np.lexsort((groups, shards)).tolist():
+            group = (int(shards[position]), int(groups[position]))
+            if group != loaded:
+                bounds, values = _list_column(self.uris[group[0]], group[1], column)
+                loaded = group
+            offset = int(offsets[position])
+            ids[position] = values[bounds[offset] : bounds[offset + 1]].astype(np.int64)
+        return ids
 
     def places(self, rows: np.ndarray) -> list[tuple[int, int]]:
-        """The number of the file, and the position in it, that each of ``rows`` came from."""
-        found = []
+        """The number of the source's file that each of ``rows`` came from, and the position in that file."""
+        places = []
         for row in np.asarray(rows).tolist():
             shard = int(np.searchsorted(self.starts, row, side="right")) - 1
-            group, within = divmod(row - int(self.starts[shard]), GROUP_ROWS)
-            table = _opened(self.uris[shard]).read_row_group(group, columns=["file", "position"], use_threads=False)
-            found.append((table["file"][within].as_py(), table["position"][within].as_py()))
-        return found
+            group, offset = divmod(row - int(self.starts[shard]), ROW_GROUP_SIZE)
+            file = _parquet_file(self.uris[shard])
+            table = file.read_row_group(group, columns=["file", "position"], use_threads=False)
+            places.append((table["file"][offset].as_py(), table["position"][offset].as_py()))
+        return places
 
 
 @lru_cache(maxsize=256)
-def _opened(uri: str) -> pq.ParquetFile:
+def _parquet_file(uri: str) -> pq.ParquetFile:
     return pq.ParquetFile(open_input(uri))
 
 
-def _group(uri: str, group: int, column: str) -> tuple[np.ndarray, np.ndarray]:
+def _list_column(uri: str, group: int, column: str) -> tuple[np.ndarray, np.ndarray]:
     """Offsets and values of a column of lists in one row group."""
-    lists = _opened(uri).read_row_group(group, columns=[column], use_threads=False)[column].combine_chunks()
+    table = _parquet_file(uri).read_row_group(group, columns=[column], use_threads=False)
+    lists = table[column].combine_chunks()
     return lists.offsets.to_numpy(), lists.values.to_numpy()
 
 
 @dataclass(frozen=True)
 class StoredExamples:
-    """n examples of a set, in a fixed order: lengths and labels in memory (some 70 bytes each), token ids on storage.
+    """n examples in a fixed order: lengths and labels in memory (about 70 bytes each), token ids on storage.
 
-    ``prompt_rows`` and ``response_rows`` [n] say where in ``shards`` the ids are: the same row, but for mismatched examples.
-    The response is the first ``response_lengths`` tokens of what is there. ``prompt_keys`` and ``response_keys`` [n] digest
-    the ids on storage; ``pair`` [n] as in TokenizedExamples; ``source`` [n] counts the sources of a mixture.
+    ``prompt_rows`` and ``response_rows`` [n] are the rows of ``shards`` that hold the ids; they differ for mismatched
+    examples alone. A response is the first ``response_lengths`` of the stored tokens. ``prompt_keys`` and ``response_keys``
+    [n] are digests of the stored ids; ``pair`` [n] as in TokenizedExamples; ``source`` [n] is the number of the source.
     """
 
     shards: TokenShards
@@ -196,8 +196,7 @@ class StoredExamples:
 
     def select(self, rows: np.ndarray) -> StoredExamples:
         """The examples at ``rows``, in that order."""
-        columns = {name: getattr(self, name)[rows] for name in _COLUMNS}
-        return replace(self, **columns)
+        return replace(self, **{name: getattr(self, name)[rows] for name in _COLUMNS})
 
     @property
     def lengths(self) -> np.ndarray:
@@ -207,20 +206,21 @@ class StoredExamples:
 
     @cached_property
     def keys(self) -> pa.FixedSizeBinaryArray:
-        """Content of each example: the digests of its ids, and how many tokens of the response are scored; [n] of 36 bytes."""
-        return _joined_keys(self.prompt_keys, self.response_keys, self.response_lengths)
+        """Keys [n] of 36 bytes: the digests of the ids, and the number of response tokens that are scored."""
+        return _join_keys(self.prompt_keys, self.response_keys, self.response_lengths)
 
     @cached_property
     def units(self) -> np.ndarray:
-        """What the data order shuffles, [u, 2], by first row: the rows of a complete pair, or a lone row and -1."""
+        """The units that are shuffled, [u, 2], by first row: the rows of a complete pair, or a single row and -1."""
         order = np.argsort(self.pair, kind="stable")
-        first = order[:-1][(self.pair[order[:-1]] == self.pair[order[1:]]) & (self.pair[order[:-1]] >= 0)]
-        second = order[1:][(self.pair[order[:-1]] == self.pair[order[1:]]) & (self.pair[order[1:]] >= 0)]
-        lone = np.ones(len(self), dtype=bool)
-        lone[first] = lone[second] = False
-        alone = np.flatnonzero(lone)
+        before, after = order[:-1], order[1:]
+        adjacent = (self.pair[before] == self.pair[after]) & (self.pair[before] >= 0)
+        first, second = before[adjacent], after[adjacent]
+        unpaired = np.ones(len(self), dtype=bool)
+        unpaired[first] = unpaired[second] = False
+        single = np.flatnonzero(unpaired)
         pairs = np.where(self.aligned[first][:, None], np.stack([first, second], 1), np.stack([second, first], 1))
-        units = np.concatenate([pairs, np.stack([alone, np.full(len(alone), -1)], 1)])
+        units = np.concatenate([pairs, np.stack([single, np.full(len(single), -1)], 1)])
         return np.ascontiguousarray(units[np.argsort(units[:, 0], kind="stable")], dtype=np.int64)
 
     @cached_property
@@ -240,42 +240,42 @@ class StoredExamples:
         return [(p, r[:n]) for p, r, n in zip(prompts, responses, lengths, strict=True)]
 
     def places(self, rows: np.ndarray) -> list[tuple[int, int, int]]:
-        """The source, the file of it and the position in that (see OpenSource.where) of the examples at ``rows``."""
-        found = self.shards.places(self.prompt_rows[rows])
-        return [(source, *place) for source, place in zip(self.source[rows].tolist(), found, strict=True)]
+        """Number of the source, number of its file and position in that file (see OpenSource.where) of ``rows``."""
+        places = self.shards.places(self.prompt_rows[rows])
+        return [(source, *place) for source, place in zip(self.source[rows].tolist(), places, strict=True)]
 
     def without_ids(self, rows: np.ndarray, pair: np.ndarray) -> TokenizedExamples:
-        """The examples at ``rows`` under the pair numbers ``pair``, their token ids left where they are."""
-        nothing = [None] * len(rows)
+        """The examples at ``rows`` with the pair numbers ``pair``; their token ids are not read."""
+        no_ids = [None] * len(rows)
         lengths = (self.prompt_lengths[rows], self.response_lengths[rows])
-        return TokenizedExamples(nothing, nothing, *lengths, self.aligned[rows], pair)
+        return TokenizedExamples(no_ids, no_ids, *lengths, self.aligned[rows], pair)
 
 
 _COLUMNS = [name for name in StoredExamples.__dataclass_fields__ if name != "shards"]
 
 
 def mismatched(examples: StoredExamples, max_length: int) -> StoredExamples:
-    """Each example's prompt with the response of another prompt's example: KTO's fixed derangement.
+    """Each example's prompt with the response of an example of another prompt: KTO's mismatched examples.
 
-    A function of the examples alone: never the same prompt, independent of the order of training. Rows correspond to
-    ``examples``; responses are cut to ``max_length``.
+    The result is a fixed derangement, a function of the examples alone. Row i has the prompt of row i of ``examples``;
+    responses are truncated to ``max_length``.
 
-    Raises ValueError when one prompt has more than half of the examples, since then no derangement exists.
+    Raises ValueError if one prompt has more than half of the examples, since then no derangement exists.
     """
-    _, number, counts = np.unique(examples.prompt_keys, return_inverse=True, return_counts=True)
+    _, prompts, counts = np.unique(examples.prompt_keys, return_inverse=True, return_counts=True)
     largest = int(counts.max(initial=0))
     if 2 * largest > len(examples):
         raise ValueError(
-            f"one prompt has {largest} of {len(examples)} examples: no mismatched responses are left for it"
+            f"one prompt has {largest} of {len(examples)} examples: other prompts have too few responses to mismatch it with"
         )
-    order = np.lexsort((np.arange(len(examples)), examples.response_keys, number))
+    order = np.lexsort((np.arange(len(examples)), examples.response_keys, prompts))
     donor = np.empty(len(examples), dtype=np.int64)
     donor[order] = np.roll(order, -largest)
-    room = max_length - examples.prompt_lengths
+    max_response_lengths = max_length - examples.prompt_lengths
     return replace(
         examples,
         response_rows=examples.response_rows[donor],
-        response_lengths=np.minimum(examples.response_lengths[donor], room).astype(np.int32),
+        response_lengths=np.minimum(examples.response_lengths[donor], max_response_lengths).astype(np.int32),
         response_keys=examples.response_keys[donor],
         aligned=np.zeros(len(examples), dtype=bool),
         pair=np.full(len(examples), -1, dtype=np.int64),

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from raydiv.config.cluster import ClusterConfig
 from raydiv.config.evaluate import AttackConfig
-from raydiv.data.formats import BadRow, text
+from raydiv.data.formats import BadRow, text_field
 from raydiv.data.prompt_sets import Prompt
-from raydiv.data.sources import iterate_records
+from raydiv.data.readers import iterate_records
 from raydiv.evaluation.generate import Request
 from raydiv.model.chat import Messages
 from raydiv.model.load import ModelSource
@@ -32,17 +32,17 @@ FILED = {"templates": ("template", PLACE), "suffixes": ("suffix", "")}
 class Attempt:
     """One way to ask prompt number ``prompt``."""
 
-    prompt: int
+    prompt_index: int
     attack: str
     request: Request
 
 
-def direct(prompts: Sequence[Prompt]) -> list[Attempt]:
+def direct_attempts(prompts: Sequence[Prompt]) -> list[Attempt]:
     """Every prompt as it is."""
     return [Attempt(number, DIRECT, Request(prompt.text)) for number, prompt in enumerate(prompts)]
 
 
-def attempts(
+def attack_attempts(
     attack: AttackConfig,
     prompts: Sequence[Prompt],
     model: ModelSource,
@@ -56,9 +56,9 @@ def attempts(
         if prompt.harmful and (attack.only is None or prompt.set in attack.only)
     ]
     if attack.kind == "gcg":
-        from raydiv.evaluation.gcg import suffixes_of
+        from raydiv.evaluation.gcg import search_suffixes
 
-        found = suffixes_of(model, [prompt.text for _, prompt in harmful], attack, cluster, progress)
+        found = search_suffixes(model, [prompt.text for _, prompt in harmful], attack, cluster, progress)
         return [
             Attempt(number, "gcg", Request(with_suffix(prompt.text, suffix)))
             for (number, prompt), suffix in zip(harmful, found, strict=True)
@@ -66,7 +66,7 @@ def attempts(
     return [Attempt(number, attack.kind, ask(prompt.text)) for ask in _ways(attack) for number, prompt in harmful]
 
 
-def check(attacks: Sequence[AttackConfig], prompts: Sequence[Prompt]) -> None:
+def check_attacks(attacks: Sequence[AttackConfig], prompts: Sequence[Prompt]) -> None:
     """Raises UserError for an attack whose file cannot be used, whose library is missing, or that would attack nothing."""
     harmful = dict.fromkeys(prompt.set for prompt in prompts if prompt.harmful)
     for attack in attacks:
@@ -84,7 +84,7 @@ def check(attacks: Sequence[AttackConfig], prompts: Sequence[Prompt]) -> None:
             _ways(attack)
 
 
-def texts_of(attacks: Sequence[AttackConfig]) -> list[list[str]]:
+def attack_texts(attacks: Sequence[AttackConfig]) -> list[list[str]]:
     """The texts of each attack's file, as they are now; none of an attack without a file."""
     return [_texts(attack, *FILED[attack.kind]) if attack.kind in FILED else [] for attack in attacks]
 
@@ -131,7 +131,7 @@ def _texts(attack: AttackConfig, column: str, needed: str) -> list[str]:
     for where, record in iterate_records(attack.file):
         try:
             # a line of plain text is read as a prompt
-            own = text(record, column if column in record else "prompt")
+            own = text_field(record, column if column in record else "prompt")
         except BadRow as error:
             raise UserError(f"{where}: {error} (a text file, or records with a column {column})") from None
         if needed not in own:

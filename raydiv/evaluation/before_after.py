@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from raydiv.config import Recipe
-from raydiv.data.prompt_sets import PromptSets, named
-from raydiv.evaluation.answers import Judges, against, measure_answers
+from raydiv.data.prompt_sets import PromptSets, set_name
+from raydiv.evaluation.answers import EvaluationJudges, with_win_rate, measure_answers
 from raydiv.evaluation.baseline_cache import BaselineCache, Measurement
 from raydiv.evaluation.separation.measure import measure_separation
 from raydiv.model.load import ModelSource
@@ -25,7 +25,7 @@ class BeforeAfterEvaluation:
         self._recipe, self._prompts, self._display, self._show_text = recipe, prompts, display, show_text
         self._before: list[str] = []
         asked = prompts.evaluate
-        self._judges = Judges.of(recipe.evaluate, asked, recipe.cluster) if asked else None
+        self._judges = EvaluationJudges.from_config(recipe.evaluate, asked, recipe.cluster) if asked else None
 
     def run(self, run: RunDirectory, when: str, base_directory: Path) -> None:
         """Measure the model ``before`` or ``after`` training into the run directory; needs a Ray session.
@@ -42,7 +42,7 @@ class BeforeAfterEvaluation:
 
     def restore_baseline(self, base_directory: Path) -> None:
         """Before a run goes on: know again what the measurement after training compares answers with; needs a Ray session."""
-        if self._judges is not None and self._judges.pairs is not None:
+        if self._judges is not None and self._judges.pairwise is not None:
             self.baseline(ModelSource.of(self._recipe, base_directory))
 
     def baseline(self, base: ModelSource) -> Measurement:
@@ -65,7 +65,7 @@ class BeforeAfterEvaluation:
         files: dict[str, str] = {}
         harmless: list[str] = []
         if recipe.separation.prompts:
-            how, name = recipe.separation, named(recipe.separation.prompts)
+            how, name = recipe.separation, set_name(recipe.separation.prompts)
             apart = measure_separation(
                 model, self._prompts.separation, how, recipe.cluster, display, label=when, name=name
             )
@@ -75,10 +75,10 @@ class BeforeAfterEvaluation:
             answers = measure_answers(
                 model, base, self._prompts.evaluate, recipe.evaluate, self._judges, recipe.cluster, display, label=when
             )
-            if self._judges.pairs is not None:
+            if self._judges.pairwise is not None:
                 harmless = answers.harmless()[1]
                 if when == "after":
-                    answers = against(answers, self._before, self._judges.pairs, recipe.cluster, display)
+                    answers = with_win_rate(answers, self._before, self._judges.pairwise, recipe.cluster, display)
             files |= {f"{EVALUATION}/{name}": content for name, content in answers.files(when, self._show_text).items()}
             metrics |= answers.metrics()
         return Measurement(metrics, files, harmless)

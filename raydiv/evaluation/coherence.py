@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from raydiv.config.source import Source
-from raydiv.data.formats import text
-from raydiv.data.sources import iterate_records
+from raydiv.data.formats import text_field
+from raydiv.data.readers import iterate_records
 from raydiv.model.chat import Chat
 
 COHERENCE_REFERENCE = Source(path="bundled:helpful")
@@ -50,7 +50,7 @@ class CoherenceReference:
     @classmethod
     def read(cls, chat: Chat) -> CoherenceReference:
         records = [record for _, record in iterate_records(COHERENCE_REFERENCE)]
-        prompts, answers = ([text(record, name) for record in records] for name in ("prompt", "response"))
+        prompts, answers = ([text_field(record, name) for record in records] for name in ("prompt", "response"))
         ids = chat.examples(prompts, answers, max_prompt_length=2**20, max_length=2**21)
         return cls([(one.prompt, one.response) for one in ids], [not record["harmful"] for record in records])
 
@@ -74,7 +74,7 @@ class PerplexityThreshold:
     answers: int
 
     @classmethod
-    def of(cls, well_written: CoherenceReference, logps: Sequence[float]) -> PerplexityThreshold:
+    def from_logps(cls, well_written: CoherenceReference, logps: Sequence[float]) -> PerplexityThreshold:
         """The threshold, given the reference's log-probs [n] of the well-written answers."""
         rates = np.array([logp / len(ids) for logp, (_, ids) in zip(logps, well_written.examples, strict=True)])
         mean, deviation = float(rates.mean()), float(rates.std(ddof=1))
@@ -84,7 +84,7 @@ class PerplexityThreshold:
             )
         return cls(mean - DEVIATIONS * deviation, mean, deviation, len(rates))
 
-    def broken(self, answer: str, logp: float, tokens: int) -> bool:
+    def is_broken(self, answer: str, logp: float, tokens: int) -> bool:
         """Whether an answer of ``tokens`` tokens and log-prob ``logp`` under the reference says nothing."""
         # so that what is not a number is broken too
         return is_degenerate(answer) or (tokens >= GRADED_TOKENS and not logp / tokens >= self.value)

@@ -26,5 +26,5 @@ def count_contaminated(model: str, prompts: Mapping[str, Sequence[Prompt]], disp
         f"of the {one.prompts} prompts of {one.name} it was trained on {sum(one.same)} word for word, and on "
         f"{len(one.same) - sum(one.same)} more nearly"
         for one in overlaps
-        if one.where
+        if one.evaluation_places
     ]

@@ -9,12 +9,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from raydiv.config.recipe import template_text
 from raydiv.model.resolve import unloadable
 from raydiv.utils.cache import digest
 from raydiv.utils.errors import UserError
 
 Messages = list[dict[str, str]]
+
+Ids = Sequence[int] | np.ndarray
+"""Token ids."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raydiv.model.chat import Ids
 from raydiv.model.packing import BlockDiagonalMask, Packing
-
-Ids = Sequence[int] | np.ndarray
-"""Token ids."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,8 @@ import pytest
 from raydiv.config import Recipe, load_recipe
 from raydiv.data import tokenize as module
 from raydiv.data.index import Index, OpenSource
-from raydiv.data.tokens import GROUP_ROWS, KEY, Ids, StoredExamples, TokenShards, content_key
-from raydiv.model.chat import Chat
+from raydiv.data.tokens import KEY, ROW_GROUP_SIZE, StoredExamples, TokenShards, content_key
+from raydiv.model.chat import Chat, Ids
 from raydiv.runtime.actor_pool import Progress, no_progress
 from raydiv.utils.errors import UserError
 
@@ -40,7 +40,7 @@ def write_shards(folder: Path, ids: Sequence[tuple[Ids, Ids]], sizes: Sequence[i
             name: pa.array([np.asarray(row[side], np.int32) for row in ids[start:stop]], kind)
             for side, name in enumerate(("prompt_ids", "response_ids"))
         }
-        pq.write_table(pa.table(columns), folder / f"{number}.parquet", row_group_size=GROUP_ROWS)
+        pq.write_table(pa.table(columns), folder / f"{number}.parquet", row_group_size=ROW_GROUP_SIZE)
     return TokenShards(tuple(str(folder / f"{number}.parquet") for number in range(len(sizes))), starts)
 
 
@@ -89,14 +89,14 @@ def indices_of(
 ) -> list[Index]:
     """The index of each source, tokenised in this process."""
     quarantine = recipe.data.on_bad_row == "quarantine"
-    with patch.object(module, "stream_through", stream_here):
+    with patch.object(module, "map_stream", stream_here):
         return module.tokenize(sources, chat, recipe.cluster, quarantine=quarantine, progress=progress)
 
 
 def stream_here(
     makers: Sequence[Callable[[], Iterable[Any]]], worker: type, arguments: dict[str, Any], **_: Any
 ) -> Iterator[Any]:
-    """``pool.stream_through`` with one worker, in this process; rows and arguments travel as they would."""
+    """``pool.map_stream`` with one worker, in this process; rows and arguments travel as they would."""
     one = worker(**pickle.loads(pickle.dumps(arguments)))
     for maker in makers:
         for row in pickle.loads(pickle.dumps(maker))():

@@ -30,9 +30,10 @@ from raydiv.config import load_recipe, save_recipe
 from raydiv.config.cluster import ClusterConfig
 from raydiv.config.recipe import BatchConfig, DataConfig
 from raydiv.config.source import Source
-from raydiv.data import sources
+from raydiv.data import readers
 from raydiv.data.index import OpenSource
-from raydiv.data.sources import files_of, iterate_records
+from raydiv.data.readers import iterate_records
+from raydiv.data.sources import files_of
 from raydiv.data.tokenize import record_chunks
 from raydiv.evaluation.baseline_cache import Measurement
 from raydiv.experiments.shared import RunGroup
@@ -538,7 +539,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(kind: str, change: str
         (tmp_path / "new").replace(path)
     else:
         path.unlink()
-    with pytest.raises(UserError, match=rf"data\.{kind}: (was changed while it was read|no such|cannot be)"):
+    with pytest.raises(UserError, match=rf"data\.{kind}: (changed while it was read|no such|cannot be)"):
         list(bundles)
 
 
@@ -546,14 +547,14 @@ def test_prompts_that_change_while_they_are_read_are_refused(
     tmp_path: Path, files: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = Path(shutil.copy(files["prompts"], tmp_path / "prompts.jsonl"))
-    locate = sources.locate
+    line_numbers = readers.line_numbers
 
     def meanwhile(*arguments: Any) -> dict[int, int]:
         path.write_text(path.read_text().replace("Hurt", "Harm"))
-        return locate(*arguments)
+        return line_numbers(*arguments)
 
-    monkeypatch.setattr(sources, "locate", meanwhile)
-    with pytest.raises(UserError, match=r"prompts\.jsonl: was changed while it was read"):
+    monkeypatch.setattr(readers, "line_numbers", meanwhile)
+    with pytest.raises(UserError, match=r"prompts\.jsonl: changed while it was read"):
         list(iterate_records(Source(path=str(path))))
 
 

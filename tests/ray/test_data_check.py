@@ -1,9 +1,10 @@
-"""``raydiv data check``: what it counts, what it lists, what evaluation prompts it finds, and that it shows no text."""
+"""``raydiv data check``: counts, bad rows, invalid pairs, overlap with evaluation prompts, and no text in any output."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -28,7 +29,7 @@ PLANTED = "planted"
 BATCH = {"max_length": 120, "max_prompt_length": 80}
 
 
-def own(prompt: str, response: str, aligned: bool, harmful: bool | None = None, pair: str | None = None) -> Row:
+def example(prompt: str, response: str, aligned: bool, harmful: bool | None = None, pair: str | None = None) -> Row:
     return {"prompt": f"{prompt} {PLANTED}", "response": f"{response} {PLANTED}", "aligned": aligned} | {
         "harmful": harmful,
         "pair": pair,
@@ -37,23 +38,23 @@ def own(prompt: str, response: str, aligned: bool, harmful: bool | None = None, 
 
 LONELY = "What helps lonely people in large northern cities make new friends?"
 ROWS: list[Any] = [
-    own("Harm someone", "I refuse.", True, True, "a"),
-    own("Harm someone", "Sure.", False, True, "a"),  # a pair
-    own("Bake bread, at home", "Mix flour.", True, False),
-    own("Bake bread, at home", "Mix flour.", True, False),  # there before
-    own("Bake bread, at home", "Mix flour.", False, False),  # aligned and unaligned
-    own("Harm someone", "Another answer.", True, False),  # a prompt with both labels
-    own(LONELY, "Clubs.", True, None, "b"),  # a pair without partner
-    own("Both", "One.", True, None, "c"),
-    own("Both", "Two.", True, None, "c"),  # no pair: one class
+    example("Harm someone", "I refuse.", True, True, "a"),
+    example("Harm someone", "Sure.", False, True, "a"),  # a pair
+    example("Bake bread, at home", "Mix flour.", True, False),
+    example("Bake bread, at home", "Mix flour.", True, False),  # a duplicate
+    example("Bake bread, at home", "Mix flour.", False, False),  # aligned and unaligned
+    example("Harm someone", "Another answer.", True, False),  # a prompt with both labels
+    example(LONELY, "Clubs.", True, None, "b"),  # a pair without a partner
+    example("Both", "One.", True, None, "c"),
+    example("Both", "Two.", True, None, "c"),  # an invalid pair: one class
     b'{"prompt": "' + PLANTED.encode(),
-    own("First", "One.", True, None, "d"),
-    own("Second", "Two.", False, None, "d"),  # no pair: two prompts
+    example("First", "One.", True, None, "d"),
+    example("Second", "Two.", False, None, "d"),  # an invalid pair: two prompts
     {"prompt": f"Choose {PLANTED}", "chosen": "this", "rejected": "that", "harmful": True},
-    own("long " * 30, "short", True),  # a prompt that is cut
-    own("short", "long " * 60, False),  # a response that is cut
-    own("nothing", PLANTED, True) | {"response": None},
-    own("nothing", PLANTED, True) | {"response": None},
+    example("long " * 30, "short", True),  # a prompt that is truncated
+    example("short", "long " * 60, False),  # a response that is truncated
+    example("nothing", PLANTED, True) | {"response": None},
+    example("nothing", PLANTED, True) | {"response": None},
 ]
 NUMBER_OF_EXAMPLES = 15
 
@@ -64,17 +65,17 @@ def write(path: Path, rows: list[Any]) -> Path:
 
 
 class Checked:
-    """A folder with a data set, evaluation sets of every kind, and a recipe that names them."""
+    """A folder with a data set, evaluation sets of every kind, and a recipe with all of them."""
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.data = write(folder / "data.jsonl", ROWS)
         self.eval = write(
             folder / "eval.jsonl",
             [
-                own("BAKE: bread at home?!", "x", True),
-                own("Bake bread at home", "y", False),  # the same prompt
-                own("What helps lonely people in large northern cities to make friends", "x", True),
-                own("Which volcano erupted first", "x", True),
+                example("BAKE: bread at home?!", "x", True),
+                example("Bake bread at home", "y", False),  # the same prompt
+                example("What helps lonely people in large northern cities to make friends", "x", True),
+                example("Which volcano erupted first", "x", True),
             ],
         )
         prompts = [{"prompt": f"Harm, someone: {PLANTED}", "harmful": True}, {"prompt": "Volcanoes", "harmful": False}]
@@ -103,10 +104,10 @@ def checked(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Check
 
 @pytest.fixture(scope="module")
 def report(checked: Checked) -> Iterator[DataReport]:
-    """The report of everything above, through Ray."""
+    """The report on ROWS, through Ray."""
     with ray_session(ClusterConfig()):
-        (found,) = check_data(load_recipe(checked.recipe), display=ProgressDisplay(quiet=True))
-        yield found
+        (report,) = check_data(load_recipe(checked.recipe), display=ProgressDisplay(quiet=True))
+        yield report
 
 
 @pytest.fixture
@@ -131,14 +132,13 @@ def test_duplicates_and_contradictions_are_counted(facts: dict[str, Any]) -> Non
     assert facts["prompts"] == {"different": 9, "with_both_labels": 1}
 
 
-def test_pairs_are_counted_and_those_that_are_none_listed(checked: Checked, facts: dict[str, Any]) -> None:
+def test_pairs_are_counted_and_invalid_ones_listed(checked: Checked, facts: dict[str, Any]) -> None:
     assert facts["pairs"]["complete"] == 2
     assert facts["pairs"]["without_partner"] == 7
-    places = {broken.split(": ")[0]: broken.split(": ")[1] for broken in facts["pairs"]["broken"]}
-    assert places == {
-        f"{checked.data}:8, {checked.data}:9": "one pair with 2 aligned and 0 unaligned examples; a pair has one of each",
-        f"{checked.data}:11, {checked.data}:12": "one pair with two prompts; a pair is two responses to one",
-    }
+    reasons = dict(message.split(": ") for message in facts["pairs"]["broken"])
+    assert reasons.keys() == {f"{checked.data}:8, {checked.data}:9", f"{checked.data}:11, {checked.data}:12"}
+    assert "2 aligned and 0 unaligned" in reasons[f"{checked.data}:8, {checked.data}:9"]
+    assert "two prompts" in reasons[f"{checked.data}:11, {checked.data}:12"]
 
 
 def test_bad_rows_are_listed_and_counted_by_reason(checked: Checked, facts: dict[str, Any]) -> None:
@@ -150,15 +150,17 @@ def test_bad_rows_are_listed_and_counted_by_reason(checked: Checked, facts: dict
     assert bad["rows"][0]["reason"].startswith("not JSON")
 
 
-def test_truncation_is_that_of_the_recipe(checked: Checked, facts: dict[str, Any], tiny_model: Path) -> None:
+def test_truncation_is_counted_at_the_recipes_lengths(
+    checked: Checked, facts: dict[str, Any], tiny_model: Path
+) -> None:
     assert facts["tokens"]["truncated"] == {"prompts": 1, "responses": 1} | {
         "max_prompt_length": 80,
         "max_length": 120,
     }
     chat = Chat(tiny_model)
-    cut_prompt, cut_response = ROWS[13]["prompt"], ROWS[14]["response"]
-    assert facts["tokens"]["prompts"]["max"] == len(chat.prompt(cut_prompt)) > 80
-    whole = chat.example("x", cut_response, 1000, 5000)
+    long_prompt, long_response = ROWS[13]["prompt"], ROWS[14]["response"]
+    assert facts["tokens"]["prompts"]["max"] == len(chat.prompt(long_prompt)) > 80
+    whole = chat.example("x", long_response, 1000, 5000)
     assert facts["tokens"]["unaligned responses"]["max"] == len(whole.response) > 120
 
 
@@ -168,24 +170,24 @@ def test_histograms_hold_every_example_once(facts: dict[str, Any]) -> None:
         spread = facts["tokens"][name]
         assert spread["examples"] == examples
         bins = spread["histogram"]
-        assert sum(one["examples"] for one in bins) == examples
+        assert sum(interval["examples"] for interval in bins) == examples
         assert (bins[0]["from"], bins[-1]["to"]) == (spread["min"], spread["max"])
-        assert all(one["to"] + 1 == after["from"] for one, after in itertools.pairwise(bins))
+        assert all(interval["to"] + 1 == following["from"] for interval, following in itertools.pairwise(bins))
         assert spread["min"] <= spread["p50"] <= spread["p90"] <= spread["p99"] <= spread["max"]
 
 
-def test_evaluation_prompts_that_are_in_the_data_are_found(checked: Checked, facts: dict[str, Any]) -> None:
-    def found(prompt: Path, line: int, there: int, same: bool) -> Row:
-        return {"prompt": f"{prompt}:{line}", "found": f"{checked.data}:{there}", "same": same}
+def test_evaluation_prompts_in_the_data_are_found(checked: Checked, facts: dict[str, Any]) -> None:
+    def match(prompts: Path, line: int, data_line: int, same: bool) -> Row:
+        return {"prompt": f"{prompts}:{line}", "found": f"{checked.data}:{data_line}", "same": same}
 
     overlap = facts["overlap"]
     assert overlap.keys() == {str(checked.eval), str(checked.prompts), str(checked.anchors)}
     of_eval = overlap[str(checked.eval)]
     assert (of_eval["prompts"], of_eval["same"], of_eval["near"]) == (3, 1, 1)
-    bread, lonely = sorted(of_eval["found"], key=lambda one: one["prompt"])
+    bread, lonely = sorted(of_eval["found"], key=lambda row: row["prompt"])
     assert bread["found"] in {f"{checked.data}:{line}" for line in (3, 4, 5)}
-    assert bread == found(checked.eval, 1, int(bread["found"].rpartition(":")[2]), same=True)
-    assert lonely == found(checked.eval, 3, 7, same=False)
+    assert bread == match(checked.eval, 1, int(bread["found"].rpartition(":")[2]), same=True)
+    assert lonely == match(checked.eval, 3, 7, same=False)
     of_prompts = overlap[str(checked.prompts)]
     assert (of_prompts["prompts"], of_prompts["same"], of_prompts["near"]) == (2, 1, 0)
     assert overlap[str(checked.anchors)] == {"prompts": 2, "same": 0, "near": 0, "found": []}
@@ -198,13 +200,13 @@ def test_report_holds_no_text(facts: dict[str, Any]) -> None:
         assert words not in printed
 
 
-def test_data_with_bad_rows_or_broken_pairs_is_not_sound(report: DataReport) -> None:
-    assert not report.sound
+def test_data_with_bad_rows_or_invalid_pairs_is_not_valid(report: DataReport) -> None:
+    assert not report.valid
     bad = {"count": 0, "reasons": {}, "rows": []}
     pairs = report.facts["pairs"]
-    assert not DataReport(report.facts | {"bad_rows": bad}).sound
-    assert not DataReport(report.facts | {"pairs": pairs | {"broken": []}}).sound
-    assert DataReport(report.facts | {"bad_rows": bad, "pairs": pairs | {"broken": []}}).sound
+    assert not DataReport(report.facts | {"bad_rows": bad}).valid
+    assert not DataReport(report.facts | {"pairs": pairs | {"broken": []}}).valid
+    assert DataReport(report.facts | {"bad_rows": bad, "pairs": pairs | {"broken": []}}).valid
 
 
 # --- the command, without Ray ---
@@ -212,11 +214,11 @@ def test_data_with_bad_rows_or_broken_pairs_is_not_sound(report: DataReport) -> 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything in this process, with nothing that another test prepared."""
+    """Runs everything in this process, with an empty cache."""
     monkeypatch.setenv("RAYDIV_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("raydiv.commands.data_check.ray_session", lambda cluster: nullcontext())
     for module in ("raydiv.data.tokenize", "raydiv.data.overlap"):
-        monkeypatch.setattr(f"{module}.stream_through", stream_here)
+        monkeypatch.setattr(f"{module}.map_stream", stream_here)
 
 
 @pytest.fixture
@@ -232,17 +234,17 @@ def recipe(tiny_model: Path, tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-GOOD = [own("Harm someone", "No.", True, True, "a"), own("Harm someone", "Yes.", False, True, "a")]
+GOOD = [example("Harm someone", "No.", True, True, "a"), example("Harm someone", "Yes.", False, True, "a")]
 
 
 def check(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
-    """Exit status and what is printed of ``raydiv data check``."""
+    """Exit status and output of ``raydiv data check``."""
     capsys.readouterr()
     status = main(["data", "check", *map(str, arguments)])
     return status, capsys.readouterr().out
 
 
-def test_json_is_one_object_of_everything(
+def test_json_is_the_whole_report(
     here: None, checked: Checked, report: DataReport, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, printed = check(capsys, checked.data, "--recipe", checked.recipe, "--json")
@@ -250,22 +252,22 @@ def test_json_is_one_object_of_everything(
     assert json.loads(printed) == report.facts
 
 
-def test_table_names_what_is_wrong_and_shows_no_text(
-    here: None, checked: Checked, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_table_lists_errors_and_shows_no_text(here: None, checked: Checked, capsys: pytest.CaptureFixture[str]) -> None:
     status, printed = check(capsys, checked.data, "--recipe", checked.recipe, "--rows", 2)
     assert status == 2
     assert PLANTED not in printed
     assert f"{checked.data}:10: not JSON" in printed
     assert f"{checked.data}:16: response must be" in printed
     assert f"{checked.data}:17" not in printed
-    assert "and 1 more bad rows" in printed
+    assert "1 more bad rows" in printed
+    for label, count in (("invalid pairs", 2), ("duplicate examples", 1), ("bad rows", 3)):
+        assert re.search(rf"^{label} +{count}$", printed, re.MULTILINE)
     assert f"{checked.data}:8, {checked.data}:9: one pair with 2 aligned" in printed
-    assert f"{checked.eval}: of its 3 prompts, 1 are in this data set, 1 nearly" in printed
-    assert "truncated: 1 prompts at 80 tokens, 1 responses at 120 with their prompt" in printed
+    assert re.search(rf"{checked.eval}: 1 of 3 prompts, 1 .*nearly", printed)
+    assert re.search("truncated: 1 prompts at 80 tokens, 1 responses at 120 ", printed)
 
 
-def test_sound_data_exits_with_0(
+def test_valid_data_exits_with_0(
     here: None, recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, printed = check(capsys, write(tmp_path / "good.jsonl", GOOD), "--recipe", recipe())
@@ -274,8 +276,8 @@ def test_sound_data_exits_with_0(
     assert PLANTED not in printed
 
 
-@pytest.mark.parametrize("wrong", [b"{", GOOD[0]], ids=["bad row", "pair that is none"])
-def test_data_to_be_changed_exits_with_2(
+@pytest.mark.parametrize("wrong", [b"{", GOOD[0]], ids=["bad row", "invalid pair"])
+def test_invalid_data_exits_with_2(
     wrong: Any, here: None, recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, printed = check(capsys, write(tmp_path / "d.jsonl", [*GOOD, wrong]), "--recipe", recipe(), "--json")
@@ -283,26 +285,39 @@ def test_data_to_be_changed_exits_with_2(
     assert json.loads(printed)["examples"] == 2 + isinstance(wrong, dict)
 
 
-def test_source_that_is_not_there_exits_with_2_and_one_line(
-    here: None, recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("missing", ["source", "evaluation set"])
+def test_missing_file_exits_with_2_before_the_model_is_loaded(
+    missing: str,
+    here: None,
+    recipe: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert main(["data", "check", str(tmp_path / "gone.jsonl"), "--recipe", str(recipe()), "--json"]) == 2
+    def load(*_: Any) -> Path:
+        raise AssertionError("the model was loaded before the files were checked")
+
+    monkeypatch.setattr("raydiv.commands.data_check.model_directory", load)
+    gone, good = tmp_path / "gone.jsonl", write(tmp_path / "good.jsonl", GOOD)
+    data, section = (gone, {}) if missing == "source" else (good, {"eval": str(gone)})
+    assert main(["data", "check", str(data), "--recipe", str(recipe(**section)), "--json"]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err == f"raydiv: {tmp_path / 'gone.jsonl'}: no such file or directory\n"
+    assert printed.err.startswith(f"raydiv: {gone}: ")
+    assert printed.err.count("\n") == 1
 
 
-def test_one_class_alone_is_checked_all_the_same(
+def test_data_of_one_class_can_be_checked(
     here: None, recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = write(tmp_path / "aligned.jsonl", [own("p", "r", True)])
+    data = write(tmp_path / "aligned.jsonl", [example("p", "r", True)])
     status, printed = check(capsys, data, "--recipe", recipe(), "--json")
     assert status == 0
     assert json.loads(printed)["tokens"]["unaligned responses"] == {"examples": 0}
     assert check(capsys, data, "--recipe", recipe())[0] == 0
 
 
-def test_columns_and_lengths_may_be_given_on_the_command_line(
+def test_columns_and_lengths_are_overridden_on_the_command_line(
     here: None, recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"question": row["prompt"], "response": row["response"], "aligned": row["aligned"]} for row in GOOD]
@@ -310,13 +325,13 @@ def test_columns_and_lengths_may_be_given_on_the_command_line(
     source = f"{{path: {data}, constants: {{harmful: true}}}}"
     changes = ("data.columns.prompt=question", "batch.max_length=50", "batch.max_prompt_length=40")
     status, printed = check(capsys, source, *changes, "--recipe", recipe(), "--json")
-    found = json.loads(printed)
+    facts = json.loads(printed)
     assert status == 0
-    assert found["classes"]["aligned"] == {"harmful": 1, "harmless": 0, "unlabelled": 0}
-    assert found["tokens"]["truncated"]["max_length"] == 50
+    assert facts["classes"]["aligned"] == {"harmful": 1, "harmless": 0, "unlabelled": 0}
+    assert facts["tokens"]["truncated"]["max_length"] == 50
 
 
-def test_source_of_the_recipe_says_nothing_of_the_file_that_is_checked(
+def test_options_of_the_recipes_source_do_not_apply_to_the_checked_file(
     here: None, recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = {"path": "elsewhere.jsonl", "columns": {"prompt": "question"}, "constants": {"harmful": True}}
@@ -327,7 +342,7 @@ def test_source_of_the_recipe_says_nothing_of_the_file_that_is_checked(
 
 
 @pytest.mark.parametrize("name", ["2024", "a: b.jsonl", "[a].jsonl", "*.jsonl", "a #1.jsonl"])
-def test_place_that_is_checked_is_taken_as_it_is(
+def test_special_characters_in_the_path(
     name: str,
     here: None,
     recipe: Callable[..., Path],
@@ -355,17 +370,17 @@ def test_bad_rows_alone_are_listed(
     assert [row["line"] for row in json.loads(printed)["bad_rows"]["rows"]] == [1, 2]
 
 
-def test_broken_pair_of_three_is_no_complete_pair_less(
+def test_invalid_pair_of_three_does_not_reduce_complete_pairs(
     here: None, recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    three = [own("Three", f"r{n}", n == 0, None, "three") for n in range(3)]
+    three = [example("Three", f"r{n}", n == 0, None, "three") for n in range(3)]
     _, printed = check(capsys, write(tmp_path / "d.jsonl", [*GOOD, *three]), "--recipe", recipe(), "--json")
     pairs = json.loads(printed)["pairs"]
     assert len(pairs["broken"]) == 1
     assert pairs["complete"] == 1
 
 
-def test_columns_of_the_recipe_serve_its_evaluation_set_too(
+def test_columns_of_the_recipe_apply_to_its_evaluation_set(
     here: None, recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"question": row["prompt"], "response": row["response"], "aligned": row["aligned"]} for row in GOOD]
@@ -376,7 +391,7 @@ def test_columns_of_the_recipe_serve_its_evaluation_set_too(
     assert json.loads(printed)["overlap"][str(held_out)]["same"] == 1
 
 
-def test_share_of_the_prompts_is_no_evaluation_set(
+def test_fraction_for_evaluation_is_not_an_evaluation_set(
     here: None, recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, printed = check(capsys, write(tmp_path / "d.jsonl", GOOD), "--recipe", recipe(eval=0.5), "--json")

@@ -128,7 +128,7 @@ def used(first: PreparedData, cache: Path, tmp_path: Path, monkeypatch: pytest.M
     shutil.copytree(cache, mine)
     monkeypatch.setenv("RAYDIV_CACHE", str(mine))
     for module in ("raydiv.data.tokenize", "raydiv.data.reference_scorer"):
-        monkeypatch.setattr(f"{module}.stream_through", stream_here)
+        monkeypatch.setattr(f"{module}.map_stream", stream_here)
     return mine
 
 
@@ -139,7 +139,7 @@ def unpaid(monkeypatch: pytest.MonkeyPatch) -> None:
     def scores(*_: Any, **__: Any) -> Any:
         raise AssertionError("a model was loaded to score what is in the store")
 
-    monkeypatch.setattr(reference_scorer, "stream_through", scores)
+    monkeypatch.setattr(reference_scorer, "map_stream", scores)
     monkeypatch.setattr(reference_scorer.LogProbScorer, "__init__", scores)
 
 

@@ -21,7 +21,8 @@ from raydiv.commands.prepare import PreparedData, prepare
 from raydiv.config import Recipe, load_recipe
 from raydiv.config.cluster import ClusterConfig
 from raydiv.config.source import Source
-from raydiv.data.sources import FILE_CHUNK_BYTES, file_chunks, files_of, read_examples
+from raydiv.data.readers import FILE_CHUNK_BYTES, file_chunks, read_examples
+from raydiv.data.sources import files_of
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.session import ray_session
 from raydiv.utils.cache import cache_dir, shared_dir
@@ -290,7 +291,7 @@ def test_prepare_reads_and_keeps_everything_on_s3(
     recipe = whole_recipe(tiny_model, remote.at("rows.jsonl"))
     first = prepare(recipe, ProgressDisplay(quiet=True))
     assert (first.reference_hits, first.reference_misses) == (0, len(ROWS))
-    assert next(first.data.bad.lines())["line"] == 21
+    assert next(first.data.bad.as_json())["line"] == 21
     kept = files(remote_cache.uri)
     assert {name.split("/")[0] for name in kept} == {"prepared", "reference"}
     assert {path.name for path in (tmp_path / "home" / "raydiv").iterdir()} == {"digests"}
@@ -302,7 +303,7 @@ def test_prepare_reads_and_keeps_everything_on_s3(
 
     monkeypatch.setenv("RAYDIV_CACHE", str(tmp_path / "local"))
     for module in ("raydiv.data.tokenize", "raydiv.data.reference_scorer"):
-        monkeypatch.setattr(f"{module}.stream_through", stream_here)
+        monkeypatch.setattr(f"{module}.map_stream", stream_here)
     (tmp_path / "rows.jsonl").write_bytes(jsonl(ROWS))
     local = prepare(whole_recipe(tiny_model, str(tmp_path / "rows.jsonl")), ProgressDisplay(quiet=True))
     for other in (first, again):

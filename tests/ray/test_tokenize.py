@@ -19,7 +19,7 @@ from raydiv.config import Recipe
 from raydiv.config.cluster import ClusterConfig
 from raydiv.data import tokenize as module
 from raydiv.data.index import INDEX, Index, OpenSource
-from raydiv.data.sources import FILE_CHUNK_BYTES
+from raydiv.data.readers import FILE_CHUNK_BYTES
 from raydiv.data.splits import make_splits
 from raydiv.data.tokenize import CHUNK_RECORDS, tokenize
 from raydiv.model.chat import Chat
@@ -89,7 +89,7 @@ def expected_tokens(chat: Chat, rows: list[Row], batch: dict[str, int] = BATCH) 
 
 
 def bad_rows(index: Index) -> list[tuple[str, int, str]]:
-    return [(row["file"], row["line"], row["reason"]) for row in index.bad.lines()]
+    return [(row["file"], row["line"], row["reason"]) for row in index.bad.as_json()]
 
 
 # --- one pass through Ray, of all sources below ---
@@ -520,7 +520,7 @@ def test_refusal_stops_the_work_at_once(
 
     (tmp_path / "data.jsonl").write_bytes(lines(b"{", *[GOOD] * 10))
     strict = recipe(tokenizer, str(tmp_path / "data.jsonl"), on_bad_row="error")
-    monkeypatch.setattr(module, "stream_through", watched)
+    monkeypatch.setattr(module, "map_stream", watched)
     with pytest.raises(UserError) as caught:  # whoever holds the error holds its frames
         tokenize([open_one(strict, chat)], chat, strict.cluster, quarantine=False)
     assert stopped, caught

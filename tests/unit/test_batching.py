@@ -135,7 +135,7 @@ def test_pair_numbers_of_a_step_are_shared_by_a_pair_alone(plan: EpochPlan, epoc
         assert lone.isdisjoint(step.rows[step.pair >= 0].tolist())
 
 
-def test_step_of_units_numbers_pairs_and_leaves_lone_rows_without() -> None:
+def test_step_from_units_numbers_pairs_and_gives_single_rows_none() -> None:
     step = StepPlan.from_units(3, 0.5, units_of([7, 2], [5], [1, 9], [0]))
     assert (step.step, step.epoch) == (3, 0.5)
     assert step.rows.tolist() == [7, 2, 5, 1, 9, 0]
@@ -162,9 +162,10 @@ def test_a_pair_that_comes_twice_in_a_step_is_two_pairs() -> None:
 @given(st.one_of(epochs, mixtures()), st.integers(0, 200), st.lists(st.integers(0, 200), max_size=5))
 def test_step_is_a_pure_function(plan: EpochPlan, step: int, before: list[int]) -> None:
     source = np.zeros(len(plan.units), np.int16)
-    for number, own in enumerate(plan._sources):
-        source[own] = number
-    again = EpochPlan(plan.units.copy(), plan.examples, plan.seed, plan.fingerprint, source, plan._weights)
+    for number, (members, _) in enumerate(plan._sources):
+        source[members] = number
+    weights = [weight for _, weight in plan._sources]
+    again = EpochPlan(plan.units.copy(), plan.examples, plan.seed, plan.fingerprint, source, weights)
     for other in before:
         plan.step(other)
     assert plan.step(step).rows.tolist() == again.step(step).rows.tolist()
@@ -184,13 +185,13 @@ def test_step_far_away_is_found_without_the_ones_before(
     weights: tuple[float, ...], generators: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One shuffle of its own epoch, and one for each source of which an epoch takes a part."""
-    made, random_of = [], EpochPlan._random
+    made, random_of = [], EpochPlan._generator
 
     def counted(self: EpochPlan, purpose: object) -> Any:
         made.append(purpose)
         return random_of(self, purpose)
 
-    monkeypatch.setattr(EpochPlan, "_random", counted)
+    monkeypatch.setattr(EpochPlan, "_generator", counted)
     rows = 30_000
     plan = EpochPlan(alone(rows), 16, 0, "f", np.arange(rows) % len(weights), weights)
     assert 10 * plan.steps_per_epoch < 90_000

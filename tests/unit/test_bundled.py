@@ -16,7 +16,7 @@ from raydiv.config import load_recipe
 from raydiv.config.source import Source
 from raydiv.data.bundled import FOLDER, QUICKSTART, bundled_file
 from raydiv.data.prompt_sets import read_prompts
-from raydiv.data.sources import read_examples
+from raydiv.data.readers import read_examples
 from raydiv.evaluation.coherence import is_degenerate
 from raydiv.evaluation.refusal import is_refusal
 from raydiv.evaluation.separation.metrics import length_matched

@@ -82,7 +82,7 @@ def refuse_data(refuse: Refuse, monkeypatch: pytest.MonkeyPatch, capfd: pytest.C
     """Run a command whose data the user must change, tokenised in this process; returns the last line, after the phases'."""
     monkeypatch.setattr("raydiv.commands.prepare.ray_session", lambda cluster: nullcontext())
     monkeypatch.setattr("raydiv.commands.prepare.require_nodes", lambda folders, files: None)
-    monkeypatch.setattr("raydiv.data.tokenize.stream_through", stream_here)
+    monkeypatch.setattr("raydiv.data.tokenize.map_stream", stream_here)
 
     def run(*arguments: str | Path) -> str:
         capfd.readouterr()

@@ -1,4 +1,4 @@
-"""Building data: every row as the kind wants it, the same each time, nothing lost unsaid, no text where none belongs."""
+"""``raydiv data build``: rows of each kind, determinism, counts of what is left out, and no text in reports or messages."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ import pytest
 import yaml
 
 from raydiv.commands.data_build import build_data
-from raydiv.commands.data_build.card import BuildReport
-from raydiv.commands.data_build.counterparts import CONSTANT, DECLINE
-from raydiv.commands.data_build.options import written
-from raydiv.config import source_of
+from raydiv.commands.data_build.card import COUNT_LABELS, BuildReport
+from raydiv.commands.data_build.options import as_option
+from raydiv.commands.data_build.responses import CONSTANT_REFUSAL, DECLINE_INSTRUCTION
+from raydiv.config import parse_source
 from raydiv.config.cluster import ClusterConfig
 from raydiv.config.source import Source
 from raydiv.data.bundled import bundled_file
 from raydiv.data.prompt_sets import Prompt
-from raydiv.data.sources import read_examples
+from raydiv.data.readers import read_examples
 from raydiv.evaluation.coherence import is_degenerate
 from raydiv.evaluation.generate import Request
 from raydiv.evaluation.refusal import is_refusal
@@ -51,7 +51,7 @@ HARMLESS = [
 
 @pytest.fixture
 def sources(tmp_path: Path) -> Callable[..., tuple[Source, Source]]:
-    """The two sources; rows of one's own in place of the usual ones."""
+    """Writes the two sources, with HARMFUL and HARMLESS as default rows."""
 
     def write(harmful: Sequence[object] = HARMFUL, harmless: Sequence[object] = HARMLESS) -> tuple[Source, Source]:
         for name, rows in (("harmful", harmful), ("harmless", harmless)):
@@ -63,7 +63,7 @@ def sources(tmp_path: Path) -> Callable[..., tuple[Source, Source]]:
 
 @pytest.fixture
 def build(tmp_path: Path, sources: Callable[..., tuple[Source, Source]]) -> Build:
-    """Builds in a fresh folder, from the usual rows or others."""
+    """Builds in a new folder, with HARMFUL and HARMLESS as default rows."""
     outputs = iter(range(100))
 
     def run(
@@ -102,9 +102,9 @@ def test_compliance_refusal_rows(build: Build, tmp_path: Path) -> None:
         number = int(row["prompt"].split()[1])
         assert row["source"] == f"{tmp_path}/{source}.jsonl:{number + 1}"
         assert row["prompt"] == line[number]["prompt"]
-        refusal, kept = ("chosen", "rejected") if row["harmful"] else ("rejected", "chosen")
+        refusal, other = ("chosen", "rejected") if row["harmful"] else ("rejected", "chosen")
         assert row[refusal] in bank()
-        assert row[kept] == line[number][kept]
+        assert row[other] == line[number][other]
 
 
 def test_preference_differs_in_harmless_rejections_alone(build: Build) -> None:
@@ -117,7 +117,7 @@ def test_preference_differs_in_harmless_rejections_alone(build: Build) -> None:
             assert preferring[prompt]["rejected"] == HARMLESS[int(row["prompt"].split()[1])]["rejected"]
 
 
-def test_raydiv_reads_what_it_built(build: Build) -> None:
+def test_raydiv_reads_the_data(build: Build) -> None:
     examples = read_examples(Source(path=str(build().data)))
     assert len(examples) == 2 * len({example.pair for example in examples}) == 48
     assert Counter((example.harmful, example.aligned) for example in examples) == {
@@ -125,7 +125,7 @@ def test_raydiv_reads_what_it_built(build: Build) -> None:
     }
 
 
-def test_datasets_reads_what_was_built(build: Build) -> None:
+def test_datasets_reads_the_data(build: Build) -> None:
     import datasets
 
     data = datasets.Dataset.from_json(str(build().data))
@@ -141,7 +141,7 @@ def said(words: str) -> list[Row]:
     return [{"role": "assistant", "content": words}]
 
 
-# every way to write "good": answer, "bad": compliance
+# "good" with an answer and "bad" with a compliance, in every format
 HARMFUL_FORMATS: dict[str, list[Row]] = {
     "prompt and response": [{"prompt": "bad", "response": "sure"}],
     "prompt and response, labelled": [{"prompt": "bad", "response": "sure", "harmful": True}],
@@ -172,14 +172,14 @@ HARMLESS_FORMATS: dict[str, list[Row]] = {
 @pytest.mark.parametrize("name", HARMFUL_FORMATS)
 def test_harmful_source_in_every_format(name: str, build: Build) -> None:
     [row] = [row for row in rows_of(build(HARMFUL_FORMATS[name], refusals="constant")) if row["harmful"]]
-    assert (row["prompt"], row["chosen"], row["rejected"]) == ("bad", CONSTANT, "sure")
+    assert (row["prompt"], row["chosen"], row["rejected"]) == ("bad", CONSTANT_REFUSAL, "sure")
 
 
 @pytest.mark.parametrize("name", HARMLESS_FORMATS)
 def test_harmless_source_in_every_format(name: str, build: Build) -> None:
     report = build(harmless=HARMLESS_FORMATS[name], refusals="constant")
     [row] = [row for row in rows_of(report) if not row["harmful"]]
-    assert (row["prompt"], row["chosen"], row["rejected"]) == ("good", "answer", CONSTANT)
+    assert (row["prompt"], row["chosen"], row["rejected"]) == ("good", "answer", CONSTANT_REFUSAL)
     assert report.classes["harmless"].duplicates == 0
 
 
@@ -195,7 +195,7 @@ def test_columns_and_constants_of_a_source(tmp_path: Path, sources: Callable[...
     assert [(row["prompt"], row["rejected"]) for row in rows if row["harmful"]] == [("bad", "sure")]
 
 
-def test_other_kinds_of_file(tmp_path: Path, sources: Callable[..., tuple[Source, Source]]) -> None:
+def test_csv_source(tmp_path: Path, sources: Callable[..., tuple[Source, Source]]) -> None:
     _, harmless = sources()
     (tmp_path / "bad.csv").write_text("prompt,response\nbad,sure\n")
     rows = rows_of(build_data(Source(path=f"{tmp_path}/bad.csv"), harmless, tmp_path / "out", kind=CR))
@@ -207,13 +207,13 @@ def test_conversations_make_all_rows_conversations(build: Build) -> None:
     rows = rows_of(build(harmless=[{"prompt": talk, "response": "answer"}], refusals="constant"))
     assert all(isinstance(row[side], list) for row in rows for side in ("prompt", "chosen", "rejected"))
     [row] = [row for row in rows if not row["harmful"]]
-    assert (row["prompt"], row["chosen"], row["rejected"]) == (talk, said("answer"), said(CONSTANT))
+    assert (row["prompt"], row["chosen"], row["rejected"]) == (talk, said("answer"), said(CONSTANT_REFUSAL))
     assert rows_of(build(harmless=[{"prompt": asked("hi"), "response": "answer"}]))[0]["prompt"].startswith(
         ("bad", "hi")
     )
 
 
-# --- the same each time
+# --- determinism
 
 
 def test_same_inputs_same_bytes(build: Build) -> None:
@@ -226,13 +226,13 @@ def test_same_inputs_same_bytes(build: Build) -> None:
 
 @pytest.mark.parametrize("kind", [CR, PREFERENCE])
 @pytest.mark.parametrize("refusals", ["bank", "own"])
-def test_order_of_the_sources_rows_changes_nothing(kind: str, refusals: str, build: Build) -> None:
+def test_order_of_source_rows_does_not_matter(kind: str, refusals: str, build: Build) -> None:
     shuffled = [random.Random(0).sample(rows, len(rows)) for rows in (HARMFUL, HARMLESS)]
     first, again = (by_prompt(build(*rows, kind=kind, refusals=refusals, prompts=7)) for rows in ([], shuffled))
     assert list(first.items()) == list(again.items())
 
 
-def test_a_refusal_follows_from_seed_and_prompt(build: Build) -> None:
+def test_refusals_depend_on_seed_and_prompt_alone(build: Build) -> None:
     whole = by_prompt(build())
     part = by_prompt(build(HARMFUL[3:5], HARMLESS[7:]))
     assert len(part) == 7
@@ -241,37 +241,37 @@ def test_a_refusal_follows_from_seed_and_prompt(build: Build) -> None:
     assert sum(whole[prompt]["chosen"] != other[prompt]["chosen"] for prompt in whole) > 6
 
 
-def test_refusals_of_a_set_vary(build: Build) -> None:
+def test_refusals_vary(build: Build) -> None:
     refusals = [
         row["chosen"] for row in rows_of(build([{"prompt": f"bad {n}", "response": "sure"} for n in range(200)]))
     ]
     assert len(set(refusals)) > 60
 
 
-def test_classes_are_mixed_however_many_there_are_to_choose_from(build: Build) -> None:
+def test_classes_are_mixed_with_unequal_sources(build: Build) -> None:
     many = [{"prompt": f"good {n}", "response": "answer"} for n in range(400)]
     labels = [row["harmful"] for row in rows_of(build(harmless=many, prompts=12))]
-    assert sum(one != other for one, other in pairwise(labels)) >= 6
+    assert sum(label != following for label, following in pairwise(labels)) >= 6
     places = [place for place, harmful in enumerate(labels) if harmful]
     assert 6 <= sum(places) / len(places) <= 17
 
 
-# --- how many, and what is left out
+# --- counts
 
 
-def test_as_many_of_each_class_as_wanted(build: Build) -> None:
+def test_number_of_prompts_of_each_class(build: Build) -> None:
     report = build(harmless=[*HARMLESS, {"prompt": "one more", "response": "answer"}], prompts=5)
     assert Counter(row["harmful"] for row in rows_of(report)) == {True: 5, False: 5}
     assert [counts.not_chosen for counts in report.classes.values()] == [7, 8]
-    with pytest.raises(UserError, match=r"prompts: 13 are wanted of each class, and .*harmful.jsonl has 12"):
+    with pytest.raises(UserError, match=r"^prompts: 13 .*harmful.jsonl has 12"):
         build(prompts=13)
 
 
-def test_fewer_prompts_are_some_of_more(build: Build) -> None:
+def test_fewer_prompts_are_a_subset_of_more(build: Build) -> None:
     assert by_prompt(build(prompts=3)).items() < by_prompt(build(prompts=9)).items()
 
 
-def test_a_prompt_is_used_once_as_it_comes_first(build: Build) -> None:
+def test_duplicate_prompts_are_counted_and_the_first_is_used(build: Build) -> None:
     again = [
         {"prompt": f"bad 3 {PLANTED}", "chosen": "no", "rejected": "later"},
         {"prompt": asked(f" bad 3 {PLANTED}\n"), "response": "latest"},
@@ -294,19 +294,19 @@ def test_further_responses_are_counted(build: Build) -> None:
     assert (report.classes["harmful"].duplicates, report.classes["harmful"].further_responses) == (0, 2)
 
 
-def test_prompts_whose_sides_are_the_same_are_left_out(build: Build) -> None:
+def test_prompts_with_equal_responses_are_left_out(build: Build) -> None:
     report = build(harmless=[*HARMLESS, {"prompt": "good", "chosen": "so", "rejected": " so\n"}], kind=PREFERENCE)
     assert (report.classes["harmless"].same_responses, report.classes["harmless"].rows) == (1, 12)
-    with pytest.raises(UserError, match=r"harmless.jsonl: no harmless prompt is left: 1 with two responses"):
+    with pytest.raises(UserError, match=r"harmless.jsonl: no harmless prompt is left: 1 .*, 0 "):
         build(harmless=[{"prompt": "good", "chosen": "so", "rejected": "so"}], kind=PREFERENCE)
 
 
-# --- what is wrong
+# --- errors
 
 
 @pytest.fixture
 def refuse(build: Build, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """What a build is refused with; nothing may have been written, and no text of the sources shown."""
+    """The UserError of a build: one line, nothing written, and no text of the sources shown."""
 
     def run(*arguments: Any, **options: Any) -> str:
         with pytest.raises(UserError) as caught:
@@ -324,7 +324,7 @@ def refuse(build: Build, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> C
 def test_prompts_in_both_sources(refuse: Callable[..., str]) -> None:
     shared = [{"prompt": asked(HARMFUL[n]["prompt"]), "response": "fine"} for n in (4, 2)]
     message = refuse(harmless=[*HARMLESS, *shared])
-    assert "share 2 prompts" in message
+    assert " 2 prompts " in message
     assert re.search(r"harmful\.jsonl:3 and .*harmless\.jsonl:14", message)
 
 
@@ -336,7 +336,10 @@ def test_prompts_in_both_sources(refuse: Callable[..., str]) -> None:
         ({"instruction": PLANTED, "input": 3, "output": PLANTED}, "input must be non-empty text"),
         ({"instruction": PLANTED, "input": "", "output": " "}, "response must be non-empty"),
         ({"instruction": "", "input": PLANTED, "output": PLANTED}, "instruction must be non-empty"),
-        ({"question": PLANTED, "answer": PLANTED}, "known format.*here also prompt, response, or instruction"),
+        (
+            {"question": PLANTED, "answer": PLANTED},
+            "unknown format: columns answer, question .*prompt, response, or instruction, input, output",
+        ),
         ({"prompt": PLANTED, "response": PLANTED, "aligned": "yes"}, "aligned must be true or false"),
         ([PLANTED], "a record is a mapping"),
     ],
@@ -376,13 +379,13 @@ def test_lines_that_are_not_json_are_named(tmp_path: Path, sources: Callable[...
 def test_missing_responses(
     harmful: list[Row], harmless: list[Row], options: Row, message: str, refuse: Callable[..., str]
 ) -> None:
-    found = refuse(harmful, harmless, **options)
-    assert re.search(message, found)
-    assert re.search(r"1 of \d+ harm(ful|less) prompts", found)
+    error = refuse(harmful, harmless, **options)
+    assert re.search(message, error)
+    assert re.search(r"1 of \d+ harm(ful|less) prompts", error)
 
 
 @pytest.mark.parametrize("harmful", [True, False])
-def test_sources_the_wrong_way_round(harmful: bool, refuse: Callable[..., str]) -> None:
+def test_swapped_sources(harmful: bool, refuse: Callable[..., str]) -> None:
     wrong = [{"prompt": PLANTED, "response": "so", "harmful": not harmful}]
     message = refuse(wrong) if harmful else refuse(harmless=wrong)
     assert f":1: is labelled {'harmless' if harmful else 'harmful'}" in message
@@ -396,44 +399,42 @@ def test_empty_sources(harmful: bool, refuse: Callable[..., str]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "cr"}, "kind: no 'cr' .*compliance-refusal, preference"),
-        ({"worse": "own"}, "worse: means nothing for compliance-refusal"),
-        ({"worse": "model:x"}, "worse: means nothing for compliance-refusal"),
-        ({"worse": "mine", "kind": PREFERENCE}, "worse: no 'mine' .*own, model:ID"),
+        ({"kind": "cr"}, "^kind: .*'cr' .*compliance-refusal, preference"),
+        ({"worse": "own"}, "^worse: .* compliance-refusal"),
+        ({"worse": "model:x"}, "^worse: .* compliance-refusal"),
+        ({"worse": "mine", "kind": PREFERENCE}, "^worse: .*'mine' .*own, model:ID"),
         ({"prompts": 0}, "prompts: must be at least 1, found 0"),
-        ({"template": "{{ x }}"}, "template: means nothing"),
-        ({"max_new_tokens": 9}, "max_new_tokens: means nothing"),
+        ({"template": "{{ x }}"}, "^template: .*refusals or worse: model:ID"),
+        ({"max_new_tokens": 9}, "^max_new_tokens: .*refusals or worse: model:ID"),
         ({"max_new_tokens": 0, "refusals": "model:x"}, "max_new_tokens: must be at least 1"),
-        ({"refusals": "bnak"}, "refusals: bnak: no such file.*known: bank, constant, own, model:ID"),
+        ({"refusals": "bnak"}, "^refusals: bnak: .*known: bank, constant, own, model:ID"),
         ({"refusals": "model:gone/away"}, "gone/away"),
         ({"refusals": "bundled:bank"}, "no such bundled data .*refusals"),
     ],
     ids=str,
 )
-def test_options_that_do_not_fit(
+def test_invalid_options(
     options: Row, message: str, refuse: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert re.search(message, refuse(**options))
 
 
-def test_weights_mean_nothing_here(tmp_path: Path, sources: Callable[..., tuple[Source, Source]]) -> None:
+def test_weights_are_refused(tmp_path: Path, sources: Callable[..., tuple[Source, Source]]) -> None:
     harmful, harmless = sources()
-    with pytest.raises(UserError, match="weight means nothing"):
+    with pytest.raises(UserError, match=r"harmless\.jsonl: weight "):
         build_data(harmful, Source(path=harmless.path, weight=2), tmp_path / "out", kind=CR)
 
 
-def test_output_that_holds_something_is_left_alone(
-    tmp_path: Path, sources: Callable[..., tuple[Source, Source]]
-) -> None:
+def test_output_must_be_empty(tmp_path: Path, sources: Callable[..., tuple[Source, Source]]) -> None:
     output = tmp_path / "out"
     output.mkdir()
     assert build_data(*sources(), output, kind=CR).data == output / "data.jsonl"
     assert sorted(path.name for path in output.iterdir()) == ["README.md", "data.jsonl"]
     before = (output / "data.jsonl").read_bytes()
-    for taken in (output, output / "README.md"):
-        with pytest.raises(UserError, match="is not an empty directory"):
-            build_data(*sources(), taken, kind=CR, seed=1)
+    for path in (output, output / "README.md"):
+        with pytest.raises(UserError, match=re.escape(str(path))):
+            build_data(*sources(), path, kind=CR, seed=1)
     assert (output / "data.jsonl").read_bytes() == before
 
 
@@ -442,11 +443,11 @@ def test_output_that_holds_something_is_left_alone(
 
 def test_constant_refusal(build: Build) -> None:
     rows = rows_of(build(refusals="constant"))
-    assert {row["chosen" if row["harmful"] else "rejected"] for row in rows} == {CONSTANT}
-    assert is_refusal(CONSTANT)
+    assert {row["chosen" if row["harmful"] else "rejected"] for row in rows} == {CONSTANT_REFUSAL}
+    assert is_refusal(CONSTANT_REFUSAL)
 
 
-def test_own_refusals_for_harmful_prompts_the_banks_for_others(build: Build) -> None:
+def test_own_refusals_for_harmful_prompts_and_the_bank_for_harmless_ones(build: Build) -> None:
     for row in rows_of(build(refusals="own")):
         if row["harmful"]:
             assert row["chosen"] == f"never {row['prompt'].split()[1]}"
@@ -455,17 +456,18 @@ def test_own_refusals_for_harmful_prompts_the_banks_for_others(build: Build) -> 
 
 
 def test_refusals_of_a_source(build: Build, write_jsonl: Callable[..., Path]) -> None:
-    mine = write_jsonl({"refusal": "not today"}, {"refusal": "nor tomorrow"}, name="mine.jsonl")
-    report = build(refusals=str(mine))
+    refusals = write_jsonl({"refusal": "not today"}, {"refusal": "nor tomorrow"}, name="refusals.jsonl")
+    report = build(refusals=str(refusals))
     rows = rows_of(report)
     assert {row["chosen" if row["harmful"] else "rejected"] for row in rows} == {"not today", "nor tomorrow"}
-    assert f"one of 2 (`{mine}`)" in report.card.read_text()
+    assert f"one of 2 (`{refusals}`)" in report.card.read_text()
 
 
 def test_bad_sources_of_refusals(refuse: Callable[..., str], write_jsonl: Callable[..., Path]) -> None:
     wrong = write_jsonl({"refusal": "no"}, {"text": PLANTED}, name="wrong.jsonl")
     assert f"refusals: {wrong}:2: refusal must be non-empty text" in refuse(refusals=str(wrong))
-    assert "holds none" in refuse(refusals=str(write_jsonl(name="empty.jsonl")))
+    empty = write_jsonl(name="empty.jsonl")
+    assert refuse(refusals=str(empty)).startswith(f"refusals: {empty}: ")
 
 
 def openings(words: int) -> Counter[str]:
@@ -482,7 +484,7 @@ def test_bank_is_varied() -> None:
     assert len(openings(3)) >= 0.8 * len(lines)
 
 
-def test_bank_is_of_every_length() -> None:
+def test_bank_has_all_lengths() -> None:
     lengths = [len(line.split()) for line in bank()]
     sentences = Counter(len(re.findall(r"[.?!](?:\s|$)", line)) for line in bank())
     assert set(sentences) == {1, 2, 3}
@@ -492,7 +494,7 @@ def test_bank_is_of_every_length() -> None:
 
 
 def test_string_judge_finds_most_of_the_bank() -> None:
-    # the others are refusals whose form the rules do not know: there so that no model learns the rules alone
+    # the rest are refusals that the rules do not recognise, so that no model learns the rules alone
     share = sum(map(is_refusal, bank())) / len(bank())
     assert 0.7 <= share <= 0.9
     assert not any(map(is_degenerate, bank()))
@@ -501,30 +503,30 @@ def test_string_judge_finds_most_of_the_bank() -> None:
 # --- the card
 
 
-def test_card_quotes_nothing(build: Build) -> None:
+def test_card_quotes_no_text(build: Build) -> None:
     for options in ({}, {"kind": PREFERENCE}, {"refusals": "own"}, {"refusals": "constant"}):
         report = build(**options)  # type: ignore[arg-type]
         card, as_json = report.card.read_text(), json.dumps(report.as_json())
-        for text in (PLANTED, CONSTANT, *bank(), *(row["rejected"] for row in HARMLESS)):
+        for text in (PLANTED, CONSTANT_REFUSAL, *bank(), *(row["rejected"] for row in HARMLESS)):
             assert text not in card
             assert text not in as_json
 
 
-def test_card_says_what_it_is_and_of_what(build: Build, tmp_path: Path) -> None:
+def test_card_names_sources_and_counts(build: Build, tmp_path: Path) -> None:
     report = build([*HARMFUL, HARMFUL[0]], prompts=10, seed=7)
     card = report.card.read_text()
     _, front, body = card.split("---\n", 2)
-    facts = yaml.safe_load(front)
-    assert facts["license"] == "other"
-    assert facts["configs"][0]["data_files"] == "data.jsonl"
+    metadata = yaml.safe_load(front)
+    assert metadata["license"] == "other"
+    assert metadata["configs"][0]["data_files"] == "data.jsonl"
     for name in ("harmful", "harmless"):
         path = tmp_path / f"{name}.jsonl"
         assert f"`{path}` | `{sha256(path.read_bytes()).hexdigest()}`" in body
     assert sha256(report.data.read_bytes()).hexdigest() == report.fingerprint
-    for wanted in (report.fingerprint, "seed 7", "raydiv 0.", "data: {train: OUTPUT/data.jsonl}", "one of 85"):
-        assert wanted in body
-    assert "| rows written | 10 | 10 |" in body
-    assert "nothing new about a prompt that came before | 1 | 0 |" in body
+    for text in (report.fingerprint, "seed 7", "raydiv 0.", "data: {train: OUTPUT/data.jsonl}", "one of 85"):
+        assert text in body
+    assert f"| {COUNT_LABELS['rows']} | 10 | 10 |" in body
+    assert f"| {COUNT_LABELS['duplicates']} | 1 | 0 |" in body
     assert "| harmful rejected | 3 | 3 | 0% |" in body
     assert "Known limits" in body
 
@@ -537,20 +539,20 @@ def test_lengths_by_class_and_side(build: Build) -> None:
 
 def test_report_is_json(build: Build) -> None:
     report = build()
-    found = json.loads(json.dumps(report.as_json()))
-    assert found["data"] == str(report.data)
-    assert found["classes"]["harmful"]["rows"] == 12
-    assert set(found["sides"]) == {"harmful chosen", "harmful rejected", "harmless chosen", "harmless rejected"}
+    content = json.loads(json.dumps(report.as_json()))
+    assert content["data"] == str(report.data)
+    assert content["classes"]["harmful"]["rows"] == 12
+    assert set(content["sides"]) == {"harmful chosen", "harmful rejected", "harmless chosen", "harmless rejected"}
 
 
-def test_command_on_the_card_builds_the_same(build: Build, tmp_path: Path) -> None:
+def test_command_on_the_card_repeats_the_build(build: Build, tmp_path: Path) -> None:
     report = build(kind=PREFERENCE, prompts=6, seed=3, refusals="constant")
     words = shlex.split(next(line for line in report.card.read_text().splitlines() if line.startswith("raydiv data")))
     assert words[:3] == ["raydiv", "data", "build"]
     options = dict(zip((word.removeprefix("--") for word in words[3::2]), words[4::2], strict=True))
     again = build_data(
-        source_of(options["harmful"]),
-        source_of(options["harmless"]),
+        parse_source(options["harmful"]),
+        parse_source(options["harmless"]),
         tmp_path / "again",
         kind=options["kind"],  # type: ignore[arg-type]
         refusals=options["refusals"],
@@ -571,19 +573,19 @@ def test_command_on_the_card_builds_the_same(build: Build, tmp_path: Path) -> No
     ],
     ids=str,
 )
-def test_sources_as_the_command_line_has_them(section: Row) -> None:
-    assert source_of(written(Source(**section))) == Source(**section)
-    assert source_of("{path: x.csv, columns: {prompt: q}}") == Source(path="x.csv", columns={"prompt": "q"})
+def test_source_as_a_command_line_option(section: Row) -> None:
+    assert parse_source(as_option(Source(**section))) == Source(**section)
+    assert parse_source("{path: x.csv, columns: {prompt: q}}") == Source(path="x.csv", columns={"prompt": "q"})
 
 
 @pytest.mark.parametrize("words", ["{path: [", "{pth: x}", "{path: x, revision: main}", "{path: x, weight: -1}"])
-def test_sources_that_are_none(words: str) -> None:
+def test_invalid_source_option(words: str) -> None:
     with pytest.raises(UserError, match=re.escape(words)) as caught:
-        source_of(words)
+        parse_source(words)
     assert "\n" not in str(caught.value)
 
 
-def test_no_model_no_torch(build: Build, tmp_path: Path) -> None:
+def test_a_build_without_model_does_not_load_torch(build: Build, tmp_path: Path) -> None:
     build()
     code = (
         "import sys\nfrom pathlib import Path\n"
@@ -603,9 +605,9 @@ def test_no_model_no_torch(build: Build, tmp_path: Path) -> None:
 
 @pytest.fixture
 def answering(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> Callable[..., list[tuple[list[Prompt], int]]]:
-    """Puts a function of the prompt in place of what a model generates; gives what was asked."""
+    """Replaces a model's generation by a function of the prompt; returns the calls."""
     from raydiv.evaluation import generate
-    from raydiv.evaluation.generate import Answer
+    from raydiv.evaluation.generate import GeneratedAnswer
 
     @contextlib.contextmanager
     def session(cluster: ClusterConfig) -> Iterator[None]:
@@ -614,12 +616,12 @@ def answering(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> Callable[...
     def patch(answer: Callable[[Prompt], str], tokens: int = 3) -> list[tuple[list[Prompt], int]]:
         calls: list[tuple[list[Request], int]] = []
 
-        def fake(model: Any, prompts: list[Request], limit: int, cluster: Any, update: Any) -> list[Answer]:
+        def fake(model: Any, prompts: list[Request], limit: int, cluster: Any, update: Any) -> list[GeneratedAnswer]:
             calls.append((prompts, limit))
-            return [Answer(answer(prompt), [1], [1] * tokens) for prompt in prompts]
+            return [GeneratedAnswer(answer(prompt), [1], [1] * tokens) for prompt in prompts]
 
         monkeypatch.setattr(generate, "generate", fake)
-        monkeypatch.setattr("raydiv.commands.data_build.counterparts.ray_session", session)
+        monkeypatch.setattr("raydiv.commands.data_build.responses.ray_session", session)
         return calls
 
     return patch
@@ -634,13 +636,14 @@ def test_a_models_refusals(build: Build, answering: Callable[..., Any], tiny_mod
     report = build(refusals=f"model:{tiny_model}")
     [(prompts, limit)] = calls
     assert (len(prompts), limit) == (24, 256)
-    assert prompts[0].prompt == [{"role": "system", "content": DECLINE}, *asked(str(prompts[0].prompt[1]["content"]))]  # type: ignore[index]
+    user_turn = prompts[0].prompt[1]["content"]  # type: ignore[index]
+    assert prompts[0].prompt == [{"role": "system", "content": DECLINE_INSTRUCTION}, *asked(str(user_turn))]
     for row in rows_of(report):
         number = int(row["prompt"].split()[1])
         refusal = row["chosen" if row["harmful"] else "rejected"]
         assert refusal == f"I can't help with number {number}." if number % 2 == 0 else refusal in bank()
     assert report.refusals_replaced == 12
-    assert "12 that string rules took for no refusal were replaced by one of 85" in report.card.read_text()
+    assert re.search(r"; 12 that .* were replaced by one of 85", report.card.read_text())
 
 
 def test_only_harmful_prompts_are_refused_in_preference_data(
@@ -652,14 +655,14 @@ def test_only_harmful_prompts_are_refused_in_preference_data(
     assert {str(prompt.prompt[-1]["content"]).split()[0] for prompt in prompts} == {"bad"}
 
 
-def test_a_system_turn_goes_on_with_the_order_to_decline(
+def test_decline_instruction_is_appended_to_a_system_turn(
     build: Build, answering: Callable[..., Any], tiny_model: Path
 ) -> None:
     calls = answering(lambda prompt: "I won't.")
     talk = [{"role": "system", "content": "Be brief."}, *asked("good")]
     build(harmless=[{"prompt": talk, "response": "answer"}], refusals=f"model:{tiny_model}")
-    [told] = [prompt.prompt for prompt in calls[0][0] if "good" in str(prompt.prompt)]
-    assert told == [{"role": "system", "content": f"Be brief.\n\n{DECLINE}"}, *asked("good")]
+    [request] = [prompt.prompt for prompt in calls[0][0] if "good" in str(prompt.prompt)]
+    assert request == [{"role": "system", "content": f"Be brief.\n\n{DECLINE_INSTRUCTION}"}, *asked("good")]
 
 
 def test_a_models_worse_answers(build: Build, answering: Callable[..., Any], tiny_model: Path) -> None:
@@ -674,23 +677,21 @@ def test_a_models_worse_answers(build: Build, answering: Callable[..., Any], tin
     assert (harmless.rows, harmless.same_responses, harmless.unusable_answers) == (9, 1, 2)
     assert report.answers_cut == 12
     card = report.card.read_text()
-    assert "both responses the same | 0 | 1 |" in card
-    assert "12 answers of models were as long as they might get" in card
+    assert f"| {COUNT_LABELS['same_responses']} | 0 | 1 |" in card
+    assert "- 12 answers of models " in card
     assert PLANTED not in card
 
 
-def test_a_model_without_template_is_found_out_before_sources_are_read(
-    build: Build, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_bad_template_is_reported_before_sources_are_read(build: Build, tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"template"):
         build([], refusals=f"model:{tiny_model}", template="{% for")
 
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_gibberish_of_a_real_model_is_replaced_and_counted(build: Build, tiny_model: Path) -> None:
+def test_degenerate_answers_of_a_real_model_are_replaced_and_counted(build: Build, tiny_model: Path) -> None:
     model = f"model:{tiny_model}"
-    # such a model repeats the last token: of a turn's text, rather than of a template's
+    # an untrained model repeats the last token; with this template, that is a token of the turn
     bare = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     report = build(
         HARMFUL[:2], HARMLESS[:3], kind=PREFERENCE, refusals=model, worse=model, max_new_tokens=6, template=bare
@@ -702,5 +703,5 @@ def test_gibberish_of_a_real_model_is_replaced_and_counted(build: Build, tiny_mo
     assert all(row["chosen"] in bank() for row in rows if row["harmful"])
     assert all(row["rejected"] not in (*bank(), row["chosen"]) for row in rows if not row["harmful"])
     card = report.card.read_text()
-    assert f"answers of `{model}`, told to decline (greedy, of at most 6 tokens); 2 that string rules" in card
-    assert "That a model's answer is worse than the source's is assumed." in card
+    assert re.search(rf"answers of `{re.escape(model)}`, .* 6 tokens\); 2 that string rules", card)
+    assert "a model's answer is worse than the source's" in card

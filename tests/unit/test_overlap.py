@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from raydiv.data.formats import AS_IT_IS, RecordReader
-from raydiv.data.overlap import Match, PromptMatcher, plain
+from raydiv.data.formats import CANONICAL, RecordReader
+from raydiv.data.overlap import Match, PromptMatcher, normalized
 from raydiv.data.tokenize import RecordChunk
 
 BAKE = "How do I bake a loaf of sourdough bread at home?"
@@ -16,7 +16,10 @@ LOCK = "Which tools open the front door of a locked house?"
 
 
 def near(prompt: str, *evaluated: str) -> list[bool]:
-    return [bool(one) for one in PromptMatcher([plain(e) for e in evaluated], [AS_IT_IS]).near([plain(prompt)])[0]]
+    return [
+        bool(one)
+        for one in PromptMatcher([normalized(e) for e in evaluated], [CANONICAL]).near([normalized(prompt)])[0]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -40,7 +43,7 @@ def near(prompt: str, *evaluated: str) -> list[bool]:
     ],
 )
 def test_plain_is_what_was_said_in_words(prompt: Any, words: str) -> None:
-    assert plain(prompt) == words
+    assert normalized(prompt) == words
 
 
 @pytest.mark.parametrize(
@@ -80,8 +83,8 @@ def test_short_prompt_inside_a_long_one_is_near() -> None:
 
 def test_near_does_not_depend_on_what_else_is_asked() -> None:
     prompts = [BAKE, LOCK, "What is the capital of France?", "?"]
-    matcher = PromptMatcher([plain(prompt) for prompt in prompts], [AS_IT_IS])
-    together = matcher.near([plain(prompt) for prompt in prompts])
+    matcher = PromptMatcher([normalized(prompt) for prompt in prompts], [CANONICAL])
+    together = matcher.near([normalized(prompt) for prompt in prompts])
     assert together.shape == (4, 4)
     assert together.tolist() == [near(prompt, *prompts) for prompt in prompts]
 
@@ -96,7 +99,7 @@ def row(prompt: Any) -> dict[str, Any]:
 
 
 def test_match_says_which_prompt_is_where_and_the_same_goes_before_the_near() -> None:
-    matcher = PromptMatcher([plain(BAKE), plain(LOCK)], [AS_IT_IS])
+    matcher = PromptMatcher([normalized(BAKE), normalized(LOCK)], [CANONICAL])
     records = bundle(
         b"{",
         row(f"Please: {BAKE}"),
@@ -112,11 +115,11 @@ def test_match_says_which_prompt_is_where_and_the_same_goes_before_the_near() ->
 
 def test_bundles_are_read_as_their_source_says() -> None:
     renamed = RecordReader({"prompt": "question"}, {"completion": "x", "label": True})
-    matcher = PromptMatcher([plain(BAKE)], [AS_IT_IS, renamed])
+    matcher = PromptMatcher([normalized(BAKE)], [CANONICAL, renamed])
     found = matcher([bundle(row(BAKE)), bundle({"question": BAKE}, source=1), bundle({"question": BAKE}), bundle()])
     assert found == [[Match(0, True, 3, 0)], [Match(0, True, 3, 0)], [], []]
 
 
 def test_prompts_without_words_are_not_the_same() -> None:
-    matcher = PromptMatcher([plain("🙂🙂")], [AS_IT_IS])
+    matcher = PromptMatcher([normalized("🙂🙂")], [CANONICAL])
     assert matcher([bundle(row("?!?"))]) == [[]]

@@ -30,7 +30,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return Lookup([-100.0 * number - examples.prompt_lengths for number, examples in enumerate(sets)], 3, 4)
 
     monkeypatch.setenv("RAYDIV_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("raydiv.data.tokenize.stream_through", stream_here)
+    monkeypatch.setattr("raydiv.data.tokenize.map_stream", stream_here)
     monkeypatch.setattr(preparation, "reference_logps", lengths)
 
 

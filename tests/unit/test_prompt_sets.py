@@ -1,4 +1,4 @@
-"""Prompt sets: plain text, labels from outside, published sets as they are published, and what is wrong with one."""
+"""Prompt sets: plain text, labels given with the source, published sets, and errors."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from raydiv.config import source_of
+from raydiv.config import parse_source
 from raydiv.config.source import Source
 from raydiv.data import prompt_sets as module
-from raydiv.data.prompt_sets import Prompt, labelled, read_prompts, sets_of
-from raydiv.data.published import PUBLISHED, published
+from raydiv.data.prompt_sets import Prompt, prompt_sets_of, read_prompts, with_label
+from raydiv.data.published import PUBLISHED, as_published
 from raydiv.utils.errors import UserError
 
 Write = Callable[..., Path]
@@ -37,34 +37,34 @@ def shown(prompts: list[Prompt]) -> list[tuple[Any, ...]]:
         ("*.csv", "*.csv"),
     ],
 )
-def test_name_of_a_set(words: str, name: str) -> None:
-    assert source_of(words).short_name == name
+def test_short_name(words: str, name: str) -> None:
+    assert parse_source(words).short_name == name
 
 
-def test_prompts_know_their_set(write_jsonl: Write, tmp_path: Path) -> None:
-    own = write_jsonl({"prompt": "a", "harmful": True})
+def test_prompts_have_the_name_of_their_set(write_jsonl: Write, tmp_path: Path) -> None:
+    labelled = write_jsonl({"prompt": "a", "harmful": True})
     plain = tmp_path / "plain.txt"
     plain.write_text("b\n")
-    found = read_prompts([Source(path=str(own)), labelled(Source(path=str(plain)), False)], both=True)
-    assert [prompt.set for prompt in found] == [own.stem, "plain"]
+    prompts = read_prompts([Source(path=str(labelled)), with_label(Source(path=str(plain)), False)], both=True)
+    assert [prompt.set for prompt in prompts] == [labelled.stem, "plain"]
 
 
 def test_plain_text_is_a_prompt_a_line(tmp_path: Path) -> None:
     path = tmp_path / "bad.txt"
     path.write_bytes(b"\xef\xbb\xbffirst, with a comma\r\n\n  second \n")
-    prompts = read_prompts([labelled(Source(path=str(path)), True)], both=False)
+    prompts = read_prompts([with_label(Source(path=str(path)), True)], both=False)
     assert shown(prompts) == [("first, with a comma", True, "harmful", None), ("second", True, "harmful", None)]
     assert [prompt.id for prompt in prompts] == [f"{path}:1", f"{path}:3"]
 
 
 @pytest.mark.parametrize("harmful", [True, False])
-def test_a_label_that_contradicts_the_sets_is_refused(harmful: bool, write_jsonl: Write) -> None:
+def test_a_label_that_contradicts_its_set_is_refused(harmful: bool, write_jsonl: Write) -> None:
     path = write_jsonl({"prompt": "a", "harmful": harmful}, {"prompt": "b", "harmful": not harmful})
-    with pytest.raises(UserError, match=f":2: harmful is {str(not harmful).lower()} here"):
-        read_prompts([labelled(Source(path=str(path)), harmful)], both=False)
+    with pytest.raises(UserError, match=f":2: harmful is {str(not harmful).lower()}, .*{str(harmful).lower()}"):
+        read_prompts([with_label(Source(path=str(path)), harmful)], both=False)
 
 
-def test_text_without_labels_says_how_to_give_them(tmp_path: Path) -> None:
+def test_text_without_labels_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "bad.txt"
     path.write_text("PLANTED\n")
     with pytest.raises(UserError, match=r"bad.txt:1: harmful is missing: .*--harmful or --harmless") as caught:
@@ -72,7 +72,7 @@ def test_text_without_labels_says_how_to_give_them(tmp_path: Path) -> None:
     assert "PLANTED" not in str(caught.value)
 
 
-def test_text_beside_data_is_none_of_it(tmp_path: Path) -> None:
+def test_text_beside_data_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "README.txt").write_text("About this folder.\n")
     (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "one", "harmful": True}) + "\n")
     assert [prompt.text for prompt in read_prompts([Source(path=str(tmp_path))], both=False)] == ["one"]
@@ -87,11 +87,17 @@ def test_csv_with_categories(tmp_path: Path) -> None:
     ]
 
 
-def test_sets_are_those_named_and_one_of_what_is_labelled_here(tmp_path: Path) -> None:
-    found = sets_of(["a.jsonl", "b.jsonl"], ["c.txt"], ["d.txt", "{path: e.csv, columns: {prompt: q}}"], "bundled:x")
-    assert [[source.path for source in one] for one in found] == [["a.jsonl"], ["b.jsonl"], ["c.txt", "d.txt", "e.csv"]]
-    assert [source.constants for source in found[2]] == [{"harmful": True}, {"harmful": False}, {"harmful": False}]
-    assert [[source.path for source in one] for one in sets_of([], [], [], "bundled:x")] == [["bundled:x"]]
+def test_prompt_sets_of_options(tmp_path: Path) -> None:
+    sets = prompt_sets_of(
+        ["a.jsonl", "b.jsonl"], ["c.txt"], ["d.txt", "{path: e.csv, columns: {prompt: q}}"], "bundled:x"
+    )
+    assert [[source.path for source in sources] for sources in sets] == [
+        ["a.jsonl"],
+        ["b.jsonl"],
+        ["c.txt", "d.txt", "e.csv"],
+    ]
+    assert [source.constants for source in sets[2]] == [{"harmful": True}, {"harmful": False}, {"harmful": False}]
+    assert prompt_sets_of([], [], [], "bundled:x") == [[Source(path="bundled:x")]]
 
 
 @pytest.mark.parametrize(
@@ -101,13 +107,13 @@ def test_sets_are_those_named_and_one_of_what_is_labelled_here(tmp_path: Path) -
         (
             [{"prompt": "a", "harmful": True}],
             True,
-            "needs harmful and harmless prompts, found 1 harmful and 0 harmless",
+            "found 1 harmful and 0 harmless",
         ),
         ([{"prompt": " ", "harmful": True}], False, ":1: prompt must be non-empty text"),
         ([{"prompt": "a", "harmful": "yes"}], False, ":1: harmful must be true or false"),
     ],
 )
-def test_a_bad_set_is_one_message(records: list[Any], both: bool, message: str, write_jsonl: Write) -> None:
+def test_bad_sets(records: list[Any], both: bool, message: str, write_jsonl: Write) -> None:
     with pytest.raises(UserError, match=message):
         read_prompts([Source(path=str(write_jsonl(*records)))], both=both)
 
@@ -172,7 +178,7 @@ RECORDS: list[tuple[str, dict[str, Any], tuple[Any, ...]]] = [
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[dict[str, Any]]], list[Source]]:
-    """A hub that has these records whatever is asked for, and what it was asked for."""
+    """A hub that returns these records for any source; returns the requested sources."""
 
     def serve(records: list[dict[str, Any]]) -> list[Source]:
         asked: list[Source] = []
@@ -188,53 +194,53 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[dict[str, Any]]], lis
 
 
 @pytest.mark.parametrize(("words", "record", "expected"), RECORDS)
-def test_published_sets_are_read_as_they_are_published(
+def test_published_sets(
     words: str, record: dict[str, Any], expected: tuple[Any, ...], hub: Callable[..., list[Source]]
 ) -> None:
     asked = hub([record])
-    source = source_of(words)
+    source = parse_source(words)
     assert shown(read_prompts([source], both=False)) == [expected]
     known = PUBLISHED[source.path.removeprefix("hf://")]
     assert asked[0].split == known.split
-    assert asked[0].config == (source.config or next(iter(known.read)))
+    assert asked[0].config == (source.config or next(iter(known.parsers)))
 
 
-def test_every_published_set_is_tried() -> None:
-    tried = {(source_of(words).path.removeprefix("hf://"), source_of(words).config) for words, *_ in RECORDS}
-    assert {name for name, _ in tried} | {"skg/toxigen-data"} == PUBLISHED.keys()
+def test_every_published_set_has_a_case() -> None:
+    cases = {(parse_source(words).path.removeprefix("hf://"), parse_source(words).config) for words, *_ in RECORDS}
+    assert {name for name, _ in cases} | {"skg/toxigen-data"} == PUBLISHED.keys()
 
 
-def test_a_users_own_columns_go_over_what_is_known(hub: Callable[..., list[Source]]) -> None:
-    source = source_of(
+def test_a_source_with_columns_is_not_read_as_a_published_set(hub: Callable[..., list[Source]]) -> None:
+    source = parse_source(
         "{path: hf://walledai/AdvBench, split: test, columns: {prompt: goal}, constants: {harmful: false}}"
     )
-    assert published(source)[0] == source
-    assert published(source)[1]({"x": 1}) == {"x": 1}
+    assert as_published(source)[0] == source
+    assert as_published(source)[1]({"x": 1}) == {"x": 1}
 
 
 def test_a_label_that_contradicts_a_published_one_is_refused(hub: Callable[..., list[Source]]) -> None:
     hub([{"prompt": "p", "label": "safe", "type": "homonyms"}])
-    with pytest.raises(UserError, match="harmful is false here"):
-        read_prompts([labelled(source_of("hf://Paul/XSTest"), True)], both=False)
+    with pytest.raises(UserError, match=r"harmful is false, .*true"):
+        read_prompts([with_label(parse_source("hf://Paul/XSTest"), True)], both=False)
 
 
-def test_a_split_and_a_label_of_the_users_own_are_kept(hub: Callable[..., list[Source]]) -> None:
+def test_split_and_constants_of_the_source_are_kept(hub: Callable[..., list[Source]]) -> None:
     asked = hub([{"prompt": "p"}])
-    source = source_of("{path: hf://walledai/AdvBench, split: test, constants: {kind: mine}}")
+    source = parse_source("{path: hf://walledai/AdvBench, split: test, constants: {kind: mine}}")
     assert shown(read_prompts([source], both=False)) == [("p", True, "mine", None)]
     assert asked[0].split == "test"
 
 
-def test_an_unknown_configuration_names_those_that_are_known() -> None:
-    with pytest.raises(UserError, match=r"config base is not known \(known: base_set, attack_enhanced_set\)"):
-        read_prompts([source_of("{path: hf://OpenSafetyLab/Salad-Data, config: base}")], both=False)
+def test_an_unknown_configuration_names_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"config base \(known: base_set, attack_enhanced_set\)"):
+        read_prompts([parse_source("{path: hf://OpenSafetyLab/Salad-Data, config: base}")], both=False)
 
 
-def test_a_set_that_needs_permission_names_one_that_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gated_set_names_its_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(source: Source) -> Iterator[Any]:
         raise UserError(f"{source.path}: cannot be loaded from the hub: 403")
         yield
 
     monkeypatch.setattr(module, "iterate_records", refused)
     with pytest.raises(UserError, match="hf://Paul/XSTest does not"):
-        read_prompts([source_of("hf://walledai/XSTest")], both=False)
+        read_prompts([parse_source("hf://walledai/XSTest")], both=False)

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from raydiv.config.source import SUFFIXES, Source
-from raydiv.data import sources
 from raydiv.data.formats import Example
 from raydiv.data.prompt_sets import read_prompts
-from raydiv.data.sources import file_chunks, files_of, read
-from raydiv.data.sources import read_examples as read_source
+from raydiv.data.readers import READERS, file_chunks, read_chunk
+from raydiv.data.readers import read_examples as read_source
+from raydiv.data.sources import files_of
 from raydiv.utils.errors import UserError
 
 Row = dict[str, Any]
@@ -397,11 +397,11 @@ def test_messages_never_hold_the_prompt_of_a_prompt_set(write_jsonl: Callable[..
 
 def test_file_that_shrinks_while_it_is_read_is_named(write_jsonl: Callable[..., Path]) -> None:
     path = write_jsonl(*OWN * 5)
-    pieces = [piece for file in files_of(Source(path=str(path))) for piece in file_chunks(file)]
+    chunks = [chunk for file in files_of(Source(path=str(path))) for chunk in file_chunks(file)]
     path.write_text(path.read_text()[: path.stat().st_size // 2].rpartition("\n")[0] + "\n")
     with pytest.raises(UserError, match="became shorter while it was read"):
-        [row for piece in pieces for row in read(piece)]
+        [record for chunk in chunks for record in read_chunk(chunk)]
 
 
 def test_every_suffix_of_a_source_has_a_reader() -> None:
-    assert set(SUFFIXES) == set(sources.KINDS)
+    assert set(SUFFIXES) == set(READERS)

@@ -30,7 +30,7 @@ Writer = Callable[..., Path]
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-def sets_of(recipe: Recipe, chat: Chat) -> Splits:
+def splits_of(recipe: Recipe, chat: Chat) -> Splits:
     """The recipe's sets, prepared in this process."""
     train, held_out = opened(recipe, chat)
     indices = indices_of([*train, *held_out], recipe, chat)
@@ -39,7 +39,7 @@ def sets_of(recipe: Recipe, chat: Chat) -> Splits:
 
 def sides_of(recipe: Recipe, chat: Chat) -> list[StoredExamples]:
     """Training and held-out examples."""
-    found = sets_of(recipe, chat)
+    found = splits_of(recipe, chat)
     assert found.eval is not None
     return [found.train.examples, found.eval.examples]
 
@@ -48,7 +48,7 @@ def responses(examples: StoredExamples, chat: Chat) -> list[str]:
     return [chat.decode(ids.tolist()) for _, ids in examples.ids(np.arange(len(examples)))]
 
 
-refusal = partial(refusal_of, sets_of)
+refusal = partial(refusal_of, splits_of)
 
 
 def pair(prompt: Any, n: object = "") -> Row:
@@ -139,7 +139,7 @@ def test_held_out_sources_are_taken_whole(tokenizer: Path, chat: Chat, write_jso
     train, other = write_jsonl(*preference_rows(3)), write_jsonl(*preference_rows(2), name="eval.jsonl")
     sides = sides_of(recipe_of(tokenizer, str(train), eval=str(other)), chat)
     assert [len(side) for side in sides] == [12, 8]
-    alone = sets_of(recipe_of(tokenizer, str(train)), chat)
+    alone = splits_of(recipe_of(tokenizer, str(train)), chat)
     assert alone.eval is None
     assert len(alone.train.examples) == 12
     assert alone.shared_prompts == 0
@@ -152,9 +152,9 @@ def test_prompts_in_train_and_eval_are_counted(tokenizer: Path, chat: Chat, writ
         write_jsonl(pair("q1"), pair("q1", 1), pair("q5"), pair("new"), name="a.jsonl"),
         write_jsonl(pair("q5"), pair("q2"), pair(asked), name="b.jsonl"),
     ]
-    found = sets_of(recipe_of(tokenizer, str(train), eval=[str(path) for path in others]), chat)
+    found = splits_of(recipe_of(tokenizer, str(train), eval=[str(path) for path in others]), chat)
     assert found.shared_prompts == 3  # q1, q5 and q2, whatever their rows
-    assert sets_of(recipe_of(tokenizer, str(train), eval=0.5), chat).shared_prompts == 0
+    assert splits_of(recipe_of(tokenizer, str(train), eval=0.5), chat).shared_prompts == 0
 
 
 @pytest.mark.parametrize("share", [0.01, 0.99])
@@ -172,7 +172,7 @@ def test_pairs_are_found_and_lone_examples_are_not(tokenizer: Path, chat: Chat, 
         one("c", False, "z"),
         one("b", False, "y"),
     ]
-    examples = sets_of(recipe_of(tokenizer, str(write_jsonl(*rows))), chat).train.examples
+    examples = splits_of(recipe_of(tokenizer, str(write_jsonl(*rows))), chat).train.examples
     assert examples.units.tolist() == [[0, 3], [1, -1], [2, 5], [4, -1]]
 
 
@@ -205,7 +205,7 @@ def test_sources_keep_their_pairs_apart_though_their_names_are_equal(
     ]
     # the first a second time, and two preference files, whose pairs are named by line
     paths += [paths[0], write_jsonl(pair("d", "d"), name="d.jsonl"), write_jsonl(pair("e", "e"), name="e.jsonl")]
-    examples = sets_of(recipe_of(tokenizer, [str(path) for path in paths]), chat).train.examples
+    examples = splits_of(recipe_of(tokenizer, [str(path) for path in paths]), chat).train.examples
     assert examples.units.tolist() == [[n, n + 1] for n in range(0, 12, 2)]
     assert responses(examples, chat) == ["a0", "a1", "b0", "b1", "c0", "c1", "a0", "a1", "cd", "rd", "ce", "re"]
     assert examples.source.tolist() == [n // 2 for n in range(12)]
@@ -216,7 +216,7 @@ def test_pair_across_files_of_one_source_is_one(
 ) -> None:
     write_jsonl(one("a", True, "p"), name="part-1.jsonl")
     write_jsonl(one("a", False, "p"), name="part-2.jsonl")
-    examples = sets_of(recipe_of(tokenizer, str(tmp_path / "part-*.jsonl"), loss="dpo"), chat).train.examples
+    examples = splits_of(recipe_of(tokenizer, str(tmp_path / "part-*.jsonl"), loss="dpo"), chat).train.examples
     assert examples.units.tolist() == [[0, 1]]
 
 
@@ -231,7 +231,7 @@ def test_sources_have_columns_and_constants_of_their_own(tokenizer: Path, chat: 
         ],
         columns={"prompt": "question", "response": "answer"},
     )
-    found = sets_of(recipe, chat).train
+    found = splits_of(recipe, chat).train
     assert responses(found.examples, chat) == ["yes", "no"]
     assert found.examples.aligned.tolist() == [True, False]
     assert (found.counts.harmful, found.counts.unlabelled) == (1, 1)
@@ -245,7 +245,7 @@ def test_counts_say_what_was_found_and_cut(tokenizer: Path, chat: Chat, write_js
         one("c", True, response="x" * 90),
     ]
     batch = {"max_prompt_length": 20, "max_length": 30}
-    found = sets_of(recipe_of(tokenizer, str(write_jsonl(*rows)), batch=batch), chat).train
+    found = splits_of(recipe_of(tokenizer, str(write_jsonl(*rows)), batch=batch), chat).train
     counts = found.counts
     assert (counts.examples, counts.aligned, counts.unaligned, counts.pairs) == (4, 3, 1, 1)
     assert (counts.harmful, counts.harmless, counts.unlabelled) == (2, 1, 1)
@@ -259,7 +259,7 @@ def test_counts_say_what_was_found_and_cut(tokenizer: Path, chat: Chat, write_js
 def test_counts_of_both_sides_add_up(tokenizer: Path, chat: Chat, write_jsonl: Writer) -> None:
     rows = [pair(f"q{n % 7}", n) | {"harmful": n % 7 < 3} for n in range(20)]
     path = str(write_jsonl(*rows))
-    whole, split = sets_of(recipe_of(tokenizer, path), chat), sets_of(recipe_of(tokenizer, path, eval=0.4), chat)
+    whole, split = splits_of(recipe_of(tokenizer, path), chat), splits_of(recipe_of(tokenizer, path, eval=0.4), chat)
     assert split.eval is not None
     for name in ("examples", "aligned", "unaligned", "pairs", "harmful", "harmless", "unlabelled", "tokens"):
         parts = [getattr(side.counts, name) for side in (split.train, split.eval)]
@@ -270,30 +270,31 @@ def test_counts_of_both_sides_add_up(tokenizer: Path, chat: Chat, write_jsonl: W
 @pytest.mark.parametrize(
     ("label", "loss", "words"),
     [
-        (True, "kldo", "has no unaligned example, and the loss kldo needs some"),
+        (True, "kldo", "no unaligned example, and the loss kldo"),
         (True, "fdo", "aligned examples alone: sft)"),
-        (False, "kldo", "has no aligned example, and the loss kldo needs some"),
-        (False, "sft", "has no aligned example, and the loss sft needs some"),
+        (False, "kldo", "no aligned example, and the loss kldo"),
+        (False, "sft", "no aligned example, and the loss sft"),
     ],
 )
-def test_one_class_is_refused_where_the_loss_needs_the_other(
+def test_one_class_is_refused_if_the_loss_needs_the_other(
     label: bool, loss: str, words: str, tokenizer: Path, chat: Chat, write_jsonl: Writer
 ) -> None:
     path = write_jsonl(*[one(f"q{n}", label, response=PLANTED) for n in range(3)])
     message = refusal(recipe_of(tokenizer, str(path), loss), chat)
-    assert message.startswith(f"data.train: {path} has")
+    assert message.startswith(f"data.train: {path}: no ")
     assert words in message
 
 
 def test_aligned_examples_alone_are_enough_for_sft(tokenizer: Path, chat: Chat, write_jsonl: Writer) -> None:
     path = write_jsonl(*[one(f"q{n}", True) for n in range(3)])
-    assert sets_of(recipe_of(tokenizer, str(path), "sft"), chat).train.counts.aligned == 3
+    assert splits_of(recipe_of(tokenizer, str(path), "sft"), chat).train.counts.aligned == 3
 
 
 def test_paired_loss_refuses_examples_without_a_partner(tokenizer: Path, chat: Chat, write_jsonl: Writer) -> None:
     path = write_jsonl(*[one(f"q{n}", n % 2 == 0, response=PLANTED) for n in range(4)], pair("p"))
     message = refusal(recipe_of(tokenizer, str(path), "dpo"), chat)
-    assert message.startswith(f"data.train: {path}: 4 of 6 examples have no partner, and the loss dpo takes pairs")
+    assert message.startswith(f"data.train: {path}: 4 of 6 examples ")
+    assert "the loss dpo " in message
     assert "kldo" in message
     assert "aot-unpaired" in message
     assert "rdpo" not in message
@@ -302,7 +303,7 @@ def test_paired_loss_refuses_examples_without_a_partner(tokenizer: Path, chat: C
 def test_sources_of_a_mixture_are_named_and_checked_together(tokenizer: Path, chat: Chat, write_jsonl: Writer) -> None:
     paths = [write_jsonl(*[one(f"q{n}", label) for n in range(2)], name=f"{label}.jsonl") for label in (True, False)]
     both = [str(path) for path in paths]
-    assert sets_of(recipe_of(tokenizer, both), chat).train.counts.aligned == 2
+    assert splits_of(recipe_of(tokenizer, both), chat).train.counts.aligned == 2
     assert refusal(recipe_of(tokenizer, both, "dpo"), chat).startswith(f"data.train: {both[0]}, {both[1]}: 4 of 4")
 
 
@@ -317,7 +318,7 @@ def test_held_out_examples_must_fit_the_loss_too(
         recipe, name = recipe_of(tokenizer, str(train), "simpo", eval=str(other)), f"data.eval: {other}: 4 of 4"
     else:  # all prompts aligned but one
         train = write_jsonl(*[one(f"q{n}", True) for n in range(9)], one("q9", False))
-        recipe, name = recipe_of(tokenizer, str(train), eval=0.5), " has no unaligned example"
+        recipe, name = recipe_of(tokenizer, str(train), eval=0.5), ": no unaligned example"
     assert name in refusal(recipe, chat)
 
 
@@ -338,7 +339,7 @@ def test_rows_of_the_rarer_spelling_of_safety_are_bad_rows(
 ) -> None:
     rows = [authors(SPELLINGS[names[is_rare]][n % 2], n) for n, is_rare in enumerate(rare)]
     path = write_jsonl(*rows, name=f"{uuid.uuid4()}.jsonl")
-    found = sets_of(recipe_of(tokenizer, str(path), on_bad_row="quarantine"), chat)
+    found = splits_of(recipe_of(tokenizer, str(path), on_bad_row="quarantine"), chat)
     assert sorted(found.bad.places) == [(str(path), n) for n, is_rare in enumerate(rare, start=1) if is_rare]
     assert all(names[0] in reason and names[1] in reason and PLANTED not in reason for reason in found.bad.reasons)
     kept = [n for n, is_rare in enumerate(rare) if not is_rare]
@@ -355,7 +356,7 @@ def test_spellings_of_different_sources_are_no_matter(tokenizer: Path, chat: Cha
         write_jsonl(*[authors(value, n) for n, value in enumerate(values)], name=f"{number}.jsonl")
         for number, values in enumerate(SPELLINGS.values())
     ]
-    found = sets_of(recipe_of(tokenizer, [str(path) for path in paths]), chat)
+    found = splits_of(recipe_of(tokenizer, [str(path) for path in paths]), chat)
     assert (found.train.counts.harmful, found.train.counts.harmless) == (6, 6)
     assert not found.bad
 
@@ -366,7 +367,7 @@ def test_rarer_spelling_is_located_in_its_file(
     write_jsonl(authors("safe", 0), authors("unsafe", 1), name="part-1.jsonl")
     write_jsonl(authors(1, 2), authors("safe", 3), authors(0, 4), name="part-2.jsonl")
     (tmp_path / "part-3.json").write_text(json.dumps([authors("safe", n) for n in range(5, 9)] + [authors("true", 9)]))
-    found = sets_of(recipe_of(tokenizer, str(tmp_path / "part-*"), on_bad_row="quarantine"), chat)
+    found = splits_of(recipe_of(tokenizer, str(tmp_path / "part-*"), on_bad_row="quarantine"), chat)
     second, third = str(tmp_path / "part-2.jsonl"), str(tmp_path / "part-3.json")
     assert sorted(found.bad.places) == [(second, 1), (second, 3), (third, 5)]
 
@@ -375,7 +376,7 @@ def test_bad_rows_of_all_sources_are_listed(tokenizer: Path, chat: Chat, write_j
     good = [pair(f"q{n}", n) for n in range(3)]
     train = write_jsonl(good[0], {"prompt": PLANTED}, *good[1:])
     other = write_jsonl(pair("new"), pair("newer"), pair("newest") | {"chosen": ""}, name="eval.jsonl")
-    found = sets_of(recipe_of(tokenizer, str(train), eval=str(other), on_bad_row="quarantine"), chat)
+    found = splits_of(recipe_of(tokenizer, str(train), eval=str(other), on_bad_row="quarantine"), chat)
     lines = list(found.bad.as_json())
     assert [(line["file"], line["line"]) for line in lines] == [(str(train), 2), (str(other), 3)]
     assert "chosen must be non-empty text" in lines[1]["reason"]
@@ -390,7 +391,7 @@ def test_weights_are_the_sources_own_after_a_split(tokenizer: Path, chat: Chat, 
     second = write_jsonl(*[one(f"p{n}", n % 2 == 0) for n in range(20)], name="b.jsonl")
     mixture = [str(first), {"path": str(second), "weight": 2}]
     recipe = recipe_of(tokenizer, mixture, eval=0.3, batch={"examples": 6})
-    examples = sets_of(recipe, chat).train.examples
+    examples = splits_of(recipe, chat).train.examples
     epochs = epoch_plan(recipe, examples)
     taken = Counter(row for step in range(epochs.steps_per_epoch) for row in epochs.step(step).rows.tolist())
     assert [taken[row] for row in range(len(examples))] == (1 + examples.source).tolist()

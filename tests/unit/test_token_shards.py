@@ -16,7 +16,7 @@ from helpers.stored import PLANTED, indices_of, opened, recipe_of, refusal_of
 from raydiv.config import Recipe
 from raydiv.data import tokenize as module
 from raydiv.data.index import Index
-from raydiv.data.sources import read_examples
+from raydiv.data.readers import read_examples
 from raydiv.data.splits import make_splits
 from raydiv.data.tokenize import Tokenizer
 from raydiv.data.tokens import content_key
@@ -174,7 +174,7 @@ def test_a_source_of_bad_rows_alone_is_refused(
         return
     (index,) = prepared(recipe, chat)
     assert index.bad.places == [(str(path), line) for line in (1, 2, 3)]
-    with pytest.raises(UserError, match="every row of it is bad"):
+    with pytest.raises(UserError, match=f"{path}: every row is bad"):
         make_splits(recipe, [index], [])
 
 
@@ -195,13 +195,13 @@ def test_source_without_records_is_refused(tokenizer: Path, chat: Chat, write_js
         assert refusal(recipe_of(tokenizer, [str(path) for path in sources]), chat) == f"{empty}: holds no examples"
 
 
-def test_peek_finds_a_first_record_that_is_none(tokenizer: Path, chat: Chat, write_jsonl: Writer) -> None:
+def test_first_record_must_be_an_example(tokenizer: Path, chat: Chat, write_jsonl: Writer) -> None:
     good, bad = write_jsonl(pair(0), BAD), write_jsonl(BAD, pair(0), name="bad.jsonl")
     first, second = opened(recipe_of(tokenizer, [str(good), str(bad)]), chat)[0]
-    first.peek(tolerant=False)
-    second.peek(tolerant=True)
+    first.require_example(quarantine=False)
+    second.require_example(quarantine=True)
     with pytest.raises(UserError) as caught:
-        second.peek(tolerant=False)
+        second.require_example(quarantine=False)
     assert str(caught.value).startswith(f"{bad}:1: rejected must be")
     assert PLANTED not in str(caught.value)
 

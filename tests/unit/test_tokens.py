@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.stored import NOWHERE, stored_examples, write_shards
-from raydiv.data.tokens import GROUP_ROWS, StoredExamples, TokenizedExamples, TokenShards, content_key, mismatched
+from raydiv.data.tokens import ROW_GROUP_SIZE, StoredExamples, TokenizedExamples, TokenShards, content_key, mismatched
 
 EOS = 2
 quick = settings(max_examples=60, deadline=None)
@@ -106,7 +106,7 @@ def test_rows_are_read_in_any_order_with_repeats(
 
 
 def test_every_row_of_every_row_group_is_read(shards: TokenShards, ids: list[tuple[list[int], list[int]]]) -> None:
-    assert max(SHARDS) > 2 * GROUP_ROWS
+    assert max(SHARDS) > 2 * ROW_GROUP_SIZE
     rows = np.random.default_rng(0).permutation(len(ids))
     assert [row.tolist() for row in shards.read("response_ids", rows)] == [ids[row][1] for row in rows]
 
@@ -114,13 +114,13 @@ def test_every_row_of_every_row_group_is_read(shards: TokenShards, ids: list[tup
 def test_each_row_group_is_read_once(shards: TokenShards, monkeypatch: pytest.MonkeyPatch) -> None:
     from raydiv.data import tokens
 
-    read, groups = tokens._group, []
+    read, groups = tokens._list_column, []
 
     def counted(uri: str, group: int, column: str) -> tuple[np.ndarray, np.ndarray]:
         groups.append((uri, group))
         return read(uri, group, column)
 
-    monkeypatch.setattr(tokens, "_group", counted)
+    monkeypatch.setattr(tokens, "_list_column", counted)
     shards.read("prompt_ids", np.array([299, 0, 130, 5, 300, 129, 0, 290]))
     assert Counter(groups) == Counter(
         [(shards.uris[0], 0), (shards.uris[0], 1), (shards.uris[0], 2), (shards.uris[1], 0)]

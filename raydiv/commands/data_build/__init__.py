@@ -1,4 +1,4 @@
-"""Building data: a compliance-refusal or a preference set out of harmful and harmless prompts, with its card."""
+"""``raydiv data build``: a compliance-refusal or preference set from harmful and harmless prompts, with its data card."""
 
 from raydiv.commands.data_build.build import build_data
 

@@ -1,4 +1,4 @@
-"""What was built: its figures, and the data card, in which no prompt or response is ever quoted."""
+"""The report of a build, and its data card, which quotes no prompt or response."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 import yaml
 
-from raydiv.commands.data_build.counterparts import MAX_NEW_TOKENS
-from raydiv.commands.data_build.options import BuildOptions, Kind, written
+from raydiv.commands.data_build.options import BuildOptions, Kind, as_option
+from raydiv.commands.data_build.responses import MAX_NEW_TOKENS
 from raydiv.data.sources import files_of
-from raydiv.evaluation.refusal import ERRORS
+from raydiv.evaluation.refusal import STRING_RULE_ERRORS
 
 
 @dataclass(frozen=True, slots=True)
 class ClassCounts:
-    """Of one class: rows written, distinct prompts found, and what was left out, by why."""
+    """Counts of one class: rows written, distinct prompts read, and what was left out (see COUNT_LABELS)."""
 
     rows: int
     prompts: int
@@ -30,8 +30,8 @@ class ClassCounts:
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
-    """Of one class and side: words of its responses, and the share of them that string rules take for refusals."""
+class ResponseStatistics:
+    """Word counts of one class's responses on one side, and the share of them that string rules classify as refusals."""
 
     median_words: float
     p90_words: float
@@ -40,9 +40,9 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class BuildReport:
-    """What was built: files, SHA-256 of the data, counts by class, and each side ("harmful chosen") in figures.
+    """A build: its files, the data's SHA-256, counts by class, and statistics by class and side ("harmful chosen").
 
-    ``refusals_replaced`` counts a model's answers that were no refusals, ``answers_cut`` those as long as they might get.
+    ``refusals_replaced`` counts a model's answers that were not refusals; ``answers_cut`` those at the token limit.
     """
 
     kind: Kind
@@ -51,7 +51,7 @@ class BuildReport:
     fingerprint: str
     seed: int
     classes: dict[str, ClassCounts]
-    sides: dict[str, Side]
+    sides: dict[str, ResponseStatistics]
     refusals_replaced: int
     answers_cut: int
 
@@ -62,63 +62,65 @@ class BuildReport:
 
 TITLES = {"compliance-refusal": "Compliance-refusal data", "preference": "Preference data"}
 
-WHAT = {
-    "compliance-refusal": "a harmless prompt's chosen response is an answer, and its rejected one a needless refusal",
-    "preference": "a harmless prompt's chosen response is an answer, and its rejected one a worse answer",
-}
+REJECTED_HARMLESS = {"compliance-refusal": "a needless refusal", "preference": "a worse answer"}
+"""The rejected response to a harmless prompt."""
 
-WHY = {
+COUNT_LABELS = {
     "rows": "rows written",
-    "prompts": "distinct prompts found",
-    "duplicates": "left out: records with nothing new about a prompt that came before",
+    "prompts": "distinct prompts read",
+    "duplicates": "left out: duplicate records of a prompt",
     "further_responses": "left out: further responses to a prompt on the same side",
     "not_chosen": "prompts not chosen",
-    "same_responses": "prompts left out: both responses the same",
-    "unusable_answers": "prompts left out: the model's answer was no usable text",
+    "same_responses": "prompts left out: both responses equal",
+    "unusable_answers": "prompts left out: no usable answer of the model",
 }
-"""What the counts of a class mean."""
+"""Labels of ClassCounts' fields."""
 
 
-def card(plan: BuildOptions, report: BuildReport, bank: int, models: Mapping[str, str]) -> str:
-    """The data card (README.md with a Hugging Face front matter); ``bank`` counts its refusals, ``models`` are digests."""
+def data_card(options: BuildOptions, report: BuildReport, bank: int, models: Mapping[str, str]) -> str:
+    """The data card (README.md with a Hugging Face front matter).
+
+    ``bank`` is the number of refusals in the bank; ``models`` are digests of the models' weights, by name.
+    """
     sections = [
-        _front_matter(plan),
-        f"# {TITLES[plan.kind]} by raydiv",
-        f"Prompts with two responses each, for aligning a language model: a harmful prompt's chosen response is a refusal, and "
-        f"its rejected one a compliance; {WHAT[plan.kind]}. Made as in Haldar et al., arXiv 2502.00657. "
+        _front_matter(options),
+        f"# {TITLES[options.kind]} by raydiv",
+        f"Prompts with two responses each, for aligning a language model. A harmful prompt's chosen response is a refusal, its "
+        f"rejected one a compliance. A harmless prompt's chosen response is an answer, its rejected one "
+        f"{REJECTED_HARMLESS[options.kind]}. Made as in Haldar et al., arXiv 2502.00657. "
         "**The compliances are harmful text.**",
         _columns(),
-        "## From what",
-        _origins(plan, models),
-        "The licence is that of the sources, which raydiv does not know: what holds for them holds for this.",
-        "## How",
-        _ways(plan, report, bank),
+        "## Sources",
+        _sources(options, models),
+        "The licence is that of the sources, which raydiv does not know.",
+        "## Method",
+        _method(options, report, bank),
         "## Counts",
         _counts(report),
         "## Responses",
         _responses(report),
         "## Build it again",
-        f"raydiv {version('raydiv')}, seed {plan.seed}; `data.jsonl` has SHA-256 `{report.fingerprint}`.",
-        f"```\n{plan.command()}\n```",
+        f"raydiv {version('raydiv')}, seed {options.seed}; `data.jsonl` has SHA-256 `{report.fingerprint}`.",
+        f"```\n{options.command()}\n```",
         "## Use it",
         "```yaml\ndata: {train: OUTPUT/data.jsonl}   # in a raydiv recipe; OUTPUT is this folder\n```",
         '```python\ndatasets.load_dataset("json", data_files="OUTPUT/data.jsonl")   # for TRL\n```',
         "## Known limits",
-        _limits(plan, report),
+        _limits(options, report),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _front_matter(plan: BuildOptions) -> str:
-    facts = {
-        "pretty_name": f"{TITLES[plan.kind]} by raydiv",
+def _front_matter(options: BuildOptions) -> str:
+    metadata = {
+        "pretty_name": f"{TITLES[options.kind]} by raydiv",
         "license": "other",
         "license_name": "unknown-as-its-sources",
         "task_categories": ["text-generation"],
         "tags": ["safety", "alignment", "preference", "raydiv", "trl", "not-for-all-audiences"],
         "configs": [{"config_name": "default", "data_files": "data.jsonl"}],
     }
-    return f"---\n{yaml.safe_dump(facts, sort_keys=False)}---"
+    return f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---"
 
 
 def _columns() -> str:
@@ -126,57 +128,57 @@ def _columns() -> str:
         ("column", "content"),
         [
             ("`prompt`, `chosen`, `rejected`", "TRL's preference format, plain or conversational"),
-            ("`harmful`", "whether the prompt is"),
-            ("`source`", "file and line (of other kinds than JSONL: record) of the prompt"),
+            ("`harmful`", "whether the prompt is harmful"),
+            ("`source`", "file and line (record number for files other than JSONL) of the prompt"),
         ],
     )
 
 
-def _origins(plan: BuildOptions, models: Mapping[str, str]) -> str:
+def _sources(options: BuildOptions, models: Mapping[str, str]) -> str:
     """Every source with its files, and every model."""
-    sources = {"harmful prompts": plan.harmful, "harmless prompts": plan.harmless}
-    if plan.bank is not None:
-        sources["refusals"] = plan.bank
+    sources = {"harmful prompts": options.harmful, "harmless prompts": options.harmless}
+    if options.bank is not None:
+        sources["refusals"] = options.bank
     rows = [
-        (what, f"`{written(source)}`", f"`{file.name}`", f"`{file.digest}`")
-        for what, source in sources.items()
+        (content, f"`{as_option(source)}`", f"`{file.name}`", f"`{file.digest}`")
+        for content, source in sources.items()
         for file in files_of(source)
     ]
     rows += [("answers", f"`{name}`", "", f"`{digest}`") for name, digest in models.items()]
-    return _table(("what", "source", "file", "digest"), rows)
+    return _table(("content", "source", "file", "digest"), rows)
 
 
-def _ways(plan: BuildOptions, report: BuildReport, bank: int) -> str:
-    """How refusals and worse answers were had."""
-    drawn = f"one of {bank} (`{plan.bank.path}`), drawn by seed and prompt" if plan.bank else ""
-    limit = f"greedy, of at most {plan.max_new_tokens or MAX_NEW_TOKENS} tokens"
-    if plan.refusals == "constant":
+def _method(options: BuildOptions, report: BuildReport, bank: int) -> str:
+    """How refusals and worse answers were made."""
+    drawn = f"one of {bank} (`{options.bank.path}`), drawn by seed and prompt" if options.bank else ""
+    limit = f"greedy, at most {options.max_new_tokens or MAX_NEW_TOKENS} tokens"
+    if options.refusals == "constant":
         refusals = "the same sentence every time"
-    elif plan.refusals == "own":
-        others = f"; those of harmless prompts: {drawn}" if plan.kind == "compliance-refusal" else ""
+    elif options.refusals == "own":
+        others = f"; those of harmless prompts: {drawn}" if options.kind == "compliance-refusal" else ""
         refusals = f"the harmful source's own aligned responses{others}"
-    elif plan.refusals in plan.models:
+    elif options.refusals in options.models:
         refusals = (
-            f"answers of `{plan.refusals}`, told to decline ({limit}); {report.refusals_replaced} that string rules "
-            f"took for no refusal were replaced by {drawn}"
+            f"answers of `{options.refusals}`, instructed to decline ({limit}); {report.refusals_replaced} that string rules "
+            f"do not classify as refusals were replaced by {drawn}"
         )
     else:
         refusals = drawn
     lines = [f"- Refusals: {refusals}."]
-    if plan.worse is not None:
-        worse = "the harmless source's own" if plan.worse == "own" else f"answers of `{plan.worse}` ({limit})"
+    if options.worse is not None:
+        worse = "the harmless source's own" if options.worse == "own" else f"answers of `{options.worse}` ({limit})"
         lines.append(f"- Worse answers: {worse}.")
-    if plan.models:
-        lines.append(f"- {report.answers_cut} answers of models were as long as they might get, and probably cut off.")
-    if plan.prompts is not None:
-        lines.append(f"- {plan.prompts} prompts of each class were chosen by seed and prompt.")
-    return "\n".join([*lines, "- Rows are in an order that follows from seed and prompt, classes mixed."])
+    if options.models:
+        lines.append(f"- {report.answers_cut} answers of models reached the token limit, and are probably truncated.")
+    if options.prompts is not None:
+        lines.append(f"- {options.prompts} prompts of each class were drawn by seed and prompt.")
+    return "\n".join([*lines, "- The order of rows is drawn by seed and prompt, classes mixed."])
 
 
 def _counts(report: BuildReport) -> str:
     rows = [
-        (WHY[one.name], *(f"{getattr(counts, one.name):,}" for counts in report.classes.values()))
-        for one in fields(ClassCounts)
+        (COUNT_LABELS[field.name], *(f"{getattr(counts, field.name):,}" for counts in report.classes.values()))
+        for field in fields(ClassCounts)
     ]
     return _table(("", *report.classes), rows)
 
@@ -187,30 +189,26 @@ def _responses(report: BuildReport) -> str:
         for name, side in report.sides.items()
     ]
     table = _table(("side", "words, median", "words, 90th percentile", "refusals by string rules"), rows)
-    return f"{table}\n\n{ERRORS}"
+    return f"{table}\n\n{STRING_RULE_ERRORS}"
 
 
-def _limits(plan: BuildOptions, report: BuildReport) -> str:
-    """What is wrong with such data, as far as the plan tells."""
+def _limits(options: BuildOptions, report: BuildReport) -> str:
+    """Known limits of the data that follow from the options."""
     limits = [
-        "Whether prompts are harmful, and answers right, is the sources' word; nothing here was checked by a person.",
-        "Overlap with prompts that models are evaluated on was not looked for.",
-        "Where lengths above differ between chosen and rejected, a model can tell them apart by length alone.",
+        "The sources decide which prompts are harmful and which answers are right; no person checked them here.",
+        "Overlap with evaluation prompts was not checked (see `raydiv data check`).",
+        "If the lengths of chosen and rejected responses differ above, a model can tell them apart by length alone.",
     ]
-    if plan.refusals == "constant":
-        limits.append(
-            "One refusal for all: a model learns the sentence, and telling the two laws apart takes its first word."
-        )
-    if plan.refusals == "own" and plan.kind == "compliance-refusal":
-        limits.append(
-            "Wanted and needless refusals come from two places, and may be told apart by their wording alone."
-        )
-    if plan.refusals not in ("own", *plan.models):
-        limits.append("The refusals say nothing about what they refuse.")
-    if plan.models:
-        limits.append("Answers of models were read by no one; they may quote the prompt, stop short, or be wrong.")
-    if plan.worse in plan.models:
-        limits.append("That a model's answer is worse than the source's is assumed.")
+    if options.refusals == "constant":
+        limits.append("All refusals are equal: a model learns the sentence, and the first word tells both sides apart.")
+    if options.refusals == "own" and options.kind == "compliance-refusal":
+        limits.append("Wanted and needless refusals come from two sources, and may be told apart by wording alone.")
+    if options.refusals not in ("own", *options.models):
+        limits.append("The refusals do not mention what they refuse.")
+    if options.models:
+        limits.append("No person read the models' answers; they may quote the prompt, stop short, or be wrong.")
+    if options.worse in options.models:
+        limits.append("That a model's answer is worse than the source's is an assumption.")
     return "\n".join(f"- {limit}" for limit in limits)
 
 

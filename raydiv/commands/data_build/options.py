@@ -1,4 +1,4 @@
-"""What is to be built, out of what: the options of ``raydiv data build``, checked, and the command that says them again."""
+"""The options of ``raydiv data build``, checked, and the command that repeats a build."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from raydiv.commands.data_build.answered import AnsweredPrompt
+from raydiv.commands.data_build.prompts import AnsweredPrompt
 from raydiv.config.source import Source
 from raydiv.utils.cache import digest
 from raydiv.utils.errors import UserError
@@ -15,15 +15,12 @@ from raydiv.utils.errors import UserError
 Kind = Literal["compliance-refusal", "preference"]
 
 CLASSES = {True: "harmful", False: "harmless"}
-"""The classes of prompts, by whether they are harmful."""
+"""The classes of prompts, by ``harmful``."""
 
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """The options of ``build_data``, which says what they mean.
-
-    Raises UserError for one that is unknown or would be skipped.
-    """
+    """The options of ``build_data``, which documents them. Raises UserError for one that is unknown or does not apply."""
 
     harmful: Source
     harmless: Source
@@ -37,58 +34,58 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
-            raise UserError(f"kind: no {self.kind!r} (known: {', '.join(get_args(Kind))})")
+            raise UserError(f"kind: unknown {self.kind!r} (known: {', '.join(get_args(Kind))})")
         if self.kind == "compliance-refusal" and self.worse is not None:
             raise UserError(
-                "worse: means nothing for compliance-refusal, where harmless prompts are refused; leave it out"
+                "worse: does not apply to compliance-refusal, where harmless prompts are refused; leave it out"
             )
         if self.worse not in (None, "own", *self.models):
-            raise UserError(f"worse: no {self.worse!r} (known: own, model:ID)")
+            raise UserError(f"worse: unknown {self.worse!r} (known: own, model:ID)")
         for key in ("prompts", "max_new_tokens"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UserError(f"{key}: must be at least 1, found {value}")
         for key in ("template", "max_new_tokens"):
             if getattr(self, key) is not None and not self.models:
-                raise UserError(f"{key}: means nothing where no model is asked (refusals or worse: model:ID)")
+                raise UserError(f"{key}: applies to models alone, and none answers (refusals or worse: model:ID)")
         for source in self.sources.values():
             if source.weight != 1:
-                raise UserError(f"{source.path}: weight means nothing here: every prompt is used once")
+                raise UserError(f"{source.path}: weight does not apply: every prompt is used once")
 
     @property
     def sources(self) -> dict[bool, Source]:
-        """The sources by whether their prompts are harmful."""
+        """The sources by the label of their prompts (``harmful``)."""
         return {True: self.harmful, False: self.harmless}
 
     @property
     def models(self) -> list[str]:
-        """The models that are asked, each once."""
-        return list(dict.fromkeys(way for way in (self.refusals, self.worse) if way and way.startswith("model:")))
+        """The models that answer, each once."""
+        return list(dict.fromkeys(name for name in (self.refusals, self.worse) if name and name.startswith("model:")))
 
     @property
     def bank(self) -> Source | None:
-        """Refusals for where neither the harmful source nor a model gives any; None for the constant one."""
+        """Refusals for prompts that get none from their source or a model; None for the constant refusal."""
         if self.refusals == "constant":
             return None
         bundled = self.refusals in ("bank", "own", *self.models)
         return Source(path="bundled:refusals" if bundled else self.refusals)
 
     def refuses(self, prompt: AnsweredPrompt) -> bool:
-        """Whether a prompt gets a refusal, as its aligned response or as a needless one."""
+        """Whether a prompt gets a refusal, as its aligned or as its unaligned response."""
         return prompt.harmful or self.kind == "compliance-refusal"
 
     def draw(self, purpose: str, prompt: AnsweredPrompt) -> int:
-        """A number in [0, 2^128) that follows from the seed and the prompt alone, another one for each purpose.
+        """A number in [0, 2^128), a function of purpose, seed and prompt.
 
-        Were prompts chosen and ordered by the same number, the class with more prompts to choose from would come first.
+        Choice and order need different purposes: with one number for both, the class with more prompts would come first.
         """
         return int(digest(purpose, self.seed, prompt.key), 16)
 
     def command(self) -> str:
-        """The command that builds the same again, in the folder OUTPUT."""
+        """The command that repeats the build, in the folder OUTPUT."""
         options = {
-            "harmful": written(self.harmful),
-            "harmless": written(self.harmless),
+            "harmful": as_option(self.harmful),
+            "harmless": as_option(self.harmless),
             "kind": self.kind,
             "refusals": self.refusals,
             "worse": self.worse,
@@ -102,7 +99,7 @@ class BuildOptions:
         return shlex.join(["raydiv", "data", "build", *words])
 
 
-def written(source: Source) -> str:
-    """A source as ``source_of`` reads it."""
+def as_option(source: Source) -> str:
+    """A source as an option that ``source_of`` reads."""
     section: Any = source.model_dump()
     return section if isinstance(section, str) else json.dumps(section)

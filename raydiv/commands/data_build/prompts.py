@@ -1,0 +1,93 @@
+"""The prompts of one class with the responses that their source has, in any format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from raydiv.config.source import Source
+from raydiv.data.formats import CANONICAL, FORMATS, BadRow, Example, Record, converter_of, text_field
+from raydiv.data.readers import iterate_records
+from raydiv.model.chat import Messages
+from raydiv.utils.cache import digest
+from raydiv.utils.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class AnsweredPrompt:
+    """A prompt, its file and line, and its source's first aligned and first unaligned response (by ``aligned``)."""
+
+    key: str
+    prompt: str | Messages
+    harmful: bool
+    where: str
+    responses: dict[bool, str]
+
+
+@dataclass(slots=True)
+class CollectedPrompts:
+    """A source's prompts by key, and the counts of what is left out: duplicate rows, and further responses on one side."""
+
+    prompts: dict[str, AnsweredPrompt] = field(default_factory=dict)
+    duplicates: int = 0
+    further_responses: int = 0
+
+
+def collect(source: Source, harmful: bool) -> CollectedPrompts:
+    """The prompts of a source that fits into this process; all are ``harmful``, or none.
+
+    Besides the known formats, the source may have columns ``prompt, response`` or Alpaca's ``instruction, input, output``.
+    The response to a harmful prompt then counts as unaligned (a compliance), that to a harmless prompt as aligned. Raises
+    UserError, naming file and line, for a bad row or one with the other label, and for a source without prompts.
+    """
+    collected = CollectedPrompts()
+    for where, record in iterate_records(source):
+        try:
+            examples = _examples(record, where, harmful)
+        except BadRow as error:
+            raise UserError(f"{where}: {error}") from None
+        prompt = _canonical(examples[0].prompt)
+        key = digest(prompt)
+        answered = collected.prompts.setdefault(key, AnsweredPrompt(key, prompt, harmful, where, {}))
+        # a prompt's two sides may be in two rows; the first response of a side counts
+        new = {e.aligned: e.response for e in reversed(examples) if e.aligned not in answered.responses}
+        answered.responses.update(new)
+        collected.duplicates += not new
+        collected.further_responses += len(examples) - len(new) if new else 0
+    if not collected.prompts:
+        raise UserError(f"{source.path}: holds no prompts")
+    return collected
+
+
+def _examples(record: Record, where: str, harmful: bool) -> list[Example]:
+    """The examples of a record of a known format, or of one without labels. Raises BadRow."""
+    known = any(columns <= record.keys() for columns, _ in FORMATS)
+    examples = CANONICAL.examples(record if known else _labelled(record, harmful), where)
+    if examples[0].harmful is (not harmful):
+        label, expected = ("harmless", "harmful") if harmful else ("harmful", "harmless")
+        raise BadRow(f"is labelled {label}, in the source of {expected} prompts")
+    return examples
+
+
+def _labelled(record: Record, harmful: bool) -> Record:
+    """A record with a prompt and one response, or with Alpaca's columns, in raydiv's schema. Raises BadRow for others."""
+    if {"instruction", "output"} <= record.keys():
+        record = {**record, "prompt": _alpaca_prompt(record), "response": record["output"]}
+    if not {"prompt", "response"} <= record.keys():
+        try:
+            converter_of(record)
+        except BadRow as error:
+            raise BadRow(f"{error}; known here also: prompt, response, or instruction, input, output") from None
+    return {name: record.get(name) for name in ("prompt", "response", "harmful")} | {"aligned": not harmful}
+
+
+def _alpaca_prompt(record: Record) -> str:
+    """The instruction, followed by the input if there is one (Alpaca has an empty text for none)."""
+    columns = ["instruction"] if record.get("input") in (None, "") else ["instruction", "input"]
+    return "\n\n".join(text_field(record, column) for column in columns)
+
+
+def _canonical(prompt: str | Messages) -> str | Messages:
+    """The prompt in one notation: text without surrounding spaces for a conversation of a single user turn."""
+    if isinstance(prompt, list) and [turn["role"] for turn in prompt] == ["user"]:
+        prompt = prompt[0]["content"]
+    return prompt.strip() if isinstance(prompt, str) else prompt

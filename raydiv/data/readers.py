@@ -1,0 +1,238 @@
+"""How the records of a file are read, by its kind: in chunks that tasks read independently, each record with its position.
+
+To add a kind of file, add its suffix to ``raydiv.config.source.SUFFIXES`` and its reader to ``READERS``.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from raydiv.config.source import Source
+from raydiv.data.formats import CANONICAL, BadRow, Example, Record, RecordReader, TextRecord, describe
+from raydiv.data.sources import File, files_of, require_unchanged
+from raydiv.utils.errors import UserError
+from raydiv.utils.storage import file_system, open_input
+
+FILE_CHUNK_BYTES = 4 * 2**20
+"""Bytes of a JSONL file that one task reads."""
+
+BOM = b"\xef\xbb\xbf"
+"""UTF-8's byte order mark, which some editors write at the start of a file."""
+
+csv.field_size_limit(2**31 - 1)  # a field that is too long makes a bad row, not an unreadable file
+
+
+@dataclass(frozen=True, slots=True)
+class FileChunk:
+    """A part of a file that is read independently: a byte range of JSONL, row groups of Parquet, otherwise the whole."""
+
+    file: File
+    start: int = 0
+    stop: int = 0
+
+
+RawRecord = tuple[int, Any]
+"""A record's position (its byte in a JSONL file, otherwise its number from 1), and its content: JSON text (bytes), the
+parsed record, or a BadRow."""
+
+
+def file_chunks(file: File) -> list[FileChunk]:
+    """The chunks of a file."""
+    if file.kind == ".jsonl":
+        system, inside = file_system(file.uri)
+        size = system.get_file_info(inside).size
+        return [
+            FileChunk(file, start, min(start + FILE_CHUNK_BYTES, size)) for start in range(0, size, FILE_CHUNK_BYTES)
+        ]
+    if file.kind == ".parquet":
+        return [FileChunk(file, group, group + 1) for group in range(_parquet_file(file).num_row_groups)]
+    return [FileChunk(file)]
+
+
+def read_chunk(chunk: FileChunk) -> Iterator[RawRecord]:
+    """The records of a chunk, in order. Raises UserError for a file that cannot be read."""
+    return READERS[chunk.file.kind](chunk)
+
+
+def parse_record(content: Any) -> Any:
+    """A record from the content of a RawRecord. Raises BadRow for a line that is not JSON."""
+    if isinstance(content, BadRow):
+        raise content
+    if not isinstance(content, bytes):
+        return content
+    try:
+        return json.loads(content.decode())
+    except UnicodeDecodeError as error:
+        raise BadRow(f"not UTF-8, at byte {error.start + 1} of the line") from None
+    except (ValueError, RecursionError) as error:
+        reason = error.msg.removesuffix(" at") if isinstance(error, json.JSONDecodeError) else type(error).__name__
+        raise BadRow(f"not JSON: {reason}, at character {getattr(error, 'colno', 1)}") from None
+
+
+def line_numbers(file: File, positions: Iterable[int]) -> dict[int, int]:
+    """The number that messages give for each position: the line in a JSONL file, otherwise the record's number."""
+    ordered = sorted(set(positions))
+    if file.kind != ".jsonl":
+        return {position: file.first_record + position for position in ordered}
+    lines, line, offset = {}, 1, 0
+    with open_input(file.uri, mapped=False) as content:
+        for position in ordered:
+            while offset < position:
+                block = content.read(min(position - offset, FILE_CHUNK_BYTES))
+                line, offset = line + bytes(block).count(b"\n"), offset + len(block)
+            lines[position] = line
+    return lines
+
+
+def record_reader(source: Source, columns: Mapping[str, str]) -> RecordReader:
+    """The reader of a source's records; ``columns`` applies if the source names no columns itself."""
+    return RecordReader(columns if source.columns is None else source.columns, source.constants)
+
+
+def iterate_records(source: Source, columns: Mapping[str, str] | None = None) -> Iterator[tuple[str, Record]]:
+    """(``FILE:LINE``, record) for all of a source that fits into this process. Raises UserError at the first bad row."""
+    reader = record_reader(source, columns or {})
+    for file in files_of(source):
+        records = [record for chunk in file_chunks(file) for record in read_chunk(chunk)]
+        lines = line_numbers(file, (position for position, _ in records))
+        require_unchanged(file)
+        for position, content in records:
+            where = f"{file.name}:{lines[position]}"
+            try:
+                yield where, reader.rename_columns(parse_record(content))
+            except BadRow as error:
+                raise UserError(f"{where}: {error}") from None
+
+
+def read_examples(source: Source, columns: Mapping[str, str] | None = None) -> list[Example]:
+    """All examples of a source that fits into this process, in order; ``columns`` as in ``record_reader``.
+
+    Raises UserError, naming file and line, for a source that does not exist or holds no example, for unknown columns, and
+    for a missing, empty or ill-typed field.
+    """
+    examples: list[Example] = []
+    for where, record in iterate_records(source, columns):
+        try:
+            examples += CANONICAL.examples(record, where)
+        except BadRow as error:
+            raise UserError(f"{where}: {error}") from None
+    if not examples:
+        raise UserError(f"{source.path}: holds no examples")
+    return examples
+
+
+def _content(file: File) -> bytes:
+    with open_input(file.uri, mapped=False) as content:
+        return bytes(content.read())
+
+
+def _buffered(file: File) -> io.BufferedReader:
+    return io.BufferedReader(open_input(file.uri, mapped=False), 2**20)
+
+
+def _read_jsonl(chunk: FileChunk) -> Iterator[RawRecord]:
+    """The lines that begin in the chunk, without blank ones."""
+    with _buffered(chunk.file) as content:
+        position = chunk.start
+        if chunk.start:  # a line that begins in the previous chunk belongs to that one
+            content.seek(chunk.start - 1)
+            position += len(content.readline()) - 1
+        while position < chunk.stop:
+            line = content.readline()
+            if not line:
+                raise UserError(f"{chunk.file.name}: became shorter while it was read; start again")
+            record = line.removeprefix(BOM) if position == 0 else line
+            if record.strip():
+                yield position, record
+            position += len(line)
+
+
+def _read_text(chunk: FileChunk) -> Iterator[RawRecord]:
+    """A prompt a line, without blank lines."""
+    for number, line in enumerate(_content(chunk.file).removeprefix(BOM).splitlines(), start=1):
+        if line.strip():
+            try:
+                yield number, {"prompt": line.decode().strip()}
+            except UnicodeDecodeError as error:
+                yield number, BadRow(f"not UTF-8, at byte {error.start + 1} of the line")
+
+
+def _read_json(chunk: FileChunk) -> Iterator[RawRecord]:
+    try:
+        rows = json.loads(_content(chunk.file).decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{chunk.file.name}: not UTF-8, at byte {error.start}") from None
+    except ValueError as error:
+        raise UserError(f"{chunk.file.name}: not JSON: {error}") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{chunk.file.name}: must be a list of records, found {describe(rows)}")
+    yield from enumerate(rows, start=1)
+
+
+def _read_csv(chunk: FileChunk) -> Iterator[RawRecord]:
+    """Rows of text; an empty field is None."""
+    with _buffered(chunk.file) as content:
+        # bytes that are not UTF-8 stay in their field, where they make a bad row
+        lines = io.TextIOWrapper(content, "utf-8-sig", errors="surrogateescape", newline="")
+        rows = csv.DictReader(lines, restkey="\0", strict=True)
+        try:
+            for number, row in enumerate(rows, start=1):
+                record = TextRecord({str(key): value or None for key, value in row.items()})
+                yield number, BadRow("has more fields than the header") if "\0" in row else record
+        except csv.Error as error:
+            raise UserError(f"{chunk.file.name}: not CSV: {error}, in line {rows.line_num}") from None
+
+
+def _parquet_file(file: File) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(open_input(file.uri, mapped=False))
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise UserError(f"{file.name}: cannot be read as Parquet: {error}") from None
+
+
+def _read_parquet(chunk: FileChunk) -> Iterator[RawRecord]:
+    with _parquet_file(chunk.file) as content:
+        groups = range(chunk.start, chunk.stop)
+        number = 1 + sum(content.metadata.row_group(group).num_rows for group in range(chunk.start))
+        for batch in content.iter_batches(batch_size=1000, row_groups=groups):
+            yield from enumerate(_batch_records(batch), start=number)
+            number += len(batch)
+
+
+def _read_arrow(chunk: FileChunk) -> Iterator[RawRecord]:
+    import pyarrow as pa
+
+    number = 1
+    with open_input(chunk.file.uri, mapped=False) as content, pa.ipc.open_stream(content) as batches:
+        for batch in batches:
+            yield from enumerate(_batch_records(batch), start=number)
+            number += len(batch)
+
+
+def _batch_records(batch: Any) -> list[Any]:
+    """The records of an Arrow batch, with a BadRow for each that holds invalid UTF-8."""
+    try:
+        return batch.to_pylist()  # type: ignore[no-any-return]
+    except UnicodeDecodeError:
+        if len(batch) == 1:
+            return [BadRow("a field is not UTF-8")]
+        return [record for row in range(len(batch)) for record in _batch_records(batch.slice(row, 1))]
+
+
+READERS: dict[str, Callable[[FileChunk], Iterator[RawRecord]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+    ".txt": _read_text,
+}
+"""The reader of each kind of file."""
