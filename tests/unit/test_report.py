@@ -1,4 +1,4 @@
-"""What the report draws and says, read back from the figures' own objects and from the page."""
+"""The report of a run: its pictures, read back from matplotlib's objects, its table and its page."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """A run with nothing but its updates."""
+    """A run that measured nothing but its updates."""
     made = make_run(tmp_path_factory.mktemp("bare"), measured=False)
     write_report(made)
     return made
@@ -52,10 +52,10 @@ def test_divergence_is_drawn_under_its_name_with_its_ceiling() -> None:
     records = [{"step": 0, "eval/divergence": 0.0}, {"step": 1, "divergence": 0.3, **TV}]
     axis = drawn(figures.divergence(records))
     assert axis.get_title(loc="left") + axis.get_title() == "divergence: TV(D+ || D-)"
-    found = lines(axis)
-    assert set(found["ceiling 1"].get_ydata()) == {1.0}
-    assert list(found["held-out"].get_xdata()) == [0]
-    assert list(found["one update"].get_ydata()) == [0.3]
+    curves = lines(axis)
+    assert set(curves["ceiling 1"].get_ydata()) == {1.0}
+    assert list(curves["held-out"].get_xdata()) == [0]
+    assert list(curves["one update"].get_ydata()) == [0.3]
 
 
 def test_unbounded_divergence_has_no_line() -> None:
@@ -63,22 +63,22 @@ def test_unbounded_divergence_has_no_line() -> None:
     assert list(lines(axis)) == ["one update"]
 
 
-def test_a_lone_value_is_drawn_as_a_point() -> None:
+def test_a_single_value_is_drawn_as_a_point() -> None:
     (line,) = drawn(figures.gradient([{"step": 1, "grad_norm": 2.0}])).get_lines()
     assert line.get_marker() == "o"
 
 
-def test_what_was_not_logged_is_not_drawn() -> None:
-    nothing = [{"step": 1}]
+def test_metrics_that_were_not_logged_give_no_picture() -> None:
+    records = [{"step": 1}]
     draws = (figures.loss, figures.divergence, figures.rewards, figures.margin, figures.log_ratio, figures.separation)
-    assert [draw(nothing) for draw in draws] == [None] * len(draws)
+    assert [draw(records) for draw in draws] == [None] * len(draws)
     assert figures.reward_distribution({}) is None
 
 
 def test_separation_is_drawn_at_every_step_that_measured_it() -> None:
     records = [{"step": step, "separation/d_b": step / 10} for step in (0, 5, 10)]
-    found = lines(drawn(figures.separation([*records, {"step": 7, "loss": 1.0}])))
-    assert list(found["all prompts"].get_xdata()) == [0, 5, 10]
+    curves = lines(drawn(figures.separation([*records, {"step": 7, "loss": 1.0}])))
+    assert list(curves["all prompts"].get_xdata()) == [0, 5, 10]
 
 
 def test_ellipse_holds_95_percent_of_the_gaussian() -> None:
@@ -94,14 +94,14 @@ def test_ellipse_holds_95_percent_of_the_gaussian() -> None:
     assert ((along**2).sum(1) <= 1).mean() == pytest.approx(0.95, abs=0.005)
 
 
-def test_an_ellipse_of_one_point_or_of_equal_ones_is_a_point() -> None:
+def test_an_ellipse_around_one_point_or_equal_points_is_a_point() -> None:
     for points in (np.ones((1, 2)), np.ones((4, 2))):
         centre, axes, _ = figures.ellipse_around(points)
         assert centre == pytest.approx([1, 1])
         assert axes == pytest.approx([0, 0])
 
 
-def test_each_class_has_an_ellipse_whatever_its_kinds_are_called() -> None:
+def test_each_class_has_an_ellipse_whatever_the_names_of_its_kinds() -> None:
     points = [[0, 0], [1, 1], [0, 2], [9, 9], [8, 7], [9, 5]]
     kinds = ["costs $5 or $6", "b", "b", "safe", "safe", "<b>"]
     report = separated(points, kinds, [True, True, True, False, False, False])
@@ -122,12 +122,12 @@ def test_rewards_of_both_classes_share_their_bins() -> None:
     assert corners[0] == corners[2]
 
 
-def test_rewards_of_a_class_that_is_absent() -> None:
+def test_rewards_of_one_class_alone() -> None:
     axis = drawn(figures.reward_distribution({"aligned": [0.5], "unaligned": []}))
     assert len(axis.get_lines()) == 1
 
 
-def test_svg_takes_the_colour_of_the_page_and_ids_of_its_own() -> None:
+def test_svg_has_the_colour_of_the_page_and_unique_ids() -> None:
     records = [{"step": step, "loss": 1 / step} for step in (1, 2)]
     with styled():
         picture = figures.loss(records)
@@ -136,7 +136,7 @@ def test_svg_takes_the_colour_of_the_page_and_ids_of_its_own() -> None:
     assert "currentColor" in image
     assert INK not in image
     assert 'aria-label="a &amp; b"' in image
-    ids = [set(re.findall(r'\bid="([^"]*)"', one)) for one in (image, other)]
+    ids = [set(re.findall(r'\bid="([^"]*)"', element)) for element in (image, other)]
     assert not ids[0] & ids[1]
     assert set(re.findall(r"#(one-[\w-]+)", image)) <= ids[0]
 
@@ -147,7 +147,7 @@ def test_png_is_on_white() -> None:
     assert content.startswith(b"\x89PNG")
 
 
-def test_every_rate_is_in_the_table_behind_its_family(run: RunDirectory) -> None:
+def test_every_rate_is_in_the_table_after_its_metric(run: RunDirectory) -> None:
     rows = {row.spec.name: row for row in measured_rows(run)}
     names = list(rows)
     assert names.index("evaluate/asr/prefix_injection") == names.index("evaluate/asr") + 1
@@ -162,7 +162,7 @@ def test_every_rate_is_in_the_table_behind_its_family(run: RunDirectory) -> None
     assert rows["evaluate/odd"].after == MeasuredValue(7)
 
 
-def test_the_short_table_has_what_is_known(run: RunDirectory, bare: RunDirectory) -> None:
+def test_the_table_of_the_terminal_has_registered_metrics_alone(run: RunDirectory, bare: RunDirectory) -> None:
     table = {label: ends for label, *ends in before_after(run)}
     assert table["refused: harmful"] == ["1%", "82%"]
     assert table["divergence estimate, held-out examples"] == ["0.000", "0.418"]
@@ -170,19 +170,19 @@ def test_the_short_table_has_what_is_known(run: RunDirectory, bare: RunDirectory
     assert before_after(bare) == []
 
 
-def test_a_metric_of_one_end_alone(tmp_path: Path) -> None:
+def test_a_metric_that_was_measured_once(tmp_path: Path) -> None:
     made = make_run(tmp_path)
     answers = made.evaluation / "before.json"
-    kept = json.loads(answers.read_text())
-    del kept["rates"]["evaluate/asr/prefix_injection"], kept["odd"]
-    answers.write_text(json.dumps(kept))
+    content = json.loads(answers.read_text())
+    del content["rates"]["evaluate/asr/prefix_injection"], content["odd"]
+    answers.write_text(json.dumps(content))
     rows = {row.spec.name: row for row in measured_rows(made)}
     assert rows["evaluate/asr/prefix_injection"].before is None
     assert rows["evaluate/odd"].before is None
     assert "<td>&ndash; <small></small></td>" in page(made, NO_PICTURES)
 
 
-def test_pictures_lie_beside_the_report(run: RunDirectory, bare: RunDirectory) -> None:
+def test_pictures_are_written_as_files_too(run: RunDirectory, bare: RunDirectory) -> None:
     assert {path.stem for path in run.pictures.iterdir()} == PICTURES
     for path in run.pictures.iterdir():
         image = imread(path)
@@ -192,7 +192,7 @@ def test_pictures_lie_beside_the_report(run: RunDirectory, bare: RunDirectory) -
     assert {path.stem for path in bare.pictures.iterdir()} == PICTURES - measured_only
 
 
-def test_page_is_whole_and_asks_for_nothing(run: RunDirectory) -> None:
+def test_page_is_well_formed_and_loads_nothing(run: RunDirectory) -> None:
     content = run.report.read_text()
     reader = Reader(content)
     assert reader.open == []
@@ -206,11 +206,11 @@ def test_page_is_whole_and_asks_for_nothing(run: RunDirectory) -> None:
     assert sum(tag == "svg" for tag, _ in reader.tags) == len(PICTURES)
 
 
-def test_page_says_what_there_is_not(bare: RunDirectory, tmp_path: Path) -> None:
+def test_page_names_the_keys_of_what_was_not_measured(bare: RunDirectory, tmp_path: Path) -> None:
     content = bare.report.read_text()
-    assert "Nothing was measured" in content
+    assert all(f"<code>{key}</code>" in content for key in ("separation.prompts", "evaluate.prompts", "data.eval"))
+    assert '<table class="measured">' not in content
     assert "no held-out examples" in content
-    assert "no <code>separation.prompts</code>" in content
     unreferenced = make_run(tmp_path, "loss.type=simpo", "loss.mix=null", "data.eval=0.1", measured=False)
     write_report(unreferenced)
     assert "no reference to count rewards from" in unreferenced.report.read_text()
@@ -223,7 +223,7 @@ def test_the_same_run_gives_the_same_report(run: RunDirectory) -> None:
     assert run.report.read_text() == content
 
 
-def test_what_comes_from_files_is_escaped(tmp_path: Path) -> None:
+def test_content_of_files_is_escaped(tmp_path: Path) -> None:
     made = make_run(tmp_path)
     result = json.loads(made.result.read_text())
     result["name"] = "<script>alert(1)</script>"
@@ -243,10 +243,10 @@ def test_what_comes_from_files_is_escaped(tmp_path: Path) -> None:
 def test_prompts_and_answers_are_shown_only_where_the_run_kept_them(tmp_path: Path) -> None:
     made = make_run(tmp_path)
     verdict = {"id": "0", "kind": "harmful", "verdict": "refused"}
-    kept = {"prompt": "How <so>?", "answer": "I can't & won't."}
+    texts = {"prompt": "How <so>?", "answer": "I can't & won't."}
     turns = {"prompt": [{"role": "user", "content": "Hello"}], "answer": "Hi"}
-    for when, texts in (("before", [kept]), ("after", [kept, turns])):
-        write_answers(made, when, [verdict | text for text in texts])
+    write_answers(made, "before", [verdict | texts])
+    write_answers(made, "after", [verdict | texts, verdict | turns])
     content = page(made, NO_PICTURES)
     assert Reader(content).open == []
     assert content.count("I can&#39;t &amp; won&#39;t.") == 2
@@ -266,7 +266,7 @@ def test_updates_are_counted(run: RunDirectory) -> None:
     assert f"<dd>{UPDATES} of {UPDATES}</dd>" in run.report.read_text()
 
 
-def test_kinds_that_are_too_many_are_drawn_together() -> None:
+def test_kinds_beyond_the_colours_are_drawn_together() -> None:
     points = [[n, n] for n in range(16)]
     picture = figures.plane(separated(points, [*"abcdefgh"] * 2, [True] * 8 + [False] * 8), "after")
     (legend,) = picture.figure.legends
@@ -274,7 +274,7 @@ def test_kinds_that_are_too_many_are_drawn_together() -> None:
     assert sum(len(cloud.get_offsets()) for cloud in drawn(picture).collections) == 16
 
 
-def test_a_long_label_is_cut_and_a_long_title_broken() -> None:
+def test_a_long_label_is_cut_and_a_long_title_is_wrapped() -> None:
     name = "JS(D+ x D- || D- x D+) of the pairs as they were before labels flipped with probability e"
     axis = drawn(figures.divergence([{"step": 1, "divergence": 0.3, "divergence/name": name}]))
     assert axis.get_title(loc="left").count("\n") + axis.get_title().count("\n") == 2

@@ -16,22 +16,8 @@ PACKAGE = Path(__file__).parents[2]
 
 
 def render(template: str, **context: object) -> str:
-    """The page of a template; ``context`` are its values, ``title`` and ``facts`` among them."""
-    return _environment().get_template(template).render(**context)
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(PACKAGE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["svg"] = _svg
-    environment.filters["minus"] = _minus
-    return environment
+    """The page of a template; ``context`` has its values, ``title`` and ``facts`` among them."""
+    return _environment.get_template(template).render(**context)
 
 
 def _svg(picture: Picture) -> str:
@@ -39,5 +25,16 @@ def _svg(picture: Picture) -> str:
 
 
 def _minus(number: str) -> str:
-    """A number, its hyphen replaced by a minus sign."""
+    """The number with a minus sign instead of its hyphen."""
     return number.replace("-", "\N{MINUS SIGN}")
+
+
+_environment = Environment(
+    loader=FileSystemLoader(PACKAGE),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+_environment.filters |= {"svg": _svg, "minus": _minus}

@@ -94,7 +94,8 @@ def _answers_rows(run: RunDirectory) -> list[AnswersRow]:
     before, after = (_answers(run.evaluation / f"{when}.answers.jsonl") for when in ("before", "after"))
     if not any("prompt" in answer for answer in after):
         return []
-    return [AnswersRow.of(*ends) for ends in zip_longest(before, after, fillvalue={})]
+    no_answer: dict[str, Any] = {}
+    return [AnswersRow.of(*ends) for ends in zip_longest(before, after, fillvalue=no_answer)]
 
 
 def _answers(path: Path) -> list[dict[str, Any]]:
