@@ -261,7 +261,7 @@ def test_table_lists_errors_and_shows_no_text(here: None, checked: Checked, caps
     assert f"{checked.data}:17" not in printed
     assert "1 more bad rows" in printed
     for label, count in (("invalid pairs", 2), ("duplicate examples", 1), ("bad rows", 3)):
-        assert re.search(rf"^{label} +{count}$", printed, re.MULTILINE)
+        assert re.search(rf"^ *{label} +{count} *$", printed, re.MULTILINE)
     assert f"{checked.data}:8, {checked.data}:9: one pair with 2 aligned" in printed
     assert re.search(rf"{checked.eval}: 1 of 3 prompts, 1 .*nearly", printed)
     assert re.search("truncated: 1 prompts at 80 tokens, 1 responses at 120 ", printed)

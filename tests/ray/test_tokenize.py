@@ -1,4 +1,4 @@
-"""Preparing a source through Ray: every kind of file gives the same rows, rows that are wrong, and what is done once."""
+"""Preparing sources through Ray: equal rows from every kind of file, bad rows, and what is cached."""
 
 from __future__ import annotations
 
@@ -52,15 +52,15 @@ def open_one(recipe: Recipe, chat: Chat) -> OpenSource:
     return source
 
 
-def here(tokenizer: Path, chat: Chat, train: Any, **changes: Any) -> Index:
+def index_of(tokenizer: Path, chat: Chat, train: Any, **changes: Any) -> Index:
     """The index of one source, tokenised in this process."""
-    wanted = recipe(tokenizer, str(train) if isinstance(train, Path) else train, **changes)
-    (index,) = indices_of([open_one(wanted, chat)], wanted, chat)
+    changed = recipe(tokenizer, str(train) if isinstance(train, Path) else train, **changes)
+    (index,) = indices_of([open_one(changed, chat)], changed, chat)
     return index
 
 
 def lines(*rows: Any) -> bytes:
-    """JSONL; bytes are a line as they are."""
+    """JSONL; bytes are lines already."""
     return b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows)
 
 
@@ -69,23 +69,23 @@ Tokens = list[tuple[list[int], list[int], bool, int]]
 
 def tokens_of(*indices: Index) -> Tokens:
     """Prompt ids, response ids, aligned and harmful of each example, in order."""
-    found: Tokens = []
+    tokens: Tokens = []
     for index in indices:
         columns = index.columns
         prompts, responses = (index.shards.read(f"{side}_ids", columns["row"]) for side in ("prompt", "response"))
         labels = columns["aligned"].tolist(), columns["harmful"].tolist()
-        found += zip((p.tolist() for p in prompts), (r.tolist() for r in responses), *labels, strict=True)
-    return found
+        tokens += zip((p.tolist() for p in prompts), (r.tolist() for r in responses), *labels, strict=True)
+    return tokens
 
 
 def expected_tokens(chat: Chat, rows: list[Row], batch: dict[str, int] = BATCH) -> Tokens:
-    """The same, one row at a time."""
-    found: Tokens = []
+    """The same from the rows, one at a time."""
+    tokens: Tokens = []
     for row in rows:
-        one = chat.example(row["prompt"], row["response"], batch["max_prompt_length"], batch["max_length"])
+        example = chat.example(row["prompt"], row["response"], batch["max_prompt_length"], batch["max_length"])
         harmful = row.get("harmful")
-        found.append((one.prompt, one.response, row["aligned"], -1 if harmful is None else int(harmful)))
-    return found
+        tokens.append((example.prompt, example.response, row["aligned"], -1 if harmful is None else int(harmful)))
+    return tokens
 
 
 def bad_rows(index: Index) -> list[tuple[str, int, str]]:
@@ -99,7 +99,7 @@ ROWS = [
     | {"harmful": n % 3 == 0}
     for n in range(60)
 ]
-SEVERAL_PIECES = [
+SEVERAL_CHUNKS = [
     {"prompt": f"{n} " + "long " * 600, "response": f"r{n}", "aligned": True, "note": "x" * (n % 997)}
     for n in range(1500)
 ]
@@ -109,40 +109,40 @@ def _good(n: int) -> Row:
     return {"prompt": f"Ask {n}", "response": f"Say {n}", "aligned": n % 2 == 0}
 
 
-OWN = {"prompt": PLANTED, "response": PLANTED, "aligned": True}
+RAYDIV = {"prompt": PLANTED, "response": PLANTED, "aligned": True}
 AUTHORS = {"safety": "safe", "prompt": "one", "acc_responses": ["yes"], "rej_responses": ["no"]}
 BAD: list[tuple[Any, str]] = [
     (b'{"prompt": "' + PLANTED.encode(), "not JSON: "),
     (json.dumps([PLANTED]).encode(), "a record is a mapping of columns, found list of length 1"),
-    ({"prompt": PLANTED, "response": PLANTED}, "columns prompt, response are of no known format"),
-    (OWN | {"response": None}, "response must be non-empty text, found None"),
-    (OWN | {"aligned": PLANTED}, "aligned must be true or false, found str of length 12"),
-    (OWN | {"prompt": {"text": PLANTED}}, "prompt must be non-empty text, found dict of length 1"),
-    (OWN | {"response": " \n"}, "response must be non-empty text, found str of length 2"),
-    (OWN | {"prompt": f"{PLANTED}\0"}, "prompt holds a NUL character"),
-    (OWN | {"response": "x" * 10_000_000}, "response has 10,000,000 characters"),
+    ({"prompt": PLANTED, "response": PLANTED}, "unknown format: columns prompt, response "),
+    (RAYDIV | {"response": None}, "response must be non-empty text, found None"),
+    (RAYDIV | {"aligned": PLANTED}, "aligned must be true or false, found str of length 12"),
+    (RAYDIV | {"prompt": {"text": PLANTED}}, "prompt must be non-empty text, found dict of length 1"),
+    (RAYDIV | {"response": " \n"}, "response must be non-empty text, found str of length 2"),
+    (RAYDIV | {"prompt": f"{PLANTED}\0"}, "prompt holds a NUL character"),
+    (RAYDIV | {"response": "x" * 10_000_000}, "response has 10,000,000 characters"),
     (b'{"prompt": "caf\xe9", "response": "b", "aligned": true}', "not UTF-8, at byte 16 of the line"),
-    (OWN | {"response": f"{PLANTED} \ud83d"}, "response is not UTF-8: it holds half a character"),
-    (OWN | {"label": True}, "has both aligned and label"),
+    (RAYDIV | {"response": f"{PLANTED} \ud83d"}, "response is not UTF-8"),
+    (RAYDIV | {"label": True}, "has both aligned and label"),
     (AUTHORS | {"safety": PLANTED}, "safety must be safe or unsafe, found str of length 12"),
-    (AUTHORS | {"safety": 1}, "safety is spelled 1/0 here, and safe/unsafe in most rows"),
+    (AUTHORS | {"safety": 1}, "safety is spelled 1/0 here"),
 ]
 FIRST_BAD, BAD_EVERY = 17, 180
 
 
 def _with_bad_rows() -> tuple[list[Any], dict[int, str]]:
-    """Lines of a file of several pieces and bundles, and what is wrong with some of them, by line."""
+    """Lines of a file of several chunks, and the reasons of the bad rows by line number."""
     rows: list[Any] = [_good(n) for n in range(2600)]
     rows[5] = rows[2222] = AUTHORS
-    rows[1111] = b"   "  # a blank line is no row
-    wrong = {FIRST_BAD + number * BAD_EVERY: one for number, one in enumerate(BAD)}
-    for place, (row, _) in wrong.items():
-        rows[place] = row
-    return rows, {place + 1: words for place, (_, words) in wrong.items()}
+    rows[1111] = b"   "  # a blank line is not a row
+    bad = {FIRST_BAD + number * BAD_EVERY: case for number, case in enumerate(BAD)}
+    for position, (row, _) in bad.items():
+        rows[position] = row
+    return rows, {position + 1: reason for position, (_, reason) in bad.items()}
 
 
 def _write_all(folder: Path) -> dict[str, list[Any]]:
-    """Sources of ROWS in every kind of file, and those of one test each; by name, as data.train writes them."""
+    """Sources of ROWS in every kind of file, and sources of single tests: values of data.train, by name."""
     names = {"jsonl": "rows.jsonl", "json": "rows.json", "csv": "rows.csv", "parquet": "rows.parquet"}
     (folder / "rows.jsonl").write_bytes(lines(*ROWS))
     (folder / "rows.json").write_text(json.dumps(ROWS))
@@ -160,18 +160,18 @@ def _write_all(folder: Path) -> dict[str, list[Any]]:
     (folder / "folder" / "b.json").write_text(json.dumps(ROWS[20:40]))
     pq.write_table(pa.Table.from_pylist(ROWS[40:]), folder / "folder" / "c.parquet")
     (folder / "folder" / "notes.txt").write_text(PLANTED)
-    (folder / "folder" / ".hidden.jsonl").write_bytes(lines(OWN))
-    for number in range(6):  # in order of their names, whatever the order of writing
+    (folder / "folder" / ".hidden.jsonl").write_bytes(lines(RAYDIV))
+    for number in range(6):  # read in order of name, not of writing
         part = folder / "pattern" / f"part-{5 - number}.jsonl"
         part.write_bytes(lines(*ROWS[(5 - number) * 10 :][:10]))
-    (folder / "pattern" / "other.jsonl").write_bytes(lines(OWN))
+    (folder / "pattern" / "other.jsonl").write_bytes(lines(RAYDIV))
     (folder / "first.jsonl").write_bytes(lines(*ROWS[:25]))
     (folder / "second.jsonl").write_bytes(lines(*ROWS[25:]))
     renamed = [
         {"question": r["prompt"], "answer": r["response"], "ok": r["aligned"], "harmful": r["harmful"]} for r in ROWS
     ]
     (folder / "renamed.jsonl").write_bytes(lines(*renamed))
-    (folder / "pieces.jsonl").write_bytes(lines(*SEVERAL_PIECES))
+    (folder / "chunks.jsonl").write_bytes(lines(*SEVERAL_CHUNKS))
     (folder / "bad.jsonl").write_bytes(lines(*_with_bad_rows()[0]))
     columns = {"prompt": "question", "response": "answer", "aligned": "ok"}
     return {
@@ -182,7 +182,7 @@ def _write_all(folder: Path) -> dict[str, list[Any]]:
         "pattern": [str(folder / "pattern" / "part-?.jsonl")],
         "several files": [str(folder / "first.jsonl"), str(folder / "second.jsonl")],
         "columns": [{"path": str(folder / "renamed.jsonl"), "columns": columns}],
-        "pieces": [str(folder / "pieces.jsonl")],
+        "chunks": [str(folder / "chunks.jsonl")],
         "bad": [str(folder / "bad.jsonl")],
     }
 
@@ -201,7 +201,7 @@ class Everything:
         self.sources = _write_all(folder)
         self.recipe = recipe(tokenizer, [source for sources in self.sources.values() for source in sources])
         self.progress: list[int] = []
-        found = iter(
+        indices = iter(
             tokenize(
                 opened(self.recipe, chat)[0],
                 chat,
@@ -210,7 +210,7 @@ class Everything:
                 progress=lambda done, total, note="": self.progress.append(done),
             )
         )
-        self.indices = {name: [next(found) for _ in sources] for name, sources in self.sources.items()}
+        self.indices = {name: [next(indices) for _ in sources] for name, sources in self.sources.items()}
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +230,7 @@ def test_every_kind_of_source_gives_the_same_rows_in_order(kind: str, everything
     assert not any(len(index.bad) for index in indices)
 
 
-def test_record_is_found_again_where_it_stands(everything: Everything) -> None:
+def test_where_names_the_file_and_the_line(everything: Everything) -> None:
     folder = everything.folder
     (index,) = everything.indices["folder"]
     assert [index.where(row) for row in (0, 19, 20, 59)] == [
@@ -240,42 +240,42 @@ def test_record_is_found_again_where_it_stands(everything: Everything) -> None:
     assert [index.where(row) for row in (6, 7, 59)] == [f"{folder}/rows.parquet:{row}" for row in (7, 8, 60)]
 
 
-def test_file_of_several_pieces_has_every_record_once_and_in_order(everything: Everything, chat: Chat) -> None:
-    (index,) = everything.indices["pieces"]
-    assert (everything.folder / "pieces.jsonl").stat().st_size > FILE_CHUNK_BYTES
+def test_file_of_several_chunks_has_every_record_once_in_order(everything: Everything, chat: Chat) -> None:
+    (index,) = everything.indices["chunks"]
+    assert (everything.folder / "chunks.jsonl").stat().st_size > FILE_CHUNK_BYTES
     assert len(index.shards.uris) > 1
-    assert tokens_of(index) == expected_tokens(chat, SEVERAL_PIECES)
-    rows = range(0, len(SEVERAL_PIECES), 150)
-    assert [index.where(row) for row in rows] == [f"{everything.folder}/pieces.jsonl:{row + 1}" for row in rows]
+    assert tokens_of(index) == expected_tokens(chat, SEVERAL_CHUNKS)
+    rows = range(0, len(SEVERAL_CHUNKS), 150)
+    assert [index.where(row) for row in rows] == [f"{everything.folder}/chunks.jsonl:{row + 1}" for row in rows]
 
 
 def test_every_bad_row_is_listed_with_file_line_and_reason(everything: Everything) -> None:
     (index,) = everything.indices["bad"]
     expected = _with_bad_rows()[1]
-    found = {line: reason for _, line, reason in bad_rows(index)}
-    assert len(index.bad) == len(found) == len(BAD)
+    reasons = {line: reason for _, line, reason in bad_rows(index)}
+    assert len(index.bad) == len(reasons) == len(BAD)
     assert {file for file, _, _ in bad_rows(index)} == {str(everything.folder / "bad.jsonl")}
-    assert found.keys() == expected.keys()
-    for line, words in expected.items():
-        assert found[line].startswith(words)
-        assert "\n" not in found[line]
-        assert PLANTED not in found[line]
+    assert reasons.keys() == expected.keys()
+    for line, beginning in expected.items():
+        assert reasons[line].startswith(beginning)
+        assert "\n" not in reasons[line]
+        assert PLANTED not in reasons[line]
 
 
-def test_good_rows_between_bad_ones_are_all_there_in_order(everything: Everything, chat: Chat) -> None:
+def test_all_good_rows_between_bad_ones_are_kept_in_order(everything: Everything, chat: Chat) -> None:
     (index,) = everything.indices["bad"]
     assert (everything.folder / "bad.jsonl").stat().st_size > FILE_CHUNK_BYTES
     assert len(index.shards.uris) > len(index) // CHUNK_RECORDS
-    rows, wrong = _with_bad_rows()
+    rows, bad = _with_bad_rows()
     authors = [
         {"prompt": "one", "response": response, "aligned": aligned, "harmful": False}
         for response, aligned in (("yes", True), ("no", False))
     ]
     good = [
         row
-        for line, found in enumerate(rows, start=1)
-        if line not in wrong and isinstance(found, dict)
-        for row in (authors if found is AUTHORS else [found])
+        for line, record in enumerate(rows, start=1)
+        if line not in bad and isinstance(record, dict)
+        for row in (authors if record is AUTHORS else [record])
     ]
     assert len(good) == 2600 - len(BAD) - 1 + 2
     assert tokens_of(index) == expected_tokens(chat, good)
@@ -295,7 +295,7 @@ def _files(opened: OpenSource) -> dict[str, Path]:
     return {path.name: path for path in Path(opened.folder.uri).iterdir()}
 
 
-def test_interrupted_preparation_goes_on_where_it_stopped(
+def test_interrupted_preparation_resumes_where_it_stopped(
     everything: Everything, chat: Chat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAYDIV_CACHE", str(everything.cache))
@@ -333,7 +333,7 @@ def test_first_bad_row_is_an_error_without_its_text(everything: Everything, toke
     assert "data.on_bad_row=quarantine" in message
 
 
-def test_file_that_breaks_off_is_named_from_a_task(ray: None, tokenizer: Path, chat: Chat, tmp_path: Path) -> None:
+def test_unreadable_file_is_named_from_a_task(ray: None, tokenizer: Path, chat: Chat, tmp_path: Path) -> None:
     path = tmp_path / "broken.csv"
     path.write_text("prompt,response,aligned\na,b,true\n" + f'"{PLANTED}"x,b,true\n')
     strict = recipe(tokenizer, str(path))
@@ -345,7 +345,7 @@ def test_file_that_breaks_off_is_named_from_a_task(ray: None, tokenizer: Path, c
 
 @pytest.mark.parametrize("kind", ["bad", "parquet", "saved dataset", "pattern"])
 def test_equal_content_makes_equal_bytes(kind: str, everything: Everything, tokenizer: Path, chat: Chat) -> None:
-    first, second = everything.indices[kind], here(tokenizer, chat, everything.sources[kind])
+    first, second = everything.indices[kind], index_of(tokenizer, chat, everything.sources[kind])
     assert _files(first[0].opened).keys() == _files(second.opened).keys()
     for name, path in _files(second.opened).items():
         assert path != _files(first[0].opened)[name]
@@ -367,11 +367,11 @@ def test_equal_rows_make_equal_fingerprints_in_every_kind_of_source(everything: 
 
 @pytest.fixture
 def unmade(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """From the call on, nothing may be tokenised."""
+    """After the call, nothing may be tokenised."""
 
     def forbid() -> None:
         def made(*_: Any, **__: Any) -> Any:
-            raise AssertionError("what the cache has was made again")
+            raise AssertionError("cached shards were tokenised again")
 
         monkeypatch.setattr(module.Tokenizer, "__call__", made)
 
@@ -384,20 +384,18 @@ def test_the_same_content_under_another_path_is_not_tokenised_again(
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / f"{name}.jsonl").write_bytes(lines(*ROWS))
-    first = here(tokenizer, chat, tmp_path / "one" / "one.jsonl")
+    first = index_of(tokenizer, chat, tmp_path / "one" / "one.jsonl")
     unmade()
-    second = here(tokenizer, chat, tmp_path / "other")
+    second = index_of(tokenizer, chat, tmp_path / "other")
     assert second.opened.folder == first.opened.folder
     assert tokens_of(second) == tokens_of(first)
     assert second.where(0) == f"{tmp_path}/other/other.jsonl:1"
 
 
-def test_bad_rows_of_the_same_content_are_listed_under_the_path_that_was_asked_for(
-    tokenizer: Path, chat: Chat, tmp_path: Path
-) -> None:
+def test_bad_rows_of_equal_content_are_listed_under_each_path(tokenizer: Path, chat: Chat, tmp_path: Path) -> None:
     for name in ("one.jsonl", "other.jsonl"):
         (tmp_path / name).write_bytes(lines(ROWS[0], b"{"))
-        index = here(tokenizer, chat, tmp_path / name)
+        index = index_of(tokenizer, chat, tmp_path / name)
         assert [place[:2] for place in bad_rows(index)] == [(str(tmp_path / name), 2)]
 
 
@@ -414,12 +412,12 @@ def test_bad_rows_of_the_same_content_are_listed_under_the_path_that_was_asked_f
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_anything_that_decides_tokens_or_rows_makes_another_folder(
+def test_everything_that_determines_tokens_or_rows_is_part_of_the_key(
     change: dict[str, Any], tokenizer: Path, chat: Chat, tmp_path: Path
 ) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(lines(*ROWS))
-    first = here(tokenizer, chat, path)
+    first = index_of(tokenizer, chat, path)
     source: dict[str, Any] = {"path": str(path), **change.pop("train", {})}
     if change.pop("content", None):
         path.write_bytes(lines(*ROWS[1:]))
@@ -429,29 +427,29 @@ def test_anything_that_decides_tokens_or_rows_makes_another_folder(
         rules = json.loads((tokenizer / "tokenizer.json").read_text())
         rules["pre_tokenizer"]["add_prefix_space"] = True
         (tokenizer / "tokenizer.json").write_text(json.dumps(rules))
-    wanted = recipe(tokenizer, source, **change)
-    other = open_one(wanted, Chat(tokenizer, wanted.data.template))
+    changed = recipe(tokenizer, source, **change)
+    other = open_one(changed, Chat(tokenizer, changed.data.template))
     assert other.folder != first.opened.folder
     assert not other.ready
 
 
-def test_the_same_bytes_of_another_kind_are_read_as_that_kind(tokenizer: Path, chat: Chat, tmp_path: Path) -> None:
-    for name in ("rows.json", "rows.jsonl"):  # one line that holds a list: a row of JSON, and a bad row of JSONL
+def test_equal_bytes_under_another_suffix_are_another_source(tokenizer: Path, chat: Chat, tmp_path: Path) -> None:
+    for name in ("rows.json", "rows.jsonl"):  # one line with a list: one row of JSON, or one bad row of JSONL
         (tmp_path / name).write_bytes(lines([ROWS[0]]))
-    assert len(here(tokenizer, chat, tmp_path / "rows.json")) == 1
-    (bad,) = bad_rows(here(tokenizer, chat, tmp_path / "rows.jsonl"))
+    assert len(index_of(tokenizer, chat, tmp_path / "rows.json")) == 1
+    (bad,) = bad_rows(index_of(tokenizer, chat, tmp_path / "rows.jsonl"))
     assert bad == (str(tmp_path / "rows.jsonl"), 1, "a record is a mapping of columns, found list of length 1")
 
 
-def test_columns_of_the_recipe_serve_sources_that_name_none(tokenizer: Path, chat: Chat, tmp_path: Path) -> None:
+def test_columns_of_the_recipe_apply_to_sources_without_columns(tokenizer: Path, chat: Chat, tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(
         lines({"question": "one", "answer": "yes"}, {"question": "two"}, {"question": "three", "answer": "no"})
     )
     names = {"prompt": "question", "response": "answer"}
     constants = {"aligned": True, "harmful": False}
-    by_recipe = here(tokenizer, chat, {"path": str(path), "constants": constants}, columns=names)
-    by_source = here(
+    by_recipe = index_of(tokenizer, chat, {"path": str(path), "constants": constants}, columns=names)
+    by_source = index_of(
         tokenizer, chat, {"path": str(path), "constants": constants, "columns": names}, columns={"prompt": "nothing"}
     )
     expected = [
@@ -463,18 +461,18 @@ def test_columns_of_the_recipe_serve_sources_that_name_none(tokenizer: Path, cha
         assert bad_rows(index) == [(str(path), 2, "no column answer, which data.columns names")]
 
 
-def test_labels_of_csv_are_labels_under_the_columns_names_too(tokenizer: Path, chat: Chat, tmp_path: Path) -> None:
+def test_labels_of_csv_are_parsed_in_renamed_columns(tokenizer: Path, chat: Chat, tmp_path: Path) -> None:
     path = tmp_path / "data.csv"
     path.write_text("question,answer,ok\none,yes,true\ntwo,no,False\n")
     columns = {"prompt": "question", "response": "answer", "aligned": "ok"}
-    index = here(tokenizer, chat, {"path": str(path), "columns": columns})
+    index = index_of(tokenizer, chat, {"path": str(path), "columns": columns})
     assert [aligned for _, _, aligned, _ in tokens_of(index)] == [True, False]
 
 
 def test_column_named_like_a_label_may_hold_text_in_csv(tokenizer: Path, chat: Chat, tmp_path: Path) -> None:
     path = tmp_path / "data.csv"
     path.write_text("label,response,aligned\ntrue,yes,true\n")
-    index = here(tokenizer, chat, {"path": str(path), "columns": {"prompt": "label"}})
+    index = index_of(tokenizer, chat, {"path": str(path), "columns": {"prompt": "label"}})
     assert tokens_of(index) == expected_tokens(chat, [{"prompt": "true", "response": "yes", "aligned": True}])
 
 
@@ -494,7 +492,7 @@ def test_prompt_on_which_the_template_fails_is_a_bad_row(template: str, tokenize
     ]
     path.write_bytes(lines(*rows[:5], b"{", *rows[5:]))
     chat = Chat(tokenizer, template)
-    index = here(tokenizer, chat, path, template=template)
+    index = index_of(tokenizer, chat, path, template=template)
     assert [(line, reason.partition(":")[0]) for _, line, reason in bad_rows(index)] == [
         (4, "the chat template fails"),
         (6, "not JSON"),
@@ -507,7 +505,7 @@ def test_prompt_on_which_the_template_fails_is_a_bad_row(template: str, tokenize
 GOOD = {"prompt": "p", "response": "r", "aligned": True}
 
 
-def test_refusal_stops_the_work_at_once(
+def test_an_error_stops_the_stream_at_once(
     tokenizer: Path, chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped = []
@@ -521,7 +519,7 @@ def test_refusal_stops_the_work_at_once(
     (tmp_path / "data.jsonl").write_bytes(lines(b"{", *[GOOD] * 10))
     strict = recipe(tokenizer, str(tmp_path / "data.jsonl"), on_bad_row="error")
     monkeypatch.setattr(module, "map_stream", watched)
-    with pytest.raises(UserError) as caught:  # whoever holds the error holds its frames
+    with pytest.raises(UserError) as caught:  # the error holds its frames, and with them the stream
         tokenize([open_one(strict, chat)], chat, strict.cluster, quarantine=False)
     assert stopped, caught
 
@@ -530,36 +528,36 @@ ASKED = {"role": "user", "content": "x"}
 
 
 def after(**turn: str) -> Row:
-    """A row whose prompt begins with another turn."""
+    """A row whose prompt begins with a system turn, changed by ``turn``."""
     return GOOD | {"prompt": [{"role": "system", "content": PLANTED} | turn, ASKED]}
 
 
-WRONG_WITHIN: dict[str, Row] = {
+BAD_FIELDS: dict[str, Row] = {
     "NUL in a message": GOOD | {"response": [{"role": "assistant", "content": "x\0"}]},
-    "half a character in a rejected answer": {"prompt": "p", "chosen": "c", "rejected": "\ud800"},
+    "lone surrogate in a rejected response": {"prompt": "p", "chosen": "c", "rejected": "\ud800"},
     "label as text": {"prompt": "p", "completion": "c", "label": "true"},
-    "NUL in one of several answers": AUTHORS | {"rej_responses": ["no", "\0"]},
-    "conversations without an answer": {"chosen": [ASKED], "rejected": [ASKED]},
-    "half a character in a system turn": after(content=f"{PLANTED} \ud800"),
-    "half a character in a role": after(role="\ud800"),
-    "half a character in a pair's name": GOOD | {"pair": "\ud800"},
+    "NUL in one of several responses": AUTHORS | {"rej_responses": ["no", "\0"]},
+    "conversations without a response": {"chosen": [ASKED], "rejected": [ASKED]},
+    "lone surrogate in a system turn": after(content=f"{PLANTED} \ud800"),
+    "lone surrogate in a role": after(role="\ud800"),
+    "lone surrogate in a pair's name": GOOD | {"pair": "\ud800"},
     "NUL in a system turn": after(content="\0"),
     "endless system turn": after(content="x" * 1_000_001),
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG_WITHIN.values(), ids=WRONG_WITHIN.keys())
-def test_row_that_is_wrong_within_is_a_bad_row(wrong: Row, tokenizer: Path, chat: Chat, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bad", BAD_FIELDS.values(), ids=BAD_FIELDS.keys())
+def test_bad_field_makes_a_bad_row(bad: Row, tokenizer: Path, chat: Chat, tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
-    path.write_bytes(lines(GOOD, wrong, GOOD))
-    index = here(tokenizer, chat, path)
+    path.write_bytes(lines(GOOD, bad, GOOD))
+    index = index_of(tokenizer, chat, path)
     assert [place[:2] for place in bad_rows(index)] == [(str(path), 2)]
     assert PLANTED not in str(bad_rows(index))
     assert len(index) == 2
 
 
 @pytest.mark.parametrize("kind", ["parquet", "saved"])
-def test_field_that_is_no_utf8_in_a_binary_file_is_a_bad_row(
+def test_field_with_invalid_utf8_in_a_binary_file_is_a_bad_row(
     kind: str, tokenizer: Path, chat: Chat, tmp_path: Path
 ) -> None:
     prompts = pa.array([b"one", b"caf\xe9", b"three"], pa.binary()).view(pa.string())
@@ -570,7 +568,7 @@ def test_field_that_is_no_utf8_in_a_binary_file_is_a_bad_row(
     else:
         path = tmp_path / "saved"
         datasets.Dataset(table).save_to_disk(str(path))
-    index = here(tokenizer, chat, path)
+    index = index_of(tokenizer, chat, path)
     assert [line for _, line, _ in bad_rows(index)] == [2]
     assert [row[2] for row in tokens_of(index)] == [True, False]
 
@@ -586,15 +584,15 @@ def test_bad_first_row_is_left_out_under_quarantine(tiny_model: Path, tmp_path: 
 def test_rarer_spelling_of_safety_is_an_error_with_its_line(tokenizer: Path, chat: Chat, tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(lines(AUTHORS, AUTHORS, AUTHORS | {"safety": "0"}))
-    with pytest.raises(UserError, match=r"data\.jsonl:3: safety is spelled 1/0 here, and safe/unsafe in most rows"):
-        here(tokenizer, chat, path, on_bad_row="error")
+    with pytest.raises(UserError, match=r"data\.jsonl:3: safety .*1/0 here, .*safe/unsafe"):
+        index_of(tokenizer, chat, path, on_bad_row="error")
 
 
 # --- hub data sets ---
 
 
 class Hub:
-    """Stands in for ``datasets.load_dataset``; what it was asked for."""
+    """Replaces ``datasets.load_dataset``, and records its arguments."""
 
     def __init__(self, rows: list[Row]) -> None:
         self.data, self.asked = datasets.Dataset.from_list(rows), []  # type: ignore[var-annotated]
@@ -606,41 +604,41 @@ class Hub:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """A data set of ROWS on the hub, kept as files of 25 rows."""
-    found = Hub(ROWS)
-    monkeypatch.setattr(datasets, "load_dataset", found)
+    """A data set of ROWS on the hub, exported to files of 25 rows."""
+    hub = Hub(ROWS)
+    monkeypatch.setattr(datasets, "load_dataset", hub)
     monkeypatch.setattr("raydiv.data.sources.EXPORT_ROWS", 25)
-    return found
+    return hub
 
 
-def test_hub_data_set_is_asked_for_as_the_source_says(hub: Hub, tokenizer: Path, chat: Chat) -> None:
+def test_hub_data_set_is_loaded_with_the_sources_options(hub: Hub, tokenizer: Path, chat: Chat) -> None:
     source = {"path": "hf://org/name", "config": "small", "split": "test", "revision": "abc"}
-    index = here(tokenizer, chat, source)
+    index = index_of(tokenizer, chat, source)
     assert hub.asked == [(("org/name", "small"), {"split": "test", "revision": "abc"})]
     assert tokens_of(index) == expected_tokens(chat, ROWS)
 
 
 def test_hub_data_set_is_its_train_split_by_default(hub: Hub, tokenizer: Path, chat: Chat) -> None:
-    here(tokenizer, chat, "hf://org/name")
+    index_of(tokenizer, chat, "hf://org/name")
     assert hub.asked == [(("org/name", None), {"split": "train", "revision": None})]
 
 
-def test_hub_data_set_is_kept_in_files_made_once(
+def test_hub_data_set_is_exported_once(
     hub: Hub, tokenizer: Path, chat: Chat, tmp_path: Path, unmade: Callable[[], None]
 ) -> None:
-    def kept() -> dict[Path, int]:
+    def exported() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "hub").rglob("*.parquet")}
 
-    first = here(tokenizer, chat, "hf://org/name")
-    before = kept()
+    first = index_of(tokenizer, chat, "hf://org/name")
+    before = exported()
     assert sorted(pq.read_metadata(path).num_rows for path in before) == [10, 25, 25]
     unmade()
-    assert tokens_of(here(tokenizer, chat, "hf://org/name")) == tokens_of(first)
-    assert kept() == before
+    assert tokens_of(index_of(tokenizer, chat, "hf://org/name")) == tokens_of(first)
+    assert exported() == before
 
 
-def test_lost_file_of_a_hub_data_set_is_made_again(hub: Hub, tokenizer: Path, chat: Chat, tmp_path: Path) -> None:
-    first = here(tokenizer, chat, "hf://org/name")
+def test_lost_file_of_a_hub_data_set_is_exported_again(hub: Hub, tokenizer: Path, chat: Chat, tmp_path: Path) -> None:
+    first = index_of(tokenizer, chat, "hf://org/name")
     lost, *others = sorted((tmp_path / "cache" / "hub").rglob("*.parquet"))
     times = [path.stat().st_mtime_ns for path in others]
     content = lost.read_bytes()
@@ -650,17 +648,19 @@ def test_lost_file_of_a_hub_data_set_is_made_again(hub: Hub, tokenizer: Path, ch
     assert [path.stat().st_mtime_ns for path in others] == times
 
 
-def test_bad_row_of_a_hub_data_set_has_its_number_in_the_data_set(hub: Hub, tokenizer: Path, chat: Chat) -> None:
+def test_bad_row_of_a_hub_data_set_is_numbered_in_the_whole_data_set(hub: Hub, tokenizer: Path, chat: Chat) -> None:
     hub.data = datasets.Dataset.from_list([*ROWS[:29], ROWS[29] | {"response": ""}, *ROWS[30:]])
-    index = here(tokenizer, chat, "hf://org/name")
+    index = index_of(tokenizer, chat, "hf://org/name")
     assert [place[:2] for place in bad_rows(index)] == [("hf://org/name", 30)]
     assert index.where(28) == "hf://org/name:29"
 
 
-def test_hub_data_set_that_cannot_be_had_is_named(tokenizer: Path, chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_data_set_that_cannot_be_loaded_is_named(
+    tokenizer: Path, chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(*_: Any, **__: Any) -> None:
         raise ConnectionError("offline\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", fails)
-    with pytest.raises(UserError, match=r"^hf://org/name: cannot be loaded from the hub: offline and more$"):
+    with pytest.raises(UserError, match=r"^hf://org/name: .*: offline and more$"):
         open_one(recipe(tokenizer, "hf://org/name"), chat)

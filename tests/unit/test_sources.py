@@ -1,4 +1,4 @@
-"""Sources of examples: every format from every kind of file, and what is said of a row that is wrong."""
+"""Sources of examples: every format from every kind of file, and messages about bad rows and files."""
 
 from __future__ import annotations
 
@@ -168,14 +168,14 @@ def test_every_format_from_every_file(name: str, write: Writer, tmp_path: Path) 
 @pytest.mark.parametrize(
     "text", ["42", "007", "None", "null", "NA", "true", "1e5", "2024-01-01", " padded ", 'a "b", c\nd']
 )
-def test_text_stays_as_it_was(text: str, write: Writer, tmp_path: Path) -> None:
+def test_text_is_read_unchanged(text: str, write: Writer, tmp_path: Path) -> None:
     rows = [{"prompt": text, "completion": text, "label": True}] * 2
     examples = read_examples(str(write(tmp_path / "data", rows)))
     assert [(e.prompt, e.response) for e in examples] == [(text, text)] * 2
 
 
 @pytest.mark.parametrize("write", WRITERS)
-def test_missing_label_and_pair_are_none_beside_others(write: Writer, tmp_path: Path) -> None:
+def test_missing_label_and_pair_are_none(write: Writer, tmp_path: Path) -> None:
     rows: list[Row] = [
         {"prompt": "one", "response": "yes", "aligned": True, "harmful": True, "pair": "a"},
         {"prompt": "two", "response": "no", "aligned": False, "harmful": None, "pair": None},
@@ -227,7 +227,7 @@ def test_unequal_response_counts_lose_no_response(
     assert sum(e.pair is None for e in examples) == abs(accepted - rejected)
 
 
-def test_row_without_any_response_is_not_passed_over(write_jsonl: Callable[..., Path]) -> None:
+def test_row_without_any_response_is_a_bad_row(write_jsonl: Callable[..., Path]) -> None:
     path = write_jsonl(AUTHORS[0], AUTHORS[0] | {"acc_responses": [], "rej_responses": []})
     assert f"{path}:2" in refusal(path)
 
@@ -316,7 +316,7 @@ def test_null_is_named_with_its_record_in_every_file(write: Writer, tmp_path: Pa
 @pytest.mark.parametrize(
     "line", ['{"prompt": "' + PLANTED, PLANTED, f"[{json.dumps(PLANTED)}]", "3", json.dumps(PLANTED), "null"]
 )
-def test_line_that_is_no_json_object_is_named(line: str, tmp_path: Path) -> None:
+def test_line_that_is_not_a_json_object_is_named(line: str, tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps(GOOD["own"]) + "\n" + line + "\n")
     assert refusal(path).startswith(f"{path}:2: ")
@@ -364,7 +364,7 @@ def test_source_without_examples_is_refused(name: str, content: str, tmp_path: P
 
 
 def test_missing_source_is_named(tmp_path: Path) -> None:
-    assert refusal(tmp_path / "gone.jsonl") == f"{tmp_path / 'gone.jsonl'}: no such file or directory"
+    assert refusal(tmp_path / "gone.jsonl").startswith(f"{tmp_path / 'gone.jsonl'}: ")
     assert "compliance-refusal" in refusal("bundled:complience-refusal")
 
 
@@ -376,7 +376,12 @@ def test_directory_must_be_a_saved_dataset_with_a_train_split(tmp_path: Path) ->
     assert "test" in refusal(tmp_path / "splits")
 
 
-def test_bundled_source_is_named_by_its_own_name() -> None:
+def test_state_file_of_another_kind_is_named(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text("{}")
+    assert refusal(tmp_path).startswith(f"{tmp_path}/state.json: ")
+
+
+def test_bundled_source_is_named_in_full() -> None:
     examples = read_examples("bundled:preference")
     assert examples[0].source == examples[1].source == "bundled:preference:1"
 
@@ -399,7 +404,7 @@ def test_file_that_shrinks_while_it_is_read_is_named(write_jsonl: Callable[..., 
     path = write_jsonl(*OWN * 5)
     chunks = [chunk for file in files_of(Source(path=str(path))) for chunk in file_chunks(file)]
     path.write_text(path.read_text()[: path.stat().st_size // 2].rpartition("\n")[0] + "\n")
-    with pytest.raises(UserError, match="became shorter while it was read"):
+    with pytest.raises(UserError, match=r"data\.jsonl: became shorter"):
         [record for chunk in chunks for record in read_chunk(chunk)]
 
 
