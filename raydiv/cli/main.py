@@ -16,7 +16,7 @@ from raydiv.cli.output import Handler, results_alone
 from raydiv.cli.runs import add_run_commands
 from raydiv.cli.submit import add_submit_command
 from raydiv.utils.errors import UserError
-from raydiv.utils.signals import STATUS, Terminated, on_sigterm
+from raydiv.utils.signals import SIGTERM_EXIT_STATUS, Terminated, on_sigterm
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except Terminated as stopped:
         print(f"raydiv: {stopped}", file=sys.stderr)
-        return STATUS
+        return SIGTERM_EXIT_STATUS
     except KeyboardInterrupt:
         print("raydiv: interrupted", file=sys.stderr)
         return 130

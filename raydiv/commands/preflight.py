@@ -108,7 +108,7 @@ def _left(folders: Mapping[str, Folder], token: str) -> Iterator[None]:
     finally:
         for folder in folders.values():
             with suppress(OSError):
-                for name in folder.names(""):
+                for name in folder.file_names(""):
                     if name.startswith(f"{PROBE}{token}"):
                         folder.remove_file(name)
 

@@ -39,7 +39,7 @@ class LoadedInputs:
     eval: list[OpenSource]
     prompts: PromptSets
 
-    def where(self, place: ExamplePlace) -> str:
+    def locate(self, place: ExamplePlace) -> str:
         """File and line of a training example."""
         source, file, position = place
         return self.train[source].where(file, position)

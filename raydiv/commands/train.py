@@ -94,10 +94,10 @@ def train(
             run.create(recipe, prepared.fingerprints)
         run.write_row_notes((prepared.data.bad + prepared.data.truncated).as_json())
         tags = _tags(recipe, prepared)
-        tracker = MlflowTracker(recipe, tags, display.print, note=run.mlflow)
+        tracker = MlflowTracker(recipe, tags, display.print, state_file=run.mlflow)
         with tracker.end_on_error():
             with (
-                run.metrics.follow(tracker.metrics, tracker.sent),
+                run.metrics.follow(tracker.log_metrics, tracker.lines_sent),
                 run.metrics.follow(PrometheusMetrics(recipe.name).show),
                 run.metrics.follow(watch) if watch else nullcontext(),
             ):
@@ -122,8 +122,8 @@ def _finished(recipe: Recipe, run: RunDirectory, display: ProgressDisplay) -> Re
         write_report(run)
     display.print(f"{run.path}: is finished already")
     if not report["mlflow"]["sent"]:
-        tracker = MlflowTracker(recipe, report["tags"], display.print, note=run.mlflow)
-        with run.metrics.follow(tracker.metrics, tracker.sent):
+        tracker = MlflowTracker(recipe, report["tags"], display.print, state_file=run.mlflow)
+        with run.metrics.follow(tracker.log_metrics, tracker.lines_sent):
             pass
         _send(run, tracker, report)
     return Result(run, report["metrics"], report)
@@ -186,7 +186,7 @@ def _fit(
                 update(int(record["step"]), prepared.steps(recipe), step_note(record))
 
         waiting = report_waiting(run.heartbeats.seconds_since_last, recipe.cluster, display.print)
-        with run.metrics.follow(show), run.events.follow(display.print, opened.where), waiting, on_sigterm(stop):
+        with run.metrics.follow(show), run.events.follow(display.print, opened.locate), waiting, on_sigterm(stop):
             _report_failure(trainer.fit, run, recipe.cluster.timeout_s)
     if run.stage.read().ended is None:
         raise Terminated(f"stopped after step {run.metrics.steps_taken()}; the same command with --resume goes on")
@@ -279,7 +279,7 @@ def _send(run: RunDirectory, tracker: MlflowTracker, report: dict[str, Any]) -> 
     write_json(run.result, report, indent=2)
     for path in (run.recipe, run.result, run.metrics.path, run.report, *sorted(run.pictures.glob("*.png")), run.rows):
         if path.exists():
-            tracker.artifact(path)
+            tracker.log_artifact(path)
     if not tracker.finish():
         report["mlflow"]["sent"] = False
         write_json(run.result, report, indent=2)

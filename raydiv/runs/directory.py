@@ -76,7 +76,7 @@ class RunDirectory(OutputDirectory):
         folder = self.checkpoints(recipe)
         if recipe.checkpoint.storage is None:
             folder.remove()
-        elif folder.folders():
+        elif folder.folder_names():
             raise UserError(
                 f"checkpoint.storage: {folder.uri} holds another run's checkpoints; set another name=..., or remove them"
             )
@@ -104,7 +104,7 @@ class RunDirectory(OutputDirectory):
         storage = recipe.checkpoint.storage
         if storage is None:
             return Folder(str(self.path / "checkpoints"))
-        return Folder(storage.rstrip("/")).inside(recipe.name)
+        return Folder(storage.rstrip("/")).subfolder(recipe.name)
 
     def remove_checkpoints(self) -> None:
         if self.holds_a_run:

@@ -1,11 +1,11 @@
-"""MLflow: a follower of the run directory. A server that is away costs a warning, never the run."""
+"""MLflow as a follower of the run directory. A server that cannot be reached costs a warning, never the run."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,34 +19,34 @@ from raydiv.utils.dotted import flatten
 from raydiv.utils.errors import UserError
 from raydiv.utils.secrets import has_password, mask_password
 from raydiv.utils.signals import Terminated
-from raydiv.utils.storage import atomic, require_inside
+from raydiv.utils.storage import read_json, require_inside, write_json
 
-SENT = {"recipe.yaml", "metrics.jsonl", "result.json"}
-"""The files of a finished run that say all of it in numbers, as MLflow has them."""
+RUN_FILES = {"recipe.yaml", "metrics.jsonl", "result.json"}
+"""The artifacts of a finished run from which a study reads its results."""
 
 Warn = Callable[[str], None]
 
 
 def tracking_uri(recipe: Recipe) -> str:
     """``track.uri``, else MLFLOW_TRACKING_URI, else a SQLite file in ``output_dir``."""
-    configured = recipe.track.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    return configured or f"sqlite:///{recipe.output_path / 'mlflow.db'}"
+    setting = recipe.track.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return setting or f"sqlite:///{recipe.output_path / 'mlflow.db'}"
 
 
 def forwarded_uri(recipe: Recipe) -> str | None:
-    """``tracking_uri`` for the recipes of a sweep's or a study's runs; None for one with a password: no recipe holds it, and
-    they find it where this process does, in the environment.
+    """``tracking_uri`` for the recipes of the runs of a sweep or study.
+
+    None where it has a password, which no recipe may hold; the runs then read it from the environment, as this process does.
     """
     uri = tracking_uri(recipe)
     return None if has_password(uri) else uri
 
 
 class MlflowTracker:
-    """One MLflow run, a new one unless it goes on with an ``earlier`` one (``uri`` and ``run_id``) of the same server.
+    """One MLflow run: a new one, or an ``earlier`` one (``uri`` and ``run_id``) of the same server.
 
-    What could not be sent is kept in order and tried again with the next call, and at the end. A thread of its own does the
-    sending: nothing waits for a server, nor for MLflow to be loaded. ``note``: a file that says how far it came, by which a
-    later process goes on.
+    A thread sends, so that nothing waits for the server or for the import of MLflow. Calls that fail are queued in order and
+    repeated before the next call, and at the end. ``state_file`` notes what was sent, so that a later process continues there.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class MlflowTracker:
         tags: Mapping[str, str],
         warn: Warn,
         earlier: Mapping[str, Any] | None = None,
-        note: Path | None = None,
+        state_file: Path | None = None,
     ) -> None:
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         logging.getLogger("alembic").setLevel(logging.ERROR)
@@ -64,52 +64,52 @@ class MlflowTracker:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         self._address = tracking_uri(recipe)
         self.uri = mask_password(self._address)
-        """As it is shown and written down."""
+        """The address without its password, for messages and files."""
         self._warn = warn
         self._warned = False
-        self._waiting: list[Callable[[], object]] = []
+        self._queue: list[Callable[[], object]] = []
         self._run_id: str | None = None
-        self._system: Any = None
+        self._system_monitor: Any = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
-        self._note = note
-        if note is not None and note.exists():
-            earlier = json.loads(note.read_text())
-        same = earlier if earlier is not None and earlier.get("uri") == self.uri else {}
-        run_id = same.get("run_id")
-        self.sent = int(same.get("lines", 0))
+        self._state_file = state_file
+        if state_file is not None and state_file.exists():
+            earlier = read_json(state_file)
+        state = earlier if earlier is not None and earlier.get("uri") == self.uri else {}
+        run_id = state.get("run_id")
+        self.lines_sent = int(state.get("lines", 0))
         """Lines of metrics.jsonl that the server has."""
-        self._sure = run_id is None
+        self._lines_sent_is_exact = run_id is None
         self._submit(lambda: self._start(recipe, tags) if run_id is None else self._resume(run_id))
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's name of the run; None while the server is away. Waits until all that was logged has been tried."""
+        """MLflow's ID of the run; None while the server is away. Waits until every call so far was tried."""
         return self._thread.submit(lambda: self._run_id).result()
 
-    def metrics(self, record: Metrics) -> None:
+    def log_metrics(self, record: Metrics) -> None:
         """Log one line of metrics.jsonl."""
         step = int(record["step"])
-        values = {_allowed(name): float(value) for name, value in numbers(record).items() if name != "step"}
-        self._submit(lambda: self._log_line(values, step))
+        values = {_metric_name(name): float(value) for name, value in numbers(record).items() if name != "step"}
+        self._submit(lambda: self._send_line(values, step))
 
-    def artifact(self, path: Path) -> None:
+    def log_artifact(self, path: Path) -> None:
         self._submit(lambda: self._client.log_artifact(self._run(), str(path)))
 
     def tag_children(self, tag: str, tags: Mapping[str, Mapping[str, str]]) -> None:
-        """Give each run that is nested in this one the ``tags`` of the value that its own ``tag`` has.
+        """Give ``tags[value]`` to each run nested in this one whose ``tag`` has that value.
 
-        Those that still seem to run are ended as killed: their processes could not say so.
+        Nested runs without an end are ended as killed, since their processes could not do so.
         """
         self._submit(lambda: self._tag_children(tag, tags))
 
     def finish(self, status: str = "FINISHED") -> bool:
-        """End the run; returns whether everything was sent."""
+        """End the run with ``status``; returns whether everything was sent."""
         self._submit(lambda: self._end(status))
-        return self._thread.submit(lambda: not self._waiting).result()
+        return self._thread.submit(lambda: not self._queue).result()
 
     @contextmanager
     def end_on_error(self) -> Iterator[None]:
-        """What ends the block before its time ends the run: as killed when it was somebody's wish, as failed otherwise."""
+        """End the run when the block raises: as killed after SIGTERM or Ctrl-C, as failed otherwise."""
         try:
             yield
         except (Terminated, KeyboardInterrupt):
@@ -132,7 +132,7 @@ class MlflowTracker:
             if experiment
             else self._client.create_experiment(recipe.track.experiment, artifact_location=self._artifacts(recipe))
         )
-        if self._run_id is None:  # else it was begun before the server went away
+        if self._run_id is None:  # set where an earlier try created the run and failed after it
             self._run_id = self._client.create_run(
                 experiment_id, run_name=recipe.name, tags={**tags, **recipe.track.tags}
             ).info.run_id
@@ -143,62 +143,59 @@ class MlflowTracker:
             for key, value in flatten(recipe.model_dump(mode="json", by_alias=True)).items()
         ]
         self._client.log_batch(self._run(), params=parameters)
-        self._write_note()
-        self._watch_system()
+        self._write_state()
+        self._monitor_system()
 
     def _resume(self, run_id: str) -> None:
-        """With a run that an earlier attempt began."""
+        """Continue the run of an earlier process."""
         self._client.update_run(run_id, "RUNNING")
         self._run_id = run_id
-        self._watch_system()
+        self._monitor_system()
 
-    def _watch_system(self) -> None:
-        """CPU, memory, disk, network and GPUs of this node, where MLflow's own variable asks for them."""
+    def _monitor_system(self) -> None:
+        """Log CPU, memory, disk, network and GPUs of this node, where MLflow's own variable enables it."""
         from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get() and self._system is None:
-            self._system = SystemMetricsMonitor(self._run(), resume_logging=True, tracking_uri=self._address)
-            self._system.start()
+        if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get() and self._system_monitor is None:
+            self._system_monitor = SystemMetricsMonitor(self._run(), resume_logging=True, tracking_uri=self._address)
+            self._system_monitor.start()
 
     def _end(self, status: str) -> None:
-        if self._system is not None:
-            self._system.finish()
+        if self._system_monitor is not None:
+            self._system_monitor.finish()
         self._client.set_terminated(self._run(), status)
 
     def _tag_children(self, tag: str, tags: Mapping[str, Mapping[str, str]]) -> None:
         experiment = self._client.get_run(self._run()).info.experiment_id
-        left = dict(tags)
-        # newest first: an earlier attempt's is another run under the same tag
-        for child in _all_runs(self._client, experiment, f"tags.`mlflow.parentRunId` = '{self._run()}'"):
-            for name, value in left.pop(child.data.tags.get(tag, ""), {}).items():
+        remaining = dict(tags)
+        # newest first, since a run of an earlier attempt has the same tag
+        for child in _search_runs(self._client, experiment, f"tags.`mlflow.parentRunId` = '{self._run()}'"):
+            for name, value in remaining.pop(child.data.tags.get(tag, ""), {}).items():
                 self._client.set_tag(child.info.run_id, name, value)
             if child.info.status == "RUNNING":
                 self._client.set_terminated(child.info.run_id, "KILLED")
 
     def _artifacts(self, recipe: Recipe) -> str | None:
-        """Beside a SQLite store, artifacts go into its folder and not into the working directory."""
+        """The folder for artifacts beside a SQLite store; MLflow's default is the working directory."""
         return (recipe.output_path / "mlartifacts").as_uri() if self.uri.startswith("sqlite:") else None
 
-    def _log_line(self, values: Mapping[str, float], step: int) -> None:
-        # the process before this one may have been killed between the sending of a line and the noting of it
-        if self._sure or not self._has(next(iter(values)), step):
-            self._log_metrics(values, step)
-        self._sure = True
-        self.sent += 1
-        self._write_note()
+    def _send_line(self, values: Mapping[str, float], step: int) -> None:
+        # an earlier process may have been killed after it sent a line and before it noted that
+        if self._lines_sent_is_exact or not self._is_logged(next(iter(values)), step):
+            self._log_batch(values, step)
+        self._lines_sent_is_exact = True
+        self.lines_sent += 1
+        self._write_state()
 
-    def _has(self, metric: str, step: int) -> bool:
-        return any(found.step == step for found in self._client.get_metric_history(self._run(), metric))
+    def _is_logged(self, metric: str, step: int) -> bool:
+        return any(entry.step == step for entry in self._client.get_metric_history(self._run(), metric))
 
-    def _write_note(self) -> None:
-        if self._note is not None:
-            with atomic(self._note) as temporary:
-                temporary.write_text(json.dumps({"uri": self.uri, "run_id": self._run_id, "lines": self.sent}) + "\n")
+    def _write_state(self) -> None:
+        if self._state_file is not None:
+            write_json(self._state_file, {"uri": self.uri, "run_id": self._run_id, "lines": self.lines_sent})
 
-    def _log_metrics(self, values: Mapping[str, float], step: int) -> None:
-        import time
-
+    def _log_batch(self, values: Mapping[str, float], step: int) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -209,51 +206,51 @@ class MlflowTracker:
         return self._run_id
 
     def _submit(self, call: Callable[[], object]) -> None:
-        self._thread.submit(self._try, call)
+        self._thread.submit(self._call, call)
 
-    def _try(self, call: Callable[[], object]) -> None:
-        self._waiting.append(call)
-        while self._waiting:
+    def _call(self, call: Callable[[], object]) -> None:
+        self._queue.append(call)
+        while self._queue:
             try:
-                self._waiting[0]()
-            except Exception as error:  # whatever the store raises, training goes on
+                self._queue[0]()
+            except Exception as error:  # no error of the store may stop training
                 if not self._warned:
                     self._warned = True
                     self._warn(
-                        f"MLflow at {self.uri} is away ({type(error).__name__}); metrics wait and are sent later"
+                        f"MLflow at {self.uri} cannot be reached ({type(error).__name__}); metrics are queued and sent later"
                     )
                 return
-            self._waiting.pop(0)
+            self._queue.pop(0)
 
 
-def _all_runs(client: Any, experiment_id: str, wanted: str) -> Iterator[Any]:
-    """The runs of an experiment, page by page, the newest first."""
+def _search_runs(client: Any, experiment_id: str, filter_string: str) -> Iterator[Any]:
+    """The runs of an experiment that pass the filter, newest first, over all pages."""
     token: str | None = ""
     while token is not None:
         page = client.search_runs(
-            [experiment_id], wanted, order_by=["attributes.start_time DESC"], page_token=token or None
+            [experiment_id], filter_string, order_by=["attributes.start_time DESC"], page_token=token or None
         )
         yield from page
         token = page.token or None
 
 
 def download_runs(uri: str, experiment: str, folder: Path) -> Iterator[tuple[Path, str]]:
-    """Finished runs of an experiment, each as a directory with what it sent, and its id.
+    """Download the RUN_FILES of each finished run of an experiment; yields its directory in ``folder`` and its ID.
 
-    Raises UserError where there is no such experiment, or no server.
+    Raises UserError for an unknown experiment and an unreachable server.
     """
     import mlflow
     from mlflow import MlflowClient
 
     try:
         client = MlflowClient(uri)
-        found = client.get_experiment_by_name(experiment)
-        if found is None:
-            raise UserError(f"MLflow at {mask_password(uri)}: has no experiment {experiment}")
-        for run in _all_runs(client, found.experiment_id, "attributes.status = 'FINISHED'"):
+        entry = client.get_experiment_by_name(experiment)
+        if entry is None:
+            raise UserError(f"MLflow at {mask_password(uri)}: no experiment named {experiment}")
+        for run in _search_runs(client, entry.experiment_id, "attributes.status = 'FINISHED'"):
             names = {file.path for file in client.list_artifacts(run.info.run_id)}
-            if names >= SENT:
-                for name in sorted(SENT):
+            if names >= RUN_FILES:
+                for name in sorted(RUN_FILES):
                     mlflow.artifacts.download_artifacts(
                         run_id=run.info.run_id,
                         artifact_path=name,
@@ -266,6 +263,6 @@ def download_runs(uri: str, experiment: str, folder: Path) -> Iterator[tuple[Pat
         raise UserError(f"MLflow at {mask_password(uri)}: {reason}") from None
 
 
-def _allowed(name: str) -> str:
-    """A metric's name in characters that MLflow takes; those of categories and of sets are the user's."""
+def _metric_name(name: str) -> str:
+    """``name`` in characters that MLflow allows; categories and prompt sets are named by the user."""
     return re.sub(r"[^\w\-. :/]", "_", name)

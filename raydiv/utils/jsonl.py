@@ -1,4 +1,4 @@
-"""Files of JSON objects, a line each, that one process appends to and others follow."""
+"""Follow JSONL files that other processes append to."""
 
 from __future__ import annotations
 
@@ -11,52 +11,51 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-POLLED = 0.3
-"""Seconds between looks."""
+POLL_SECONDS = 0.3
 
 
 class JsonlTail:
-    """The lines of a file of JSON objects that others append to, each given once; the first ``skip`` are not."""
+    """Reads each line of a growing JSONL file once, except the first ``skip`` lines."""
 
     def __init__(self, path: Path, skip: int = 0) -> None:
-        self._path, self._given = path, skip
-        self._file: int | None = None
-        self._offset = self._number = 0
+        self._path, self._lines_read = path, skip
+        self._inode: int | None = None
+        self._offset = self._line = 0
 
-    def new(self) -> Iterator[dict[str, Any]]:
-        """Whole lines since the last call. A file that was put in the other's place is read from its start."""
+    def read_new(self) -> Iterator[dict[str, Any]]:
+        """The complete lines since the last call. A replaced file is read from its start, and known lines are skipped."""
         if not self._path.exists():
             return
         with self._path.open("rb") as content:
-            file = os.fstat(content.fileno()).st_ino
-            if file != self._file:
-                self._file, self._offset, self._number = file, 0, 0
+            inode = os.fstat(content.fileno()).st_ino
+            if inode != self._inode:
+                self._inode, self._offset, self._line = inode, 0, 0
             content.seek(self._offset)
             for line in content:
                 if not line.endswith(b"\n"):
                     return
                 self._offset += len(line)
-                self._number += 1
-                if self._number > self._given:
-                    self._given = self._number
+                self._line += 1
+                if self._line > self._lines_read:
+                    self._lines_read = self._line
                     yield json.loads(line)
 
 
 @contextmanager
-def follow(lines: JsonlTail, handle: Callable[[dict[str, Any]], None]) -> Iterator[None]:
-    """Call ``handle`` with each new line while the block runs, and with the last ones after it."""
+def follow(tail: JsonlTail, handle: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """Call ``handle`` with each new line while the block runs, and with the last ones at its end."""
     stop = threading.Event()
 
-    def follow() -> None:
+    def poll() -> None:
         while True:
-            last = stop.is_set()
-            for record in lines.new():
+            is_last = stop.is_set()
+            for record in tail.read_new():
                 handle(record)
-            if last:
+            if is_last:
                 return
-            time.sleep(POLLED)
+            time.sleep(POLL_SECONDS)
 
-    follower = threading.Thread(target=follow, daemon=True)
+    follower = threading.Thread(target=poll, daemon=True)
     follower.start()
     try:
         yield

@@ -1,4 +1,4 @@
-"""SIGTERM: what a scheduler sends to a command that has to go."""
+"""SIGTERM, with which a scheduler stops a command."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-STATUS = 143
-"""Exit status of a command that SIGTERM ended."""
+SIGTERM_EXIT_STATUS = 143
 
 
 class Terminated(BaseException):
-    """SIGTERM has arrived; what the command leaves can be gone on with."""
+    """SIGTERM arrived. The command stops, and what it leaves can be resumed."""
 
 
 def _raise() -> None:
@@ -22,19 +21,19 @@ def _raise() -> None:
 
 @contextmanager
 def on_sigterm(handle: Callable[[], None] = _raise) -> Iterator[None]:
-    """While the block runs, the first SIGTERM calls ``handle``, and the next ones raise Terminated where the program is.
+    """While the block runs, the first SIGTERM calls ``handle``; later ones raise Terminated.
 
-    Only the main thread of a process hears signals; in another nothing changes.
+    Python handles signals in the main thread only; in other threads this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def heard(number: int, frame: FrameType | None) -> None:
+    def handle_first(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, lambda *_: _raise())
         handle()
 
-    before = signal.signal(signal.SIGTERM, heard)
+    before = signal.signal(signal.SIGTERM, handle_first)
     try:
         yield
     finally:

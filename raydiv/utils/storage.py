@@ -1,4 +1,4 @@
-"""Folders that every node of a cluster reaches: a local or shared path, s3:// or gs://, through pyarrow's file systems."""
+"""Folders that all nodes of a cluster can reach, through pyarrow's file systems: a shared path, s3:// or gs://."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from raydiv.utils.errors import UserError
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary neighbour of ``path`` (file or folder) that takes its place when the block ends well, and goes otherwise."""
+    """Yields a temporary path for a file or folder, which is moved to ``path`` after the block, or removed if it raises."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         yield temporary
@@ -32,13 +32,13 @@ def atomic(path: Path) -> Iterator[Path]:
         raise
     try:
         temporary.replace(path)
-    except OSError:  # another process finished the same folder first; its content is the same
+    except OSError:  # another process wrote the same folder first, with the same content
         if not path.is_dir():
             raise
 
 
 def write_json(path: Path, content: Any, indent: int | None = None) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(content, indent=indent) + "\n")
 
@@ -54,17 +54,15 @@ def sha256_of(path: Path) -> str:
 
 
 def require_empty(folder: Path) -> None:
-    """Raise UserError for a local folder that something is in already, or a file in its place."""
+    """Raise UserError unless a local folder is missing or empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: exists and is not an empty directory")
+        raise UserError(f"{folder}: exists and is not an empty folder; name another one")
 
 
 def require_inside(name: str) -> str:
-    """A name as a file of others says it, such as a manifest. Raises UserError where it leads out of its folder."""
+    """Return a name that another file gives, such as a manifest. Raises UserError where it leads out of its folder."""
     if not name or name.startswith(("/", "~")) or "\\" in name or "://" in name or ".." in name.split("/"):
-        raise UserError(
-            f"{name!r}: leads out of the folder that it is to be in; the file that names it is not to be trusted"
-        )
+        raise UserError(f"{name!r}: leads out of its folder; do not trust the file that names it")
     return name
 
 
@@ -74,18 +72,18 @@ OBJECT_STORES = ("s3", "gs", "gcs")
 def file_system(uri: str) -> tuple[Any, str]:
     """The file system of a URI or local path, and the path in it.
 
-    Raises UserError where there is none for the URI's scheme, or it cannot be reached.
+    Raises UserError for an unknown scheme and for a file system that cannot be reached.
     """
     scheme, remote, rest = uri.partition("://")
     bucket, _, inside = rest.partition("/")
     if not remote or scheme not in OBJECT_STORES:
-        return _connected(uri)
-    system, path = _connected(f"{scheme}://{bucket}")  # one client for all of a bucket
+        return _connect(uri)
+    system, path = _connect(f"{scheme}://{bucket}")  # one client for a bucket
     return system, f"{path}/{unquote(inside)}".rstrip("/")
 
 
 @lru_cache(maxsize=64)
-def _connected(uri: str) -> tuple[Any, str]:
+def _connect(uri: str) -> tuple[Any, str]:
     try:
         return fs.FileSystem.from_uri(uri)  # type: ignore[no-any-return]
     except (pa.ArrowInvalid, OSError) as error:
@@ -94,37 +92,40 @@ def _connected(uri: str) -> tuple[Any, str]:
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """A folder by its absolute path or URI; small enough to send to any worker."""
+    """A folder, by absolute path or URI. It pickles small, so workers get it as an argument.
+
+    A file name that leads out of the folder raises UserError in all methods.
+    """
 
     uri: str
 
-    def at(self, name: str) -> str:
-        """Path or URI of a file of the folder. Raises UserError for a name that leads out of it, as all that takes one does."""
+    def uri_of(self, name: str) -> str:
+        """Path or URI of a file of the folder."""
         require_inside(name)
         return f"{self.uri}/{quote(name) if '://' in self.uri else name}"
 
-    def names(self, suffix: str) -> list[str]:
-        """Sorted names of the files that end in ``suffix``; none when there is no such folder."""
+    def file_names(self, suffix: str) -> list[str]:
+        """Sorted names of the files that end in ``suffix``; none where the folder is missing."""
+        return [info.base_name for info in self._entries() if info.is_file and info.base_name.endswith(suffix)]
+
+    def folder_names(self) -> list[str]:
+        """Sorted names of the folders in it; none where the folder is missing."""
+        return [info.base_name for info in self._entries() if info.type == fs.FileType.Directory]
+
+    def _entries(self) -> list[Any]:
         system, path = file_system(self.uri)
-        found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
-        return sorted(info.base_name for info in found if info.is_file and info.base_name.endswith(suffix))
+        entries = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        return sorted(entries, key=lambda info: str(info.base_name))
 
     def has(self, name: str) -> bool:
         system, path = self._of(name)
         return bool(system.get_file_info(path).is_file)
 
-    def inside(self, name: str) -> Folder:
-        """A folder of this one."""
-        return Folder(self.at(name))
-
-    def folders(self) -> list[str]:
-        """Sorted names of the folders in it; none when there is no such folder."""
-        system, path = file_system(self.uri)
-        found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
-        return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
+    def subfolder(self, name: str) -> Folder:
+        return Folder(self.uri_of(name))
 
     def remove(self) -> None:
-        """Remove the folder with all that is in it, if it is there."""
+        """Remove the folder with its content, if it exists."""
         system, path = file_system(self.uri)
         if system.get_file_info(path).type == fs.FileType.Directory:
             system.delete_dir(path)
@@ -135,8 +136,8 @@ class Folder:
             system.delete_file(path)
 
     @contextmanager
-    def filled(self, name: str) -> Iterator[Path]:
-        """A local file to fill, which becomes ``name`` of this folder when the block ends well: whole or not at all."""
+    def new_file(self, name: str) -> Iterator[Path]:
+        """Yields a local path to write, which becomes ``name`` of this folder after the block, unless it raises."""
         system, path = self._of(name)
         if isinstance(system, fs.LocalFileSystem):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -149,8 +150,8 @@ class Folder:
             fs.copy_files(str(local), path, fs.LocalFileSystem(), system)
 
     @contextmanager
-    def local(self, name: str) -> Iterator[Path]:
-        """The file as a local one while the block runs. Raises OSError where there is none."""
+    def local_file(self, name: str) -> Iterator[Path]:
+        """Yields a local path of the file, a copy if needed, while the block runs. Raises OSError where it is missing."""
         system, path = self._of(name)
         if isinstance(system, fs.LocalFileSystem):
             yield Path(path)
@@ -160,37 +161,38 @@ class Folder:
             yield Path(staging) / "file"
 
     def read(self, name: str) -> bytes:
-        """Raises OSError where there is no such file."""
+        """The content of a file. Raises OSError where it is missing."""
         system, path = self._of(name)
         with system.open_input_stream(path, compression=None) as stream:
             return bytes(stream.read())
 
     def write(self, name: str, content: Any) -> None:
-        """Write a file, whole or not at all: object stores do so by themselves, elsewhere it is moved into place."""
+        """Write a file atomically: object stores do so by themselves; a local file is moved into place."""
         system, target = self._of(name)
-        whole = pa.py_buffer(content)
+        buffer = pa.py_buffer(content)
         if not isinstance(system, fs.LocalFileSystem):
             try:
                 with system.open_output_stream(target) as stream:
-                    stream.write(whole)
-            except OSError:  # closing may have kept a part
+                    stream.write(buffer)
+            except OSError:  # closing the stream may leave a partial object
                 with suppress(OSError):
                     system.delete_file(target)
                 raise
             return
         system.create_dir(str(Path(target).parent), recursive=True)
         with atomic(Path(target)) as temporary, temporary.open("wb") as file:
-            file.write(whole)
+            file.write(buffer)
 
     def _of(self, name: str) -> tuple[Any, str]:
-        """The file system, and the path in it of a file of the folder."""
+        """The file system, and in it the path of a file of the folder."""
         system, path = file_system(self.uri)
         return system, f"{path}/{require_inside(name)}"
 
 
 def open_input(uri: str, *, mapped: bool = True) -> Any:
-    """A file opened for reading at random; a local one is memory-mapped, unless it is a user's (``mapped``): where such a file
-    is cut short while it is read, reading a page that is gone would kill the process.
+    """A file opened for random access. A local file is memory-mapped if ``mapped``.
+
+    A user's own files are not: if one is truncated meanwhile, access to a missing page would kill the process.
     """
     system, path = file_system(uri)
     return pa.memory_map(path) if mapped and isinstance(system, fs.LocalFileSystem) else system.open_input_file(path)

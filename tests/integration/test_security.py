@@ -315,14 +315,14 @@ def test_a_name_leads_out_of_no_folder(name: str, tmp_path: Path) -> None:
     folder.write("inside", b"x")
     (tmp_path / "folder" / "a").mkdir()
     acts: list[Callable[[], Any]] = [
-        lambda: folder.at(name),
-        lambda: folder.inside(name),
+        lambda: folder.uri_of(name),
+        lambda: folder.subfolder(name),
         lambda: folder.has(name),
         lambda: folder.read(name),
         lambda: folder.write(name, b"y"),
         lambda: folder.remove_file(name),
-        lambda: folder.local(name).__enter__(),
-        lambda: folder.filled(name).__enter__(),
+        lambda: folder.local_file(name).__enter__(),
+        lambda: folder.new_file(name).__enter__(),
         lambda: Measurement({}, {name: "y"}, []).write_into(tmp_path / "folder"),
     ]
     for act in acts:
@@ -377,7 +377,7 @@ def test_the_password_of_mlflows_address_is_written_nowhere(tmp_path: Path, monk
         {"output_dir": str(tmp_path), "model": {"id": "m"}, "loss": {"type": "dpo"}, "optim": {"steps": 1}}
     )
     said: list[str] = []
-    tracker = MlflowTracker(recipe, {}, said.append, note=tmp_path / "mlflow.json")
+    tracker = MlflowTracker(recipe, {}, said.append, state_file=tmp_path / "mlflow.json")
     asked = tracker._client.tracking_uri
     tracker.finish()
     assert asked == "http://me:planted@127.0.0.1:1/?api_key=planted"

@@ -40,14 +40,14 @@ def test_the_store_is_the_recipes_then_the_environments_then_sqlite(
 def test_an_outage_delays_metrics_in_order_and_warns_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     warnings: list[str] = []
     tracker = MlflowTracker(recipe(tmp_path), {"data.fingerprint": "f"}, warnings.append)
-    tracker.metrics({"step": 1, "loss": 3.0})
+    tracker.log_metrics({"step": 1, "loss": 3.0})
     run_id = tracker.run_id  # all before this was sent
     assert run_id is not None
     send = MlflowClient.log_batch
 
     monkeypatch.setattr(MlflowClient, "log_batch", away)
-    tracker.metrics({"step": 2, "loss": 2.0})
-    tracker.metrics({"step": 3, "loss": 1.0})
+    tracker.log_metrics({"step": 2, "loss": 2.0})
+    tracker.log_metrics({"step": 3, "loss": 1.0})
     assert tracker.run_id == run_id
     monkeypatch.setattr(MlflowClient, "log_batch", send)
     assert tracker.finish()
@@ -71,17 +71,17 @@ def sent_by(tracker: MlflowTracker) -> list[tuple[int, float]]:
 
 def test_what_an_outage_kept_back_is_sent_by_the_next_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     note = tmp_path / "mlflow.json"
-    first = MlflowTracker(recipe(tmp_path), {}, print, note=note)
-    first.metrics(LINES[0])
+    first = MlflowTracker(recipe(tmp_path), {}, print, state_file=note)
+    first.log_metrics(LINES[0])
     run_id = first.run_id
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "log_batch", away)
-        first.metrics(LINES[1])
+        first.log_metrics(LINES[1])
         assert not first.finish("KILLED")
-    later = MlflowTracker(recipe(tmp_path), {}, print, note=note)
-    assert later.sent == 1
-    for line in LINES[later.sent :]:
-        later.metrics(line)
+    later = MlflowTracker(recipe(tmp_path), {}, print, state_file=note)
+    assert later.lines_sent == 1
+    for line in LINES[later.lines_sent :]:
+        later.log_metrics(line)
     assert later.finish()
     assert later.run_id == run_id
     assert sent_by(later) == [(1, 3.0), (2, 2.0), (3, 1.0)]
@@ -90,24 +90,24 @@ def test_what_an_outage_kept_back_is_sent_by_the_next_process(tmp_path: Path, mo
 
 def test_a_line_that_was_sent_and_not_noted_is_not_sent_again(tmp_path: Path) -> None:
     note = tmp_path / "mlflow.json"
-    first = MlflowTracker(recipe(tmp_path), {}, print, note=note)
+    first = MlflowTracker(recipe(tmp_path), {}, print, state_file=note)
     for line in LINES[:2]:
-        first.metrics(line)
+        first.log_metrics(line)
     assert first.run_id
     note.write_text(note.read_text().replace('"lines": 2', '"lines": 1'))
-    later = MlflowTracker(recipe(tmp_path), {}, print, note=note)
-    for line in LINES[later.sent :]:
-        later.metrics(line)
+    later = MlflowTracker(recipe(tmp_path), {}, print, state_file=note)
+    for line in LINES[later.lines_sent :]:
+        later.log_metrics(line)
     assert sent_by(later) == [(1, 3.0), (2, 2.0), (3, 1.0)]
 
 
 def test_a_store_that_comes_late_has_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "log_batch", away)
-        tracker = MlflowTracker(recipe(tmp_path), {}, print, note=tmp_path / "mlflow.json")
-        tracker.metrics(LINES[0])
+        tracker = MlflowTracker(recipe(tmp_path), {}, print, state_file=tmp_path / "mlflow.json")
+        tracker.log_metrics(LINES[0])
         assert tracker.run_id  # begun, and its parameters not sent
-    tracker.metrics(LINES[1])
+    tracker.log_metrics(LINES[1])
     assert tracker.finish()
     assert sent_by(tracker) == [(1, 3.0), (2, 2.0)]
     client = MlflowClient(tracker.uri)
@@ -120,7 +120,7 @@ def away(*_: Any, **__: Any) -> None:
 
 def test_names_of_sets_and_categories_may_hold_any_character(tmp_path: Path) -> None:
     tracker = MlflowTracker(recipe(tmp_path), {}, print)
-    tracker.metrics({"step": 1, "evaluate/safety/Fraud & Theft": 0.5, "evaluate/asr_set/Salad-Data:base_set": 0.25})
+    tracker.log_metrics({"step": 1, "evaluate/safety/Fraud & Theft": 0.5, "evaluate/asr_set/Salad-Data:base_set": 0.25})
     assert tracker.finish()
     logged = MlflowClient(tracker.uri).get_run(tracker.run_id).data.metrics
     assert logged == {"evaluate/safety/Fraud _ Theft": 0.5, "evaluate/asr_set/Salad-Data:base_set": 0.25}
@@ -131,7 +131,7 @@ def test_a_store_that_never_comes_is_reported(tmp_path: Path) -> None:
     mine = recipe(tmp_path)
     mine.track.uri = "http://127.0.0.1:9"
     tracker = MlflowTracker(mine, {}, warnings.append)
-    tracker.metrics({"step": 1, "loss": 3.0})
+    tracker.log_metrics({"step": 1, "loss": 3.0})
     assert not tracker.finish()
     assert len(warnings) == 1
     assert "127.0.0.1:9" in warnings[0]
