@@ -47,7 +47,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def dots_of(axis: Any) -> list[Any]:
-    """The markers of single cells: lines of cell point. Those of the legend have none."""
+    """The markers of single cells: lines of one point. Those of the legend have none."""
     return [line for line in axis.get_lines() if len(line.get_xdata()) == 1]
 
 
@@ -206,7 +206,7 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     for raw in ("<script>", "<i>", "<u ", "<b>", "<em>", "<s>"):
         assert raw not in content
     assert "&lt;i&gt;&amp;amp;$x$" in content
-    assert 'aria-label="&lt;u title=&quot; against Pref"' in content
+    assert 'aria-label="&lt;u title=&#34; against Pref"' in content
 
 
 def test_a_study_without_cells_has_a_page(tmp_path: Path) -> None:

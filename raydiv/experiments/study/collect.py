@@ -1,4 +1,4 @@
-"""Cells out of finished runs: in run directories, folders of them, or MLflow."""
+"""Cells from finished runs: those of the grid, and those that a study includes from run directories and MLflow."""
 
 from __future__ import annotations
 
@@ -9,122 +9,124 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raydiv.config import Recipe, changed
+from raydiv.config import Recipe, with_changes
 from raydiv.experiments.study.cells import Cell
 from raydiv.experiments.study.grid import SECTION, PlannedCell, changes_of, data_name, loss_name, model_name
 from raydiv.runs.directory import RunDirectory
 from raydiv.runs.metrics_log import Metrics, last_values, numbers
 from raydiv.runs.resume import comparable, differences
-from raydiv.runs.tracker import downloaded_runs, tracking_uri
+from raydiv.runs.tracker import download_runs, tracking_uri
 from raydiv.utils.errors import UserError
 
 MLFLOW = "mlflow:"
-"""How a place begins that is an experiment in MLflow."""
+"""Prefix of an MLflow experiment in ``study.include``."""
 
 
-def cell_of(run: RunDirectory, plan: PlannedCell) -> Cell:
-    """The cell that a finished run of the grid is."""
-    return Cell(plan.model, plan.data, plan.loss, plan.seed, *_measured(run), str(run.path))
+def cell_of(run: RunDirectory, planned: PlannedCell) -> Cell:
+    """The cell of a finished run of the grid."""
+    return Cell(planned.model, planned.data, planned.loss, planned.seed, *_metrics(run), str(run.path))
 
 
-def identity(run: RunDirectory) -> str:
-    """What a finished run is known by wherever it is found: its id in MLflow, which it always has unless a server was away."""
-    noted = json.loads(run.result.read_text()).get("mlflow") or {}
-    return str(noted.get("run_id") or run.path.resolve())
+def run_identity(run: RunDirectory) -> str:
+    """The MLflow id of a finished run, which all copies of it share; its path if MLflow never had it."""
+    result = json.loads(run.result.read_text())
+    return str((result.get("mlflow") or {}).get("run_id") or run.path.resolve())
 
 
-def included(recipe: Recipe) -> dict[str, Cell]:
-    """The cells that the study names as there already, by their runs' ``identity``: found in two places it is one.
+def included_cells(recipe: Recipe) -> dict[str, Cell]:
+    """The cells of ``study.include``, by their runs' ``run_identity``: a run in two places counts once.
 
-    They are labelled as the study's own entries are where they are of the same recipe. A run that differs in what no entry
-    sets, such as another rate, has that beside its loss: it is no other seed of the study's. Raises UserError for a place
-    without a finished run.
+    A cell has the names of the study's entries if their recipes are equal. If it differs in another key, such as optim.lr, its
+    loss names that key, so that it does not count as a seed of the study's cell. Raises UserError for a place without a
+    finished run.
     """
-    study = recipe.study
-    assert study is not None
+    assert recipe.study is not None
     cells: dict[str, Cell] = {}
-    for place in study.include:
-        found = {identity(run): _labelled(run, recipe, where) for run, where in _runs(place, recipe)}
-        if not found:
-            raise UserError(f"study.include: {place}: holds no finished run")
-        cells = found | cells
+    for place in recipe.study.include:
+        runs = {run_identity(run): _included_cell(run, recipe, where) for run, where in _finished_runs(place, recipe)}
+        if not runs:
+            raise UserError(
+                f"study.include: {place}: no finished run; set a run directory, a folder of them or {MLFLOW}NAME"
+            )
+        cells = runs | cells
     return cells
 
 
-def _runs(place: str, recipe: Recipe) -> Iterator[tuple[RunDirectory, str]]:
-    """Finished runs of a place, and what each is called."""
+def _finished_runs(place: str, recipe: Recipe) -> Iterator[tuple[RunDirectory, str]]:
+    """The finished runs of an entry of ``study.include``, each with its path or MLflow name."""
     if place.startswith(MLFLOW):
         with tempfile.TemporaryDirectory() as folder:
             experiment = place.removeprefix(MLFLOW)
-            for path, run_id in downloaded_runs(tracking_uri(recipe), experiment, Path(folder)):
+            for path, run_id in download_runs(tracking_uri(recipe), experiment, Path(folder)):
                 yield RunDirectory(path), f"{MLFLOW}{experiment}/{run_id}"
         return
-    path = Path(place).expanduser()
-    for one in [path, *sorted(path.glob("*/"))]:
-        run = RunDirectory(one)
+    parent = Path(place).expanduser()
+    for path in [parent, *sorted(parent.glob("*/"))]:
+        run = RunDirectory(path)
         if run.holds_a_run and run.result.is_file() and run.metrics.path.is_file():
-            yield run, str(one)
+            yield run, str(path)
 
 
-def _labelled(run: RunDirectory, study: Recipe, where: str) -> Cell:
+def _included_cell(run: RunDirectory, study: Recipe, where: str) -> Cell:
     recipe = run.read_recipe()
-    own, axes = comparable(recipe), {axis: _Axis.of(study, axis) for axis in SECTION}
-    model = axes["models"].label(own) or model_name(recipe)
-    data = axes["data"].label(own) or data_name(recipe)
-    loss = axes["losses"].label(own) or loss_name(recipe)
+    keys, axes = comparable(recipe), {name: _Axis.of(study, name) for name in SECTION}
+    model = axes["models"].entry_of(keys) or model_name(recipe)
+    data = axes["data"].entry_of(keys) or data_name(recipe)
+    loss = axes["losses"].entry_of(keys) or loss_name(recipe)
     other = [
         key
-        for key in differences(comparable(study), own)
-        if key != "seed" and not any(axis.says(key) for axis in axes.values())
+        for key in differences(comparable(study), keys)
+        if key != "seed" and not any(axis.varies(key) for axis in axes.values())
     ]
     if other:
         loss += f" (other {', '.join(other)})"
-    return Cell(model, data, loss, recipe.seed, *_measured(run), where)
+    return Cell(model, data, loss, recipe.seed, *_metrics(run), where)
 
 
 @dataclass(frozen=True, slots=True)
 class _Axis:
-    """What a study varies along one axis: its section, the keys elsewhere that an entry sets, and each entry's recipe."""
+    """An axis of a study: its section, the keys of other sections that an entry sets, and the recipe of each entry."""
 
     section: str
-    elsewhere: frozenset[str]
+    other_keys: frozenset[str]
     entries: Mapping[str, Mapping[str, Any]]
 
     @classmethod
     def of(cls, study: Recipe, axis: str) -> _Axis:
         assert study.study is not None
-        said: Mapping[str, Any] = getattr(study.study, axis)
-        entries = {name: comparable(changed(study, changes_of(axis, one))) for name, one in said.items()}
-        plain = comparable(study)
-        return cls(
-            SECTION[axis], frozenset(key for one in entries.values() for key in differences(plain, one)), entries
-        )
+        recipes = {
+            name: comparable(with_changes(study, changes_of(axis, entry)))
+            for name, entry in getattr(study.study, axis).items()
+        }
+        base = comparable(study)
+        other_keys = frozenset(key for recipe in recipes.values() for key in differences(base, recipe))
+        return cls(SECTION[axis], other_keys, recipes)
 
-    def says(self, key: str) -> bool:
-        """Whether it is along this axis that a key may differ."""
-        return key.startswith(f"{self.section}.") or key in self.elsewhere
+    def varies(self, key: str) -> bool:
+        """Whether the entries of this axis may differ in a key."""
+        return key.startswith(f"{self.section}.") or key in self.other_keys
 
-    def label(self, own: Mapping[str, Any]) -> str | None:
-        """What the study calls a run that is as one of its entries makes it."""
-        as_it_is = (name for name, one in self.entries.items() if not any(map(self.says, differences(one, own))))
-        return next(as_it_is, None)
+    def entry_of(self, recipe: Mapping[str, Any]) -> str | None:
+        """The first entry that equals the recipe in all keys that this axis varies; None without one."""
+        equal = (name for name, entry in self.entries.items() if not any(map(self.varies, differences(entry, recipe))))
+        return next(equal, None)
 
 
-def _measured(run: RunDirectory) -> tuple[dict[str, float], dict[str, float]]:
-    """Metrics after training, and those of the model before it."""
+def _metrics(run: RunDirectory) -> tuple[dict[str, float], dict[str, float]]:
+    """The metrics after training, and those of the model before it."""
     before = last_values(record for record in run.metrics.read() if record["step"] == 0)
-    return _figures(run.metrics.trained_values()), _figures(before)
+    return _floats(run.metrics.trained_values()), _floats(before)
 
 
-def _figures(metrics: Metrics) -> dict[str, float]:
+def _floats(metrics: Metrics) -> dict[str, float]:
     return {name: float(value) for name, value in numbers(metrics).items() if name != "step"}
 
 
-def require_same(recipe: Recipe, run: RunDirectory) -> None:
-    """Raises UserError where a finished run was made from another recipe than its cell's now."""
+def require_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
+    """Raises UserError if a finished run has another recipe than its cell has now."""
     different = differences(comparable(run.read_recipe()), comparable(recipe))
     if different:
+        keys = ", ".join(different)
         raise UserError(
-            f"{run.path}: this cell was run with another {', '.join(different)}; remove it to run it again, or give the study "
-            "another name"
+            f"{run.path}: this cell finished with another {keys}; remove it to run it again, or set another name=..."
         )

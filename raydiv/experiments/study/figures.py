@@ -1,50 +1,45 @@
-"""The pictures of a study: attack success against separation, and each of them loss by loss."""
+"""The pictures of a study: attack success against separation, and both of them loss by loss."""
 
 from __future__ import annotations
 
-import math
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import cycle
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from raydiv.experiments.study.cells import NO_DATA, Cell, in_order, trained_cells
+from raydiv.experiments.study.cells import NO_DATA, Cell, grouped_cells, trained_cells
 from raydiv.experiments.study.measures import ASR, BROKEN, D_B, Measure, is_broken
-from raydiv.experiments.study.regression import ClaimTest, CorrelationEstimate, Point, SlopeEstimate
+from raydiv.experiments.study.regression import ClaimTest, CorrelationEstimate, SlopeEstimate
 from raydiv.experiments.study.table_io import slug
-from raydiv.runs.report.drawing import AMBER, BLUE, GREY, INK, RED, TEAL, Picture, legend, new_axis, styled
+from raydiv.runs.report.drawing import AMBER, BLUE, GREY, INK, PAPER, RED, TEAL, Picture, legend, new_axis, styled
 
 COLOURS = (BLUE, RED, AMBER, TEAL, "#8d62c9", GREY)
-"""Of models, in turn."""
-
-MARKERS = "os^DvP"
-"""Of kinds of data, in turn."""
-
-LABEL_SIZE = 6.5
-"""Points, of a loss's name beside its cell."""
+MARKERS = "os^DvPX*p<>h"
+FILLS = ("full", "bottom", "left", "top", "right")
+"""What models, losses or data are drawn with, in turn; with more of them than entries the first entry is used again."""
 
 HOLLOW = f"Hollow: more than {BROKEN:.0%} degenerate answers."
 
-ROW = 0.19
-"""Inches of a loss in a dot plot."""
+ROW_HEIGHT = 0.19
+"""Inches for each loss of a dot plot."""
 
 
 def claim_pictures(claims: Sequence[ClaimTest]) -> list[Picture]:
-    """A scatter for each claim that has cells."""
+    """A scatter plot of each test that has cells."""
     with styled():
         return [scatter(claim, f"claim-{number}") for number, claim in enumerate(claims, start=1) if claim.points]
 
 
 def cell_pictures(cells: Sequence[Cell]) -> list[Picture]:
-    """D_B and attack success of every cell, where measured."""
+    """Dot plots of D_B and of attack success, where measured."""
     with styled():
         return [picture for measure in (D_B, ASR) if (picture := dots(cells, measure))]
 
 
 def scatter(claim: ClaimTest, name: str) -> Picture:
-    """Attack success against D_B on a log axis: a colour for each model, a marker for each kind of data, a name for each loss.
+    """Attack success against D_B on a log axis: a colour for each model, a marker for each loss, a fill for each kind of data.
 
     Lines are the fit: one slope, an intercept for each model. Broken models are hollow.
     """
@@ -54,154 +49,107 @@ def scatter(claim: ClaimTest, name: str) -> Picture:
     axis.set_ylabel(claim.asr.label)
     _log(axis)
     _percent(axis.yaxis)
-    colours, markers = _colours(one.model for one in claim.points), _markers(one.data for one in claim.points)
+    colours = _assigned(COLOURS, (point.model for point in claim.points))
+    markers = _assigned(MARKERS, (point.loss for point in claim.points))
+    fills = _assigned(FILLS, (point.data for point in claim.points))
+    style = {"linestyle": "none", "markersize": 5.5, "markeredgewidth": 0.8, "markerfacecoloralt": PAPER}
     for point in claim.points:
-        colour = colours[point.model]
-        fill = "none" if point.broken else colour
-        axis.plot(
-            point.d_b, point.asr, markers[point.data], markersize=4.5, markeredgecolor=colour, markerfacecolor=fill
-        )
+        fill = "none" if point.broken else fills[point.data]
+        style_of_point = {"color": colours[point.model], "marker": markers[point.loss], "fillstyle": fill}
+        axis.plot(point.d_b, point.asr, **style, **style_of_point)
     for model, colour in colours.items():
-        own = [point.d_b for point in claim.points if point.model == model]
+        d_b = [point.d_b for point in claim.points if point.model == model]
         if claim.slope:
-            ends = np.array([min(own), max(own)])
+            ends = np.array([min(d_b), max(d_b)])
             fitted = claim.slope.intercepts[model] + claim.slope.value * np.log(ends)
             axis.plot(ends, fitted, color=colour, linewidth=1, alpha=0.6)
-        axis.plot([], [], "-", color=colour, linewidth=2.5, label=model)
-    for data, marker in markers.items():
-        axis.plot([], [], marker, color=INK, markersize=4.5, label=data)
+        axis.plot([], [], color=colour, linewidth=2.5, label=model)
+    for loss, marker in markers.items():
+        axis.plot([], [], color=INK, marker=marker, label=loss, **style)
+    for data, fill in fills.items():
+        axis.plot([], [], color=INK, marker="o", fillstyle=fill, label=data, **style)
     legend(figure, axis)
-    _name_losses(figure, axis, claim.points)
-    return Picture(f"{name}-{slug(title)}", title, figure, _in_words(claim))
+    return Picture(f"{name}-{slug(title)}", title, figure, _claim_caption(claim))
 
 
-def _in_words(claim: ClaimTest) -> str:
-    """What the fit says, or that there is none."""
+def _claim_caption(claim: ClaimTest) -> str:
+    """The number of cells, and the estimates or why there are none."""
     models = len({point.model for point in claim.points})
     cells = f"{len(claim.points)} cells, models: {models}."
     if claim.slope is None or claim.correlation is None:
         return f"{cells} {claim.notes[-1].capitalize()}."
-    hollow = f" {HOLLOW}" if any(one.broken for one in claim.points) else ""
-    return (
-        f"{cells} Lines: one slope, an intercept for each model. {_estimates(claim.slope, claim.correlation)}{hollow}"
-    )
+    estimates = _estimates(claim.slope, claim.correlation)
+    hollow = f" {HOLLOW}" if any(point.broken for point in claim.points) else ""
+    return f"{cells} Lines: one slope, an intercept for each model. {estimates}{hollow}"
 
 
 def _estimates(slope: SlopeEstimate, correlation: CorrelationEstimate) -> str:
-    points, (low, high) = 100 * slope.value, (100 * end for end in slope.interval)
-    r, (least, most) = correlation.value, correlation.interval
+    change, low, high = (100 * value for value in (slope.value, *slope.interval))
+    r_low, r_high = correlation.interval
     return (
-        f"For each factor e of D_B {points:+.1f} percentage points (95% {low:+.1f} to {high:+.1f}); "
-        f"correlation {r:.2f} ({least:.2f} to {most:.2f})."
+        f"Change of attack success when D_B grows by a factor of e: {change:+.1f} percentage points "
+        f"(95% interval {low:+.1f} to {high:+.1f}); correlation {correlation.value:.2f} ({r_low:.2f} to {r_high:.2f})."
     )
 
 
-def _name_losses(figure: Any, axis: Any, points: Sequence[Point]) -> None:
-    """The loss's name once for each model, data and loss, at its cells' middle, on the side where it covers least."""
-    figure.draw_without_rendering()  # the layout is made when it is drawn, and pixels are known only then
-    pixel = figure.dpi / 72
-    groups: dict[tuple[str, str, str], list[Point]] = {}
-    for point in points:
-        groups.setdefault((point.model, point.data, point.loss), []).append(point)
-    dots = axis.transData.transform([(point.d_b, point.asr) for point in points])
-    covered = [_Box(x - 3 * pixel, y - 3 * pixel, 6 * pixel, 6 * pixel) for x, y in dots]
-    whole = axis.get_window_extent()
-    inside = _Box(whole.x0, whole.y0, whole.width, whole.height)
-    for (_, _, loss), own in groups.items():
-        middle = (math.exp(np.mean([math.log(point.d_b) for point in own])), float(np.mean([p.asr for p in own])))
-        x, y = axis.transData.transform(middle)
-        width, height = 0.58 * LABEL_SIZE * len(loss) * pixel, LABEL_SIZE * pixel
-        box = min(_sides(x, y, width, height, 5 * pixel), key=lambda one: _cost(one, covered, inside))
-        covered.append(box)
-        at = ((box.x - x) / pixel, (box.y - y) / pixel)
-        axis.annotate(loss, middle, xytext=at, textcoords="offset points", fontsize=LABEL_SIZE, alpha=0.85)
-
-
-class _Box(NamedTuple):
-    """A rectangle in pixels, by its lower left corner."""
-
-    x: float
-    y: float
-    width: float
-    height: float
-
-    def shared(self, other: _Box) -> float:
-        """The area that both cover."""
-        width = min(self.x + self.width, other.x + other.width) - max(self.x, other.x)
-        height = min(self.y + self.height, other.y + other.height) - max(self.y, other.y)
-        return max(0.0, width) * max(0.0, height)
-
-
-def _sides(x: float, y: float, width: float, height: float, gap: float) -> Iterator[_Box]:
-    """Places for a label around a dot: right of it, left, above, below, and aslant."""
-    across, along = (x + gap, x - gap - width, x - width / 2), (y - height / 2, y + gap, y - gap - height)
-    order = ((0, 0), (1, 0), (2, 1), (2, 2), (0, 1), (0, 2), (1, 1), (1, 2))
-    return (_Box(across[one], along[other], width, height) for one, other in order)
-
-
-def _cost(box: _Box, covered: Sequence[_Box], inside: _Box) -> float:
-    """What a label would cover, and how much of it would leave the axis."""
-    return sum(map(box.shared, covered)) + box.width * box.height - box.shared(inside)
-
-
 def dots(cells: Sequence[Cell], measure: Measure) -> Picture | None:
-    """A row for each model and loss with its kinds of data side by side, seeds faint and their mean over them."""
-    groups = [(key, own) for key, own in in_order(cells).items() if measure.mean(own) is not None]
+    """A row for each model and loss: a marker for each kind of data, seeds faint and their mean over them.
+
+    Returns None if no cell has a value.
+    """
+    groups = {key: group for key, group in grouped_cells(cells).items() if measure.mean(group) is not None}
     if not groups:
         return None
     figure, axis = new_axis(f"{measure.label} by loss", measure.label)
-    rows = list(dict.fromkeys((model, loss) for (model, _, loss), _ in groups))
-    places = _places(rows)
-    colours, markers = _colours(cell.model for cell in cells), _markers(cell.data for cell in trained_cells(cells))
-    for (model, data, loss), own in groups:
-        marker, aside = (markers[data], _aside(data, list(markers))) if data != NO_DATA else ("x", 0.0)
-        height = places[model, loss] + aside
-        style = {"color": colours[model], "linestyle": "none", "marker": marker}
-        if len(own) > 1:
-            values = [value for cell in own if (value := measure.of(cell)) is not None]
+    heights = _row_heights([(model, loss) for model, _, loss in groups])
+    colours = _assigned(COLOURS, (cell.model for cell in cells))
+    markers = _assigned(MARKERS, (cell.data for cell in trained_cells(cells)))
+    offsets = dict(zip(markers, np.linspace(-0.15, 0.15, max(2, len(markers))).tolist(), strict=False))
+    for (model, data, loss), group in groups.items():
+        height = heights[model, loss] + offsets.get(data, 0.0)
+        style = {"color": colours[model], "linestyle": "none", "marker": markers.get(data, "x")}
+        if len(group) > 1:
+            values = [value for cell in group if (value := measure.of(cell)) is not None]
             axis.plot(values, [height] * len(values), markersize=3, alpha=0.4, **style)
-        hollow = {"markerfacecolor": "none"} if is_broken(own) else {}
-        axis.plot(measure.mean(own), height, markersize=5, **style, **hollow)
-    for data, marker in markers.items():
-        axis.plot([], [], marker, color=INK, markersize=5, label=data)
-    if any(cell.is_base for cell in cells):
-        axis.plot([], [], "x", color=INK, markersize=5, label="as it comes")
-    _name_rows(axis, places)
+        fill = "none" if is_broken(group) else "full"
+        axis.plot(measure.mean(group), height, markersize=5, fillstyle=fill, **style)
+    for data, marker in {**markers, **({NO_DATA: "x"} if any(cell.is_base for cell in cells) else {})}.items():
+        label = "untrained" if data == NO_DATA else data
+        axis.plot([], [], color=INK, linestyle="none", marker=marker, markersize=5, label=label)
+    _label_rows(axis, heights)
     if measure is not D_B:
         _percent(axis.xaxis)
     elif all(value > 0 for cell in cells if (value := measure.of(cell)) is not None):
         _log(axis)
-    figure.set_figheight(1.2 + ROW * (max(places.values()) + 1))
+    figure.set_figheight(1.2 + ROW_HEIGHT * (max(heights.values()) + 1))
     legend(figure, axis)
-    caption = f"{measure.label} of each loss, model by model; several seeds: each faint, and their mean. {HOLLOW}"
+    caption = f"{measure.label} of each loss, model by model. Several seeds: each faint, and their mean. {HOLLOW}"
     return Picture(f"{slug(measure.label)}-by-loss", f"{measure.label} by loss", figure, caption)
 
 
-def _places(rows: Sequence[tuple[str, str]]) -> dict[tuple[str, str], float]:
-    """Heights of the rows (model, loss), a line left free above each model for its name."""
-    found, height, before = {}, 0.0, None
-    for model, loss in rows:
-        height += 1 if model == before else 2
-        found[model, loss], before = height, model
-    return found
+def _row_heights(rows: Iterable[tuple[str, str]]) -> dict[tuple[str, str], float]:
+    """The height of each row (model, loss); the row above a model's first is free for its name."""
+    heights: dict[tuple[str, str], float] = {}
+    height, previous = 0.0, None
+    for model, loss in dict.fromkeys(rows):
+        height += 1 if model == previous else 2
+        heights[model, loss], previous = height, model
+    return heights
 
 
-def _aside(data: str, kinds: Sequence[str]) -> float:
-    """How far a kind of data stands from the middle of its row."""
-    return 0.3 * (kinds.index(data) / max(1, len(kinds) - 1) - 0.5)
-
-
-def _name_rows(axis: Any, places: dict[tuple[str, str], float]) -> None:
-    """Losses as ticks, each model's name above its own."""
-    axis.set_yticks(list(places.values()), [loss for _, loss in places])
-    axis.set_ylim(max(places.values()) + 0.7, 0.3)
-    for model in dict.fromkeys(model for model, _ in places):
-        first = min(height for (own, _), height in places.items() if own == model)
-        axis.text(0, first - 1, model, transform=axis.get_yaxis_transform(), weight="bold", va="center", fontsize=8.5)
+def _label_rows(axis: Any, heights: dict[tuple[str, str], float]) -> None:
+    """Losses as ticks, and each model's name above its rows."""
+    axis.set_yticks(list(heights.values()), [loss for _, loss in heights])
+    axis.set_ylim(max(heights.values()) + 0.7, 0.3)
+    first_rows: dict[str, float] = {}
+    for (model, _), height in heights.items():
+        first_rows.setdefault(model, height)
+    for model, height in first_rows.items():
+        axis.text(0, height - 1, model, transform=axis.get_yaxis_transform(), weight="bold", va="center", fontsize=8.5)
 
 
 def _log(axis: Any) -> None:
-    """Along a logarithm, with numbers as they are read: 0.1, 0.2, 0.5, 1."""
+    """A logarithmic horizontal axis with plain numbers: 0.1, 0.2, 0.5, 1."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_xscale("log")
@@ -217,9 +165,6 @@ def _percent(direction: Any) -> None:
     direction.set_major_formatter(PercentFormatter(1, decimals=None))
 
 
-def _colours(models: Iterable[str]) -> dict[str, str]:
-    return dict(zip(dict.fromkeys(models), cycle(COLOURS), strict=False))
-
-
-def _markers(kinds: Iterable[str]) -> dict[str, str]:
-    return dict(zip(dict.fromkeys(kinds), cycle(MARKERS), strict=False))
+def _assigned(styles: Sequence[str], names: Iterable[str]) -> dict[str, str]:
+    """One of the styles for each distinct name."""
+    return dict(zip(dict.fromkeys(names), cycle(styles), strict=False))

@@ -1,24 +1,25 @@
-"""The papers' own test of their claim: attack success regressed on the log of the separation, over losses, data and models.
+"""The papers' test of their claim: a regression of attack success on the logarithm of the separation, over all cells.
 
-Let y be a cell's attack success (a share) and x = ln D_B, both less their mean over the cells of the same model, which is to
-fit an intercept for each model. Over n cells of k models
+Let y be a cell's attack success (a share) and x = ln D_B. Over n cells of k models
 
-    slope    b = Sxy / Sxx,   its standard error  sqrt((Syy - b Sxy) / (n - k - 1) / Sxx)
-    partial correlation       r = Sxy / sqrt(Sxx Syy)
+    y = a_model + b x                          ordinary least squares, an intercept for each model
+    r = corr(x - mean_model(x), y - mean_model(y))    partial correlation
 
-with Sxy the sum of products. Under normal errors b over its standard error has Student's t law with n - k - 1 degrees of
-freedom; the test that r is nought is the same test.
+Under normal errors, b over its standard error has Student's t distribution with n - k - 1 degrees of freedom. The test of
+r = 0 is the same test.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import atanh, isclose, log, sqrt, tanh
+from dataclasses import asdict, dataclass
+from math import atanh, isclose, sqrt, tanh
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import pandas as pd
 from scipy.stats import norm, t
+from statsmodels.regression.linear_model import OLS
 
 from raydiv.experiments.study.cells import Cell, trained_cells
 from raydiv.experiments.study.measures import (
@@ -34,15 +35,15 @@ from raydiv.experiments.study.table_io import Table, TableCell, TableRow
 
 COUNT = "{:.0f}"
 
-MEANING = (
-    "slope: change of attack success (1 is 100%) for each factor e of D_B, with an intercept for each model; r: their "
-    "correlation, models' means removed; low and high: 95% intervals; r least and greatest: as each loss in turn is left out"
+LEGEND = (
+    "slope: change of attack success (1 is 100%) when D_B grows by a factor of e, with an intercept for each model; r: partial "
+    "correlation, the models' means removed; low and high: 95% intervals; r least and greatest: without each loss in turn"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A cell as the regression sees it: its separation, above nought, and attack success."""
+    """A cell in the regression: its separation, which is above 0, and its attack success."""
 
     model: str
     data: str
@@ -54,9 +55,9 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class SlopeEstimate:
-    """Change of attack success (1 is 100%) for each factor e of D_B, its standard error, 95% interval and two-sided p.
+    """Change of attack success (1 is 100%) when D_B grows by a factor of e: standard error, 95% interval, two-sided p.
 
-    ``intercepts`` are the models': attack success at D_B 1.
+    ``intercepts`` are by model: attack success at D_B = 1.
     """
 
     value: float
@@ -68,7 +69,7 @@ class SlopeEstimate:
 
 @dataclass(frozen=True, slots=True)
 class CorrelationEstimate:
-    """Pearson's, models' means removed, its 95% interval and two-sided p, over ``cells``."""
+    """Pearson's correlation with the models' means removed: 95% interval, two-sided p, number of cells."""
 
     value: float
     interval: tuple[float, float]
@@ -78,10 +79,10 @@ class CorrelationEstimate:
 
 @dataclass(frozen=True, slots=True)
 class ClaimTest:
-    """Attack success on separation: the estimates, None where there is none, of which ``notes`` say why.
+    """The regression of one measure of attack success on one measure of separation.
 
-    ``without_a_loss`` is the range of the correlation as each loss in turn is left out, ``whole`` the correlation without
-    broken models.
+    Estimates are None if the cells allow none; ``notes`` give the reason. ``without_a_loss`` is the range of the correlation
+    when each loss in turn is left out. ``whole`` is the correlation without broken models.
     """
 
     separation: Measure
@@ -93,113 +94,111 @@ class ClaimTest:
     whole: CorrelationEstimate | None
     notes: tuple[str, ...]
 
+    def as_json(self) -> dict[str, Any]:
+        """The test in study.json."""
+        keys = ("metric", "label", "form", "better", "safety", "averaged")
+        separation, asr = ({key: getattr(measure, key) for key in keys} for measure in (self.separation, self.asr))
+        return {**asdict(self), "separation": separation, "asr": asr}
+
 
 def claim_tests(cells: Sequence[Cell]) -> list[ClaimTest]:
-    """Each measure of attack success on D_B, on its length-matched figure, and on that of all dimensions where measured.
+    """Tests of each measure of attack success on D_B, on length-matched D_B, and on D_B of all dimensions where measured.
 
-    Base cells are no part of them.
+    Base cells are left out.
     """
-    own = trained_cells(cells)
-    full = [D_B_FULL] if D_B_FULL.mean(own) is not None else []
+    trained = trained_cells(cells)
+    full = [D_B_FULL] if D_B_FULL.mean(trained) is not None else []
     return [
-        claim_test(own, separation, asr)
-        for asr in attack_success(own)
+        claim_test(trained, separation, asr)
+        for asr in attack_success(trained)
         for separation in (D_B, D_B_LENGTH_MATCHED, *full)
     ]
 
 
 def claim_test(cells: Sequence[Cell], separation: Measure, asr: Measure) -> ClaimTest:
-    """Estimates from the cells that have both measures, the separation above nought."""
+    """The test over the cells that have both measures and a separation above 0."""
     points, notes = _points(cells, separation, asr)
-    why = _why_not(points)
-    if why:
-        return ClaimTest(separation, asr, points, None, None, None, None, (*notes, why))
-    whole = tuple(point for point in points if not point.broken)
-    if len(whole) < len(points):
-        broken = f"{len(points) - len(whole)} of {len(points)} cells"
-        notes += (f"broken models (more than {BROKEN:.0%} degenerate answers): {broken}",)
-    if len({(point.model, point.data, point.loss) for point in points}) < len(points):
-        notes += ("cells of several seeds count as independent, and are alike: intervals are too narrow",)
+    frame = pd.DataFrame(map(asdict, points), columns=list(Point.__dataclass_fields__))
+    frame["log_d_b"] = np.log(frame["d_b"].astype(float))
+    reason = _no_estimate(frame)
+    if reason:
+        return ClaimTest(separation, asr, points, None, None, None, None, (*notes, reason))
+    unbroken = frame[~frame["broken"].astype(bool)]
+    if len(unbroken) < len(frame):
+        count = f"{len(frame) - len(unbroken)} of {len(frame)} cells"
+        notes.append(f"broken models (more than {BROKEN:.0%} degenerate answers): {count}")
+    if frame.duplicated(["model", "data", "loss"]).any():
+        notes.append("intervals are too narrow: cells that differ only in their seed count as independent")
     return ClaimTest(
         separation,
         asr,
         points,
-        slope_of(points),
-        correlation_of(points),
-        _without_a_loss(points),
-        None if _why_not(whole) else correlation_of(whole),
-        notes,
+        slope_of(frame),
+        correlation_of(frame),
+        _correlation_range(frame),
+        None if _no_estimate(unbroken) else correlation_of(unbroken),
+        tuple(notes),
     )
 
 
-def _points(cells: Sequence[Cell], separation: Measure, asr: Measure) -> tuple[tuple[Point, ...], tuple[str, ...]]:
-    """The cells as points, and how many were left out."""
-    points, no_log, no_asr = [], 0, 0
+def _points(cells: Sequence[Cell], separation: Measure, asr: Measure) -> tuple[tuple[Point, ...], list[str]]:
+    """The cells as points, and notes with the number of cells left out."""
+    points, without_log, without_asr = [], 0, 0
     for cell in cells:
         d_b, success = separation.of(cell), asr.of(cell)
         if d_b is None or d_b <= 0:
-            no_log += 1
+            without_log += 1
         elif success is None:
-            no_asr += 1
+            without_asr += 1
         else:
-            points.append(Point(cell.model, cell.data, cell.loss, d_b, success, is_broken([cell])))
+            points.append(Point(*cell.key, d_b, success, is_broken([cell])))
     notes = []
-    if no_log:
-        notes.append(f"left out, {separation.label} missing or not above 0: {no_log} of {len(cells)} cells")
-    if no_asr:
-        notes.append(f"left out, {asr.label} missing: {no_asr} of {len(cells)} cells")
-    return tuple(points), tuple(notes)
+    if without_log:
+        notes.append(f"left out, {separation.label} missing or not above 0: {without_log} of {len(cells)} cells")
+    if without_asr:
+        notes.append(f"left out, {asr.label} missing: {without_asr} of {len(cells)} cells")
+    return tuple(points), notes
 
 
-def _why_not(points: Sequence[Point]) -> str | None:
-    """Why there is no estimate: fewer cells than parameters and an interval take, or nothing that varies within a model."""
-    models = len({point.model for point in points})
+def _no_estimate(points: pd.DataFrame) -> str | None:
+    """Why there is no estimate: too few cells for the parameters and an interval, or no variation within the models."""
+    models = points["model"].nunique()
     if len(points) < models + 3:
-        return f"no estimate: {len(points)} cells, and for an intercept of each model {max(models, 1) + 3} are needed"
-    x, y = _within(points)
-    for what, values in (("separation", x), ("attack success", y)):
+        return f"no estimate: {len(points)} cells; with an intercept for each model, at least {max(models, 1) + 3} are needed"
+    for name, values in _within_models(points).items():
         if np.allclose(values, 0, atol=1e-9):
-            return f"no estimate: {what} is the same in all cells of each model"
+            label = "separation" if name == "log_d_b" else "attack success"
+            return f"no estimate: {label} is the same in all cells of each model"
     return None
 
 
-def _within(points: Sequence[Point]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Of each point ln D_B [n] and attack success [n], less their means over its model's points."""
-    _, model = np.unique([point.model for point in points], return_inverse=True)
-    counts = np.bincount(model)
-    columns = np.array([[log(point.d_b), point.asr] for point in points]).T
-    x, y = (column - (np.bincount(model, column) / counts)[model] for column in columns)
-    return x, y
+def _within_models(points: pd.DataFrame) -> pd.DataFrame:
+    """The log of D_B and the attack success of each point, less their means over the points of its model."""
+    values = points[["log_d_b", "asr"]]
+    return values - values.groupby(points["model"]).transform("mean")
 
 
-def slope_of(points: Sequence[Point]) -> SlopeEstimate:
-    """Least squares with an intercept for each model: the formulas of this file's docstring."""
-    x, y = _within(points)
-    free = len(points) - len({point.model for point in points}) - 1
-    value = float(x @ y / (x @ x))
-    residual = y - value * x
-    error = sqrt(float(residual @ residual / free / (x @ x)))
-    half = float(t.ppf(0.975, free)) * error
-    p = float(2 * t.sf(abs(value) / error, free)) if error else 0.0
-    return SlopeEstimate(value, error, (value - half, value + half), p, _intercepts(points, value))
+def slope_of(points: pd.DataFrame) -> SlopeEstimate:
+    """Ordinary least squares with an intercept for each model."""
+    models = pd.get_dummies(points[["model"]], prefix="", prefix_sep="", dtype=float)
+    design = np.column_stack([points["log_d_b"], models])
+    fit = OLS(points["asr"].to_numpy(), design).fit()
+    low, high = fit.conf_int()[0]
+    intercepts = dict(zip(models.columns, fit.params[1:].tolist(), strict=True))
+    return SlopeEstimate(
+        float(fit.params[0]), float(fit.bse[0]), (float(low), float(high)), float(fit.pvalues[0]), intercepts
+    )
 
 
-def _intercepts(points: Sequence[Point], slope: float) -> dict[str, float]:
-    found: dict[str, list[float]] = {}
-    for point in points:
-        found.setdefault(point.model, []).append(point.asr - slope * log(point.d_b))
-    return {model: sum(values) / len(values) for model, values in found.items()}
-
-
-def correlation_of(points: Sequence[Point]) -> CorrelationEstimate:
-    """The partial correlation r, Fisher's interval tanh(atanh r +- 1.96 / sqrt(n - k - 2)), and p by the slope's t test.
+def correlation_of(points: pd.DataFrame) -> CorrelationEstimate:
+    """The partial correlation r, Fisher's interval tanh(atanh r +- 1.96 / sqrt(n - k - 2)), and p of the slope's t test.
 
     Fisher's z of an ordinary correlation has the standard error 1 / sqrt(n - 3), and of one given c other variables
-    1 / sqrt(n - 3 - c). Here these are the indicators of all models but one, c = k - 1.
+    1 / sqrt(n - 3 - c). Here these are the indicators of all models but one: c = k - 1.
     """
-    x, y = _within(points)
-    cells, models = len(points), len({point.model for point in points})
-    value = min(1.0, max(-1.0, float(x @ y / sqrt((x @ x) * (y @ y)))))
+    within = _within_models(points)
+    value = float(within["log_d_b"].corr(within["asr"]))
+    cells, models = len(points), points["model"].nunique()
     if isclose(abs(value), 1, rel_tol=1e-12):
         return CorrelationEstimate(value, (value, value), 0.0, cells)
     half = float(norm.ppf(0.975)) / sqrt(cells - models - 2)
@@ -208,43 +207,41 @@ def correlation_of(points: Sequence[Point]) -> CorrelationEstimate:
     return CorrelationEstimate(value, (tanh(atanh(value) - half), tanh(atanh(value) + half)), p, cells)
 
 
-def _without_a_loss(points: Sequence[Point]) -> tuple[float, float] | None:
-    """The least and the greatest correlation as each loss is left out; None unless there is one without each."""
-    found = []
-    for loss in {point.loss for point in points}:
-        left = [point for point in points if point.loss != loss]
-        if _why_not(left):
-            return None
-        found.append(correlation_of(left).value)
-    return min(found), max(found)
+def _correlation_range(points: pd.DataFrame) -> tuple[float, float] | None:
+    """The lowest and the highest correlation when each loss in turn is left out; None if one of them has no estimate."""
+    others = [points[points["loss"] != loss] for loss in points["loss"].unique()]
+    if any(map(_no_estimate, others)):
+        return None
+    values = [correlation_of(other).value for other in others]
+    return min(values), max(values)
 
 
 def claim_table(claims: Sequence[ClaimTest]) -> Table:
-    """A row for each claim: slope and correlation with their intervals, and the correlation without a loss or broken models."""
+    """A row for each test: slope and correlation with intervals, and the correlation without a loss or broken models."""
     estimates = ("cells", "slope", "SE", "slope low", "slope high", "p", "r", "r low", "r high")
     header = ("attack success", "on the log of", *estimates, "r least", "r greatest", "unbroken r", "unbroken cells")
-    rows = tuple(TableRow((one.asr.label, one.separation.label), _figures(one)) for one in claims)
-    return Table("Attack success and separation", header, rows, (MEANING, *_notes(claims)) if rows else ())
+    rows = tuple(TableRow((claim.asr.label, claim.separation.label), _figures(claim)) for claim in claims)
+    return Table("Attack success and separation", header, rows, (LEGEND, *_notes(claims)) if rows else ())
 
 
 def _notes(claims: Sequence[ClaimTest]) -> list[str]:
-    """Each note once, with the claims that it is of where these are not all."""
-    notes: dict[str, list[str]] = {}
-    for one in claims:
-        for note in one.notes:
-            notes.setdefault(note, []).append(f"{one.asr.label} on {one.separation.label}")
-    return [note if len(own) == len(claims) else f"{', '.join(own)}: {note}" for note, own in notes.items()]
+    """Each distinct note once, after the names of its tests unless all tests have it."""
+    tests: dict[str, list[str]] = {}
+    for claim in claims:
+        for note in claim.notes:
+            tests.setdefault(note, []).append(f"{claim.asr.label} on {claim.separation.label}")
+    return [note if len(names) == len(claims) else f"{', '.join(names)}: {note}" for note, names in tests.items()]
 
 
-def _figures(one: ClaimTest) -> tuple[TableCell, ...]:
-    """Of a row of ``claim_table``."""
-    slope = (None,) * 4 if one.slope is None else (one.slope.value, one.slope.error, *one.slope.interval)
-    r = (None,) * 3 if one.correlation is None else (one.correlation.value, *one.correlation.interval)
-    unbroken = (None, None) if one.whole is None else (one.whole.value, one.whole.cells)
+def _figures(claim: ClaimTest) -> tuple[TableCell, ...]:
+    """The figures of a row of ``claim_table``."""
+    slope = (None,) * 4 if claim.slope is None else (claim.slope.value, claim.slope.error, *claim.slope.interval)
+    r = (None,) * 3 if claim.correlation is None else (claim.correlation.value, *claim.correlation.interval)
+    unbroken = (None, None) if claim.whole is None else (claim.whole.value, claim.whole.cells)
     return (
-        TableCell(len(one.points), COUNT),
+        TableCell(len(claim.points), COUNT),
         *(TableCell(value, "{:.3f}") for value in slope),
-        TableCell(None if one.slope is None else one.slope.p, "{:.2g}"),
-        *(TableCell(value) for value in (*r, *(one.without_a_loss or (None, None)), unbroken[0])),
+        TableCell(None if claim.slope is None else claim.slope.p, "{:.2g}"),
+        *(TableCell(value) for value in (*r, *(claim.without_a_loss or (None, None)), unbroken[0])),
         TableCell(unbroken[1], COUNT),
     )

@@ -1,4 +1,4 @@
-"""``raydiv study``: run the cells of a grid as Ray jobs, and print the papers' tables of them."""
+"""``raydiv study``: run the cells of a grid as Ray jobs, and compare them in the papers' tables."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from raydiv.config import Recipe, save_recipe
 from raydiv.experiments.shared import RunGroup, distinct_preparations, evaluate_baseline, prepare_all
 from raydiv.experiments.study.cells import BASE, NO_DATA, Cell, baseline_cells, trained_cells
-from raydiv.experiments.study.collect import cell_of, identity, included, require_same
-from raydiv.experiments.study.grid import PlannedCell, baselines, planned_cells
+from raydiv.experiments.study.collect import cell_of, included_cells, require_same_recipe, run_identity
+from raydiv.experiments.study.grid import PlannedCell, StudyGrid
 from raydiv.experiments.study.jobs import CellJob, run_jobs
 from raydiv.experiments.study.page import write_study_report
 from raydiv.experiments.study.regression import ClaimTest, claim_table, claim_tests
@@ -21,7 +21,7 @@ from raydiv.experiments.study.tables import tables_of
 from raydiv.runs.directory import RunDirectory
 from raydiv.runs.output_directory import OutputDirectory
 from raydiv.runs.progress import ProgressDisplay
-from raydiv.runs.tracker import MlflowTracker, forwarded_environment
+from raydiv.runs.tracker import MlflowTracker, forwarded_uri
 from raydiv.runtime.resources import concurrent_runs
 from raydiv.runtime.session import ray_session, require_dashboard
 from raydiv.utils.errors import UserError
@@ -30,7 +30,7 @@ from raydiv.utils.versions import versions
 
 
 class StudyDirectory(OutputDirectory):
-    """The directory of a study; its cells are runs under ``cells/``, with the recipe and the log of each beside it."""
+    """The directory of a study. ``cells/`` holds the run directory, the recipe and the log of each cell."""
 
     kind = "study"
 
@@ -40,13 +40,13 @@ class StudyDirectory(OutputDirectory):
         self.cells = path / "cells"
 
     def create(self, recipe: Recipe, resume: bool) -> dict[str, Any]:
-        """Make the directory this study's; returns what an earlier attempt wrote into study.json.
+        """Create the directory or, with ``resume``, reuse it; returns the content of study.json.
 
-        Raises UserError where something else is there, or a study that is not to be resumed.
+        Raises UserError if it holds a study without ``resume``, or something else.
         """
-        begun = self.has_started(resume=resume)
+        started = self.has_started(resume=resume)
         self.cells.mkdir(parents=True, exist_ok=True)
-        if not begun:
+        if not started:
             self.write({"mlflow": {}})
         save_recipe(recipe, self.recipe)
         record: dict[str, Any] = read_json(self.record)
@@ -56,13 +56,16 @@ class StudyDirectory(OutputDirectory):
         """Write study.json."""
         write_json(self.record, content, indent=1)
 
-    def run(self, plan: PlannedCell) -> RunDirectory:
-        return RunDirectory(self.cells / plan.name)
+    def run(self, cell: PlannedCell) -> RunDirectory:
+        return RunDirectory(self.cells / cell.name)
+
+    def is_finished(self, cell: PlannedCell) -> bool:
+        return self.run(cell).result.is_file()
 
 
 @dataclass(frozen=True, slots=True)
 class StudyResult:
-    """A finished study: its directory, its cells, their tables and the test of the claim, and why cells failed, by name."""
+    """A finished study: its cells, their tables and regressions, and the error of each failed cell by name."""
 
     directory: StudyDirectory
     cells: list[Cell]
@@ -76,7 +79,7 @@ class StudyResult:
         return {
             "cells": [asdict(cell) for cell in self.cells],
             "tables": [asdict(table) for table in self.tables],
-            "claims": [asdict(claim) for claim in self.claims],
+            "claims": [claim.as_json() for claim in self.claims],
             "failures": dict(self.failures),
             "mlflow": dict(self.mlflow),
             "versions": versions(),
@@ -84,81 +87,86 @@ class StudyResult:
 
 
 def study(recipe: Recipe, *, resume: bool = False, display: ProgressDisplay | None = None) -> StudyResult:
-    """Run the cells of the recipe's study that are not finished, and compare all of them.
+    """Run the unfinished cells of the recipe's study, and compare all of its cells.
 
-    ``resume`` goes on with a study that was stopped, or that has more cells now; finished ones are not run again. A cell that
-    fails is left out, and said. Raises UserError for what the user must change, before any cell starts; RuntimeError when there
-    is no cell to compare.
+    ``resume`` continues a stopped study, and one that has more cells now; finished cells are not run again. A failed cell is
+    reported and left out.
+
+    Raises UserError, before any cell starts, if the recipe or its directory must change, and RuntimeError if no cell remains
+    to compare.
     """
     display = display or ProgressDisplay()
     if recipe.study is None:
-        raise UserError("the recipe has no section study: it says which models, data and losses are compared")
-    grid, plain, there = planned_cells(recipe), baselines(recipe), included(recipe)
+        raise UserError("study: missing section; set the models, data and losses to compare")
+    grid, included = StudyGrid.of(recipe), included_cells(recipe)
     directory = StudyDirectory.of(recipe)
-    for plan in grid:
-        if resume and directory.run(plan).result.is_file():
-            require_same(plan.recipe, directory.run(plan))
+    for cell in grid.cells:
+        if resume and directory.is_finished(cell):
+            require_same_recipe(cell.recipe, directory.run(cell))
     earlier = directory.create(recipe, resume)
     tracker = MlflowTracker(recipe, {"raydiv.kind": "study"}, display.print, earlier["mlflow"])
     mlflow = {"uri": tracker.uri, "run_id": tracker.run_id}
     directory.write(earlier | {"mlflow": mlflow})
-    missing = [plan for plan in grid if not directory.run(plan).result.is_file()]
-    with tracker.told_of_its_end():
-        measured, failures = _run(recipe, directory, missing, plain, tracker.run_id, display)
-        finished = [plan for plan in grid if directory.run(plan).result.is_file()]
-        own = {identity(directory.run(plan)): cell_of(directory.run(plan), plan) for plan in finished}
-        others = [cell for run, cell in there.items() if run not in own]
-        if len(others) < len(there):
+    with tracker.end_on_error():
+        base_cells, failures = _run(recipe, grid, directory, tracker.run_id, display)
+        finished = [cell for cell in grid.cells if directory.is_finished(cell)]
+        cells = {run_identity(directory.run(cell)): cell_of(directory.run(cell), cell) for cell in finished}
+        others = [cell for identity, cell in included.items() if identity not in cells]
+        if len(others) < len(included):
             display.print(
-                f"included runs that are cells of the study itself: {len(there) - len(others)}; each counts once"
+                f"study.include: runs that are cells of this study, counted once: {len(included) - len(others)}"
             )
-        cells = [*measured, *own.values(), *others]
-        found = _conclude(directory, cells, failures, mlflow)
+        result = _compare(directory, [*base_cells, *cells.values(), *others], failures, mlflow)
         for path in (directory.record, directory.recipe, directory.report, *sorted(directory.tables.iterdir())):
-            tracker.artifact(path)
+            tracker.log_artifact(path)
     tracker.finish()
-    return found
+    return result
 
 
 def _run(
-    recipe: Recipe,
-    directory: StudyDirectory,
-    missing: Sequence[PlannedCell],
-    plain: Mapping[str, Recipe],
-    parent: str | None,
-    display: ProgressDisplay,
+    recipe: Recipe, grid: StudyGrid, directory: StudyDirectory, mlflow_run: str | None, display: ProgressDisplay
 ) -> tuple[list[Cell], dict[str, str]]:
-    """Measure the baselines and run the cells; the former as cells, and why those that failed did, by name."""
-    if not missing and not plain:
+    """Measure the baselines and train the unfinished cells; returns the baselines, and the error of each failed cell."""
+    assert recipe.study is not None
+    unfinished = [cell for cell in grid.cells if not directory.is_finished(cell)]
+    if not unfinished and not grid.baselines:
         return [], {}
-    section = recipe.study
-    assert section is not None
     with ray_session(recipe.cluster, dashboard=True):
         require_dashboard("raydiv study")
-        measured = [_baseline(name, own, display) for name, own in plain.items()]
-        if not missing:
-            return measured, {}
-        prepare_all(distinct_preparations([plan.recipe for plan in missing]), display)
-        room, part = concurrent_runs(recipe.cluster, section.max_concurrent)
-        family = RunGroup(directory.cells, part, forwarded_environment(recipe), parent)
-        jobs = [_job(plan, directory, family) for plan in missing]
-        return measured, _run_all(jobs, room, section.keep_models, display)
+        base_cells = [_baseline_cell(name, baseline, display) for name, baseline in grid.baselines.items()]
+        if not unfinished:
+            return base_cells, {}
+        prepare_all(distinct_preparations([cell.recipe for cell in unfinished]), display)
+        runs, cluster = concurrent_runs(recipe.cluster, recipe.study.max_concurrent)
+        group = RunGroup(directory.cells, cluster, forwarded_uri(recipe), mlflow_run)
+        jobs = [_cell_job(cell, directory, group) for cell in unfinished]
+        return base_cells, _run_jobs(jobs, runs, recipe.study.keep_models, display)
 
 
-def _baseline(name: str, recipe: Recipe, display: ProgressDisplay) -> Cell:
-    """A model that is measured and not trained."""
+def _baseline_cell(name: str, recipe: Recipe, display: ProgressDisplay) -> Cell:
+    """The base cell of a model that is measured and not trained."""
     metrics = evaluate_baseline(recipe, display)
     return Cell(name, NO_DATA, BASE, 0, metrics, metrics, recipe.model.id)
 
 
-def _run_all(jobs: Sequence[CellJob], room: int, keep_models: bool, display: ProgressDisplay) -> dict[str, str]:
+def _cell_job(cell: PlannedCell, directory: StudyDirectory, group: RunGroup) -> CellJob:
+    """The job that trains a cell; writes its recipe."""
+    tags = {"raydiv.model": cell.model, "raydiv.data": cell.data, "raydiv.loss": cell.loss}
+    path = directory.cells / f"{cell.name}.yaml"
+    save_recipe(group.member_recipe(cell.recipe, cell.name, tags), path)
+    log = directory.cells / f"{cell.name}.log"
+    return CellJob(cell.name, path, directory.run(cell).path, log, frozenset(cell.recipe.cluster.env))
+
+
+def _run_jobs(jobs: Sequence[CellJob], runs: int, keep_models: bool, display: ProgressDisplay) -> dict[str, str]:
+    """Run the jobs, ``runs`` at a time; returns the error of each failed one by name."""
     failures: dict[str, str] = {}
-    over: list[str] = []
+    ended: list[str] = []
     with display.phase("cells") as update:
         update(0, len(jobs))
 
-        def ended(job: CellJob, error: str | None) -> None:
-            over.append(job.name)
+        def on_end(job: CellJob, error: str | None) -> None:
+            ended.append(job.name)
             if error is not None:
                 failures[job.name] = error
                 display.print(f"cell {job.name} failed: {error} ({job.log})")
@@ -166,49 +174,40 @@ def _run_all(jobs: Sequence[CellJob], room: int, keep_models: bool, display: Pro
                 run = RunDirectory(job.run)
                 shutil.rmtree(run.model, ignore_errors=True)
                 run.remove_checkpoints()
-            update(len(over), len(jobs), job.name)
+            update(len(ended), len(jobs), job.name)
 
-        run_jobs(jobs, room, ended, display.print)
+        run_jobs(jobs, runs, on_end, display.print)
     return failures
 
 
-def _job(plan: PlannedCell, directory: StudyDirectory, family: RunGroup) -> CellJob:
-    """A cell as a job."""
-    run = directory.run(plan)
-    tags = {"raydiv.model": plan.model, "raydiv.data": plan.data, "raydiv.loss": plan.loss}
-    path = directory.cells / f"{plan.name}.yaml"
-    save_recipe(family.member_recipe(plan.recipe, plan.name, tags), path)
-    log = directory.cells / f"{plan.name}.log"
-    return CellJob(plan.name, path, run.path, log, frozenset(plan.recipe.cluster.env))
-
-
-def _conclude(
+def _compare(
     directory: StudyDirectory, cells: Sequence[Cell], failures: Mapping[str, str], mlflow: Mapping[str, str | None]
 ) -> StudyResult:
-    """Write tables, report and study.json. Raises RuntimeError where there is nothing to compare."""
+    """Write tables, report and study.json. Raises RuntimeError without a cell."""
     if not cells:
-        first = next(iter(failures.items()))
-        raise RuntimeError(f"every cell failed, the first ({first[0]}) with: {first[1]}")
-    named = {cell.model for cell in cells if cell.is_base}
-    whole = [*(base for base in baseline_cells(trained_cells(cells)) if base.model not in named), *cells]
-    tables, claims = tables_of(whole), claim_tests(whole)
-    found = StudyResult(directory, whole, tables, claims, failures, mlflow)
+        name, error = next(iter(failures.items()))
+        raise RuntimeError(f"all cells failed; cell {name}: {error}")
+    trained = trained_cells(cells)
+    measured = {cell.model for cell in cells if cell.is_base}
+    all_cells = [*(cell for cell in baseline_cells(trained) if cell.model not in measured), *cells]
+    tables, claims = tables_of(all_cells), claim_tests(all_cells)
+    result = StudyResult(directory, all_cells, tables, claims, failures, mlflow)
     write_tables(directory.tables, [*tables, claim_table(claims)])
-    directory.write(found.as_json())
-    own = trained_cells(whole)
+    directory.write(result.as_json())
     axes = {"Models": "model", "Data": "data", "Losses": "loss", "Seeds": "seed"}
-    facts = {label: ", ".join(dict.fromkeys(str(getattr(cell, axis)) for cell in own)) for label, axis in axes.items()}
-    notes = [f"the cell {name} failed and is left out: {error}" for name, error in failures.items()]
+    facts = {
+        label: ", ".join(dict.fromkeys(str(getattr(cell, axis)) for cell in trained)) for label, axis in axes.items()
+    }
     write_study_report(
         directory.report,
         directory.pictures,
         {
             "name": directory.path.name,
             "facts": facts,
-            "cells": whole,
+            "cells": all_cells,
             "tables": tables,
             "claims": claims,
-            "notes": notes,
+            "notes": [f"cell {name} failed and is left out: {error}" for name, error in failures.items()],
         },
     )
-    return found
+    return result

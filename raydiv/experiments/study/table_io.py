@@ -1,4 +1,4 @@
-"""Tables of figures, and how they are written: as CSV with all digits, and as Markdown for people."""
+"""Tables of figures, and their files: CSV with all digits, and Markdown for reading."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class TableCell:
-    """A number of a table and its format; None where there is none. ``spread`` is its standard deviation over seeds."""
+    """A number of a table and its format; None is a missing one. ``spread`` is its standard deviation over seeds."""
 
     value: float | None
     form: str = "{:.2f}"
@@ -19,17 +19,18 @@ class TableCell:
     best: bool = False
 
     def __str__(self) -> str:
-        spread = "" if self.spread is None else f" ± {self._shown(self.spread)}"
-        return "-" if self.value is None else self._shown(self.value) + spread
+        if self.value is None:
+            return "-"
+        return " ± ".join(self._formatted(number) for number in (self.value, self.spread) if number is not None)
 
-    def _shown(self, value: float) -> str:
-        shown = self.form.format(value)
-        return shown.removeprefix("-") if re.fullmatch(r"-0(\.0+)?%?", shown) else shown
+    def _formatted(self, number: float) -> str:
+        text = self.form.format(number)
+        return text.removeprefix("-") if re.fullmatch(r"-0(\.0+)?%?", text) else text
 
 
 @dataclass(frozen=True, slots=True)
 class TableRow:
-    """What a row is of, in words, and its figures."""
+    """The names that identify a row, and its figures."""
 
     words: tuple[str, ...]
     figures: tuple[TableCell, ...]
@@ -37,7 +38,7 @@ class TableRow:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A heading for each column of words and then of figures, and what must be read beside the rows."""
+    """Rows under a heading for each column, first those of words and then those of figures, and notes on reading them."""
 
     title: str
     header: tuple[str, ...]
@@ -46,58 +47,58 @@ class Table:
 
     @property
     def slug(self) -> str:
-        """Its title as the name of a file."""
+        """The title as a file name."""
         return slug(self.title)
 
     @property
     def keys(self) -> int:
-        """How many columns are of words."""
+        """The number of columns of words."""
         return len(self.rows[0].words) if self.rows else 0
 
 
-def slug(words: str) -> str:
-    """Words as the name of a file."""
-    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+def slug(title: str) -> str:
+    """The title as a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
 def write_tables(folder: Path, tables: Sequence[Table]) -> None:
-    """SLUG.csv and SLUG.md of each."""
+    """Write SLUG.csv and SLUG.md of each table."""
     folder.mkdir(parents=True, exist_ok=True)
     for table in tables:
-        with (folder / f"{table.slug}.csv").open("w", newline="") as content:
-            csv.writer(content, lineterminator="\n").writerows(_in_full(table))
+        with (folder / f"{table.slug}.csv").open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            columns = _columns(table)
+            writer.writerow(name for name, _ in columns)
+            writer.writerows(zip(*(values for _, values in columns), strict=True))
         (folder / f"{table.slug}.md").write_text(markdown(table))
 
 
 def markdown(table: Table) -> str:
-    """Title, table and notes; the best figures are bold."""
+    """Title, table and notes in Markdown; the best figures are bold."""
     rule = ["---"] * table.keys + ["---:"] * (len(table.header) - table.keys)
-    rows = [[*map(_plain, row.words), *map(_marked, row.figures)] for row in table.rows]
-    lines = ["| " + " | ".join(line) + " |" for line in [[*map(_plain, table.header)], rule, *rows]]
-    notes = [f"- {_plain(note)}" for note in table.notes]
-    return "\n".join([f"## {_plain(table.title)}", "", *lines, *([""] if notes else []), *notes, ""])
+    rows = [
+        [*map(_escaped, row.words), *(f"**{cell}**" if cell.best else str(cell) for cell in row.figures)]
+        for row in table.rows
+    ]
+    lines = ["| " + " | ".join(line) + " |" for line in [[*map(_escaped, table.header)], rule, *rows]]
+    notes = [f"- {_escaped(note)}" for note in table.notes]
+    return "\n".join([f"## {_escaped(table.title)}", "", *lines, *([""] if notes else []), *notes, ""])
 
 
-def _marked(figure: TableCell) -> str:
-    return f"**{figure}**" if figure.best else str(figure)
+def _escaped(text: str) -> str:
+    r"""The text without meaning in Markdown: a|b is a\|b. An underscore between letters needs no escape."""
+    return re.sub(r"([\\`*|<>\[\]]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
 
 
-def _plain(words: str) -> str:
-    r"""In Markdown nothing of a name has a meaning: a|b is a\|b. An underscore between letters has none anyway."""
-    return re.sub(r"([\\`*|<>\[\]]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(words.split()))
-
-
-def _in_full(table: Table) -> list[list[str | float]]:
-    """Header and rows; a figure that is none is empty, and a column with spreads is followed by one of them."""
-    names = table.header[table.keys :]
-    spread = [any(row.figures[n].spread is not None for row in table.rows) for n in range(len(names))]
-    header: list[str | float] = [*table.header[: table.keys]]
-    for name, has in zip(names, spread, strict=True):
-        header += [name, f"{name} sd"] if has else [name]
-    return [header, *([*row.words, *_digits(row.figures, spread)] for row in table.rows)]
-
-
-def _digits(figures: Sequence[TableCell], spread: Sequence[bool]) -> list[str | float]:
-    pairs = zip(figures, spread, strict=True)
-    ends = [end for figure, has in pairs for end in ((figure.value, figure.spread) if has else (figure.value,))]
-    return ["" if end is None else end for end in ends]
+def _columns(table: Table) -> list[tuple[str, list[str | float | None]]]:
+    """The columns of a CSV file by name, figures with all digits. A column with spreads is followed by NAME sd."""
+    columns: list[tuple[str, list[str | float | None]]] = []
+    for n, name in enumerate(table.header):
+        if n < table.keys:
+            columns.append((name, [row.words[n] for row in table.rows]))
+            continue
+        figures = [row.figures[n - table.keys] for row in table.rows]
+        columns.append((name, [figure.value for figure in figures]))
+        if any(figure.spread is not None for figure in figures):
+            columns.append((f"{name} sd", [figure.spread for figure in figures]))
+    return columns

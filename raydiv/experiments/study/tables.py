@@ -1,205 +1,191 @@
-"""The tables of a study: its cells, the average rank of each loss, and one kind of data against another."""
+"""The tables of a study: its cells, the average rank of each loss, and each two kinds of data against each other."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from itertools import combinations
-from math import sqrt
-from statistics import fmean, stdev
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, combinations
 
-import numpy as np
-from scipy.stats import rankdata, t, wilcoxon
+import pandas as pd
+from scipy.stats import t, wilcoxon
 
-from raydiv.experiments.study.cells import Cell, Key, in_order, trained_cells
+from raydiv.experiments.study.cells import Cell, Key, finite, grouped_cells, trained_cells
 from raydiv.experiments.study.measures import BROKEN, Measure, is_broken, measures
 from raydiv.experiments.study.table_io import Table, TableCell, TableRow
 
-RANK = "{:.2f}"
+AXES = ["model", "data", "loss"]
 
-FEWEST_RANKED = 6
-"""Differences that Wilcoxon's test needs: of five alike even the smallest two-sided p is 2 / 2^5 = 0.06."""
+FEWEST_DIFFERENCES = 6
+"""Differences that Wilcoxon's test needs: of five of one sign even the smallest two-sided p is 2 / 2^5 = 0.06."""
 
 
 def tables_of(cells: Sequence[Cell]) -> list[Table]:
-    """All of them, without those that the cells have nothing for; base cells are rows of the first."""
-    kinds = dict.fromkeys(cell.data for cell in trained_cells(cells))
-    compared = [
+    """All tables that have rows; base cells are rows of the first."""
+    data = dict.fromkeys(cell.data for cell in trained_cells(cells))
+    comparisons = [
         table
-        for first, second in combinations(kinds, 2)
+        for first, second in combinations(data, 2)
         for table in (against(cells, first, second), paired(cells, first, second))
     ]
-    every = [cell_table(cells), rank_table(cells), *compared]
-    return [table for table in every if table.rows]
+    return [table for table in (cell_table(cells), rank_table(cells), *comparisons) if table.rows]
+
+
+@dataclass(frozen=True, slots=True)
+class SeedStatistics:
+    """The mean and the sample standard deviation of each measure over the cells that differ only in their seed.
+
+    Both frames have a row for each (model, data, loss) and a column for each measure's metric. They hold NaN where no cell has
+    a value, or only one for a standard deviation.
+    """
+
+    measures: list[Measure]
+    mean: pd.DataFrame
+    deviation: pd.DataFrame
+
+    @classmethod
+    def of(cls, cells: Sequence[Cell]) -> SeedStatistics:
+        known, ordered = measures(cells), list(chain(*grouped_cells(cells).values()))
+        index = pd.MultiIndex.from_tuples([cell.key for cell in ordered], names=AXES)
+        values = {measure.metric: [measure.of(cell) for cell in ordered] for measure in known}
+        seeds = pd.DataFrame(values, index, dtype=float).groupby(level=AXES, sort=False)
+        return cls(known, seeds.mean(), seeds.std())
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(measure.label for measure in self.measures)
+
+    def figures(self, key: Key) -> tuple[TableCell, ...]:
+        """The figures of a row, a cell for each measure."""
+        return tuple(
+            TableCell(finite(float(mean)), measure.form, finite(float(deviation)))
+            for measure, mean, deviation in zip(self.measures, self.mean.loc[key], self.deviation.loc[key], strict=True)
+        )
 
 
 def cell_table(cells: Sequence[Cell]) -> Table:
-    """A row for each model, data and loss: means over seeds, and their sample standard deviation.
+    """A row for each model, data and loss: means over seeds, and their sample standard deviations.
 
-    The best of the losses on one model and data are marked, where they differ and a measure has a good end; no broken model is.
+    The best loss of each model and data is marked for each measure that has a good end, unless all of them are equal. Broken
+    models are never marked.
     """
-    known, groups = measures(cells), in_order(cells)
-    rows = {key: [measure.figure(own) for measure in known] for key, own in groups.items()}
-    whole = [key for key, own in groups.items() if not is_broken(own)]
-    marked = [TableRow(key, tuple(row)) for key, row in _best_of_blocks(rows, whole, known).items()]
-    broken = f"never marked as best: broken models (more than {BROKEN:.0%} degenerate answers), of which there are"
-    notes = [*_of_seeds(groups), *([f"{broken} {len(rows) - len(whole)}"] if len(whole) < len(rows) else [])]
-    return Table("Cells", ("model", "data", "loss", *_labels(known)), tuple(marked), tuple(notes))
+    header = ("model", "data", "loss")
+    if not cells:
+        return Table("Cells", header, ())
+    groups, statistics = grouped_cells(cells), SeedStatistics.of(cells)
+    broken = [key for key, group in groups.items() if is_broken(group)]
+    scores = statistics.mean.drop(broken) * [measure.better for measure in statistics.measures]
+    blocks = scores.groupby(level=AXES[:2])
+    highest, lowest = blocks.transform("max"), blocks.transform("min")
+    best = (scores.eq(highest) & highest.ne(lowest)).reindex(statistics.mean.index, fill_value=False)
+    rows = tuple(TableRow(key, _marked(statistics.figures(key), best.loc[key])) for key in groups)
+    notes = []
+    seeds = sorted({len(group) for group in groups.values() if not group[0].is_base})
+    if seeds and seeds[-1] > 1:
+        count = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+        notes.append(f"mean ± sample standard deviation over seeds ({count} for each loss)")
+    if broken:
+        notes.append(f"broken models (more than {BROKEN:.0%} degenerate answers), never marked as best: {len(broken)}")
+    return Table("Cells", (*header, *statistics.labels), rows, tuple(notes))
 
 
-def _best_of_blocks(
-    rows: Mapping[Key, list[TableCell]], rivals: Sequence[Key], known: Sequence[Measure]
-) -> dict[Key, list[TableCell]]:
-    """The rows with the best figure of the rivals of each (model, data) marked."""
-    found = {key: list(row) for key, row in rows.items()}
-    for block in dict.fromkeys(key[:2] for key in rows):
-        own = [found[key] for key in rivals if key[:2] == block]
-        for column, measure in enumerate(known):
-            for row, figure in zip(own, _best([row[column] for row in own], measure.better), strict=True):
-                row[column] = figure
-    return found
-
-
-def _best(figures: Sequence[TableCell], better: int) -> list[TableCell]:
-    """The figures, those at the good end marked; none where all are alike."""
-    values = [figure.value * better for figure in figures if figure.value is not None]
-    if not values or min(values) == max(values):
-        return list(figures)
-    return [
-        replace(figure, best=figure.value is not None and figure.value * better == max(values)) for figure in figures
-    ]
-
-
-def _of_seeds(groups: Mapping[Key, Sequence[Cell]]) -> tuple[str, ...]:
-    """That there are several seeds, and how many."""
-    counts = sorted({len(own) for own in groups.values() if not own[0].is_base})
-    if not counts or counts[-1] < 2:
-        return ()
-    seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return (f"mean ± sample standard deviation over seeds, of which there are {seeds}",)
+def _marked(figures: Sequence[TableCell], best: pd.Series[bool]) -> tuple[TableCell, ...]:
+    return tuple(replace(figure, best=bool(mark)) for figure, mark in zip(figures, best, strict=True))
 
 
 def rank_table(cells: Sequence[Cell]) -> Table:
-    """The average rank of each loss, by each measure that has a good end and by all measures of safety; no rows of one loss.
+    """The average rank of each loss by each measure that has a good end, and by all measures of safety.
 
-    In each (model, data) block losses are ranked by their means over seeds, the best first and ties at their average rank; a
-    loss's rank is averaged over the blocks. A block in which a loss is missing would favour the others' ranks, and is left out.
+    The losses on one model and data are ranked by their means over seeds: 1 is the best, and ties share their average rank. A
+    loss's rank is averaged over models and data. A model and data that lack a loss are left out, since this would favour the
+    ranks of the others. Without a second loss the table has no rows.
     """
-    own = trained_cells(cells)
-    losses = tuple(dict.fromkeys(cell.loss for cell in own))
-    known = [measure for measure in measures(own) if measure.better]
+    trained = trained_cells(cells)
+    losses = list(dict.fromkeys(cell.loss for cell in trained))
     if len(losses) < 2:
         return Table("Average rank", ("loss",), ())
-    ranks = {measure: _average_ranks(own, losses, measure) for measure in known}
-    safety = [measure for measure in known if measure.safety and ranks[measure]]
-    columns = [ranks[measure] for measure in known]
+    statistics = SeedStatistics.of(trained)
+    ranked = [measure for measure in statistics.measures if measure.better]
+    labels = {measure.metric: measure.label for measure in ranked}
+    ranks = pd.DataFrame({m.metric: _average_ranks(statistics.mean[m.metric] * m.better) for m in ranked}, losses)
+    notes = _incomplete_blocks(statistics.mean, losses, labels)
+    safety = [measure.metric for measure in ranked if measure.safety and ranks[measure.metric].notna().any()]
     if safety:
-        columns.insert(0, {loss: fmean(ranks[measure][loss] for measure in safety) for loss in losses})
-    marked = [_best([TableCell(column.get(loss), RANK) for loss in losses], -1) for column in columns]
-    rows = tuple(TableRow((loss,), figures) for loss, figures in zip(losses, zip(*marked, strict=True), strict=True))
-    by_safety = [f"safety: the mean of the ranks by {', '.join(_labels(safety))}"] if safety else []
-    header = ("loss", *(["safety"] if safety else []), *_labels(known))
-    return Table("Average rank", header, rows, (*by_safety, *_left_out(own, losses, known)))
+        ranks.insert(0, "safety", ranks[safety].mean(axis=1))
+        notes.insert(0, f"safety: the mean of the ranks by {', '.join(labels[metric] for metric in safety)}")
+    best = ranks.eq(ranks.min()) & ranks.min().ne(ranks.max())
+    rows = tuple(
+        TableRow((loss,), _marked([TableCell(finite(float(rank))) for rank in ranks.loc[loss]], best.loc[loss]))
+        for loss in losses
+    )
+    return Table("Average rank", ("loss", *(labels.get(name, name) for name in ranks)), rows, tuple(notes))
 
 
-def _blocks(cells: Sequence[Cell]) -> dict[tuple[str, str], dict[str, list[Cell]]]:
-    """The cells of each model and data, by loss."""
-    found: dict[tuple[str, str], dict[str, list[Cell]]] = {}
-    for (model, data, loss), own in in_order(cells).items():
-        found.setdefault((model, data), {})[loss] = own
-    return found
+def _average_ranks(scores: pd.Series[float]) -> pd.Series[float]:
+    """The rank of each loss, averaged over the models and data that have a score of every loss; NaN without any."""
+    return scores.round(12).unstack("loss").dropna().rank(axis=1, ascending=False).mean()
 
 
-def _average_ranks(cells: Sequence[Cell], losses: Sequence[str], measure: Measure) -> dict[str, float]:
-    """By loss, over the blocks that have every loss; empty where none has."""
-    ranked = []
-    for block in _blocks(cells).values():
-        values = [measure.mean(block.get(loss, [])) for loss in losses]
-        if None not in values:
-            ranked.append(rankdata(-measure.better * np.round(np.array(values, dtype=np.float64), 12)))
-    return dict(zip(losses, np.mean(ranked, axis=0).tolist(), strict=True)) if ranked else {}
-
-
-def _left_out(cells: Sequence[Cell], losses: Sequence[str], known: Sequence[Measure]) -> list[str]:
-    """The blocks in which a loss is missing, for all measures or for some."""
+def _incomplete_blocks(means: pd.DataFrame, losses: Sequence[str], labels: dict[str, str]) -> list[str]:
+    """A note for each model and data that lack a loss, by all measures or by some."""
     notes = []
-    for (model, data), block in _blocks(cells).items():
-        by_missing: dict[tuple[str, ...], list[Measure]] = {}
-        for measure in known:
-            missing = tuple(loss for loss in losses if measure.mean(block.get(loss, [])) is None)
-            by_missing.setdefault(missing, []).append(measure)
-        for missing, lacking in by_missing.items():
-            where = "" if len(lacking) == len(known) else f" by {', '.join(_labels(lacking))}"
-            if missing:
-                notes.append(f"left out: {model} on {data}{where}, which lacks {', '.join(missing)}")
+    for (model, data), block in means[list(labels)].groupby(level=AXES[:2], sort=False):
+        missing = block.droplevel(AXES[:2]).reindex(losses).isna()
+        by_losses: dict[tuple[str, ...], list[str]] = {}
+        for metric, label in labels.items():
+            by_losses.setdefault(tuple(missing.index[missing[metric]]), []).append(label)
+        for absent, lacking in by_losses.items():
+            where = "" if len(lacking) == len(labels) else f" by {', '.join(lacking)}"
+            if absent:
+                notes.append(f"left out: {model} on {data}{where}, which lacks {', '.join(absent)}")
     return notes
 
 
 def against(cells: Sequence[Cell], first: str, second: str) -> Table:
-    """For each model and loss that was trained on both kinds of data: each measure by both, and the difference."""
-    known = measures(trained_cells(cells))
-    rows = []
-    for (model, loss), (one, other) in _pairs(cells, first, second).items():
-        rows += [
-            TableRow((model, loss, first), tuple(measure.figure(one) for measure in known)),
-            TableRow((model, loss, second), tuple(measure.figure(other) for measure in known)),
-            TableRow((model, loss, "difference"), tuple(_difference(measure, one, other) for measure in known)),
-        ]
-    return Table(f"{first} against {second}", ("model", "loss", "data", *_labels(known)), tuple(rows))
+    """Both kinds of data and their difference by each measure, for each model and loss that was trained on both."""
+    statistics, rows = SeedStatistics.of(trained_cells(cells)), []
+    means = statistics.mean
+    for model, loss in dict.fromkeys((model, loss) for model, _, loss in means.index):
+        keys = (model, first, loss), (model, second, loss)
+        if all(key in means.index for key in keys):
+            differences = means.loc[keys[0]] - means.loc[keys[1]]
+            figures = (
+                TableCell(finite(float(differences[measure.metric])), _signed(measure.form))
+                for measure in statistics.measures
+            )
+            rows += [TableRow((model, loss, key[1]), statistics.figures(key)) for key in keys]
+            rows.append(TableRow((model, loss, "difference"), tuple(figures)))
+    return Table(f"{first} against {second}", ("model", "loss", "data", *statistics.labels), tuple(rows))
 
 
 def paired(cells: Sequence[Cell], first: str, second: str) -> Table:
-    """For each measure the mean difference d of the first kind of data less the second, over the n (model, loss) with both.
+    """The mean difference of the two kinds of data by each measure, over the n pairs of model and loss with both.
 
-    Its 95% interval is d +- t(0.975; n - 1) s / sqrt(n), with s the differences' sample standard deviation; p is Wilcoxon's
-    signed-rank test's, of FEWEST_RANKED differences or more, that are not all nought.
+    The 95% interval of the mean d is d +- t(0.975; n - 1) s / sqrt(n), where s is the sample standard deviation of the
+    differences. p is that of Wilcoxon's signed-rank test, given at least FEWEST_DIFFERENCES differences that are not all 0.
     """
-    rows = []
-    pairs = _pairs(cells, first, second).values()
-    for measure in measures(trained_cells(cells)):
-        both = [(measure.mean(one), measure.mean(other)) for one, other in pairs]
-        known = [(one, other) for one, other in both if one is not None and other is not None]
-        if known:
-            rows.append(TableRow((measure.label,), _of_differences(known, measure.form)))
+    statistics, rows = SeedStatistics.of(trained_cells(cells)), []
+    for measure in statistics.measures:
+        pairs = statistics.mean[measure.metric].unstack("data").reindex(columns=[first, second]).dropna()
+        if not pairs.empty:
+            rows.append(TableRow((measure.label,), _paired_figures(pairs[first], pairs[second], measure.form)))
     header = ("measure", "pairs", first, second, "difference", "95% low", "95% high", "Wilcoxon p")
-    note = "pairs of one model, or of one loss, are alike: intervals and p take them as independent"
+    note = "intervals are too narrow and p is too small: pairs of one model, or of one loss, count as independent"
     return Table(f"{first} against {second}: paired differences", header, tuple(rows), (note,))
 
 
-def _pairs(
-    cells: Sequence[Cell], first: str, second: str
-) -> dict[tuple[str, str], tuple[Sequence[Cell], Sequence[Cell]]]:
-    """The cells of both kinds of data, by model and loss."""
-    groups = in_order(trained_cells(cells))
-    names = dict.fromkeys((model, loss) for model, _, loss in groups)
-    both = {name: tuple(groups.get((name[0], data, name[1]), []) for data in (first, second)) for name in names}
-    return {name: (one, other) for name, (one, other) in both.items() if one and other}
-
-
-def _difference(measure: Measure, one: Sequence[Cell], other: Sequence[Cell]) -> TableCell:
-    ends = measure.mean(one), measure.mean(other)
-    return TableCell(None if ends[0] is None or ends[1] is None else ends[0] - ends[1], _signed(measure.form))
-
-
-def _of_differences(pairs: Sequence[tuple[float, float]], form: str) -> tuple[TableCell, ...]:
-    """Count, both means, mean difference, its interval's ends and p."""
-    differences = [one - other for one, other in pairs]
-    n, mean = len(differences), fmean(differences)
-    half = float(t.ppf(0.975, n - 1)) * stdev(differences) / sqrt(n) if n > 1 else None
-    p = float(wilcoxon(differences).pvalue) if n >= FEWEST_RANKED and any(differences) else None
-    ends = (None, None) if half is None else (mean - half, mean + half)
-    means = [fmean(values) for values in zip(*pairs, strict=True)]
+def _paired_figures(first: pd.Series[float], second: pd.Series[float], form: str) -> tuple[TableCell, ...]:
+    """Number of pairs, both means, mean difference, the ends of its interval, and p."""
+    differences = first - second
+    n, mean = len(differences), differences.mean()
+    half = t.ppf(0.975, n - 1) * differences.sem()
+    p = float(wilcoxon(differences).pvalue) if n >= FEWEST_DIFFERENCES and differences.any() else None
     return (
         TableCell(n, "{:.0f}"),
-        *(TableCell(value, form) for value in means),
-        *(TableCell(value, _signed(form)) for value in (mean, *ends)),
+        *(TableCell(finite(float(value)), form) for value in (first.mean(), second.mean())),
+        *(TableCell(finite(float(value)), _signed(form)) for value in (mean, mean - half, mean + half)),
         TableCell(p, "{:.2g}"),
     )
 
 
 def _signed(form: str) -> str:
     return form.replace("{:", "{:+")
-
-
-def _labels(known: Sequence[Measure]) -> tuple[str, ...]:
-    return tuple(measure.label for measure in known)
