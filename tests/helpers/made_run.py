@@ -1,4 +1,4 @@
-"""A run directory made by hand, with numbers such as a real run leaves, for whatever reads runs."""
+"""A run directory made by hand, with numbers like those of a real run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COUNTS = {"examples": 1442, "aligned": 721, "unaligned": 721, "pairs": 721, "pro
 
 
 def make_run(path: Path, *overrides: str, measured: bool = True, name: str = "made") -> RunDirectory:
-    """A finished run of kldo and sft. Without ``measured`` there are the training steps and nothing else."""
+    """A finished run of kldo and sft; without ``measured`` it has the training steps alone."""
     run = RunDirectory(path / name)
     run.path.mkdir()
     ends = ["data.eval=0.05", "evaluate.every=12", "evaluate.prompts=bundled:heldout"]
@@ -35,7 +35,7 @@ def make_run(path: Path, *overrides: str, measured: bool = True, name: str = "ma
             run.metrics.append(_held_out(step))
     if measured:
         rewards = {"aligned": generator.normal(-0.6, 0.5, 36), "unaligned": generator.normal(-2.8, 0.9, 36)}
-        write_json(run.rewards, {name: found.tolist() for name, found in rewards.items()})
+        write_json(run.rewards, {name: values.tolist() for name, values in rewards.items()})
         _measure(run, "after", 1.0, generator)
     run.result.write_text(json.dumps(_result(name, measured, run)))
     return run
@@ -53,22 +53,22 @@ def _recipe(name: str) -> dict[str, Any]:
 
 
 def _rewards(step: float) -> dict[str, float]:
-    risen = 1 - np.exp(-step / 25)
-    return {"reward/aligned": -0.6 * risen, "reward/unaligned": -2.9 * risen, "reward/margin": 2.3 * risen}
+    progress = 1 - np.exp(-step / 25)
+    return {"reward/aligned": -0.6 * progress, "reward/unaligned": -2.9 * progress, "reward/margin": 2.3 * progress}
 
 
 def _step(step: int, generator: np.random.Generator) -> dict[str, Any]:
     noise = generator.normal(0, 0.12, 3)
     rewards = {name: value + 1.5 * drift for (name, value), drift in zip(_rewards(step).items(), noise, strict=True)}
-    risen = 1 - np.exp(-step / 20)
+    progress = 1 - np.exp(-step / 20)
     return {
         "step": step,
-        "loss": 4.0 - 1.9 * risen + noise[0],
-        "divergence": 0.46 * risen + 0.5 * noise[1],
-        "divergence/ema": 0.46 * risen,
+        "loss": 4.0 - 1.9 * progress + noise[0],
+        "divergence": 0.46 * progress + 0.5 * noise[1],
+        "divergence/ema": 0.46 * progress,
         "divergence/name": NAME,
         "divergence/ceiling": float(np.log(2)),
-        "log_ratio/rms": 24 * risen + 10 * abs(noise[2]),
+        "log_ratio/rms": 24 * progress + 10 * abs(noise[2]),
         **rewards,
         "reward/margin/ema": _rewards(step)["reward/margin"],
         "grad_norm": 1.2 + 2 * np.exp(-step / 10) + abs(noise[0]),
@@ -76,14 +76,14 @@ def _step(step: int, generator: np.random.Generator) -> dict[str, Any]:
 
 
 def _held_out(step: int) -> dict[str, float]:
-    risen = 1 - np.exp(-step / 20)
-    found = {
-        "loss": 4.05 - 1.7 * risen,
-        "divergence": 0.43 * risen,
-        "log_ratio/rms": 23 * risen,
+    progress = 1 - np.exp(-step / 20)
+    metrics = {
+        "loss": 4.05 - 1.7 * progress,
+        "divergence": 0.43 * progress,
+        "log_ratio/rms": 23 * progress,
         **_rewards(0.9 * step),
     }
-    return {"step": step} | {f"eval/{name}": float(value) for name, value in found.items()}
+    return {"step": step} | {f"eval/{name}": float(value) for name, value in metrics.items()}
 
 
 def _measure(run: RunDirectory, when: str, trained: float, generator: np.random.Generator) -> None:
@@ -124,7 +124,7 @@ def _measure(run: RunDirectory, when: str, trained: float, generator: np.random.
 
 
 def _rate(count: float, of: int) -> dict[str, Any]:
-    """With an interval that is about Wilson's."""
+    """A rate with roughly its Wilson interval."""
     share = count / of
     half = 1.96 * (share * (1 - share) / of) ** 0.5 + 0.01
     return {

@@ -1,4 +1,4 @@
-"""Reports read back: the tags of a page, the axis of a figure, the lines of an axis."""
+"""Readers of reports: the tags of a page, the axis of a figure, the lines of an axis."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from raydiv.runs.report.drawing import Picture
 
 
 class Reader(HTMLParser):
-    """Every tag with its attributes, and whether all that was opened was closed."""
+    """Every tag with its attributes, and the tags that are still open."""
 
     def __init__(self, page: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The reports of a run and of a sweep in a browser: headless Chromium, on a phone, a desk and paper, light and dark."""
+"""The reports of a run and a sweep in headless Chromium: phone, desktop and paper widths, light and dark."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ PHONE, DESK, PAPER = 390, 1280, 688
 """Widths in CSS pixels; PAPER is A4 without its margins."""
 
 PICTURES = {"phone": 10, "desk": 10, "paper": 10, "bare": 6, "sweep, phone": 8, "sweep, desk": 8, "sweep, paper": 8}
-"""How many each page has, by its medium."""
+"""The number of pictures in each page, by its medium."""
 
 DARK = "--blink-settings=preferredColorScheme=0"
 
-# a window is never narrower than 500 pixels, and a frame is as narrow as it is made
+# a window is at least 500 pixels wide; a frame may be narrower
 FRAME = '<iframe style="border: 0" width="{width}" height="844" srcdoc="{page}"></iframe>'
 LOOK = """
 const look = (page) => {
@@ -65,23 +65,23 @@ addEventListener("load", () => {
 
 
 def chromium(*arguments: str, profile: Path) -> str:
-    """What a browser with a profile of its own, and without a network, prints."""
+    """The output of a browser with a separate profile and without a network."""
     assert BROWSER
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
-    alone = [f"--user-data-dir={profile}", "--proxy-server=127.0.0.1:9", "--hide-scrollbars"]
-    done = subprocess.run([*command, *alone, *arguments], capture_output=True, text=True, check=True, timeout=120)
+    isolation = [f"--user-data-dir={profile}", "--proxy-server=127.0.0.1:9", "--hide-scrollbars"]
+    done = subprocess.run([*command, *isolation, *arguments], capture_output=True, text=True, check=True, timeout=120)
     return done.stdout
 
 
-def seen(folder: Path, pages: list[tuple[str, int]], *arguments: str) -> list[dict[str, Any]]:
-    """What a browser makes of each page in a frame of its width."""
+def inspect(folder: Path, pages: list[tuple[str, int]], *arguments: str) -> list[dict[str, Any]]:
+    """Boxes, texts and colours of each page in a frame of its width."""
     frames = "".join(FRAME.format(width=width, page=html.escape(page)) for page, width in pages)
     wrapper = folder / "wrapper.html"
     style = "<style>:root { color-scheme: light dark; }</style>"
     wrapper.write_text(f"<!doctype html><meta charset=utf-8>{style}<script>{LOOK}</script><body>{frames}")
-    shown = chromium("--dump-dom", *arguments, wrapper.as_uri(), profile=folder / "profile")
-    found: list[dict[str, Any]] = json.loads(html.unescape(re.findall(r"<pre>(.*)</pre>", shown)[0]))
-    return found
+    dom = chromium("--dump-dom", *arguments, wrapper.as_uri(), profile=folder / "profile")
+    pages_seen: list[dict[str, Any]] = json.loads(html.unescape(re.findall(r"<pre>(.*)</pre>", dom)[0]))
+    return pages_seen
 
 
 def on_paper(page: str) -> str:
@@ -110,35 +110,36 @@ def sweep(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def light(run: RunDirectory, sweep: Path, folder: Path) -> dict[str, dict[str, Any]]:
-    """The report on each medium, and one with nothing in it but the updates."""
+    """The report on each medium, and the report of a run that measured nothing but its updates."""
     bare = make_run(folder, measured=False, name="bare")
     write_report(bare)
-    full, little, search = run.report.read_text(), bare.report.read_text(), sweep.read_text()
-    pages = {"phone": (full, PHONE), "desk": (full, DESK), "paper": (on_paper(full), PAPER), "bare": (little, PHONE)}
+    full, search = run.report.read_text(), sweep.read_text()
+    pages = {"phone": (full, PHONE), "desk": (full, DESK), "paper": (on_paper(full), PAPER)}
+    pages["bare"] = (bare.report.read_text(), PHONE)
     pages |= {"sweep, phone": (search, PHONE), "sweep, desk": (search, DESK), "sweep, paper": (on_paper(search), PAPER)}
-    return dict(zip(pages, seen(folder, list(pages.values())), strict=True))
+    return dict(zip(pages, inspect(folder, list(pages.values())), strict=True))
 
 
 @pytest.fixture(scope="module")
 def dark(run: RunDirectory, sweep: Path, folder: Path) -> dict[str, dict[str, Any]]:
     full, search = run.report.read_text(), sweep.read_text()
     pages = {"desk": (full, DESK), "paper": (on_paper(full), PAPER), "sweep, desk": (search, DESK)}
-    return dict(zip(pages, seen(folder, list(pages.values()), DARK), strict=True))
+    return dict(zip(pages, inspect(folder, list(pages.values()), DARK), strict=True))
 
 
 @pytest.mark.parametrize("medium", PICTURES)
 def test_nothing_is_wider_than_the_page(light: dict[str, dict[str, Any]], medium: str) -> None:
-    found = light[medium]
-    assert found["scrolls"] <= found["width"]
-    assert found["measured"][2] <= found["width"]
-    assert found["requests"] == []
+    page = light[medium]
+    assert page["scrolls"] <= page["width"]
+    assert page["measured"][2] <= page["width"]
+    assert page["requests"] == []
 
 
 @pytest.mark.parametrize("medium", PICTURES)
 def test_pictures_are_whole_and_their_text_is_large_enough(light: dict[str, dict[str, Any]], medium: str) -> None:
-    found = light[medium]
-    assert len(found["pictures"]) == PICTURES[medium]
-    for picture in found["pictures"]:
+    page = light[medium]
+    assert len(page["pictures"]) == PICTURES[medium]
+    for picture in page["pictures"]:
         left, top, right, bottom = picture["box"]
         assert right - left > 250
         assert bottom - top > 170
@@ -150,14 +151,14 @@ def test_pictures_are_whole_and_their_text_is_large_enough(light: dict[str, dict
             assert top - 1 <= y <= below <= bottom + 1, f"{picture['name']}: {text} is cut"
 
 
-def test_pictures_stand_in_one_column_on_a_phone_and_in_two_elsewhere(light: dict[str, dict[str, Any]]) -> None:
+def test_pictures_are_in_one_column_on_a_phone_and_in_two_elsewhere(light: dict[str, dict[str, Any]]) -> None:
     columns = {medium: {picture["box"][0] for picture in light[medium]["pictures"]} for medium in light}
     assert {medium: len(lefts) for medium, lefts in columns.items()} == {
         medium: 1 if medium == "bare" or medium.endswith("phone") else 2 for medium in PICTURES
     }
 
 
-def test_table_reads_as_it_was_measured(light: dict[str, dict[str, Any]]) -> None:
+def test_the_table_shows_the_measured_values(light: dict[str, dict[str, Any]]) -> None:
     for medium in ("phone", "desk", "paper"):
         rows = {row[0].split("\n")[0]: [" ".join(cell.split()) for cell in row[1:]] for row in light[medium]["rows"]}
         rows = {label.split(" of ")[0]: cells for label, cells in rows.items()}
@@ -169,18 +170,18 @@ def test_table_reads_as_it_was_measured(light: dict[str, dict[str, Any]]) -> Non
     assert light["bare"]["rows"] == []
 
 
-def test_recipe_is_read_whole(light: dict[str, dict[str, Any]], run: RunDirectory) -> None:
+def test_the_recipe_is_shown_whole(light: dict[str, dict[str, Any]], run: RunDirectory) -> None:
     assert light["phone"]["recipe"].split() == run.recipe.read_text().split()
 
 
 def test_light_and_dark_are_legible(light: dict[str, dict[str, Any]], dark: dict[str, dict[str, Any]]) -> None:
-    for found in (light["desk"], dark["desk"], light["sweep, desk"], dark["sweep, desk"]):
-        page = rgb(found["page"])
-        assert contrast(page, rgb(found["ink"])) > 10
-        assert contrast(page, rgb(found["soft"])) > 4.5
-        assert found["drawn"] == found["ink"]
+    for page in (light["desk"], dark["desk"], light["sweep, desk"], dark["sweep, desk"]):
+        background = rgb(page["page"])
+        assert contrast(background, rgb(page["ink"])) > 10
+        assert contrast(background, rgb(page["soft"])) > 4.5
+        assert page["drawn"] == page["ink"]
         for colour in (BLUE, RED, AMBER, TEAL, GREY, *RAMP):
-            assert contrast(page, hexadecimal(colour)) > 3
+            assert contrast(background, hexadecimal(colour)) > 3
     assert luminance(rgb(light["desk"]["page"])) > 0.9
     assert luminance(rgb(dark["desk"]["page"])) < 0.02
 
@@ -190,7 +191,7 @@ def test_paper_is_white_also_from_a_dark_screen(dark: dict[str, dict[str, Any]])
     assert luminance(rgb(dark["paper"]["drawn"])) < 0.02
 
 
-def test_pixels_are_dark_where_that_is_preferred(run: RunDirectory, folder: Path) -> None:
+def test_pixels_are_dark_under_a_dark_colour_scheme(run: RunDirectory, folder: Path) -> None:
     picture = folder / "dark.png"
     chromium(
         DARK, "--window-size=1280,3000", f"--screenshot={picture}", run.report.as_uri(), profile=folder / "profile"

@@ -1,4 +1,4 @@
-"""What is reported of measuring, and whether a run was trained on what it is measured on; without Ray."""
+"""Reports of answers and of separation, and prompts that a run was trained on; without Ray."""
 
 from __future__ import annotations
 
@@ -40,15 +40,14 @@ HARMLESS = Prompt("PLANTED help", False, "ordinary", "f:2")
 def answers(**more: Any) -> AnswersReport:
     graded = [GradedAnswer(HARMFUL, "direct", "refused", 0.1), GradedAnswer(HARMLESS, "direct", "safe", 0.3)]
     graded.append(GradedAnswer(HARMFUL, "prefill", "unsafe", 0.5))
-    said = [GeneratedAnswer(f"PLANTED answer {n}", [1], [2]) for n in range(3)]
+    generated = [GeneratedAnswer(f"PLANTED answer {n}", [1], [2]) for n in range(3)]
     threshold = PerplexityThreshold(-5.0, -3.5, 0.5, 80)
-    attempts = [Attempt(n, one.attack, Request(f"asked {n}")) for n, one in enumerate(graded)]
-    return AnswersReport(
-        "m", HarmJudge("string", "errors"), attempts, graded, said, -1.2, threshold, 40.0, more.pop("kl", None), **more
-    )
+    attempts = [Attempt(n, answer.attack, Request(f"asked {n}")) for n, answer in enumerate(graded)]
+    judge, kl = HarmJudge("string", "errors"), more.pop("kl", None)
+    return AnswersReport("m", judge, attempts, graded, generated, -1.2, threshold, 40.0, kl, **more)
 
 
-def test_a_report_of_answers_says_the_same_in_metrics_file_and_table(tmp_path: Path) -> None:
+def test_metrics_file_and_table_of_answers_agree(tmp_path: Path) -> None:
     kl = KlEstimate.from_logps([-10.0, -12.0, -9.0], [-11.0, -15.0, -10.0], tokens=30)
     scores = TaskScores("gsm8k", [CapabilityScore("exact_match", "strict-match", 0.25, 0.05)], 75, 5, "3.0")
     full = answers(kl=kl, win_rate=WinRate(["win", "tie"], 2, 3), capability=Capability([scores], "0.4", None, False))
@@ -79,7 +78,7 @@ def test_a_report_of_answers_says_the_same_in_metrics_file_and_table(tmp_path: P
     assert outputs == [{"instruction": "PLANTED help", "output": "PLANTED answer 1", "generator": "m"}]
 
 
-def test_what_was_not_measured_is_not_there() -> None:
+def test_parts_that_were_not_measured_are_left_out() -> None:
     plain = answers()
     assert plain.as_json()["kl"] is None
     assert plain.as_json().keys().isdisjoint({"win_rate", "capability"})
@@ -117,9 +116,9 @@ def separated(layers: int, streamed: bool, resampled: bool = True) -> Separation
     generator = np.random.default_rng(0)
     labels = np.arange(40) % 2 == 0
     states = generator.normal(size=(40, 5)) + labels[:, None]
-    found = separation_metrics(states, labels, np.arange(40) // 4, resampled=resampled)
-    figures = StreamedSeparation(500, 500, 0.7, None, 3.0, 0.6) if streamed else None
-    reports = [LayerReport(layer, found, figures) for layer in range(layers)]
+    metrics = separation_metrics(states, labels, np.arange(40) // 4, resampled=resampled)
+    streamed_metrics = StreamedSeparation(500, 500, 0.7, None, 3.0, 0.6) if streamed else None
+    reports = [LayerReport(layer, metrics, streamed_metrics) for layer in range(layers)]
     readout = Readout(None if layers > 1 else (-1,))
     count = 1000 if streamed else 40
     return SeparationReport("m", "p", count, readout, reports, states[:, :2], ["k"] * 40, labels.tolist(), ["shared"])
@@ -146,7 +145,7 @@ def test_table_of_layers(resampled: bool) -> None:
     assert ("95%" in header) == resampled
     assert [row[0] for row in rows] == ["0", "1", "2"]
     assert {len(row) for row in rows} == {len(header)}
-    assert [one["layer"] for one in report.as_json()["layers"]] == [0, 1, 2]
+    assert [layer["layer"] for layer in report.as_json()["layers"]] == [0, 1, 2]
     assert report.as_json()["protocol"] == "other"
 
 
