@@ -1,6 +1,6 @@
 """The recipe: its sections, its loading and its errors."""
 
-from raydiv.config.load import changed, load_recipe, save_recipe, source_of
+from raydiv.config.load import load_recipe, parse_source, save_recipe, with_changes
 from raydiv.config.recipe import Recipe
 
-__all__ = ["Recipe", "changed", "load_recipe", "save_recipe", "source_of"]
+__all__ = ["Recipe", "load_recipe", "parse_source", "save_recipe", "with_changes"]

@@ -1,4 +1,4 @@
-"""From YAML and dotted overrides to a checked recipe; every error at once, each with its path."""
+"""From YAML and dotted overrides to a checked recipe. All errors are reported at once, each with its key."""
 
 from __future__ import annotations
 
@@ -17,34 +17,32 @@ from raydiv.utils.errors import UserError
 from raydiv.utils.nearest import nearest
 
 BUNDLED = Path(__file__).parents[1] / "data" / "bundled"
-"""The folder of the recipes that ``extends: bundled:NAME`` names."""
+"""Folder of the recipes that ``extends: bundled:NAME`` names."""
 
 
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Recipe:
-    """The recipe of a YAML file (or mapping) after its ``extends`` and the ``section.key=value`` overrides.
+    """The recipe of a YAML file (or mapping), with its ``extends`` and the ``section.key=value`` overrides.
 
     Raises UserError with every unknown key, wrong type and value out of range.
     """
-    tree = merged(source, overrides)
+    tree = load_tree(source, overrides)
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        where = "" if isinstance(source, Mapping) else f"{source}: "
-        problems: dict[str, list[str]] = {}
+        file = "" if isinstance(source, Mapping) else f"{source}: "
+        messages: dict[str, list[str]] = {}
         for problem in error.errors():
             path, message = _explain(problem, tree)
-            problems.setdefault(path, []).append(message)
-        # a key that may be one of several types has one problem with each
-        lines = [
-            f"{path}: {' or '.join(messages)}" if path else "; ".join(messages) for path, messages in problems.items()
-        ]
-        raise UserError(where + "; ".join(lines)) from None
+            messages.setdefault(path, []).append(message)
+        # a key of several types has a message for each type
+        parts = [f"{path}: {' or '.join(texts)}" if path else "; ".join(texts) for path, texts in messages.items()]
+        raise UserError(file + "; ".join(parts)) from None
 
 
-def merged(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """A recipe as it is written, with what it ``extends`` and the overrides, unchecked.
+def load_tree(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """A recipe as written, merged with what it ``extends`` and the overrides, not validated.
 
-    Raises UserError where it cannot be read, or is no mapping.
+    Raises UserError where it cannot be read, or is not a mapping.
     """
     tree = dict(source) if isinstance(source, Mapping) else _read(Path(source), seen=())
     changes: dict[str, Any] = {}
@@ -53,35 +51,35 @@ def merged(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()
     return _merge(tree, changes)
 
 
-def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """The recipe with dotted keys at other values, checked as if it had been written so.
+def with_changes(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with other values of dotted keys, validated again, without its sections ``sweep`` and ``study``.
 
-    What was never said stays at its default: another ``loss.type`` is not held to the former one's options. The sections
-    ``sweep`` and ``study`` are left out. Raises UserError as ``load_recipe`` does.
+    Keys that were not set keep their defaults: a new ``loss.type`` gets its own defaults, not the former loss's. Raises
+    UserError as ``load_recipe`` does.
     """
     tree = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={"sweep", "study"})
-    wanted: dict[str, Any] = {}
+    new: dict[str, Any] = {}
     for key, value in changes.items():
-        wanted = _merge(wanted, _nested(key, value))
-    return load_recipe(_merge(tree, wanted))
+        new = _merge(new, _nested(key, value))
+    return load_recipe(_merge(tree, new))
 
 
-def source_of(words: str) -> Source:
-    """A source as the command line has it: its place, or a section such as ``{path: ..., columns: {...}}``.
+def parse_source(text: str) -> Source:
+    """A source of the command line: a path, or a section such as ``{path: ..., columns: {...}}``.
 
     Raises UserError where it is neither.
     """
     try:
-        return Source.model_validate(yaml.safe_load(words) if words.lstrip().startswith("{") else words)
+        return Source.model_validate(yaml.safe_load(text) if text.lstrip().startswith("{") else text)
     except yaml.YAMLError:
-        raise UserError(f"{words}: neither a place nor a section in YAML") from None
+        raise UserError(f"{text}: neither a path nor a section in YAML") from None
     except ValidationError as error:
-        problems = ("".join(f"{key}: " for key in problem["loc"]) + problem["msg"] for problem in error.errors())
-        raise UserError(f"{words}: {'; '.join(problems)}") from None
+        messages = ("".join(f"{key}: " for key in problem["loc"]) + problem["msg"] for problem in error.errors())
+        raise UserError(f"{text}: {'; '.join(messages)}") from None
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the resolved recipe; ``load_recipe`` of the file gives it back exactly."""
+    """Write the resolved recipe; ``load_recipe`` of the file returns an equal one."""
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json", by_alias=True), sort_keys=False))
 
 
@@ -98,7 +96,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: a recipe is a mapping of sections, found {type(tree).__name__}")
+        raise UserError(f"{path}: a recipe must be a mapping of sections, found {type(tree).__name__}")
     parent = tree.pop("extends", None)
     if parent is None:
         return tree
@@ -106,7 +104,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _extended(path: Path, parent: str) -> Path:
-    """The file that ``path`` extends: a path relative to its own, or ``bundled:NAME``. Raises UserError for an unknown name."""
+    """The file that ``path`` extends: relative to it, or ``bundled:NAME``. Raises UserError for an unknown name."""
     if not parent.startswith("bundled:"):
         return path.parent / parent
     known = {file.stem: file for file in BUNDLED.glob("*.yaml")}
@@ -117,10 +115,10 @@ def _extended(path: Path, parent: str) -> Path:
 
 
 def _parse_override(text: str) -> dict[str, Any]:
-    """``a.b=1`` as {"a": {"b": 1}}; the value is read as YAML."""
+    """``a.b=1`` as {"a": {"b": 1}}; the value is YAML."""
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
-        raise UserError(f"{text!r}: an override is section.key=value")
+        raise UserError(f"{text!r}: an override must be section.key=value")
     try:
         tree: Any = yaml.safe_load(value)
     except yaml.YAMLError:
@@ -129,7 +127,7 @@ def _parse_override(text: str) -> dict[str, Any]:
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:
-    """A dotted key as the tree that it stands in."""
+    """``a.b`` and a value as {"a": {"b": value}}."""
     tree = value
     for part in reversed(key.split(".")):
         tree = {part: tree}
@@ -137,7 +135,7 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``over`` on ``base``, mappings merged key by key. Another ``loss.type`` drops the options of the former one."""
+    """``over`` merged over ``base`` key by key. Another ``loss.type`` drops the options that it does not have."""
     merged = dict(base)
     for key, value in over.items():
         before = merged.get(key)
@@ -151,15 +149,15 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _options_of(loss: Any, section: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a loss section stays meaningful under another loss: ``mix`` and the options that both have."""
+    """The entries of a loss section that another loss keeps: ``mix`` and the options that both have."""
     known = OBJECTIVES[loss].parameters if isinstance(loss, str) and loss in OBJECTIVES else {}
     return {key: value for key, value in section.items() if key == "mix" or key in known}
 
 
 def _explain(problem: Mapping[str, Any], tree: Mapping[str, Any]) -> tuple[str, str]:
-    """Path and message of one pydantic error."""
+    """Key and message of a pydantic error."""
     location = _location(problem)
-    path = ".".join(location)  # empty where several sections disagree: the message names them
+    path = ".".join(location)  # empty for an error of several sections, whose message names them
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
         return path, f"unknown key{_hint(location, tree)}"
@@ -169,16 +167,16 @@ def _explain(problem: Mapping[str, Any], tree: Mapping[str, Any]) -> tuple[str, 
         return f"{path}.type", f"missing (one of {', '.join(TYPES)})"
     if kind == "union_tag_invalid":
         if context["tag"] in OBJECTIVES:
-            return f"{path}.type", f"{context['tag']} is a penalty, which teaches nothing alone; name it under loss.mix"
+            return f"{path}.type", f"{context['tag']} is a penalty and trains nothing alone; set it under loss.mix"
         return f"{path}.type", f"no loss {context['tag']!r}{nearest(str(context['tag']), TYPES)}"
     message = str(problem["msg"]).removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    found = "" if isinstance(problem["input"], dict | BaseModel) else f", found {problem['input']!r}"
-    return path, message + found
+    value = "" if isinstance(problem["input"], dict | BaseModel) else f", found {problem['input']!r}"
+    return path, message + value
 
 
 def _location(problem: Mapping[str, Any]) -> list[str]:
-    """The recipe's path of a problem, without what pydantic adds: a loss's name (loss.kldo.beta), a type of a union."""
+    """The key of a pydantic error, without the parts that pydantic adds: a loss's name, a type of a union."""
     location = [str(part) for part in problem["loc"]]
     if location[:1] == ["data"]:
         location = [part for part in location if part not in FRACTION_OR_SOURCES]
@@ -198,24 +196,24 @@ def _hint(location: list[str], tree: Mapping[str, Any]) -> str:
     if parents == ["loss", "mix"]:
         return nearest(key, OBJECTIVES)
     if parents[:1] == ["loss"]:
-        chosen, own = (tree["loss"]["type"], ["type", "mix"]) if len(parents) == 1 else (parents[2], ["weight"])
+        loss, keys = (tree["loss"]["type"], ["type", "mix"]) if len(parents) == 1 else (parents[2], ["weight"])
         owners = [name for name, objective in sorted(OBJECTIVES.items()) if key in objective.parameters]
         if owners:
-            return f" of the loss {chosen} (an option of {', '.join(owners)})"
-        return nearest(key, [*own, *OBJECTIVES[chosen].parameters])
+            return f" of the loss {loss} (an option of {', '.join(owners)})"
+        return nearest(key, [*keys, *OBJECTIVES[loss].parameters])
     return nearest(key, _keys_at(parents))
 
 
 def _keys_at(parents: list[str]) -> list[str]:
     section: type[BaseModel] = Recipe
     for parent in parents:
-        if not parent.isdigit():  # a place in a list of sections
+        if not parent.isdigit():  # an index of a list of sections
             section = _sections(section.model_fields[parent].annotation)[0]
     return list(section.model_fields)
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:
-    """The sections that a field may hold, one or a list of them."""
+    """The section classes of a field, which may be a list of sections."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [section for inner in get_args(annotation) for section in _sections(inner)]

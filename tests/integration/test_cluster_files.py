@@ -706,7 +706,7 @@ def test_a_slurm_job_that_is_told_to_go_leaves_a_checkpoint(
     assert process.returncode == 143, said
     stopped = run.metrics.steps_taken()
     assert f"stopped after step {stopped}; the same command with --resume goes on" in said
-    assert [int(name.removeprefix("step-")) for name in run.checkpoints(recipe).folders()] == [stopped]
+    assert [int(name.removeprefix("step-")) for name in run.checkpoints(recipe).folder_names()] == [stopped]
     assert not left_behind()
 
 

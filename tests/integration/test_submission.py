@@ -665,7 +665,7 @@ def test_a_job_is_submitted_followed_stopped_and_resumed(
     assert main(["submit", "--address", cluster, "logs", job]) == 143
     assert "SIGTERM: a checkpoint is written" in capsys.readouterr().out
     stopped = run.metrics.steps_taken()
-    assert run.checkpoints(recipe).folders() == [f"step-{stopped:08d}"]
+    assert run.checkpoints(recipe).folder_names() == [f"step-{stopped:08d}"]
     assert main(["submit", "--address", cluster, "status", "sent", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["exit_code"] == 143
 

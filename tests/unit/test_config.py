@@ -512,25 +512,25 @@ def test_unknown_key_of_a_source_names_the_nearest(key: str, unknown: str, near:
 def test_what_is_no_source_is_refused(written: Any) -> None:
     message = refusal(tree(data={"train": written}))
     assert message.startswith("data.train")
-    assert "a source is a place, or a section with its path" in message
+    assert "a source is a path" in message
 
 
 def test_sources_that_are_none_or_nowhere_are_refused() -> None:
     assert refusal(tree(data={"train": []})).startswith("data.train: ")
     assert refusal(tree(data={"train": PLACE, "eval": []})).startswith("data.eval: ")
-    assert refusal(tree(data={"train": PLACE, "eval": [1]})).startswith("data.eval.0: a source is a place")
+    assert refusal(tree(data={"train": PLACE, "eval": [1]})).startswith("data.eval.0: a source is a path")
     assert refusal(tree(data={"train": {"weight": 2}})) == "data.train.0.path: missing"
 
 
 @pytest.mark.parametrize("key", ["config", "revision"])
 @pytest.mark.parametrize("path", ["a.jsonl", "data/*.parquet", "s3://bucket/name", "bundled:preference"])
-def test_hub_options_mean_nothing_elsewhere(key: str, path: str) -> None:
+def test_hub_options_do_not_apply_elsewhere(key: str, path: str) -> None:
     for data, place in (
         ({"train": {"path": path, key: "x"}}, "train.0"),
         ({"train": PLACE, "eval": [PLACE, {"path": path, key: "x"}]}, "eval.1"),
     ):
         message = refusal(tree(data=data))
-        assert message.startswith(f"data.{place}: {key} means nothing for {path}")
+        assert message.startswith(f"data.{place}: {key} does not apply to {path}")
         assert "hf://org/name" in message
     (source,) = load_recipe(tree(data={"train": {"path": "hf://org/name", key: "x"}})).data.train
     assert getattr(source, key) == "x"
@@ -654,7 +654,7 @@ def test_what_is_asked_of_prompts_needs_prompts(key: str) -> None:
 @pytest.mark.parametrize("section", ["evaluate", "separation"])
 def test_prompts_have_no_weight(section: str) -> None:
     weighted = {section: {"prompts": [{"path": "p.jsonl", "weight": 2.0}]}}
-    with pytest.raises(UserError, match=f"{section}.prompts: .*weight means nothing here"):
+    with pytest.raises(UserError, match=f"{section}.prompts: .*weight does not apply"):
         load_recipe({"model": {"id": "m"}, "loss": {"type": "dpo"}, "optim": {"steps": 1}, **weighted}, [])
 
 
@@ -728,7 +728,7 @@ def test_what_only_looks_like_a_secret_is_kept() -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["cluster.min_workers=3"], ("min_workers is 3", "num_workers, which is 2")),
+        (["cluster.min_workers=3"], ("min_workers: 3", "num_workers (2)")),
         (["cluster.min_workers=1"], ("min_workers needs max_failures",)),
         (["cluster.min_workers=1", "cluster.max_failures=-1"], ("min_workers needs cpus_per_worker",)),
     ],

@@ -589,8 +589,8 @@ def test_a_build_without_model_does_not_load_torch(build: Build, tmp_path: Path)
     build()
     code = (
         "import sys\nfrom pathlib import Path\n"
-        "from raydiv.config import source_of\nfrom raydiv.commands.data_build import build_data\n"
-        f"build_data(source_of('{tmp_path}/harmful.jsonl'), source_of('{tmp_path}/harmless.jsonl'), "
+        "from raydiv.config import parse_source\nfrom raydiv.commands.data_build import build_data\n"
+        f"build_data(parse_source('{tmp_path}/harmful.jsonl'), parse_source('{tmp_path}/harmless.jsonl'), "
         f"Path('{tmp_path}/new'), kind='compliance-refusal')\n"
         "heavy = {'torch', 'ray', 'transformers', 'datasets'} & sys.modules.keys()\n"
         "sys.exit(f'loaded {heavy}' if heavy else 0)"

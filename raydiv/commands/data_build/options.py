@@ -100,6 +100,6 @@ class BuildOptions:
 
 
 def as_option(source: Source) -> str:
-    """A source as an option that ``source_of`` reads."""
+    """A source as an option that ``parse_source`` reads."""
     section: Any = source.model_dump()
     return section if isinstance(section, str) else json.dumps(section)

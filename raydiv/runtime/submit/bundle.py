@@ -22,7 +22,7 @@ import yaml
 
 from raydiv.config import Recipe, load_recipe
 from raydiv.config.evaluate import JUDGES
-from raydiv.config.load import merged
+from raydiv.config.load import load_tree
 from raydiv.config.source import SUFFIXES
 from raydiv.utils.dotted import leaves
 from raydiv.utils.errors import UserError
@@ -121,7 +121,7 @@ def make_bundle(
     to a secret, no file of a folder would be uploaded, or the files are too large.
     """
     checked = None if recipe is None else _checked_recipe(recipe, overrides, leaves_a_run)
-    tree = merged({} if recipe is None else recipe, overrides)
+    tree = load_tree({} if recipe is None else recipe, overrides)
     # a bundled recipe holds the overrides; without one they stay in the command
     plain = [word for word in words if word not in overrides]
     command = list(words) if recipe is None else _with_bundled_recipe(plain, recipe)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from raydiv.runtime.session import AUTH_HELP
 from raydiv.utils import compat
 from raydiv.utils.errors import UserError
-from raydiv.utils.signals import STATUS as SIGTERM_STATUS
+from raydiv.utils.signals import SIGTERM_EXIT_STATUS
 
 MIN_RAY_VERSION = "2.55"
 """Oldest Ray of a cluster; the lower bound in pyproject.toml."""
@@ -230,7 +230,7 @@ def _job_status(details: Any, name_key: str) -> JobStatus:
     metadata, status = details.metadata or {}, str(details.status)
     exit_code = None
     if details.status.is_terminal():
-        by_status = {"SUCCEEDED": 0, "STOPPED": SIGTERM_STATUS}.get(status, 1)
+        by_status = {"SUCCEEDED": 0, "STOPPED": SIGTERM_EXIT_STATUS}.get(status, 1)
         exit_code = by_status if details.driver_exit_code is None else int(details.driver_exit_code)
     return JobStatus(
         details.submission_id,
