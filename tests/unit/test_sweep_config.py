@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from raydiv.config import Recipe, changed, load_recipe, save_recipe
+from raydiv.config import Recipe, load_recipe, save_recipe, with_changes
 from raydiv.config.sweep import Interval, SearchParameter, SweepConstraint, SweepObjective
 from raydiv.experiments.sweep.goal import whole_names
 from raydiv.experiments.sweep.space import MOST_CHECKED, draw, encoded, grid, recipes_of, representatives
@@ -217,16 +217,16 @@ def test_values_that_no_run_could_have_are_refused(space: dict[str, Any], said: 
 
 def test_another_loss_keeps_what_both_have_and_drops_the_rest() -> None:
     recipe = recipe_with(loss={"type": "kldo", "skew": 0.5, "beta": 0.3, "mix": {"sft": {"weight": 1.0}}})
-    other = changed(recipe, {"loss.type": "dpo"})
+    other = with_changes(recipe, {"loss.type": "dpo"})
     assert (other.loss.type, other.loss.beta, len(other.loss.terms)) == ("dpo", 0.3, 2)
     # what was said of one choice does not hold another to it
     alpha = recipe_with(loss={"type": "fdo", "divergence": "alpha"})
-    assert changed(alpha, {"loss.divergence": "kl"}).loss.options["divergence"] == "kl"
+    assert with_changes(alpha, {"loss.divergence": "kl"}).loss.options["divergence"] == "kl"
 
 
 def test_changes_of_a_loss_and_its_options_are_made_together() -> None:
     recipe = recipe_with(loss={"type": "dpo", "label_smoothing": 0.1})
-    assert changed(recipe, {"loss.skew": 0.25, "loss.type": "kldo"}).loss.options["skew"] == 0.25
+    assert with_changes(recipe, {"loss.skew": 0.25, "loss.type": "kldo"}).loss.options["skew"] == 0.25
 
 
 BASE = ["separation/d_b", "evaluate/asr", "evaluate/over_refusal", "evaluate/over_refusal_set/x"]

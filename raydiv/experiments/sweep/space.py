@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-from raydiv.config import Recipe, changed
+from raydiv.config import Recipe, with_changes
 from raydiv.config.sweep import Choices, Interval, SearchParameter
 from raydiv.utils.errors import UserError
 
@@ -147,7 +147,7 @@ def recipes_of(recipe: Recipe, several: Sequence[Values]) -> list[Recipe]:
     found = []
     for values in several:
         try:
-            found.append(changed(recipe, values))
+            found.append(with_changes(recipe, values))
         except UserError as error:
             said = ", ".join(f"{key}={value}" for key, value in values.items())
             raise UserError(f"sweep.space: with {said}: {error}") from None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raydiv.commands.train import train
-from raydiv.config import Recipe, changed
+from raydiv.config import Recipe, with_changes
 from raydiv.experiments.shared import RunGroup
 from raydiv.experiments.sweep.asha import TRAINED
 from raydiv.experiments.sweep.record import FAILED, FINISHED, OVER, TrialRecord
@@ -44,7 +44,7 @@ def run_trial(config: Mapping[str, Any], given: TrialTask) -> None:
     _name_the_cluster()
     number = int(config["number"])
     name, tags = TrialRecord(number, config["values"]).name, {"raydiv.trial": str(number)}
-    recipe = given.family.member_recipe(changed(given.recipe, config["values"]), name, tags)
+    recipe = given.family.member_recipe(with_changes(given.recipe, config["values"]), name, tags)
     run, earlier = RunDirectory.of(recipe), given.earlier.get(number)
     if earlier is not None and earlier.status in OVER:
         if earlier.status == FINISHED and resumes(run, recipe):

@@ -116,7 +116,7 @@ class CheckpointManager:
 
     def _agree(self, step: int, ready: bool) -> tuple[bool, bool, bool]:
         """Whether any rank is still writing, a checkpoint is due, and the run is to stop: the same on every rank."""
-        seconds, every = self._section.seconds, self._section.every
+        seconds, every = self._section.interval_seconds, self._section.every
         if isinstance(every, int):
             self._due |= step % every == 0
         elif seconds is not None:
