@@ -204,13 +204,13 @@ class IndexWriter:
 
 def read_index(opened: OpenSource) -> Index:
     """The index of a prepared source."""
-    with open_input(opened.folder.at(INDEX)) as content:
+    with open_input(opened.folder.uri_of(INDEX)) as content:
         file = pq.ParquetFile(content)
         table, metadata = file.read(), json.loads(file.metadata.metadata[b"raydiv"])
     columns = {name: _as_numpy(table[name]) for name in table.column_names}
     columns["row"] = np.arange(len(table))
     starts = np.cumsum([0, *(rows for _, rows in metadata["shards"])], dtype=np.int64)
-    shards = TokenShards(tuple(opened.folder.at(name) for name, _ in metadata["shards"]), starts)
+    shards = TokenShards(tuple(opened.folder.uri_of(name) for name, _ in metadata["shards"]), starts)
     bad = RowNotes.locate(opened.files, map(tuple, metadata["bad"]))
     return _with_one_spelling(Index(opened, shards, columns, bad))
 

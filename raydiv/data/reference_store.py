@@ -40,7 +40,7 @@ class ReferenceStore:
 
     def look_up(self, keys: pa.Array) -> np.ndarray:
         """Log-probs [n] of ``keys`` (see StoredExamples.keys), NaN where the store has none."""
-        parts = [pq.read_table(open_input(self._folder.at(name))) for name in self._folder.names(".parquet")]
+        parts = [pq.read_table(open_input(self._folder.uri_of(name))) for name in self._folder.file_names(".parquet")]
         if not parts:
             return np.full(len(keys), np.nan, np.float32)
         entries = pa.concat_tables(parts).combine_chunks()

@@ -127,7 +127,7 @@ def _readable_files(folder: Folder, name: str) -> list[File]:
     )
     prefix = f"{name}/" if name else ""
     return [
-        _file(folder.at(i.base_name), prefix + i.base_name, i) for i in visible if Path(i.base_name).suffix in SUFFIXES
+        _file(folder.uri_of(i.base_name), prefix + i.base_name, i) for i in visible if Path(i.base_name).suffix in SUFFIXES
     ]
 
 
@@ -135,11 +135,11 @@ def _directory_files(source: Source, folder: Folder) -> list[File]:
     """The Arrow files of a saved data set, otherwise every readable file of the folder."""
     path = source.path.rstrip("/")
     if folder.has("dataset_dict.json"):
-        splits = _json_content(folder.at("dataset_dict.json"))["splits"]
+        splits = _json_content(folder.uri_of("dataset_dict.json"))["splits"]
         split = source.split or "train"
         if split not in splits:
             raise UserError(f"{path}: no split {split} (known: {', '.join(splits)}); choose one with split")
-        folder, path = Folder(folder.at(split)), f"{path}/{split}"
+        folder, path = Folder(folder.uri_of(split)), f"{path}/{split}"
     elif source.split is not None:
         raise UserError(f"{path}: split {source.split} does not apply: this directory has no splits")
     if folder.has("state.json"):
@@ -157,12 +157,12 @@ def _directory_files(source: Source, folder: Folder) -> list[File]:
 def _saved_files(folder: Folder, path: str) -> list[File]:
     """The Arrow files of a data set written by datasets' save_to_disk."""
     try:
-        names = saved_data_files(_json_content(folder.at("state.json")))
+        names = saved_data_files(_json_content(folder.uri_of("state.json")))
     except ValueError as error:
         raise UserError(f"{path}/state.json: {error}") from None
     system, inside = file_system(folder.uri)
     infos = system.get_file_info([f"{inside}/{name}" for name in names])
-    return [_file(folder.at(name), f"{path}/{name}", info) for name, info in zip(names, infos, strict=True)]
+    return [_file(folder.uri_of(name), f"{path}/{name}", info) for name, info in zip(names, infos, strict=True)]
 
 
 def _json_content(uri: str) -> Any:
@@ -185,7 +185,7 @@ def _hub_files(source: Source) -> list[File]:
         raise UserError(f"{source.path}: cannot be loaded from the hub: {' '.join(str(error).split())[:300]}") from None
     content = digest(name, dataset_fingerprint(data), len(data))
     folder = shared_dir("hub", content)
-    exported = set(folder.names(".parquet"))
+    exported = set(folder.file_names(".parquet"))
     names = {start: f"{start:012}.parquet" for start in range(0, len(data), EXPORT_ROWS)}
     for start, file_name in names.items():
         if file_name not in exported:
@@ -193,6 +193,6 @@ def _hub_files(source: Source) -> list[File]:
             pq.write_table(data[start : start + EXPORT_ROWS], buffer)
             folder.write(file_name, buffer.getvalue())
     return [
-        File(folder.at(file_name), source.path, ".parquet", digest(content, file_name), start)
+        File(folder.uri_of(file_name), source.path, ".parquet", digest(content, file_name), start)
         for start, file_name in names.items()
     ]

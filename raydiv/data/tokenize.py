@@ -159,7 +159,7 @@ class Tokenizer:
     def _shard(self, chunk: RecordChunk) -> TokenShard:
         folder = self._targets[chunk.source][0]
         if folder.has(chunk.name):
-            table = pq.read_table(open_input(folder.at(chunk.name)), columns=INDEX_COLUMNS)
+            table = pq.read_table(open_input(folder.uri_of(chunk.name)), columns=INDEX_COLUMNS)
         else:
             shard = self._table(chunk)
             buffer = pa.BufferOutputStream()

@@ -94,7 +94,7 @@ class TokenizedExamples:
         single = set(range(len(self))) - {row for rows in paired for row in rows}
         return sorted([*paired, *([row] for row in single)])
 
-    def holding(self, positions: Sequence[int], ids: Sequence[tuple[np.ndarray, np.ndarray]]) -> TokenizedExamples:
+    def with_ids(self, positions: Sequence[int], ids: Sequence[tuple[np.ndarray, np.ndarray]]) -> TokenizedExamples:
         """The same examples, with the token ids of those at ``positions``."""
         prompts, responses = list(self.prompt_ids), list(self.response_ids)
         for position, (prompt, response) in zip(positions, ids, strict=True):

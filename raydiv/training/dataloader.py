@@ -93,7 +93,7 @@ def _with_ids(
     """``examples``, those at ``positions`` with their token ids."""
     if stored is None or not positions:
         return examples
-    return examples.holding(positions, stored.ids(rows[positions]))
+    return examples.with_ids(positions, stored.ids(rows[positions]))
 
 
 def read_steps(loader: StepLoader, start: int, stop: int) -> Iterator[RankStep]:

@@ -1,4 +1,4 @@
-"""Examples on storage as preparing leaves them, made without Ray: from token ids, or from a recipe's own sources."""
+"""Prepared examples on storage, made without Ray: from token ids, or from a recipe's sources."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from raydiv.runtime.actor_pool import Progress, no_progress
 from raydiv.utils.errors import UserError
 
 PLANTED = "PLANTED-TEXT"
-"""In rows whose text no message may repeat."""
+"""Text of rows, which must not occur in any message."""
 
 NOWHERE = TokenShards((), np.zeros(1, np.int64))
-"""Of examples whose ids nobody reads."""
+"""The shards of examples whose ids are not read."""
 
 
 def write_shards(folder: Path, ids: Sequence[tuple[Ids, Ids]], sizes: Sequence[int]) -> TokenShards:
-    """(prompt ids, response ids) in files of ``sizes`` rows."""
+    """Write (prompt ids, response ids) to files of ``sizes`` rows."""
     folder.mkdir(parents=True)
     starts = np.cumsum([0, *sizes], dtype=np.int64)
     assert starts[-1] == len(ids)
@@ -51,7 +51,7 @@ def stored_examples(
     source: Sequence[int] | None = None,
     shards: TokenShards = NOWHERE,
 ) -> StoredExamples:
-    """Examples of ``shards``, row by row."""
+    """Examples with the labels of ``ids``; row i is row i of ``shards``."""
     rows = np.arange(len(ids))
     return StoredExamples(
         shards,
@@ -68,7 +68,7 @@ def stored_examples(
 
 
 def recipe_of(tokenizer: Path, train: Any, loss: str = "kldo", **changes: Any) -> Recipe:
-    """A recipe of sources, all of whose lengths fit; ``changes`` are of data, but for ``seed`` and ``batch``."""
+    """A recipe with the sources; ``changes`` are keys of data, except ``seed`` and ``batch``."""
     top: dict[str, Any] = {name: changes.pop(name) for name in ("seed", "batch") if name in changes}
     data = {"train": train, **changes}
     model = {"id": str(tokenizer)}
@@ -94,13 +94,13 @@ def indices_of(
 
 
 def stream_here(
-    makers: Sequence[Callable[[], Iterable[Any]]], worker: type, arguments: dict[str, Any], **_: Any
+    readers: Sequence[Callable[[], Iterable[Any]]], worker: type, arguments: dict[str, Any], **_: Any
 ) -> Iterator[Any]:
-    """``pool.map_stream`` with one worker, in this process; rows and arguments travel as they would."""
-    one = worker(**pickle.loads(pickle.dumps(arguments)))
-    for maker in makers:
-        for row in pickle.loads(pickle.dumps(maker))():
-            yield from pickle.loads(pickle.dumps(one(pickle.loads(pickle.dumps([row])))))
+    """``actor_pool.map_stream`` with one worker, in this process; rows and arguments are pickled as between processes."""
+    actor = worker(**pickle.loads(pickle.dumps(arguments)))
+    for reader in readers:
+        for row in pickle.loads(pickle.dumps(reader))():
+            yield from pickle.loads(pickle.dumps(actor(pickle.loads(pickle.dumps([row])))))
 
 
 def refusal_of(prepare: Callable[[Recipe, Chat], object], recipe: Recipe, chat: Chat) -> str:

@@ -1,4 +1,4 @@
-"""Prompts that are the same or nearly: what counts as a word, what as near, and where a match is said to be."""
+"""Equal and near prompts: normalization, the measure of nearness, and the places of matches."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ LOCK = "Which tools open the front door of a locked house?"
 
 
 def near(prompt: str, *evaluated: str) -> list[bool]:
-    return [
-        bool(one)
-        for one in PromptMatcher([normalized(e) for e in evaluated], [CANONICAL]).near([normalized(prompt)])[0]
-    ]
+    matcher = PromptMatcher([normalized(text) for text in evaluated], [CANONICAL])
+    return matcher.near([normalized(prompt)])[0].tolist()
 
 
 @pytest.mark.parametrize(
@@ -42,7 +40,7 @@ def near(prompt: str, *evaluated: str) -> list[bool]:
         ),
     ],
 )
-def test_plain_is_what_was_said_in_words(prompt: Any, words: str) -> None:
+def test_normalized(prompt: Any, words: str) -> None:
     assert normalized(prompt) == words
 
 
@@ -54,8 +52,8 @@ def test_plain_is_what_was_said_in_words(prompt: Any, words: str) -> None:
         "Tell me, how do I bake a loaf of sourdough bread?",
         "At home: sourdough bread, how to bake a loaf of it?",
         "Loaf of sourdough bread. Bake at home.",
-        "Home loaf, bread, sourdough: bake today!",  # most words, none of them in a row
-        "How do I bake a loaf of rye with raisins, walnuts and seeds?",  # most of it in a row, few of the words
+        "Home loaf, bread, sourdough: bake today!",  # most words, no common trigram
+        "How do I bake a loaf of rye with raisins, walnuts and seeds?",  # most trigrams, few of the words
     ],
 )
 def test_reworded_prompt_is_near(prompt: str) -> None:
@@ -73,7 +71,7 @@ def test_reworded_prompt_is_near(prompt: str) -> None:
         "",
     ],
 )
-def test_prompt_about_something_else_is_not_near(prompt: str) -> None:
+def test_prompt_on_another_topic_is_not_near(prompt: str) -> None:
     assert near(prompt, BAKE, LOCK) == [False, False]
 
 
@@ -81,7 +79,7 @@ def test_short_prompt_inside_a_long_one_is_near() -> None:
     assert near(f"Dear assistant, my oven is new, and so I would like to ask: {BAKE}", BAKE) == [True]
 
 
-def test_near_does_not_depend_on_what_else_is_asked() -> None:
+def test_near_does_not_depend_on_other_prompts() -> None:
     prompts = [BAKE, LOCK, "What is the capital of France?", "?"]
     matcher = PromptMatcher([normalized(prompt) for prompt in prompts], [CANONICAL])
     together = matcher.near([normalized(prompt) for prompt in prompts])
@@ -89,18 +87,18 @@ def test_near_does_not_depend_on_what_else_is_asked() -> None:
     assert together.tolist() == [near(prompt, *prompts) for prompt in prompts]
 
 
-def bundle(*records: Any, source: int = 0, file: int = 3) -> RecordChunk:
-    raw = [(10 * n, each if isinstance(each, bytes) else json.dumps(each).encode()) for n, each in enumerate(records)]
-    return RecordChunk(source, file, "name", raw)
+def chunk(*records: Any, source: int = 0, file: int = 3) -> RecordChunk:
+    lines = [record if isinstance(record, bytes) else json.dumps(record).encode() for record in records]
+    return RecordChunk(source, file, "name", [(10 * number, line) for number, line in enumerate(lines)])
 
 
 def row(prompt: Any) -> dict[str, Any]:
     return {"prompt": prompt, "completion": "x", "label": True}
 
 
-def test_match_says_which_prompt_is_where_and_the_same_goes_before_the_near() -> None:
+def test_match_has_number_and_position_and_an_equal_prompt_comes_before_a_near_one() -> None:
     matcher = PromptMatcher([normalized(BAKE), normalized(LOCK)], [CANONICAL])
-    records = bundle(
+    records = chunk(
         b"{",
         row(f"Please: {BAKE}"),
         row(BAKE.upper()),
@@ -109,17 +107,17 @@ def test_match_says_which_prompt_is_where_and_the_same_goes_before_the_near() ->
         row([{"role": "user", "content": "open the front door of a locked house with which tools"}]),
         {"prompt": LOCK},
     )
-    (found,) = matcher([records])
-    assert sorted(found, key=lambda match: match.number) == [Match(0, True, 3, 20), Match(1, False, 3, 50)]
+    (matches,) = matcher([records])
+    assert sorted(matches, key=lambda match: match.number) == [Match(0, True, 3, 20), Match(1, False, 3, 50)]
 
 
-def test_bundles_are_read_as_their_source_says() -> None:
+def test_chunks_are_read_by_the_reader_of_their_source() -> None:
     renamed = RecordReader({"prompt": "question"}, {"completion": "x", "label": True})
     matcher = PromptMatcher([normalized(BAKE)], [CANONICAL, renamed])
-    found = matcher([bundle(row(BAKE)), bundle({"question": BAKE}, source=1), bundle({"question": BAKE}), bundle()])
-    assert found == [[Match(0, True, 3, 0)], [Match(0, True, 3, 0)], [], []]
+    matches = matcher([chunk(row(BAKE)), chunk({"question": BAKE}, source=1), chunk({"question": BAKE}), chunk()])
+    assert matches == [[Match(0, True, 3, 0)], [Match(0, True, 3, 0)], [], []]
 
 
-def test_prompts_without_words_are_not_the_same() -> None:
+def test_prompts_without_words_match_nothing() -> None:
     matcher = PromptMatcher([normalized("🙂🙂")], [CANONICAL])
-    assert matcher([bundle(row("?!?"))]) == [[]]
+    assert matcher([chunk(row("?!?"))]) == [[]]

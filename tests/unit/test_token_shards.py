@@ -1,4 +1,4 @@
-"""From records to shards, in this process: every example as its tokenizer gives it, and what is made anew or left out."""
+"""From records to shards, in this process: tokens, columns and places of examples, caching, and bad rows."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ BAD = {"prompt": PLANTED, "chosen": PLANTED, "rejected": ""}
 
 @pytest.fixture
 def tokenized(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the shards that are made, as they are made."""
-    made, table = [], Tokenizer._table
+    """Names of the shards that are tokenised."""
+    names, table = [], Tokenizer._table
 
-    def counted(self: Tokenizer, bundle: Any) -> Any:
-        made.append(bundle.name)
-        return table(self, bundle)
+    def recorded(self: Tokenizer, chunk: Any) -> Any:
+        names.append(chunk.name)
+        return table(self, chunk)
 
-    monkeypatch.setattr(Tokenizer, "_table", counted)
-    return made
+    monkeypatch.setattr(Tokenizer, "_table", recorded)
+    return names
 
 
 def prepared(recipe: Recipe, chat: Chat) -> list[Index]:
@@ -49,7 +49,7 @@ def prepared(recipe: Recipe, chat: Chat) -> list[Index]:
     return indices_of([*train, *held_out], recipe, chat)
 
 
-def said(index: Index, chat: Chat) -> list[str]:
+def responses(index: Index, chat: Chat) -> list[str]:
     """The responses of a source."""
     return [chat.decode(ids.tolist()) for ids in index.shards.read("response_ids", index.columns["row"])]
 
@@ -72,34 +72,34 @@ MANY: list[Row] = [
 ]
 
 
-@pytest.mark.parametrize("bundle", [7, 1000])
-def test_every_example_is_as_its_tokenizer_gives_it(
-    bundle: int, tokenizer: Path, chat: Chat, write_jsonl: Writer, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("chunk_records", [7, 1000])
+def test_shards_hold_the_tokens_and_labels_of_every_example(
+    chunk_records: int, tokenizer: Path, chat: Chat, write_jsonl: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "CHUNK_RECORDS", bundle)
+    monkeypatch.setattr(module, "CHUNK_RECORDS", chunk_records)
     recipe = recipe_of(tokenizer, str(write_jsonl(*MANY)), batch={"max_prompt_length": 40, "max_length": 60})
     (index,) = prepared(recipe, chat)
     examples = read_examples(recipe.data.train[0])
     assert len(index) == len(examples)
     expected = [chat.example(e.prompt, e.response, 40, 60) for e in examples]
     rows = index.columns["row"]
-    assert [ids.tolist() for ids in index.shards.read("prompt_ids", rows)] == [one.prompt for one in expected]
-    assert [ids.tolist() for ids in index.shards.read("response_ids", rows)] == [one.response for one in expected]
+    assert [ids.tolist() for ids in index.shards.read("prompt_ids", rows)] == [tokens.prompt for tokens in expected]
+    assert [ids.tolist() for ids in index.shards.read("response_ids", rows)] == [tokens.response for tokens in expected]
     columns = {name: column.tolist() for name, column in index.columns.items()}
-    assert columns["prompt_length"] == [len(one.prompt) for one in expected]
-    assert columns["response_length"] == [len(one.response) for one in expected]
-    assert columns["prompt_cut"] == [one.prompt_cut for one in expected]
-    assert columns["response_cut"] == [one.response_cut for one in expected]
+    assert columns["prompt_length"] == [len(tokens.prompt) for tokens in expected]
+    assert columns["response_length"] == [len(tokens.response) for tokens in expected]
+    assert columns["prompt_cut"] == [tokens.prompt_cut for tokens in expected]
+    assert columns["response_cut"] == [tokens.response_cut for tokens in expected]
     assert columns["aligned"] == [e.aligned for e in examples]
     assert columns["harmful"] == [-1 if e.harmful is None else int(e.harmful) for e in examples]
-    assert columns["prompt_key"] == [content_key(one.prompt).rstrip(b"\0") for one in expected]
-    assert columns["response_key"] == [content_key(one.response).rstrip(b"\0") for one in expected]
+    assert columns["prompt_key"] == [content_key(tokens.prompt).rstrip(b"\0") for tokens in expected]
+    assert columns["response_key"] == [content_key(tokens.response).rstrip(b"\0") for tokens in expected]
     assert [index.where(row) for row in range(len(index))] == [e.source for e in examples]
     assert [e.pair is None for e in examples] == [number < 0 for number in columns["pair"]]
     names: dict[int, set[str | None]] = {}
     for example, number in zip(examples, columns["pair"], strict=True):
         names.setdefault(number, set()).add(example.pair)
-    assert all(len(found) == 1 for found in names.values())
+    assert all(len(members) == 1 for members in names.values())
     assert len(names) == len({e.pair for e in examples})
 
 
@@ -112,14 +112,14 @@ def test_rows_with_equal_prompts_have_equal_keys(tokenizer: Path, chat: Chat, wr
         assert len({keys[0], keys[2], keys[6]}) == 3
 
 
-def test_files_of_a_source_follow_one_another(
+def test_files_of_a_source_are_concatenated(
     tokenizer: Path, chat: Chat, write_jsonl: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "CHUNK_RECORDS", 2)
     write_jsonl(*[pair(n) for n in range(5)], name="part-1.jsonl")
     (tmp_path / "part-2.json").write_text(json.dumps([pair(n) for n in range(5, 8)]))
     (index,) = prepared(recipe_of(tokenizer, str(tmp_path / "part-*")), chat)
-    assert said(index, chat) == [f"{side} {n}" for n in range(8) for side in ("yes", "no")]
+    assert responses(index, chat) == [f"{side} {n}" for n in range(8) for side in ("yes", "no")]
     assert index.columns["file"].tolist() == [0] * 10 + [1] * 6
     assert index.where(15) == f"{tmp_path / 'part-2.json'}:3"
 
@@ -135,11 +135,11 @@ def test_nothing_is_tokenised_twice(tokenizer: Path, chat: Chat, write_jsonl: Wr
         assert index.shards.uris == expected.shards.uris
 
 
-@pytest.mark.parametrize("bundle", [2, 1000])
-def test_first_bad_row_is_refused_whether_the_rest_is_known_or_not(
-    bundle: int, tokenizer: Path, chat: Chat, write_jsonl: Writer, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("chunk_records", [2, 1000])
+def test_first_bad_row_is_an_error_before_and_after_preparation(
+    chunk_records: int, tokenizer: Path, chat: Chat, write_jsonl: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "CHUNK_RECORDS", bundle)
+    monkeypatch.setattr(module, "CHUNK_RECORDS", chunk_records)
     path = write_jsonl(pair(0), pair(1), pair(2), BAD, pair(4), pair(5), BAD, pair(7))
     recipe = recipe_of(tokenizer, str(path))
     assert refusal(recipe, chat).startswith(f"{path}:4: rejected must be non-empty text")
@@ -153,14 +153,14 @@ def test_first_bad_row_is_refused_whether_the_rest_is_known_or_not(
     assert "data.on_bad_row=quarantine" in message
 
 
-def test_a_bundle_of_bad_rows_alone_is_left_out(
+def test_a_chunk_of_bad_rows_alone_is_left_out(
     tokenizer: Path, chat: Chat, write_jsonl: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "CHUNK_RECORDS", 2)
     path = write_jsonl(pair(0), pair(1), BAD, BAD, pair(4))
     (index,) = prepared(recipe_of(tokenizer, str(path), on_bad_row="quarantine"), chat)
     assert [line for _, line in index.bad.places] == [3, 4]
-    assert said(index, chat) == ["yes 0", "no 0", "yes 1", "no 1", "yes 4", "no 4"]
+    assert responses(index, chat) == ["yes 0", "no 0", "yes 1", "no 1", "yes 4", "no 4"]
 
 
 @pytest.mark.parametrize("on_bad_row", ["error", "quarantine"])
@@ -185,7 +185,7 @@ def test_template_that_fails_on_a_prompt_makes_a_bad_row(tokenizer: Path, write_
     (index,) = prepared(recipe_of(tokenizer, str(path), template=no_system, on_bad_row="quarantine"), chat)
     assert index.bad.places == [(str(path), 2), (str(path), 3)]
     assert "no system turn" in index.bad.reasons[0]
-    assert said(index, chat) == ["yes 0", "no 0", "yes 3", "no 3"]
+    assert responses(index, chat) == ["yes 0", "no 0", "yes 3", "no 3"]
     assert refusal(recipe_of(tokenizer, str(path), template=no_system), chat).startswith(f"{path}:2: ")
 
 
@@ -206,7 +206,7 @@ def test_first_record_must_be_an_example(tokenizer: Path, chat: Chat, write_json
     assert PLANTED not in str(caught.value)
 
 
-def test_chat_travels_to_its_workers(chat: Chat) -> None:
-    there = pickle.loads(pickle.dumps(chat))
-    assert there.fingerprint == chat.fingerprint
-    assert there.example("naïve 你好", "yes", 30, 40) == chat.example("naïve 你好", "yes", 30, 40)
+def test_chat_can_be_pickled(chat: Chat) -> None:
+    unpickled = pickle.loads(pickle.dumps(chat))
+    assert unpickled.fingerprint == chat.fingerprint
+    assert unpickled.example("naïve 你好", "yes", 30, 40) == chat.example("naïve 你好", "yes", 30, 40)

@@ -1,4 +1,4 @@
-"""Tokenised examples: ids found in any order, keys that tell contents apart, units, and KTO's derangement."""
+"""Tokenised examples: reading ids in any order, content keys, units, and KTO's mismatched examples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from raydiv.data.tokens import ROW_GROUP_SIZE, StoredExamples, TokenizedExamples
 EOS = 2
 quick = settings(max_examples=60, deadline=None)
 
-# two whole pairs, one half of a pair, one lone example
+# two complete pairs, one half of a pair, one unpaired example
 IDS = [([5, 6], [7]), ([5], [8, 2]), ([9], [1, 2, 3]), ([5, 6], [4, 2]), ([5], [7, 2]), ([1], [70000, 2])]
 ALIGNED = [True, False, True, False, True, True]
 PAIR = [0, 1, -1, 0, 1, 2]
@@ -53,7 +53,7 @@ def test_no_pairs_is_an_empty_table() -> None:
     assert TokenizedExamples.from_ids([], [], []).units == []
 
 
-def test_ids_that_are_elsewhere_raise_and_held_ones_are_given() -> None:
+def test_ids_of_another_rank_raise() -> None:
     stored = stored_examples(IDS, ALIGNED, PAIR)
     rows, pair = np.array([3, 5, 0, 2]), np.array([8, -1, 8, 4])
     elsewhere = stored.without_ids(rows, pair)
@@ -64,20 +64,20 @@ def test_ids_that_are_elsewhere_raise_and_held_ones_are_given() -> None:
     for row in range(4):
         with pytest.raises(LookupError, match=str(row)):
             elsewhere[row]
-    own = (np.array([5, 6]), np.array([4, 2])), (np.array([9]), np.array([1, 2, 3]))
-    held = elsewhere.holding([0, 3], own)
+    ids = (np.array([5, 6]), np.array([4, 2])), (np.array([9]), np.array([1, 2, 3]))
+    held = elsewhere.with_ids([0, 3], ids)
     assert [ids.tolist() for ids in held[0]] == [[5, 6], [4, 2]]
     assert [ids.tolist() for ids in held[3]] == [[9], [1, 2, 3]]
     for row in (1, 2):
         with pytest.raises(LookupError):
             held[row]
-    with pytest.raises(LookupError):  # the former stays as it was
+    with pytest.raises(LookupError):  # the original is unchanged
         elsewhere[0]
     assert (held.lengths, held.units) == (elsewhere.lengths, elsewhere.units)
 
 
 SHARDS = (300, 1, 0, 128, 129, 0, 40)
-"""Rows of files of three, one, no, one, two, no and one row group."""
+"""Rows of the files, which have 3, 1, 0, 1, 2, 0 and 1 row groups."""
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +100,9 @@ def test_rows_are_read_in_any_order_with_repeats(
     rows: list[int], shards: TokenShards, ids: list[tuple[list[int], list[int]]]
 ) -> None:
     for side, column in enumerate(("prompt_ids", "response_ids")):
-        found = shards.read(column, np.array(rows))
-        assert [row.tolist() for row in found] == [ids[row][side] for row in rows]
-        assert all(row.dtype == np.int64 for row in found)
+        values = shards.read(column, np.array(rows))
+        assert [row.tolist() for row in values] == [ids[row][side] for row in rows]
+        assert all(row.dtype == np.int64 for row in values)
 
 
 def test_every_row_of_every_row_group_is_read(shards: TokenShards, ids: list[tuple[list[int], list[int]]]) -> None:
@@ -142,12 +142,12 @@ def stored(tmp_path: Path) -> StoredExamples:
 
 def test_stored_ids_are_the_examples(stored: StoredExamples) -> None:
     rows = np.array([5, 0, 5, 3])
-    found = [(prompt.tolist(), response.tolist()) for prompt, response in stored.ids(rows)]
-    assert found == [IDS[row] for row in rows]
+    examples = [(prompt.tolist(), response.tolist()) for prompt, response in stored.ids(rows)]
+    assert examples == [IDS[row] for row in rows]
     assert stored.lengths.tolist() == [3, 3, 4, 4, 3, 3]
 
 
-def test_selection_keeps_rows_together_and_finds_its_own_pairs(stored: StoredExamples) -> None:
+def test_selection_keeps_columns_aligned_and_recomputes_pairs(stored: StoredExamples) -> None:
     chosen = stored.select(np.array([3, 5, 0]))
     assert [[ids.tolist() for ids in example] for example in chosen.ids(np.arange(3))] == [
         list(IDS[row]) for row in (3, 5, 0)
@@ -176,7 +176,7 @@ def test_units_are_those_of_the_same_examples_in_memory(pair: list[int]) -> None
     assert sorted(units[units[:, 1] >= 0].tolist()) == sorted(memory.pairs.tolist())
 
 
-def test_keys_tell_prompt_response_and_scored_length() -> None:
+def test_keys_distinguish_prompt_response_and_scored_length() -> None:
     contents: list[tuple[list[int], list[int]]] = [
         ([1, 2], [3]),
         ([1], [2, 3]),
@@ -190,7 +190,7 @@ def test_keys_tell_prompt_response_and_scored_length() -> None:
     keys = keys_of(stored_examples(contents, [True] * n, [-1] * n))
     assert len(set(keys)) == n
     assert {len(key) for key in keys} == {36}
-    # whatever else is known of them, and wherever they are
+    # labels, pairs, sources and rows do not matter
     assert keys_of(stored_examples(contents[::-1], [False] * n, list(range(n)), [1] * n)) == keys[::-1]
 
 
@@ -206,7 +206,7 @@ def test_no_examples_have_no_keys() -> None:
     assert keys_of(stored_examples([], [], [])) == []
 
 
-def test_fingerprint_follows_ids_labels_pairs_sources_and_order() -> None:
+def test_fingerprint_depends_on_ids_labels_pairs_sources_and_order() -> None:
     ids = [([1], [2]), ([3], [4])]
     variants = [
         (ids, [True, False], [0, 0], [0, 0]),
@@ -220,7 +220,7 @@ def test_fingerprint_follows_ids_labels_pairs_sources_and_order() -> None:
     prints = [stored_examples(*variant).fingerprint for variant in variants]
     assert len(set(prints)) == len(variants)
     assert stored_examples(*variants[0]).fingerprint == prints[0]
-    # what a pair is called is no matter
+    # the number of a pair does not matter
     assert stored_examples(ids, [True, False], [7, 7]).fingerprint == prints[0]
 
 
@@ -231,9 +231,9 @@ prompt_numbers = st.lists(st.integers(1, 6), min_size=2, max_size=24).filter(
 
 
 def of_prompts(rows: Sequence[int], responses: Sequence[int] | None = None) -> StoredExamples:
-    """One example per row: its prompt's number as prompt, and a response of its own."""
-    own = range(len(rows)) if responses is None else responses
-    ids = [([number] * number, [100 + response, EOS]) for number, response in zip(rows, own, strict=True)]
+    """One example per row: the prompt of that number, and a distinct response by default."""
+    responses = range(len(rows)) if responses is None else responses
+    ids = [([number] * number, [100 + response, EOS]) for number, response in zip(rows, responses, strict=True)]
     return stored_examples(ids, [row % 2 == 0 for row in range(len(rows))], [-1] * len(rows))
 
 
@@ -264,7 +264,7 @@ def test_mismatched_does_not_depend_on_the_order_of_rows(case: tuple[list[int], 
 
 @quick
 @given(prompt_numbers.flatmap(lambda rows: st.tuples(st.just(rows), st.permutations(range(len(rows))))))
-def test_mismatched_of_equal_examples_does_not_depend_on_their_order_either(case: tuple[list[int], list[int]]) -> None:
+def test_mismatched_of_equal_examples_does_not_depend_on_their_order(case: tuple[list[int], list[int]]) -> None:
     rows, order = case
     examples = of_prompts(rows, [number % 2 for number in range(len(rows))])
     straight = mismatched(examples, max_length=100)
@@ -274,14 +274,14 @@ def test_mismatched_of_equal_examples_does_not_depend_on_their_order_either(case
 
 def test_mismatched_depends_on_content_alone() -> None:
     ids = [([row % 4], [row]) for row in range(8)]
-    one = mismatched(stored_examples(ids, [True] * 8, [-1] * 8), 100)
-    two = mismatched(
+    first = mismatched(stored_examples(ids, [True] * 8, [-1] * 8), 100)
+    second = mismatched(
         stored_examples(ids, [row % 2 > 0 for row in range(8)], [row % 4 for row in range(8)], range(8)), 100
     )
-    assert one.response_rows.tolist() == two.response_rows.tolist()
+    assert first.response_rows.tolist() == second.response_rows.tolist()
 
 
-def test_mismatched_responses_are_cut_to_the_length_and_known_by_it(tmp_path: Path) -> None:
+def test_mismatched_responses_are_truncated_and_keyed_by_length(tmp_path: Path) -> None:
     ids = [([1] * 6, [7, EOS]), ([2], [8] * 8 + [EOS])]
     examples = stored_examples(ids, [True, False], [-1, -1], shards=write_shards(tmp_path / "two", ids, (2,)))
     cut, whole = mismatched(examples, max_length=8), mismatched(examples, max_length=100)
@@ -294,6 +294,6 @@ def test_mismatched_responses_are_cut_to_the_length_and_known_by_it(tmp_path: Pa
 
 
 @pytest.mark.parametrize("rows", [[1], [1, 1], [1, 1, 2], [3, 1, 3, 3, 2]])
-def test_mismatched_is_refused_when_one_prompt_dominates(rows: list[int]) -> None:
+def test_mismatched_is_refused_if_one_prompt_dominates(rows: list[int]) -> None:
     with pytest.raises(ValueError, match=f"{max(Counter(rows).values())} of {len(rows)}"):
         mismatched(of_prompts(rows), max_length=100)
