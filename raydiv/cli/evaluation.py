@@ -84,7 +84,7 @@ def _separation(options: argparse.Namespace) -> int:
 
     reports = separation(
         **_shared_arguments(options),
-        how=section_of(SeparationConfig, options, **_layers(options)),
+        config=section_of(SeparationConfig, options, **_layers(options)),
         embeddings=options.embeddings,
         different_models=options.different_models,
     )
@@ -116,14 +116,16 @@ def _layers(options: argparse.Namespace) -> dict[str, list[int]]:
 def _evaluate(options: argparse.Namespace) -> int:
     from raydiv.commands.evaluate import evaluate
 
-    how = section_of(EvaluateConfig, options, attacks=[_attack(text) for text in getattr(options, "attacks", [])])
+    config = section_of(EvaluateConfig, options, attacks=[_attack(text) for text in getattr(options, "attacks", [])])
     if options.show_text and not options.output:
         raise UserError("--show-text: needs --output FOLDER, where the answers are written")
-    if options.baseline and not how.pairwise_judge:
+    if options.baseline and not config.pairwise_judge:
         raise UserError("--baseline: does not apply without --pairwise-judge")
-    if how.pairwise_judge and not options.baseline and len(options.models) < 2:
+    if config.pairwise_judge and not options.baseline and len(options.models) < 2:
         raise UserError("--pairwise-judge: name two models, or a --baseline")
-    reports = evaluate(**_shared_arguments(options), reference=options.reference, baseline=options.baseline, how=how)
+    reports = evaluate(
+        **_shared_arguments(options), reference=options.reference, baseline=options.baseline, config=config
+    )
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
         for number, report in enumerate(reports):
