@@ -94,7 +94,7 @@ NO_POPULATION = (
     "recipe that runs again, and its rewards under one beta do not compare with those under another; asha stops trials early"
 )
 
-OWN = ("name", "output_dir", "extends", "track", "cluster", "sweep", "study")
+EXPERIMENT_KEYS = ("name", "output_dir", "extends", "track", "cluster", "sweep", "study")
 """Keys and sections that are a sweep's own, and no trial's."""
 
 
@@ -217,7 +217,7 @@ def _require_choices(parameter: SearchParameter, key: str, other: SearchParamete
 
 def _parameter(key: str, said: Any) -> SearchParameter:
     """A parameter as it is written. Raises ValueError where it says nothing to search."""
-    if key.split(".")[0] in OWN:
+    if key.split(".")[0] in EXPERIMENT_KEYS:
         raise ValueError(f"{key}: is the same for all trials of a sweep")
     if isinstance(said, Mapping):
         if said.keys() != {"in", "when"} or not isinstance(said["when"], Mapping) or not said["when"]:

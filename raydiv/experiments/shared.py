@@ -1,4 +1,4 @@
-"""Runs that belong together, as a sweep's trials or a study's cells: what they share is done once, before any of them."""
+"""What the trials of a sweep and the cells of a study share: settings, and preparations made once before the first run."""
 
 from __future__ import annotations
 
@@ -19,64 +19,71 @@ from raydiv.runs.progress import ProgressDisplay
 
 @dataclass(frozen=True, slots=True)
 class RunGroup:
-    """Where the runs are kept, the part of the cluster that each has, and MLflow's place and run that they are nested in."""
+    """What the runs of a sweep or a study have in common.
+
+    ``folder`` holds their directories. ``cluster`` is the part of the cluster that each of them uses. ``tracking_uri`` is
+    MLflow's, None for the one of the environment, and ``parent_run_id`` the MLflow run that they are nested in.
+    """
 
     folder: Path
     cluster: ClusterConfig
     tracking_uri: str | None
-    parent: str | None
+    parent_run_id: str | None
 
     def member_recipe(self, recipe: Recipe, name: str, tags: Mapping[str, str]) -> Recipe:
-        """The recipe of one of the runs."""
-        nested = {} if self.parent is None else {"mlflow.parentRunId": self.parent}
-        track = {"uri": self.tracking_uri, "tags": {**recipe.track.tags, **nested, **tags}}
+        """The recipe as that of the group's run ``name``, with MLflow tags."""
+        parent = {} if self.parent_run_id is None else {"mlflow.parentRunId": self.parent_run_id}
+        track = {"uri": self.tracking_uri, "tags": {**recipe.track.tags, **parent, **tags}}
         storage = recipe.checkpoint.storage
-        own = None if storage is None else f"{storage.rstrip('/')}/{self.folder.parent.name}"
+        if storage is not None:
+            storage = f"{storage.rstrip('/')}/{self.folder.parent.name}"
         changes = {
             "name": name,
             "output_dir": str(self.folder),
             "cluster": self.cluster,
-            "checkpoint": recipe.checkpoint.model_copy(update={"storage": own}),
+            "checkpoint": recipe.checkpoint.model_copy(update={"storage": storage}),
             "track": recipe.track.model_copy(update=track),
         }
         return recipe.model_copy(update=changes)
 
 
-TRAINING: Any = {"optim": {"lr", "betas", "eps", "weight_decay", "clip", "schedule", "warmup"}, "loss": True}
-"""What changes neither data, reference and base, nor the number of updates; a seed that draws no ``data.eval`` neither."""
+KEYS_OF_TRAINING: Any = {"optim": {"lr", "betas", "eps", "weight_decay", "clip", "schedule", "warmup"}, "loss": True}
+"""Keys that change neither the data, the reference and the base model, nor the number of updates."""
 
 
 def distinct_preparations(recipes: Sequence[Recipe]) -> list[Recipe]:
-    """One recipe for each way in which they differ in what is shared, or in the names of their metrics."""
-    found: dict[str, Recipe] = {}
+    """The first recipe of each group of recipes with equal preparations and equal names of metrics."""
+    distinct: dict[str, Recipe] = {}
     for recipe in recipes:
-        drawn = isinstance(recipe.data.eval, float)
-        tree = recipe.model_dump(mode="json", by_alias=True, exclude=TRAINING if drawn else TRAINING | {"seed": True})
+        # the seed matters only if it draws the examples of data.eval
+        draws_eval = isinstance(recipe.data.eval, float)
+        excluded = KEYS_OF_TRAINING if draws_eval else KEYS_OF_TRAINING | {"seed": True}
+        tree = recipe.model_dump(mode="json", by_alias=True, exclude=excluded)
         terms = [(term.name, term.divergence == "none") for term in recipe.loss.terms]
-        found.setdefault(repr((tree, terms)), recipe)
-    return list(found.values())
+        distinct.setdefault(repr((tree, terms)), recipe)
+    return list(distinct.values())
 
 
 def prepare_all(recipes: Sequence[Recipe], display: ProgressDisplay) -> tuple[int, set[str]]:
-    """Prepare every recipe and measure its base, through caches; needs a Ray session.
+    """Prepare the data of every recipe and measure its base model, through the caches; needs a Ray session.
 
-    Returns the most updates that one of them makes, and the names of what was measured of all bases.
+    Returns the highest number of updates of a recipe, and the names of the metrics that all base models have.
     """
     steps: list[int] = []
-    measured: list[set[str]] = []
+    metrics: list[set[str]] = []
     for recipe in recipes:
-        opened = load_inputs(recipe, display)
-        require_ready(recipe, RunDirectory.of(recipe).path, local_files(opened), new=False)
-        steps.append(prepare_data(recipe, opened, display).steps(recipe))
-        measured.append(set(_of_base(recipe, opened, display)))
-    return max(steps), set.intersection(*measured)
+        inputs = load_inputs(recipe, display)
+        require_ready(recipe, RunDirectory.of(recipe).path, local_files(inputs), new=False)
+        steps.append(prepare_data(recipe, inputs, display).steps(recipe))
+        metrics.append(set(_baseline_metrics(recipe, inputs, display)))
+    return max(steps), set.intersection(*metrics)
 
 
 def evaluate_baseline(recipe: Recipe, display: ProgressDisplay) -> dict[str, float]:
-    """The metrics of a recipe's model as it comes; needs a Ray session."""
-    return _of_base(recipe, load_inputs(recipe, display), display)
+    """The metrics of a recipe's model without training; needs a Ray session."""
+    return _baseline_metrics(recipe, load_inputs(recipe, display), display)
 
 
-def _of_base(recipe: Recipe, opened: LoadedInputs, display: ProgressDisplay) -> dict[str, float]:
-    measurements = BeforeAfterEvaluation(recipe, opened.prompts, display, show_text=False)
-    return measurements.baseline(ModelSource.of(recipe, opened.directory)).metrics
+def _baseline_metrics(recipe: Recipe, inputs: LoadedInputs, display: ProgressDisplay) -> dict[str, float]:
+    evaluation = BeforeAfterEvaluation(recipe, inputs.prompts, display, show_text=False)
+    return evaluation.baseline(ModelSource.of(recipe, inputs.directory)).metrics

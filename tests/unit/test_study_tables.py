@@ -109,10 +109,10 @@ def test_a_number_that_is_not_finite_counts_as_missing() -> None:
     missing = cell_of(
         "m", "CR", "dpo", asr=math.nan, d_b=math.inf, **{"evaluate/toxicity/a": 0.5, "evaluate/toxicity/b": 0.1}
     )
-    assert ASR.of(missing) is None
-    assert D_B.of(missing) is None
+    assert ASR.value_in(missing) is None
+    assert D_B.value_in(missing) is None
     (toxicity,) = measures([missing])
-    assert toxicity.of(missing) == pytest.approx(0.3)
+    assert toxicity.value_in(missing) == pytest.approx(0.3)
 
 
 def test_cells_show_means_and_deviations_over_seeds_and_mark_the_best() -> None:

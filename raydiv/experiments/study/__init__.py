@@ -1,1 +1,1 @@
-"""``raydiv study``: cells of a grid, run as Ray jobs."""
+"""``raydiv study``: a grid of models, data and losses, its runs as Ray jobs, and their comparison."""

@@ -109,7 +109,7 @@ def dots(cells: Sequence[Cell], measure: Measure) -> Picture | None:
         height = heights[model, loss] + offsets.get(data, 0.0)
         style = {"color": colours[model], "linestyle": "none", "marker": markers.get(data, "x")}
         if len(group) > 1:
-            values = [value for cell in group if (value := measure.of(cell)) is not None]
+            values = [value for cell in group if (value := measure.value_in(cell)) is not None]
             axis.plot(values, [height] * len(values), markersize=3, alpha=0.4, **style)
         fill = "none" if is_broken(group) else "full"
         axis.plot(measure.mean(group), height, markersize=5, fillstyle=fill, **style)
@@ -119,7 +119,7 @@ def dots(cells: Sequence[Cell], measure: Measure) -> Picture | None:
     _label_rows(axis, heights)
     if measure is not D_B:
         _percent(axis.xaxis)
-    elif all(value > 0 for cell in cells if (value := measure.of(cell)) is not None):
+    elif all(value > 0 for cell in cells if (value := measure.value_in(cell)) is not None):
         _log(axis)
     figure.set_figheight(1.2 + ROW_HEIGHT * (max(heights.values()) + 1))
     legend(figure, axis)

@@ -11,7 +11,7 @@ from typing import Any
 
 from raydiv.config import Recipe, with_changes
 from raydiv.config.study import short_id
-from raydiv.config.sweep import OWN
+from raydiv.config.sweep import EXPERIMENT_KEYS
 from raydiv.utils.errors import UserError
 
 ENTRY_KEY = {"models": "model.id", "data": "data.train", "losses": "loss.type"}
@@ -102,7 +102,7 @@ def changes_of(axis: str, entry: str | Mapping[str, Any]) -> dict[str, Any]:
         section = key.partition(".")[0]
         if section == "seed":
             raise UserError(f"{key}: not supported in an entry; set study.seeds")
-        if section in OWN:
+        if section in EXPERIMENT_KEYS:
             raise UserError(f"{key}: not supported in an entry; it is the same for all cells of a study")
         changes[key if section in Recipe.model_fields else f"{SECTION[axis]}.{key}"] = value
     return changes

@@ -42,7 +42,7 @@ class Measure:
     def better(self) -> Better:
         return self.spec.better
 
-    def of(self, cell: Cell) -> float | None:
+    def value_in(self, cell: Cell) -> float | None:
         """The value in a cell; None where it is missing or not finite."""
         if not self.averaged:
             return finite(cell.metrics.get(self.metric))
@@ -52,7 +52,7 @@ class Measure:
 
     def mean(self, cells: Sequence[Cell]) -> float | None:
         """The mean over the cells that have a value."""
-        values = [value for cell in cells if (value := self.of(cell)) is not None]
+        values = [value for cell in cells if (value := self.value_in(cell)) is not None]
         return fmean(values) if values else None
 
 

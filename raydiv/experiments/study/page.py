@@ -1,4 +1,4 @@
-"""The report of a study: whether separation predicts safety over its models, data and losses, and every table of it."""
+"""The report of a study: its regression of attack success on separation, its pictures and its tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from raydiv.runs.report.html import render
 
 
 class StudyRecord(TypedDict):
-    """What a study's report is made of; ``cells`` may hold base cells, ``tables`` and ``claims`` are made of the same."""
+    """The content of a study's report. ``tables`` and ``claims`` are those of ``cells``, which may hold base cells."""
 
     name: str
     facts: Mapping[str, str]
@@ -26,17 +26,17 @@ class StudyRecord(TypedDict):
 
 
 def write_study_report(path: Path, pictures: Path, record: StudyRecord) -> None:
-    """Leave the page at ``path``, and a PNG of each of its pictures in the folder ``pictures``."""
-    on_claims, of_cells = claim_pictures(record["claims"]), cell_pictures(record["cells"])
-    write_pictures(pictures, [*on_claims, *of_cells])
+    """Write the page to ``path``, and a PNG of each of its pictures to the folder ``pictures``."""
+    scatter_plots, dot_plots = claim_pictures(record["claims"]), cell_pictures(record["cells"])
+    write_pictures(pictures, [*scatter_plots, *dot_plots])
     claims = claim_table(record["claims"])
     page = render(
         "experiments/study/page.html",
         title=record["name"],
         facts=record["facts"],
-        claim_pictures=on_claims,
+        claim_pictures=scatter_plots,
         claims=_context(claims) if claims.rows else None,
-        cell_pictures=of_cells,
+        cell_pictures=dot_plots,
         tables=[_context(table) for table in record["tables"]],
         study_notes=record["notes"],
         runs=[(", ".join(cell.key), cell.seed, cell.where) for cell in trained_cells(record["cells"])],

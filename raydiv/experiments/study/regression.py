@@ -145,7 +145,7 @@ def _points(cells: Sequence[Cell], separation: Measure, asr: Measure) -> tuple[t
     """The cells as points, and notes with the number of cells left out."""
     points, without_log, without_asr = [], 0, 0
     for cell in cells:
-        d_b, success = separation.of(cell), asr.of(cell)
+        d_b, success = separation.value_in(cell), asr.value_in(cell)
         if d_b is None or d_b <= 0:
             without_log += 1
         elif success is None:

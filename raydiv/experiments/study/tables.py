@@ -46,7 +46,7 @@ class SeedStatistics:
     def of(cls, cells: Sequence[Cell]) -> SeedStatistics:
         known, ordered = measures(cells), list(chain(*grouped_cells(cells).values()))
         index = pd.MultiIndex.from_tuples([cell.key for cell in ordered], names=AXES)
-        values = {measure.metric: [measure.of(cell) for cell in ordered] for measure in known}
+        values = {measure.metric: [measure.value_in(cell) for cell in ordered] for measure in known}
         seeds = pd.DataFrame(values, index, dtype=float).groupby(level=AXES, sort=False)
         return cls(known, seeds.mean(), seeds.std())
 
