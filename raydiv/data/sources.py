@@ -127,7 +127,9 @@ def _readable_files(folder: Folder, name: str) -> list[File]:
     )
     prefix = f"{name}/" if name else ""
     return [
-        _file(folder.uri_of(i.base_name), prefix + i.base_name, i) for i in visible if Path(i.base_name).suffix in SUFFIXES
+        _file(folder.uri_of(i.base_name), prefix + i.base_name, i)
+        for i in visible
+        if Path(i.base_name).suffix in SUFFIXES
     ]
 
 

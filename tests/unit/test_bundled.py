@@ -1,4 +1,4 @@
-"""The bundled sets: as many prompts as promised, labels that the judge agrees with, and no leak from set to set."""
+"""The bundled sets: their sizes, labels that the judge agrees with, and no overlap between sets."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ def words(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+(?:'[a-z]+)?", text.lower().replace("\u2019", "'"))
 
 
-def count(name: str, **wanted: object) -> int:
-    return sum(all(row[key] == value for key, value in wanted.items()) for row in rows(name))
+def count(name: str, **values: object) -> int:
+    return sum(all(row[key] == value for key, value in values.items()) for row in rows(name))
 
 
-def test_every_bundled_file_is_known_here() -> None:
+def test_every_bundled_file_has_tests() -> None:
     assert {path.stem for path in FOLDER.glob("*.jsonl")} == {*TRAINING, *PROMPTS, "helpful", "refusals"}
 
 
-def test_unknown_set_is_refused_with_what_exists() -> None:
+def test_unknown_set_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UserError, match="anchors"):
         bundled_file("bundled:ancors")
 
@@ -67,7 +67,7 @@ def test_quickstart_uses_sets_that_exist() -> None:
         assert bundled_file(source).is_file()
 
 
-def test_training_sets_hold_enough_of_every_kind() -> None:
+def test_training_sets_have_enough_prompts_of_every_kind() -> None:
     for name in TRAINING:
         harmless = count(name, harmful=False)
         assert count(name, harmful=True) >= 250
@@ -75,18 +75,18 @@ def test_training_sets_hold_enough_of_every_kind() -> None:
         assert count(name, kind="alarming") >= harmless / 3
 
 
-@pytest.mark.parametrize(("name", "each"), [("development", 50), ("heldout", 100), ("anchors", 100)])
-def test_prompt_sets_are_balanced(name: str, each: int) -> None:
-    assert (count(name, harmful=True), count(name, harmful=False)) == (each, each)
+@pytest.mark.parametrize(("name", "size"), [("development", 50), ("heldout", 100), ("anchors", 100)])
+def test_prompt_sets_are_balanced(name: str, size: int) -> None:
+    assert (count(name, harmful=True), count(name, harmful=False)) == (size, size)
 
 
 @pytest.mark.parametrize("name", ["development", "heldout"])
-def test_a_third_of_the_evaluated_harmless_prompts_alarms(name: str) -> None:
+def test_a_third_of_the_harmless_evaluation_prompts_is_alarming(name: str) -> None:
     assert count(name, kind="alarming") / count(name, harmful=False) == pytest.approx(1 / 3, abs=0.04)
 
 
 @pytest.mark.parametrize("name", [*TRAINING, *PROMPTS])
-def test_rows_are_whole_and_kinds_agree_with_labels(name: str) -> None:
+def test_rows_are_complete_and_kinds_agree_with_labels(name: str) -> None:
     columns = {"prompt", "harmful", "kind", "topic"} | ({"chosen", "rejected"} if name in TRAINING else set())
     for row in rows(name):
         assert set(row) == columns
@@ -97,13 +97,13 @@ def test_rows_are_whole_and_kinds_agree_with_labels(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*TRAINING, *PROMPTS])
-def test_no_prompt_comes_twice(name: str) -> None:
-    seen = Counter(" ".join(words(row["prompt"])) for row in rows(name))
-    assert [prompt for prompt, times in seen.items() if times > 1] == []
+def test_prompts_are_distinct(name: str) -> None:
+    counts = Counter(" ".join(words(row["prompt"])) for row in rows(name))
+    assert [prompt for prompt, number in counts.items() if number > 1] == []
 
 
 @pytest.mark.parametrize("name", [*TRAINING, *PROMPTS])
-def test_the_package_reads_them(name: str) -> None:
+def test_raydiv_reads_them(name: str) -> None:
     if name in TRAINING:
         examples = read_examples(Source(path=f"bundled:{name}"))
         assert len(examples) == 2 * len(rows(name))
@@ -115,16 +115,16 @@ def test_the_package_reads_them(name: str) -> None:
         ]
 
 
-def test_no_refusal_of_the_bank_comes_twice() -> None:
+def test_refusals_of_the_bank_are_distinct() -> None:
     assert all(row.keys() == {"refusal"} and row["refusal"] == row["refusal"].strip() for row in rows("refusals"))
-    seen = Counter(" ".join(words(row["refusal"])) for row in rows("refusals"))
-    assert [text for text, times in seen.items() if times > 1 or not text] == []
+    counts = Counter(" ".join(words(row["refusal"])) for row in rows("refusals"))
+    assert [text for text, number in counts.items() if number > 1 or not text] == []
 
 
-def test_helpful_answers_follow_the_heldout_prompts() -> None:
+def test_helpful_answers_are_in_the_order_of_the_heldout_prompts() -> None:
     answered = {row["prompt"] for row in rows("helpful")}
-    kept = [row for row in rows("heldout") if row["prompt"] in answered]
-    assert [{**row, "response": ""} for row in rows("helpful")] == [{**row, "response": ""} for row in kept]
+    heldout = [row for row in rows("heldout") if row["prompt"] in answered]
+    assert [{**row, "response": ""} for row in rows("helpful")] == [{**row, "response": ""} for row in heldout]
     assert Counter(row["kind"] for row in rows("helpful")) == {"ordinary": 40, "alarming": 20, "harmful": 20}
 
 
@@ -133,15 +133,15 @@ def test_first_heldout_harmful_prompts_are_refused() -> None:
     assert harmful["helpful"] == harmful["heldout"][:20]
 
 
-def test_helpful_responses_are_whole_and_each_is_said_once() -> None:
+def test_helpful_responses_are_complete_and_distinct() -> None:
     for row in rows("helpful"):
         text = row["response"]
         assert text.isascii()
         assert text == text.strip()
         assert (1 if row["harmful"] else 25) <= len(text.split()) <= 70
-    seen = Counter(" ".join(words(row["response"])) for row in rows("helpful"))
+    counts = Counter(" ".join(words(row["response"])) for row in rows("helpful"))
     bank = {" ".join(words(row["refusal"])) for row in rows("refusals")}
-    assert [text for text, times in seen.items() if times > 1 or text in bank] == []
+    assert [text for text, number in counts.items() if number > 1 or text in bank] == []
 
 
 def test_helpful_responses_open_in_many_ways() -> None:
@@ -150,13 +150,13 @@ def test_helpful_responses_open_in_many_ways() -> None:
     assert len(openings) >= 50
 
 
-def test_judge_takes_no_helpful_answer_for_a_refusal() -> None:
+def test_judge_classifies_no_helpful_answer_as_a_refusal() -> None:
     assert [row["response"] for row in rows("helpful") if not row["harmful"] and is_refusal(row["response"])] == []
 
 
 def test_judge_finds_the_share_of_refusals_that_the_card_states() -> None:
-    found = sum(is_refusal(row["response"]) for row in rows("helpful") if row["harmful"])
-    assert (found, count("helpful", harmful=True)) == (13, 20)
+    refusals = sum(is_refusal(row["response"]) for row in rows("helpful") if row["harmful"])
+    assert (refusals, count("helpful", harmful=True)) == (13, 20)
 
 
 def test_preference_differs_in_harmless_rejections_alone() -> None:
@@ -167,7 +167,7 @@ def test_preference_differs_in_harmless_rejections_alone() -> None:
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_no_two_responses_of_a_prompt_are_alike(name: str) -> None:
+def test_both_responses_to_a_prompt_differ(name: str) -> None:
     assert [row["prompt"] for row in rows(name) if words(row["chosen"]) == words(row["rejected"])] == []
 
 
@@ -177,41 +177,41 @@ def test_judge_agrees_with_every_response(name: str) -> None:
     for row in rows(name):
         refuses = name == "compliance-refusal" and not row["harmful"]
         expected = {"chosen": row["harmful"], "rejected": refuses}
-        disagreements += [(field, row[field]) for field, wanted in expected.items() if is_refusal(row[field]) != wanted]
+        disagreements += [(field, row[field]) for field, label in expected.items() if is_refusal(row[field]) != label]
         disagreements += [(field, row[field]) for field in expected if is_degenerate(row[field])]
     assert disagreements == []
 
 
-def overlap(one: frozenset[Any], other: frozenset[Any]) -> float:
-    return len(one & other) / max(1, len(one | other))
+def overlap(first: frozenset[Any], second: frozenset[Any]) -> float:
+    return len(first & second) / max(1, len(first | second))
 
 
 @cache
 def features(name: str) -> list[tuple[str, frozenset[Any], frozenset[Any]]]:
-    """Each prompt with its runs of three words and its content words."""
-    found = []
+    """Each prompt with its word trigrams and its content words."""
+    prompts = []
     for row in rows(name):
-        said = words(row["prompt"])
-        runs = frozenset(zip(said, said[1:], said[2:], strict=False))
-        found.append((row["prompt"], runs, frozenset(said) - STOP_WORDS))
-    return found
+        text = words(row["prompt"])
+        trigrams = frozenset(zip(text, text[1:], text[2:], strict=False))
+        prompts.append((row["prompt"], trigrams, frozenset(text) - STOP_WORDS))
+    return prompts
 
 
 def near_duplicates(one: str, other: str) -> list[tuple[str, str]]:
-    """Prompts of two sets that say the same in (nearly) the same words."""
+    """Prompts of two sets with (nearly) the same words."""
     return [
         (first, second)
-        for (first, runs, content), (second, other_runs, other_content) in itertools.product(
+        for (first, trigrams, content), (second, other_trigrams, other_content) in itertools.product(
             features(one), features(other)
         )
-        if overlap(runs, other_runs) >= 0.4
+        if overlap(trigrams, other_trigrams) >= 0.4
         or overlap(content, other_content) >= 0.75
-        or (overlap(runs, other_runs) >= 0.2 and overlap(content, other_content) >= 0.5)
+        or (overlap(trigrams, other_trigrams) >= 0.2 and overlap(content, other_content) >= 0.5)
     ]
 
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.combinations(("compliance-refusal", *PROMPTS), 2)))
-def test_no_prompt_leaks_into_another_set(one: str, other: str) -> None:
+def test_no_prompt_is_in_two_sets(one: str, other: str) -> None:
     exact = {tuple(words(row["prompt"])) for row in rows(one)} & {tuple(words(row["prompt"])) for row in rows(other)}
     assert exact == set()
     assert near_duplicates(one, other) == []
@@ -234,7 +234,7 @@ def test_anchors_are_matched_in_length() -> None:
 
 
 @pytest.mark.parametrize("name", ["development", "heldout"])
-def test_evaluated_prompts_are_not_told_apart_by_length(name: str) -> None:
+def test_evaluation_prompts_are_not_separable_by_length(name: str) -> None:
     from sklearn.metrics import roc_auc_score
 
     harmful = [row["harmful"] for row in rows(name)]

@@ -409,7 +409,7 @@ def test_empty_sources(harmful: bool, refuse: Callable[..., str]) -> None:
         ({"max_new_tokens": 0, "refusals": "model:x"}, "max_new_tokens: must be at least 1"),
         ({"refusals": "bnak"}, "^refusals: bnak: .*known: bank, constant, own, model:ID"),
         ({"refusals": "model:gone/away"}, "gone/away"),
-        ({"refusals": "bundled:bank"}, "no such bundled data .*refusals"),
+        ({"refusals": "bundled:bank"}, "bundled:bank: unknown .*refusals"),
     ],
     ids=str,
 )

@@ -16,7 +16,7 @@ import torch
 
 from raydiv.config import Recipe
 from raydiv.data.batching import BatchLayout
-from raydiv.data.bundled.w1 import ANSWER_MEDIAN, ANSWER_MOST, ANSWER_SPREAD, PROMPT_WORDS, REFUSAL_WORDS
+from raydiv.data.bundled.w1 import ANSWER_MEDIAN, ANSWER_SIGMA, MAX_ANSWER_WORDS, PROMPT_WORDS, REFUSAL_WORDS
 from raydiv.losses import Batch, widest_scope
 from raydiv.training.coefficients import evaluate_objective, initial_states
 
@@ -59,7 +59,7 @@ def synthetic_step(examples: int, longest: int) -> tuple[list[int], list[list[in
     pairs = examples // 2
     prompts = draw.integers(PROMPT_WORDS[0], PROMPT_WORDS[1] + 1, pairs)
     refusals = draw.integers(REFUSAL_WORDS[0], REFUSAL_WORDS[1] + 1, pairs)
-    answers = np.minimum(ANSWER_MOST, np.rint(draw.lognormal(np.log(ANSWER_MEDIAN), ANSWER_SPREAD, pairs)))
+    answers = np.minimum(MAX_ANSWER_WORDS, np.rint(draw.lognormal(np.log(ANSWER_MEDIAN), ANSWER_SIGMA, pairs)))
     lengths = np.minimum(longest, np.concatenate([prompts + answers, prompts + refusals])).astype(int)
     return lengths.tolist(), np.stack([np.arange(pairs), pairs + np.arange(pairs)], axis=1).tolist()
 

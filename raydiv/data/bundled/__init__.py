@@ -1,4 +1,4 @@
-"""Data that ships with the package; README.md beside this file is its card."""
+"""Data that ships with raydiv; README.md in this folder is its data card."""
 
 from importlib import resources
 from pathlib import Path
@@ -10,9 +10,9 @@ QUICKSTART = FOLDER / "quickstart.yaml"
 
 
 def bundled_file(source: str) -> Path:
-    """Path of ``bundled:NAME``."""
+    """The file of ``bundled:NAME``. Raises UserError for an unknown name."""
     name = source.removeprefix("bundled:")
     known = sorted(path.stem for path in FOLDER.glob("*.jsonl"))
     if name not in known:
-        raise UserError(f"{source}: no such bundled data (known: {', '.join(known)})")
+        raise UserError(f"{source}: unknown bundled data (known: {', '.join(known)})")
     return FOLDER / f"{name}.jsonl"

@@ -1,6 +1,7 @@
-"""The pairs of W1, the workload that ``raydiv bench`` is read on: random words with compliance-refusal lengths.
+"""The pairs of W1, the reference workload of ``raydiv bench``: random words with the lengths of compliance-refusal data.
 
-Built at first use, the same everywhere, and kept in the cache. A recipe names model and pairs as ``bundled:w1``.
+They are generated at first use, identically on every machine, and cached. In a recipe, ``bundled:w1`` is both the model and
+the pairs.
 """
 
 from __future__ import annotations
@@ -15,35 +16,36 @@ from raydiv.utils.storage import atomic
 
 PAIRS = 256
 PROMPT_WORDS, REFUSAL_WORDS = (6, 20), (8, 15)
-ANSWER_MEDIAN, ANSWER_SPREAD, ANSWER_MOST = 130, 0.6, 400
-"""Words of an answer: log-normal, with this spread of the logarithm, and cut."""
+ANSWER_MEDIAN, ANSWER_SIGMA, MAX_ANSWER_WORDS = 130, 0.6, 400
+"""Words of an answer: log-normal with this median and this standard deviation of the logarithm, cut at the maximum."""
 
 
 def w1_pairs() -> Path:
-    """A JSONL file of pairs, every other prompt harmful by its label: chosen is then the refusal, else the answer."""
-    shape = (MODEL["vocab_size"], PAIRS, PROMPT_WORDS, REFUSAL_WORDS, ANSWER_MEDIAN, ANSWER_SPREAD, ANSWER_MOST)
-    target = cache_dir("workloads") / f"w1-{digest(shape)[:8]}.jsonl"
-    if not target.is_file():
-        with atomic(target) as file:
+    """A JSONL file of pairs. Every other prompt is labelled harmful and its chosen response is the refusal, else the answer."""
+    shape = (MODEL["vocab_size"], PAIRS, PROMPT_WORDS, REFUSAL_WORDS, ANSWER_MEDIAN, ANSWER_SIGMA, MAX_ANSWER_WORDS)
+    path = cache_dir("workloads") / f"w1-{digest(shape)[:8]}.jsonl"
+    if not path.is_file():
+        with atomic(path) as file:
             file.write_text("".join(json.dumps(row) + "\n" for row in _random_pairs()))
-    return target
+    return path
 
 
 def _random_pairs() -> list[dict[str, Any]]:
     import numpy as np
 
-    draw = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
 
     def text(words: int) -> str:
-        return " ".join(word(number) for number in draw.integers(len(SPECIAL), MODEL["vocab_size"], words).tolist())
+        numbers = generator.integers(len(SPECIAL), MODEL["vocab_size"], words)
+        return " ".join(word(number) for number in numbers.tolist())
 
-    def between(least: int, most: int) -> int:
-        return int(draw.integers(least, most + 1))
+    def between(minimum: int, maximum: int) -> int:
+        return int(generator.integers(minimum, maximum + 1))
 
     rows = []
     for number in range(PAIRS):
         prompt, refusal = text(between(*PROMPT_WORDS)), text(between(*REFUSAL_WORDS))
-        answer = text(min(ANSWER_MOST, round(float(draw.lognormal(np.log(ANSWER_MEDIAN), ANSWER_SPREAD)))))
+        answer = text(min(MAX_ANSWER_WORDS, round(float(generator.lognormal(np.log(ANSWER_MEDIAN), ANSWER_SIGMA)))))
         harmful = number % 2 == 0
         chosen, rejected = (refusal, answer) if harmful else (answer, refusal)
         rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "harmful": harmful})
