@@ -1,4 +1,4 @@
-"""Before anything is computed: what would go wrong later, on whichever node, found in seconds."""
+"""Checks before any computation: nodes, shared folders, data files and disk space, in seconds."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from raydiv.utils.units import gib
 from raydiv.utils.versions import versions
 
 NODE_TIMEOUT_S = 120
-"""Seconds that a node has to answer: it may have to unpack this raydiv first."""
+"""Seconds that a node has for its report; it may have to unpack the job's files first."""
 
-SAME = ("python", "ray", "torch", "raydiv", "deepspeed", "transformers")
-"""Versions in which nodes may not differ: what they send each other, and what they compute, goes by them."""
+SAME_VERSIONS = ("python", "ray", "torch", "raydiv", "deepspeed", "transformers")
+"""Packages that must have the same version on all nodes, for messages between nodes and for the results."""
 
 
 @dataclass(frozen=True, slots=True)
 class NodeReport:
-    """What one node found: its versions, of each folder why it is not the driver's (empty where it is), and what it has not."""
+    """The report of a node: its versions, an error by folder (empty where it is shared), and the data files that it misses."""
 
     host: str
     versions: dict[str, str]
@@ -41,7 +41,7 @@ CACHE, PROBE = "RAYDIV_CACHE", ".raydiv-probe-"
 
 
 def require_ready(recipe: Recipe, run: Path, files: Mapping[str, int], *, new: bool) -> None:
-    """What ``require_nodes`` and, of a ``new`` run, ``require_disk_space`` ask of a training run in the directory ``run``."""
+    """Check the nodes, and for a ``new`` run in the directory ``run`` the disk space. Raises as the two checks do."""
     folders = {"output_dir": Folder(str(run.parent)), CACHE: shared_dir()}
     if recipe.checkpoint.storage is not None:
         folders["checkpoint.storage"] = Folder(recipe.checkpoint.storage.rstrip("/"))
@@ -51,53 +51,53 @@ def require_ready(recipe: Recipe, run: Path, files: Mapping[str, int], *, new: b
 
 
 def require_nodes(folders: Mapping[str, Folder], files: Mapping[str, int]) -> None:
-    """Raise UserError where a node has other versions, or not the folders and files that all are to share; needs a Ray session.
+    """Check that all nodes have the same versions and share ``folders`` (by recipe key) and ``files`` (size by path).
 
-    ``folders``: each by the key that names it; ``files``: bytes by path. On one node there is nothing to ask.
+    Needs a Ray session; does nothing on one node. Raises UserError for a node that differs, RuntimeError for one that fails.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    mine = ray.get_runtime_context().get_node_id()
-    others = {
+    driver = ray.get_runtime_context().get_node_id()
+    hosts = {
         node["NodeID"]: node["NodeManagerHostname"]
         for node in ray.nodes()
-        if node["Alive"] and node["Resources"].get("CPU") and node["NodeID"] != mine
+        if node["Alive"] and node["Resources"].get("CPU") and node["NodeID"] != driver
     }
-    if not others:
+    if not hosts:
         return
     token = uuid.uuid4().hex
-    with _left(folders, token):
-        look = ray.remote(num_cpus=0, max_retries=0)(_look)
-        asked = {
-            look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+    with _probe_files(folders, token):
+        inspect = ray.remote(num_cpus=0, max_retries=0)(_inspect_node)
+        tasks = {
+            inspect.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
                 dict(folders), dict(files), token
             ): host
-            for node, host in others.items()
+            for node, host in hosts.items()
         }
-        _, silent = ray.wait(list(asked), num_returns=len(asked), timeout=NODE_TIMEOUT_S)
-        if silent:
-            hosts = ", ".join(asked[one] for one in silent)
-            raise RuntimeError(f"nodes of the cluster have not answered for {NODE_TIMEOUT_S} s: {hosts}")
-        seen = [_answer(one, host) for one, host in asked.items()]
-        problems = [*_versions_differ(seen), *_not_shared(seen, folders), *_missing(seen)]
+        _, unfinished = ray.wait(list(tasks), num_returns=len(tasks), timeout=NODE_TIMEOUT_S)
+        if unfinished:
+            silent = ", ".join(tasks[task] for task in unfinished)
+            raise RuntimeError(f"nodes of the cluster have not answered for {NODE_TIMEOUT_S} s: {silent}")
+        reports = [_get_report(task, host) for task, host in tasks.items()]
+        problems = _version_problems(reports) + _folder_problems(reports, folders) + _missing_file_problems(reports)
     if problems:
         raise UserError("; ".join(problems))
 
 
-def _answer(asked: Any, host: str) -> NodeReport:
+def _get_report(task: Any, host: str) -> NodeReport:
     import ray
 
     try:
-        seen: NodeReport = ray.get(asked)
+        report: NodeReport = ray.get(task)
     except ray.exceptions.RayError as error:
         raise RuntimeError(f"{host}, a node of the cluster, fails: {' '.join(str(error).split())[:300]}") from None
-    return seen
+    return report
 
 
 @contextmanager
-def _left(folders: Mapping[str, Folder], token: str) -> Iterator[None]:
-    """A file of the driver's in each folder while the block runs, and no one's after it."""
+def _probe_files(folders: Mapping[str, Folder], token: str) -> Iterator[None]:
+    """A file of the driver in each folder while the block runs; afterwards all probe files are removed."""
     try:
         for key, folder in folders.items():
             try:
@@ -113,69 +113,71 @@ def _left(folders: Mapping[str, Folder], token: str) -> Iterator[None]:
                         folder.remove_file(name)
 
 
-def _look(folders: Mapping[str, Folder], files: Mapping[str, int], token: str) -> NodeReport:
-    """Runs on the other node."""
-    host, found = platform.node(), {}
+def _inspect_node(folders: Mapping[str, Folder], files: Mapping[str, int], token: str) -> NodeReport:
+    """Runs on another node: read the driver's file in each folder, and write one."""
+    host, errors = platform.node(), dict.fromkeys(folders, "")
     for key, folder in folders.items():
-        found[key] = ""
         try:
             if folder.read(f"{PROBE}{token}").decode() != token:
-                found[key] = "what lies there is another file"
+                errors[key] = "the driver's probe file has other content"
             folder.write(f"{PROBE}{token}-{uuid.uuid4().hex}", host.encode())
         except OSError as error:
-            found[key] = error.strerror or str(error)
-        except UserError as error:  # a bucket that is not reached from there
-            found[key] = str(error)
+            errors[key] = error.strerror or str(error)
+        except UserError as error:  # a bucket that this node cannot reach
+            errors[key] = str(error)
     missing = [path for path, size in files.items() if not Path(path).is_file() or Path(path).stat().st_size != size]
-    return NodeReport(host, versions(), found, missing)
+    return NodeReport(host, versions(), errors, missing)
 
 
-def _versions_differ(seen: list[NodeReport]) -> list[str]:
+def _version_problems(reports: list[NodeReport]) -> list[str]:
     here = versions()
-    differ = [
-        f"{name} is {one.versions[name]} on {one.host} and {here[name]} here"
-        for one in seen
-        for name in SAME
-        if one.versions[name] != here[name]
+    differences = [
+        f"{name} is {report.versions[name]} on {report.host} and {here[name]} here"
+        for report in reports
+        for name in SAME_VERSIONS
+        if report.versions[name] != here[name]
     ]
-    said = f"nodes have other versions ({', '.join(differ)}): install the same on all (cluster/constraints.txt)"
-    return [said] if differ else []
+    if not differences:
+        return []
+    return [
+        f"nodes have different versions ({', '.join(differences)}): install the same on all (cluster/constraints.txt)"
+    ]
 
 
-def _not_shared(seen: list[NodeReport], folders: Mapping[str, Folder]) -> list[str]:
+def _folder_problems(reports: list[NodeReport], folders: Mapping[str, Folder]) -> list[str]:
     problems = []
     for key, folder in folders.items():
-        wrong = {one.host: one.folders[key] for one in seen if one.folders[key]}
-        if wrong:
-            host, why = next(iter(wrong.items()))
+        errors = {report.host: report.folders[key] for report in reports if report.folders[key]}
+        if errors:
+            host, error = next(iter(errors.items()))
             problems.append(
-                f"{key}: {folder.uri} is not on {host} what it is here ({why}): name a folder that all nodes share, and may "
-                "write"
+                f"{key}: {host} does not see the same {folder.uri} as the driver ({error}): use storage that all nodes mount "
+                "and can write to"
             )
     return problems
 
 
-def _missing(seen: list[NodeReport]) -> list[str]:
+def _missing_file_problems(reports: list[NodeReport]) -> list[str]:
     return [
-        f"data: {one.missing[0]} is not on {one.host} what it is here: put it on storage that all nodes share"
-        for one in seen
-        if one.missing
+        f"data: {report.host} does not see the same {report.missing[0]} as the driver: put it on storage that all nodes mount"
+        for report in reports
+        if report.missing
     ][:1]
 
 
-def require_disk_space(recipe: Recipe, architecture: Architecture, folder: Path) -> None:
-    """Raise UserError where a new run in ``folder`` would fill its disk: with the model that it writes, and its checkpoints."""
-    sizes, kept = sizes_on_disk(architecture, recipe), 0
-    model, each = sizes["model"], sizes["checkpoint"]
+def require_disk_space(recipe: Recipe, architecture: Architecture, run: Path) -> None:
+    """Raise UserError where the model and checkpoints of a new run in the directory ``run`` would fill its disk."""
+    sizes, checkpoints = sizes_on_disk(architecture, recipe), 0
     if recipe.checkpoint.storage is None:
-        # the newest ones, one that is written meanwhile, and the best; without any of a time, that of SIGTERM
+        # those kept, one being written, and the best one; without checkpoint.every the one at SIGTERM
         best = recipe.checkpoint.best_metric is not None
-        kept = 1 if recipe.checkpoint.every is None else recipe.checkpoint.keep + 1 + best
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(there).free
-    if model + kept * each > free:
+        checkpoints = 1 if recipe.checkpoint.every is None else recipe.checkpoint.keep + 1 + best
+    total = sizes["model"] + checkpoints * sizes["checkpoint"]
+    folder = next(parent for parent in (run, *run.parents) if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if total > free:
         raise UserError(
-            f"output_dir: {there} has {gib(free)} free, and this run writes up to {gib(model + kept * each)} (a model of "
-            f"{gib(model)}, and {kept} checkpoints of {gib(each)} at a time): free some, lower checkpoint.keep, or name "
-            "another disk, for checkpoints as checkpoint.storage"
+            f"output_dir: {folder} has {gib(free)} free, and this run writes up to {gib(total)} (model {gib(sizes['model'])}, "
+            f"{checkpoints} checkpoints of {gib(sizes['checkpoint'])}): free some space, lower checkpoint.keep, or set "
+            "another output_dir or checkpoint.storage"
         )

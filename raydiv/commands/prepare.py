@@ -1,4 +1,4 @@
-"""Prepare: model files, data and reference log-probs, ready to train on."""
+"""``raydiv prepare``: model files, tokens and reference log-probs, through caches."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from raydiv.utils.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class LoadedInputs:
-    """What a recipe names, found and opened: its model's directory and tokenizer, its sources, and its prompt sets."""
+    """The inputs that a recipe names, checked: model directory, tokenizer with its template, sources and prompt sets."""
 
     directory: Path
     chat: Chat
@@ -47,7 +47,7 @@ class LoadedInputs:
 
 @dataclass(frozen=True, slots=True)
 class PreparedData:
-    """A recipe's data, ready to train on, and what preparing it cost."""
+    """A recipe's data with tokens and reference log-probs, and the hits and misses of the reference cache."""
 
     directory: Path
     data: Splits
@@ -56,7 +56,7 @@ class PreparedData:
     reference_hits: int
     reference_misses: int
     trained_on: dict[str, int]
-    """Prompts of each evaluation and separation set that are trained on, token for token."""
+    """Number of prompts in each evaluation and separation set that are training prompts, token for token."""
 
     def steps(self, recipe: Recipe) -> int:
         """Optimizer updates of the run."""
@@ -64,115 +64,129 @@ class PreparedData:
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Of the training ``data`` and of the ``model`` as it comes."""
+        """Fingerprints of the training ``data`` and of the base ``model``."""
         return {"data": self.train.examples.fingerprint, "model": fingerprint(self.directory)}
 
     def summary(self) -> dict[str, Any]:
-        """For ``raydiv prepare`` and result.json."""
-        held_out, of = self.data.eval, self.fingerprints
+        """Counts and fingerprints, for ``raydiv prepare`` and result.json."""
+        held_out, fingerprints = self.data.eval, self.fingerprints
         return {
             "train": asdict(self.data.train.counts),
             "eval": asdict(held_out.counts) if held_out else None,
             "bad_rows": len(self.data.bad),
             "prompts_in_train_and_eval": self.data.shared_prompts,
             "evaluation_prompts_trained_on": self.trained_on,
-            "fingerprint": of["data"],
-            "model_fingerprint": of["model"],
+            "fingerprint": fingerprints["data"],
+            "model_fingerprint": fingerprints["model"],
             "reference": {"hits": self.reference_hits, "misses": self.reference_misses},
         }
 
 
 def prepare(recipe: Recipe, display: ProgressDisplay | None = None) -> PreparedData:
-    """Data -> tokens -> reference log-probs, through caches; safe to repeat."""
+    """Prepare a recipe's data: data -> tokens -> reference log-probs, through caches; safe to repeat.
+
+    Raises UserError for a model, data or prompts that cannot be used.
+    """
     display = display or ProgressDisplay()
-    opened = load_inputs(recipe, display)
+    inputs = load_inputs(recipe, display)
     with ray_session(recipe.cluster):
-        require_nodes({CACHE: shared_dir()}, local_files(opened))
-        return prepare_data(recipe, opened, display)
+        require_nodes({CACHE: shared_dir()}, local_files(inputs))
+        return prepare_data(recipe, inputs, display)
 
 
 def load_inputs(recipe: Recipe, display: ProgressDisplay) -> LoadedInputs:
-    """Model files, sources and prompts, checked before anything is started. Raises UserError for any of them."""
+    """Load model files, sources and prompts before Ray starts. Raises UserError for those that cannot be used."""
     if recipe.model.quantization is not None:
         require_quantizer()
     require_measured(recipe)
     with display.phase("model and data"):
         directory = model_directory(recipe.model.id, recipe.model.revision)
         require_base(recipe.model.id, directory)
-        ModelSource.of(recipe, directory).config()  # or workers find out that it cannot be read
+        ModelSource.of(recipe, directory).config()  # fails here rather than in a worker
         prompts = PromptSets.of(recipe)
         chat = Chat(directory, recipe.data.template, recipe.model.trust_remote_code)
         train, held_out = (
             [OpenSource(source, recipe.data, recipe.batch, chat) for source in sources]
             for sources in (recipe.data.train, recipe.data.eval_sources)
         )
-        for opened in (*train, *held_out):
-            opened.require_example(quarantine=recipe.data.on_bad_row == "quarantine")
+        for source in (*train, *held_out):
+            source.require_example(quarantine=recipe.data.on_bad_row == "quarantine")
         return LoadedInputs(directory, chat, train, held_out, prompts)
 
 
-def local_files(opened: LoadedInputs) -> dict[str, int]:
-    """Bytes of the data's files that lie on a disk, by their paths: every node that reads data reads them."""
-    files = [file for source in (*opened.train, *opened.eval) for file in source.files if "://" not in file.uri]
+def local_files(inputs: LoadedInputs) -> dict[str, int]:
+    """Sizes in bytes of the data files with a local path, which all nodes must see."""
+    files = [file for source in (*inputs.train, *inputs.eval) for file in source.files if "://" not in file.uri]
     return {file.uri: Path(file.uri).stat().st_size for file in files}
 
 
-def prepare_data(recipe: Recipe, opened: LoadedInputs, display: ProgressDisplay) -> PreparedData:
-    """What ``read`` found, with tokens and reference log-probs; needs a Ray session."""
+def prepare_data(recipe: Recipe, inputs: LoadedInputs, display: ProgressDisplay) -> PreparedData:
+    """Tokens and reference log-probs of the loaded inputs. Needs a Ray session."""
     with display.phase("tokens") as update:
-        sources, quarantine = [*opened.train, *opened.eval], recipe.data.on_bad_row == "quarantine"
-        indices = tokenize(sources, opened.chat, recipe.cluster, quarantine=quarantine, progress=update)
-    data = make_splits(recipe, indices[: len(opened.train)], indices[len(opened.train) :])
+        sources, quarantine = [*inputs.train, *inputs.eval], recipe.data.on_bad_row == "quarantine"
+        indices = tokenize(sources, inputs.chat, recipe.cluster, quarantine=quarantine, progress=update)
+    data = make_splits(recipe, indices[: len(inputs.train)], indices[len(inputs.train) :])
     if data.bad:
-        display.print(f"bad rows left out: {len(data.bad)} (raydiv data check lists them)")
+        display.print(f"invalid rows dropped: {len(data.bad)} (raydiv data check lists them)")
     if data.shared_prompts:
-        display.print(f"prompts in data.train and in data.eval: {data.shared_prompts}; held-out figures will flatter")
-    shared = _trained_on(recipe, opened, data)
-    for name, count in shared.items():
+        display.print(
+            f"prompts in both data.train and data.eval: {data.shared_prompts}; held-out metrics will be too good"
+        )
+    trained_on = _count_trained_on(recipe, inputs, data)
+    for name, count in trained_on.items():
         if count:
             display.print(
-                f"prompts of {name} that are trained on: {count}; its figures will flatter (raydiv data check lists them)"
+                f"prompts of {name} in the training data: {count}; its metrics will be too good (raydiv data check lists "
+                "them)"
             )
-    return _with_reference(recipe, opened.directory, data, shared, display)
+    return _with_reference(recipe, inputs.directory, data, trained_on, display)
 
 
-def _trained_on(recipe: Recipe, opened: LoadedInputs, data: Splits) -> dict[str, int]:
-    """How many prompts of each evaluation and separation set are training prompts; those that are nearly so are not counted."""
-    found = {}
-    for name, prompts in opened.prompts.by_name(recipe).items():
+def _count_trained_on(recipe: Recipe, inputs: LoadedInputs, data: Splits) -> dict[str, int]:
+    """The number of prompts in each evaluation and separation set that are training prompts, token for token."""
+    counts = {}
+    for name, prompts in inputs.prompts.by_name(recipe).items():
         texts, lengths = [prompt.text for prompt in prompts], (recipe.batch.max_prompt_length, recipe.batch.max_length)
-        keys = [content_key(one.prompt) for one in opened.chat.examples(texts, [""] * len(texts), *lengths)]
-        found[name] = int(np.isin(np.array(keys, KEY), data.train.examples.prompt_keys).sum())
-    return found
+        keys = [content_key(row.prompt) for row in inputs.chat.examples(texts, [""] * len(texts), *lengths)]
+        counts[name] = int(np.isin(np.array(keys, KEY), data.train.examples.prompt_keys).sum())
+    return counts
 
 
 def _with_reference(
-    recipe: Recipe, directory: Path, data: Splits, shared: dict[str, int], display: ProgressDisplay
+    recipe: Recipe, directory: Path, data: Splits, trained_on: dict[str, int], display: ProgressDisplay
 ) -> PreparedData:
-    """The data with the reference log-probs that its loss asks for, KTO's mismatched examples included."""
-    sets = [data.train.examples, *([data.eval.examples] if data.eval else [])]
-    derangements = [_derangement(recipe, examples) for examples in sets]
-    if not recipe.loss.needs_reference or recipe.model.reference == "adapter-off":
-        # no reference in the loss: rewards then count from zero, and are logged as such
-        zeros = None if recipe.loss.needs_reference else [np.zeros(len(examples), np.float32) for examples in sets]
-        found = [ExampleSet(e, zeros[i] if zeros else None, derangements[i]) for i, e in enumerate(sets)]
-        return PreparedData(directory, data, found[0], found[1] if data.eval else None, 0, 0, shared)
-    everything = [*sets, *(derangement for derangement in derangements if derangement is not None)]
-    with display.phase("reference log-probs") as update:
-        lookup = reference_logps(recipe, directory, everything, update)
-    logps = iter(lookup.logps)
-    own = [next(logps) for _ in sets]
-    found = [
-        ExampleSet(examples, mine, derangement, None if derangement is None else next(logps))
-        for examples, mine, derangement in zip(sets, own, derangements, strict=True)
-    ]
-    return PreparedData(directory, data, found[0], found[1] if data.eval else None, lookup.hits, lookup.misses, shared)
+    """The data with the reference log-probs that the loss needs, also of KTO's mismatched examples."""
+    splits = [data.train.examples, *([data.eval.examples] if data.eval else [])]
+    derangements = [_derangement(recipe, examples) for examples in splits]
+    hits = misses = 0
+    if not recipe.loss.needs_reference:
+        # without a reference in the loss, logged rewards count from zero
+        zeros = [np.zeros(len(examples), np.float32) for examples in splits]
+        sets = [ExampleSet(*columns) for columns in zip(splits, zeros, derangements, strict=True)]
+    elif recipe.model.reference == "adapter-off":
+        sets = [
+            ExampleSet(examples, None, mismatches) for examples, mismatches in zip(splits, derangements, strict=True)
+        ]
+    else:
+        scored = [*splits, *(mismatches for mismatches in derangements if mismatches is not None)]
+        with display.phase("reference log-probs") as update:
+            lookup = reference_logps(recipe, directory, scored, update)
+        hits, misses = lookup.hits, lookup.misses
+        of_splits, of_mismatches = lookup.logps[: len(splits)], iter(lookup.logps[len(splits) :])
+        sets = [
+            ExampleSet(examples, logps, mismatches, None if mismatches is None else next(of_mismatches))
+            for examples, logps, mismatches in zip(splits, of_splits, derangements, strict=True)
+        ]
+    return PreparedData(directory, data, sets[0], sets[1] if data.eval else None, hits, misses, trained_on)
 
 
 def _derangement(recipe: Recipe, examples: StoredExamples) -> StoredExamples | None:
+    """Examples whose prompts and responses are mismatched; None where the loss needs none."""
     if not recipe.loss.mismatched_terms:
         return None
     try:
         return mismatched(examples, recipe.batch.max_length)
     except ValueError as error:
-        raise UserError(f"data: {error}; the loss {recipe.loss.mismatched_terms[0]} needs them") from None
+        raise UserError(
+            f"data: {error}; the loss {recipe.loss.mismatched_terms[0]} needs mismatched responses"
+        ) from None

@@ -1,4 +1,4 @@
-"""From a recipe to a finished run: measure, start Ray Train's workers, follow their metrics, write down what came out."""
+"""``raydiv train``: evaluate the base model, train with Ray Train, evaluate the trained model, write the results."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ if TYPE_CHECKING:
     from ray.train import ScalingConfig
 
 UNBOUNDED = (
-    "loss.type {type} has no floor on any one data set, and nothing in this recipe holds it: watch log_ratio/rms, and see "
+    "loss.type {type} is unbounded below on a finite data set, and nothing in this recipe bounds it: watch log_ratio/rms; see "
     '"Holding an unbounded objective" in raydiv/losses/README.md'
 )
 RESIZE_INTERVAL_S = 60.0
-"""Seconds between looks for nodes that have come, under ``cluster.min_workers``."""
+"""Seconds between checks for new nodes, with ``cluster.min_workers``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +63,14 @@ def train(
     resume: bool = False,
     watch: Callable[[Metrics], None] | None = None,
 ) -> Result:
-    """One run: prepares what is missing, measures the model, trains, measures again, and leaves a complete run directory.
+    """Prepare, evaluate the base model, train, and evaluate the trained model; returns the finished run.
 
-    ``show_text`` writes prompts and answers into evaluation/; without it there are ids and verdicts only. ``resume`` goes on
-    with a run that is there, from its newest checkpoint; of a finished one it sends to MLflow what could not be sent.
-    ``watch`` is called with each line of metrics.jsonl as it is written.
+    ``show_text`` writes prompts and answers into evaluation/, which otherwise has IDs and verdicts only. ``resume`` continues
+    an existing run from its newest checkpoint; for a finished run it sends to MLflow what could not be sent. ``watch`` is
+    called with each new line of metrics.jsonl.
 
-    Raises UserError for what the user must change (without ``resume``, a run that is already there included), RuntimeError when
-    training fails, Terminated when SIGTERM stopped it.
+    Raises UserError for what the user must change, also for an existing run without ``resume``; RuntimeError when training
+    fails; Terminated after SIGTERM.
     """
     display = display or ProgressDisplay()
     run = RunDirectory.of(recipe)
@@ -78,15 +78,15 @@ def train(
     if resume:
         recipe = recipe_to_resume(run, recipe)
         if run.result.exists():
-            return _finished(recipe, run, display)
-    opened = load_inputs(recipe, display)
-    measurements = BeforeAfterEvaluation(recipe, opened.prompts, display, show_text)
-    if not recipe.loss.bounded and recipe.optim.target_margin is None:
+            return _resume_finished(recipe, run, display)
+    inputs = load_inputs(recipe, display)
+    evaluation = BeforeAfterEvaluation(recipe, inputs.prompts, display, show_text)
+    if not recipe.loss.is_bounded and recipe.optim.target_margin is None:
         display.print(UNBOUNDED.format(type=recipe.loss.type))
     with ray_session(recipe.cluster):
-        require_ready(recipe, run.path, local_files(opened), new=not resume)
-        prepared = prepare_data(recipe, opened, display)
-        recipe, roomy = resolve_layout(recipe, prepared)
+        require_ready(recipe, run.path, local_files(inputs), new=not resume)
+        prepared = prepare_data(recipe, inputs, display)
+        recipe, has_spare_memory = resolve_layout(recipe, prepared)
         if resume:
             require_same_content(run, prepared.fingerprints)
             run.start_attempt(recipe)
@@ -103,24 +103,25 @@ def train(
             ):
                 if run.stage.read().began is None:
                     run.metrics.truncate(0)
-                    measurements.run(run, "before", prepared.directory)
+                    evaluation.run(run, "before", prepared.directory)
                     run.stage.training_started(prepared.steps(recipe))
                 else:
-                    measurements.restore_baseline(prepared.directory)
+                    evaluation.restore_baseline(prepared.directory)
                 if run.stage.read().ended is None:
-                    _fit(recipe, opened, prepared, run, display, training_environment(recipe, roomy))
-                    _say_layout(run, display)
+                    environment = training_environment(recipe, has_spare_memory)
+                    _fit(recipe, inputs, prepared, run, display, environment)
+                    _report_padding(run, display)
                 run.metrics.truncate(run.stage.read().ended or 0)
-                measurements.run(run, "after", prepared.directory)
+                evaluation.run(run, "after", prepared.directory)
             return _conclude(recipe, prepared, run, tracker, tags)
 
 
-def _finished(recipe: Recipe, run: RunDirectory, display: ProgressDisplay) -> Result:
-    """A run that is over: what MLflow has not got is sent, and a report that was not written is."""
+def _resume_finished(recipe: Recipe, run: RunDirectory, display: ProgressDisplay) -> Result:
+    """Send to MLflow what a finished run could not send, and write a missing report."""
     report: dict[str, Any] = read_json(run.result)
     if not run.report.exists():
         write_report(run)
-    display.print(f"{run.path}: is finished already")
+    display.print(f"{run.path}: this run is finished already")
     if not report["mlflow"]["sent"]:
         tracker = MlflowTracker(recipe, report["tags"], display.print, state_file=run.mlflow)
         with run.metrics.follow(tracker.log_metrics, tracker.lines_sent):
@@ -130,25 +131,28 @@ def _finished(recipe: Recipe, run: RunDirectory, display: ProgressDisplay) -> Re
 
 
 def resolve_layout(recipe: Recipe, prepared: PreparedData) -> tuple[Recipe, bool]:
-    """The recipe with the layout that its workers' memory takes, and whether there is twice as much; needs a Ray session."""
+    """The recipe with a layout that fits the memory of its workers, and whether twice the memory it needs is available.
+
+    Needs a Ray session. Raises UserError where no layout fits.
+    """
     epochs = epoch_plan(recipe, prepared.train.examples)
-    share = largest_budget(
+    budget = largest_budget(
         epochs, prepared.steps(recipe), prepared.train.examples.lengths, recipe.cluster.least_workers
     )
     architecture, memory = architecture_of(recipe), worker_memory(recipe.cluster)
-    found = choose_layout(architecture, recipe, share, memory)
-    return with_layout(recipe, found), 2 * found.memory.total <= memory
+    layout = choose_layout(architecture, recipe, budget, memory)
+    return with_layout(recipe, layout), 2 * layout.memory.total <= memory
 
 
 def _fit(
     recipe: Recipe,
-    opened: LoadedInputs,
+    inputs: LoadedInputs,
     prepared: PreparedData,
     run: RunDirectory,
     display: ProgressDisplay,
     environment: dict[str, str],
 ) -> None:
-    """Run the workers to the end, with their metrics on the bar; they begin at the newest checkpoint, if there is one.
+    """Run the workers, from the newest checkpoint if there is one, and show their metrics and events.
 
     Raises Terminated when SIGTERM stopped them, after a checkpoint.
     """
@@ -156,16 +160,16 @@ def _fit(
     from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    anchors = SeparationProbe.of(recipe, opened.chat, opened.prompts.separation)
+    probe = SeparationProbe.of(recipe, inputs.chat, inputs.prompts.separation)
     weights = architecture_of(recipe).multiplied_parameters
-    task = TrainTask(recipe, prepared.directory, run.path, weights, prepared.train, prepared.eval, anchors)
+    task = TrainTask(recipe, prepared.directory, run.path, weights, prepared.train, prepared.eval, probe)
     trainer = TorchTrainer(
         worker_entry,
         train_loop_config={"task": ray.put(task), "threads": threads_per_worker(recipe.cluster)},
         torch_config=TorchConfig(
             backend="nccl" if recipe.cluster.use_gpu else "gloo", timeout_s=recipe.cluster.collective_timeout_s
         ),
-        scaling_config=_scaling(recipe.cluster),
+        scaling_config=_scaling_config(recipe.cluster),
         run_config=RunConfig(
             name=recipe.name,
             storage_path=str(run.ray),
@@ -176,7 +180,7 @@ def _fit(
     ignore_sigint_of_trainer(trainer)
 
     def stop() -> None:
-        display.print("SIGTERM: a checkpoint is written after this step, and the run stops")
+        display.print("SIGTERM: the run writes a checkpoint after this step and stops")
         run.request_stop()
 
     with display.phase("train") as update:
@@ -186,14 +190,14 @@ def _fit(
                 update(int(record["step"]), prepared.steps(recipe), step_note(record))
 
         waiting = report_waiting(run.heartbeats.seconds_since_last, recipe.cluster, display.print)
-        with run.metrics.follow(show), run.events.follow(display.print, opened.locate), waiting, on_sigterm(stop):
-            _report_failure(trainer.fit, run, recipe.cluster.timeout_s)
+        with run.metrics.follow(show), run.events.follow(display.print, inputs.locate), waiting, on_sigterm(stop):
+            _fit_or_explain(trainer.fit, run, recipe.cluster.timeout_s)
     if run.stage.read().ended is None:
-        raise Terminated(f"stopped after step {run.metrics.steps_taken()}; the same command with --resume goes on")
+        raise Terminated(f"stopped after step {run.metrics.steps_taken()}; the same command with --resume continues")
 
 
-def _scaling(cluster: ClusterConfig) -> ScalingConfig:
-    """How many workers, and what each reserves."""
+def _scaling_config(cluster: ClusterConfig) -> ScalingConfig:
+    """The number of workers, and the resources of each."""
     from ray.train import ScalingConfig
 
     return ScalingConfig(
@@ -206,16 +210,17 @@ def _scaling(cluster: ClusterConfig) -> ScalingConfig:
     )
 
 
-def _say_layout(run: RunDirectory, display: ProgressDisplay) -> None:
-    why = read_json(run.layout)["why_not_packed"]
-    if why:
-        display.print(f"micro-batches were padded, not packed: {why}")
+def _report_padding(run: RunDirectory, display: ProgressDisplay) -> None:
+    reason = read_json(run.layout)["why_not_packed"]
+    if reason:
+        display.print(f"micro-batches were padded, not packed: {reason}")
 
 
-def _report_failure(fit: Callable[[], Any], run: RunDirectory, timeout: float) -> None:
-    """Run ``fit``; of a worker's failure, keep the user's part of it and not Ray's layers around it.
+def _fit_or_explain(fit: Callable[[], Any], run: RunDirectory, timeout: float) -> None:
+    """Run ``fit``, and raise the cause of a worker's failure without Ray's exceptions around it.
 
-    Workers that stood still for ``timeout`` seconds failed each in its own way: then ``run`` has what was the matter.
+    Raises UserError where a worker did; RuntimeError with the diagnosis of a hang where no worker made progress for ``timeout``
+    seconds, since each then fails with another error; RuntimeError with the first worker's error otherwise.
     """
     from ray.train import TrainingFailedError
 
@@ -224,12 +229,12 @@ def _report_failure(fit: Callable[[], Any], run: RunDirectory, timeout: float) -
     except TrainingFailedError as error:
         failures = dict(getattr(error, "worker_failures", {}))
         for failure in failures.values():
-            mine = find_user_error(failure)
-            if mine is not None:
-                raise mine from None
-        still = diagnose_hang(run.heartbeats.read(), timeout)
-        if still is not None:
-            raise RuntimeError(still) from error
+            user_error = find_user_error(failure)
+            if user_error is not None:
+                raise user_error from None
+        hang = diagnose_hang(run.heartbeats.read(), timeout)
+        if hang is not None:
+            raise RuntimeError(hang) from error
         for rank, failure in failures.items():
             cause = getattr(failure, "cause", failure)
             raise RuntimeError(f"training worker {rank}: {type(cause).__name__}: {cause}") from error
@@ -237,7 +242,7 @@ def _report_failure(fit: Callable[[], Any], run: RunDirectory, timeout: float) -
 
 
 def _tags(recipe: Recipe, prepared: PreparedData) -> dict[str, str]:
-    fingerprints = {f"{what}.fingerprint": value for what, value in prepared.fingerprints.items()}
+    fingerprints = {f"{kind}.fingerprint": value for kind, value in prepared.fingerprints.items()}
     estimate = {key.replace("/", "."): str(fact) for key, fact in estimate_facts(recipe.loss.terms[0]).items()}
     return fingerprints | estimate | {f"version.{name}": version for name, version in versions().items()}
 
@@ -245,7 +250,7 @@ def _tags(recipe: Recipe, prepared: PreparedData) -> dict[str, str]:
 def _conclude(
     recipe: Recipe, prepared: PreparedData, run: RunDirectory, tracker: MlflowTracker, tags: dict[str, str]
 ) -> Result:
-    """Write result.json and the report, and send them to MLflow."""
+    """Write result.json and the report, and send both to MLflow."""
     metrics = last_values(run.metrics.read())
     report: dict[str, Any] = {
         "name": recipe.name,
@@ -274,7 +279,7 @@ def _conclude(
 
 
 def _send(run: RunDirectory, tracker: MlflowTracker, report: dict[str, Any]) -> None:
-    """Send MLflow the files of a finished run, and note in the result whether it has got everything."""
+    """Send the files of a finished run to MLflow, and note in result.json whether everything arrived."""
     report["mlflow"] = {"uri": tracker.uri, "run_id": tracker.run_id, "sent": True}
     write_json(run.result, report, indent=2)
     for path in (run.recipe, run.result, run.metrics.path, run.report, *sorted(run.pictures.glob("*.png")), run.rows):

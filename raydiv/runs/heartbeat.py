@@ -23,7 +23,7 @@ MISSED_BEATS = 3
 class Heartbeat:
     """The state of a worker, and the content of its file.
 
-    ``of`` is the number of workers. ``passed`` counts the phases entered so far; their order is the same on all ranks, so the
+    ``of`` is the number of workers. ``passed`` counts phases and forwards, in an order that all ranks share, so the
     straggler has the lowest count. ``idle``: seconds since the last progress. ``every``: seconds between heartbeats.
     ``where``: the line of code of a worker that hangs. ``silent``: seconds without a heartbeat while another worker sent some.
     """

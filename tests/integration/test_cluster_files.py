@@ -705,7 +705,7 @@ def test_a_slurm_job_that_is_told_to_go_leaves_a_checkpoint(
     _, said = process.communicate(timeout=300)
     assert process.returncode == 143, said
     stopped = run.metrics.steps_taken()
-    assert f"stopped after step {stopped}; the same command with --resume goes on" in said
+    assert f"stopped after step {stopped}; the same command with --resume" in said
     assert [int(name.removeprefix("step-")) for name in run.checkpoints(recipe).folder_names()] == [stopped]
     assert not left_behind()
 

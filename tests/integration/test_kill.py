@@ -1,4 +1,4 @@
-"""Whole runs that lose a worker, all of them, their driver, or are told to go: what they end with, through Ray itself."""
+"""Whole runs through Ray that lose a worker, all workers or their driver, hang, or get a signal; and what they end with."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ STEPS = 8
 
 @pytest.fixture(scope="module")
 def named(tiny_model: Path, files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recipe]:
-    """The recipe of these runs under a name; MLflow's runs are all in one file."""
+    """The recipe of these runs under a name. All share one MLflow store."""
     output = tmp_path_factory.mktemp("runs")
 
     def recipe(name: str, *overrides: str) -> Recipe:
@@ -47,19 +47,19 @@ def named(tiny_model: Path, files: dict[str, str], tmp_path_factory: pytest.Temp
 
 @pytest.fixture(scope="module")
 def whole(ray: None, named: Callable[..., Recipe]) -> Result:
-    """A run that nothing happens to."""
+    """An uninterrupted run."""
     return train(named("whole"), ProgressDisplay(quiet=True))
 
 
 def workers(driver: int | None = None) -> list[psutil.Process]:
-    """The training workers' processes of a driver with a local Ray, by default this process; nobody else's."""
+    """The training workers' processes of a driver with a local Ray, by default of this process; no other ones."""
     children = psutil.Process(driver).children(recursive=True)
     return [process for process in children if "RayTrainWorker" in " ".join(process.cmdline())]
 
 
 @contextmanager
 def meanwhile(act: Callable[[], None]) -> Iterator[None]:
-    """Run ``act`` beside the block; what it raises is raised at the end."""
+    """Run ``act`` in a thread while the block runs; its exception is raised at the end."""
     failure: list[BaseException] = []
 
     def acting() -> None:
@@ -67,7 +67,7 @@ def meanwhile(act: Callable[[], None]) -> Iterator[None]:
             act()
         except BaseException as error:
             failure.append(error)
-            # the block may wait for what will not come now
+            # end the block, which may wait for what ``act`` did not do
             interrupt_main()
 
     thread = threading.Thread(target=acting)
@@ -84,10 +84,10 @@ def mlflow_steps(result: Result, metric: str) -> list[int]:
     from mlflow import MlflowClient
 
     client = MlflowClient(result.report["mlflow"]["uri"])
-    return [found.step for found in client.get_metric_history(result.report["mlflow"]["run_id"], metric)]
+    return [entry.step for entry in client.get_metric_history(result.report["mlflow"]["run_id"], metric)]
 
 
-def test_a_killed_worker_is_started_again_and_nothing_is_lost(
+def test_a_killed_worker_is_restarted_and_nothing_is_lost(
     whole: Result, named: Callable[..., Recipe], capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = named("worker", "cluster.max_failures=1")
@@ -107,7 +107,7 @@ def test_a_killed_worker_is_started_again_and_nothing_is_lost(
 
 
 @pytest.mark.long
-def test_workers_that_stand_still_are_given_up_and_started_again(
+def test_a_hang_ends_the_workers_and_training_resumes(
     whole: Result, named: Callable[..., Recipe], capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = named("still", "cluster.max_failures=1", "cluster.timeout_s=25")
@@ -121,13 +121,13 @@ def test_workers_that_stand_still_are_given_up_and_started_again(
 
     with meanwhile(stop):
         train(recipe)
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert re.search(
         rf"25 s \(cluster\.timeout_s\)\. Suspect: rank 1 \(\S+, pid {stopped[0].pid}\), in \w+ of step \d "
         r"\(no heartbeat for \d+ s\)\. Waiting .*: 1 rank, in \w+ of step \d",
-        said,
-    ), said
-    assert "training resumes after step 4" in said
+        output,
+    ), output
+    assert "training resumes after step 4" in output
     assert_same_run(run, whole.run)
     assert not stopped[0].is_running()
 
@@ -140,16 +140,16 @@ def command(recipe: Recipe, path: Path, *more: str) -> list[str]:
 PLANTED = {
     name: f"planted-{name.lower()}" for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD")
 }
-"""Secrets of a command's environment, none of which may be found in anything that it leaves."""
+"""Secrets in the environment of a command, none of which may appear in its files and output."""
 
 
 def environment() -> dict[str, str]:
-    """Of a command with a Ray of its own."""
+    """The environment of a command that starts its own Ray."""
     return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
 
 
 @pytest.mark.long
-def test_a_run_that_loses_all_its_workers_and_then_its_driver_goes_on_where_it_was(
+def test_a_run_that_loses_all_workers_and_then_its_driver_resumes_where_it_was(
     whole: Result, named: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     recipe = named("killed")
@@ -174,7 +174,7 @@ def test_a_run_that_loses_all_its_workers_and_then_its_driver_goes_on_where_it_w
 
 
 @pytest.mark.long
-def test_sigterm_leaves_a_checkpoint_of_the_very_step(
+def test_sigterm_leaves_a_checkpoint_of_the_last_step(
     whole: Result, named: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     recipe = named("term", "checkpoint.every=null")
@@ -184,24 +184,24 @@ def test_sigterm_leaves_a_checkpoint_of_the_very_step(
     )
     wait_for_step(run, 3)
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == 143, said
+    output = process.communicate(timeout=120)[1]
+    assert process.returncode == 143, output
     stopped = run.metrics.steps_taken()
-    assert f"stopped after step {stopped}; the same command with --resume goes on" in said
+    assert f"stopped after step {stopped}; the same command with --resume" in output
     assert stopped < STEPS
-    assert [int(name.removeprefix("step-")) for name in run.checkpoints(recipe).folders()] == [stopped]
+    assert [int(name.removeprefix("step-")) for name in run.checkpoints(recipe).folder_names()] == [stopped]
     again: Any = train(recipe, ProgressDisplay(quiet=True), resume=True)
     assert_same_run(run, whole.run)
     written = [path.read_bytes() for path in run.path.parent.rglob("*") if path.is_file()]
     assert len(written) > 20
-    assert not any(secret.encode() in content for secret in PLANTED.values() for content in [*written, said.encode()])
+    assert not any(secret.encode() in content for secret in PLANTED.values() for content in [*written, output.encode()])
     assert mlflow_steps(again, "loss") == list(range(1, STEPS + 1))
     with pytest.raises(Exception, match="another recipe"):
         train(named("term", "loss.skew=0.25"), ProgressDisplay(quiet=True), resume=True)
 
 
 @pytest.mark.long
-def test_ctrl_c_ends_it_with_130_and_mlflow_is_told(named: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_ctrl_c_exits_with_130_and_ends_the_mlflow_run(named: Callable[..., Recipe], tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
     alone = ("cluster.num_workers=1", "engine.zero_stage=0")
@@ -212,17 +212,17 @@ def test_ctrl_c_ends_it_with_130_and_mlflow_is_told(named: Callable[..., Recipe]
     )
     wait_for_step(run, 3)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == 130, said
-    assert "Traceback" not in said
+    output = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
     noted = json.loads(run.mlflow.read_text())
     assert MlflowClient(noted["uri"]).get_run(noted["run_id"]).info.status == "KILLED"
-    assert run.checkpoints(recipe).folders()
+    assert run.checkpoints(recipe).folder_names()
 
 
 @pytest.fixture
 def raylets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A cluster of one raylet on this machine, which RAY_ADDRESS names; all that come have a CPU each."""
+    """A cluster of one raylet on this machine, at RAY_ADDRESS; each raylet has one CPU."""
     import ray
     from ray.cluster_utils import Cluster as Raylets
 
@@ -238,7 +238,7 @@ def raylets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.mark.long
-def test_a_node_is_lost_and_another_one_comes(whole: Result, named: Callable[..., Recipe], raylets: Any) -> None:
+def test_a_lost_node_is_replaced_by_another(whole: Result, named: Callable[..., Recipe], raylets: Any) -> None:
     recipe = named("node", "cluster.max_failures=2")
     run = RunDirectory.of(recipe)
     other = raylets.add_node(num_cpus=1)

@@ -1,4 +1,4 @@
-"""Prepare: which examples come with which reference log-probs, and what is said of the data."""
+"""Prepare: the reference log-probs of each set of examples, and messages about the data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Row = dict[str, Any]
 
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokenised in this process, with nothing that another test prepared; an example's reference is its prompt's length."""
+    """Tokenize in this process, with an empty cache. The reference log-prob of an example is minus its prompt's length."""
 
     def lengths(recipe: Recipe, directory: Path, sets: Sequence[StoredExamples], progress: object) -> Lookup:
         return Lookup([-100.0 * number - examples.prompt_lengths for number, examples in enumerate(sets)], 3, 4)
@@ -34,18 +34,18 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preparation, "reference_logps", lengths)
 
 
-class Heard(ProgressDisplay):
-    """A display that keeps what it is told."""
+class RecordingDisplay(ProgressDisplay):
+    """A display that keeps its messages."""
 
     def __init__(self) -> None:
         super().__init__(quiet=True)
-        self.said: list[str] = []
+        self.messages: list[str] = []
 
-    def print(self, text: str) -> None:
-        self.said.append(text)
+    def print(self, message: str) -> None:
+        self.messages.append(message)
 
 
-def prepared(recipe: Recipe, display: ProgressDisplay | None = None) -> PreparedData:
+def prepare_here(recipe: Recipe, display: ProgressDisplay | None = None) -> PreparedData:
     display = display or ProgressDisplay(quiet=True)
     return prepare_data(recipe, load_inputs(recipe, display), display)
 
@@ -63,62 +63,63 @@ def with_model(model: Path, train: Path, loss: str, off: bool = False, **changes
 @pytest.mark.parametrize("loss", ["kldo", "kto"])
 def test_reference_log_probs_are_each_sets_own(loss: str, tiny_model: Path, write_jsonl: Writer) -> None:
     train, held_out = write_jsonl(*rows(4)), write_jsonl(*rows(3, first=10), name="eval.jsonl")
-    found = prepared(with_model(tiny_model, train, loss, eval=str(held_out)))
-    assert found.eval is not None
-    sets = [found.train, found.eval]
-    assert [len(one.examples) for one in sets] == [8, 6]
-    for number, one in enumerate(sets):
-        assert one.reference_logps is not None
-        assert (one.reference_logps == -100.0 * number - one.examples.prompt_lengths).all()
+    data = prepare_here(with_model(tiny_model, train, loss, eval=str(held_out)))
+    assert data.eval is not None
+    sets = [data.train, data.eval]
+    assert [len(examples.examples) for examples in sets] == [8, 6]
+    for number, examples in enumerate(sets):
+        prompt_lengths = examples.examples.prompt_lengths
+        assert examples.reference_logps is not None
+        assert (examples.reference_logps == -100.0 * number - prompt_lengths).all()
         if loss == "kldo":
-            assert one.mismatched is None
-            assert one.mismatched_reference_logps is None
-        else:  # after those of both sets
-            assert one.mismatched is not None
-            assert one.mismatched_reference_logps is not None
-            assert (one.mismatched.prompt_rows != one.mismatched.response_rows).all()
-            assert (one.mismatched_reference_logps == -100.0 * (2 + number) - one.examples.prompt_lengths).all()
-    assert (found.reference_hits, found.reference_misses) == (3, 4)
+            assert examples.mismatched is None
+            assert examples.mismatched_reference_logps is None
+        else:  # scored after the examples of both sets
+            assert examples.mismatched is not None
+            assert examples.mismatched_reference_logps is not None
+            assert (examples.mismatched.prompt_rows != examples.mismatched.response_rows).all()
+            assert (examples.mismatched_reference_logps == -100.0 * (2 + number) - prompt_lengths).all()
+    assert (data.reference_hits, data.reference_misses) == (3, 4)
 
 
-def test_adapters_that_are_switched_off_need_no_stored_reference(tiny_model: Path, write_jsonl: Writer) -> None:
-    found = prepared(with_model(tiny_model, write_jsonl(*rows(4)), "kto", off=True))
-    assert found.train.reference_logps is None
-    assert found.train.mismatched is not None
-    assert found.train.mismatched_reference_logps is None
-    assert found.eval is None
-    assert (found.reference_hits, found.reference_misses) == (0, 0)
+def test_disabled_adapters_need_no_stored_reference(tiny_model: Path, write_jsonl: Writer) -> None:
+    data = prepare_here(with_model(tiny_model, write_jsonl(*rows(4)), "kto", off=True))
+    assert data.train.reference_logps is None
+    assert data.train.mismatched is not None
+    assert data.train.mismatched_reference_logps is None
+    assert data.eval is None
+    assert (data.reference_hits, data.reference_misses) == (0, 0)
 
 
-def test_loss_without_a_reference_counts_from_zero(tiny_model: Path, write_jsonl: Writer) -> None:
-    found = prepared(with_model(tiny_model, write_jsonl(*rows(4)), "sft"))
-    assert found.train.reference_logps is not None
-    assert (found.train.reference_logps == np.zeros(8)).all()
-    assert found.train.mismatched is None
+def test_a_loss_without_a_reference_counts_from_zero(tiny_model: Path, write_jsonl: Writer) -> None:
+    data = prepare_here(with_model(tiny_model, write_jsonl(*rows(4)), "sft"))
+    assert data.train.reference_logps is not None
+    assert (data.train.reference_logps == np.zeros(8)).all()
+    assert data.train.mismatched is None
 
 
-def test_prompt_that_leaves_no_mismatched_response_is_refused(tiny_model: Path, write_jsonl: Writer) -> None:
+def test_a_prompt_with_more_than_half_of_the_examples_is_a_user_error(tiny_model: Path, write_jsonl: Writer) -> None:
     data = write_jsonl(*rows(1), *rows(1), *rows(1, first=2))
-    with pytest.raises(UserError, match=r"data: one prompt has 4 of 6 examples.*; the loss kto needs them"):
-        prepared(with_model(tiny_model, data, "kto"))
-    assert len(prepared(with_model(tiny_model, data, "kldo")).train.examples) == 6
+    with pytest.raises(UserError, match=r"data: .* 4 of 6 examples.* kto "):
+        prepare_here(with_model(tiny_model, data, "kto"))
+    assert len(prepare_here(with_model(tiny_model, data, "kldo")).train.examples) == 6
 
 
-def test_rows_left_out_and_prompts_in_both_sets_are_said(tiny_model: Path, write_jsonl: Writer) -> None:
+def test_dropped_rows_and_prompts_in_both_sets_are_reported(tiny_model: Path, write_jsonl: Writer) -> None:
     train = write_jsonl(*rows(4), {"prompt": "q"})
     held_out = write_jsonl(*rows(3, first=2), name="eval.jsonl")
-    heard = Heard()
-    found = prepared(with_model(tiny_model, train, "kldo", eval=str(held_out), on_bad_row="quarantine"), heard)
-    assert any("bad rows left out: 1" in line for line in heard.said)
-    assert any("prompts in data.train and in data.eval: 2" in line for line in heard.said)
-    summary = found.summary()
+    display = RecordingDisplay()
+    data = prepare_here(with_model(tiny_model, train, "kldo", eval=str(held_out), on_bad_row="quarantine"), display)
+    assert any("invalid rows" in line and ": 1 " in line for line in display.messages)
+    assert any("data.train and data.eval: 2;" in line for line in display.messages)
+    summary = data.summary()
     assert (summary["bad_rows"], summary["prompts_in_train_and_eval"]) == (1, 2)
     assert summary["train"]["examples"] == 8
     assert summary["eval"]["pairs"] == 3
-    assert summary["fingerprint"] == found.train.examples.fingerprint
+    assert summary["fingerprint"] == data.train.examples.fingerprint
 
 
-def test_sound_data_is_not_talked_about(tiny_model: Path, write_jsonl: Writer) -> None:
-    heard = Heard()
-    prepared(with_model(tiny_model, write_jsonl(*rows(8)), "kldo", eval=0.5), heard)
-    assert [line for line in heard.said if ": done in " not in line] == []
+def test_valid_data_gives_no_message(tiny_model: Path, write_jsonl: Writer) -> None:
+    display = RecordingDisplay()
+    prepare_here(with_model(tiny_model, write_jsonl(*rows(8)), "kldo", eval=0.5), display)
+    assert display.messages == []

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from helpers.heartbeats import BEAT, beats
-from raydiv.commands.train import _report_failure
+from raydiv.commands.train import _fit_or_explain
 from raydiv.runs.directory import RunDirectory
 from raydiv.runs.heartbeat import diagnose_hang
 from raydiv.training.step_timer import StepTimer
@@ -53,28 +53,28 @@ def test_the_step_timer_counts_the_time_of_each_phase(monkeypatch: pytest.Monkey
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
-    def slowly() -> Iterator[int]:
+    def slow_steps() -> Iterator[int]:
         for wait in (3, 1):
             now[0] += wait
             yield wait
         now[0] += 50
 
-    phases, seen = StepTimer(), []
-    phases.spent()
-    for wait in phases.timed_steps(slowly(), behind=4):
+    timer, steps = StepTimer(), []
+    timer.take_seconds()
+    for wait in timer.timed_steps(slow_steps(), behind=4):
         for phase, seconds in (("score", 10), ("judge", 2), ("score", 5)):
-            phases.enter(phase)
+            timer.enter(phase)
             now[0] += seconds
-        assert phases.idle == 5
-        phases.enter("log")
-        assert phases.until_judged == wait + 10
-        seen.append((wait, phases.step, phases.spent()))
+        assert timer.idle == 5
+        timer.enter("log")
+        assert timer.seconds_to_judge == wait + 10
+        steps.append((wait, timer.step, timer.take_seconds()))
         now[0] += 20
-    before = phases.passed
-    phases.advance()
-    assert phases.passed == before + 1
-    assert phases.idle == 0
-    assert seen == [
+    before = timer.progress
+    timer.advance()
+    assert timer.progress == before + 1
+    assert timer.idle == 0
+    assert steps == [
         (3, 5, {"start": 0, "data": 3, "score": 15, "judge": 2, "log": 0}),
         (1, 6, {"log": 20, "data": 1, "score": 15, "judge": 2}),
     ]
@@ -97,11 +97,11 @@ def test_heartbeats_are_of_this_start_only_and_silence_is_measured(tmp_path: Pat
 
 
 def test_a_worker_that_makes_progress_does_not_end(tmp_path: Path) -> None:
-    run, phases = RunDirectory(tmp_path), StepTimer()
+    run, timer = RunDirectory(tmp_path), StepTimer()
     run.heartbeats.clear()
-    with Watchdog(run, phases, timeout=0.5):
+    with Watchdog(run, timer, timeout=0.5):
         for _ in range(10):
-            phases.advance()
+            timer.advance()
             time.sleep(0.1)
     assert run.heartbeats.read()[0].passed == 10
     assert not run.events.path.exists()
@@ -145,7 +145,7 @@ def test_the_failure_of_a_hang_is_its_diagnosis(tmp_path: Path) -> None:
 
     run.heartbeats.write(replace(BEAT, idle=3.0))
     with pytest.raises(RuntimeError, match="connection was closed"):
-        _report_failure(fit, run, 60)
+        _fit_or_explain(fit, run, 60)
     run.heartbeats.write(BEAT)
     with pytest.raises(RuntimeError, match=r"60 s \(cluster\.timeout_s\)"):
-        _report_failure(fit, run, 60)
+        _fit_or_explain(fit, run, 60)
