@@ -19,7 +19,7 @@ Axis = dict[str, Any]
 
 
 class StudyConfig(Section):
-    """A grid of models x data x losses x seeds; each cell is a run of this recipe with the keys that its entries set."""
+    """A grid of models x data x losses x seeds; a cell is a run of this recipe with the keys that its entries set."""
 
     models: Axis = Field(
         default_factory=dict,
@@ -44,7 +44,7 @@ class StudyConfig(Section):
     @field_validator("models", "data", "losses", "baselines", mode="before")
     @classmethod
     def _as_mapping(cls, value: Any, info: ValidationInfo) -> Any:
-        """Name the strings of a list (kldo: loss kldo, hf://org/name: source NAME), and drop the entries that are null."""
+        """Name the strings of a list (kldo: loss kldo, hf://org/name: source NAME), and drop entries that are null."""
         if isinstance(value, dict):
             return {name: entry for name, entry in value.items() if entry is not None}
         if not isinstance(value, list):

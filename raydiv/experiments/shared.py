@@ -1,4 +1,4 @@
-"""What the trials of a sweep and the cells of a study share: settings, and preparations made once before the first run."""
+"""What the trials of a sweep and the cells of a study share: settings, and preparations before the first run."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from raydiv.runs.progress import ProgressDisplay
 class RunGroup:
     """What the runs of a sweep or a study have in common.
 
-    ``folder`` holds their directories. ``cluster`` is the part of the cluster that each of them uses. ``tracking_uri`` is
-    MLflow's, None for the one of the environment, and ``parent_run_id`` the MLflow run that they are nested in.
+    ``folder`` holds their directories. ``cluster`` is the part of the cluster that each of them uses. ``tracking_uri``
+    is MLflow's, None for the one of the environment, and ``parent_run_id`` the MLflow run that they are nested in.
     """
 
     folder: Path

@@ -21,8 +21,8 @@ Key = tuple[str, str, str]
 class Cell:
     """A model trained on ``data`` with ``loss``: its metrics after and before training, by the names that runs log.
 
-    ``where`` is the path or the MLflow name of its run. A base cell is a model without training: its loss is BASE, its data
-    NO_DATA, its seed 0, and ``metrics`` equals ``before``.
+    ``where`` is the path or the MLflow name of its run. A base cell is a model without training: its loss is BASE, its
+    data NO_DATA, its seed 0, and ``metrics`` equals ``before``.
     """
 
     model: str
@@ -65,7 +65,8 @@ def baseline_cells(cells: Sequence[Cell]) -> list[Cell]:
 def grouped_cells(cells: Sequence[Cell]) -> dict[Key, list[Cell]]:
     """The cells by model, data and loss, those of one key in the order of their seeds.
 
-    Models, data and losses are in the order of their first appearance, and a model's base cell comes before its other cells.
+    Models, data and losses are in the order of their first appearance, and a model's base cell comes before its other
+    cells.
     """
     models = list(dict.fromkeys(cell.model for cell in cells))
     data = list(dict.fromkeys(cell.data for cell in cells))

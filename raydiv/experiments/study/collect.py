@@ -36,9 +36,9 @@ def run_identity(run: RunDirectory) -> str:
 def included_cells(recipe: Recipe) -> dict[str, Cell]:
     """The cells of ``study.include``, by their runs' ``run_identity``: a run in two places counts once.
 
-    A cell has the names of the study's entries if their recipes are equal. If it differs in another key, such as optim.lr, its
-    loss names that key, so that it does not count as a seed of the study's cell. Raises UserError for a place without a
-    finished run.
+    A cell has the names of the study's entries if their recipes are equal. If it differs in another key, such as
+    optim.lr, its loss names that key, so that it does not count as a seed of the study's cell. Raises UserError for a
+    place without a finished run.
     """
     assert recipe.study is not None
     cells: dict[str, Cell] = {}

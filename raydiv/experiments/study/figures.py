@@ -39,9 +39,10 @@ def cell_pictures(cells: Sequence[Cell]) -> list[Picture]:
 
 
 def scatter(claim: ClaimTest, name: str) -> Picture:
-    """Attack success against D_B on a log axis: a colour for each model, a marker for each loss, a fill for each kind of data.
+    """Attack success against D_B on a log axis.
 
-    Lines are the fit: one slope, an intercept for each model. Broken models are hollow.
+    Models have colours, losses markers, and kinds of data fills; broken models are hollow. Lines are the fit: one
+    slope, an intercept for each model.
     """
     title = f"{claim.asr.label} and {claim.separation.label}"
     figure, axis = new_axis(textwrap.fill(title, 40), claim.separation.label)

@@ -48,8 +48,8 @@ def run_jobs(jobs: Sequence[CellJob], at_once: int, on_end: OnEnd, report: Calla
     """Run the jobs in order, ``at_once`` at a time, until all have ended; needs a Ray session with its dashboard.
 
     A job that still runs from an earlier attempt is followed, not submitted again. If this function is interrupted, the
-    running jobs are stopped and have time for a checkpoint. A job that succeeds without a result in its run directory counts as
-    failed. If the study is a job itself, its jobs inherit its working directory and its version of raydiv.
+    running jobs are stopped and have time for a checkpoint. A job that succeeds without a result in its run directory
+    counts as failed. If the study is a job itself, its jobs inherit its working directory and its version of raydiv.
     """
     import ray
 
@@ -110,7 +110,7 @@ def _missing_result(job: CellJob) -> str | None:
 
 @contextmanager
 def _stop_on_exit(cluster: Jobs, report: Callable[[str], None]) -> Iterator[dict[str, CellJob]]:
-    """Active jobs by submission id. Those left at the end of the block are stopped, since a local Ray then shuts down."""
+    """Active jobs by submission id. Those left when the block ends are stopped, since a local Ray then shuts down."""
     active: dict[str, CellJob] = {}
     try:
         yield active

@@ -5,8 +5,8 @@ Let y be a cell's attack success (a share) and x = ln D_B. Over n cells of k mod
     y = a_model + b x                          ordinary least squares, an intercept for each model
     r = corr(x - mean_model(x), y - mean_model(y))    partial correlation
 
-Under normal errors, b over its standard error has Student's t distribution with n - k - 1 degrees of freedom. The test of
-r = 0 is the same test.
+Under normal errors, b over its standard error has Student's t distribution with n - k - 1 degrees of freedom. The test
+of r = 0 is the same test.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ from raydiv.experiments.study.table_io import Table, TableCell, TableRow
 COUNT = "{:.0f}"
 
 LEGEND = (
-    "slope: change of attack success (1 is 100%) when D_B grows by a factor of e, with an intercept for each model; r: partial "
-    "correlation, the models' means removed; low and high: 95% intervals; r least and greatest: without each loss in turn"
+    "slope: change of attack success (1 is 100%) when D_B grows by a factor of e, with an intercept for each model; "
+    "r: partial correlation, the models' means removed; low and high: 95% intervals; "
+    "r least and greatest: without each loss in turn"
 )
 
 
@@ -81,8 +82,8 @@ class CorrelationEstimate:
 class ClaimTest:
     """The regression of one measure of attack success on one measure of separation.
 
-    Estimates are None if the cells allow none; ``notes`` give the reason. ``without_a_loss`` is the range of the correlation
-    when each loss in turn is left out. ``whole`` is the correlation without broken models.
+    Estimates are None if the cells allow none; ``notes`` give the reason. ``without_a_loss`` is the range of the
+    correlation when each loss in turn is left out. ``whole`` is the correlation without broken models.
     """
 
     separation: Measure
@@ -102,7 +103,7 @@ class ClaimTest:
 
 
 def claim_tests(cells: Sequence[Cell]) -> list[ClaimTest]:
-    """Tests of each measure of attack success on D_B, on length-matched D_B, and on D_B of all dimensions where measured.
+    """Tests of each measure of attack success on D_B, on length-matched D_B, and on D_B of all dimensions if measured.
 
     Base cells are left out.
     """
@@ -161,10 +162,11 @@ def _points(cells: Sequence[Cell], separation: Measure, asr: Measure) -> tuple[t
 
 
 def _no_estimate(points: pd.DataFrame) -> str | None:
-    """Why there is no estimate: too few cells for the parameters and an interval, or no variation within the models."""
+    """The reason for no estimate: too few cells for parameters and interval, or no variation within the models."""
     models = points["model"].nunique()
     if len(points) < models + 3:
-        return f"no estimate: {len(points)} cells; with an intercept for each model, at least {max(models, 1) + 3} are needed"
+        needed = max(models, 1) + 3
+        return f"no estimate: {len(points)} cells; with an intercept for each model, at least {needed} are needed"
     for name, values in _within_models(points).items():
         if np.allclose(values, 0, atol=1e-9):
             label = "separation" if name == "log_d_b" else "attack success"
@@ -191,7 +193,7 @@ def slope_of(points: pd.DataFrame) -> SlopeEstimate:
 
 
 def correlation_of(points: pd.DataFrame) -> CorrelationEstimate:
-    """The partial correlation r, Fisher's interval tanh(atanh r +- 1.96 / sqrt(n - k - 2)), and p of the slope's t test.
+    """The partial correlation r, Fisher's interval tanh(atanh r +- 1.96 / sqrt(n - k - 2)), and p of the t test.
 
     Fisher's z of an ordinary correlation has the standard error 1 / sqrt(n - 3), and of one given c other variables
     1 / sqrt(n - 3 - c). Here these are the indicators of all models but one: c = k - 1.
@@ -208,7 +210,7 @@ def correlation_of(points: pd.DataFrame) -> CorrelationEstimate:
 
 
 def _correlation_range(points: pd.DataFrame) -> tuple[float, float] | None:
-    """The lowest and the highest correlation when each loss in turn is left out; None if one of them has no estimate."""
+    """The lowest and the highest correlation without each loss in turn; None if one of them has no estimate."""
     others = [points[points["loss"] != loss] for loss in points["loss"].unique()]
     if any(map(_no_estimate, others)):
         return None
@@ -217,7 +219,7 @@ def _correlation_range(points: pd.DataFrame) -> tuple[float, float] | None:
 
 
 def claim_table(claims: Sequence[ClaimTest]) -> Table:
-    """A row for each test: slope and correlation with intervals, and the correlation without a loss or broken models."""
+    """A row for each test: slope, correlation, their intervals, and the correlation without a loss or broken models."""
     estimates = ("cells", "slope", "SE", "slope low", "slope high", "p", "r", "r low", "r high")
     header = ("attack success", "on the log of", *estimates, "r least", "r greatest", "unbroken r", "unbroken cells")
     rows = tuple(TableRow((claim.asr.label, claim.separation.label), _figures(claim)) for claim in claims)

@@ -89,11 +89,11 @@ class StudyResult:
 def study(recipe: Recipe, *, resume: bool = False, display: ProgressDisplay | None = None) -> StudyResult:
     """Run the unfinished cells of the recipe's study, and compare all of its cells.
 
-    ``resume`` continues a stopped study, and one that has more cells now; finished cells are not run again. A failed cell is
-    reported and left out.
+    ``resume`` continues a stopped study, and one that has more cells now; finished cells are not run again. A failed
+    cell is reported and left out.
 
-    Raises UserError, before any cell starts, if the recipe or its directory must change, and RuntimeError if no cell remains
-    to compare.
+    Raises UserError, before any cell starts, if the recipe or its directory must change, and RuntimeError if no cell
+    remains to compare.
     """
     display = display or ProgressDisplay()
     if recipe.study is None:
@@ -126,7 +126,7 @@ def study(recipe: Recipe, *, resume: bool = False, display: ProgressDisplay | No
 def _run(
     recipe: Recipe, grid: StudyGrid, directory: StudyDirectory, mlflow_run: str | None, display: ProgressDisplay
 ) -> tuple[list[Cell], dict[str, str]]:
-    """Measure the baselines and train the unfinished cells; returns the baselines, and the error of each failed cell."""
+    """Measure the baselines and train the unfinished cells; returns base cells, and the error of each failed cell."""
     assert recipe.study is not None
     unfinished = [cell for cell in grid.cells if not directory.is_finished(cell)]
     if not unfinished and not grid.baselines:

@@ -38,7 +38,7 @@ class TableRow:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows under a heading for each column, first those of words and then those of figures, and notes on reading them."""
+    """Rows under a heading for each column, first those of words and then those of figures, and notes on them."""
 
     title: str
     header: tuple[str, ...]

@@ -34,8 +34,8 @@ def tables_of(cells: Sequence[Cell]) -> list[Table]:
 class SeedStatistics:
     """The mean and the sample standard deviation of each measure over the cells that differ only in their seed.
 
-    Both frames have a row for each (model, data, loss) and a column for each measure's metric. They hold NaN where no cell has
-    a value, or only one for a standard deviation.
+    Both frames have a row for each (model, data, loss) and a column for each measure's metric. They hold NaN where no
+    cell has a value, or only one for a standard deviation.
     """
 
     measures: list[Measure]
@@ -65,8 +65,8 @@ class SeedStatistics:
 def cell_table(cells: Sequence[Cell]) -> Table:
     """A row for each model, data and loss: means over seeds, and their sample standard deviations.
 
-    The best loss of each model and data is marked for each measure that has a good end, unless all of them are equal. Broken
-    models are never marked.
+    The best loss of each model and data is marked for each measure that has a good end, unless all of them are equal.
+    Broken models are never marked.
     """
     header = ("model", "data", "loss")
     if not cells:
@@ -95,9 +95,9 @@ def _marked(figures: Sequence[TableCell], best: pd.Series[bool]) -> tuple[TableC
 def rank_table(cells: Sequence[Cell]) -> Table:
     """The average rank of each loss by each measure that has a good end, and by all measures of safety.
 
-    The losses on one model and data are ranked by their means over seeds: 1 is the best, and ties share their average rank. A
-    loss's rank is averaged over models and data. A model and data that lack a loss are left out, since this would favour the
-    ranks of the others. Without a second loss the table has no rows.
+    The losses on one model and data are ranked by their means over seeds: 1 is the best, and ties share their average
+    rank. A loss's rank is averaged over models and data. A model and data that lack a loss are left out: they would
+    favour the ranks of the others. Without a second loss the table has no rows.
     """
     trained = trained_cells(cells)
     losses = list(dict.fromkeys(cell.loss for cell in trained))
@@ -161,7 +161,7 @@ def paired(cells: Sequence[Cell], first: str, second: str) -> Table:
     """The mean difference of the two kinds of data by each measure, over the n pairs of model and loss with both.
 
     The 95% interval of the mean d is d +- t(0.975; n - 1) s / sqrt(n), where s is the sample standard deviation of the
-    differences. p is that of Wilcoxon's signed-rank test, given at least FEWEST_DIFFERENCES differences that are not all 0.
+    differences. p is that of Wilcoxon's signed-rank test, given FEWEST_DIFFERENCES or more that are not all 0.
     """
     statistics, rows = SeedStatistics.of(trained_cells(cells)), []
     for measure in statistics.measures:
