@@ -1,4 +1,4 @@
-"""What a model, a data set, a recipe or a checkpoint from somewhere else cannot make raydiv do."""
+"""Security: what an untrusted model, data set, recipe or checkpoint cannot make raydiv do."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ from raydiv.utils.storage import Folder
 CODE_IN_DATA = ("pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib")
 
 ARCHIVES = ("zipfile", "tarfile", "gzip", "lzma", "bz2")
-"""raydiv extracts none: what comes packed is read by the libraries that fetch it (datasets, huggingface_hub, transformers)."""
+"""raydiv extracts none: archives are read by the libraries that fetch them (datasets, huggingface_hub, transformers)."""
 
 SERVERS = ("socket", "socketserver", "http", "asyncio", "uvicorn", "flask", "fastapi", "aiohttp")
 
-# rows between raydiv's own processes, which Ray would pickle all the same, never a file; a job's log, which comes piecemeal,
-# and the errors of the client that it comes through
+# rows between raydiv's own processes, which Ray would pickle as well, and never a file; a job's log, which Ray's client
+# sends asynchronously; and that client's errors
 ALLOWED = {
     ("runtime.actor_pool", "pickle"),
     ("runtime.submit.jobs", "asyncio"),
@@ -73,41 +73,41 @@ ARGUMENTS = {"shell", "allow_pickle"}
 
 
 def dangerous(tree: ast.AST) -> Iterator[str]:
-    """Calls that run what they read, or what stands in a string."""
-    turned_on: set[ast.AST] = set()
+    """Calls that run code from files or strings."""
+    enabled: set[ast.AST] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Dict):
             pairs = zip(node.keys, node.values, strict=True)
-            turned_on |= {
+            enabled |= {
                 key for key, value in pairs if key and isinstance(value, ast.Constant) and value.value == "token"
             }
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
-            told = {word.arg: word.value for word in node.keywords}
+            keywords = {keyword.arg: keyword.value for keyword in node.keywords}
             if name in CALLS or name.rpartition(".")[2] in METHODS:
                 yield f"{name}, line {node.lineno}"
-            yield from (f"{name}({word}=...), line {node.lineno}" for word in ARGUMENTS & told.keys())
+            yield from (f"{name}({key}=...), line {node.lineno}" for key in ARGUMENTS & keywords.keys())
             loader = name.rpartition(".")[0].rpartition(".")[2]
-            given = ast.unparse(told[None]) if None in told else ""
+            unpacked = ast.unparse(keywords[None]) if None in keywords else ""
             # for_model reads nothing, and the dictionary `where` is of a bundled GGUF file
-            if loader.startswith("Auto") and not name.endswith(".for_model") and given != "where":
-                if "trust_remote_code" not in told and given != "trusted":
+            if loader.startswith("Auto") and not name.endswith(".for_model") and unpacked != "where":
+                if "trust_remote_code" not in keywords and unpacked != "trusted":
                     yield f"{name} without trust_remote_code, line {node.lineno}: transformers then asks on the terminal"
-                if name.endswith(".from_pretrained") and "Model" in loader and "use_safetensors" not in told:
+                if name.endswith(".from_pretrained") and "Model" in loader and "use_safetensors" not in keywords:
                     yield f"{name} without use_safetensors, line {node.lineno}"
-        elif isinstance(node, ast.Constant) and node.value == "RAY_AUTH_MODE" and node not in turned_on:
-            yield f"a word on Ray's authentication, line {node.lineno}"
+        elif isinstance(node, ast.Constant) and node.value == "RAY_AUTH_MODE" and node not in enabled:
+            yield f"RAY_AUTH_MODE is set, line {node.lineno}"
 
 
 @pytest.mark.parametrize("module", sorted(modules()))
-def test_no_source_runs_what_it_reads_extracts_or_listens(module: str) -> None:
+def test_no_module_runs_what_it_reads_extracts_archives_or_listens(module: str) -> None:
     path = modules()[module]
     used = {name.partition(".")[0] for name in imports(path)} & {*CODE_IN_DATA, *ARCHIVES, *SERVERS}
     assert {(module, library) for library in used} <= ALLOWED
     assert list(dangerous(ast.parse(path.read_text()))) == []
 
 
-def test_what_is_looked_for_in_sources_is_found() -> None:
+def test_dangerous_calls_are_found() -> None:
     bad = "eval(x); torch.load(f); yaml.load(f); subprocess.run(c, shell=True); tar.extractall(); np.load(f)\n"
     bad += "AutoConfig.from_pretrained(d); AutoModel.from_pretrained(d, trust_remote_code=False)\n"
     bad += (
@@ -119,13 +119,13 @@ def test_what_is_looked_for_in_sources_is_found() -> None:
 # ---- models
 
 
-def ran(folder: Path) -> Path:
-    """The file that a foreign model's code writes when it runs."""
+def marker(folder: Path) -> Path:
+    """The file that a model's code writes when it runs."""
     return folder / "ran"
 
 
 def with_code(model: Path, folder: Path, kind: str) -> Path:
-    """A copy of ``model`` whose config, or tokenizer, is of a class in its own Python file."""
+    """A copy of ``model`` with a config, or a tokenizer, of a class in its own Python file."""
     directory = Path(shutil.copytree(model, folder / f"own-{kind}"))
     file, entries, classes = {
         "config": (
@@ -146,7 +146,7 @@ def with_code(model: Path, folder: Path, kind: str) -> Path:
     }[kind]
     path = directory / file
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
-    (directory / "own.py").write_text(f"open({str(ran(folder))!r}, 'w').close()\n{classes}")
+    (directory / "own.py").write_text(f"open({str(marker(folder))!r}, 'w').close()\n{classes}")
     return directory
 
 
@@ -162,19 +162,19 @@ COMMANDS = {
 
 @pytest.fixture
 def says_yes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever asks on the terminal is told yes, as with `yes | raydiv ...`."""
+    """Every question on the terminal is answered with yes, as by `yes | raydiv ...`."""
     monkeypatch.setattr("builtins.input", lambda *_: "y")
 
 
 @pytest.fixture
 def run(tmp_path: Path, files: dict[str, str], capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """Run a command on a model; its exit status and what it says on standard error."""
+    """Run a command on a model; returns its exit status and its standard error."""
 
     def run(command: str, model: Path, *more: str) -> tuple[int, str]:
         recipe = tmp_path / "recipe.yaml"
         save_recipe(recipe_of(model, files, tmp_path, "r", "cluster.num_workers=1", *more), recipe)
-        named = {"RECIPE": str(recipe), "MODEL": str(model), "DATA": files["train"]}
-        status = main([named.get(word, word) for word in COMMANDS[command]])
+        paths = {"RECIPE": str(recipe), "MODEL": str(model), "DATA": files["train"]}
+        status = main([paths.get(word, word) for word in COMMANDS[command]])
         return status, capfd.readouterr().err
 
     return run
@@ -182,7 +182,7 @@ def run(tmp_path: Path, files: dict[str, str], capfd: pytest.CaptureFixture[str]
 
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is to be refused is refused before anything is started."""
+    """Inputs are refused before Ray is started."""
     monkeypatch.setattr("ray.init", lambda **_: pytest.fail("Ray was started"))
     monkeypatch.setattr("ray.is_initialized", lambda: False)
 
@@ -190,7 +190,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("says_yes", "no_ray")
 @pytest.mark.parametrize(
     ("kind", "command"),
-    # data check reads the tokenizer alone
+    # data check reads only the tokenizer
     [
         (kind, command)
         for kind in ("config", "tokenizer")
@@ -198,27 +198,27 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         if (kind, command) != ("config", "data check")
     ],
 )
-def test_a_models_own_code_is_not_run_unasked(
+def test_a_models_own_code_is_not_run_by_default(
     kind: str, command: str, tiny_model: Path, tmp_path: Path, run: Callable[..., tuple[int, str]]
 ) -> None:
-    status, said = run(command, with_code(tiny_model, tmp_path, kind))
-    assert status == 2, said
-    assert "model.trust_remote_code: true" in said
-    assert "Traceback" not in said
-    assert not ran(tmp_path).exists()
+    status, error = run(command, with_code(tiny_model, tmp_path, kind))
+    assert status == 2, error
+    assert "model.trust_remote_code: true" in error
+    assert "Traceback" not in error
+    assert not marker(tmp_path).exists()
 
 
 @pytest.mark.parametrize("kind", ["config", "tokenizer"])
-def test_a_models_own_code_is_run_where_the_recipe_says_so(
+def test_a_models_own_code_is_run_with_trust_remote_code(
     kind: str, tiny_model: Path, tmp_path: Path, run: Callable[..., tuple[int, str]]
 ) -> None:
-    status, said = run("plan", with_code(tiny_model, tmp_path, kind), "model.trust_remote_code=true")
-    assert status == 0, said
-    assert ran(tmp_path).exists()
+    status, error = run("plan", with_code(tiny_model, tmp_path, kind), "model.trust_remote_code=true")
+    assert status == 0, error
+    assert marker(tmp_path).exists()
 
 
 class Trap:
-    """What writes a file when it is unpickled."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -246,7 +246,7 @@ def adapter(directory: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("change", "message"),
     [
         (only_pickle, r"holds no weights \(\*\.safetensors\); pytorch_model\.bin is pickle.*save_pretrained"),
         (adapter, r"holds no weights \(adapter_model\.safetensors\); adapter_model\.bin is pickle.*save_pretrained"),
@@ -257,28 +257,28 @@ def adapter(directory: Path) -> None:
 )
 @pytest.mark.usefixtures("no_ray")
 def test_weights_in_pickle_are_never_read(
-    spoil: Callable[[Path], None], said: str | None, tiny_model: Path, tmp_path: Path, run: Callable[..., Any]
+    change: Callable[[Path], None], message: str | None, tiny_model: Path, tmp_path: Path, run: Callable[..., Any]
 ) -> None:
     directory = Path(shutil.copytree(tiny_model, tmp_path / "model"))
-    (directory / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(ran(tmp_path))))
-    spoil(directory)
-    if said is None:  # beside safetensors
+    (directory / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(marker(tmp_path))))
+    change(directory)
+    if message is None:  # beside safetensors
         ModelSource(model_directory(str(directory))).load()
     else:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             model_directory(str(directory))
         assert run("prepare", directory)[0] == 2
-    assert not ran(tmp_path).exists()
+    assert not marker(tmp_path).exists()
 
 
 # ---- YAML
 
 
 @pytest.mark.parametrize("place", ["recipe", "extends", "override", "sweep", "study", "prompts", "columns"])
-def test_yaml_makes_no_objects(
+def test_yaml_constructs_no_objects(
     place: str, tmp_path: Path, tiny_model: Path, files: dict[str, str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    trap = f'!!python/object/apply:os.system ["touch {ran(tmp_path)}"]'
+    trap = f'!!python/object/apply:os.system ["touch {marker(tmp_path)}"]'
     recipe, base = tmp_path / "recipe.yaml", tmp_path / "base.yaml"
     save_recipe(recipe_of(tiny_model, files, tmp_path, "r"), base)
     recipe.write_text("extends: base.yaml\n")
@@ -297,10 +297,10 @@ def test_yaml_makes_no_objects(
     else:
         command = ["data", "check", f"{{path: x.jsonl, columns: {trap}}}"]
     assert main(command) == 2
-    said = capfd.readouterr().err.strip()
-    assert "YAML" in said
-    assert "\n" not in said
-    assert not ran(tmp_path).exists()
+    error = capfd.readouterr().err.strip()
+    assert "YAML" in error
+    assert "\n" not in error
+    assert not marker(tmp_path).exists()
 
 
 # ---- paths
@@ -309,12 +309,12 @@ OUTSIDE = ["../secret", "a/../../secret", "/etc/passwd", "~/secret", "s3://bucke
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_a_name_leads_out_of_no_folder(name: str, tmp_path: Path) -> None:
+def test_no_name_leads_out_of_a_folder(name: str, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("x")
     folder = Folder(str(tmp_path / "folder"))
     folder.write("inside", b"x")
     (tmp_path / "folder" / "a").mkdir()
-    acts: list[Callable[[], Any]] = [
+    actions: list[Callable[[], Any]] = [
         lambda: folder.uri_of(name),
         lambda: folder.subfolder(name),
         lambda: folder.has(name),
@@ -325,23 +325,23 @@ def test_a_name_leads_out_of_no_folder(name: str, tmp_path: Path) -> None:
         lambda: folder.new_file(name).__enter__(),
         lambda: Measurement({}, {name: "y"}, []).write_into(tmp_path / "folder"),
     ]
-    for act in acts:
-        with pytest.raises(UserError, match="leads out of the folder"):
-            act()
+    for action in actions:
+        with pytest.raises(UserError, match="leads out of"):
+            action()
     assert (tmp_path / "secret").read_text() == "x"
 
 
 @pytest.mark.parametrize("name", ["../../weights.safetensors", "/tmp/weights.safetensors"])
-def test_a_checkpoint_names_its_own_files_alone(name: str, tmp_path: Path) -> None:
+def test_a_checkpoint_names_only_its_own_files(name: str, tmp_path: Path) -> None:
     checkpoints = CheckpointStore(Folder(str(tmp_path)))
     manifest = Manifest(4, 4, 1, {}, {}, None, [CheckpointShard(name, 1, "0" * 64, {})])
     checkpoints.at(4).write(MANIFEST, manifest.as_bytes())
-    with pytest.raises(ValueError, match="leads out of the folder"):
+    with pytest.raises(ValueError, match="leads out of"):
         checkpoints.manifest(4)
 
 
 def test_a_checkpoint_is_of_its_own_step(tmp_path: Path) -> None:
-    """Another step's manifest would have files read that nobody checked."""
+    """The files of another step's manifest would be read unchecked."""
     checkpoints = CheckpointStore(Folder(str(tmp_path)))
     checkpoints.at(4).write(MANIFEST, Manifest(2, 2, 1, {}, {}, None, []).as_bytes())
     with pytest.raises(ValueError, match="that of step 2"):
@@ -349,20 +349,20 @@ def test_a_checkpoint_is_of_its_own_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["state.json", "dataset_dict.json"])
-def test_a_saved_data_set_names_its_own_files_alone(file: str, tmp_path: Path) -> None:
+def test_a_saved_data_set_names_only_its_own_files(file: str, tmp_path: Path) -> None:
     saved, out = tmp_path / "saved", "../secret"
     saved.mkdir()
     (tmp_path / "secret").mkdir()
     content = {"state.json": {"_data_files": [{"filename": f"{out}.arrow"}]}, "dataset_dict.json": {"splits": [out]}}
     (saved / file).write_text(json.dumps(content[file]))
     (tmp_path / "secret.arrow").write_bytes(b"x")
-    with pytest.raises(UserError, match="leads out of the folder"):
+    with pytest.raises(UserError, match="leads out of"):
         files_of(Source(path=str(saved), split=out if file == "dataset_dict.json" else None))
 
 
 @pytest.mark.parametrize("name", ["..", "../x", "/x", "a/b", ".hidden", "a\nb"])
 @pytest.mark.parametrize("key", ["name", "models", "data", "losses", "baselines"])
-def test_a_runs_and_a_cells_name_is_a_word(name: str, key: str) -> None:
+def test_the_name_of_a_run_or_cell_is_one_word(name: str, key: str) -> None:
     tree = {"model": {"id": "m"}, "loss": {"type": "dpo"}, "optim": {"steps": 1}}
     with pytest.raises(UserError, match=r"name|study"):
         load_recipe(tree | ({"name": name} if key == "name" else {"study": {key: {name: "kldo"}}}))
@@ -371,19 +371,19 @@ def test_a_runs_and_a_cells_name_is_a_word(name: str, key: str) -> None:
 # ---- secrets
 
 
-def test_the_password_of_mlflows_address_is_written_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_password_of_mlflows_uri_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:planted@127.0.0.1:1/?api_key=planted")
     recipe = load_recipe(
         {"output_dir": str(tmp_path), "model": {"id": "m"}, "loss": {"type": "dpo"}, "optim": {"steps": 1}}
     )
-    said: list[str] = []
-    tracker = MlflowTracker(recipe, {}, said.append, state_file=tmp_path / "mlflow.json")
-    asked = tracker._client.tracking_uri
+    messages: list[str] = []
+    tracker = MlflowTracker(recipe, {}, messages.append, state_file=tmp_path / "mlflow.json")
+    client_uri = tracker._client.tracking_uri
     tracker.finish()
-    assert asked == "http://me:planted@127.0.0.1:1/?api_key=planted"
+    assert client_uri == "http://me:planted@127.0.0.1:1/?api_key=planted"
     assert tracker.uri == "http://me:***@127.0.0.1:1/?api_key=***"
-    assert said
-    assert "planted" not in " ".join(said)
+    assert messages
+    assert "planted" not in " ".join(messages)
     member = RunGroup(tmp_path / "trials", ClusterConfig(), forwarded_uri(recipe), None).member_recipe(
         recipe, "000", {}
     )
@@ -392,8 +392,8 @@ def test_the_password_of_mlflows_address_is_written_nowhere(tmp_path: Path, monk
     assert load_recipe(tmp_path / "trial.yaml") == member
 
 
-def test_the_caches_address_has_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray jobs are handed it, and the list of jobs shows it."""
+def test_the_caches_uri_has_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray jobs get RAYDIV_CACHE, and the list of jobs shows it."""
     monkeypatch.setenv("RAYDIV_CACHE", "s3://key:planted@bucket/cache")
     with pytest.raises(UserError, match="RAYDIV_CACHE: has a password") as caught:
         shared_dir("prepared")
@@ -410,28 +410,30 @@ def test_a_local_ray_is_its_own_on_loopback_and_keeps_its_authentication(
 ) -> None:
     import ray
 
-    asked: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
-    monkeypatch.setattr(ray, "init", lambda **given: asked.update(given, mode=os.environ.get("RAY_AUTH_MODE")))
+    monkeypatch.setattr(
+        ray, "init", lambda **arguments: settings.update(arguments, mode=os.environ.get("RAY_AUTH_MODE"))
+    )
     monkeypatch.setattr("raydiv.runtime.session.require_resources", lambda cluster: None)
     for name, value in (("RAY_ADDRESS", address), ("RAY_AUTH_MODE", mode)):
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
     with ray_session(ClusterConfig(), dashboard=True):
         pass
-    assert asked["mode"] == mode
-    assert asked["address"] == (address or "local")  # None is any cluster that somebody started on this machine
-    assert asked.get("dashboard_host") == (None if address else "127.0.0.1")
-    assert not any("AUTH" in name for name in asked["runtime_env"]["env_vars"])
+    assert settings["mode"] == mode
+    assert settings["address"] == (address or "local")  # None is any cluster that was started on this machine
+    assert settings.get("dashboard_host") == (None if address else "127.0.0.1")
+    assert not any("AUTH" in name for name in settings["runtime_env"]["env_vars"])
 
 
-def test_it_is_this_sessions_dashboard_that_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of several clusters on a machine Ray would choose one, or refuse to."""
-    asked: list[str] = []
+def test_require_dashboard_asks_this_sessions_dashboard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an address Ray chooses one of several clusters of a machine, or fails."""
+    addresses: list[str] = []
     monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(gcs_address="10.0.0.1:6379"))
-    monkeypatch.setattr("ray.util.state.list_nodes", lambda address, **_: asked.append(address))
+    monkeypatch.setattr("ray.util.state.list_nodes", lambda address, **_: addresses.append(address))
     require_dashboard("a test")
-    assert asked == ["10.0.0.1:6379"]
+    assert addresses == ["10.0.0.1:6379"]
 
 
 SESSION = """
@@ -448,18 +450,18 @@ with ray_session(ClusterConfig(), dashboard=True):
 """
 
 
-def answers(url: str, token: str | None) -> int:
+def http_status(url: str, token: str | None) -> int:
     """HTTP status of a request with a token, or without one."""
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=20) as answer:
-            return int(answer.status)
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=20) as response:
+            return int(response.status)
     except urllib.error.HTTPError as error:
         return error.code
 
 
 @pytest.mark.long
-def test_without_its_token_nobody_is_let_into_a_local_ray(
+def test_a_local_ray_refuses_requests_without_its_token(
     tmp_path: Path, tiny_model: Path, files: dict[str, str]
 ) -> None:
     token, recipe = "planted-token-of-32-characters-00", tmp_path / "recipe.yaml"
@@ -478,30 +480,28 @@ def test_without_its_token_nobody_is_let_into_a_local_ray(
             address, dashboard = session.stdout.readline().split()
             port = int(dashboard.rpartition(":")[2])
             nodes = f"http://{dashboard}/api/v0/nodes"
-            assert [answers(nodes, given) for given in (None, "wrong", token)] == [401, 403, 200]
-            family = [psutil.Process(session.pid), *psutil.Process(session.pid).children(recursive=True)]
-            listening = [
-                one.laddr
-                for process in family
-                for one in process.net_connections(kind="inet")
-                if one.status == "LISTEN"
-            ]
-            assert {one.ip for one in listening if one.port == port} == {"127.0.0.1"}
-            own = [c for c in psutil.Process(session.pid).net_connections(kind="inet") if c.status == "LISTEN"]
-            assert len(own) == 1  # of Ray's core, which asks for the token
+            assert [http_status(nodes, sent) for sent in (None, "wrong", token)] == [401, 403, 200]
+            processes = [psutil.Process(session.pid), *psutil.Process(session.pid).children(recursive=True)]
+            listening = {
+                process.pid: [c.laddr for c in process.net_connections(kind="inet") if c.status == "LISTEN"]
+                for process in processes
+            }
+            assert {laddr.ip for laddrs in listening.values() for laddr in laddrs if laddr.port == port} == {
+                "127.0.0.1"
+            }
+            assert len(listening[session.pid]) == 1  # the port of Ray's core, which requires the token
             command = [sys.executable, "-m", "raydiv", "prepare", str(recipe)]
-            for given, said in (
-                ({"RAY_AUTH_MODE": "token"}, f"RAY_ADDRESS: {address}: RAY_AUTH_MODE is token, and there is none here"),
-                ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "wrong"}, f"no cluster at {address} that lets us in"),
+            for variables, message in (
+                ({"RAY_AUTH_MODE": "token"}, f"RAY_ADDRESS: {address}: RAY_AUTH_MODE is token"),
+                ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "wrong"}, f"RAY_ADDRESS: cannot connect to {address}"),
             ):
-                done = subprocess.run(
-                    command, env=clean | {"RAY_ADDRESS": address} | given, capture_output=True, text=True, check=False
-                )
-                assert done.returncode == 2, done.stderr
-                last = done.stderr.strip().splitlines()[-1]
-                assert said in last
+                environment = clean | {"RAY_ADDRESS": address} | variables
+                ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+                assert ended.returncode == 2, ended.stderr
+                last = ended.stderr.strip().splitlines()[-1]
+                assert message in last
                 assert "RAY_AUTH_TOKEN_PATH" in last
-                assert "Traceback" not in done.stderr
+                assert "Traceback" not in ended.stderr
         finally:
             session.stdin.close()
 
@@ -509,7 +509,7 @@ def test_without_its_token_nobody_is_let_into_a_local_ray(
 # ---- data that changes
 
 
-def kept_as(kind: str, path: Path, words: str) -> None:
+def write_rows(kind: str, path: Path, words: str) -> None:
     rows = [{"prompt": f"{words} {n}", "chosen": f"c{n}", "rejected": f"r{n}"} for n in range(2500)]
     if kind == "parquet":
         pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=500)
@@ -522,25 +522,25 @@ def kept_as(kind: str, path: Path, words: str) -> None:
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 @pytest.mark.parametrize("change", ["rewritten", "replaced", "removed", "touched"])
 @pytest.mark.usefixtures("own_cache")
-def test_a_file_that_changes_while_it_is_read_is_not_kept(kind: str, change: str, tmp_path: Path, chat: Chat) -> None:
+def test_a_file_that_changes_while_it_is_read_is_refused(kind: str, change: str, tmp_path: Path, chat: Chat) -> None:
     path = tmp_path / f"data.{kind}"
-    kept_as(kind, path, "first")
+    write_rows(kind, path, "first")
     opened = OpenSource(Source(path=str(path)), DataConfig(), BatchConfig(), chat)
-    bundles = (bundle for make in record_chunks([opened]) for bundle in make())
-    assert next(bundles).records
+    chunks = (chunk for reader in record_chunks([opened]) for chunk in reader())
+    assert next(chunks).records
     if change == "touched":
         os.utime(path, ns=(1, 1))
-        assert sum(len(bundle.records) for bundle in bundles) in (1500, 2000)
+        assert sum(len(chunk.records) for chunk in chunks) in (1500, 2000)
         return
     if change == "rewritten":
-        kept_as(kind, path, "other")  # as long as before, in place
+        write_rows(kind, path, "other")  # of the same size, in place
     elif change == "replaced":
-        kept_as(kind, tmp_path / "new", "other")
+        write_rows(kind, tmp_path / "new", "other")
         (tmp_path / "new").replace(path)
     else:
         path.unlink()
     with pytest.raises(UserError, match=rf"data\.{kind}: (changed while it was read|no such|cannot be)"):
-        list(bundles)
+        list(chunks)
 
 
 def test_prompts_that_change_while_they_are_read_are_refused(
@@ -549,18 +549,18 @@ def test_prompts_that_change_while_they_are_read_are_refused(
     path = Path(shutil.copy(files["prompts"], tmp_path / "prompts.jsonl"))
     line_numbers = readers.line_numbers
 
-    def meanwhile(*arguments: Any) -> dict[int, int]:
+    def change_file(*arguments: Any) -> dict[int, int]:
         path.write_text(path.read_text().replace("Hurt", "Harm"))
         return line_numbers(*arguments)
 
-    monkeypatch.setattr(readers, "line_numbers", meanwhile)
+    monkeypatch.setattr(readers, "line_numbers", change_file)
     with pytest.raises(UserError, match=r"prompts\.jsonl: changed while it was read"):
         list(iterate_records(Source(path=str(path))))
 
 
 @pytest.mark.long
 @pytest.mark.usefixtures("own_cache", "ray")
-def test_what_was_edited_after_prepare_alone_is_scored_again(
+def test_only_examples_edited_after_prepare_are_scored_again(
     tiny_model: Path, files: dict[str, str], tmp_path: Path
 ) -> None:
     path = Path(shutil.copy(files["train"], tmp_path / "train.jsonl"))
@@ -581,7 +581,7 @@ def test_what_was_edited_after_prepare_alone_is_scored_again(
 
 # ---- an object store that is too small
 
-CROWDED = """
+SMALL_STORE = """
 import sys, logging, ray
 from pathlib import Path
 from raydiv.cli import main
@@ -596,17 +596,17 @@ sys.exit(main(["prepare", sys.argv[2], "--json"]))
 
 @pytest.mark.long
 @pytest.mark.parametrize("disk", ["free", "full"])
-def test_rows_beyond_the_object_store_spill_or_say_so(
+def test_rows_beyond_the_object_store_spill_to_disk_or_fail(
     disk: str, tmp_path: Path, tiny_model: Path, files: dict[str, str]
 ) -> None:
-    """144 MB of rows that are read at once, in a store of 80; a full disk is one that Ray takes for it."""
+    """144 MB of rows that are read at once, in a store of 80 MiB; Ray's threshold makes the disk a full one."""
     data, recipe = tmp_path / "wide.parquet", tmp_path / "recipe.yaml"
     write_wide(data)
     changes = ("cluster.num_workers=1", "loss={type: sft, mix: null}", "data.eval=null")
     save_recipe(recipe_of(tiny_model, files | {"train": str(data)}, tmp_path, "r", *changes), recipe)
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    done = subprocess.run(
-        [sys.executable, "-c", CROWDED, disk, str(recipe)],
+    ended = subprocess.run(
+        [sys.executable, "-c", SMALL_STORE, disk, str(recipe)],
         env=environment | {"RAYDIV_CACHE": str(tmp_path / "cache")},
         capture_output=True,
         text=True,
@@ -614,11 +614,11 @@ def test_rows_beyond_the_object_store_spill_or_say_so(
         check=False,
     )
     if disk == "free":
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["train"]["examples"] == 2400
+        assert ended.returncode == 0, ended.stderr
+        assert json.loads(ended.stdout)["train"]["examples"] == 2400
     else:
-        assert done.returncode == 1, done.stderr
-        said = done.stderr.strip().splitlines()[-1]
-        assert said.startswith("raydiv: the run failed: Ray's object store is full, and so is the disk")
-        assert "RAY_TMPDIR" in said
-        assert "Traceback" not in done.stderr
+        assert ended.returncode == 1, ended.stderr
+        last = ended.stderr.strip().splitlines()[-1]
+        assert last.startswith("raydiv: the run failed: Ray's object store is full, and so is the disk")
+        assert "RAY_TMPDIR" in last
+        assert "Traceback" not in ended.stderr
