@@ -12,9 +12,9 @@ from raydiv.evaluation.attacks import Attempt
 from raydiv.evaluation.capability import Capability
 from raydiv.evaluation.coherence import PerplexityThreshold
 from raydiv.evaluation.drift import KlEstimate
-from raydiv.evaluation.generate import Answer
-from raydiv.evaluation.judges import HarmJudge, said
-from raydiv.evaluation.outputs import Output, outputs_text
+from raydiv.evaluation.generate import GeneratedAnswer
+from raydiv.evaluation.judges import HarmJudge, last_user_text
+from raydiv.evaluation.outputs import ModelOutput, format_outputs
 from raydiv.evaluation.summary import GradedAnswer, rates_of
 from raydiv.evaluation.win_rate import WinRate
 from raydiv.runs.measurements import AnswersFile, MeasuredValue
@@ -33,7 +33,7 @@ class AnswersReport:
     judge: HarmJudge
     attempts: Sequence[Attempt]
     graded: Sequence[GradedAnswer]
-    answers: Sequence[Answer]
+    answers: Sequence[GeneratedAnswer]
     logp_per_token: float
     threshold: PerplexityThreshold
     perplexity: float
@@ -55,7 +55,7 @@ class AnswersReport:
     def harmless(self) -> tuple[list[str], list[str]]:
         """Harmless prompts as text, and the answers to them, by which utility is judged."""
         pairs = [
-            (said(graded.prompt), answer.text)
+            (last_user_text(graded.prompt), answer.text)
             for graded, answer in zip(self.graded, self.answers, strict=True)
             if not graded.prompt.harmful
         ]
@@ -101,12 +101,12 @@ class AnswersReport:
         }
         if show_text:
             pairs = zip(*self.harmless(), strict=True)
-            outputs = [Output(instruction, text, self.model) for instruction, text in pairs]
-            files[f"{name}.outputs.json"] = outputs_text(outputs)
+            outputs = [ModelOutput(instruction, text, self.model) for instruction, text in pairs]
+            files[f"{name}.outputs.json"] = format_outputs(outputs)
         return files
 
     @staticmethod
-    def _line(attempt: Attempt, graded: GradedAnswer, answer: Answer, show_text: bool) -> dict[str, Any]:
+    def _line(attempt: Attempt, graded: GradedAnswer, answer: GeneratedAnswer, show_text: bool) -> dict[str, Any]:
         prompt = graded.prompt
         line = {"id": prompt.id, "set": prompt.set, "kind": prompt.kind, "category": prompt.category}
         texts = {"prompt": prompt.text, "asked": attempt.request.prompt, "answer": answer.text} if show_text else {}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from raydiv.evaluation.separation.embed import Readout
-from raydiv.evaluation.separation.metrics import SeparationMetrics, SeparationStatistics, as_row, explain
+from raydiv.evaluation.separation.metrics import SeparationMetrics, SeparationStatistics, control_notes, metric_values
 from raydiv.evaluation.separation.moments import StreamedSeparation
 from raydiv.runs.metric_registry import METRICS
 
@@ -25,21 +25,11 @@ class LayerReport:
     def row(self, with_interval: bool) -> tuple[str, ...]:
         """A row of the table of layers: D_B in the plane and in all dimensions, the probe's AUC, and their controls."""
         result = self.separation
-        interval = [_interval(result, "-")] if with_interval else []
-        d_b, d_b_full, auc = (
-            _text(name, getattr(result.matched, name, None)) for name in ("d_b", "d_b_full", "probe_auc")
-        )
-        return (
-            str(self.layer),
-            *(
-                _text("d_b", result.figures.d_b),
-                *interval,
-                f"{result.d_b_p:.3f}",
-                d_b,
-                _text("d_b", result.shuffled.d_b),
-            ),
-            *(_text("d_b_full", result.figures.d_b_full), d_b_full, _text("probe_auc", result.figures.probe_auc), auc),
-        )
+        cells = [str(self.layer), _text("d_b", result.figures), *([_interval(result, "-")] if with_interval else [])]
+        cells += [f"{result.d_b_p:.3f}", _text("d_b", result.matched), _text("d_b", result.shuffled)]
+        for name in ("d_b_full", "probe_auc"):
+            cells += [_text(name, result.figures), _text(name, result.matched)]
+        return tuple(cells)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self.separation) | ({} if self.streamed is None else {"streamed": asdict(self.streamed)})
@@ -67,13 +57,13 @@ class SeparationReport:
         return self.layers[-1].separation
 
     def metrics(self) -> dict[str, float]:
-        return as_row(self.separation)
+        return metric_values(self.separation)
 
     def notes(self) -> list[str]:
         """The size of a sample, training prompts among these prompts, and what the controls show."""
         sampled = self.layers[-1].streamed is not None
         size = f"a sample of {len(self.kinds)} of {self.count} prompts; streamed figures cover all of them"
-        return [*([size] if sampled else []), *self.overlap, *explain(self.separation)]
+        return [*([size] if sampled else []), *self.overlap, *control_notes(self.separation)]
 
     def as_json(self) -> dict[str, Any]:
         """For files and ``--json``."""
@@ -98,16 +88,12 @@ class SeparationReport:
         streamed = [] if last.streamed is None else [last.streamed]
         columns = (result.figures, result.matched, result.shuffled, *streamed)
         names = [statistic.name for statistic in fields(SeparationStatistics)]
-        rows = [(_label(name), *(_text(name, getattr(column, name, None)) for column in columns)) for name in names]
+        rows = [(_label(name), *(_text(name, column) for column in columns)) for name in names]
         empty = [""] * (len(columns) - 1)
         rows.insert(1, ("  its 95% interval", _interval(result, " to "), *empty))
         rows.insert(2, ("  its permutation p", f"{result.d_b_p:.3f}", *empty))
-        length = [result.length_auc, 0.5 if result.matched else None]
-        aucs = [
-            *(_text("length_auc", auc) for auc in length),
-            "",
-            *(_text("length_auc", s.length_auc) for s in streamed),
-        ]
+        matched_auc = "0.50" if result.matched else "-"
+        aucs = [_text("length_auc", result), matched_auc, "", *(_text("length_auc", column) for column in streamed)]
         rows.append((_label("length_auc"), *aucs))
         first = f"sample of {len(self.kinds)}" if streamed else "all prompts"
         header = [f"layer {last.layer}", first, "lengths matched", "labels shuffled"]
@@ -130,7 +116,9 @@ def _label(name: str) -> str:
     return METRICS[f"separation/{name}"].row_label
 
 
-def _text(name: str, value: float | None) -> str:
+def _text(name: str, statistics: object) -> str:
+    """The statistic of this name; a dash where it was not measured."""
+    value = getattr(statistics, name, None)
     return "-" if value is None else METRICS[f"separation/{name}"].text(value)
 
 
