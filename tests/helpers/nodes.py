@@ -1,4 +1,4 @@
-"""A cluster of several nodes on this machine: each a raylet in a network of its own, with an address and, if asked, a disk."""
+"""A cluster of several nodes on this machine: raylets in their own network namespaces, optionally with their own disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 RAY = Path(sys.executable).parent / "ray"
 BRIDGE, PORT = "rdnet", 6399
-"""Also the name of the interface inside each network, so that one variable names it everywhere."""
+"""The bridge, whose name is also that of the interface in each namespace, so that one variable fits all; Ray's port."""
 
 HEAD = "10.213.0.1"
 
@@ -23,21 +23,21 @@ COUNT = "import ray; ray.init(log_to_driver=False, logging_level=50); print(sum(
 
 
 def permitted() -> bool:
-    """Whether this machine lets us make networks."""
+    """Whether this machine permits network namespaces."""
     if shutil.which("ip") is None or shutil.which("unshare") is None:
         return False
-    made = subprocess.run(["ip", "netns", "add", "rd-try"], capture_output=True).returncode == 0
-    if made:
+    added = subprocess.run(["ip", "netns", "add", "rd-try"], capture_output=True).returncode == 0
+    if added:
         subprocess.run(["ip", "netns", "del", "rd-try"], check=True)
-    return made
+    return added
 
 
-def _run(words: str) -> None:
-    subprocess.run(words.split(), check=True, capture_output=True)
+def _run(command: str) -> None:
+    subprocess.run(command.split(), check=True, capture_output=True)
 
 
 class Nodes:
-    """``add`` starts a node; what was started ends with the block of ``several_nodes``."""
+    """``start`` starts the head, ``add`` a node; all end with the block of ``several_nodes``."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -56,25 +56,25 @@ class Nodes:
         _run(f"ip link set {BRIDGE} up")
         self._ray([], f"--head --port={PORT} --node-ip-address={HEAD} --num-cpus={cpus} --include-dashboard=false")
 
-    def add(self, cpus: int, words: str = "", own: Path | None = None, size: str = "") -> subprocess.Popen[bytes]:
-        """A node in a network of its own; the folder ``own`` is another there than here, on a disk of ``size``."""
+    def add(self, cpus: int, options: str = "", disk: Path | None = None, size: str = "") -> subprocess.Popen[bytes]:
+        """Start a node in its own namespace, with options of ``ray start``; it has its own ``disk`` of ``size`` there."""
         number = len(self._networks) + 2
         network, address = f"rd-{number}", f"10.213.0.{number}"
         self._networks.append(network)
         _run(f"ip netns add {network}")
         _run(f"ip link add rdv{number} type veth peer name {BRIDGE} netns {network}")
         _run(f"ip link set rdv{number} master {BRIDGE} up")
-        for more in (f"addr add {address}/24 dev {BRIDGE}", f"link set {BRIDGE} up", "link set lo up"):
-            _run(f"ip -n {network} {more}")
-        before = ["ip", "netns", "exec", network]
-        if own is not None:
-            disk = f"mount -t tmpfs {f'-o size={size}' if size else ''} none {own}"
-            before += ["unshare", "-m", "sh", "-c", f'{disk} && exec "$@"', "sh"]
-        return self._ray(before, f"--address={self.address} --node-ip-address={address} --num-cpus={cpus} {words}")
+        for command in (f"addr add {address}/24 dev {BRIDGE}", f"link set {BRIDGE} up", "link set lo up"):
+            _run(f"ip -n {network} {command}")
+        prefix = ["ip", "netns", "exec", network]
+        if disk is not None:
+            mount = f"mount -t tmpfs {f'-o size={size}' if size else ''} none {disk}"
+            prefix += ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh"]
+        return self._ray(prefix, f"--address={self.address} --node-ip-address={address} --num-cpus={cpus} {options}")
 
-    def _ray(self, before: list[str], words: str) -> subprocess.Popen[bytes]:
+    def _ray(self, prefix: list[str], options: str) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
-            [*before, str(RAY), "start", *words.split(), "--block", "--disable-usage-stats"],
+            [*prefix, str(RAY), "start", *options.split(), "--block", "--disable-usage-stats"],
             env={name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -84,26 +84,26 @@ class Nodes:
         return process
 
     def wait_for(self, number: int, seconds: float = 120) -> None:
-        """Until so many nodes are there."""
+        """Wait until the cluster has ``number`` nodes."""
         end = time.monotonic() + seconds
         while True:
-            found = self.run("-c", COUNT).stdout.strip()
-            if found == str(number):
+            count = self.run("-c", COUNT).stdout.strip()
+            if count == str(number):
                 return
-            assert time.monotonic() < end, found
+            assert time.monotonic() < end, count
 
-    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """A command of Python on the head."""
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run Python on the head."""
         return subprocess.run(
-            [sys.executable, *words], env=self.environment, capture_output=True, text=True, timeout=300
+            [sys.executable, *arguments], env=self.environment, capture_output=True, text=True, timeout=300
         )
 
     def end(self, process: subprocess.Popen[bytes]) -> None:
-        """At once, and all that belongs to it: a node that loses its power."""
+        """Kill a node with all its processes, as by a loss of power."""
         import psutil
 
-        for one in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
-            one.send_signal(signal.SIGKILL)
+        for member in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
+            member.send_signal(signal.SIGKILL)
         process.wait()
         self._processes.remove(process)
 
@@ -111,13 +111,13 @@ class Nodes:
         for process in reversed(list(self._processes)):
             self.end(process)
         for network in self._networks:
-            # a network is taken down some time after it is deleted, with what is in it
+            # a namespace is removed, with its interfaces, only some time after it is deleted
             subprocess.run(["ip", "link", "del", network.replace("rd-", "rdv")], check=False, capture_output=True)
             subprocess.run(["ip", "netns", "del", network], check=False)
         subprocess.run(["ip", "link", "del", BRIDGE], check=False, capture_output=True)
-        noted = Path("/tmp/ray/ray_current_cluster")
-        if noted.is_file() and noted.read_text().strip() == self.address:
-            noted.unlink()  # or Ray's tools would look for it there
+        current = Path("/tmp/ray/ray_current_cluster")
+        if current.is_file() and current.read_text().strip() == self.address:
+            current.unlink()  # or Ray's tools would look for this cluster
 
 
 @contextmanager
