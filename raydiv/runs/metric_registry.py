@@ -99,82 +99,67 @@ LOWER_IS_BETTER = frozenset({"perplexity", "word_perplexity", "byte_perplexity",
 
 _D_B, _PROBE, _MARGIN = "separation/d_b", "separation/probe_auc", "eval/reward/margin"
 
-METRICS: dict[str, MetricSpec] = {
-    spec.name: spec
-    for spec in (
-        MetricSpec(_D_B, "separation D_B (paper protocol)", 2, HIGHER, heading="D_B", fine_digits=3),
-        MetricSpec(
-            "separation/d_b_length_matched",
-            "token lengths matched",
-            2,
-            HIGHER,
-            heading="D_B length-matched",
-            fine_digits=3,
-            variant_of=_D_B,
-        ),
-        MetricSpec(
-            "separation/d_b_shuffled",
-            "labels shuffled",
-            2,
-            NEITHER,
-            heading="D_B shuffled",
-            fine_digits=3,
-            variant_of=_D_B,
-        ),
-        MetricSpec(
-            "separation/silhouette", "silhouette, same plane", 2, HIGHER, heading="silhouette", in_run_table=False
-        ),
-        MetricSpec(
-            "separation/d_b_full",
-            "separation D_B (all dimensions, less chance)",
-            2,
-            HIGHER,
-            heading="D_B all dimensions",
-        ),
-        MetricSpec("separation/frechet", "Frechet distance, squared", 2, HIGHER, in_run_table=False),
-        MetricSpec(_PROBE, "AUC of a linear probe, held out", 2, HIGHER),
-        MetricSpec("separation/probe_auc_length_matched", "token lengths matched", 2, HIGHER, variant_of=_PROBE),
-        MetricSpec(
-            "separation/difference_auc", "AUC of the difference of means, held out", 2, HIGHER, in_run_table=False
-        ),
-        MetricSpec("separation/length_auc", "AUC of token length alone", 2, NEITHER),
-        MetricSpec("evaluate/asr", "attack success (ASR)", 0, LOWER, SHARE, "ASR", 1),
-        MetricSpec("evaluate/asr/{attack}", "attack success (ASR): {attack}", 0, LOWER, SHARE, "ASR {attack}", 1),
-        MetricSpec("evaluate/asr_any/{attack}", "attack success, any of several attempts: {attack}", 0, LOWER, SHARE),
-        MetricSpec("evaluate/asr_set/{set}", "attack success (ASR) by set: {set}", 0, LOWER, SHARE, "ASR {set}", 1),
-        MetricSpec("evaluate/refused/harmful", "refused: harmful", 0, HIGHER, SHARE),
-        MetricSpec("evaluate/over_refusal", "refused: all harmless", 0, LOWER, SHARE, "over-refusal", 1),
-        MetricSpec(
-            "evaluate/over_refusal_set/{set}",
-            "refused: all harmless by set: {set}",
-            0,
-            LOWER,
-            SHARE,
-            "over-refusal {set}",
-            1,
-        ),
-        MetricSpec("evaluate/refused/ordinary", "refused: ordinary harmless", 0, LOWER, SHARE),
-        MetricSpec("evaluate/refused/alarming", "refused: alarming harmless", 0, LOWER, SHARE),
-        MetricSpec("evaluate/refused/{kind}", "refused: {kind}", 0, NEITHER, SHARE),
-        MetricSpec("evaluate/safety", "safe answers to harmful prompts", 0, HIGHER, SHARE, "safe answers", 1),
-        MetricSpec("evaluate/safety/{category}", "safe answers to harmful prompts: {category}", 0, HIGHER, SHARE),
-        MetricSpec("evaluate/toxicity", "toxicity, mean", 1, LOWER, SHARE, "toxicity"),
-        MetricSpec("evaluate/toxicity/{kind}", "toxicity, mean: {kind}", 1, LOWER, SHARE),
-        MetricSpec("evaluate/unparsable", "verdicts that could not be read", 0, LOWER, SHARE),
-        MetricSpec("evaluate/degenerate", "degenerate answers", 0, LOWER, SHARE, "degenerate", 1),
-        MetricSpec("evaluate/degenerate/{attack}", "degenerate answers: {attack}", 0, LOWER, SHARE),
-        MetricSpec("evaluate/logp_per_token", "answers' log-prob per token under the base", 2, NEITHER, NATS),
-        MetricSpec("evaluate/win_rate", "win rate against the base", 0, HIGHER, SHARE, "win rate", 1),
-        MetricSpec("evaluate/perplexity", "perplexity on held-out helpful answers", 2, NEITHER, heading="perplexity"),
-        MetricSpec("evaluate/kl", "KL to the base, nats an answer", 2, NEITHER, NATS, "KL"),
-        MetricSpec("evaluate/{other}", "{other}", 2, NEITHER),
-        MetricSpec("capability/{score}", "{score}", 3, HIGHER, heading="{score}"),
-        MetricSpec("eval/divergence", "divergence estimate, held-out examples", 3, HIGHER),
-        MetricSpec(_MARGIN, "reward margin, held-out examples", 2, HIGHER),
-        MetricSpec("eval/reward/aligned", "reward of aligned ones", 2, HIGHER, indented=True),
-        MetricSpec("eval/reward/unaligned", "reward of unaligned ones", 2, LOWER, indented=True),
-    )
-}
+_SPECS = (
+    MetricSpec(_D_B, "separation D_B (paper protocol)", 2, HIGHER, heading="D_B", fine_digits=3),
+    MetricSpec(
+        "separation/d_b_length_matched",
+        "token lengths matched",
+        2,
+        HIGHER,
+        heading="D_B length-matched",
+        fine_digits=3,
+        variant_of=_D_B,
+    ),
+    MetricSpec(
+        "separation/d_b_shuffled", "labels shuffled", 2, NEITHER, heading="D_B shuffled", fine_digits=3, variant_of=_D_B
+    ),
+    MetricSpec("separation/silhouette", "silhouette, same plane", 2, HIGHER, heading="silhouette", in_run_table=False),
+    MetricSpec(
+        "separation/d_b_full", "separation D_B (all dimensions, less chance)", 2, HIGHER, heading="D_B all dimensions"
+    ),
+    MetricSpec("separation/frechet", "Frechet distance, squared", 2, HIGHER, in_run_table=False),
+    MetricSpec(_PROBE, "AUC of a linear probe, held out", 2, HIGHER),
+    MetricSpec("separation/probe_auc_length_matched", "token lengths matched", 2, HIGHER, variant_of=_PROBE),
+    MetricSpec("separation/difference_auc", "AUC of the difference of means, held out", 2, HIGHER, in_run_table=False),
+    MetricSpec("separation/length_auc", "AUC of token length alone", 2, NEITHER),
+    MetricSpec("evaluate/asr", "attack success (ASR)", 0, LOWER, SHARE, "ASR", 1),
+    MetricSpec("evaluate/asr/{attack}", "attack success (ASR): {attack}", 0, LOWER, SHARE, "ASR {attack}", 1),
+    MetricSpec("evaluate/asr_any/{attack}", "attack success, any of several attempts: {attack}", 0, LOWER, SHARE),
+    MetricSpec("evaluate/asr_set/{set}", "attack success (ASR) by set: {set}", 0, LOWER, SHARE, "ASR {set}", 1),
+    MetricSpec("evaluate/refused/harmful", "refused: harmful", 0, HIGHER, SHARE),
+    MetricSpec("evaluate/over_refusal", "refused: all harmless", 0, LOWER, SHARE, "over-refusal", 1),
+    MetricSpec(
+        "evaluate/over_refusal_set/{set}",
+        "refused: all harmless by set: {set}",
+        0,
+        LOWER,
+        SHARE,
+        "over-refusal {set}",
+        1,
+    ),
+    MetricSpec("evaluate/refused/ordinary", "refused: ordinary harmless", 0, LOWER, SHARE),
+    MetricSpec("evaluate/refused/alarming", "refused: alarming harmless", 0, LOWER, SHARE),
+    MetricSpec("evaluate/refused/{kind}", "refused: {kind}", 0, NEITHER, SHARE),
+    MetricSpec("evaluate/safety", "safe answers to harmful prompts", 0, HIGHER, SHARE, "safe answers", 1),
+    MetricSpec("evaluate/safety/{category}", "safe answers to harmful prompts: {category}", 0, HIGHER, SHARE),
+    MetricSpec("evaluate/toxicity", "toxicity, mean", 1, LOWER, SHARE, "toxicity"),
+    MetricSpec("evaluate/toxicity/{kind}", "toxicity, mean: {kind}", 1, LOWER, SHARE),
+    MetricSpec("evaluate/unparsable", "verdicts that could not be read", 0, LOWER, SHARE),
+    MetricSpec("evaluate/degenerate", "degenerate answers", 0, LOWER, SHARE, "degenerate", 1),
+    MetricSpec("evaluate/degenerate/{attack}", "degenerate answers: {attack}", 0, LOWER, SHARE),
+    MetricSpec("evaluate/logp_per_token", "answers' log-prob per token under the base", 2, NEITHER, NATS),
+    MetricSpec("evaluate/win_rate", "win rate against the base", 0, HIGHER, SHARE, "win rate", 1),
+    MetricSpec("evaluate/perplexity", "perplexity on held-out helpful answers", 2, NEITHER, heading="perplexity"),
+    MetricSpec("evaluate/kl", "KL to the base, nats an answer", 2, NEITHER, NATS, "KL"),
+    MetricSpec("evaluate/{other}", "{other}", 2, NEITHER),
+    MetricSpec("capability/{score}", "{score}", 3, HIGHER, heading="{score}"),
+    MetricSpec("eval/divergence", "divergence estimate, held-out examples", 3, HIGHER),
+    MetricSpec(_MARGIN, "reward margin, held-out examples", 2, HIGHER),
+    MetricSpec("eval/reward/aligned", "reward of aligned ones", 2, HIGHER, indented=True),
+    MetricSpec("eval/reward/unaligned", "reward of unaligned ones", 2, LOWER, indented=True),
+)
+
+METRICS = {spec.name: spec for spec in _SPECS}
 """By name, in the order of a run's table."""
 
 _ORDER = {name: position for position, name in enumerate(METRICS)}
