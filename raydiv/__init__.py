@@ -1,6 +1,6 @@
-"""LLM safety alignment as divergence estimation, on Ray: align language models, and show whether it worked.
+"""LLM safety alignment as divergence estimation, on Ray: align language models and measure whether it worked.
 
-Every command is a function here, imported when it is first used: ``raydiv.train(raydiv.load_recipe("recipe.yaml"))``.
+Each command is a function of the package, imported at first use: ``raydiv.train(raydiv.load_recipe("recipe.yaml"))``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from raydiv.experiments.sweep.sweep import SweepResult, sweep
     from raydiv.utils.errors import UserError
 
-_WHERE = {
+_MODULES = {
     "Recipe": "raydiv.config",
     "load_recipe": "raydiv.config",
     "UserError": "raydiv.utils.errors",
@@ -99,6 +99,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in _MODULES:
         raise AttributeError(f"module 'raydiv' has no attribute {name!r}")
-    return getattr(importlib.import_module(_WHERE[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)

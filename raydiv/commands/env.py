@@ -18,7 +18,7 @@ CREDENTIALS = re.compile(r"://\S*@")
 
 
 def env() -> dict[str, dict[str, Any]]:
-    """``versions``, ``devices`` and ``paths`` of this machine; None where a package is not installed or a variable not set."""
+    """``versions``, ``devices`` and ``paths`` of this machine; None for a missing package and an unset variable."""
     gpu_versions, gpus = _gpus()
     platform_versions = {"raydiv": __version__, "python": platform.python_version(), "platform": platform.platform()}
     return {

@@ -40,9 +40,10 @@ def evaluate(
 ) -> list[AnswersReport]:
     """Evaluate models on prompts; returns a report per model.
 
-    ``prompts`` are labelled sets, ``harmful`` and ``harmless`` are unlabelled sources; by default bundled:heldout. The model
-    ``reference`` scores the answers: by default the base model of the first model if that is a run, else the first model.
-    A pairwise judge compares answers with those of the first model, or in ``baseline``, a file in AlpacaEval's format.
+    ``prompts`` are labelled sets, ``harmful`` and ``harmless`` are unlabelled sources; by default bundled:heldout. The
+    model ``reference`` scores the answers: by default the base model of the first model if that is a run, else the
+    first model. A pairwise judge compares answers with those of the first model, or in ``baseline``, a file in
+    AlpacaEval's format.
 
     Raises UserError for models, prompts, judges or a baseline that cannot be used.
     """

@@ -31,10 +31,10 @@ def examples() -> list[Example]:
 
 
 def copy_example(name: str, destination: Path | None = None) -> list[Path]:
-    """Copy a recipe, and beside it the recipes that it extends, to ``destination``; returns the files, the recipe first.
+    """Copy a recipe and those that it extends to ``destination``; returns the files, the recipe first.
 
-    ``destination`` is a folder or a new YAML file, by default the current folder. Raises UserError, and copies nothing, for an
-    unknown name, a recipe that exists already, and a parent that exists with different content.
+    ``destination`` is a folder or a new YAML file, by default the current folder. Raises UserError, and copies nothing,
+    for an unknown name, a recipe that exists already, and a parent that exists with different content.
     """
     known = _recipes()
     if name not in known:
@@ -64,7 +64,7 @@ def _recipes() -> dict[str, Path]:
         if (folder / "quickstart.yaml").is_file():
             return {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.yaml"))}
     raise UserError(
-        f"no recipes in or beside {PACKAGE}: raydiv runs neither from its wheel nor from a checkout; install it with pip"
+        f"no recipes in or beside {PACKAGE}: this is neither an installed wheel nor a checkout; install raydiv with pip"
     )
 
 

@@ -14,8 +14,9 @@ from raydiv.utils.storage import atomic, require_empty
 def export(run: Path, destination: Path, adapter: bool = False) -> Path:
     """Export the trained model of a run directory; returns ``destination``. LoRA is merged, unless ``adapter``.
 
-    A merged model is loaded again and compared with the trained one. Raises UserError when ``run`` has no trained model or no
-    adapter, and when ``destination`` is not empty. Raises RuntimeError, and leaves nothing, when the models differ.
+    A merged model is loaded again and compared with the trained one. Raises UserError when ``run`` has no trained model
+    or no adapter, and when ``destination`` is not empty. Raises RuntimeError, and leaves nothing, when the models
+    differ.
     """
     source = RunDirectory(run)
     if not source.holds_a_run or not source.model.is_dir():

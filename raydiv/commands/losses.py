@@ -20,10 +20,10 @@ BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
 def describe_losses(names: Collection[str] = ()) -> dict[str, dict[str, Any]]:
-    """Name -> summary, description, paper, data, reference, estimates and options of ``names``, by default of all objectives.
+    """Name -> summary, description, paper, data, reference, estimates and options of ``names``, by default of all.
 
-    ``estimates`` lists divergence, ceiling and scope with the ``options`` that change them; the defaults come first. Raises
-    UserError for an unknown name.
+    ``estimates`` lists divergence, ceiling and scope with the ``options`` that change them; the defaults come first.
+    Raises UserError for an unknown name.
     """
     for name in names:
         if name not in OBJECTIVES:
@@ -34,7 +34,7 @@ def describe_losses(names: Collection[str] = ()) -> dict[str, dict[str, Any]]:
             "description": objective.description,
             "paper": objective.paper,
             "data": objective.data,
-            "reference": objective.reference,
+            "reference": objective.needs_reference,
             "estimates": _estimates(objective),
             "options": {key: _option(*parameter) for key, parameter in objective.parameters.items()},
         }
@@ -64,7 +64,7 @@ def _choices(objective: Objective) -> dict[str, tuple[Any, ...]]:
         for key, (annotation, _) in objective.parameters.items()
         if get_origin(annotation) is Literal
     }
-    return names | dict(objective.telling)
+    return names | dict(objective.listed_values)
 
 
 def _option(annotation: Any, default: Any) -> str:

@@ -29,7 +29,7 @@ SAME_VERSIONS = ("python", "ray", "torch", "raydiv", "deepspeed", "transformers"
 
 @dataclass(frozen=True, slots=True)
 class NodeReport:
-    """The report of a node: its versions, an error by folder (empty where it is shared), and the data files that it misses."""
+    """The report of a node: its versions, an error by folder (empty if shared), and the data files that it lacks."""
 
     host: str
     versions: dict[str, str]
@@ -53,7 +53,8 @@ def require_ready(recipe: Recipe, run: Path, files: Mapping[str, int], *, new: b
 def require_nodes(folders: Mapping[str, Folder], files: Mapping[str, int]) -> None:
     """Check that all nodes have the same versions and share ``folders`` (by recipe key) and ``files`` (size by path).
 
-    Needs a Ray session; does nothing on one node. Raises UserError for a node that differs, RuntimeError for one that fails.
+    Needs a Ray session; does nothing on one node. Raises UserError for a node that differs, RuntimeError for one that
+    fails.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -151,15 +152,15 @@ def _folder_problems(reports: list[NodeReport], folders: Mapping[str, Folder]) -
         if errors:
             host, error = next(iter(errors.items()))
             problems.append(
-                f"{key}: {host} does not see the same {folder.uri} as the driver ({error}): use storage that all nodes mount "
-                "and can write to"
+                f"{key}: {host} does not see the same {folder.uri} as the driver ({error}): use storage that all nodes "
+                "mount and can write to"
             )
     return problems
 
 
 def _missing_file_problems(reports: list[NodeReport]) -> list[str]:
     return [
-        f"data: {report.host} does not see the same {report.missing[0]} as the driver: put it on storage that all nodes mount"
+        f"data: {report.host} does not see the same {report.missing[0]} as the driver: use storage that all nodes mount"
         for report in reports
         if report.missing
     ][:1]
@@ -177,7 +178,7 @@ def require_disk_space(recipe: Recipe, architecture: Architecture, run: Path) ->
     free = shutil.disk_usage(folder).free
     if total > free:
         raise UserError(
-            f"output_dir: {folder} has {gib(free)} free, and this run writes up to {gib(total)} (model {gib(sizes['model'])}, "
-            f"{checkpoints} checkpoints of {gib(sizes['checkpoint'])}): free some space, lower checkpoint.keep, or set "
-            "another output_dir or checkpoint.storage"
+            f"output_dir: {folder} has {gib(free)} free, and this run writes up to {gib(total)} (model "
+            f"{gib(sizes['model'])}, {checkpoints} checkpoints of {gib(sizes['checkpoint'])}): free some space, "
+            "lower checkpoint.keep, or set another output_dir or checkpoint.storage"
         )

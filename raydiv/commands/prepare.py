@@ -31,7 +31,7 @@ from raydiv.utils.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class LoadedInputs:
-    """The inputs that a recipe names, checked: model directory, tokenizer with its template, sources and prompt sets."""
+    """The inputs that a recipe names: model directory, tokenizer with template, sources and prompt sets."""
 
     directory: Path
     chat: Chat
@@ -136,8 +136,8 @@ def prepare_data(recipe: Recipe, inputs: LoadedInputs, display: ProgressDisplay)
     for name, count in trained_on.items():
         if count:
             display.print(
-                f"prompts of {name} in the training data: {count}; its metrics will be too good (raydiv data check lists "
-                "them)"
+                f"prompts of {name} in the training data: {count}; its metrics will be too good (raydiv data check "
+                "lists them)"
             )
     return _with_reference(recipe, inputs.directory, data, trained_on, display)
 

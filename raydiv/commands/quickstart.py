@@ -13,7 +13,8 @@ from raydiv.runs.directory import RunDirectory
 def quickstart(overrides: Sequence[str] = (), *, show_text: bool = False) -> Result:
     """Train and evaluate the bundled recipe with ``overrides``; returns the result of the run.
 
-    A repeated quickstart is named ``quickstart-2`` and so on, unless an override sets the name. Raises as ``train`` does.
+    A repeated quickstart is named ``quickstart-2`` and so on, unless an override sets the name. Raises as ``train``
+    does.
     """
     recipe = load_recipe(QUICKSTART, overrides)
     has_name = any(override.startswith("name=") for override in overrides)

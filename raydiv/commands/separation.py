@@ -71,8 +71,8 @@ def _require_comparable(
     for model, config in zip(models, configs, strict=True):
         if config.hidden_size != configs[0].hidden_size and not different_models:
             raise UserError(
-                f"{model}: hidden size {config.hidden_size}, but {models[0]} has {configs[0].hidden_size}, so these are "
-                "different models; compare them with --different-models"
+                f"{model}: hidden size {config.hidden_size}, but {models[0]} has {configs[0].hidden_size}, so these "
+                "are different models; compare them with --different-models"
             )
 
 

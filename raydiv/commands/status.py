@@ -24,9 +24,9 @@ RECENT_STEPS = 20
 def status(run: Path) -> dict[str, Any]:
     """The ``state`` of a run (``measuring``, ``training``, ``stopped``, ``trained`` or ``finished``) and its progress.
 
-    ``step`` of ``planned`` steps; ``seconds_left`` while it trains; the last ``metrics``; the step of the ``checkpoint`` from
-    which it would resume; the last heartbeats of its ``workers``. ``measuring`` and ``trained`` are also the states of a run
-    that was stopped while a model was evaluated.
+    ``step`` of ``planned`` steps; ``seconds_left`` while it trains; the last ``metrics``; the step of the
+    ``checkpoint`` from which it would resume; the last heartbeats of its ``workers``. ``measuring`` and ``trained`` are
+    also the states of a run that was stopped while a model was evaluated.
 
     Raises UserError where there is no run, and in the directory of a sweep or study.
     """

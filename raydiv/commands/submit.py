@@ -1,7 +1,7 @@
 """``raydiv submit``: run a command as a Ray job on a cluster.
 
-The working directory of the job holds the recipe and the local files that it names. Only one job runs under a name: the same
-command is not submitted again while it runs.
+The working directory of the job holds the recipe and the local files that it names. Only one job runs under a name: the
+same command is not submitted again while it runs.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def submit(
     ``recipe`` and ``overrides`` are those among the words. The job's ``name`` is by default the recipe's; ``env`` holds
     ``NAME`` or ``NAME=VALUE``; ``runtime_env`` is a YAML file with further keys of Ray's runtime environment.
 
-    Raises UserError for a command that cannot run as a job, an unreachable cluster, a secret among the variables, and a name
-    under which another command runs.
+    Raises UserError for a command that cannot run as a job, an unreachable cluster, a secret among the variables, and a
+    name under which another command runs.
     """
     command, *rest = words
     if command == "submit":
@@ -78,7 +78,7 @@ def submit(
 
 
 def jobs_at(address: str | None, recipe_address: str | None = None, token_path: Path | None = None) -> Jobs:
-    """The jobs of the cluster at ``address``, else at RAY_ADDRESS, else at the recipe's. Raises UserError without an answer."""
+    """The jobs of the cluster at ``address``, else RAY_ADDRESS, else the recipe's. Raises UserError if none answers."""
     if token_path is not None:
         if not token_path.is_file():
             raise UserError(f"--token-path {token_path}: no such file")

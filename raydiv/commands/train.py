@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from ray.train import ScalingConfig
 
 UNBOUNDED = (
-    "loss.type {type} is unbounded below on a finite data set, and nothing in this recipe bounds it: watch log_ratio/rms; see "
-    '"Holding an unbounded objective" in raydiv/losses/README.md'
+    "loss.type {type} is unbounded below on a finite data set, and nothing in this recipe bounds it: watch "
+    'log_ratio/rms; see "Holding an unbounded objective" in raydiv/losses/README.md'
 )
 RESIZE_INTERVAL_S = 60.0
 """Seconds between checks for new nodes, with ``cluster.min_workers``."""
@@ -65,12 +65,12 @@ def train(
 ) -> Result:
     """Prepare, evaluate the base model, train, and evaluate the trained model; returns the finished run.
 
-    ``show_text`` writes prompts and answers into evaluation/, which otherwise has IDs and verdicts only. ``resume`` continues
-    an existing run from its newest checkpoint; for a finished run it sends to MLflow what could not be sent. ``watch`` is
-    called with each new line of metrics.jsonl.
+    ``show_text`` writes prompts and answers into evaluation/, which otherwise has IDs and verdicts only. ``resume``
+    continues an existing run from its newest checkpoint; for a finished run it sends to MLflow what could not be sent.
+    ``watch`` is called with each new line of metrics.jsonl.
 
-    Raises UserError for what the user must change, also for an existing run without ``resume``; RuntimeError when training
-    fails; Terminated after SIGTERM.
+    Raises UserError for what the user must change, also for an existing run without ``resume``; RuntimeError when
+    training fails; Terminated after SIGTERM.
     """
     display = display or ProgressDisplay()
     run = RunDirectory.of(recipe)
@@ -219,8 +219,8 @@ def _report_padding(run: RunDirectory, display: ProgressDisplay) -> None:
 def _fit_or_explain(fit: Callable[[], Any], run: RunDirectory, timeout: float) -> None:
     """Run ``fit``, and raise the cause of a worker's failure without Ray's exceptions around it.
 
-    Raises UserError where a worker did; RuntimeError with the diagnosis of a hang where no worker made progress for ``timeout``
-    seconds, since each then fails with another error; RuntimeError with the first worker's error otherwise.
+    Raises UserError where a worker did; RuntimeError with the diagnosis of a hang where no worker made progress for
+    ``timeout`` seconds, since each then fails with another error; RuntimeError with the first worker's error otherwise.
     """
     from ray.train import TrainingFailedError
 

@@ -45,7 +45,7 @@ class RunDirectory(OutputDirectory):
         self.layout = path / "layout.json"
         """How the workers lay out examples."""
         self.rewards = path / "rewards.json"
-        """Rewards of the held-out examples by class, ``aligned`` and ``unaligned``; missing without those or a reference."""
+        """Rewards of held-out examples, ``aligned`` and ``unaligned``; missing without those or a reference."""
         self.metrics = MetricsLog(path / "metrics.jsonl")
         self.events = EventLog(path / "events.jsonl")
         self.heartbeats = HeartbeatFolder(path / "workers")
@@ -59,7 +59,8 @@ class RunDirectory(OutputDirectory):
     def create(self, recipe: Recipe, of: Mapping[str, str]) -> None:
         """Start a new run of ``recipe``; ``of`` are the fingerprints of its data and model.
 
-        Removes what an attempt that stopped before training left. Raises UserError where the directory cannot be written.
+        Removes what an attempt that stopped before training left. Raises UserError where the directory cannot be
+        written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -78,7 +79,7 @@ class RunDirectory(OutputDirectory):
             folder.remove()
         elif folder.folder_names():
             raise UserError(
-                f"checkpoint.storage: {folder.uri} holds another run's checkpoints; set another name=..., or remove them"
+                f"checkpoint.storage: {folder.uri} holds another run's checkpoints; set another name, or remove them"
             )
 
     def start_attempt(self, recipe: Recipe) -> None:

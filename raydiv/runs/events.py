@@ -12,7 +12,7 @@ from typing import Any
 from raydiv.utils.jsonl import JsonlTail, follow
 
 ExamplePlace = tuple[int, int, int]
-"""Where an example comes from: the index of its source in data.train, of the file in that source, and its position there."""
+"""The place of an example: the indices of its source in data.train and of its file, and its position in the file."""
 
 
 class EventLog:
@@ -30,7 +30,7 @@ class EventLog:
     def follow(
         self, show: Callable[[str], None], locate: Callable[[ExamplePlace], str]
     ) -> AbstractContextManager[None]:
-        """Call ``show`` with each event logged while the block runs. ``locate`` names the file and line of an example."""
+        """Call ``show`` with each event logged while the block runs. ``locate`` returns an example's file and line."""
         earlier = self.path.read_bytes().count(b"\n") if self.path.exists() else 0
 
         def handle(event: Mapping[str, Any]) -> None:

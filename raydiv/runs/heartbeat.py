@@ -25,7 +25,8 @@ class Heartbeat:
 
     ``of`` is the number of workers. ``passed`` counts phases and forwards, in an order that all ranks share, so the
     straggler has the lowest count. ``idle``: seconds since the last progress. ``every``: seconds between heartbeats.
-    ``where``: the line of code of a worker that hangs. ``silent``: seconds without a heartbeat while another worker sent some.
+    ``where``: the line of code of a worker that hangs. ``silent``: seconds without a heartbeat while another worker
+    sent some.
     """
 
     rank: int
@@ -42,7 +43,7 @@ class Heartbeat:
 
     @property
     def is_silent(self) -> bool:
-        """Whether no heartbeat arrives although the watchdog sends them also in a hang: the process or its node is gone."""
+        """Whether the process or its node is gone: the watchdog sends heartbeats even during a hang."""
         return self.silent > MISSED_BEATS * self.every
 
     @property

@@ -14,9 +14,9 @@ from raydiv.utils.storage import read_json, write_json
 class RunStage:
     """The content of stage.json.
 
-    ``id`` is unique to the run; ``of`` holds the fingerprints of its data and model. ``began`` and ``ended`` are the sizes in
-    bytes of metrics.jsonl at the start of training and after the model was written, None before that. ``why`` is the reason
-    for the end, ``planned`` the number of steps.
+    ``id`` is unique to the run; ``of`` holds the fingerprints of its data and model. ``began`` and ``ended`` are the
+    sizes in bytes of metrics.jsonl at the start of training and after the model was written, None before that. ``why``
+    is the reason for the end, ``planned`` the number of steps.
     """
 
     id: str

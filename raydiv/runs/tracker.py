@@ -36,7 +36,8 @@ def tracking_uri(recipe: Recipe) -> str:
 def forwarded_uri(recipe: Recipe) -> str | None:
     """``tracking_uri`` for the recipes of the runs of a sweep or study.
 
-    None where it has a password, which no recipe may hold; the runs then read it from the environment, as this process does.
+    None where it has a password, which no recipe may hold; the runs then read it from the environment, as this process
+    does.
     """
     uri = tracking_uri(recipe)
     return None if has_password(uri) else uri
@@ -45,8 +46,9 @@ def forwarded_uri(recipe: Recipe) -> str | None:
 class MlflowTracker:
     """One MLflow run: a new one, or an ``earlier`` one (``uri`` and ``run_id``) of the same server.
 
-    A thread sends, so that nothing waits for the server or for the import of MLflow. Calls that fail are queued in order and
-    repeated before the next call, and at the end. ``state_file`` notes what was sent, so that a later process continues there.
+    A thread sends, so that nothing waits for the server or for the import of MLflow. Calls that fail are queued in
+    order and repeated before the next call, and at the end. ``state_file`` notes what was sent, so that a later process
+    continues there.
     """
 
     def __init__(
@@ -217,7 +219,7 @@ class MlflowTracker:
                 if not self._warned:
                     self._warned = True
                     self._warn(
-                        f"MLflow at {self.uri} cannot be reached ({type(error).__name__}); metrics are queued and sent later"
+                        f"MLflow at {self.uri} cannot be reached ({type(error).__name__}); metrics are sent later"
                     )
                 return
             self._queue.pop(0)

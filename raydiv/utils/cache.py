@@ -15,9 +15,10 @@ from raydiv.utils.storage import Folder, atomic, sha256_of
 
 
 def cache_dir(*parts: str) -> Path:
-    """A local folder of the cache, created if missing. The root is RAYDIV_CACHE, by default ``raydiv`` in the user's cache.
+    """A local folder of the cache, created if missing.
 
-    Where RAYDIV_CACHE is a URI, the user's cache holds what must be local files: converted models and digests.
+    The root is RAYDIV_CACHE, by default ``raydiv`` in the user's cache. Where RAYDIV_CACHE is a URI, the user's cache
+    holds what must be local files: converted models and digests.
     """
     setting = os.environ.get("RAYDIV_CACHE", "")
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raydiv"
@@ -60,7 +61,7 @@ def cached_text(path: Path, make: Callable[[], str]) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file: the name of a blob in the hub's cache, else computed once per (path, size, modification time)."""
+    """SHA-256 of a file: a blob's name in the hub's cache, else computed once per (path, size, modification time)."""
     real = path.resolve()
     if real.parent.name == "blobs" and len(real.name) == 64:
         return real.name

@@ -1,6 +1,7 @@
 """Private names and behaviour of other libraries that raydiv depends on: one function each, with its reason.
 
-Each names the version it was checked with (cluster/constraints.txt); tests/unit/test_compat.py fails where one has changed.
+Each names the version it was checked with (cluster/constraints.txt); tests/unit/test_compat.py fails where one has
+changed.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def hide_module(library: str) -> Iterator[None]:
 def peft_without_quantizer() -> Iterator[None]:
     """Let peft wrap unquantized weights without bitsandbytes, whose import loads torch's compiler.
 
-    Checked with peft 0.21: ``peft.import_utils`` caches whether bitsandbytes is installed. Clears the caches on both sides.
+    Checked with peft 0.21: ``peft.import_utils`` caches whether bitsandbytes is installed. Clears the caches on both
+    sides.
     """
     with hide_module("bitsandbytes"):
         from peft import import_utils
@@ -47,7 +49,7 @@ def peft_without_quantizer() -> Iterator[None]:
 
 
 def server_ray_version(client: Any) -> str:
-    """Ray's version on the cluster of a ``JobSubmissionClient``; its public ``get_version`` returns the job API's version.
+    """Ray's version on the cluster of a ``JobSubmissionClient``, whose ``get_version`` is that of the job API.
 
     Checked with Ray 2.60: ``SubmissionClient._server_ray_version``, set when the client connects.
     """
@@ -79,7 +81,7 @@ def ignore_sigint_of_trainer(trainer: Any) -> None:
 
 
 def dataset_fingerprint(data: Any) -> str:
-    """The fingerprint of a Hugging Face ``Dataset``: builder, configuration, revision and all transforms; no public name.
+    """The fingerprint of a Hugging Face ``Dataset``: builder, configuration, revision, transforms. It has no public name.
 
     Checked with datasets 5.2.0: ``Dataset._fingerprint``.
     """
@@ -147,7 +149,7 @@ def _unsupported_deepspeed(problem: str) -> RuntimeError:
 
 
 def skip_shared_memory_op() -> None:
-    """Keep DeepSpeed from compiling a shared-memory all-reduce, which takes a minute; ZeRO does not use it, gloo serves.
+    """Keep DeepSpeed from compiling a shared-memory all-reduce, which takes a minute and is unused by ZeRO on gloo.
 
     Checked with DeepSpeed 0.19.8: ``deepspeed.ops.__compatible_ops__``.
     """
@@ -158,10 +160,10 @@ def skip_shared_memory_op() -> None:
 
 @contextmanager
 def infinite_gradient_norm(optimizer: Any, stage: int, device: Any) -> Iterator[None]:
-    """While the block runs, a ZeRO optimizer's ``step`` finds the norm not finite: it drops the gradients, without an update.
+    """While the block runs, a ZeRO optimizer's ``step`` sees a norm that is not finite, and drops the gradients.
 
-    DeepSpeed has no public way to discard a step. Checked with DeepSpeed 0.19.8: GRADIENT_NORM, where -1 stands for a norm
-    that is not finite. The engine checks afterwards that no update was made.
+    DeepSpeed has no public way to discard a step. Checked with DeepSpeed 0.19.8: GRADIENT_NORM, where -1 stands for a
+    norm that is not finite. The engine checks afterwards that no update was made.
     """
     import torch
 
@@ -176,8 +178,8 @@ def infinite_gradient_norm(optimizer: Any, stage: int, device: Any) -> Iterator[
 def limit_release_look_ahead(optimizer: Any) -> None:
     """Let ZeRO-3 search for the next use of a module's weights only where it could release them.
 
-    DeepSpeed searches the rest of the step for each module, also for those whose weights stay whole, or that have none. A small
-    model with adapters has thousands: its second step took a quarter of a minute longer.
+    DeepSpeed searches the rest of the step for each module, also for those whose weights stay whole, or that have none.
+    A small model with adapters has thousands: its second step took a quarter of a minute longer.
 
     Checked with DeepSpeed 0.19.8: a private method of ``optimizer.parameter_offload.param_coordinator``.
     """

@@ -1,6 +1,7 @@
 """The only collectives of the project. Without a process group each is the identity.
 
-DeepSpeed's own gathers and reductions happen inside ``raydiv.training.engine``; nothing else communicates between ranks.
+DeepSpeed's own gathers and reductions happen inside ``raydiv.training.engine``; nothing else communicates between
+ranks.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class JsonlTail:
         self._offset = self._line = 0
 
     def read_new(self) -> Iterator[dict[str, Any]]:
-        """The complete lines since the last call. A replaced file is read from its start, and known lines are skipped."""
+        """Complete lines since the last call. A replaced file is read from its start, without known lines."""
         if not self._path.exists():
             return
         with self._path.open("rb") as content:

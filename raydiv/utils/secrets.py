@@ -1,4 +1,4 @@
-"""Find secrets in recipes, variables and addresses: a recipe is written into every run, to MLflow and to Ray's list of jobs."""
+"""Secrets in recipes, variables and addresses: a recipe is written into every run, to MLflow and to Ray's jobs."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ QUERY_PASSWORD = re.compile(
 """A password among the parameters of a URI, as in addresses of databases and in signed URLs."""
 
 TOKEN = re.compile(r"\b(?:hf_|ghp_|github_pat_|AKIA|(?:sk|xox[bp])-(?:\w+-)*)[A-Za-z0-9]{16,}")
-"""A token of Hugging Face, GitHub, AWS, OpenAI (and services with the same prefix) or Slack. A folder whose name has such a
-prefix, as in ``hf_datasets_cache``, has no 16 letters and digits in a row.
+"""A token of Hugging Face, GitHub, AWS, OpenAI (and services with the same prefix) or Slack. A folder whose name has
+such a prefix, as in ``hf_datasets_cache``, has no 16 letters and digits in a row.
 """
 
 FREE_SECTIONS = ("cluster.env", "track.tags", "engine.deepspeed")
 """Sections whose keys are the user's own, or another library's."""
 
 REMEDY = (
-    "a recipe is written into every run, so it must not hold a secret: set it in the environment of the command, and of each "
-    "node of a cluster"
+    "a recipe is written into every run, so it must not hold a secret: set it in the environment of the command, and "
+    "of each node of a cluster"
 )
 
 
@@ -49,7 +49,7 @@ def find_secrets(recipe: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _is_secret(path: str, value: Any) -> bool:
-    """Whether a value of a free section is a secret, by its name or its form. In a study's entries the sections are nested."""
+    """Whether a value of a free section, which a study may nest in its entries, is a secret by its name or form."""
     section = next((section for section in FREE_SECTIONS if f".{section}." in f".{path}."), None)
     if section is None:
         return False

@@ -23,7 +23,7 @@ from raydiv.utils.errors import UserError
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yields a temporary path for a file or folder, which is moved to ``path`` after the block, or removed if it raises."""
+    """Yields a temporary path for a file or folder, moved to ``path`` after the block, or removed if it raises."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         yield temporary
@@ -151,7 +151,7 @@ class Folder:
 
     @contextmanager
     def local_file(self, name: str) -> Iterator[Path]:
-        """Yields a local path of the file, a copy if needed, while the block runs. Raises OSError where it is missing."""
+        """Yields a local path of the file, or of a copy, while the block runs. Raises OSError if it is missing."""
         system, path = self._of(name)
         if isinstance(system, fs.LocalFileSystem):
             yield Path(path)
