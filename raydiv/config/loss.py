@@ -14,24 +14,24 @@ TYPES = sorted(name for name, objective in OBJECTIVES.items() if not objective.p
 """What ``loss.type`` may be."""
 
 
-def _fields(definitions: dict[str, Any]) -> Any:
-    """Field definitions for pydantic, whose type for them no mapping has."""
+def _field_definitions(definitions: dict[str, Any]) -> Any:
+    """Field definitions as ``create_model`` takes them; no mapping has the type that it declares."""
     return definitions
 
 
 class _Nullable(Section):
-    """A section in which null leaves a key at its default, so that an override can take back what a recipe says."""
+    """A section in which null leaves a key at its default, so that an override can undo a recipe's value."""
 
     @model_validator(mode="before")
     @classmethod
-    def _null_is_the_default(cls, values: Any) -> Any:
+    def _drop_null(cls, values: Any) -> Any:
         return (
             {key: value for key, value in values.items() if value is not None} if isinstance(values, dict) else values
         )
 
 
 class _Options(_Nullable):
-    """One objective's options. Those that mean nothing beside the others are refused, and not written out."""
+    """One objective's options. Those that have no effect beside the others are refused, and not written out."""
 
     objective_name: ClassVar[str]
 
@@ -45,20 +45,20 @@ class _Options(_Nullable):
         return {name: getattr(self, name) for name in self.objective.parameters}
 
     @model_validator(mode="after")
-    def _nothing_idle(self) -> _Options:
-        for name, condition in self.objective.idle(self.options).items():
+    def _refuse_unused_options(self) -> _Options:
+        for name, condition in self.objective.unused_options(self.options).items():
             if name in self.model_fields_set:
-                raise ValueError(f"{name} means nothing without {condition}; leave it out, or set it to null")
+                raise ValueError(f"{name} has no effect without {condition}; leave it out, or set it to null")
         return self
 
     @model_serializer(mode="wrap")
-    def _without_idle(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        idle = self.objective.idle(self.options)
-        return {name: value for name, value in handler(self).items() if name not in idle}
+    def _omit_unused_options(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        unused = self.objective.unused_options(self.options)
+        return {name: value for name, value in handler(self).items() if name not in unused}
 
 
 def _options(objective: Objective) -> Any:
-    model = create_model(f"{objective.name}-options", __base__=_Options, **_fields(objective.parameters))
+    model = create_model(f"{objective.name}-options", __base__=_Options, **_field_definitions(objective.parameters))
     model.objective_name = objective.name
     return model
 
@@ -67,12 +67,12 @@ _OPTIONS: dict[str, Any] = {name: _options(objective) for name, objective in OBJ
 
 
 class _Terms(_Nullable):
-    """Terms by name; those that are not there are not written out."""
+    """Terms by name; absent ones are not written out."""
 
     model_config = ConfigDict(populate_by_name=False)
 
     @model_serializer(mode="wrap")
-    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _omit_absent_terms(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {name: term for name, term in handler(self).items() if term is not None}
 
 
@@ -80,7 +80,7 @@ _Mix: Any = create_model(
     "Mix",
     __base__=_Terms,
     __doc__="Objectives added to the main one: name, its options and its weight.",
-    **_fields(
+    **_field_definitions(
         {
             name.replace("-", "_"): (
                 create_model(f"{name}-term", __base__=options, weight=(Annotated[float, Gt(0)], ...)) | None,
@@ -106,29 +106,29 @@ class LossConfig(_Options):
 
     @property
     def paired_terms(self) -> list[str]:
-        """Names of the objectives that take pairs."""
+        """Names of the objectives that need pairs."""
         return [term.name for term in self.terms if term.objective.data == "paired"]
 
     @property
-    def bounded(self) -> bool:
-        """Whether something keeps the objective from falling without end: its own ceiling, or a penalty mixed in."""
+    def is_bounded(self) -> bool:
+        """Whether the loss is bounded below: by the main objective's ceiling, or by a penalty that is mixed in."""
         main = self.terms[0]
-        held = any(term.objective.penalty for term in self.terms)
-        return held or main.divergence == "none" or main.ceiling is not None
+        has_penalty = any(term.objective.penalty for term in self.terms)
+        return has_penalty or main.divergence == "none" or main.ceiling is not None
 
     @property
-    def comparing_terms(self) -> list[str]:
-        """Names of the objectives that take unaligned examples too; aligned ones are always needed."""
-        return [term.name for term in self.terms if term.objective.unaligned]
+    def unaligned_terms(self) -> list[str]:
+        """Names of the objectives that need unaligned examples too; all need aligned ones."""
+        return [term.name for term in self.terms if term.objective.needs_unaligned]
 
     @property
     def mismatched_terms(self) -> list[str]:
-        """Names of the objectives that take mismatched examples."""
-        return [term.name for term in self.terms if term.objective.mismatched]
+        """Names of the objectives that need mismatched examples."""
+        return [term.name for term in self.terms if term.objective.needs_mismatched]
 
     @property
     def needs_reference(self) -> bool:
-        return any(term.objective.reference for term in self.terms)
+        return any(term.objective.needs_reference for term in self.terms)
 
 
 if TYPE_CHECKING:

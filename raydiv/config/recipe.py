@@ -25,10 +25,10 @@ from raydiv.config.section import Section
 from raydiv.config.source import Source, Sources, unweighted
 from raydiv.config.study import StudyConfig
 from raydiv.config.sweep import SweepConfig
-from raydiv.losses import named
+from raydiv.losses import objective_names
 from raydiv.utils.secrets import find_secrets
 
-LOSSES_WITH_REFERENCE = named(lambda objective: objective.reference and not objective.penalty)
+LOSSES_WITH_REFERENCE = objective_names(lambda objective: objective.needs_reference and not objective.penalty)
 
 
 def template_text(template: str) -> str:
@@ -405,7 +405,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _target_margin_needs_reference(self) -> Recipe:
-        if self.optim.target_margin is not None and not self.loss.objective.reference:
+        if self.optim.target_margin is not None and not self.loss.objective.needs_reference:
             raise ValueError(
                 f"optim.target_margin does not apply: loss.type {self.loss.type} has no reference, so no rewards "
                 f"(losses with a reference: {LOSSES_WITH_REFERENCE})"

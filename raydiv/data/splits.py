@@ -12,7 +12,7 @@ from raydiv.config import Recipe
 from raydiv.config.loss import LossConfig
 from raydiv.data.index import Index, RowNotes
 from raydiv.data.tokens import KEY, StoredExamples, TokenShards
-from raydiv.losses import named
+from raydiv.losses import objective_names
 from raydiv.utils.errors import UserError
 
 
@@ -202,14 +202,14 @@ def _invalid_ranges(pair: np.ndarray, aligned: np.ndarray, prompts: np.ndarray) 
     yield from zip(starts[invalid].tolist(), stops[invalid].tolist(), strict=True)
 
 
-_LOSSES_WITHOUT_UNALIGNED = named(lambda objective: not objective.unaligned and not objective.penalty)
-_LOSSES_WITHOUT_PAIRS = named(lambda objective: objective.data == "unpaired" and not objective.penalty)
+_LOSSES_WITHOUT_UNALIGNED = objective_names(lambda objective: not objective.needs_unaligned and not objective.penalty)
+_LOSSES_WITHOUT_PAIRS = objective_names(lambda objective: objective.data == "unpaired" and not objective.penalty)
 
 
 def _require_fit(loss: LossConfig, source: str, examples: StoredExamples) -> None:
     """Raise UserError for data that the loss cannot be trained or evaluated on."""
     for aligned, name in ((True, "aligned"), (False, "unaligned")):
-        needing = [loss.type] if aligned else loss.comparing_terms
+        needing = [loss.type] if aligned else loss.unaligned_terms
         if not (examples.aligned == aligned).any() and needing:
             hint = "" if aligned else f" (losses for aligned examples alone: {_LOSSES_WITHOUT_UNALIGNED})"
             raise UserError(f"{source}: no {name} example, and the loss {needing[0]} needs some{hint}")

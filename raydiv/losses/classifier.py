@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING, Literal
 
 from raydiv.losses.numerics import class_mean, ema_update, log_sigmoid, pair_mean
-from raydiv.losses.objective import AverageWeight, Batch, Options, Positive, Scope, State, Value, objective
+from raydiv.losses.objective import Batch, EmaRate, Options, Positive, Scope, State, Value, objective
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 Delta = Literal["running", "batch", "fixed"]
 
 
-def _shift(delta: Delta, state: State, midpoint: Tensor | None, rate: float) -> tuple[float, State]:
-    """The delta of this step and the next state: running means are those of the steps before.
+def _update_delta(delta: Delta, state: State, midpoint: Tensor | None, rate: float) -> tuple[float, State]:
+    """The delta of this step, and the next state. A running mean is that of the previous steps.
 
-    Without a ``midpoint``, since the step lacks a class, the last delta stays.
+    ``midpoint`` is None where a class is absent from the step; then delta stays.
     """
     if delta == "fixed":
         return 0.0, {"delta": 0.0}
@@ -32,8 +32,8 @@ def _shift(delta: Delta, state: State, midpoint: Tensor | None, rate: float) -> 
     return state["delta"], {"delta": ema_update(state["delta"], float(midpoint), rate)}
 
 
-def _at_delta(options: Options) -> str:
-    """What an estimate of a classifier is conditional on."""
+def _delta_note(options: Options) -> str:
+    """The condition of the estimate, after the divergence's name."""
     return "" if options["delta"] == "fixed" else f", at its {options['delta']} delta"
 
 
@@ -44,10 +44,10 @@ def _scope(options: Options) -> Scope:
 @objective(
     paper="Jung et al. 2024 (arXiv 2404.04656); the divergence: Haldar et al. 2025",
     data="unpaired",
-    divergence=lambda options: _weighted_js(options) + _at_delta(options),
+    divergence=lambda options: _weighted_js(options) + _delta_note(options),
     ceiling=lambda options: _prior_entropy(options["lambda_aligned"], options["lambda_unaligned"]),
     scope=_scope,
-    applies={"delta_rate": ("delta", ("running",))},
+    requires={"delta_rate": ("delta", ("running",))},
     state={"delta": 0.0},
 )
 def bco(
@@ -58,22 +58,22 @@ def bco(
     lambda_aligned: Positive = 1.0,
     lambda_unaligned: Positive = 1.0,
     delta: Delta = "running",
-    delta_rate: AverageWeight = 0.1,
+    delta_rate: EmaRate = 0.1,
 ) -> Value:
     """Binary classifier optimisation: -lambda_aligned E+[log s(r - delta)] - lambda_unaligned E-[log s(delta - r)].
 
-    ``delta`` is (E+[r] + E-[r]) / 2, without gradient: its running mean at ``delta_rate`` over the steps before, that of the
-    batch, or ``fixed`` at 0. A tracking delta has no fixed point in general and can drift with r; it is logged as
+    ``delta`` is (E+[r] + E-[r]) / 2, without gradient: its running mean at ``delta_rate`` over the previous steps, that of
+    the batch, or ``fixed`` at 0. A delta that follows r has no fixed point in general and can drift with it; it is logged as
     ``state/bco/delta``. With lambdas a and u the estimate is a KL(D+ || M) + u KL(D- || M), M = (a D+ + u D-) / (a + u).
     """
     r = beta * batch.log_ratios
     both = bool(batch.aligned.any()) and not bool(batch.aligned.all())
     midpoint = (class_mean(r, batch.aligned) + class_mean(r, ~batch.aligned)).detach() / 2 if both else None
-    shift, after = _shift(delta, state, midpoint, delta_rate)
+    shift, next_state = _update_delta(delta, state, midpoint, delta_rate)
     aligned = class_mean(log_sigmoid(r - shift), batch.aligned, empty=-math.log(2))
     unaligned = class_mean(log_sigmoid(shift - r), ~batch.aligned, empty=-math.log(2))
     loss = -lambda_aligned * aligned - lambda_unaligned * unaligned
-    return Value(loss, divergence=_prior_entropy(lambda_aligned, lambda_unaligned) - loss, state=after)
+    return Value(loss, divergence=_prior_entropy(lambda_aligned, lambda_unaligned) - loss, state=next_state)
 
 
 def _weighted_js(options: Options) -> str:
@@ -84,7 +84,7 @@ def _weighted_js(options: Options) -> str:
 
 
 def _prior_entropy(aligned: float, unaligned: float) -> float:
-    """What a classifier that knows only the classes' weights loses; log 4 at weights of 1."""
+    """The loss of a classifier that knows only the classes' weights; log 4 at weights of 1."""
     total = aligned + unaligned
     return aligned * math.log(total / aligned) + unaligned * math.log(total / unaligned)
 
@@ -92,10 +92,10 @@ def _prior_entropy(aligned: float, unaligned: float) -> float:
 @objective(
     paper="bco_pair of TRL; Jung et al. 2024 (arXiv 2404.04656)",
     data="paired",
-    divergence=lambda options: "2 JS(D+ || D-)" + _at_delta(options),
+    divergence=lambda options: "2 JS(D+ || D-)" + _delta_note(options),
     ceiling=lambda options: math.log(4),
     scope=_scope,
-    applies={"delta_rate": ("delta", ("running",))},
+    requires={"delta_rate": ("delta", ("running",))},
     state={"delta": 0.0},
 )
 def bco_pair(
@@ -104,17 +104,17 @@ def bco_pair(
     *,
     beta: Positive = 0.1,
     delta: Delta = "running",
-    delta_rate: AverageWeight = 0.1,
+    delta_rate: EmaRate = 0.1,
 ) -> Value:
     """Binary classifier optimisation on pairs: -log s(r+ - delta) - log s(delta - r-).
 
-    ``delta`` as in bco, over the pairs: the running mean of the steps before, the batch's, or ``fixed`` at 0.
+    ``delta`` as in bco, over the pairs: the running mean of the previous steps, the batch's, or ``fixed`` at 0.
     """
     aligned, unaligned = batch.paired(beta * batch.log_ratios)
     midpoint = (aligned + unaligned).detach().mean() / 2 if len(batch.pairs) else None
-    shift, after = _shift(delta, state, midpoint, delta_rate)
+    shift, next_state = _update_delta(delta, state, midpoint, delta_rate)
     loss = pair_mean(-log_sigmoid(aligned - shift) - log_sigmoid(shift - unaligned), empty=math.log(4))
-    return Value(loss, divergence=math.log(4) - loss, state=after)
+    return Value(loss, divergence=math.log(4) - loss, state=next_state)
 
 
 @objective(

@@ -53,10 +53,10 @@ DIVERGENCES: dict[str, Divergence] = {
     "jensen-shannon": Divergence(
         lambda r: math.log(2) + log_sigmoid(r), lambda r: -math.log(2) - log_sigmoid(-r), 2 * math.log(2)
     ),
-    # the only link that is not canonical: f' is a step, which has no gradient
+    # the only link that is not canonical: here f' is a step function, without gradient
     "total-variation": Divergence(lambda r: r.sigmoid() - 0.5, lambda r: r.sigmoid() - 0.5, 1.0),
 }
-"""f-divergences by name; ``alpha`` is the power divergence of the option ``alpha``."""
+"""f-divergences by name. The name ``alpha`` is not here: it is the power divergence of the option ``alpha``."""
 
 LABELS = {"squared-hellinger": "H^2", "jensen-shannon": "2 JS", "total-variation": "TV", "pearson": "chi^2"}
 
@@ -66,7 +66,7 @@ def _divergence(options: Options) -> Divergence:
     return power(options["alpha"]) if name == "alpha" else DIVERGENCES[name]
 
 
-def _label(options: Options) -> str:
+def _divergence_name(options: Options) -> str:
     name = options["divergence"]
     if name == "alpha":
         return f"alpha-divergence(D+ || D-), alpha {options['alpha']:g}"
@@ -76,10 +76,10 @@ def _label(options: Options) -> str:
 @objective(
     paper="Haldar et al. (arXiv 2502.00657, 2602.05946); Nguyen et al. 2010 (arXiv 0809.0853)",
     data="unpaired",
-    divergence=_label,
+    divergence=_divergence_name,
     ceiling=lambda options: _divergence(options).ceiling,
     scope="example",
-    applies={"alpha": ("divergence", ("alpha",))},
+    requires={"alpha": ("divergence", ("alpha",))},
 )
 def fdo(
     batch: Batch,
@@ -96,7 +96,7 @@ def fdo(
     Minus the objective is a lower bound of ``divergence`` for every reward and reaches it at r = log(p/q), where p and q are
     the densities of D+ and D- (total-variation: as |r| grows). On a batch of distinct examples kl, reverse-kl, pearson and
     alpha outside (0, 1) are unbounded below whatever the laws. alpha 1 is kl, 0 reverse-kl, 1/2 twice
-    squared-hellinger, 2 half of pearson, -1 half of Neyman's chi^2. Exponents above 30 go on as tangents.
+    squared-hellinger, 2 half of pearson, -1 half of Neyman's chi^2. Exponentials above e^30 continue as tangents.
     """
     f = _divergence({"divergence": divergence, "alpha": alpha})
     r = beta * batch.log_ratios

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from annotated_types import Ge, Lt
 
 from raydiv.losses.numerics import bounded_exp, class_log_mean_exp, class_mean
-from raydiv.losses.objective import AverageWeight, Batch, Options, Positive, State, Value, objective
+from raydiv.losses.objective import Batch, EmaRate, Options, Positive, State, Value, objective
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _names(options: Options) -> str:
+def _divergence_name(options: Options) -> str:
     skew = options["skew"]
     return f"KL(D+ || {skew:g} D+ + {1 - skew:g} D-)" if skew else "KL(D+ || D-)"
 
@@ -26,11 +26,11 @@ def _names(options: Options) -> str:
 @objective(
     paper="Haldar et al. 2025 (arXiv 2502.00657); the skewed form is raydiv's",
     data="unpaired",
-    divergence=_names,
+    divergence=_divergence_name,
     ceiling=lambda options: -math.log(options["skew"]) if options["skew"] else None,
-    telling={"skew": (0.5,)},
+    listed_values={"skew": (0.5,)},
     scope=lambda options: "example" if options["estimator"] == "lagged" else "batch",
-    applies={"ema_rate": ("estimator", ("ema", "lagged"))},
+    requires={"ema_rate": ("estimator", ("ema", "lagged"))},
     state={"log_mean": 0.0},
 )
 def kldo(
@@ -40,23 +40,23 @@ def kldo(
     beta: Positive = 0.1,
     skew: Annotated[float, Ge(0), Lt(1)] = 0.0,
     estimator: Literal["batch", "ema", "lagged"] = "batch",
-    ema_rate: AverageWeight = 0.1,
+    ema_rate: EmaRate = 0.1,
 ) -> Value:
     """KL divergence optimisation: -E+[r] + log(skew E+[exp r] + (1 - skew) E-[exp r]).
 
     With ``skew`` 0 this is the paper's loss, unbounded below on any batch of distinct examples; with ``skew`` > 0 it is at
-    least -log(1/skew) on every batch. ``estimator`` says which log-mean-exp m the gradient divides by:
+    least -log(1/skew) on every batch. ``estimator`` is the log-mean-exp m by which the gradient divides:
 
     - ``batch``: the step's own, exactly. Adding a constant to every reward changes nothing.
-    - ``ema``: a running mean at ``ema_rate``, the step's included (as in MINE). Coefficients exp(r - m)/n sum to at most
+    - ``ema``: a running mean at ``ema_rate`` that includes the step's (as in MINE). Coefficients exp(r - m)/n sum to at most
       1/ema_rate; the loss can fall log(1/ema_rate) below its bound, since a running mean lags the step's.
-    - ``lagged``: the running mean of the steps before, in the surrogate -E+[r] + m + E[exp(r - m)] - 1, which keeps the
-      bound. Each coefficient is known from its own example, so the step takes one pass. Weights exp(r - m) above
-      max(1/ema_rate, 2/skew) are held there (the exponential goes on as its tangent). Below it the surrogate is never
-      under the exact objective; without ``skew`` the hold also keeps densities p/q above 1/ema_rate from being reached.
+    - ``lagged``: the running mean of the previous steps, in the surrogate -E+[r] + m + E[exp(r - m)] - 1, which keeps the
+      bound. Each coefficient depends on its own example alone, so the step takes one pass. Weights exp(r - m)
+      are limited to max(1/ema_rate, 2/skew) (the exponential continues as its tangent). Below that limit the surrogate is
+      never under the exact objective; without ``skew`` the limit also keeps densities p/q above 1/ema_rate out of reach.
 
-    A class that a step lacks counts as one example of reward 0, or at the running mean where there is one. The divergence is
-    the step's own Donsker-Varadhan estimate under every estimator.
+    A class absent from the step counts as one example of reward 0, or at the running mean where there is one. The divergence
+    is the step's own Donsker-Varadhan estimate under every estimator.
     """
     r = beta * batch.log_ratios
     log_mean = _log_mixture(r, batch.aligned, skew)
@@ -64,8 +64,8 @@ def kldo(
     exact = log_mean - gain
     if estimator == "batch":
         return Value(exact, divergence=-exact, state={"log_mean": float(log_mean.detach())})
-    seen = _log_mixture(r, batch.aligned, skew, absent=state["log_mean"])
-    mean = _running_log_mean(seen, state["log_mean"], ema_rate)
+    current = _log_mixture(r, batch.aligned, skew, empty=state["log_mean"])
+    mean = _running_log_mean(current, state["log_mean"], ema_rate)
     if estimator == "ema":
         loss = mean - gain
     else:
@@ -74,23 +74,23 @@ def kldo(
     return Value(loss, divergence=-exact, state={"log_mean": float(mean.detach())})
 
 
-def _log_mixture(r: Tensor, aligned: Tensor, skew: float, absent: float = 0.0) -> Tensor:
-    """log(skew E+[exp r] + (1 - skew) E-[exp r]); ``absent`` stands for the log-mean-exp of a class that is not there."""
-    unaligned = class_log_mean_exp(r, ~aligned, absent)
+def _log_mixture(r: Tensor, aligned: Tensor, skew: float, empty: float = 0.0) -> Tensor:
+    """log(skew E+[exp r] + (1 - skew) E-[exp r]); ``empty`` is the log-mean-exp of a class absent from the step."""
+    unaligned = class_log_mean_exp(r, ~aligned, empty)
     if not skew:
         return unaligned
-    return (class_log_mean_exp(r, aligned, absent) + math.log(skew)).logaddexp(unaligned + math.log1p(-skew))
+    return (class_log_mean_exp(r, aligned, empty) + math.log(skew)).logaddexp(unaligned + math.log1p(-skew))
 
 
 def _running_log_mean(log_mean: Tensor, previous: float, rate: float) -> Tensor:
     """log((1 - rate) exp(previous) + rate exp(log_mean)), with MINE's gradient exp(log_mean - result) d log_mean.
 
-    At the start policy = reference, so r = 0 and the running mean's logarithm 0 is exact: no "unset" value is needed.
+    At the start the policy is the reference, so r = 0 and the running mean's logarithm 0 is exact: it needs no "unset" value.
     """
     if rate == 1:
         return log_mean
-    fresh = log_mean.detach() + math.log(rate)
-    mean = fresh.logaddexp(fresh.new_full((), previous + math.log1p(-rate)))
+    new = log_mean.detach() + math.log(rate)
+    mean = new.logaddexp(new.new_full((), previous + math.log1p(-rate)))
     weight = (log_mean - mean).exp()
     return mean + weight - weight.detach()
 

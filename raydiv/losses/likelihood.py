@@ -18,14 +18,13 @@ from raydiv.losses.preference import JS_OF_PAIRS
 if TYPE_CHECKING:
     from torch import Tensor
 
-LARGEST_LOGP = -1e-6
-"""Log-probs per token above this count as this: the odds of a certain response are infinite."""
+MAX_TOKEN_LOGP = -1e-6
+"""Log-probs per token are clamped to this: the odds of a certain response are infinite."""
 
 
 def _nll(batch: Batch) -> Tensor:
     """Mean negative log-prob per token of the aligned responses; 0 without any."""
-    nothing = batch.logps.new_zeros(())
-    total = -batch.logps.where(batch.aligned, nothing).sum()
+    total = -batch.logps.where(batch.aligned, batch.logps.new_zeros(())).sum()
     return total / batch.tokens.where(batch.aligned, batch.tokens.new_zeros(())).sum().clamp(min=1)
 
 
@@ -34,8 +33,8 @@ def _nll(batch: Batch) -> Tensor:
     data="unpaired",
     reward_scale=None,
     divergence="none",
-    reference=False,
-    unaligned=False,
+    needs_reference=False,
+    needs_unaligned=False,
     scope="example",
 )
 def sft(batch: Batch, state: State) -> Value:
@@ -48,7 +47,7 @@ def sft(batch: Batch, state: State) -> Value:
     data="paired",
     divergence=f"{JS_OF_PAIRS}, by its preference term",
     ceiling=lambda options: math.log(2),
-    reference=False,
+    needs_reference=False,
 )
 def cpo(
     batch: Batch,
@@ -68,7 +67,7 @@ def cpo(
     data="paired",
     divergence=f"{JS_OF_PAIRS}, from below (tight at gamma 0)",
     ceiling=lambda options: math.log(2),
-    reference=False,
+    needs_reference=False,
 )
 def simpo(
     batch: Batch,
@@ -89,7 +88,7 @@ def simpo(
     reward_scale=None,
     divergence=f"{JS_OF_PAIRS}, by its odds term",
     ceiling=lambda options: math.log(2),
-    reference=False,
+    needs_reference=False,
 )
 def orpo(batch: Batch, state: State, *, odds_weight: Positive = 0.1) -> Value:
     """Odds ratio preference optimisation: NLL - odds_weight log s(log odds_w - log odds_l).
@@ -104,5 +103,5 @@ def orpo(batch: Batch, state: State, *, odds_weight: Positive = 0.1) -> Value:
 
 def _log_odds(x: Tensor) -> Tensor:
     """Log odds x - log(1 - exp x) of log-probs per token x < 0."""
-    x = x.clamp(max=LARGEST_LOGP)
+    x = x.clamp(max=MAX_TOKEN_LOGP)
     return x - (-x.expm1()).log()

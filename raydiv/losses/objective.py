@@ -1,7 +1,7 @@
-"""What an objective is: a pure function from the global batch's log-probs to one scalar, and the facts about it.
+"""Objectives: pure functions from the global batch's log-probs to one scalar, with the facts about each.
 
-The functions of this package use tensor *methods* only and import torch for type checkers alone, so that the recipe can
-read their signatures (which are their recipe sections) without loading torch.
+The functions of this package use tensor *methods* only, and import torch for type checkers alone. So the recipe can read their
+signatures, which are its ``loss`` section, without loading torch.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ State = Mapping[str, float]
 class Batch:
     """All examples of one optimizer step, over every rank and micro-batch, in example order.
 
-    ``logps`` [n] is log pi_theta(y|x), summed over response tokens, the only differentiable field; ``reference_logps``
-    [n] is the same under the reference; ``aligned`` [n] (bool) the label; ``tokens`` [n] the number of response tokens;
-    ``pairs`` [p, 2] (long) the positions of each pair's aligned and unaligned example; ``mismatched_log_ratios`` [m]
-    the log-ratios of the fixed derangement's (prompt, other response) examples, without gradient, empty unless the
-    objective asks for them.
+    - ``logps`` [n]: log pi_theta(y|x), summed over response tokens; the only differentiable field.
+    - ``reference_logps`` [n]: the same under the reference.
+    - ``aligned`` [n] (bool): the label.
+    - ``tokens`` [n]: the number of response tokens.
+    - ``pairs`` [p, 2] (long): the positions of each pair's aligned and unaligned example.
+    - ``mismatched_log_ratios`` [m]: log-ratios of examples whose response belongs to another prompt, by a fixed derangement;
+      without gradient, empty unless an objective needs them.
     """
 
     logps: Tensor
@@ -44,13 +46,13 @@ class Batch:
         return self.logps - self.reference_logps
 
     def paired(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """``values`` [n] of each pair's aligned and of its unaligned example, [p] each."""
+        """The ``values`` [n] of each pair's aligned and of its unaligned example, [p] each."""
         return values[self.pairs[:, 0]], values[self.pairs[:, 1]]
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """What an objective returns: the scalar to minimise, the divergence that it estimates, and its next state."""
+    """The value of an objective: the scalar to minimise, the divergence that it estimates, and the next state."""
 
     loss: Tensor
     divergence: Tensor | None = None
@@ -58,10 +60,10 @@ class Value:
 
 
 Positive = Annotated[float, Gt(0)]
-AverageWeight = Annotated[float, Gt(0), Le(1)]
-"""Of a moving average: the share of what is new."""
-Smoothing = Annotated[float, Ge(0), Lt(0.5)]
-"""The probability with which a pair's label is taken to be flipped."""
+EmaRate = Annotated[float, Gt(0), Le(1)]
+"""The weight of the new value in an exponential moving average."""
+LabelSmoothing = Annotated[float, Ge(0), Lt(0.5)]
+"""The assumed probability that a pair's label is flipped."""
 
 Options = Mapping[str, Any]
 Scope = Literal["example", "pair", "batch"]
@@ -72,11 +74,15 @@ Scope = Literal["example", "pair", "batch"]
 class Objective:
     """One objective with its facts; those that depend on the options are functions of them.
 
-    ``divergence`` names what it estimates ("none": nothing); ``ceiling`` is the largest value that the estimate can take,
-    None without one; ``scope`` says how many passes a step needs; ``telling`` has values of numeric options at which these are
-    worth listing. ``reference``, ``mismatched`` and ``unaligned`` say what it needs besides aligned examples; a ``penalty`` is
-    for mixing in alone. ``applies`` maps an option to the other option, and the values of it, under which it means anything.
-    ``state`` holds the running quantities before the first step.
+    - ``reward_scale``: the option that scales log-ratios to rewards; None where the reward is the log-ratio.
+    - ``divergence``: the name of the divergence that it estimates; "none" if it estimates none.
+    - ``ceiling``: the largest value that the estimate can take; None if it is unbounded.
+    - ``scope``: determines how many passes a step needs.
+    - ``listed_values``: values of numeric options at which ``raydiv losses`` lists these facts, besides the defaults.
+    - ``needs_reference``, ``needs_mismatched``, ``needs_unaligned``: what it needs besides aligned examples.
+    - ``penalty``: it can only be mixed into another objective.
+    - ``requires``: options that have an effect only under certain values of another one, as ``option: (other, values)``.
+    - ``state``: the running quantities before the first step.
     """
 
     name: str
@@ -87,17 +93,17 @@ class Objective:
     divergence: Callable[[Options], str]
     ceiling: Callable[[Options], float | None]
     scope: Callable[[Options], Scope]
-    telling: Mapping[str, tuple[float, ...]]
-    reference: bool
-    mismatched: bool
-    unaligned: bool
+    listed_values: Mapping[str, tuple[float, ...]]
+    needs_reference: bool
+    needs_mismatched: bool
+    needs_unaligned: bool
     penalty: bool
-    applies: Mapping[str, tuple[str, tuple[str, ...]]]
+    requires: Mapping[str, tuple[str, tuple[str, ...]]]
     state: State
 
     @property
     def parameters(self) -> dict[str, tuple[Any, Any]]:
-        """Keyword-only parameters as ``name: (annotation, default)``: the objective's recipe section."""
+        """The function's keyword-only parameters as ``name: (annotation, default)``: the objective's recipe section."""
         types = get_type_hints(self.function, include_extras=True)
         return {
             parameter.name: (types[parameter.name], parameter.default)
@@ -107,7 +113,7 @@ class Objective:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Keyword-only parameters at their defaults."""
+        """The keyword-only parameters at their defaults."""
         return {name: default for name, (_, default) in self.parameters.items()}
 
     @property
@@ -120,18 +126,18 @@ class Objective:
         """The function's docstring."""
         return inspect.getdoc(self.function) or ""
 
-    def idle(self, options: Options) -> dict[str, str]:
-        """Those of ``options`` that mean nothing beside the others, each with the condition that it lacks."""
+    def unused_options(self, options: Options) -> dict[str, str]:
+        """Those of ``options`` that have no effect beside the others, each with the condition that it requires."""
         return {
-            name: f"{switch}: {' or '.join(values)}"
-            for name, (switch, values) in self.applies.items()
-            if name in options and options[switch] not in values
+            name: f"{other}: {' or '.join(values)}"
+            for name, (other, values) in self.requires.items()
+            if name in options and options[other] not in values
         }
 
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One term of the training loss: an objective, its weight in the sum, and the values of all its options.
+    """One term of the loss: an objective, its weight in the sum, and the values of all its options.
 
     Of several terms the first is the main one; the others are mixed in.
     """
@@ -172,32 +178,32 @@ def widest_scope(terms: Sequence[Term]) -> Scope:
     return "batch" if "batch" in scopes else "pair" if "pair" in scopes else "example"
 
 
-def named(fits: Callable[[Objective], bool]) -> str:
-    """The names of the objectives that fit, for messages."""
-    return ", ".join(sorted(name for name, candidate in OBJECTIVES.items() if fits(candidate)))
+def objective_names(condition: Callable[[Objective], bool]) -> str:
+    """The names of the objectives that satisfy ``condition``, for messages."""
+    return ", ".join(sorted(name for name, candidate in OBJECTIVES.items() if condition(candidate)))
 
 
 def objective(
     *,
     paper: str,
     data: Literal["unpaired", "paired"],
-    reward_scale: str | None = "beta",
     divergence: str | Callable[[Options], str],
     ceiling: Callable[[Options], float | None] = lambda options: None,
+    reward_scale: str | None = "beta",
     scope: Scope | Callable[[Options], Scope] | None = None,
-    telling: Mapping[str, tuple[float, ...]] | None = None,
-    reference: bool = True,
-    mismatched: bool = False,
-    unaligned: bool = True,
+    listed_values: Mapping[str, tuple[float, ...]] | None = None,
+    needs_reference: bool = True,
+    needs_mismatched: bool = False,
+    needs_unaligned: bool = True,
     penalty: bool = False,
-    applies: Mapping[str, tuple[str, tuple[str, ...]]] | None = None,
+    requires: Mapping[str, tuple[str, tuple[str, ...]]] | None = None,
     state: State | None = None,
 ) -> Callable[[Callable[..., Value]], Callable[..., Value]]:
-    """Register a function as the objective of its own name (underscores become hyphens).
+    """Register a function as the objective of the same name, with hyphens for underscores. See Objective for the facts.
 
-    Without a ``scope`` a paired objective's coefficients are taken to depend on the pair, an unpaired one's on the whole step.
+    Without a ``scope``, coefficients are taken to depend on the pair where ``data`` is paired, else on the whole step.
     """
-    reach: Scope | Callable[[Options], Scope] = scope or ("pair" if data == "paired" else "batch")
+    default_scope: Scope = "pair" if data == "paired" else "batch"
 
     def register(function: Callable[..., Value]) -> Callable[..., Value]:
         name = function.__name__.replace("_", "-")
@@ -212,13 +218,13 @@ def objective(
             reward_scale,
             divergence if callable(divergence) else lambda options: divergence,
             ceiling,
-            reach if callable(reach) else lambda options: reach,
-            telling or {},
-            reference,
-            mismatched,
-            unaligned,
+            scope if callable(scope) else lambda options: scope or default_scope,
+            listed_values or {},
+            needs_reference,
+            needs_mismatched,
+            needs_unaligned,
             penalty,
-            applies or {},
+            requires or {},
             state or {},
         )
         return function

@@ -1,4 +1,4 @@
-"""Penalties: nothing to learn by themselves; mixed into an objective, they hold the policy near its reference."""
+"""Penalties: they only keep the policy near its reference, and are mixed into an objective."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from raydiv.losses.objective import Batch, State, Value, objective
     data="unpaired",
     reward_scale=None,
     divergence="none",
-    unaligned=False,
+    needs_unaligned=False,
     scope="example",
     penalty=True,
 )
@@ -26,13 +26,13 @@ def log_ratio_l2(
 ) -> Value:
     """Squared log-ratios, in nats^2: E+[a^2] + E-[b^2], or of one class; ``length_normalize``: per response token.
 
-    For ``loss.mix`` only. The gradient of a log-ratio of x nats is 2 x, so a weight of w holds an objective whose coefficient
-    is c at about |x| = c / (2 w): kldo's are beta / n, those of the penalty 2 w x / n.
+    For ``loss.mix`` only. The gradient of the penalty at a log-ratio of x nats is 2 x. So a weight of w holds an objective with
+    coefficient c at about |x| = c / (2 w): kldo's coefficients are beta / n, those of the penalty 2 w x / n.
     """
     ratios = batch.log_ratios / batch.tokens if length_normalize else batch.log_ratios
-    chosen = {"both": (batch.aligned, ~batch.aligned), "aligned": (batch.aligned,), "unaligned": (~batch.aligned,)}
+    masks = {"both": (batch.aligned, ~batch.aligned), "aligned": (batch.aligned,), "unaligned": (~batch.aligned,)}
     squares = ratios.square()
-    loss = class_mean(squares, chosen[members][0])
-    for other in chosen[members][1:]:
-        loss = loss + class_mean(squares, other)
+    loss = class_mean(squares, masks[members][0])
+    for mask in masks[members][1:]:
+        loss = loss + class_mean(squares, mask)
     return Value(loss)

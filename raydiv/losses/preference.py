@@ -1,4 +1,4 @@
-"""Preferences: objectives that see a pair through the difference of its rewards alone.
+"""Preferences: objectives that depend on a pair only through the difference of its rewards.
 
 Notation: r+ and r- are beta * log-ratio of a pair's aligned and unaligned example, D = r+ - r-, s the sigmoid. The value
 is the mean over the pairs of the global batch. D+ x D- || D- x D+ are the laws of (aligned, unaligned) and of the swapped pair.
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 from annotated_types import Gt, Lt
 
 from raydiv.losses.numerics import binary_entropy, log_sigmoid, pair_logistic, pair_mean
-from raydiv.losses.objective import Batch, Positive, Smoothing, State, Value, objective
+from raydiv.losses.objective import Batch, LabelSmoothing, Positive, State, Value, objective
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,7 @@ def dpo(
     state: State,
     *,
     beta: Positive = 0.1,
-    label_smoothing: Smoothing = 0.0,
+    label_smoothing: LabelSmoothing = 0.0,
 ) -> Value:
     """Direct preference optimisation: -(1 - e) log s(D) - e log s(-D), e = ``label_smoothing``."""
     loss = pair_logistic(_difference(batch, beta), label_smoothing)
@@ -55,7 +55,7 @@ def rdpo(
     state: State,
     *,
     beta: Positive = 0.1,
-    label_smoothing: Smoothing = 0.1,
+    label_smoothing: LabelSmoothing = 0.1,
 ) -> Value:
     """Robust DPO: [-(1 - e) log s(D) + e log s(-D)] / (1 - 2e), e = ``label_smoothing``.
 
@@ -87,7 +87,7 @@ def exo(
     beta: Positive = 0.1,
     label_smoothing: Annotated[float, Gt(0), Lt(0.5)] = 1e-3,
 ) -> Value:
-    """Exact optimisation: KL(s(D) || 1 - e) between coins, e = ``label_smoothing``.
+    """Exact optimisation: KL(s(D) || 1 - e) between Bernoulli laws, e = ``label_smoothing``.
 
     That is s(D) [log s(D) - log(1 - e)] + s(-D) [log s(-D) - log e]; its best D is log((1 - e) / e), finite.
     """
@@ -108,7 +108,7 @@ def discopop(
 ) -> Value:
     """Discovered preference optimisation: -(1 - m) log s(D) + m exp(-D), m = s(D / tau).
 
-    It is not monotone: at D = 0 it pushes D down for small ``tau``, as found by its authors' search. Computed as
+    It is not monotone: at D = 0 it lowers D for small ``tau``, as its authors' search found it. Computed as
     -log s(D) s(-D/tau) + exp(log s(D/tau) - D), which is finite where the textbook form is 0 times infinity.
     """
     difference = _difference(batch, beta)

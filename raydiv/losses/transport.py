@@ -1,7 +1,7 @@
 """Optimal transport in one dimension: aligned and unaligned are matched rank by rank over the global batch.
 
-Notation: s the sigmoid; e = label_smoothing. Sorting needs the whole step: TRL sorts within a device's micro-batch, which at
-size 1 is DPO.
+Notation: s the sigmoid; e = label_smoothing. Sorting needs the whole step: TRL sorts within a device's micro-batch, which for
+a single pair is DPO.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from raydiv.losses.numerics import pair_logistic, smoothed_logistic
-from raydiv.losses.objective import Batch, Positive, Smoothing, State, Value, objective
+from raydiv.losses.objective import Batch, LabelSmoothing, Positive, State, Value, objective
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ def aot(
     state: State,
     *,
     beta: Positive = 0.1,
-    label_smoothing: Smoothing = 0.0,
+    label_smoothing: LabelSmoothing = 0.0,
 ) -> Value:
     """Alignment via optimal transport: -log s(beta (u - v)), u and v sorted, smoothed as in cDPO.
 
@@ -40,7 +40,7 @@ def aot_unpaired(
     state: State,
     *,
     beta: Positive = 0.1,
-    label_smoothing: Smoothing = 0.0,
+    label_smoothing: LabelSmoothing = 0.0,
 ) -> Value:
     """Alignment via optimal transport, unpaired: -log s(beta (a - b)), a and b the quantiles of both classes' log-ratios.
 

@@ -1,7 +1,7 @@
-"""Saturating utilities: an example far enough on its right side has nothing more to win.
+"""Saturating utilities: an example whose reward is far enough on the correct side gets no more gradient.
 
 Notation: r = beta * log-ratio, r+ and r- those of an aligned and an unaligned example; s the sigmoid; E+ and E- the means
-over the two classes of the global batch, each averaged by itself. The paired ones average over pairs.
+over the two classes of the global batch, each averaged by itself. The paired objectives average over pairs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _weighted_tv(options: Options) -> str:
     divergence=_weighted_tv,
     ceiling=lambda options: (options["lambda_aligned"] + options["lambda_unaligned"]) / 2,
     scope="example",
-    mismatched=True,
+    needs_mismatched=True,
 )
 def kto(
     batch: Batch,

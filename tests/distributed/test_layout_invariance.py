@@ -89,7 +89,7 @@ def steps(model: str, cases: list[Case]) -> list[dict[str, Any]]:
                 engine = build(model, case)
                 head, first = LogProbHead(engine.model), trained_weights(engine)
             stepper = stepper_of(engine, head, model, case)
-            step = step_examples(case.examples, any(term.objective.mismatched for term in stepper.terms))
+            step = step_examples(case.examples, any(term.objective.needs_mismatched for term in stepper.terms))
             metrics = stepper.step(on_this_rank(step, stepper.layout), LR)
             weights = {
                 name.removeprefix("base_model.model."): weight.numpy()

@@ -117,13 +117,13 @@ def variants() -> list[Any]:
                 choices = list(get_args(annotation))
             axes.append([(option, choice) for choice in choices])
         for options in map(dict, itertools.product(*axes)):
-            idle = objective.idle(options)
-            if any(options[option] != objective.defaults[option] for option in idle):
+            unused = objective.unused_options(options)
+            if any(options[option] != objective.defaults[option] for option in unused):
                 continue  # an option that means nothing here, at several values
             chosen = {
                 option: choice
                 for option, choice in options.items()
-                if option not in idle and (choice != objective.defaults[option] or isinstance(choice, str))
+                if option not in unused and (choice != objective.defaults[option] or isinstance(choice, str))
             }
             label = "-".join([name, *(f"{key}={choice}" for key, choice in chosen.items())])
             found.append(pytest.param(name, chosen, id=label))

@@ -252,7 +252,7 @@ def test_resolved_mix_lists_its_terms_alone() -> None:
     ids=str,
 )
 def test_what_holds_an_objective(loss: dict[str, Any], bounded: bool) -> None:
-    assert load_recipe(tree(loss=loss)).loss.bounded == bounded
+    assert load_recipe(tree(loss=loss)).loss.is_bounded == bounded
 
 
 def test_penalty_is_refused_as_the_objective() -> None:

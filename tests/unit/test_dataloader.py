@@ -285,8 +285,8 @@ def test_a_rank_uses_exactly_the_ids_that_it_was_given(
     example_set = ExampleSet(
         examples.examples,
         None if adapters_off else examples.reference_logps,
-        examples.mismatched if objective.mismatched else None,
-        examples.mismatched_reference_logps if objective.mismatched and not adapters_off else None,
+        examples.mismatched if objective.needs_mismatched else None,
+        examples.mismatched_reference_logps if objective.needs_mismatched and not adapters_off else None,
     )
     order, looked_up = order_of(examples), set()
     get_item = TokenizedExamples.__getitem__

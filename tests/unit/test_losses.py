@@ -32,7 +32,7 @@ from helpers.loss_cases import (
     variants,
 )
 from raydiv.losses import OBJECTIVES
-from raydiv.losses.numerics import LARGEST_EXPONENT, bounded_exp, bounded_expm1
+from raydiv.losses.numerics import MAX_EXPONENT, bounded_exp, bounded_expm1
 
 # -- values and gradients by hand ------------------------------------------------------------------------------------
 
@@ -656,7 +656,7 @@ def test_bounded_exponentials_are_exact_up_to_their_bound(bound: float, dtype: t
     (slope,) = torch.autograd.grad(value.sum(), x)
     np.testing.assert_allclose(value.detach(), expected, rtol=1e-5)
     np.testing.assert_allclose(slope, inner.exp(), rtol=1e-5)
-    if bound == LARGEST_EXPONENT:
+    if bound == MAX_EXPONENT:
         value = bounded_expm1(x)
         (slope,) = torch.autograd.grad(value.sum(), x)
         np.testing.assert_allclose(value.detach(), expected - 1, rtol=1e-5, atol=1e-9)
@@ -669,7 +669,7 @@ def test_bounded_exponentials_are_exact_up_to_their_bound(bound: float, dtype: t
 def test_import_and_facts_load_no_torch() -> None:
     program = (
         "import sys; from raydiv.losses import OBJECTIVES;"
-        "[(o.parameters, o.summary, *(f(o.defaults) for f in (o.ceiling, o.divergence, o.scope, o.idle)))"
+        "[(o.parameters, o.summary, *(f(o.defaults) for f in (o.ceiling, o.divergence, o.scope, o.unused_options)))"
         " for o in OBJECTIVES.values()];"
         "print(len(OBJECTIVES), 'torch' in sys.modules)"
     )
@@ -689,5 +689,5 @@ def test_facts_follow_the_options() -> None:
     assert fact("bco", "ceiling") == pytest.approx(math.log(4))
     assert fact("kto", "ceiling", lambda_aligned=2.0) == 1.5
     assert fact("rdpo", "ceiling", label_smoothing=0.0) == pytest.approx(math.log(2))
-    assert fact("fdo", "idle") == {"alpha": "divergence: alpha"}
-    assert fact("kldo", "idle", estimator="ema") == {}
+    assert fact("fdo", "unused_options") == {"alpha": "divergence: alpha"}
+    assert fact("kldo", "unused_options", estimator="ema") == {}

@@ -169,7 +169,7 @@ def test_estimate_is_there_unless_declared_none(name: str, options: dict[str, An
 @every_variant
 def test_estimate_is_zero_before_training(name: str, options: dict[str, Any]) -> None:
     value, _ = evaluate(name, known_batch(0 * RATIOS, mismatched=[0.0]), **options)
-    if value.divergence is None or not OBJECTIVES[name].reference:
+    if value.divergence is None or not OBJECTIVES[name].needs_reference:
         return
     if name == "bco" and "lambda_aligned" in options:  # a classifier at 0 does not know the classes' weights
         assert divergence(value) < 0

@@ -204,7 +204,7 @@ def test_every_trial_is_a_recipe_of_its_own() -> None:
         ({"loss.beta": "uniform(-1, 1)"}, "with loss.beta=-1.0: loss.beta: input should be greater than 0"),
         ({"loss.type": ["fdo", "bogus"]}, "with loss.type=bogus: loss.type: no loss 'bogus'"),
         # a divergence's own parameter without its condition
-        ({"loss.divergence": ["kl"], "loss.alpha": [0.5]}, "alpha means nothing without"),
+        ({"loss.divergence": ["kl"], "loss.alpha": [0.5]}, "without divergence: alpha"),
     ],
 )
 def test_values_that_no_run_could_have_are_refused(space: dict[str, Any], said: str) -> None:

@@ -64,7 +64,7 @@ class CheckpointStore:
 
     def at(self, step: int) -> Folder:
         """The folder of the checkpoint after ``step`` steps."""
-        return self.folder.inside(f"{PREFIX}{step:08d}")
+        return self.folder.subfolder(f"{PREFIX}{step:08d}")
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, the newest first."""
@@ -112,7 +112,7 @@ class CheckpointStore:
 
     def _all_steps(self) -> set[int]:
         """Steps of all checkpoints, complete or not."""
-        return {int(name.removeprefix(PREFIX)) for name in self.folder.folders() if name.startswith(PREFIX)}
+        return {int(name.removeprefix(PREFIX)) for name in self.folder.folder_names() if name.startswith(PREFIX)}
 
 
 def assigned_shards(shards: Sequence[CheckpointShard], rank: int, world_size: int) -> Sequence[CheckpointShard]:

@@ -36,7 +36,7 @@ def write_shard(folder: Folder, rank: int, state: Snapshot) -> CheckpointShard:
     from safetensors.torch import save_file
 
     file = f"rank-{rank:05d}.safetensors"
-    with folder.filled(file) as path:
+    with folder.new_file(file) as path:
         try:
             save_file({_key(fragment.name, kind): values for (fragment, kind), values in state.items()}, path)
         except SafetensorError as error:  # such as a full disk
@@ -49,7 +49,7 @@ def write_shard(folder: Folder, rank: int, state: Snapshot) -> CheckpointShard:
 def find_damage(folder: Folder, shard: CheckpointShard) -> str | None:
     """How a file is damaged; None where it is not."""
     try:
-        with folder.local(shard.file) as path:
+        with folder.local_file(shard.file) as path:
             if path.stat().st_size != shard.size:
                 return f"{shard.file} has {path.stat().st_size} bytes of {shard.size}"
             if sha256_of(path) != shard.sha256:
@@ -94,7 +94,7 @@ class ShardReader:
         from safetensors import safe_open
 
         if name not in self._files:
-            path = self._contexts.enter_context(self._folder.local(name))
+            path = self._contexts.enter_context(self._folder.local_file(name))
             self._files[name] = self._contexts.enter_context(safe_open(path, framework="pt"))
         return self._files[name]
 
