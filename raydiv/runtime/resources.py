@@ -133,7 +133,7 @@ class Pool:
 
 
 def pool_resources(cluster: ClusterConfig, model: bool) -> Pool:
-    """Size and reservations of a pool of actors with a ``model`` (``cluster.pool``) or without (``cluster.tokenize``)."""
+    """Size and reservations of a pool: ``cluster.pool`` of actors with a ``model``, else ``cluster.tokenize``."""
     section = cluster.pool if model else cluster.tokenize
     gpus = 0.0
     if model and cluster.use_gpu:

@@ -1,1 +1,1 @@
-"""A command as a Ray job: bundle.py what goes with it, jobs.py the cluster's jobs."""
+"""A raydiv command as a Ray job: ``bundle`` and ``environment`` go with it, ``jobs`` submits and follows it."""

@@ -163,7 +163,7 @@ def relative_path_error(key: str, path: str) -> str:
 
 
 def _with_bundled_recipe(words: list[str], recipe: str) -> list[str]:
-    """A command with the bundle's recipe instead of its own, which is a word of its own or follows ``--recipe=``."""
+    """A command with the bundle's recipe instead of its own, which is a separate word or follows ``--recipe=``."""
     place = next(i for i, word in enumerate(words) if i and word in (recipe, _option_prefix(word) + recipe))
     return [*words[:place], words[place].removesuffix(recipe) + RECIPE_FILE, *words[place + 1 :]]
 
@@ -189,7 +189,7 @@ def _path_candidates(tree: Mapping[str, Any], words: Sequence[str]) -> dict[str,
 
 
 def _word_values(word: str) -> Iterator[str]:
-    """A word of a command, and what follows each of its ``=`` (``--attack=templates=FILE``); of a mapping its leaves."""
+    """A word, and what follows each of its ``=`` (``--attack=templates=FILE``); of a mapping, its leaves."""
     parts = word.split("=")
     for start in range(len(parts)):
         text = "=".join(parts[start:])
@@ -227,7 +227,7 @@ def _local_paths(value: str) -> list[str]:
 
 
 def _copy(path: str, key: str, folder: Path) -> list[str]:
-    """Copy a relative path to the same path in the bundle; returns the files left out because they look like secrets."""
+    """Copy a relative path to the same path in the bundle; returns the secrets that are left out."""
     source, here = Path(path), Path.cwd().resolve()
     if not source.resolve().is_relative_to(here) or ".." in source.parts:
         raise UserError(
