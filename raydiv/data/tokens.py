@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -45,6 +44,16 @@ def _join_keys(prompts: np.ndarray, responses: np.ndarray, lengths: np.ndarray) 
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(36), count, [None, pa.py_buffer(joined)])
 
 
+def _complete_pairs(pair: np.ndarray, aligned: np.ndarray) -> np.ndarray:
+    """[p, 2] rows of each complete pair's aligned and unaligned example, in order of first appearance."""
+    order = np.argsort(pair, kind="stable")
+    first, second = order[:-1], order[1:]
+    complete = (pair[first] == pair[second]) & (pair[first] >= 0) & (aligned[first] != aligned[second])
+    first, second = first[complete], second[complete]
+    pairs = np.where(aligned[first][:, None], np.stack([first, second], 1), np.stack([second, first], 1))
+    return np.ascontiguousarray(pairs[np.argsort(first)], dtype=np.int64)
+
+
 @dataclass(frozen=True)
 class TokenizedExamples:
     """n examples of a step in memory, in example order: lengths and labels of all, token ids of this rank's examples.
@@ -80,12 +89,7 @@ class TokenizedExamples:
     @cached_property
     def pairs(self) -> np.ndarray:
         """[p, 2] rows of each complete pair's aligned and unaligned example, in order of first appearance."""
-        partners: dict[int, dict[bool, int]] = defaultdict(dict)
-        for row, (pair, aligned) in enumerate(zip(self.pair.tolist(), self.aligned.tolist(), strict=True)):
-            if pair >= 0:
-                partners[pair][aligned] = row
-        complete = [(both[True], both[False]) for both in partners.values() if len(both) == 2]
-        return np.array(complete, dtype=np.int64).reshape(-1, 2)
+        return _complete_pairs(self.pair, self.aligned)
 
     @cached_property
     def units(self) -> list[list[int]]:
@@ -212,14 +216,8 @@ class StoredExamples:
     @cached_property
     def units(self) -> np.ndarray:
         """The units that are shuffled, [u, 2], by first row: the rows of a complete pair, or a single row and -1."""
-        order = np.argsort(self.pair, kind="stable")
-        before, after = order[:-1], order[1:]
-        adjacent = (self.pair[before] == self.pair[after]) & (self.pair[before] >= 0)
-        first, second = before[adjacent], after[adjacent]
-        unpaired = np.ones(len(self), dtype=bool)
-        unpaired[first] = unpaired[second] = False
-        single = np.flatnonzero(unpaired)
-        pairs = np.where(self.aligned[first][:, None], np.stack([first, second], 1), np.stack([second, first], 1))
+        pairs = _complete_pairs(self.pair, self.aligned)
+        single = np.setdiff1d(np.arange(len(self)), pairs, assume_unique=True)
         units = np.concatenate([pairs, np.stack([single, np.full(len(single), -1)], 1)])
         return np.ascontiguousarray(units[np.argsort(units[:, 0], kind="stable")], dtype=np.int64)
 
