@@ -130,4 +130,4 @@ def _error_in(log: str) -> str | None:
     lines = [line for line in log.splitlines() if line.strip()]
     prefix = "raydiv: "
     messages = [line.removeprefix(prefix).removeprefix("the run failed: ") for line in lines if line.startswith(prefix)]
-    return (messages or lines or [None])[-1]
+    return (messages or lines)[-1] if lines else None

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, combinations
+from math import nan, sqrt
+from statistics import fmean, stdev
+from typing import Any
 
 import pandas as pd
 from scipy.stats import t, wilcoxon
@@ -57,8 +60,10 @@ class SeedStatistics:
     def figures(self, key: Key) -> tuple[TableCell, ...]:
         """The figures of a row, a cell for each measure."""
         return tuple(
-            TableCell(finite(float(mean)), measure.form, finite(float(deviation)))
-            for measure, mean, deviation in zip(self.measures, self.mean.loc[key], self.deviation.loc[key], strict=True)
+            TableCell(finite(mean), measure.form, finite(deviation))
+            for measure, mean, deviation in zip(
+                self.measures, _row(self.mean, key), _row(self.deviation, key), strict=True
+            )
         )
 
 
@@ -77,7 +82,7 @@ def cell_table(cells: Sequence[Cell]) -> Table:
     blocks = scores.groupby(level=AXES[:2])
     highest, lowest = blocks.transform("max"), blocks.transform("min")
     best = (scores.eq(highest) & highest.ne(lowest)).reindex(statistics.mean.index, fill_value=False)
-    rows = tuple(TableRow(key, _marked(statistics.figures(key), best.loc[key])) for key in groups)
+    rows = tuple(TableRow(key, _marked(statistics.figures(key), _row(best, key))) for key in groups)
     notes = []
     seeds = sorted({len(group) for group in groups.values() if not group[0].is_base})
     if seeds and seeds[-1] > 1:
@@ -88,8 +93,14 @@ def cell_table(cells: Sequence[Cell]) -> Table:
     return Table("Cells", (*header, *statistics.labels), rows, tuple(notes))
 
 
-def _marked(figures: Sequence[TableCell], best: pd.Series[bool]) -> tuple[TableCell, ...]:
-    return tuple(replace(figure, best=bool(mark)) for figure, mark in zip(figures, best, strict=True))
+def _row(frame: pd.DataFrame, key: Key | str) -> list[Any]:
+    """The values of a row in the order of the columns."""
+    row: list[Any] = frame.xs(key).to_numpy().tolist()
+    return row
+
+
+def _marked(figures: Sequence[TableCell], best: Sequence[bool]) -> tuple[TableCell, ...]:
+    return tuple(replace(figure, best=mark) for figure, mark in zip(figures, best, strict=True))
 
 
 def rank_table(cells: Sequence[Cell]) -> Table:
@@ -114,10 +125,10 @@ def rank_table(cells: Sequence[Cell]) -> Table:
         notes.insert(0, f"safety: the mean of the ranks by {', '.join(labels[metric] for metric in safety)}")
     best = ranks.eq(ranks.min()) & ranks.min().ne(ranks.max())
     rows = tuple(
-        TableRow((loss,), _marked([TableCell(finite(float(rank))) for rank in ranks.loc[loss]], best.loc[loss]))
+        TableRow((loss,), _marked([TableCell(finite(rank)) for rank in _row(ranks, loss)], _row(best, loss)))
         for loss in losses
     )
-    return Table("Average rank", ("loss", *(labels.get(name, name) for name in ranks)), rows, tuple(notes))
+    return Table("Average rank", ("loss", *(["safety"] if safety else []), *labels.values()), rows, tuple(notes))
 
 
 def _average_ranks(scores: pd.Series[float]) -> pd.Series[float]:
@@ -125,11 +136,11 @@ def _average_ranks(scores: pd.Series[float]) -> pd.Series[float]:
     return scores.round(12).unstack("loss").dropna().rank(axis=1, ascending=False).mean()
 
 
-def _incomplete_blocks(means: pd.DataFrame, losses: Sequence[str], labels: dict[str, str]) -> list[str]:
+def _incomplete_blocks(means: pd.DataFrame, losses: list[str], labels: dict[str, str]) -> list[str]:
     """A note for each model and data that lack a loss, by all measures or by some."""
     notes = []
     for (model, data), block in means[list(labels)].groupby(level=AXES[:2], sort=False):
-        missing = block.droplevel(AXES[:2]).reindex(losses).isna()
+        missing = block.droplevel(["model", "data"]).reindex(losses).isna()
         by_losses: dict[tuple[str, ...], list[str]] = {}
         for metric, label in labels.items():
             by_losses.setdefault(tuple(missing.index[missing[metric]]), []).append(label)
@@ -147,10 +158,10 @@ def against(cells: Sequence[Cell], first: str, second: str) -> Table:
     for model, loss in dict.fromkeys((model, loss) for model, _, loss in means.index):
         keys = (model, first, loss), (model, second, loss)
         if all(key in means.index for key in keys):
-            differences = means.loc[keys[0]] - means.loc[keys[1]]
+            means_of_both = (_row(means, key) for key in keys)
             figures = (
-                TableCell(finite(float(differences[measure.metric])), _signed(measure.form))
-                for measure in statistics.measures
+                TableCell(finite(mean - other), _signed(measure.form))
+                for measure, mean, other in zip(statistics.measures, *means_of_both, strict=True)
             )
             rows += [TableRow((model, loss, key[1]), statistics.figures(key)) for key in keys]
             rows.append(TableRow((model, loss, "difference"), tuple(figures)))
@@ -167,22 +178,23 @@ def paired(cells: Sequence[Cell], first: str, second: str) -> Table:
     for measure in statistics.measures:
         pairs = statistics.mean[measure.metric].unstack("data").reindex(columns=[first, second]).dropna()
         if not pairs.empty:
-            rows.append(TableRow((measure.label,), _paired_figures(pairs[first], pairs[second], measure.form)))
+            values = list(zip(pairs[first], pairs[second], strict=True))
+            rows.append(TableRow((measure.label,), _paired_figures(values, measure.form)))
     header = ("measure", "pairs", first, second, "difference", "95% low", "95% high", "Wilcoxon p")
     note = "intervals are too narrow and p is too small: pairs of one model, or of one loss, count as independent"
     return Table(f"{first} against {second}: paired differences", header, tuple(rows), (note,))
 
 
-def _paired_figures(first: pd.Series[float], second: pd.Series[float], form: str) -> tuple[TableCell, ...]:
+def _paired_figures(pairs: Sequence[tuple[float, float]], form: str) -> tuple[TableCell, ...]:
     """Number of pairs, both means, mean difference, the ends of its interval, and p."""
-    differences = first - second
-    n, mean = len(differences), differences.mean()
-    half = t.ppf(0.975, n - 1) * differences.sem()
-    p = float(wilcoxon(differences).pvalue) if n >= FEWEST_DIFFERENCES and differences.any() else None
+    differences = [first - second for first, second in pairs]
+    n, mean = len(pairs), fmean(differences)
+    half = float(t.ppf(0.975, n - 1)) * stdev(differences) / sqrt(n) if n > 1 else nan
+    p = float(wilcoxon(differences).pvalue) if n >= FEWEST_DIFFERENCES and any(differences) else None
     return (
         TableCell(n, "{:.0f}"),
-        *(TableCell(finite(float(value)), form) for value in (first.mean(), second.mean())),
-        *(TableCell(finite(float(value)), _signed(form)) for value in (mean, mean - half, mean + half)),
+        *(TableCell(fmean(values), form) for values in zip(*pairs, strict=True)),
+        *(TableCell(finite(value), _signed(form)) for value in (mean, mean - half, mean + half)),
         TableCell(p, "{:.2g}"),
     )
 
