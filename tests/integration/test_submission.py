@@ -451,6 +451,15 @@ def test_a_long_outage_ends_the_following_and_says_how_to_resume_it(monkeypatch:
     assert 1 < 1000 - len(client.errors) < 20
 
 
+def test_a_cluster_with_an_old_ray_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = SimpleNamespace(_server_ray_version="2.40.0")
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", lambda address: client)
+    with pytest.raises(UserError, match=rf"http://here: .*2\.40\.0.*{job_api.MIN_RAY_VERSION}"):
+        Jobs("http://here")
+    client._server_ray_version = job_api.MIN_RAY_VERSION
+    assert Jobs("http://here").address == "http://here"
+
+
 def test_a_refused_token_ends_the_following_at_once() -> None:
     from ray.exceptions import AuthenticationError
 
