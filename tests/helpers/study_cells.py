@@ -1,4 +1,4 @@
-"""A study made up: cells whose attack success falls by a known slope of log D_B."""
+"""A synthetic study: cells whose attack success falls with log D_B by a known slope."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SLOPE = -0.12
 INTERCEPTS = {"Qwen2.5-1.5B": 0.35, "Llama_3.2-1B": 0.5, "gemma-2-2b": 0.42}
 LOSSES = ("dpo", "kto", "bco", "kldo")
 MATCHED = 0.8
-"""The length-matched D_B is this share of D_B."""
+"""Length-matched D_B over D_B."""
 
 
 def metrics_of(d_b: float, asr: float, degenerate: float = 0.01) -> dict[str, float]:
@@ -41,16 +41,16 @@ def metrics_of(d_b: float, asr: float, degenerate: float = 0.01) -> dict[str, fl
 
 
 def study(noise: float = 0.0, seeds: int = 1) -> list[Cell]:
-    """Three models by two kinds of data by four losses; data CR separates more than Pref."""
+    """Cells of three models, two kinds of data and four losses; data CR separates more than Pref."""
     generator = np.random.default_rng(0)
     cells = []
-    for number, (model, intercept) in enumerate(INTERCEPTS.items()):
-        for data, more in (("CR", 2.0), ("Pref", 1.0)):
-            for place, loss in enumerate(LOSSES):
+    for m, (model, intercept) in enumerate(INTERCEPTS.items()):
+        for data, factor in (("CR", 2.0), ("Pref", 1.0)):
+            for n, loss in enumerate(LOSSES):
                 for seed in range(seeds):
-                    d_b = more * (1 + 0.9 * place + 0.2 * number) * math.exp(noise * generator.normal())
+                    d_b = factor * (1 + 0.9 * n + 0.2 * m) * math.exp(noise * generator.normal())
                     asr = intercept + SLOPE * math.log(d_b) + noise * generator.normal() / 4
-                    before = metrics_of(0.02 + 0.01 * number, 0.9)
+                    before = metrics_of(0.02 + 0.01 * m, 0.9)
                     where = f"runs/{model}-{data}-{loss}-{seed}"
                     cells.append(Cell(model, data, loss, seed, metrics_of(d_b, asr), before, where))
     return cells

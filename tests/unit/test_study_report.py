@@ -214,7 +214,7 @@ def test_a_study_without_cells_has_a_page(tmp_path: Path) -> None:
     write_study_report(tmp_path / "study.html", tmp_path / "pictures", empty)
     content = (tmp_path / "study.html").read_text()
     assert Reader(content).open == []
-    assert "There are no cells to test it on." in content
+    assert "No cells to test" in content
     assert list((tmp_path / "pictures").iterdir()) == []
 
 
