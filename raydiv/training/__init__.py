@@ -1,4 +1,4 @@
-"""What runs inside a training worker: the loop, the step (score, judge, push), the engine, checkpoints, the watchdog.
+"""A training worker: the loop, the step (score, judge, push), the engine, checkpoints and the watchdog.
 
-Every rank does the same. The update does not depend on the number of workers or on micro-batches.
+All ranks run the same code in the same order. The update does not depend on the number of workers or on micro-batches.
 """

@@ -40,7 +40,7 @@ class HeldOutEvaluation:
         stored = self.examples.examples
         shard = RankShard(self.stepper.layout, dist.rank(), trains=False, scores=True)
         plan = SequentialPlan(stored.lengths, PART_EXAMPLES)
-        steps = read_steps(StepLoader(self.examples, plan, shard), 0, plan.parts)
+        steps = read_steps(StepLoader(self.examples, plan, shard), 0, plan.steps)
         batch = concatenate_batches([self.stepper.score(part) for part in steps], plan.order, stored.units)
         values = evaluate_objective(self.stepper.terms, self.stepper.states, batch).metrics
         if dist.rank() == 0 and self.recipe.loss.needs_reference:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-
 import torch
 
 from raydiv.config import Recipe
@@ -11,6 +9,7 @@ from raydiv.losses import Batch
 from raydiv.training.coefficients import LossOutput, evaluate_objective, initial_states
 from raydiv.training.metrics import AVERAGED, MFU, STEP_COSTS, state_metrics
 from raydiv.utils.errors import UserError
+from raydiv.utils.nearest import nearest
 
 
 def step_metrics(recipe: Recipe) -> set[str]:
@@ -31,12 +30,6 @@ def training_metrics(recipe: Recipe) -> set[str]:
     return step_metrics(recipe) | (held_out_metrics(recipe) if recipe.evaluate.every is not None else set())
 
 
-def nearest_metrics(metric: str, known: set[str]) -> str:
-    """``did you mean ...?`` with the nearest known metric, and a space; empty where none is near."""
-    near = difflib.get_close_matches(metric, sorted(known), n=1, cutoff=0.6)
-    return f"did you mean {near[0]}? " if near else ""
-
-
 def require_measured(recipe: Recipe) -> None:
     """Raise UserError where training never measures ``checkpoint.best_metric`` or ``optim.early_stop.metric``."""
     known = training_metrics(recipe)
@@ -45,10 +38,9 @@ def require_measured(recipe: Recipe) -> None:
     for key, metric in by_key.items():
         is_separation = recipe.separation.every is not None and str(metric).startswith("separation/")
         if metric is not None and metric not in known and not is_separation:
-            near = nearest_metrics(metric, known)
             raise UserError(
-                f"{key}: {metric} is not measured while this recipe trains; {near}Known metrics: "
-                f"{', '.join(sorted(known))}; eval/* needs data.eval and evaluate.every, separation/* separation.every"
+                f"{key}: {metric} is not measured while this recipe trains{nearest(metric, known)}; eval/* needs data.eval and "
+                "evaluate.every, separation/* needs separation.every"
             )
 
 

@@ -1,4 +1,4 @@
-"""Judge: one coefficient per example of the global batch, and the meaning of each metric."""
+"""The loss on the global batch: one coefficient per example, and the meaning of each metric."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from raydiv.data.batching import StepPlan
 from raydiv.losses import OBJECTIVES, Batch, Term, widest_scope
 from raydiv.losses.objective import objective as register_objective
 from raydiv.training.coefficients import evaluate_objective, initial_states, known_coefficients
-from raydiv.training.loop import Updates
 from raydiv.training.metrics import (
     EMA_RATE,
     RunningMeans,
@@ -80,7 +79,7 @@ def test_mixture_is_the_weighted_sum() -> None:
     assert output.metrics["divergence"] == pytest.approx(-float(kldo.detach()), abs=1e-5)
 
 
-def test_shares_appear_for_mixtures_only() -> None:
+def test_losses_of_terms_are_logged_for_mixtures_only() -> None:
     alone = evaluate_objective([KLDO], initial_states([KLDO]), make_batch()).metrics
     mixed = evaluate_objective(MIXTURE, initial_states(MIXTURE), make_batch()).metrics
     assert [name for name in alone if name.startswith("loss")] == ["loss"]
@@ -98,7 +97,7 @@ def test_divergence_before_training_is_plain_zero() -> None:
     assert str(metrics["divergence"]) == "0.0"
 
 
-def test_each_term_keeps_its_own_state() -> None:
+def test_each_term_has_its_own_state() -> None:
     terms = [term("kldo", beta=1.0, estimator="ema"), term("bco", 0.5, beta=1.0), term("sft", 0.1)]
     states = initial_states(terms)
     assert states == [{"log_mean": 0.0}, {"delta": 0.0}, {}]
@@ -147,28 +146,13 @@ def test_coefficients_of_a_part_are_those_of_the_whole() -> None:
         torch.testing.assert_close(known[part], whole[part], rtol=1e-6, atol=1e-8)
 
 
-def test_running_means_start_at_the_first_value_and_outlast_an_absent_class() -> None:
+def test_running_means_start_at_the_first_value_and_stay_where_a_class_is_absent() -> None:
     means = RunningMeans()
     assert means.update({"loss": 1.0}) == {}
     assert means.update({"divergence": 2.0}) == {"divergence/ema": 2.0}
     after = means.update({"divergence": 4.0, "reward/margin": 1.0})
     assert after == {"divergence/ema": pytest.approx(2.0 + 2.0 * EMA_RATE), "reward/margin/ema": 1.0}
     assert means.update({"loss": 0.0}) == after
-
-
-@pytest.mark.parametrize(("target", "margin", "stop"), [(None, 9.0, False), (2.0, 1.9, False), (2.0, 2.0, True)])
-def test_training_stops_at_the_target_margin(target: float | None, margin: float, stop: bool) -> None:
-    assert (reason_to_end(target, {"reward/margin/ema": margin}) is not None) == stop
-
-
-def test_training_goes_on_while_no_margin_is_known() -> None:
-    assert reason_to_end(0.1, {"loss": 1.0}) is None
-
-
-def reason_to_end(target_margin: float | None, metrics: dict[str, float]) -> str | None:
-    recipe: Any = SimpleNamespace(optim=SimpleNamespace(target_margin=target_margin))
-    nothing: Any = None
-    return Updates(recipe, nothing, nothing, nothing, nothing, steps=9).reason_to_end(3, metrics)
 
 
 def test_estimate_is_named_with_its_ceiling() -> None:
@@ -238,7 +222,7 @@ def test_an_objective_declares_the_option_that_scales_its_reward() -> None:
         register_objective(paper="", data="paired", divergence="none")(lambda batch, state: None)  # type: ignore[arg-type]
 
 
-def test_record_of_a_step_counts_real_tokens_and_what_the_step_took() -> None:
+def test_record_of_a_step_has_its_tokens_and_the_seconds_of_its_phases() -> None:
     seconds = {"data": 0.5, "score": 0.25, "push": 1.0, "optimizer": 0.25, "log": 7.0, "checkpoint": 3.0}
     timer: Any = SimpleNamespace(take_seconds=lambda: seconds, seconds_to_judge=0.75)
     record = step_record(

@@ -213,8 +213,8 @@ def test_parts_together_are_the_set_in_its_order_with_its_pairs(
     example_set = examples if with_mismatched else ExampleSet(examples.examples, examples.reference_logps)
     order = SequentialPlan(examples.examples.lengths, size)
     loader = StepLoader(example_set, order, RankShard(BatchLayout(70, 1, "pair"), 0, trains=False, scores=True))
-    steps = list(read_steps(loader, 0, order.parts))
-    assert [len(step.examples) for step in steps] == [len(order.step(n).rows) for n in range(order.parts)]
+    steps = list(read_steps(loader, 0, order.steps))
+    assert [len(step.examples) for step in steps] == [len(order.step(n).rows) for n in range(order.steps)]
     batch = concatenate_batches([scored(step) for step in steps], order.order, examples.examples.units)
     assert batch.logps.tolist() == [sum(prompt) + 0.5 * sum(response) for prompt, response in ids]
     assert batch.reference_logps.tolist() == list(range(len(ids)))
@@ -237,12 +237,12 @@ def test_steps_are_read_when_they_are_requested(examples: ExampleSet, monkeypatc
         return read(self, number)
 
     monkeypatch.setattr(StepLoader, "read", counted)
-    steps = read_steps(loader, 0, order.parts)
+    steps = read_steps(loader, 0, order.steps)
     assert numbers == []
     next(steps)
     assert numbers == [0]
-    assert len(list(steps)) == order.parts - 1
-    assert numbers == list(range(order.parts))
+    assert len(list(steps)) == order.steps - 1
+    assert numbers == list(range(order.steps))
 
 
 class FakeHeadAndEngine:
