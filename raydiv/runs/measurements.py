@@ -5,11 +5,12 @@ raydiv.evaluation writes these files. Keys that earlier versions did not write h
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from raydiv.utils.storage import read_json
 
 Interval = tuple[float, float]
 """95%."""
@@ -39,7 +40,7 @@ class SeparationFile:
         """None where the run did not measure separation."""
         if not path.exists():
             return None
-        content = json.loads(path.read_text())
+        content = read_json(path)
         d_b = MeasuredValue(content["figures"]["d_b"], _interval(content.get("d_b_interval")))
         return cls(d_b, content["plane"], content["kinds"], content["harmful"], content.get("notes", []))
 
@@ -54,7 +55,7 @@ class AnswersFile:
     @classmethod
     def load(cls, path: Path) -> AnswersFile | None:
         """None where the run judged no answers."""
-        return cls.of(json.loads(path.read_text())) if path.exists() else None
+        return cls.of(read_json(path)) if path.exists() else None
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> AnswersFile:

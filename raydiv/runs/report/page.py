@@ -16,6 +16,7 @@ from raydiv.runs.report.drawing import Picture, write_pictures
 from raydiv.runs.report.figures import pictures
 from raydiv.runs.report.html import render
 from raydiv.runs.report.table import measured_rows, notes
+from raydiv.utils.storage import read_json
 
 GROUPS = {
     "separation": "Separation of harmful and harmless prompts",
@@ -53,7 +54,7 @@ def write_report(run: RunDirectory) -> None:
 
 def page(run: RunDirectory, by_section: Mapping[str, Sequence[Picture]]) -> str:
     """The content of report.html with these pictures."""
-    result, recipe = json.loads(run.result.read_text()), run.read_recipe()
+    result, recipe = read_json(run.result), run.read_recipe()
     rows, data = measured_rows(run), result["data"]
     sets = {name: data[name] for name in SETS if data[name]}
     return render(

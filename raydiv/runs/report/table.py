@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from raydiv.runs.directory import RunDirectory
 from raydiv.runs.measurements import AnswersFile, MeasuredValue, SeparationFile
 from raydiv.runs.metric_registry import METRICS, MetricSpec, specs_of
 from raydiv.runs.metrics_log import Metrics, last_values
+from raydiv.utils.storage import read_json
 
 WHEN = ("before", "after")
 
@@ -74,7 +74,7 @@ def _values(run: RunDirectory, when: str, metrics: Metrics) -> dict[str, Measure
 
 def notes(run: RunDirectory) -> list[str]:
     """Notes on the data (rows left out or cut), an early stop, the judge's errors and the controls of separation."""
-    result = json.loads(run.result.read_text())
+    result = read_json(run.result)
     lines, steps = _data_notes(result["data"]), result["steps"]
     if steps["taken"] < steps["planned"]:
         lines.append(f"stopped after {steps['taken']} of {steps['planned']} updates: {steps['ended']}")
