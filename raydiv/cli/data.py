@@ -152,6 +152,6 @@ def _show_lengths(tokens: dict[str, Any]) -> None:
             print(f"  {interval['from']:>6}-{interval['to']:<6} {bar:<40} {interval['examples']}")
     truncated = tokens["truncated"]
     print(
-        f"truncated: {truncated['prompts']} prompts at {truncated['max_prompt_length']} tokens, {truncated['responses']} "
-        f"responses at {truncated['max_length']} tokens, prompt included"
+        f"truncated: {truncated['prompts']} prompts at {truncated['max_prompt_length']} tokens, "
+        f"{truncated['responses']} responses at {truncated['max_length']} tokens, prompt included"
     )

@@ -43,10 +43,10 @@ class DataReport:
 def check_data(
     recipe: Recipe, sources: Sequence[Source] | None = None, display: ProgressDisplay | None = None
 ) -> list[DataReport]:
-    """A report on each source (by default those of ``recipe.data.train``), under the recipe's tokenizer, template and lengths.
+    """A report on each source, by default of ``recipe.data.train``, at the recipe's tokenizer, template and lengths.
 
-    Evaluation prompts are those of ``data.eval``, ``evaluate.prompts`` and ``separation.prompts``. Bad rows are reported, not
-    raised. Raises UserError for a source that cannot be read.
+    Evaluation prompts are those of ``data.eval``, ``evaluate.prompts`` and ``separation.prompts``. Bad rows are
+    reported, not raised. Raises UserError for a source that cannot be read.
     """
     display, sources = display or ProgressDisplay(), sources or recipe.data.train
     for source in sources:
@@ -128,7 +128,7 @@ def _duplicates(columns: dict[str, np.ndarray]) -> dict[str, int]:
 
 
 def _lengths(columns: dict[str, np.ndarray], recipe: Recipe) -> dict[str, Any]:
-    """Token lengths of prompts and of each class's responses before truncation, and the numbers of truncated examples."""
+    """Token lengths of prompts and of each class's responses before truncation, and numbers of truncated ones."""
     prompts = columns["prompt_length"] + columns["prompt_cut"]
     responses = columns["response_length"] + columns["response_cut"]
     aligned = columns["aligned"]

@@ -26,7 +26,7 @@ class Source(Section):
     """A source of examples or prompts. A source with a path alone may be written as that path."""
 
     path: str = Field(
-        description="file, folder, pattern or saved datasets directory, also on s3:// or gs://; hf://org/name; bundled:NAME"
+        description="file, folder, pattern or saved datasets directory (also s3://, gs://); hf://org/name; bundled:NAME"
     )
     config: str | None = Field(default=None, description="configuration of an hf:// data set")
     split: str | None = Field(default=None, description="split of an hf:// or saved data set; train by default")
@@ -39,15 +39,15 @@ class Source(Section):
     )
     weight: PositiveFloat = Field(
         default=1.0,
-        description="passes over this source in an epoch; 0.5 takes one half of it, and the other half in the next epoch",
+        description="passes over this source in an epoch; 0.5 takes one half, and the other half in the next epoch",
     )
 
     @property
     def short_name(self) -> str:
         """The name of this source in results; sources with equal names are counted together.
 
-        A hub set's name without its organisation, with its configuration if there is one (``Salad-Data:base_set``); the NAME
-        of bundled:NAME; otherwise the last path segment without wildcards, without its suffix.
+        A hub set's name without its organisation, with its configuration if there is one (``Salad-Data:base_set``); the
+        NAME of bundled:NAME; otherwise the last path segment without wildcards, without its suffix.
         """
         if self.path.startswith("hf://"):
             name = self.path.rstrip("/").rpartition("/")[2]

@@ -1,7 +1,7 @@
 """The order of data: the examples of each step, and their micro-batches on each rank.
 
-All are pure functions of small arrays: every rank computes the same result without communication, step k is computed without
-the steps before it, and the objective does not depend on the layout of its examples.
+All are pure functions of small arrays: every rank computes the same result without communication, step k is computed
+without the steps before it, and the objective does not depend on the layout of its examples.
 """
 
 from __future__ import annotations
@@ -42,11 +42,12 @@ class BatchPlan(Protocol):
 
 
 class EpochPlan:
-    """The order of a training set: its units (a pair, or a single example), shuffled every epoch and divided into steps.
+    """The order of a training set: units (pairs and single examples), shuffled every epoch and divided into steps.
 
-    ``units`` [u, 2] as in StoredExamples, ``source`` [u] the source of each, and ``weights`` the passes over each source in
-    an epoch. ``examples`` is the size of the global batch. The last step of an epoch takes the remainder, so an epoch at
-    weight 1 omits and repeats nothing. A fractional weight takes another part of its source every epoch, all parts in turn.
+    ``units`` [u, 2] as in StoredExamples, ``source`` [u] the source of each, and ``weights`` the passes over each
+    source in an epoch. ``examples`` is the size of the global batch. The last step of an epoch takes the remainder, so
+    an epoch at weight 1 omits and repeats nothing. A fractional weight takes another part of its source every epoch,
+    all parts in turn.
     """
 
     def __init__(
@@ -105,13 +106,13 @@ class EpochPlan:
 
 
 class SequentialPlan:
-    """One pass over a set, similar lengths together, ``examples`` a step: for scoring, where the order does not matter."""
+    """One pass over a set, similar lengths together, ``examples`` a step: for scoring, where order does not matter."""
 
     def __init__(self, lengths: np.ndarray, examples: int) -> None:
         self.order, self._size = np.argsort(lengths, kind="stable"), examples
 
     @property
-    def parts(self) -> int:
+    def steps(self) -> int:
         """The number of steps."""
         return -(-len(self.order) // self._size)
 
@@ -137,9 +138,10 @@ def micro_batches(
     """Divide a step's examples into micro-batches and assign them to ranks: ``result[rank][i]``.
 
     A micro-batch has at most ``tokens`` tokens, padding included; a group that is longer gets one to itself. ``packed``
-    micro-batches have no padding and similar sizes; padded ones hold examples of similar length, longest first. All ranks get
-    the same number of micro-batches, since ZeRO's collectives must match; the shortfall is empty ones. ``lengths`` are tokens
-    per example, prompt and response; ``groups`` (by default one per example) contain each example once.
+    micro-batches have no padding and similar sizes; padded ones hold examples of similar length, longest first. All
+    ranks get the same number of micro-batches, since ZeRO's collectives must match; the shortfall is empty ones.
+    ``lengths`` are tokens per example, prompt and response; ``groups`` (by default one per example) contain each
+    example once.
     """
     if groups is None:
         groups = [[position] for position in range(len(lengths))]
@@ -186,8 +188,8 @@ class BatchLayout:
     def training(self, lengths: Sequence[int], units: Sequence[Group]) -> tuple[list[list[MicroBatch]], bool]:
         """Micro-batches of a step, and whether the coefficients of each depend on that micro-batch alone (one pass).
 
-        Under scope "pair", pairs are kept together if they fit the token budget, and if the saving (a second forward, or the
-        head's second visit) outweighs more padding and less equal ranks.
+        Under scope "pair", pairs are kept together if they fit the token budget, and if the saving (a second forward,
+        or the head's second visit) outweighs more padding and less equal ranks.
         """
         free = self.scoring(lengths)
         if self.scope == "pair":

@@ -29,9 +29,9 @@ class TextRecord(dict[str, Any]):
 class Example:
     """One (prompt, response) with its label; see raydiv/data/README.md for the schema.
 
-    ``prompt`` is text or chat messages; ``harmful`` is the prompt's label, None if the source has none; ``pair`` names the
-    pair within its source; ``source`` is the file and line. ``spelling`` says how the record spells ``harmful``, for a format
-    with several spellings (see SAFETY).
+    ``prompt`` is text or chat messages; ``harmful`` is the prompt's label, None if the source has none; ``pair`` names
+    the pair within its source; ``source`` is the file and line. ``spelling`` says how the record spells ``harmful``,
+    for a format with several spellings (see SAFETY).
     """
 
     prompt: str | Messages
@@ -201,7 +201,7 @@ SAFETY = {
 
 
 def _from_kldo_authors(record: Record, where: str) -> list[Example]:
-    """The KLDO authors' safety, prompt, acc_responses, rej_responses: the n-th responses make a pair, the rest are unpaired."""
+    """The KLDO authors' columns (see FORMATS): the n-th responses of both sides make a pair, the rest are unpaired."""
     safety = str(record.get("safety", "")).strip().lower()
     if safety not in SAFETY:
         raise BadRow(f"safety must be safe or unsafe, found {describe(record.get('safety'))}")

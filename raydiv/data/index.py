@@ -174,7 +174,7 @@ class Index:
 
 
 class IndexWriter:
-    """Writes a source's index, shard by shard. The file appears in the source's folder when the block ends without an error."""
+    """Writes a source's index, shard by shard; the file appears in the folder when the block ends without an error."""
 
     def __init__(self, opened: OpenSource) -> None:
         self._opened = opened
@@ -216,7 +216,7 @@ def read_index(opened: OpenSource) -> Index:
 
 
 def _with_one_spelling(index: Index) -> Index:
-    """The index without rows whose label is spelled differently from most: 0 in one spelling may mean 1 in the other."""
+    """The index without rows whose label is spelled differently from most: 0 in one may mean 1 in the other."""
     spelling = index.columns["spelling"]
     kinds = np.unique(spelling[spelling > 0])
     if len(kinds) < 2:

@@ -31,7 +31,7 @@ HASH_BUCKETS = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """Evaluation prompt ``number`` and the record of a similar prompt; ``same``: equal except for case, punctuation, spaces."""
+    """Evaluation prompt ``number`` and a similar record; ``same``: equal except for case, punctuation and spaces."""
 
     number: int
     same: bool
@@ -40,7 +40,7 @@ class Match:
 
 
 def normalized(prompt: str | Messages) -> str:
-    """A prompt's words in lower case, without punctuation; for a conversation, those of all turns but the system turn."""
+    """A prompt's words in lower case, without punctuation; of a conversation without its system turn."""
     text = prompt if isinstance(prompt, str) else " ".join(m["content"] for m in prompt if m["role"] != "system")
     return " ".join(re.findall(r"\w+", text.casefold()))
 

@@ -19,8 +19,9 @@ from raydiv.utils.errors import UserError
 class Prompt:
     """A labelled prompt.
 
-    ``kind`` is the heading under which it is counted: harmful, ordinary, alarming, or the user's own. ``category`` is its
-    topic, such as a kind of harm, as its set names it. ``id`` is its file and line; ``set`` the short name of its source.
+    ``kind`` is the heading under which it is counted: harmful, ordinary, alarming, or the user's own. ``category`` is
+    its topic, such as a kind of harm, as its set names it. ``id`` is its file and line; ``set`` the short name of its
+    source.
     """
 
     text: str | Messages
@@ -34,8 +35,8 @@ class Prompt:
 def read_prompts(sources: Sequence[Source], *, both: bool) -> list[Prompt]:
     """The prompts of all ``sources``: columns prompt and harmful, and optionally kind and category.
 
-    Published sets are read in their own columns (see raydiv.data.published); plain text is a prompt a line. Raises UserError
-    for sources without prompts, and with ``both`` for sources without harmful or without harmless prompts.
+    Published sets are read in their own columns (see raydiv.data.published); plain text is a prompt a line. Raises
+    UserError for sources without prompts, and with ``both`` for sources without harmful or without harmless prompts.
     """
     prompts = [prompt for source in sources for prompt in _prompts(source)]
     counts, name = Counter(prompt.harmful for prompt in prompts), set_name(sources)
@@ -84,7 +85,7 @@ def set_name(sources: Sequence[Source]) -> str:
 def prompt_sets_of(
     prompts: str | Sequence[str], harmful: Sequence[str], harmless: Sequence[str], default: str
 ) -> list[list[Source]]:
-    """The prompt sets of a command's options: one of each in ``prompts``, and one of all ``harmful`` and ``harmless`` sources.
+    """The prompt sets of a command's options: each of ``prompts``, and one of all ``harmful`` and ``harmless`` sources.
 
     ``default`` if there are none.
     """

@@ -19,7 +19,7 @@ RecordParser = Callable[[Record], Record]
 
 @dataclass(frozen=True, slots=True)
 class PublishedSet:
-    """A set's split, the record parser of each configuration (the first is the default), and a copy without gated access."""
+    """A set's split, the record parser of each configuration (the first is the default), and an ungated copy."""
 
     split: str
     parsers: dict[str | None, RecordParser]
@@ -49,7 +49,7 @@ def as_published(source: Source) -> tuple[Source, RecordParser]:
 
 
 def alternative_hint(source: Source) -> str:
-    """The end of a message about a published set that cannot be loaded: its copy without gated access, if there is one."""
+    """The end of a message about a published set that cannot be loaded: its ungated copy, if there is one."""
     known = PUBLISHED.get(source.path.removeprefix("hf://"))
     return f"; it may need permission on the hub, {known.alternative} does not" if known and known.alternative else ""
 

@@ -1,4 +1,4 @@
-"""How the records of a file are read, by its kind: in chunks that tasks read independently, each record with its position.
+"""The readers of each kind of file. Tasks read chunks of a file independently; each record comes with its position.
 
 To add a kind of file, add its suffix to ``raydiv.config.source.SUFFIXES`` and its reader to ``READERS``.
 """
@@ -29,7 +29,7 @@ csv.field_size_limit(2**31 - 1)  # a field that is too long makes a bad row, not
 
 @dataclass(frozen=True, slots=True)
 class FileChunk:
-    """A part of a file that is read independently: a byte range of JSONL, row groups of Parquet, otherwise the whole."""
+    """A part of a file that one task reads: a byte range of JSONL, row groups of Parquet, otherwise the whole."""
 
     file: File
     start: int = 0
@@ -95,7 +95,7 @@ def record_reader(source: Source, columns: Mapping[str, str]) -> RecordReader:
 
 
 def iterate_records(source: Source, columns: Mapping[str, str] | None = None) -> Iterator[tuple[str, Record]]:
-    """(``FILE:LINE``, record) for all of a source that fits into this process. Raises UserError at the first bad row."""
+    """(``FILE:LINE``, record) for a whole source that fits into memory. Raises UserError at the first bad row."""
     reader = record_reader(source, columns or {})
     for file in files_of(source):
         records = [record for chunk in file_chunks(file) for record in read_chunk(chunk)]
@@ -112,8 +112,8 @@ def iterate_records(source: Source, columns: Mapping[str, str] | None = None) ->
 def read_examples(source: Source, columns: Mapping[str, str] | None = None) -> list[Example]:
     """All examples of a source that fits into this process, in order; ``columns`` as in ``record_reader``.
 
-    Raises UserError, naming file and line, for a source that does not exist or holds no example, for unknown columns, and
-    for a missing, empty or ill-typed field.
+    Raises UserError, naming file and line, for a source that does not exist or holds no example, for unknown columns,
+    and for a missing, empty or ill-typed field.
     """
     examples: list[Example] = []
     for where, record in iterate_records(source, columns):

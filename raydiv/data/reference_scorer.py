@@ -33,7 +33,7 @@ TASK_EXAMPLES = 1024
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
-    """``logps[i]`` [n_i] of the i-th example set, fp32; how many distinct examples were stored already, and how many scored."""
+    """``logps[i]`` [n_i] of the i-th example set, fp32; numbers of distinct examples that were stored, and scored."""
 
     logps: list[np.ndarray]
     hits: int
@@ -104,7 +104,8 @@ def _scoring_tasks(
 ) -> list[ScoringTask]:
     """Tasks of similar lengths.
 
-    They are cut from all ``distinct`` examples, missing or not, so that a process that starts later cuts the same tasks.
+    They are cut from all ``distinct`` examples, missing or not, so that a process that starts later cuts the same
+    tasks.
     """
     set_numbers = np.repeat(np.arange(len(example_sets)), [len(examples) for examples in example_sets])
     rows = np.concatenate([np.arange(len(examples)) for examples in example_sets])

@@ -1,8 +1,8 @@
 """The reference store: log-probs of reference models, cached by content.
 
-An entry's key is the model (weights, config, precision, quantization) and the token ids of one example. Template and lengths
-need no place in the key, since they determine the ids. Nothing else is part of it: all epochs, trials, losses and learning
-rates share the entries, and a changed weight or token never hits a stale entry.
+An entry's key is the model (weights, config, precision, quantization) and the token ids of one example. Template and
+lengths need no place in the key, since they determine the ids. Nothing else is part of it: all epochs, trials, losses
+and learning rates share the entries, and a changed weight or token never hits a stale entry.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class ReferenceStore:
         return self._folder.has(f"{part}.parquet")
 
     def add(self, part: str, keys: pa.Array, logps: Sequence[float]) -> None:
-        """Store the entries as ``part``. A part of that name that exists stays, and the entries get a file of their own."""
+        """Store the entries as ``part``. If the part exists, it stays, and the entries get another file."""
         buffer = pa.BufferOutputStream()
         pq.write_table(pa.table({"key": keys, "logp": pa.array(logps, pa.float32())}), buffer, use_dictionary=False)
         name = f"{part}.{digest(keys.to_pylist())}" if self.has(part) else part

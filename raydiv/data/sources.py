@@ -1,4 +1,4 @@
-"""Which files a source consists of: local and remote paths, folders, patterns, saved data sets, hub data sets, bundled data."""
+"""The files of a source: a local or remote path, folder, pattern, saved data set, hub data set, or bundled data."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class File:
     kind: str
     digest: str
     first_record: int = 0
-    """Offset of the file's record numbers; not 0 for the later files of a hub data set, which is numbered as a whole."""
+    """Offset of the file's record numbers: a hub data set is numbered across its files."""
     version: tuple[int, int] | None = None
     """Size and modification time, read no later than the digest; None for a file that raydiv wrote."""
 

@@ -42,7 +42,7 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """Training and held-out set (None without ``data.eval``); bad and truncated rows; the number of prompts in both sets."""
+    """Training and held-out set (None without ``data.eval``), bad and truncated rows, number of shared prompts."""
 
     train: Split
     eval: Split | None
@@ -171,7 +171,7 @@ def _pair_numbers(index: Index) -> np.ndarray:
 
 
 def invalid_pairs(index: Index) -> Iterator[tuple[np.ndarray, str]]:
-    """The members of each pair that is not one aligned and one unaligned example of one prompt, and a message about it."""
+    """The members of each pair other than one aligned and one unaligned example of one prompt, and a message."""
     pair, aligned, prompts = (index.columns[name] for name in ("pair", "aligned", "prompt_text"))
     order = np.argsort(pair, kind="stable")
     order = order[pair[order] >= 0]
@@ -216,6 +216,6 @@ def _require_fit(loss: LossConfig, source: str, examples: StoredExamples) -> Non
     unpaired = int((examples.units[:, 1] < 0).sum())
     if loss.paired_terms and unpaired:
         raise UserError(
-            f"{source}: {unpaired} of {len(examples)} examples have no partner, and the loss {loss.paired_terms[0]} takes "
-            f"pairs (losses for unpaired data: {_LOSSES_WITHOUT_PAIRS})"
+            f"{source}: {unpaired} of {len(examples)} examples have no partner, and the loss {loss.paired_terms[0]} "
+            f"takes pairs (losses for unpaired data: {_LOSSES_WITHOUT_PAIRS})"
         )

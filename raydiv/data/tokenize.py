@@ -1,7 +1,8 @@
 """Prepare: a source's records -> examples -> token ids, by a Ray Data pipeline; stored as Parquet, keyed by content.
 
-Tasks read chunks of records. A pool of tokenizers turns each chunk into one Parquet file, its shard. The driver receives the
-index of each shard (lengths, labels and digests), and writes one more Parquet file, the source's index, after the last shard.
+Tasks read chunks of records. A pool of tokenizers turns each chunk into one Parquet file, its shard. The driver
+receives the index of each shard (lengths, labels and digests), and writes one more Parquet file, the source's index,
+after the last shard.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def tokenize(
 ) -> list[Index]:
     """The index of each source; tokenises the sources that are not prepared yet. Needs a Ray session.
 
-    An interrupted call resumes where it stopped: existing shards are reused. Raises UserError at the first bad row, unless
-    ``quarantine`` leaves bad rows out.
+    An interrupted call resumes where it stopped: existing shards are reused. Raises UserError at the first bad row,
+    unless ``quarantine`` leaves bad rows out.
     """
     missing = {opened.folder.uri: opened for opened in sources if not opened.ready}
     if missing:
@@ -62,8 +63,8 @@ def _bad_rows_error(opened: OpenSource, bad: RowNotes) -> UserError:
     others = len(bad) - 1
     more = f" (and {others} more bad row{'' if others == 1 else 's'})" if others else ""
     return UserError(
-        f"{first['file']}:{first['line']}: {first['reason']}{more}; raydiv data check {opened.source.path} lists every bad "
-        "row, data.on_bad_row=quarantine leaves them out"
+        f"{first['file']}:{first['line']}: {first['reason']}{more}; raydiv data check {opened.source.path} lists every "
+        "bad row, data.on_bad_row=quarantine leaves them out"
     )
 
 
@@ -146,8 +147,8 @@ Records = list[tuple[int, list[Example]]]
 class Tokenizer:
     """A pool's actor: writes chunks of records as shards.
 
-    ``targets``: for each source its folder, its reader, and the maximum lengths of prompt and example. The chat is passed
-    ready-made, since detecting a directory's tokenizer takes longer than tokenising a thousand examples.
+    ``targets``: for each source its folder, its reader, and the maximum lengths of prompt and example. The chat is
+    passed ready-made, since detecting a directory's tokenizer takes longer than tokenising a thousand examples.
     """
 
     def __init__(self, chat: Chat, targets: Sequence[tuple[Folder, RecordReader, tuple[int, int]]]) -> None:

@@ -34,7 +34,7 @@ def content_keys(examples: Sequence[tuple[Ids, Ids]]) -> pa.FixedSizeBinaryArray
 
 
 def _join_keys(prompts: np.ndarray, responses: np.ndarray, lengths: np.ndarray) -> pa.FixedSizeBinaryArray:
-    """Keys [n] of 36 bytes: the digests of prompt and response ids, and the number of response tokens that are scored."""
+    """Keys [n] of 36 bytes: the digests of prompt and response ids, and the number of scored response tokens."""
     count = len(prompts)
     parts = [
         np.frombuffer(column.tobytes(), np.uint8).reshape(count, column.itemsize)
@@ -58,9 +58,9 @@ def _complete_pairs(pair: np.ndarray, aligned: np.ndarray) -> np.ndarray:
 class TokenizedExamples:
     """n examples of a step in memory, in example order: lengths and labels of all, token ids of this rank's examples.
 
-    ``prompt_ids`` and ``response_ids`` hold int arrays, or None for another rank's examples. The model's input is the prompt
-    followed by the response, which ends in EOS unless it was truncated. ``pair`` [n] is a number that the two examples of a
-    pair share, or -1 for no pair.
+    ``prompt_ids`` and ``response_ids`` hold int arrays, or None for another rank's examples. The model's input is the
+    prompt followed by the response, which ends in EOS unless it was truncated. ``pair`` [n] is a number that the two
+    examples of a pair share, or -1 for no pair.
     """
 
     prompt_ids: Sequence[np.ndarray | None]
@@ -180,8 +180,9 @@ class StoredExamples:
     """n examples in a fixed order: lengths and labels in memory (about 70 bytes each), token ids on storage.
 
     ``prompt_rows`` and ``response_rows`` [n] are the rows of ``shards`` that hold the ids; they differ for mismatched
-    examples alone. A response is the first ``response_lengths`` of the stored tokens. ``prompt_keys`` and ``response_keys``
-    [n] are digests of the stored ids; ``pair`` [n] as in TokenizedExamples; ``source`` [n] is the number of the source.
+    examples alone. A response is the first ``response_lengths`` of the stored tokens. ``prompt_keys`` and
+    ``response_keys`` [n] are digests of the stored ids; ``pair`` [n] as in TokenizedExamples; ``source`` [n] is the
+    number of the source.
     """
 
     shards: TokenShards
@@ -264,7 +265,7 @@ def mismatched(examples: StoredExamples, max_length: int) -> StoredExamples:
     largest = int(counts.max(initial=0))
     if 2 * largest > len(examples):
         raise ValueError(
-            f"one prompt has {largest} of {len(examples)} examples: other prompts have too few responses to mismatch it with"
+            f"one prompt has {largest} of {len(examples)} examples: other prompts have too few responses for it"
         )
     order = np.lexsort((np.arange(len(examples)), examples.response_keys, prompts))
     donor = np.empty(len(examples), dtype=np.int64)

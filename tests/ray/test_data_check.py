@@ -1,4 +1,4 @@
-"""``raydiv data check``: counts, bad rows, invalid pairs, overlap with evaluation prompts, and no text in any output."""
+"""``raydiv data check``: counts, bad rows, invalid pairs, overlap with evaluation prompts, and no text in output."""
 
 from __future__ import annotations
 

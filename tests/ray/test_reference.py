@@ -1,4 +1,4 @@
-"""Reference log-probs are scored once: what needs no scoring, what needs it for the changed examples alone, and the values."""
+"""Reference log-probs are scored once: which changes need scoring, of which examples, and the values."""
 
 from __future__ import annotations
 

@@ -332,14 +332,14 @@ def test_parts_of_two_sources_are_drawn_independently() -> None:
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 50))
 def test_sequential_plan_takes_each_row_once_with_similar_lengths_together(lengths: list[int], size: int) -> None:
     plan = SequentialPlan(np.array(lengths, dtype=np.int32), size)
-    steps = [plan.step(number) for number in range(plan.parts)]
+    steps = [plan.step(number) for number in range(plan.steps)]
     rows = [row for step in steps for row in step.rows.tolist()]
     assert sorted(rows) == list(range(len(lengths)))
     assert rows == plan.order.tolist()
     assert [lengths[row] for row in rows] == sorted(lengths)
     assert all(0 < len(step.rows) <= size for step in steps)
     assert all(step.pair.tolist() == [-1] * len(step.rows) for step in steps)
-    assert [step.step for step in steps] == list(range(plan.parts))
+    assert [step.step for step in steps] == list(range(plan.steps))
 
 
 length_lists = st.lists(st.integers(1, 40), max_size=40)

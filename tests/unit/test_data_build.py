@@ -1,4 +1,4 @@
-"""``raydiv data build``: rows of each kind, determinism, counts of what is left out, and no text in reports or messages."""
+"""``raydiv data build``: rows of each kind, determinism, counts, and no text in reports or messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training and the held-out set: splits by prompt, pairs, mixtures, counts, and data that its loss cannot be trained on."""
+"""The training and the held-out set: splits by prompt, pairs, mixtures, counts, and data that do not suit the loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``raydiv data build``: a compliance-refusal or preference set from harmful and harmless prompts, with its data card."""
+"""``raydiv data build``: compliance-refusal or preference data from harmful and harmless prompts, with a data card."""
 
 from raydiv.commands.data_build.build import build_data
 

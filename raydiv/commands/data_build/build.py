@@ -1,4 +1,4 @@
-"""``raydiv data build``: reads the sources, chooses prompts, completes their responses, and writes rows and data card."""
+"""``raydiv data build``: reads sources, chooses prompts, completes their responses, writes rows and data card."""
 
 from __future__ import annotations
 
@@ -63,16 +63,16 @@ def build_data(
     """``raydiv data build``: a set in the way of the KLDO authors (arXiv 2502.00657), in the folder ``output``.
 
     A harmful prompt gets a refusal as its aligned response, and keeps the source's compliance as its unaligned one. A
-    harmless prompt keeps the source's answer; its unaligned response is a refusal (compliance-refusal) or a worse answer
-    (preference).
+    harmless prompt keeps the source's answer; its unaligned response is a refusal (compliance-refusal) or a worse
+    answer (preference).
 
-    ``refusals``: bank (the bundled ones), constant (always the same), own (the harmful source's; harmless prompts get the
-    bank's), model:ID, or a source with a column ``refusal``. ``worse``, for preference alone: own (the harmless source's
-    unaligned responses; the default) or model:ID. ``prompts``: number of each class; all by default. ``template`` and
-    ``max_new_tokens`` (256 by default) apply to the models that answer.
+    ``refusals``: bank (the bundled ones), constant (always the same), own (the harmful source's; harmless prompts get
+    the bank's), model:ID, or a source with a column ``refusal``. ``worse``, for preference alone: own (the harmless
+    source's unaligned responses; the default) or model:ID. ``prompts``: number of each class; all by default.
+    ``template`` and ``max_new_tokens`` (256 by default) apply to the models that answer.
 
-    Raises UserError for options that do not apply, an ``output`` that is not empty, a bad row, a missing response, a prompt
-    in both sources, too few prompts, or a class without any row.
+    Raises UserError for options that do not apply, an ``output`` that is not empty, a bad row, a missing response, a
+    prompt in both sources, too few prompts, or a class without any row.
     """
     if worse is None and kind == "preference":
         worse = "own"
@@ -113,8 +113,8 @@ def _require_disjoint(collected: Mapping[bool, CollectedPrompts]) -> None:
     shared = [key for key in harmful if key in harmless]
     if shared:
         raise UserError(
-            f"harmful and harmless: {len(shared)} prompts are in both sources; the first is at {harmful[shared[0]].where} "
-            f"and {harmless[shared[0]].where}"
+            f"harmful and harmless: {len(shared)} prompts are in both sources; the first is at "
+            f"{harmful[shared[0]].where} and {harmless[shared[0]].where}"
         )
 
 
@@ -165,7 +165,7 @@ def _rows(
 
 
 def _row(prompt: AnsweredPrompt, counterpart: str) -> ExampleRow:
-    """A prompt with its source's response (a compliance or a good answer) on one side and ``counterpart`` on the other."""
+    """A prompt with its source's response (compliance or good answer) on one side, ``counterpart`` on the other."""
     if prompt.harmful:
         return ExampleRow(prompt, chosen=counterpart, rejected=prompt.responses[False])
     return ExampleRow(prompt, chosen=prompt.responses[True], rejected=counterpart)

@@ -31,7 +31,7 @@ class ClassCounts:
 
 @dataclass(frozen=True, slots=True)
 class ResponseStatistics:
-    """Word counts of one class's responses on one side, and the share of them that string rules classify as refusals."""
+    """Word counts of one class's responses on one side, and the share that string rules classify as refusals."""
 
     median_words: float
     p90_words: float
@@ -85,8 +85,8 @@ def data_card(options: BuildOptions, report: BuildReport, bank: int, models: Map
     sections = [
         _front_matter(options),
         f"# {TITLES[options.kind]} by raydiv",
-        f"Prompts with two responses each, for aligning a language model. A harmful prompt's chosen response is a refusal, its "
-        f"rejected one a compliance. A harmless prompt's chosen response is an answer, its rejected one "
+        f"Prompts with two responses each, for aligning a language model. A harmful prompt's chosen response is a "
+        f"refusal, its rejected one a compliance. A harmless prompt's chosen response is an answer, its rejected one "
         f"{REJECTED_HARMLESS[options.kind]}. Made as in Haldar et al., arXiv 2502.00657. "
         "**The compliances are harmful text.**",
         _columns(),
@@ -159,8 +159,8 @@ def _method(options: BuildOptions, report: BuildReport, bank: int) -> str:
         refusals = f"the harmful source's own aligned responses{others}"
     elif options.refusals in options.models:
         refusals = (
-            f"answers of `{options.refusals}`, instructed to decline ({limit}); {report.refusals_replaced} that string rules "
-            f"do not classify as refusals were replaced by {drawn}"
+            f"answers of `{options.refusals}`, instructed to decline ({limit}); {report.refusals_replaced} that string "
+            f"rules do not classify as refusals were replaced by {drawn}"
         )
     else:
         refusals = drawn

@@ -20,7 +20,7 @@ CLASSES = {True: "harmful", False: "harmless"}
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """The options of ``build_data``, which documents them. Raises UserError for one that is unknown or does not apply."""
+    """The options of ``build_data``, documented there. Raises UserError for one that is unknown or does not apply."""
 
     harmful: Source
     harmless: Source
@@ -77,7 +77,8 @@ class BuildOptions:
     def draw(self, purpose: str, prompt: AnsweredPrompt) -> int:
         """A number in [0, 2^128), a function of purpose, seed and prompt.
 
-        Choice and order need different purposes: with one number for both, the class with more prompts would come first.
+        Choice and order need different purposes: with one number for both, the class with more prompts would come
+        first.
         """
         return int(digest(purpose, self.seed, prompt.key), 16)
 

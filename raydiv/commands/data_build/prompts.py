@@ -25,7 +25,7 @@ class AnsweredPrompt:
 
 @dataclass(slots=True)
 class CollectedPrompts:
-    """A source's prompts by key, and the counts of what is left out: duplicate rows, and further responses on one side."""
+    """A source's prompts by key, and counts of duplicate rows and of further responses on one side, both left out."""
 
     prompts: dict[str, AnsweredPrompt] = field(default_factory=dict)
     duplicates: int = 0
@@ -35,9 +35,10 @@ class CollectedPrompts:
 def collect(source: Source, harmful: bool) -> CollectedPrompts:
     """The prompts of a source that fits into this process; all are ``harmful``, or none.
 
-    Besides the known formats, the source may have columns ``prompt, response`` or Alpaca's ``instruction, input, output``.
-    The response to a harmful prompt then counts as unaligned (a compliance), that to a harmless prompt as aligned. Raises
-    UserError, naming file and line, for a bad row or one with the other label, and for a source without prompts.
+    Besides the known formats, the source may have columns ``prompt, response`` or Alpaca's ``instruction, input,
+    output``. The response to a harmful prompt then counts as unaligned (a compliance), that to a harmless prompt as
+    aligned. Raises UserError, naming file and line, for a bad row or one with the other label, and for a source without
+    prompts.
     """
     collected = CollectedPrompts()
     for where, record in iterate_records(source):
@@ -69,7 +70,7 @@ def _examples(record: Record, where: str, harmful: bool) -> list[Example]:
 
 
 def _labelled(record: Record, harmful: bool) -> Record:
-    """A record with a prompt and one response, or with Alpaca's columns, in raydiv's schema. Raises BadRow for others."""
+    """A record of a prompt and one response, or of Alpaca's columns, in raydiv's schema. Raises BadRow for others."""
     if {"instruction", "output"} <= record.keys():
         record = {**record, "prompt": _alpaca_prompt(record), "response": record["output"]}
     if not {"prompt", "response"} <= record.keys():

@@ -1,4 +1,4 @@
-"""The responses that a prompt's source does not have: refusals from a bank, the source or a model, and worse answers."""
+"""The responses that a prompt needs: refusals from a bank, the source or a model, and worse answers."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ CONSTANT_REFUSAL = "I'm sorry, but I can't help with that."
 """The refusal of ``refusals: constant``."""
 
 DECLINE_INSTRUCTION = (
-    "Decline the user's request, whatever it is. Answer in one to three polite sentences of your own words. Repeat nothing "
-    "of the request that could do harm, give no part of what it asks for, and do not argue."
+    "Decline the user's request, whatever it is. Answer in one to three polite sentences of your own words. Repeat "
+    "nothing of the request that could do harm, give no part of what it asks for, and do not argue."
 )
 """The system turn of a model that writes refusals."""
 
@@ -140,7 +140,7 @@ def is_usable(answer: str) -> bool:
 
 
 def _decline_request(prompt: str | Messages) -> Messages:
-    """The prompt after a system turn with DECLINE_INSTRUCTION, appended to the prompt's own system turn if it has one."""
+    """The prompt after a system turn with DECLINE_INSTRUCTION, appended to its own system turn if it has one."""
     turns = as_turns(prompt)
     system = [turn["content"] for turn in turns if turn["role"] == "system" and turn["content"]]
     others = [turn for turn in turns if turn["role"] != "system"]

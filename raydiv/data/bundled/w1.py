@@ -1,7 +1,7 @@
-"""The pairs of W1, the reference workload of ``raydiv bench``: random words with the lengths of compliance-refusal data.
+"""The pairs of W1, the reference workload of ``raydiv bench``: random words in compliance-refusal lengths.
 
-They are generated at first use, identically on every machine, and cached. In a recipe, ``bundled:w1`` is both the model and
-the pairs.
+They are generated at first use, identically on every machine, and cached. In a recipe, ``bundled:w1`` is both the model
+and the pairs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ANSWER_MEDIAN, ANSWER_SIGMA, MAX_ANSWER_WORDS = 130, 0.6, 400
 
 
 def w1_pairs() -> Path:
-    """A JSONL file of pairs. Every other prompt is labelled harmful and its chosen response is the refusal, else the answer."""
+    """A JSONL file of pairs. Every other prompt is labelled harmful, with the refusal as its chosen response."""
     shape = (MODEL["vocab_size"], PAIRS, PROMPT_WORDS, REFUSAL_WORDS, ANSWER_MEDIAN, ANSWER_SIGMA, MAX_ANSWER_WORDS)
     path = cache_dir("workloads") / f"w1-{digest(shape)[:8]}.jsonl"
     if not path.is_file():
