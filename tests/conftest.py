@@ -97,5 +97,5 @@ def bucket() -> Iterator[str]:
         made = fs.S3FileSystem(endpoint_override=f"{host}:{port}", scheme="http", allow_bucket_creation=True)
         made.create_dir("bucket")
         yield "s3://bucket"
-    storage._connected.cache_clear()
+    storage._connect.cache_clear()
     server.stop()

@@ -1,4 +1,4 @@
-"""Whole runs through Ray that lose a worker, all workers or their driver, hang, or get a signal; and what they end with."""
+"""Whole runs through Ray that lose a worker, all workers or their driver, hang, or get a signal, and resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The quickstart's recipe on the real SmolLM2, cut short: conversion, two ZeRO-3 workers, both measurements, the table."""
+"""The quickstart on the real SmolLM2, shortened: conversion, two ZeRO-3 workers, both evaluations, the table."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def first(number: int, name: str, folder: Path) -> Path:
     return path
 
 
-def test_quickstart_cut_short(
+def test_shortened_quickstart(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(coherence, "COHERENCE_REFERENCE", Source(path=str(first(24, "helpful", tmp_path))))

@@ -1,4 +1,4 @@
-"""What a run shows of itself while it trains: Ray's metrics, MLflow's system metrics, a profiler's trace."""
+"""Observability of a run in training: Ray metrics, MLflow's system metrics, a profiler's trace."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from raydiv.utils.errors import UserError
 SMALLEST = {"model": {"id": "m"}, "loss": {"type": "kldo"}, "optim": {"steps": 3}}
 
 
-def test_utilisation_is_of_what_the_workers_reach_in_a_matrix_product() -> None:
+def test_utilisation_is_relative_to_the_flops_of_a_matrix_product() -> None:
     assert product_flops(torch.device("cpu"), torch.bfloat16, size=64) > 0
     assert Utilisation(weights=10**9, peak=8 * 500e12).share(tokens_per_second=200_000.0) == pytest.approx(0.3)
     assert "mfu" in step_metrics(load_recipe(SMALLEST, ["cluster.use_gpu=true"]))
     assert "mfu" not in step_metrics(load_recipe(SMALLEST))
 
 
-def test_a_trace_is_of_the_steps_that_were_asked_for(tmp_path: Path) -> None:
+def test_a_trace_has_the_configured_steps(tmp_path: Path) -> None:
     profiled = StepProfiler((2, 3), tmp_path / "profile")
     for step in range(1, 6):
         profiled.before_step(step)
@@ -42,7 +42,7 @@ def test_a_trace_is_of_the_steps_that_were_asked_for(tmp_path: Path) -> None:
     assert sum(event["name"] == "aten::ones" and event["ph"] == "X" for event in events) == 2
 
 
-def test_a_trace_is_left_where_training_ends_before_it(tmp_path: Path) -> None:
+def test_a_trace_is_written_where_training_ends_before_its_last_step(tmp_path: Path) -> None:
     profiled = StepProfiler((1, 100), tmp_path)
     profiled.before_step(1)
     profiled.after_step(1, last=True)
@@ -55,12 +55,12 @@ def test_steps_to_profile(written: str, steps: tuple[int, int] | None) -> None:
 
 
 @pytest.mark.parametrize("written", ["5-3", "0", "x", "1-"])
-def test_steps_that_are_none(written: str) -> None:
+def test_invalid_steps_to_profile(written: str) -> None:
     with pytest.raises(UserError, match=r"engine\.profile"):
         load_recipe(SMALLEST, [f"engine.profile={written}"])
 
 
-def test_mlflow_gets_system_metrics_where_its_own_variable_asks(
+def test_mlflow_gets_system_metrics_where_its_own_variable_enables_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow import MlflowClient
@@ -80,7 +80,7 @@ def test_mlflow_gets_system_metrics_where_its_own_variable_asks(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray")
-def test_prometheus_finds_a_runs_metrics_on_a_node() -> None:
+def test_prometheus_scrapes_a_runs_metrics_from_a_node() -> None:
     import ray
 
     PrometheusMetrics("mine").show({"step": 3, "reward/margin": 0.25, "divergence/name": "KL"})

@@ -1,4 +1,4 @@
-"""Folders on a local path and on S3 (a server on loopback): files whole or not at all, sources and the cache there."""
+"""Folders on a local path and on S3 (a server on loopback): atomic files, and sources and the cache on them."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from raydiv.utils.storage import Folder, file_system, open_input
 Row = dict[str, Any]
 
 NOT_BYTES: Any = object()
-"""What no stream takes: a write of it fails when the file is already open."""
+"""No buffer: writing it fails after the file is open."""
 
 
 def content(folder: Folder, name: str) -> bytes:
-    with open_input(folder.at(name)) as found:
-        return bytes(found.read())
+    with open_input(folder.uri_of(name)) as file:
+        return bytes(file.read())
 
 
 # --- a local path ---
@@ -48,8 +48,8 @@ def local(tmp_path: Path) -> Folder:
     return Folder(str(tmp_path / "folder"))
 
 
-def test_local_folder_is_made_when_something_is_written(local: Folder) -> None:
-    assert local.names("") == []
+def test_a_local_folder_is_created_with_its_first_file(local: Folder) -> None:
+    assert local.file_names("") == []
     assert not local.has("a.parquet")
     local.write("a.parquet", b"one")
     assert local.has("a.parquet")
@@ -57,24 +57,24 @@ def test_local_folder_is_made_when_something_is_written(local: Folder) -> None:
     assert os.listdir(local.uri) == ["a.parquet"]
 
 
-def test_names_are_the_files_of_a_suffix_in_order(local: Folder) -> None:
+def test_file_names_are_sorted_and_of_one_suffix(local: Folder) -> None:
     for name in ("b.parquet", "a.parquet", "c.json"):
         local.write(name, b"x")
     (Path(local.uri) / "d.parquet").mkdir()
-    assert local.names(".parquet") == ["a.parquet", "b.parquet"]
-    assert local.names("") == ["a.parquet", "b.parquet", "c.json"]
+    assert local.file_names(".parquet") == ["a.parquet", "b.parquet"]
+    assert local.file_names("") == ["a.parquet", "b.parquet", "c.json"]
     assert not local.has("d.parquet")
 
 
-def test_local_file_is_replaced_whole(local: Folder) -> None:
+def test_a_local_file_is_replaced_atomically(local: Folder) -> None:
     local.write("a", b"a long first content")
-    with open_input(local.at("a")) as before:
+    with open_input(local.uri_of("a")) as before:
         local.write("a", pa.py_buffer(b"second"))
         assert bytes(before.read()) == b"a long first content"
     assert content(local, "a") == b"second"
 
 
-def test_failed_local_write_leaves_what_was_there(local: Folder) -> None:
+def test_a_failed_local_write_keeps_the_old_file(local: Folder) -> None:
     local.write("a", b"one")
     for name in ("a", "b"):
         with pytest.raises(TypeError):
@@ -83,7 +83,7 @@ def test_failed_local_write_leaves_what_was_there(local: Folder) -> None:
     assert not local.has("b")
 
 
-def test_failed_local_write_leaves_nothing_else(local: Folder) -> None:
+def test_a_failed_local_write_leaves_no_other_file(local: Folder) -> None:
     local.write("b", b"x")
     with pytest.raises(TypeError):
         local.write("a", NOT_BYTES)
@@ -91,19 +91,19 @@ def test_failed_local_write_leaves_nothing_else(local: Folder) -> None:
 
 
 @pytest.mark.parametrize("name", ["a b", "a%20b", "ä 你好", "a#b?c", "[a]"])
-def test_local_path_is_no_uri(name: str, tmp_path: Path) -> None:
+def test_a_local_path_is_not_quoted(name: str, tmp_path: Path) -> None:
     folder = Folder(str(tmp_path / name))
     folder.write(name, b"x")
     assert content(folder, name) == b"x"
     assert (tmp_path / name / name).read_bytes() == b"x"
 
 
-def test_place_of_an_unknown_kind_is_refused() -> None:
+def test_an_unknown_scheme_is_a_user_error() -> None:
     with pytest.raises(UserError, match=r"^nowhere://x/y: cannot be reached"):
         file_system("nowhere://x/y")
 
 
-def test_cache_is_a_local_folder_unless_it_is_a_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_a_local_folder_unless_it_is_a_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("RAYDIV_CACHE", str(tmp_path / "chosen"))
     assert shared_dir("a", "b").uri == str(cache_dir("a", "b")) == str(tmp_path / "chosen" / "a" / "b")
@@ -117,41 +117,41 @@ def test_cache_is_a_local_folder_unless_it_is_a_uri(tmp_path: Path, monkeypatch:
 
 @pytest.fixture
 def remote(bucket: str, tmp_path: Path) -> Folder:
-    """A folder of the bucket for this test alone."""
+    """A folder of the bucket for this test only."""
     return Folder(f"{bucket}/{tmp_path.name}")
 
 
-def test_remote_folder_has_what_is_written(remote: Folder) -> None:
-    assert remote.names("") == []
+def test_a_remote_folder_has_the_written_files(remote: Folder) -> None:
+    assert remote.file_names("") == []
     assert not remote.has("a.parquet")
     remote.write("b.parquet", b"two")
     remote.write("a.parquet", pa.py_buffer(b"one"))
-    Folder(remote.at("c.parquet")).write("inner.parquet", b"x")
-    assert remote.names(".parquet") == ["a.parquet", "b.parquet"]
+    Folder(remote.uri_of("c.parquet")).write("inner.parquet", b"x")
+    assert remote.file_names(".parquet") == ["a.parquet", "b.parquet"]
     assert remote.has("a.parquet")
     assert not remote.has("c.parquet")
     assert content(remote, "a.parquet") == b"one"
-    with open_input(remote.at("b.parquet")) as found:
-        found.seek(1)
-        assert found.read() == b"wo"
+    with open_input(remote.uri_of("b.parquet")) as file:
+        file.seek(1)
+        assert file.read() == b"wo"
 
 
-def test_remote_file_larger_than_a_part_is_whole(remote: Folder) -> None:
+def test_a_remote_file_larger_than_a_part_is_complete(remote: Folder) -> None:
     large = np.random.default_rng(0).bytes(11 * 2**20)
     remote.write("large", large)
     assert content(remote, "large") == large
 
 
-def test_failed_remote_write_leaves_nothing(remote: Folder) -> None:
+def test_a_failed_remote_write_leaves_no_file(remote: Folder) -> None:
     with pytest.raises(TypeError):
         remote.write("a", NOT_BYTES)
-    assert remote.names("") == []
+    assert remote.file_names("") == []
 
 
 @pytest.mark.parametrize("name", ["a b", "a%20b", "ä 你好", "a#b"])
-def test_remote_name_may_hold_anything(name: str, remote: Folder) -> None:
+def test_a_remote_name_may_have_any_character(name: str, remote: Folder) -> None:
     remote.write(name, name.encode())
-    assert remote.names("") == [name]
+    assert remote.file_names("") == [name]
     assert content(remote, name) == name.encode()
 
 
@@ -172,52 +172,52 @@ def csv(rows: list[Row]) -> bytes:
     return ("prompt,response,aligned\n" + "".join("{prompt},{response},{aligned}\n".format(**r) for r in rows)).encode()
 
 
-def test_remote_source_is_read_from_every_kind_of_file(remote: Folder, tmp_path: Path) -> None:
+def test_a_remote_source_is_read_in_every_format(remote: Folder, tmp_path: Path) -> None:
     remote.write("rows.jsonl", jsonl(ROWS))
     remote.write("rows.json", json.dumps(ROWS).encode())
     remote.write("rows.csv", csv(ROWS))
     remote.write("rows.parquet", parquet(ROWS, row_group_size=7))
-    parts = Folder(remote.at("parts"))
+    parts = Folder(remote.uri_of("parts"))
     parts.write("b.jsonl", jsonl(ROWS[20:]))
     parts.write("a.parquet", parquet(ROWS[:20]))
     parts.write("notes.txt", b"nothing")
     datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"), num_shards=2)
-    saved = Folder(remote.at("saved"))
+    saved = Folder(remote.uri_of("saved"))
     for file in (tmp_path / "saved").iterdir():
         saved.write(file.name, file.read_bytes())
     expected = [(row["prompt"], row["response"], row["aligned"]) for row in ROWS]
     places = ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet", "parts", "parts/", "saved", "rows.json*"]
     for place in places:
-        found = read_examples(Source(path=f"{remote.uri}/{place}"))
+        examples = read_examples(Source(path=f"{remote.uri}/{place}"))
         copies = 2 if place == "rows.json*" else 1
-        assert [(e.prompt, e.response, e.aligned) for e in found] == expected * copies, place
-    assert read_examples(Source(path=remote.at("parts")))[20].source == f"{remote.uri}/parts/b.jsonl:1"
+        assert [(e.prompt, e.response, e.aligned) for e in examples] == expected * copies, place
+    assert read_examples(Source(path=remote.uri_of("parts")))[20].source == f"{remote.uri}/parts/b.jsonl:1"
 
 
-def test_remote_file_of_several_pieces_has_every_record_once(remote: Folder) -> None:
+def test_a_remote_file_of_several_chunks_has_every_record_once(remote: Folder) -> None:
     rows = [row | {"note": "x" * (200_000 + n)} for n, row in enumerate(ROWS)]
     remote.write("rows.jsonl", jsonl(rows))
-    source = Source(path=remote.at("rows.jsonl"))
+    source = Source(path=remote.uri_of("rows.jsonl"))
     assert len(file_chunks(files_of(source)[0])) == -(-len(jsonl(rows)) // FILE_CHUNK_BYTES) > 1
-    found = read_examples(source)
-    assert [e.prompt for e in found] == [row["prompt"] for row in rows]
-    assert [e.source for e in found] == [f"{source.path}:{n + 1}" for n in range(len(rows))]
+    examples = read_examples(source)
+    assert [e.prompt for e in examples] == [row["prompt"] for row in rows]
+    assert [e.source for e in examples] == [f"{source.path}:{n + 1}" for n in range(len(rows))]
 
 
 @pytest.mark.parametrize("place", ["gone.jsonl", "gone", "gone/*.jsonl", "*.parquet"])
-def test_remote_source_that_is_not_there_is_named(place: str, remote: Folder) -> None:
+def test_a_missing_remote_source_is_named(place: str, remote: Folder) -> None:
     remote.write("rows.jsonl", jsonl(ROWS))
     with pytest.raises(UserError) as caught:
         files_of(Source(path=f"{remote.uri}/{place}"))
     assert str(caught.value).startswith(f"{remote.uri}/{place}: ")
 
 
-def test_bucket_that_is_not_there_is_named(bucket: str) -> None:
+def test_a_missing_bucket_is_named(bucket: str) -> None:
     with pytest.raises(UserError, match=r"^s3://nobodys/rows.jsonl: "):
         files_of(Source(path="s3://nobodys/rows.jsonl"))
 
 
-def test_server_that_is_not_there_is_named(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_server_is_named(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free.getsockname()[1]}")
@@ -228,34 +228,34 @@ def test_server_that_is_not_there_is_named(bucket: str, monkeypatch: pytest.Monk
 
 @pytest.fixture
 def remote_cache(remote: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
-    cache = Folder(remote.at("cache"))
+    cache = Folder(remote.uri_of("cache"))
     monkeypatch.setenv("RAYDIV_CACHE", cache.uri)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     return cache
 
 
-def test_hub_data_set_is_kept_in_a_remote_cache(
+def test_a_hub_data_set_is_written_to_a_remote_cache(
     remote_cache: Folder, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = datasets.Dataset.from_list(ROWS)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
     monkeypatch.setattr("raydiv.data.sources.EXPORT_ROWS", 12)
-    found = read_examples(Source(path="hf://org/name"))
-    assert [e.prompt for e in found] == [row["prompt"] for row in ROWS]
+    examples = read_examples(Source(path="hf://org/name"))
+    assert [e.prompt for e in examples] == [row["prompt"] for row in ROWS]
     assert all(file.uri.startswith(remote_cache.uri) for file in files_of(Source(path="hf://org/name")))
 
 
-# --- the whole of it, through Ray ---
+# --- prepare, through Ray ---
 
 
 @pytest.fixture(scope="module")
 def ray(bucket: str) -> Iterator[None]:
-    """Ray's workers get the environment of whoever starts Ray: the bucket's comes first."""
+    """A Ray session whose workers have the environment of ``bucket``, which is set first."""
     with ray_session(ClusterConfig()):
         yield
 
 
-def whole_recipe(model: Path, source: str, *overrides: str) -> Recipe:
+def s3_recipe(model: Path, source: str, *overrides: str) -> Recipe:
     return load_recipe(
         {
             "model": {"id": str(model)},
@@ -279,7 +279,7 @@ def files(uri: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_prepare_reads_and_keeps_everything_on_s3(
+def test_prepare_reads_data_from_s3_and_writes_its_cache_there(
     ray: None,
     remote: Folder,
     remote_cache: Folder,
@@ -288,24 +288,24 @@ def test_prepare_reads_and_keeps_everything_on_s3(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     remote.write("rows.jsonl", jsonl(ROWS[:20]) + b"{\n" + jsonl(ROWS[20:]))
-    recipe = whole_recipe(tiny_model, remote.at("rows.jsonl"))
+    recipe = s3_recipe(tiny_model, remote.uri_of("rows.jsonl"))
     first = prepare(recipe, ProgressDisplay(quiet=True))
     assert (first.reference_hits, first.reference_misses) == (0, len(ROWS))
     assert next(first.data.bad.as_json())["line"] == 21
-    kept = files(remote_cache.uri)
-    assert {name.split("/")[0] for name in kept} == {"prepared", "reference"}
+    cached = files(remote_cache.uri)
+    assert {name.split("/")[0] for name in cached} == {"prepared", "reference"}
     assert {path.name for path in (tmp_path / "home" / "raydiv").iterdir()} == {"digests"}
     assert all(uri.startswith(remote_cache.uri) for uri in first.train.examples.shards.uris)
 
     again = prepare(recipe.model_copy(update={"seed": 1}), ProgressDisplay(quiet=True))
     assert (again.reference_hits, again.reference_misses) == (len(ROWS), 0)
-    assert files(remote_cache.uri) == kept
+    assert files(remote_cache.uri) == cached
 
     monkeypatch.setenv("RAYDIV_CACHE", str(tmp_path / "local"))
     for module in ("raydiv.data.tokenize", "raydiv.data.reference_scorer"):
         monkeypatch.setattr(f"{module}.map_stream", stream_here)
     (tmp_path / "rows.jsonl").write_bytes(jsonl(ROWS))
-    local = prepare(whole_recipe(tiny_model, str(tmp_path / "rows.jsonl")), ProgressDisplay(quiet=True))
+    local = prepare(s3_recipe(tiny_model, str(tmp_path / "rows.jsonl")), ProgressDisplay(quiet=True))
     for other in (first, again):
         assert other.train.examples.fingerprint == local.train.examples.fingerprint
         assert ids_of(other) == ids_of(local)
@@ -313,5 +313,5 @@ def test_prepare_reads_and_keeps_everything_on_s3(
 
 
 def ids_of(prepared: PreparedData) -> list[tuple[list[int], list[int]]]:
-    found = prepared.train.examples.ids(np.arange(len(prepared.train.examples)))
-    return [(prompt.tolist(), response.tolist()) for prompt, response in found]
+    ids = prepared.train.examples.ids(np.arange(len(prepared.train.examples)))
+    return [(prompt.tolist(), response.tolist()) for prompt, response in ids]

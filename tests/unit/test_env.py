@@ -1,4 +1,4 @@
-"""``raydiv env``: what a bug report needs, and never a secret."""
+"""``raydiv env``: the facts for a bug report, never a secret."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def test_versions_are_those_installed() -> None:
 def test_devices_and_paths_are_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAYDIV_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    found = env()
-    assert found["devices"]["cpus"] >= 1
-    assert found["devices"]["memory_bytes"] > 2**28
-    assert found["paths"]["cache"] == found["paths"]["RAYDIV_CACHE"] == str(tmp_path / "cache")
-    assert found["paths"]["RAY_ADDRESS"] is None
+    report = env()
+    assert report["devices"]["cpus"] >= 1
+    assert report["devices"]["memory_bytes"] > 2**28
+    assert report["paths"]["cache"] == report["paths"]["RAYDIV_CACHE"] == str(tmp_path / "cache")
+    assert report["paths"]["RAY_ADDRESS"] is None
 
 
 def test_json_is_what_the_function_returns(capfd: pytest.CaptureFixture[str]) -> None:
@@ -48,8 +48,8 @@ def test_text_has_a_line_for_every_fact(capfd: pytest.CaptureFixture[str], monke
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert main(["env"]) == 0
     lines = dict(line.split(maxsplit=1) for line in capfd.readouterr().out.splitlines())
-    found = env()
-    assert lines.keys() == found["versions"].keys() | {"cpus", "memory", "gpus"} | found["paths"].keys()
+    report = env()
+    assert lines.keys() == report["versions"].keys() | {"cpus", "memory", "gpus"} | report["paths"].keys()
     assert lines["raydiv"] == __version__
     assert lines["RAY_ADDRESS"] == "not set"
     assert re.fullmatch(r"[\d.]+ GiB", lines["memory"])
@@ -104,7 +104,7 @@ def test_gpus_are_named_with_their_memory(monkeypatch: pytest.MonkeyPatch, capfd
 def test_a_broken_installation_is_reported_too(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """What cannot be imported, or is not installed, leaves its line empty."""
+    """A package that is missing or cannot be imported has an empty line."""
     real = builtins.__import__
 
     def broken(name: str, *rest: Any) -> Any:
@@ -117,9 +117,9 @@ def test_a_broken_installation_is_reported_too(
 
     monkeypatch.setattr(builtins, "__import__", broken)
     monkeypatch.setattr(command.metadata, "version", absent)
-    found = env()
-    assert found["versions"]["torch"] is found["versions"]["cuda"] is found["devices"]["memory_bytes"] is None
-    assert found["devices"]["gpus"] == []
-    assert found["paths"]["cache"] == "none: raydiv.utils.cache: broken"
+    report = env()
+    assert report["versions"]["torch"] is report["versions"]["cuda"] is report["devices"]["memory_bytes"] is None
+    assert report["devices"]["gpus"] == []
+    assert report["paths"]["cache"] == "none: raydiv.utils.cache: broken"
     assert main(["env"]) == 0
     assert re.search(r"^torch +-$", capfd.readouterr().out, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""What the user must change is found inside the layers that Ray wraps it in."""
+"""A UserError is found inside the exceptions that Ray wraps it in."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from raydiv.utils.errors import UserError, find_user_error
 
 
 class WrappedError(Exception):
-    """Ray keeps what a task raised in ``cause``."""
+    """As Ray's RayTaskError, which has the exception of a task in ``cause``."""
 
     def __init__(self, cause: Exception) -> None:
         super().__init__("task failed")
@@ -21,14 +21,16 @@ def raised_from(cause: BaseException) -> Exception:
     return error
 
 
-MINE = UserError("model.id: change it")
+USER_ERROR = UserError("model.id: change it")
 
 
-@pytest.mark.parametrize("error", [MINE, WrappedError(MINE), raised_from(MINE), raised_from(WrappedError(MINE))])
-def test_the_users_part_is_found(error: Exception) -> None:
-    assert find_user_error(error) is MINE
+@pytest.mark.parametrize(
+    "error", [USER_ERROR, WrappedError(USER_ERROR), raised_from(USER_ERROR), raised_from(WrappedError(USER_ERROR))]
+)
+def test_a_wrapped_user_error_is_found(error: Exception) -> None:
+    assert find_user_error(error) is USER_ERROR
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("x"), WrappedError(KeyError("x")), raised_from(ValueError("x"))])
-def test_other_failures_are_not_the_users(error: Exception | None) -> None:
+def test_other_errors_are_no_user_errors(error: Exception | None) -> None:
     assert find_user_error(error) is None

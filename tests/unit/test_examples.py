@@ -20,7 +20,7 @@ CONFIGS = ROOT / "configs"
 NAMES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
 
 
-def test_every_shipped_recipe_is_listed_with_what_it_is_for(capfd: pytest.CaptureFixture[str]) -> None:
+def test_every_shipped_recipe_is_listed_with_its_command_and_description(capfd: pytest.CaptureFixture[str]) -> None:
     assert sorted(example.name for example in examples()) == NAMES
     for example in examples():
         assert example.command in ("train", "study", "sweep", "bench"), example
@@ -31,7 +31,7 @@ def test_every_shipped_recipe_is_listed_with_what_it_is_for(capfd: pytest.Captur
         e for e in listed if e["name"] == "quickstart"
     ).items()
     assert main(["examples"]) == 0
-    assert [line.split()[0] for line in capfd.readouterr().out.splitlines()] == [one["name"] for one in listed]
+    assert [line.split()[0] for line in capfd.readouterr().out.splitlines()] == [example["name"] for example in listed]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -47,7 +47,7 @@ def test_a_copied_recipe_is_the_shipped_one_and_loads_anywhere(
     assert load_recipe(first) == load_recipe(CONFIGS / f"{name}.yaml")
 
 
-def test_what_a_recipe_extends_is_copied_beside_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_parent_recipe_is_copied_beside_the_recipe(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "new" / "folder"
     assert main(["examples", "papers/kldo-study", str(folder), "--json"]) == 0
     assert json.loads(capfd.readouterr().out) == {"files": [str(folder / "kldo-study.yaml"), str(folder / "kldo.yaml")]}
@@ -75,24 +75,24 @@ def test_nothing_is_overwritten(
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "hint"),
     [
         ("quikstart", "did you mean quickstart?"),
         ("papers/kldoo", "did you mean papers/kldo?"),
         ("zz", "known: bench/w1"),
     ],
 )
-def test_an_unknown_name_names_the_nearest(
-    name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_an_unknown_name_gets_the_nearest_as_a_hint(
+    name: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["examples", name]) == 2
-    assert f"{name}: no such example ({said}" in capfd.readouterr().err
+    assert f"{name}: no such example ({hint}" in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 def test_an_installed_package_has_its_own_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wheel holds configs/ as raydiv/configs: what lies beside the package is not looked at."""
+    """A wheel has configs/ as raydiv/configs; a folder beside the package is ignored."""
     package = tmp_path / "site-packages" / "raydiv"
     shutil.copytree(CONFIGS, package / "configs")
     (package.parent / "configs").mkdir()
@@ -103,7 +103,7 @@ def test_an_installed_package_has_its_own_recipes(tmp_path: Path, monkeypatch: p
     assert wheel["force-include"] == {"configs": "raydiv/configs"}
 
 
-def test_a_package_without_recipes_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_without_recipes_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "PACKAGE", tmp_path / "raydiv")
     with pytest.raises(UserError, match="no recipes"):
         examples()

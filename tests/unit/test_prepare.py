@@ -24,7 +24,7 @@ Row = dict[str, Any]
 
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokenize in this process, with an empty cache. The reference log-prob of an example is minus its prompt's length."""
+    """Tokenize in this process, with an empty cache; reference log-probs are minus the prompts' lengths."""
 
     def lengths(recipe: Recipe, directory: Path, sets: Sequence[StoredExamples], progress: object) -> Lookup:
         return Lookup([-100.0 * number - examples.prompt_lengths for number, examples in enumerate(sets)], 3, 4)

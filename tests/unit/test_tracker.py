@@ -1,4 +1,4 @@
-"""MLflow as a follower: parameters, metrics and artifacts arrive, and a store that is away costs nothing but a warning."""
+"""MLflow as a follower: parameters, metrics and artifacts arrive, and an unreachable store costs only a warning."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def recipe(output: Path) -> Recipe:
     )
 
 
-def test_the_store_is_the_recipes_then_the_environments_then_sqlite(
+def test_the_store_is_of_the_recipe_else_the_environment_else_sqlite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mine = recipe(tmp_path)
-    assert tracking_uri(mine) == f"sqlite:///{tmp_path / 'mlflow.db'}"
+    configured = recipe(tmp_path)
+    assert tracking_uri(configured) == f"sqlite:///{tmp_path / 'mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
-    assert tracking_uri(mine) == "http://127.0.0.1:1"
-    mine.track.uri = "sqlite:///elsewhere.db"
-    assert tracking_uri(mine) == "sqlite:///elsewhere.db"
+    assert tracking_uri(configured) == "http://127.0.0.1:1"
+    configured.track.uri = "sqlite:///elsewhere.db"
+    assert tracking_uri(configured) == "sqlite:///elsewhere.db"
 
 
 def test_an_outage_delays_metrics_in_order_and_warns_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +45,7 @@ def test_an_outage_delays_metrics_in_order_and_warns_once(tmp_path: Path, monkey
     assert run_id is not None
     send = MlflowClient.log_batch
 
-    monkeypatch.setattr(MlflowClient, "log_batch", away)
+    monkeypatch.setattr(MlflowClient, "log_batch", unreachable)
     tracker.log_metrics({"step": 2, "loss": 2.0})
     tracker.log_metrics({"step": 3, "loss": 1.0})
     assert tracker.run_id == run_id
@@ -66,19 +66,19 @@ LINES = [{"step": step, "loss": 4.0 - step} for step in (1, 2, 3)]
 def sent_by(tracker: MlflowTracker) -> list[tuple[int, float]]:
     assert tracker.run_id is not None
     history = MlflowClient(tracker.uri).get_metric_history(tracker.run_id, "loss")
-    return [(found.step, found.value) for found in history]
+    return [(entry.step, entry.value) for entry in history]
 
 
-def test_what_an_outage_kept_back_is_sent_by_the_next_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    note = tmp_path / "mlflow.json"
-    first = MlflowTracker(recipe(tmp_path), {}, print, state_file=note)
+def test_metrics_of_an_outage_are_sent_by_the_next_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = tmp_path / "mlflow.json"
+    first = MlflowTracker(recipe(tmp_path), {}, print, state_file=state)
     first.log_metrics(LINES[0])
     run_id = first.run_id
     with monkeypatch.context() as patch:
-        patch.setattr(MlflowClient, "log_batch", away)
+        patch.setattr(MlflowClient, "log_batch", unreachable)
         first.log_metrics(LINES[1])
         assert not first.finish("KILLED")
-    later = MlflowTracker(recipe(tmp_path), {}, print, state_file=note)
+    later = MlflowTracker(recipe(tmp_path), {}, print, state_file=state)
     assert later.lines_sent == 1
     for line in LINES[later.lines_sent :]:
         later.log_metrics(line)
@@ -88,25 +88,25 @@ def test_what_an_outage_kept_back_is_sent_by_the_next_process(tmp_path: Path, mo
     assert MlflowClient(later.uri).get_run(str(run_id)).info.status == "FINISHED"
 
 
-def test_a_line_that_was_sent_and_not_noted_is_not_sent_again(tmp_path: Path) -> None:
-    note = tmp_path / "mlflow.json"
-    first = MlflowTracker(recipe(tmp_path), {}, print, state_file=note)
+def test_a_sent_line_that_was_not_noted_is_not_sent_again(tmp_path: Path) -> None:
+    state = tmp_path / "mlflow.json"
+    first = MlflowTracker(recipe(tmp_path), {}, print, state_file=state)
     for line in LINES[:2]:
         first.log_metrics(line)
     assert first.run_id
-    note.write_text(note.read_text().replace('"lines": 2', '"lines": 1'))
-    later = MlflowTracker(recipe(tmp_path), {}, print, state_file=note)
+    state.write_text(state.read_text().replace('"lines": 2', '"lines": 1'))
+    later = MlflowTracker(recipe(tmp_path), {}, print, state_file=state)
     for line in LINES[later.lines_sent :]:
         later.log_metrics(line)
     assert sent_by(later) == [(1, 3.0), (2, 2.0), (3, 1.0)]
 
 
-def test_a_store_that_comes_late_has_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_reached_late_has_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(MlflowClient, "log_batch", away)
+        patch.setattr(MlflowClient, "log_batch", unreachable)
         tracker = MlflowTracker(recipe(tmp_path), {}, print, state_file=tmp_path / "mlflow.json")
         tracker.log_metrics(LINES[0])
-        assert tracker.run_id  # begun, and its parameters not sent
+        assert tracker.run_id  # created, but without its parameters
     tracker.log_metrics(LINES[1])
     assert tracker.finish()
     assert sent_by(tracker) == [(1, 3.0), (2, 2.0)]
@@ -114,11 +114,11 @@ def test_a_store_that_comes_late_has_one_run(tmp_path: Path, monkeypatch: pytest
     assert len(client.search_runs([client.get_run(str(tracker.run_id)).info.experiment_id])) == 1
 
 
-def away(*_: Any, **__: Any) -> None:
-    raise ConnectionError("away")
+def unreachable(*_: Any, **__: Any) -> None:
+    raise ConnectionError("unreachable")
 
 
-def test_names_of_sets_and_categories_may_hold_any_character(tmp_path: Path) -> None:
+def test_names_of_sets_and_categories_may_have_any_character(tmp_path: Path) -> None:
     tracker = MlflowTracker(recipe(tmp_path), {}, print)
     tracker.log_metrics({"step": 1, "evaluate/safety/Fraud & Theft": 0.5, "evaluate/asr_set/Salad-Data:base_set": 0.25})
     assert tracker.finish()
@@ -126,18 +126,18 @@ def test_names_of_sets_and_categories_may_hold_any_character(tmp_path: Path) -> 
     assert logged == {"evaluate/safety/Fraud _ Theft": 0.5, "evaluate/asr_set/Salad-Data:base_set": 0.25}
 
 
-def test_a_store_that_never_comes_is_reported(tmp_path: Path) -> None:
+def test_a_store_that_is_never_reached_is_reported(tmp_path: Path) -> None:
     warnings: list[str] = []
-    mine = recipe(tmp_path)
-    mine.track.uri = "http://127.0.0.1:9"
-    tracker = MlflowTracker(mine, {}, warnings.append)
+    configured = recipe(tmp_path)
+    configured.track.uri = "http://127.0.0.1:9"
+    tracker = MlflowTracker(configured, {}, warnings.append)
     tracker.log_metrics({"step": 1, "loss": 3.0})
     assert not tracker.finish()
     assert len(warnings) == 1
     assert "127.0.0.1:9" in warnings[0]
 
 
-def test_a_run_that_fails_after_its_end_is_failed(tmp_path: Path) -> None:
+def test_a_run_that_fails_after_finish_has_status_failed(tmp_path: Path) -> None:
     tracker = MlflowTracker(recipe(tmp_path), {}, print)
     assert tracker.finish()
     assert tracker.finish("FAILED")
@@ -147,7 +147,7 @@ def test_a_run_that_fails_after_its_end_is_failed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "status"), [(KeyboardInterrupt, "KILLED"), (Terminated, "KILLED"), (ValueError, "FAILED")]
 )
-def test_what_ends_before_its_time_is_said(error: type[BaseException], status: str, tmp_path: Path) -> None:
+def test_an_exception_sets_the_status(error: type[BaseException], status: str, tmp_path: Path) -> None:
     tracker = MlflowTracker(recipe(tmp_path), {}, print)
     with pytest.raises(error), tracker.end_on_error():
         raise error
