@@ -87,7 +87,7 @@ def test_examples_know_their_place_in_the_data(run: Result, files: dict[str, str
     rows = np.arange(len(stored))
     lines = Path(files["train"]).read_text().splitlines()
     for place, (prompt, _) in zip(stored.places(rows), stored.ids(rows), strict=True):
-        file, _, line = opened.where(place).rpartition(":")
+        file, _, line = opened.locate(place).rpartition(":")
         assert file.endswith("train.jsonl")
         assert json.loads(lines[int(line) - 1])["prompt"] in opened.chat.decode(prompt.tolist())
 

@@ -207,7 +207,7 @@ def test_what_cannot_be_separated_is_one_line(
 def test_states_are_not_written_over(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "model-0-prompts-0.parquet").write_text("")
     assert main(["separation", str(tiny_model), "--embeddings", str(tmp_path)]) == 2
-    assert "is there already; name another folder" in capsys.readouterr().err
+    assert "--embeddings: " in capsys.readouterr().err
 
 
 def test_a_toxicity_model_that_is_none_is_refused(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
