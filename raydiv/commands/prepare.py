@@ -18,7 +18,7 @@ from raydiv.data.tokenize import tokenize
 from raydiv.data.tokens import KEY, StoredExamples, content_key, mismatched
 from raydiv.model.chat import Chat
 from raydiv.model.load import ModelSource, require_quantizer
-from raydiv.model.resolve import fingerprint, model_directory, require_base
+from raydiv.model.resolve import fingerprint, model_directory, require_base_model
 from raydiv.runs.events import ExamplePlace
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.session import ray_session
@@ -101,8 +101,8 @@ def load_inputs(recipe: Recipe, display: ProgressDisplay) -> LoadedInputs:
     require_measured(recipe)
     with display.phase("model and data"):
         directory = model_directory(recipe.model.id, recipe.model.revision)
-        require_base(recipe.model.id, directory)
-        ModelSource.of(recipe, directory).config()  # fails here rather than in a worker
+        require_base_model(recipe.model.id, directory)
+        ModelSource.from_recipe(recipe, directory).config()  # fails here rather than in a worker
         prompts = PromptSets.of(recipe)
         chat = Chat(directory, recipe.data.template, recipe.model.trust_remote_code)
         train, held_out = (
@@ -147,7 +147,7 @@ def _count_trained_on(recipe: Recipe, inputs: LoadedInputs, data: Splits) -> dic
     counts = {}
     for name, prompts in inputs.prompts.by_name(recipe).items():
         texts, lengths = [prompt.text for prompt in prompts], (recipe.batch.max_prompt_length, recipe.batch.max_length)
-        keys = [content_key(row.prompt) for row in inputs.chat.examples(texts, [""] * len(texts), *lengths)]
+        keys = [content_key(row.prompt) for row in inputs.chat.tokenize(texts, [""] * len(texts), *lengths)]
         counts[name] = int(np.isin(np.array(keys, KEY), data.train.examples.prompt_keys).sum())
     return counts
 

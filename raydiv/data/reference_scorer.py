@@ -48,7 +48,7 @@ def reference_logps(
     A finished task is stored at once. So an interrupted pass resumes where it stopped, and two concurrent passes share
     their work.
     """
-    store = ReferenceStore.of(ModelSource.of(recipe, directory))
+    store = ReferenceStore.of(ModelSource.from_recipe(recipe, directory))
     keys = pa.concat_arrays([examples.keys for examples in example_sets])
     logps = store.look_up(keys)
     _, distinct = np.unique(keys.dictionary_encode().indices.to_numpy(), return_index=True)
@@ -91,7 +91,7 @@ def _score_missing(
     # concurrent processes work on the same tasks: starting elsewhere, each finds those of the others done
     random.shuffle(tasks)
     arguments = {
-        "model": ModelSource.of(recipe, directory),
+        "model": ModelSource.from_recipe(recipe, directory),
         "store": store,
         "example_sets": ray.put(list(example_sets)),
     }
@@ -206,11 +206,11 @@ class LogProbScorer:
     """A pool's actor: a model that scores tokenised examples."""
 
     def __init__(self, model: ModelSource) -> None:
-        self._model = model.serve()
+        self._model = model.load_for_inference()
         self._head = LogProbHead(self._model)
         check = CompatibilityCheck(self._head, self._model, self._model, self._model.device)
-        check.require_known_logits()
-        self._packs = check.packing(longest=0)[0] != "none"
+        check.require_supported_logits()
+        self._packs = check.packing(max_length=0)[0] != "none"
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows with ``prompt`` and ``response`` ids -> rows with ``logp``."""
@@ -224,6 +224,6 @@ class LogProbScorer:
             inputs = collate(examples, packing).to(self._model.device)
             with torch.inference_mode():
                 self._head.set_targets(inputs.rows, inputs.columns, inputs.targets)
-                output = self._model(**inputs.arguments())
-                logps[micro_batch] = inputs.per_example(output.logits, len(micro_batch)).cpu()
+                output = self._model(**inputs.forward_kwargs())
+                logps[micro_batch] = inputs.sum_per_example(output.logits, len(micro_batch)).cpu()
         return [{"logp": float(logp)} for logp in logps]

@@ -33,7 +33,7 @@ class ReferenceStore:
     @classmethod
     def of(cls, model: ModelSource) -> ReferenceStore:
         """The store of a model. For an adapter, the base model's weights are part of the key too."""
-        weights, base = fingerprint(model.directory), model.base()
+        weights, base = fingerprint(model.directory), model.base_directory()
         if base is not None:
             weights = digest(weights, fingerprint(base))
         return cls(weights, model.precision, model.quantization)

@@ -26,7 +26,7 @@ from raydiv.data.index import INDEX_COLUMNS, SCHEMA, SPELLINGS, Index, IndexWrit
 from raydiv.data.readers import FileChunk, RawRecord, file_chunks, parse_record, read_chunk
 from raydiv.data.sources import require_unchanged
 from raydiv.data.tokens import ROW_GROUP_SIZE, content_key
-from raydiv.model.chat import Chat, Tokenized
+from raydiv.model.chat import Chat, TokenizedExample
 from raydiv.runtime.actor_pool import Progress, map_stream, no_progress
 from raydiv.utils.errors import UserError
 from raydiv.utils.storage import Folder, open_input
@@ -187,9 +187,9 @@ class Tokenizer:
         metadata = {b"bad": json.dumps(bad).encode()}
         return pa.table(_columns(chunk.file, records, tokens), schema=SCHEMA.with_metadata(metadata))
 
-    def _tokens(self, records: Records, lengths: tuple[int, int]) -> list[Tokenized]:
+    def _tokens(self, records: Records, lengths: tuple[int, int]) -> list[TokenizedExample]:
         examples = [example for _, record in records for example in record]
-        return self._chat.examples([e.prompt for e in examples], [e.response for e in examples], *lengths)
+        return self._chat.tokenize([e.prompt for e in examples], [e.response for e in examples], *lengths)
 
     def _without_failing(
         self, records: Records, bad: list[tuple[int, str]], lengths: tuple[int, int]
@@ -205,7 +205,7 @@ class Tokenizer:
         return good, sorted(bad)
 
 
-def _columns(file: int, records: Records, tokens: list[Tokenized]) -> dict[str, Any]:
+def _columns(file: int, records: Records, tokens: list[TokenizedExample]) -> dict[str, Any]:
     """A shard's columns (see index.SCHEMA)."""
     examples = [example for _, record in records for example in record]
     # the examples of one prompt share its list of ids

@@ -17,55 +17,55 @@ from raydiv.evaluation.attacks import DIRECT, Attempt
 from raydiv.evaluation.capability import measure_capability, require_tasks
 from raydiv.evaluation.coherence import CoherenceReference, PerplexityThreshold
 from raydiv.evaluation.drift import KlEstimate, sampled_requests
-from raydiv.evaluation.generate import Answer, Request, generate
-from raydiv.evaluation.judges import HarmJudge, verdict
+from raydiv.evaluation.generate import GeneratedAnswer, Request, generate
+from raydiv.evaluation.judges import HarmJudge, overall_verdict
 from raydiv.evaluation.refusal import is_refusal
 from raydiv.evaluation.summary import GradedAnswer
 from raydiv.evaluation.toxicity import require_classifier, toxicity
-from raydiv.evaluation.win_rate import model_judge, pairwise_judge, win_rate
+from raydiv.evaluation.win_rate import make_pairwise_judge, pairwise_judge_model, win_rate
 from raydiv.model.load import ModelSource
 from raydiv.runs.progress import ProgressDisplay
 
 
 @dataclass(frozen=True, slots=True)
-class Judges:
+class EvaluationJudges:
     """Who judges, found and checked before anything is started."""
 
     harm: HarmJudge
     toxicity: Path | None
-    pairs: ModelSource | None
+    pairwise: ModelSource | None
 
     @classmethod
-    def of(cls, how: EvaluateSection, prompts: Sequence[Prompt], cluster: ClusterConfig) -> Judges:
+    def from_config(cls, how: EvaluateSection, prompts: Sequence[Prompt], cluster: ClusterConfig) -> EvaluationJudges:
         """Raises UserError for a judge that is none, an attack that cannot be made, and a task that nobody knows."""
-        attacks.check(how.attacks, prompts)
+        attacks.check_attacks(how.attacks, prompts)
         if how.tasks:
             require_tasks(how.tasks, _folder(how))
-        pairs = pairwise_judge(how.pairwise_judge, cluster) if how.pairwise_judge else None
+        pairs = pairwise_judge_model(how.pairwise_judge, cluster) if how.pairwise_judge else None
         toxic = require_classifier(how.toxicity) if how.toxicity else None
-        return cls(HarmJudge.named(how.judge, cluster), toxic, pairs)
+        return cls(HarmJudge.from_name(how.judge, cluster), toxic, pairs)
 
 
 def measure_answers(
     model: ModelSource,
     reference: ModelSource,
     prompts: Sequence[Prompt],
-    how: EvaluateSection,
-    judges: Judges,
+    config: EvaluateSection,
+    judges: EvaluationJudges,
     cluster: ClusterConfig,
     display: ProgressDisplay,
     *,
     label: str,
 ) -> AnswersReport:
     """What a model answers to ``prompts``, judged, and scored by ``reference``; needs a Ray session."""
-    asked = attacks.direct(prompts)
-    for attack in how.attacks:
+    asked = attacks.direct_attempts(prompts)
+    for attack in config.attacks:
         with display.phase(f"{attack.kind}, {label}") as update:
-            asked += attacks.attempts(attack, prompts, model, cluster, update)
-    sampled = [] if model == reference else sampled_requests(prompts, how.kl_prompts)
+            asked += attacks.attack_attempts(attack, prompts, model, cluster, update)
+    sampled = [] if model == reference else sampled_requests(prompts, config.kl_prompts)
     with display.phase(f"answers, {label}") as update:
         requests = [*(attempt.request for attempt in asked), *sampled]
-        everything = generate(model, requests, how.max_new_tokens, cluster, update)
+        everything = generate(model, requests, config.max_new_tokens, cluster, update)
     answers = everything[: len(asked)]
     with display.phase(f"log-probs, {label}") as update:
         scored = _scored(model, reference, requests, everything, len(asked), cluster, update)
@@ -83,13 +83,13 @@ def measure_answers(
     found = AnswersReport(
         label, judges.harm, asked, graded, answers, per_token, scored.threshold, scored.perplexity, scored.kl, notes
     )
-    if not how.tasks:
+    if not config.tasks:
         return found
     with display.phase(f"capability, {label}") as update:
         return replace(
             found,
             capability=measure_capability(
-                model, how.tasks, cluster=cluster, limit=how.task_limit, include=_folder(how), progress=update
+                model, config.tasks, cluster=cluster, limit=config.task_limit, include=_folder(config), progress=update
             ),
         )
 
@@ -98,7 +98,7 @@ def _folder(how: EvaluateSection) -> Path | None:
     return None if how.task_folder is None else Path(how.task_folder)
 
 
-def against(
+def with_win_rate(
     report: AnswersReport, baseline: Sequence[str], judge: ModelSource, cluster: ClusterConfig, display: ProgressDisplay
 ) -> AnswersReport:
     """The report with a win rate of its answers to harmless prompts over a ``baseline``'s to the same; needs a Ray session."""
@@ -106,7 +106,7 @@ def against(
     if not instructions:
         return replace(report, notes=[*report.notes, "no harmless prompts: nobody was asked whose answers are better"])
     with display.phase(f"pairs, {report.model}") as update:
-        found = win_rate(instructions, outputs, baseline, model_judge(judge, cluster, update))
+        found = win_rate(instructions, outputs, baseline, make_pairwise_judge(judge, cluster, update))
     return replace(report, win_rate=found)
 
 
@@ -125,7 +125,7 @@ def _scored(
     model: ModelSource,
     reference: ModelSource,
     requests: Sequence[Request],
-    answers: Sequence[Answer],
+    answers: Sequence[GeneratedAnswer],
     direct: int,
     cluster: ClusterConfig,
     update: Any,
@@ -138,7 +138,7 @@ def _scored(
     else:
         eos = chat.tokenizer.eos_token_id
         pairs = zip(requests, answers, strict=True)
-        seen = [(chat.prompt(request.prompt), [*chat.text(answer.text), eos]) for request, answer in pairs]
+        seen = [(chat.prompt_ids(request.prompt), [*chat.text_ids(answer.text), eos]) for request, answer in pairs]
     written = CoherenceReference.read(chat)
     logps = score_once(reference, [*written.examples, *seen], cluster, update)
     known, logps = logps[: len(written.examples)], logps[len(written.examples) :]
@@ -151,22 +151,24 @@ def _scored(
         perplexity = own_written.perplexity(own[: len(own_written.examples)])
         kl = None
         if sampled:
-            kl = KlEstimate.of(own[len(own_written.examples) :], logps[direct:], sum(len(ids) for _, ids in sampled))
+            kl = KlEstimate.from_logps(
+                own[len(own_written.examples) :], logps[direct:], sum(len(ids) for _, ids in sampled)
+            )
     tokens = [len(ids) for _, ids in seen[:direct]]
-    return _Scored(logps[:direct], tokens, PerplexityThreshold.of(written, known), perplexity, kl)
+    return _Scored(logps[:direct], tokens, PerplexityThreshold.from_logps(written, known), perplexity, kl)
 
 
 def _graded(
     prompts: Sequence[Prompt],
     asked: Sequence[Attempt],
-    answers: Sequence[Answer],
+    answers: Sequence[GeneratedAnswer],
     scored: _Scored,
-    judges: Judges,
+    judges: EvaluationJudges,
     cluster: ClusterConfig,
     update: Any,
 ) -> list[GradedAnswer]:
     """The verdict on each answer."""
-    own = [prompts[attempt.prompt] for attempt in asked]
+    own = [prompts[attempt.prompt_index] for attempt in asked]
     texts = [answer.text for answer in answers]
     # what was put in the model's mouth is no sign of what it would say
     said = [text.removeprefix(attempt.request.opening) for text, attempt in zip(texts, asked, strict=True)]
@@ -175,7 +177,7 @@ def _graded(
     graded = []
     for number, attempt in enumerate(asked):
         refused = is_refusal(said[number])
-        broken = scored.threshold.broken(said[number], scored.logps[number], scored.tokens[number])
-        found = verdict(harm[number], refused=refused, broken=broken)
+        broken = scored.threshold.is_broken(said[number], scored.logps[number], scored.tokens[number])
+        found = overall_verdict(harm[number], refused=refused, broken=broken)
         graded.append(GradedAnswer(own[number], attempt.attack, found, toxic[number]))
     return graded

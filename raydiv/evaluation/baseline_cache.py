@@ -11,8 +11,8 @@ from typing import Any
 
 from raydiv.config import Recipe
 from raydiv.data.prompt_sets import Prompt, PromptSets
-from raydiv.evaluation.answers import Judges
-from raydiv.evaluation.attacks import texts_of
+from raydiv.evaluation.answers import EvaluationJudges
+from raydiv.evaluation.attacks import attack_texts
 from raydiv.model.load import ModelSource
 from raydiv.model.resolve import fingerprint
 from raydiv.utils.cache import code_digest, digest, file_digest, shared_dir
@@ -53,7 +53,7 @@ class BaselineCache:
     """
 
     def __init__(
-        self, recipe: Recipe, base: ModelSource, prompts: PromptSets, judges: Judges | None, show_text: bool
+        self, recipe: Recipe, base: ModelSource, prompts: PromptSets, judges: EvaluationJudges | None, show_text: bool
     ) -> None:
         self._folder = shared_dir("measured")
         key = digest(
@@ -70,7 +70,7 @@ class BaselineCache:
     def get(self) -> Measurement | None:
         if not self._folder.has(self._name):
             return None
-        with open_input(self._folder.at(self._name)) as file:
+        with open_input(self._folder.uri_of(self._name)) as file:
             return Measurement(**json.loads(file.read()))
 
     def put(self, taken: Measurement) -> None:
@@ -91,14 +91,14 @@ def _apart(recipe: Recipe, prompts: Sequence[Prompt]) -> list[Any]:
     return [recipe.separation.model_dump(mode="json", exclude={"every"}), _prompts(prompts)]
 
 
-def _asked(recipe: Recipe, prompts: Sequence[Prompt], judges: Judges) -> list[Any]:
+def _asked(recipe: Recipe, prompts: Sequence[Prompt], judges: EvaluationJudges) -> list[Any]:
     how = recipe.evaluate
     tasks = sorted(Path(how.task_folder).rglob("*")) if how.task_folder else []
     models = [None if judges.harm.source is None else judges.harm.source.directory, judges.toxicity]
     return [
         how.model_dump(mode="json", exclude={"every"}),
         _prompts(prompts),
-        texts_of(how.attacks),
+        attack_texts(how.attacks),
         [None if directory is None else fingerprint(directory) for directory in models],
         {str(path): file_digest(path) for path in tasks if path.is_file()},
         metadata.version("lm_eval") if how.tasks else None,

@@ -32,7 +32,7 @@ class BeforeAfterEvaluation:
 
         Before training it is the model as it came, of which an earlier run may have left the same measurement.
         """
-        base = ModelSource.of(self._recipe, base_directory)
+        base = ModelSource.from_recipe(self._recipe, base_directory)
         before = when == "before"
         taken = self.baseline(base) if before else self._measure(replace(base, directory=run.model), base, when)
         taken.write_into(run.path)
@@ -43,7 +43,7 @@ class BeforeAfterEvaluation:
     def restore_baseline(self, base_directory: Path) -> None:
         """Before a run goes on: know again what the measurement after training compares answers with; needs a Ray session."""
         if self._judges is not None and self._judges.pairwise is not None:
-            self.baseline(ModelSource.of(self._recipe, base_directory))
+            self.baseline(ModelSource.from_recipe(self._recipe, base_directory))
 
     def baseline(self, base: ModelSource) -> Measurement:
         """The measurement before training, from what earlier runs kept where it is there; needs a Ray session."""

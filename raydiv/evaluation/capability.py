@@ -141,7 +141,9 @@ class TaskHarness:
 
         tokenizer = self._source.chat().tokenizer
         # log-probs are fp32 as everywhere in raydiv; summed in bf16 they would differ by halves
-        return HFLM(pretrained=self._source.serve(), tokenizer=tokenizer, batch_size=BATCH, softmax_dtype="float32")
+        return HFLM(
+            pretrained=self._source.load_for_inference(), tokenizer=tokenizer, batch_size=BATCH, softmax_dtype="float32"
+        )
 
     def _scores(self, name: str) -> list[TaskScores]:
         from lm_eval import simple_evaluate

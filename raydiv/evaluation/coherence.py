@@ -51,7 +51,7 @@ class CoherenceReference:
     def read(cls, chat: Chat) -> CoherenceReference:
         records = [record for _, record in iterate_records(COHERENCE_REFERENCE)]
         prompts, answers = ([text_field(record, name) for record in records] for name in ("prompt", "response"))
-        ids = chat.examples(prompts, answers, max_prompt_length=2**20, max_length=2**21)
+        ids = chat.tokenize(prompts, answers, max_prompt_length=2**20, max_length=2**21)
         return cls([(one.prompt, one.response) for one in ids], [not record["harmful"] for record in records])
 
     def perplexity(self, logps: Sequence[float]) -> float:

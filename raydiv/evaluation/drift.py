@@ -27,7 +27,7 @@ class KlEstimate:
     answers: int
 
     @classmethod
-    def of(cls, own: Sequence[float], reference: Sequence[float], tokens: int) -> KlEstimate:
+    def from_logps(cls, own: Sequence[float], reference: Sequence[float], tokens: int) -> KlEstimate:
         """From both models' log-probs [n] of answers that the first one sampled, of ``tokens`` tokens in all."""
         differences = np.array(own) - np.array(reference)
         mean, count = float(differences.mean()), len(differences)

@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 from raydiv.config.cluster import ClusterConfig
 from raydiv.config.evaluate import AttackConfig
-from raydiv.model.chat import Messages, as_turns
+from raydiv.model.chat import Messages, as_messages
 from raydiv.model.load import ModelSource
 from raydiv.runtime.actor_pool import Progress, map_rows, no_progress
 from raydiv.utils.errors import UserError
@@ -25,7 +25,7 @@ def require_nanogcg() -> None:
         raise UserError("evaluate.attacks: gcg needs nanogcg; run: pip install --no-deps nanogcg==0.3.0")
 
 
-def suffixes_of(
+def search_suffixes(
     model: ModelSource,
     prompts: Sequence[str | Messages],
     attack: AttackConfig,
@@ -46,12 +46,12 @@ class GcgAttacker:
     def __init__(self, model: ModelSource, attack: AttackConfig) -> None:
         require_nanogcg()
         self._attack = attack
-        self._model = model.serve()
-        self._tokenizer = _prepared(copy.deepcopy(model.chat().tokenizer))
+        self._model = model.load_for_inference()
+        self._tokenizer = _without_unused_bos(copy.deepcopy(model.chat().tokenizer))
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows of ``prompt`` and ``seed`` -> ``suffix``."""
-        return [{"suffix": self._suffix(as_turns(row["prompt"]), row["seed"])} for row in rows]
+        return [{"suffix": self._suffix(as_messages(row["prompt"]), row["seed"])} for row in rows]
 
     def _suffix(self, turns: Messages, seed: int) -> str:
         import nanogcg
@@ -72,7 +72,7 @@ class GcgAttacker:
         return str(found.best_string)
 
 
-def _prepared(tokenizer: Any) -> Any:
+def _without_unused_bos(tokenizer: Any) -> Any:
     """A tokenizer whose templates the library leaves whole: it takes every BOS out, also where that begins each turn."""
     if tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] != [tokenizer.bos_token_id]:
         tokenizer.bos_token = None

@@ -28,7 +28,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class GeneratedAnswer:
     """A model's answer: text without special tokens, and the token ids of prompt and answer (opening and EOS included)."""
 
     text: str
@@ -42,18 +42,20 @@ def generate(
     max_new_tokens: int,
     cluster: ClusterConfig,
     progress: Progress = no_progress,
-) -> list[Answer]:
+) -> list[GeneratedAnswer]:
     """One answer per request, of at most ``max_new_tokens`` tokens after its opening; needs a Ray session."""
     chat = model.chat()
-    prompts = [chat.prompt(request.prompt) for request in requests]
-    openings = [chat.text(request.opening) for request in requests]
+    prompts = [chat.prompt_ids(request.prompt) for request in requests]
+    openings = [chat.text_ids(request.opening) for request in requests]
     rows = [
         {"ids": prompt + opening, "seed": request.seed}
         for prompt, opening, request in zip(prompts, openings, requests, strict=True)
     ]
     done = complete(model, rows, max_new_tokens, chat.tokenizer.eos_token_id, cluster, progress)
     answers = [opening + more for opening, more in zip(openings, done, strict=True)]
-    return [Answer(chat.decode(answer), prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    return [
+        GeneratedAnswer(chat.decode(answer), prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)
+    ]
 
 
 def complete(
@@ -67,7 +69,7 @@ def complete(
     """What a model writes after the ``ids`` of each row, up to and including EOS; a row may have a ``seed``."""
     done = map_rows(
         rows,
-        Generator,
+        TextGenerator,
         {"model": model, "max_new_tokens": max_new_tokens, "eos": eos},
         cluster=cluster,
         batch_rows=ANSWERED_TOGETHER,
@@ -77,13 +79,13 @@ def complete(
     return [[int(token) for token in result["answer"]] for result in done]
 
 
-class Generator:
+class TextGenerator:
     """A model that writes on."""
 
     def __init__(self, model: ModelSource, max_new_tokens: int, eos: int) -> None:
         from transformers import GenerationConfig
 
-        self._model = model.serve()
+        self._model = model.load_for_inference()
         # a chat model may end its turn with another token than the tokenizer's EOS
         stated = self._model.generation_config.eos_token_id
         self._ends = {eos, *(stated if isinstance(stated, list) else [] if stated is None else [stated])}

@@ -12,7 +12,7 @@ from raydiv.model.resolve import model_directory
 from raydiv.runs.directory import RunDirectory
 
 
-def sources_of(
+def resolve_models(
     models: Sequence[str], template: str | None = None, precision: Literal["fp32", "bf16"] | None = None
 ) -> list[ModelSource]:
     """Run directories, model directories, bundled models and hub ids as what can be loaded.
@@ -26,17 +26,17 @@ def sources_of(
     return [replace(one, template=template or one.template, precision=precision or one.precision) for one in found]
 
 
-def reference_of(model: str) -> ModelSource | None:
+def initial_model(model: str) -> ModelSource | None:
     """The model that a run began from; None of what is no run. Raises UserError where it is not there any more."""
     run = RunDirectory(Path(model))
     if not run.holds_a_run:
         return None
     recipe = run.read_recipe()
-    return ModelSource.of(recipe, model_directory(recipe.model.id, recipe.model.revision))
+    return ModelSource.from_recipe(recipe, model_directory(recipe.model.id, recipe.model.revision))
 
 
 def _source(model: str) -> ModelSource:
     run = RunDirectory(Path(model))
     if run.holds_a_run:
-        return ModelSource.of(run.read_recipe(), model_directory(str(run.model)))
+        return ModelSource.from_recipe(run.read_recipe(), model_directory(str(run.model)))
     return ModelSource(model_directory(model))

@@ -16,7 +16,7 @@ from raydiv.utils.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
+class ModelOutput:
     """What ``generator`` answered to an instruction."""
 
     instruction: str
@@ -24,7 +24,7 @@ class Output:
     generator: str
 
 
-def read_outputs(path: Path) -> list[Output]:
+def read_outputs(path: Path) -> list[ModelOutput]:
     """Records of a file in AlpacaEval's format. Raises UserError for another, naming the first record that is wrong."""
     try:
         records = json.loads(path.read_text())
@@ -37,12 +37,12 @@ def read_outputs(path: Path) -> list[Output]:
     return [_output(record, f"{path}: record {number}", path.stem) for number, record in enumerate(records, start=1)]
 
 
-def outputs_text(outputs: Sequence[Output]) -> str:
+def format_outputs(outputs: Sequence[ModelOutput]) -> str:
     """The content of a file in AlpacaEval's format, which ``read_outputs`` gives back."""
     return json.dumps([asdict(one) for one in outputs], indent=1, ensure_ascii=False) + "\n"
 
 
-def outputs_to(instructions: Sequence[str], outputs: Sequence[Output], path: Path) -> list[str]:
+def match_outputs(instructions: Sequence[str], outputs: Sequence[ModelOutput], path: Path) -> list[str]:
     """The outputs to these instructions, of those that ``path`` holds; an instruction given twice takes two records.
 
     Raises UserError where some have none.
@@ -60,7 +60,7 @@ def outputs_to(instructions: Sequence[str], outputs: Sequence[Output], path: Pat
     return [output for output in found if output is not None]
 
 
-def _output(record: Any, where: str, generator: str) -> Output:
+def _output(record: Any, where: str, generator: str) -> ModelOutput:
     """One record; ``generator`` where it names none, and its ``input`` after its instruction, as AlpacaEval has it."""
     if not isinstance(record, dict):
         raise UserError(f"{where}: must be a mapping of instruction, output and generator, found {_kind(record)}")
@@ -69,7 +69,7 @@ def _output(record: Any, where: str, generator: str) -> Output:
         if not isinstance(texts.get(key), str):
             raise UserError(f"{where}: {key} must be text, found {_kind(texts[key]) if key in texts else 'none'}")
     instruction = "\n\n".join(part for part in (texts["instruction"], texts["input"]) if part)
-    return Output(instruction, texts["output"], texts["generator"])
+    return ModelOutput(instruction, texts["output"], texts["generator"])
 
 
 def _kind(value: Any) -> str:

@@ -39,7 +39,7 @@ def is_refusal(answer: str) -> bool:
     return _REFUSAL.match(answer.strip().replace("\u2019", "'")) is not None
 
 
-ERRORS = (
+STRING_RULE_ERRORS = (
     "Refusals are found by string rules. On PyRIT's 169 human labels such rules find 64% of refusals with 3% false "
     "alarms, and on its harder set 23% with 8%."
 )

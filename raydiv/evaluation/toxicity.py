@@ -30,12 +30,12 @@ CLASSIFIED_TOGETHER = 64
 class ToxicLabel:
     """Which of a classifier's labels is the toxic one, and whether its labels exclude each other."""
 
-    number: int
+    index: int
     name: str
     exclusive: bool
 
     @classmethod
-    def of(cls, name: str, labels: Mapping[int, str], problem_type: str | None) -> ToxicLabel:
+    def from_labels(cls, name: str, labels: Mapping[int, str], problem_type: str | None) -> ToxicLabel:
         """From a config's id2label. Raises UserError where none of the labels says toxic."""
         plain = {number: label.lower().replace("_", "-").replace(" ", "-") for number, label in labels.items()}
         number = _toxic(plain)
@@ -82,7 +82,7 @@ def _label(directory: Path) -> ToxicLabel:
     if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
         found = ", ".join(kinds) or "model of no known kind"
         raise UserError(f"evaluate.toxicity: {directory}: is a {found}, and no text-classification model")
-    return ToxicLabel.of(str(directory), config.id2label, config.problem_type)
+    return ToxicLabel.from_labels(str(directory), config.id2label, config.problem_type)
 
 
 def toxicity(
@@ -93,7 +93,7 @@ def toxicity(
     rows = [{"text": texts[number]} for number in said]
     done = map_rows(
         rows,
-        Classifier,
+        ToxicityClassifier,
         {"directory": classifier},
         cluster=cluster,
         batch_rows=CLASSIFIED_TOGETHER,
@@ -106,7 +106,7 @@ def toxicity(
     return found
 
 
-class Classifier:
+class ToxicityClassifier:
     """A model that classifies texts."""
 
     def __init__(self, directory: Path) -> None:
@@ -136,4 +136,4 @@ class Classifier:
         with torch.inference_mode():
             logits = self._model(**inputs.to(self._model.device)).logits.float()
         shares = logits.softmax(-1) if self._label.exclusive else logits.sigmoid()
-        return [{"toxic": share} for share in shares[:, self._label.number].tolist()]
+        return [{"toxic": share} for share in shares[:, self._label.index].tolist()]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from raydiv.config.recipe import template_text
-from raydiv.model.resolve import unloadable
+from raydiv.model.resolve import load_error
 from raydiv.utils.cache import digest
 from raydiv.utils.errors import UserError
 
@@ -23,7 +23,7 @@ Ids = Sequence[int] | np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
-class Tokenized:
+class TokenizedExample:
     """Token ids of one example; ``prompt_cut`` and ``response_cut`` count the tokens that truncation took."""
 
     prompt: list[int]
@@ -49,7 +49,7 @@ class Chat:
             raise UserError(f"data.template: missing, and the tokenizer of {directory} has no chat template of its own")
         if self.tokenizer.eos_token_id is None:
             raise UserError(f"model.id: the tokenizer of {directory} has no EOS token, so answers could never end")
-        self.prompt("try it")
+        self.prompt_ids("try it")
 
     @property
     def fingerprint(self) -> str:
@@ -58,7 +58,7 @@ class Chat:
         rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
         return digest(rules, tokenizer.chat_template, tokenizer.eos_token_id, tokenizer.bos_token_id)
 
-    def prompt(self, prompt: str | Messages, generation: bool = True) -> list[int]:
+    def prompt_ids(self, prompt: str | Messages, generation: bool = True) -> list[int]:
         """Ids of the templated conversation, up to where the assistant begins (``generation``) or the user's turn ends.
 
         Exactly one BOS where the tokenizer puts one, whether or not the template writes it.
@@ -68,9 +68,9 @@ class Chat:
         except ValueError as error:
             raise UserError(f"data.template: {error}") from None
 
-    def examples(
+    def tokenize(
         self, prompts: Sequence[str | Messages], responses: Sequence[str], max_prompt_length: int, max_length: int
-    ) -> list[Tokenized]:
+    ) -> list[TokenizedExample]:
         """Ids of examples, tokenised together; equal prompts are once.
 
         A long prompt loses its beginning (but for the BOS), a long response its end (and its EOS). Raises ValueError when
@@ -78,30 +78,32 @@ class Chat:
         """
         if not prompts:
             return []
-        different = {_identity(prompt): prompt for prompt in prompts}
+        different = {_prompt_key(prompt): prompt for prompt in prompts}
         known = dict(zip(different, self._prompts(list(different.values())), strict=True))
         eos, found = self.tokenizer.eos_token_id, []
         for prompt, ids in zip(prompts, self._ids(list(responses)), strict=True):
             response = ids if ids[-1:] == [eos] else [*ids, eos]
-            whole = known[_identity(prompt)]
-            kept = whole if len(whole) <= max_prompt_length else self._beheaded(whole, max_prompt_length)
+            whole = known[_prompt_key(prompt)]
+            kept = whole if len(whole) <= max_prompt_length else self._truncate_left(whole, max_prompt_length)
             room = max_length - len(kept)
             cuts = (len(whole) - len(kept), max(0, len(response) - room))
-            found.append(Tokenized(kept, response[:room], *cuts))
+            found.append(TokenizedExample(kept, response[:room], *cuts))
         return found
 
-    def example(self, prompt: str | Messages, response: str, max_prompt_length: int, max_length: int) -> Tokenized:
+    def tokenize_one(
+        self, prompt: str | Messages, response: str, max_prompt_length: int, max_length: int
+    ) -> TokenizedExample:
         """Ids of one example, as in ``examples``."""
-        return self.examples([prompt], [response], max_prompt_length, max_length)[0]
+        return self.tokenize([prompt], [response], max_prompt_length, max_length)[0]
 
-    def _beheaded(self, ids: list[int], length: int) -> list[int]:
+    def _truncate_left(self, ids: list[int], length: int) -> list[int]:
         """The last of ``ids``, after the BOS where there is one."""
         first = ids[:1] if ids[0] == self.tokenizer.bos_token_id and length > 1 else []
         return first + ids[len(ids) - length + len(first) :]
 
     def _prompts(self, prompts: Sequence[str | Messages], generation: bool = True) -> list[list[int]]:
         """Ids of templated conversations. Raises ValueError when the template fails on one."""
-        conversations = [as_turns(prompt) for prompt in prompts]
+        conversations = [as_messages(prompt) for prompt in prompts]
         try:
             rendered = self.tokenizer.apply_chat_template(
                 conversations, add_generation_prompt=generation, tokenize=False
@@ -112,12 +114,12 @@ class Chat:
                 said = type(error).__name__  # what it says repeats a prompt, which no message may hold
             raise ValueError(f"the chat template fails: {said}") from None
         bos, found = self.tokenizer.bos_token_id, self._ids(rendered)
-        if self._puts_bos:
+        if self._adds_bos:
             found = [ids if ids[:1] == [bos] else [bos, *ids] for ids in found]
         return found
 
     @cached_property
-    def _puts_bos(self) -> bool:
+    def _adds_bos(self) -> bool:
         bos = self.tokenizer.bos_token_id
         return bos is not None and self.tokenizer("").input_ids[:1] == [bos]
 
@@ -130,7 +132,7 @@ class Chat:
         )
         return encoded.input_ids  # type: ignore[no-any-return]
 
-    def text(self, text: str) -> list[int]:
+    def text_ids(self, text: str) -> list[int]:
         """Ids of a text as it is."""
         return self._ids([text])[0] if text else []
 
@@ -146,13 +148,13 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
         # said outright: transformers asks on the terminal where nothing is said, and a piped "y" would do
         return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise unloadable(directory, error, f"has no usable tokenizer: {' '.join(str(error).split())[:200]}") from None
+        raise load_error(directory, error, f"has no usable tokenizer: {' '.join(str(error).split())[:200]}") from None
 
 
-def as_turns(prompt: str | Messages) -> Messages:
+def as_messages(prompt: str | Messages) -> Messages:
     """A prompt as a conversation."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
-def _identity(prompt: str | Messages) -> object:
+def _prompt_key(prompt: str | Messages) -> object:
     return prompt if isinstance(prompt, str) else ("messages", json.dumps(prompt, sort_keys=True))

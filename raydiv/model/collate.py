@@ -35,12 +35,12 @@ class ModelInputs:
         moved: dict[str, Any] = {name: one.to(device) for name, one in tensors.items() if type(one) is Tensor}
         return replace(self, **moved)
 
-    def arguments(self) -> dict[str, Any]:
+    def forward_kwargs(self) -> dict[str, Any]:
         """Arguments of the model's forward."""
         found = {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": self.positions}
         return {name: tensor for name, tensor in found.items() if tensor is not None} | {"use_cache": False}
 
-    def per_example(self, logps: Tensor, examples: int) -> Tensor:
+    def sum_per_example(self, logps: Tensor, examples: int) -> Tensor:
         """Sum token log-probs [t] to sequence log-probs [examples]."""
         return logps.new_zeros(examples).index_add(0, self.examples, logps)
 

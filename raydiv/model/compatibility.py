@@ -22,7 +22,7 @@ from raydiv.utils import distributed as dist
 from raydiv.utils.cache import cache_dir, cached_text, code_digest, digest
 from raydiv.utils.errors import UserError
 
-EXAMPLES = (([3, 4, 5, 6], [7, 8, 9, 10]), ([11], [12, 13]), ([14, 15, 16], [3, 17, 4, 18, 5, 19, 6, 20, 7]))
+PROBE_EXAMPLES = (([3, 4, 5, 6], [7, 8, 9, 10]), ([11], [12, 13]), ([14, 15, 16], [3, 17, 4, 18, 5, 19, 6, 20, 7]))
 """(prompt ids, response ids) that every vocabulary has."""
 
 
@@ -35,74 +35,74 @@ class CompatibilityCheck:
     def __init__(self, head: LogProbHead, model: Any, forward: Callable[..., Any], device: torch.device) -> None:
         self._head, self._model, self._forward, self._device = head, model, forward, device
 
-    def require_known_logits(self) -> None:
+    def require_supported_logits(self) -> None:
         """Raises UserError for an architecture that does more to its logits than LogitRule knows."""
-        with self._evaluating():
-            self._require(self._expected())
+        with self._eval_mode():
+            self._require_equal(self._expected_logps())
 
-    def packing(self, longest: int) -> tuple[Packing, str]:
-        """How the model takes examples of up to ``longest`` tokens, and why not packed where it is not.
+    def packing(self, max_length: int) -> tuple[Packing, str]:
+        """How the model takes examples of up to ``max_length`` tokens, and why not packed where it is not.
 
-        Raises UserError as ``require_known_logits`` does.
+        Raises UserError as ``require_supported_logits`` does.
         """
-        note = self._note(longest)
-        if note is None:
-            return self._packing(longest)
-        if dist.max_over_ranks(float(not note.exists())):  # all ranks must make the same forwards
-            found = self._packing(longest)
-            cached_text(note, lambda: json.dumps(found))
-        packing, why = json.loads(note.read_text())
+        cache_file = self._cache_file(max_length)
+        if cache_file is None:
+            return self._check_packing(max_length)
+        if dist.max_over_ranks(float(not cache_file.exists())):  # all ranks must make the same forwards
+            found = self._check_packing(max_length)
+            cached_text(cache_file, lambda: json.dumps(found))
+        packing, why = json.loads(cache_file.read_text())
         return packing, why
 
-    def _note(self, longest: int) -> Path | None:
+    def _cache_file(self, max_length: int) -> Path | None:
         """Where what was found of a model like this one is kept; None where its code comes with it and may change."""
         config = self._model.config.to_dict()
         if config.get("auto_map"):
             return None
-        used = (config, self._model.config.get_text_config()._attn_implementation, longest)
+        used = (config, self._model.config.get_text_config()._attn_implementation, max_length)
         way = (type(self._model).__name__, str(next(self._model.parameters()).dtype), self._device.type)
         return cache_dir("probes") / digest(used, way, code_digest("model"))
 
-    def _packing(self, longest: int) -> tuple[Packing, str]:
-        packing, why = packing_of(self._model, longest)
-        with self._evaluating():
-            expected = self._expected()
+    def _check_packing(self, max_length: int) -> tuple[Packing, str]:
+        packing, why = packing_of(self._model, max_length)
+        with self._eval_mode():
+            expected = self._expected_logps()
             if packing != "none":
-                packed = self._scores(collate(EXAMPLES, packing))
+                packed = self._head_logps(collate(PROBE_EXAMPLES, packing))
                 if self._close(packed, expected):
                     return packing, ""
-                why = f"packed log-probs differ by up to {_farthest(packed, expected)}"
-            self._require(expected)
+                why = f"packed log-probs differ by up to {_max_difference(packed, expected)}"
+            self._require_equal(expected)
         return "none", why
 
-    def _expected(self) -> Tensor:
+    def _expected_logps(self) -> Tensor:
         """Log-probs of the examples by the model's own logits."""
-        inputs = collate(EXAMPLES).to(self._device)
+        inputs = collate(PROBE_EXAMPLES).to(self._device)
         self._head.remove()
-        logits = self._forward(**inputs.arguments()).logits
+        logits = self._forward(**inputs.forward_kwargs()).logits
         self._head.install()
         return logits[inputs.rows, inputs.columns].float().log_softmax(-1).gather(1, inputs.targets[:, None]).squeeze(1)  # type: ignore[no-any-return]
 
-    def _require(self, expected: Tensor) -> None:
-        found = self._scores(collate(EXAMPLES))
+    def _require_equal(self, expected: Tensor) -> None:
+        found = self._head_logps(collate(PROBE_EXAMPLES))
         if not self._close(found, expected):
             kind = type(self._model.config.get_text_config()).__name__.removesuffix("Config")
             raise UserError(
                 f"model.id: {kind} models treat their logits in a way that raydiv does not know (log-probs differ by up to "
-                f"{_farthest(found, expected)})"
+                f"{_max_difference(found, expected)})"
             )
 
-    def _scores(self, inputs: ModelInputs) -> Tensor:
+    def _head_logps(self, inputs: ModelInputs) -> Tensor:
         inputs = inputs.to(self._device)
         self._head.set_targets(inputs.rows, inputs.columns, inputs.targets)
-        return self._forward(**inputs.arguments()).logits  # type: ignore[no-any-return]
+        return self._forward(**inputs.forward_kwargs()).logits  # type: ignore[no-any-return]
 
     def _close(self, found: Tensor, expected: Tensor) -> bool:
         half = next(self._model.parameters()).dtype != torch.float32
         return torch.allclose(found, expected, rtol=1e-3, atol=0.25 if half else 1e-3)
 
     @contextmanager
-    def _evaluating(self) -> Iterator[None]:
+    def _eval_mode(self) -> Iterator[None]:
         training = self._model.training
         self._model.eval()
         try:
@@ -112,5 +112,5 @@ class CompatibilityCheck:
             self._model.train(training)
 
 
-def _farthest(found: Tensor, expected: Tensor) -> str:
+def _max_difference(found: Tensor, expected: Tensor) -> str:
     return f"{float((found - expected).abs().max()):.2g}"

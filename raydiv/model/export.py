@@ -13,7 +13,7 @@ from raydiv.model.chat import Chat
 from raydiv.model.load import ModelSource
 from raydiv.utils.storage import atomic
 
-PROBED, TOLERANCE = 32, 1e-3
+CHECKED_TOKENS, TOLERANCE = 32, 1e-3
 """Tokens by which a merged model is compared, and how far its logits may be from what was merged."""
 
 
@@ -37,7 +37,7 @@ def write_model(
             for adapter in model.peft_config.values():
                 adapter.base_model_name_or_path = str(base)
         model.save_pretrained(temporary, state_dict=state)
-        _finish(temporary, base, recipe, adapter=recipe.model.lora is not None)
+        _write_tokenizer_and_card(temporary, base, recipe, adapter=recipe.model.lora is not None)
         check(temporary)
 
 
@@ -46,12 +46,12 @@ def write_merged(recipe: Recipe, adapters: Path, directory: Path) -> None:
 
     What was written is loaded again and compared. Raises RuntimeError where its logits are not those of the merged model.
     """
-    whole = replace(ModelSource.of(recipe, adapters), precision="fp32", quantization=None)
+    whole = replace(ModelSource.from_recipe(recipe, adapters), precision="fp32", quantization=None)
     model = whole.load()
     merged = _logits(model)
     model.save_pretrained(directory)
     del model  # there may be no room for two
-    _finish(directory, adapters, recipe, adapter=False)
+    _write_tokenizer_and_card(directory, adapters, recipe, adapter=False)
     apart = float((_logits(replace(whole, directory=directory).load()) - merged).abs().max())
     if not apart <= TOLERANCE:  # nor where it is nan
         raise RuntimeError(
@@ -64,10 +64,12 @@ def _logits(model: Any) -> Any:
     import torch
 
     with torch.inference_mode():
-        return model.eval()(torch.arange(PROBED)[None] % model.config.get_text_config().vocab_size).logits.float()
+        return model.eval()(
+            torch.arange(CHECKED_TOKENS)[None] % model.config.get_text_config().vocab_size
+        ).logits.float()
 
 
-def _finish(directory: Path, tokenizer_from: Path, recipe: Recipe, adapter: bool) -> None:
+def _write_tokenizer_and_card(directory: Path, tokenizer_from: Path, recipe: Recipe, adapter: bool) -> None:
     """Tokenizer, template and card beside the weights."""
     Chat(tokenizer_from, recipe.data.template, recipe.model.trust_remote_code).tokenizer.save_pretrained(directory)
     (directory / "README.md").write_text(_model_card(recipe, adapter))

@@ -35,14 +35,14 @@ due (a KLDO step of 1,600 response tokens x 65,024 then takes a fifth longer).""
 
 def buffer_bytes(vocabulary: int, positions: int, later: bool) -> int:
     """What the head holds for logits of that many positions; ``later``: their coefficients come after the forward."""
-    return 4 * vocabulary * _rows(vocabulary, positions, later)
+    return 4 * vocabulary * _buffer_rows(vocabulary, positions, later)
 
 
-def _rows(vocabulary: int, positions: int, later: bool) -> int:
+def _buffer_rows(vocabulary: int, positions: int, later: bool) -> int:
     return min(positions, (KEPT_CHUNKS if later else 1) * chunk_tokens(vocabulary))
 
 
-_NEUTRAL = {"logit_scale": 1.0, "logits_scaling": 1.0, "final_logit_softcapping": None}
+_NEUTRAL_VALUES = {"logit_scale": 1.0, "logits_scaling": 1.0, "final_logit_softcapping": None}
 """Config keys that say what happens to logits, and the value at which nothing happens."""
 
 
@@ -54,7 +54,7 @@ class LogitRule:
     cap: float | None = None
 
     @classmethod
-    def of(cls, config: Any) -> LogitRule:
+    def from_config(cls, config: Any) -> LogitRule:
         """The rule that a model's config states."""
         return cls(
             scale=getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0),
@@ -106,23 +106,23 @@ class _Projection:
 
     def logps(self, part: slice) -> Tensor:
         """Log-probs [p] of positions, fp32."""
-        return torch.cat([self.scored(piece).logps for piece in self.chunks(part)])
+        return torch.cat([self.score_chunk(piece).logps for piece in self.chunks(part)])
 
-    def scored(self, part: slice) -> _Scored:
+    def score_chunk(self, part: slice) -> _ChunkScores:
         """A piece that the buffer holds."""
         logits, slope = self.logits(part)
         chosen, largest = logits.gather(1, self.targets[part, None]).squeeze(1), logits.amax(-1)
-        powers = logits.sub_(largest[:, None]).exp_()
-        totals = powers.sum(-1)
-        return _Scored(chosen - largest - totals.log(), powers, totals, slope)
+        exp_logits = logits.sub_(largest[:, None]).exp_()
+        exp_sums = exp_logits.sum(-1)
+        return _ChunkScores(chosen - largest - exp_sums.log(), exp_logits, exp_sums, slope)
 
 
-class _Scored(NamedTuple):
-    """Log-probs [p] of a piece, and its softmax as powers [p, v] over totals [p], with the slope of its logits."""
+class _ChunkScores(NamedTuple):
+    """Log-probs [p] of a piece, and its softmax as exp_logits [p, v] over exp_sums [p], with the slope of its logits."""
 
     logps: Tensor
-    powers: Tensor
-    totals: Tensor
+    exp_logits: Tensor
+    exp_sums: Tensor
     slope: Tensor | None
 
 
@@ -136,11 +136,11 @@ class _Gradients:
         self._weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
         self._bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and bias.requires_grad else None
 
-    def add(self, part: slice, piece: _Scored, coefficients: Tensor) -> None:
+    def add(self, part: slice, piece: _ChunkScores, coefficients: Tensor) -> None:
         """Take in a piece, which is overwritten."""
         of = self._of
         # d logp / d logits = onehot(target) - softmax
-        grad = piece.powers.mul_((-coefficients / piece.totals)[:, None])
+        grad = piece.exp_logits.mul_((-coefficients / piece.exp_sums)[:, None])
         grad.scatter_add_(1, of.targets[part, None], coefficients[:, None])
         if piece.slope is not None:
             grad.mul_(piece.slope)
@@ -155,7 +155,7 @@ class _Gradients:
         if self._bias is not None:
             self._bias.add_(grad.sum(0))
 
-    def finished(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def result(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """By hidden [t, d], weight [v, d] and bias [v], in the types of these."""
         of = self._of
         weight = None if self._weight is None else self._weight.to(of.weight.dtype)
@@ -182,12 +182,12 @@ class _Score(torch.autograd.Function):
         projection = _Projection(hidden, weight, bias, targets, rule, buffer)
         ctx.frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
         if ctx.frozen:
-            logps, gradients = _visit(projection, lambda part, logps: torch.ones_like(logps), ())
-            ctx.save_for_backward(gradients.finished()[0])
+            logps, gradients = _score_and_differentiate(projection, lambda part, logps: torch.ones_like(logps), ())
+            ctx.save_for_backward(gradients.result()[0])
             return logps
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.pieces = projection.chunks(slice(0, len(targets)))
-        scored = [projection.scored(piece) for piece in ctx.pieces]
+        scored = [projection.score_chunk(piece) for piece in ctx.pieces]
         # another forward before the backward would write over what is kept, which its version tells
         ctx.rule, ctx.buffer, ctx.last, ctx.version = rule, buffer, scored[-1], buffer._version
         return torch.cat([piece.logps for piece in scored])
@@ -203,9 +203,9 @@ class _Score(torch.autograd.Function):
         gradients = _Gradients(projection)
         kept = ctx.last if ctx.buffer._version == ctx.version else None
         for piece in reversed(ctx.pieces):
-            gradients.add(piece, kept or projection.scored(piece), coefficients[piece])
+            gradients.add(piece, kept or projection.score_chunk(piece), coefficients[piece])
             kept = None
-        return *gradients.finished(), None, None, None
+        return *gradients.result(), None, None, None
 
 
 class _Push(torch.autograd.Function):
@@ -230,8 +230,8 @@ class _Push(torch.autograd.Function):
             seen.append((coefficients * logps).sum())
             return coefficients
 
-        _, gradients = _visit(_Projection(hidden, weight, bias, targets, rule, buffer), noted, runs)
-        ctx.gradients = gradients.finished()
+        _, gradients = _score_and_differentiate(_Projection(hidden, weight, bias, targets, rule, buffer), noted, runs)
+        ctx.gradients = gradients.result()
         return torch.stack(seen).sum()
 
     @staticmethod
@@ -241,24 +241,26 @@ class _Push(torch.autograd.Function):
         return *grads, None, None, None, None, None
 
 
-def _visit(projection: _Projection, weigh: CoefficientFn, runs: Sequence[int]) -> tuple[Tensor, _Gradients]:
+def _score_and_differentiate(
+    projection: _Projection, weigh: CoefficientFn, runs: Sequence[int]
+) -> tuple[Tensor, _Gradients]:
     """Log-probs [t] and gradients. Coefficients are asked for once a run of ``runs`` positions is scored (or a piece, without).
 
     As many whole runs as the buffer holds are one piece, whose logits are made once; those of a longer run are made twice.
     """
     gradients, logps = _Gradients(projection), []
-    for part in _pieces(runs or [1] * len(projection.targets), len(projection.buffer)):
+    for part in _group_spans(runs or [1] * len(projection.targets), len(projection.buffer)):
         pieces = projection.chunks(part)
-        whole = projection.scored(part) if len(pieces) == 1 else None
+        whole = projection.score_chunk(part) if len(pieces) == 1 else None
         logps.append(projection.logps(part) if whole is None else whole.logps)
         coefficients = weigh(part, logps[-1])
         for piece in pieces:
             own = coefficients[piece.start - part.start : piece.stop - part.start]
-            gradients.add(piece, whole or projection.scored(piece), own)
+            gradients.add(piece, whole or projection.score_chunk(piece), own)
     return torch.cat(logps), gradients
 
 
-def _pieces(runs: Sequence[int], size: int) -> list[slice]:
+def _group_spans(runs: Sequence[int], size: int) -> list[slice]:
     """Consecutive runs together as long as they are at most ``size`` positions."""
     found, start, stop = [], 0, 0
     for run in runs:
@@ -283,30 +285,33 @@ class LogProbHead:
         if hasattr(self._module, "base_layer"):
             raise UserError("model.lora.target_modules: the output head cannot be adapted; leave it out")
         self._config = model.config.get_text_config()
-        self._rule = LogitRule.of(self._config)
+        self._rule = LogitRule.from_config(self._config)
         self._positions: tuple[Tensor, Tensor] | None = None
         self._buffer: Tensor | None = None
         # some architectures read the rule from their config at each forward, others keep a copy of their own
         owners = [self._config, *(module for module in model.modules() if self._module in module.children())]
-        self._stated = [
-            (owner, name, getattr(owner, name)) for owner in owners for name in _NEUTRAL if getattr(owner, name, None)
+        self._config_values = [
+            (owner, name, getattr(owner, name))
+            for owner in owners
+            for name in _NEUTRAL_VALUES
+            if getattr(owner, name, None)
         ]
         self.install()
 
     def install(self) -> None:
         """Take the head's place; the model must not apply its rule a second time, to log-probs."""
-        for owner, name, _ in self._stated:
-            setattr(owner, name, _NEUTRAL[name])
+        for owner, name, _ in self._config_values:
+            setattr(owner, name, _NEUTRAL_VALUES[name])
         self._module.forward = self._forward
 
     def remove(self) -> None:
         """Give the model its own head and rule back."""
-        for owner, name, value in self._stated:
+        for owner, name, value in self._config_values:
             setattr(owner, name, value)
         del self._module.forward
 
     @property
-    def held_bytes(self) -> int:
+    def allocated_bytes(self) -> int:
         """Of the buffer."""
         return 0 if self._buffer is None else self._buffer.nbytes
 
@@ -333,16 +338,16 @@ class LogProbHead:
         self._positions = None
         weight, bias = self._module.weight, getattr(self._module, "bias", None)
         later = self._weigh is None and torch.is_grad_enabled() and weight.requires_grad
-        given = (selected, weight, bias, self._targets, self._rule, self._room(selected, len(weight), later))
+        given = (selected, weight, bias, self._targets, self._rule, self._logit_buffer(selected, len(weight), later))
         if self._weigh is not None:
             return _Push.apply(*given, self._weigh, self._runs)  # type: ignore[no-any-return, no-untyped-call]
         if torch.is_grad_enabled():
             return _Score.apply(*given)  # type: ignore[no-any-return, no-untyped-call]
         return _Projection(*given).logps(slice(0, len(self._targets)))
 
-    def _room(self, hidden: Tensor, vocabulary: int, later: bool) -> Tensor:
+    def _logit_buffer(self, hidden: Tensor, vocabulary: int, later: bool) -> Tensor:
         """The buffer for logits, kept from forward to forward."""
-        rows = _rows(vocabulary, len(hidden), later)
+        rows = _buffer_rows(vocabulary, len(hidden), later)
         if self._buffer is None or len(self._buffer) < rows:
             self._buffer = hidden.new_empty((rows, vocabulary), dtype=torch.float32)
         return self._buffer[:rows]

@@ -13,7 +13,7 @@ import torch
 from raydiv.config import Recipe
 from raydiv.config.recipe import LoraConfig, ModelConfig
 from raydiv.model.chat import Chat
-from raydiv.model.resolve import model_directory, unloadable
+from raydiv.model.resolve import model_directory, load_error
 from raydiv.model.silence import silence_libraries
 from raydiv.utils.compat import peft_without_quantizer
 from raydiv.utils.errors import UserError
@@ -34,7 +34,7 @@ class ModelSource:
     quantization: Literal["nf4"] | None = None
 
     @classmethod
-    def of(cls, recipe: Recipe, directory: Path) -> ModelSource:
+    def from_recipe(cls, recipe: Recipe, directory: Path) -> ModelSource:
         model = recipe.model
         return cls(
             directory,
@@ -50,11 +50,11 @@ class ModelSource:
 
     def load(self) -> Any:
         """The causal model, for scoring or generation; an adapter is merged into its base, unless that is in 4 bits."""
-        directory, base = self._here(), self.base()
+        directory, base = self._local_directory(), self.base_directory()
         if base is None:
             return self._pretrained(directory)
         whole = self._pretrained(base)
-        with _peft(self.quantization):
+        with _peft_import(self.quantization):
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(whole, str(directory))
@@ -64,16 +64,16 @@ class ModelSource:
         """The config of the language model, without its weights. Raises UserError where there is none to be read."""
         from transformers import AutoConfig
 
-        directory = self.base() or self.directory
+        directory = self.base_directory() or self.directory
         try:
             config = AutoConfig.from_pretrained(str(directory), trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError) as error:
-            raise unloadable(directory, error, " ".join(str(error).split())[:300]) from None
+            raise load_error(directory, error, " ".join(str(error).split())[:300]) from None
         return config.get_text_config()
 
-    def base(self) -> Path | None:
+    def base_directory(self) -> Path | None:
         """The directory of the model that adapters are for; None where this is a whole model."""
-        directory = self._here()
+        directory = self._local_directory()
         if not (directory / "adapter_config.json").is_file():
             return None
         with peft_without_quantizer():
@@ -81,7 +81,7 @@ class ModelSource:
 
             return model_directory(PeftConfig.from_pretrained(str(directory)).base_model_name_or_path or "")
 
-    def _here(self) -> Path:
+    def _local_directory(self) -> Path:
         """The directory on this node, which may be another than the one where it was found."""
         return self.directory if self.directory.is_dir() else model_directory(str(self.directory))
 
@@ -90,7 +90,7 @@ class ModelSource:
             directory, DTYPES[self.precision], self.attention, self.trust_remote_code, self.quantization
         )
 
-    def serve(self) -> Any:
+    def load_for_inference(self) -> Any:
         """The model as a pool's worker uses it: on the worker's device, in evaluation mode, without libraries' chatter."""
         silence_libraries()
         return self.load().to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -102,7 +102,7 @@ def build_policy(directory: Path, section: ModelConfig, dtype: Any) -> Any:
     if section.lora is None:
         return model
     try:
-        with _peft(section.quantization):
+        with _peft_import(section.quantization):
             from peft import get_peft_model
 
             return get_peft_model(model, lora_config(section.lora))
@@ -111,11 +111,11 @@ def build_policy(directory: Path, section: ModelConfig, dtype: Any) -> Any:
         raise UserError(f"model.lora.target_modules: {section.lora.target_modules}: {reason}") from None
 
 
-def _peft(quantization: str | None) -> AbstractContextManager[None]:
+def _peft_import(quantization: str | None) -> AbstractContextManager[None]:
     return peft_without_quantizer() if quantization is None else nullcontext()
 
 
-def implementation(attention: str) -> str | None:
+def attn_implementation(attention: str) -> str | None:
     """``model.attention`` as transformers takes it, which chooses by itself where nothing is said."""
     return None if attention == "auto" else attention
 
@@ -142,16 +142,16 @@ def _from_pretrained(
         return AutoModelForCausalLM.from_pretrained(
             str(directory),
             dtype=dtype,
-            attn_implementation=implementation(attention),
+            attn_implementation=attn_implementation(attention),
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
-            **(_quantized(quantization, dtype) if quantization else {}),
+            **(_quantization_arguments(quantization, dtype) if quantization else {}),
         )
     except (OSError, ValueError) as error:
-        raise unloadable(directory, error, f"cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        raise load_error(directory, error, f"cannot be loaded: {' '.join(str(error).split())[:300]}") from None
 
 
-def _quantized(quantization: str, dtype: Any) -> dict[str, Any]:
+def _quantization_arguments(quantization: str, dtype: Any) -> dict[str, Any]:
     """Arguments that load the linear layers but the head in 4 bits (QLoRA, arXiv 2305.14314), computing in ``dtype``."""
     from transformers import BitsAndBytesConfig
 

@@ -28,14 +28,14 @@ def model_directory(model_id: str, revision: str | None = None) -> Path:
         return _bundled(model_id)
     path = Path(model_id).expanduser()
     if not path.exists():
-        path = _of_another_node(path) or _from_hub(model_id, revision)
+        path = _from_another_node(path) or _from_hub(model_id, revision)
     if not (path / "adapter_config.json").is_file():
         _require_config(model_id, path)
     _require_weights(model_id, path)
     return path.resolve()
 
 
-def require_base(model_id: str, directory: Path) -> None:
+def require_base_model(model_id: str, directory: Path) -> None:
     """Raises UserError where a directory holds no model to train: none at all, or adapters of one."""
     if (directory / "adapter_config.json").is_file():
         raise UserError(f"model.id: {model_id}: is a LoRA adapter; merge it first (raydiv export RUN DEST)")
@@ -73,14 +73,14 @@ def _require_weights(model_id: str, directory: Path) -> None:
     raise UserError(f"model.id: {model_id}: holds no weights ({lacking}); {do}")
 
 
-OWN_CODE = (
+CUSTOM_CODE_REFUSED = (
     "brings Python code of its own, which is not run; read it, and if you trust it say model.trust_remote_code: true"
 )
 
 
-def unloadable(directory: Path | str, error: Exception, otherwise: str) -> UserError:
+def load_error(directory: Path | str, error: Exception, otherwise: str) -> UserError:
     """What to say of a directory that transformers could not load: ``otherwise``, unless it was for want of trust."""
-    return UserError(f"model.id: {directory}: {OWN_CODE if 'custom code' in str(error) else otherwise}")
+    return UserError(f"model.id: {directory}: {CUSTOM_CODE_REFUSED if 'custom code' in str(error) else otherwise}")
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -93,7 +93,7 @@ def fingerprint(path: Path) -> str:
     return digest({file.name: file_digest(file) for file in used if file.is_file()})
 
 
-HUB_SAYS = {
+HUB_ERRORS = {
     "GatedRepoError": "it is gated: accept its terms on its page at huggingface.co, and give this command and every node a "
     "token of that account (hf auth login, or HF_TOKEN)",
     "RepositoryNotFoundError": "there is none of that name, or it is private and there is no token for it here (hf auth "
@@ -111,13 +111,13 @@ def _from_hub(model_id: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(model_id, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub client raises many unrelated types
-        reason = HUB_SAYS.get(type(error).__name__) or " ".join(str(error).split())[:200]
+        reason = HUB_ERRORS.get(type(error).__name__) or " ".join(str(error).split())[:200]
         raise UserError(
             f"model.id: {model_id}: neither a local directory nor to be had from the hub ({type(error).__name__}: {reason})"
         ) from None
 
 
-def _of_another_node(path: Path) -> Path | None:
+def _from_another_node(path: Path) -> Path | None:
     """A model's directory that was found on another node, here: what is bundled is made, and what was downloaded is downloaded,
     that very commit. Workers that come together wait for one download. None where it may be a hub id.
 

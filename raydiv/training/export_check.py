@@ -37,7 +37,7 @@ class ExportVerification:
         """A check of a model directory, which raises RuntimeError where it holds another model."""
 
         def check_directory(directory: Path) -> None:
-            logps = logps_of(ModelSource.of(recipe, directory), self.examples)
+            logps = logps_of(ModelSource.from_recipe(recipe, directory), self.examples)
             tokens = torch.tensor([len(response) for _, response in self.examples])
             difference = ((logps - self.logps).abs() / tokens).max()
             exact = recipe.engine.precision == "fp32" and recipe.model.quantization is None
@@ -69,5 +69,5 @@ def logps_of(source: ModelSource, examples: Sequence[tuple[Ids, Ids]]) -> Tensor
         for example in examples:
             inputs = collate([example])
             head.set_targets(inputs.rows, inputs.columns, inputs.targets)
-            logps.append(inputs.per_example(model(**inputs.arguments()).logits, 1))
+            logps.append(inputs.sum_per_example(model(**inputs.forward_kwargs()).logits, 1))
     return torch.cat(logps).float()

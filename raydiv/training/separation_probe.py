@@ -38,7 +38,7 @@ class SeparationProbe:
             return None
         harmful = np.array([prompt.harmful for prompt in prompts])
         sample = sample_prompts(harmful, section.sample)
-        ids = [chat.prompt(prompts[position].text, generation=False) for position in sample]
+        ids = [chat.prompt_ids(prompts[position].text, generation=False) for position in sample]
         return cls(ids, harmful[sample], Readout.from_config(section))
 
 
@@ -96,7 +96,7 @@ def _pooled_states(stepper: Stepper, prompts: Sequence[Ids], layer: int, pooling
         with torch.no_grad():
             # the head scores one position a prompt; without targets it would make all logits
             stepper.head.set_targets(inputs.rows, inputs.columns, inputs.targets)
-            output = stepper.engine(**inputs.arguments(), **({} if last else {"output_hidden_states": True}))
+            output = stepper.engine(**inputs.forward_kwargs(), **({} if last else {"output_hidden_states": True}))
     finally:
         hook.remove()
     states: torch.Tensor = head_inputs[0] if last else output.hidden_states[layer]

@@ -225,7 +225,7 @@ class Stepper:
         """Log-probs [m] of a micro-batch of ``examples`` ([1] for a dummy), with a graph when ``grad``."""
         inputs = self._inputs(examples, micro_batch)
         with torch.set_grad_enabled(grad):
-            return inputs.per_example(self._forward(number, micro_batch, inputs), max(1, len(micro_batch)))
+            return inputs.sum_per_example(self._forward(number, micro_batch, inputs), max(1, len(micro_batch)))
 
     def _score_all(self, step: RankStep, examples: TokenizedExamples, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Log-probs [n] of ``examples`` over all ranks, of which this one scores ``micro_batches``, without graph."""
@@ -254,7 +254,7 @@ class Stepper:
         self.forwards += 1
         self.timer.advance()
         self.head.set_targets(inputs.rows, inputs.columns, inputs.targets, coefficient_fn, runs)
-        return self.engine(**inputs.arguments()).logits  # type: ignore[no-any-return]
+        return self.engine(**inputs.forward_kwargs()).logits  # type: ignore[no-any-return]
 
     def _score_without_adapters(self, step: RankStep) -> tuple[Tensor, Tensor]:
         """Reference log-probs [n] and [m] of the step, from the policy without its adapters and without dropout."""

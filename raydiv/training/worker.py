@@ -141,7 +141,7 @@ def _choose_packing(recipe: Recipe, check: CompatibilityCheck, run: RunDirectory
     """How examples are laid out in a micro-batch; layout.json gets it, with the reason where they are not packed."""
     packing: Packing
     if recipe.batch.packing == "never":
-        check.require_known_logits()
+        check.require_supported_logits()
         packing, why = "none", "batch.packing: never"
     else:
         packing, why = check.packing(recipe.batch.max_length)

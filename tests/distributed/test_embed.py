@@ -26,7 +26,7 @@ def plainly(model: Path, readout: Readout) -> np.ndarray:
     chat, network = source.chat(), AutoModelForCausalLM.from_pretrained(model).eval()
     found = []
     for prompt in PROMPTS:
-        ids = torch.tensor([chat.prompt(prompt, generation=False)])
+        ids = torch.tensor([chat.prompt_ids(prompt, generation=False)])
         with torch.no_grad():
             states = torch.stack(network(ids, output_hidden_states=True).hidden_states)[:, 0]
         layers = range(len(states)) if readout.layers is None else readout.layers
@@ -51,15 +51,15 @@ def test_states_are_those_of_a_plain_forward(
     assert [row["hidden"].shape for row in rows] == [expected.shape[1:]] * len(PROMPTS)
     np.testing.assert_allclose(np.stack([row["hidden"] for row in rows]), expected, atol=2e-5)
     chat = ModelSource(tiny_model).chat()
-    assert [row["length"] for row in rows] == [len(chat.prompt(prompt, generation=False)) for prompt in PROMPTS]
+    assert [row["length"] for row in rows] == [len(chat.prompt_ids(prompt, generation=False)) for prompt in PROMPTS]
 
 
 def test_a_model_that_mixes_packed_prompts_is_padded(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Blind(module.ModelSource):
         """A model whose attention does not heed where prompts begin."""
 
-        def serve(self) -> Any:
-            model = super().serve()
+        def load_for_inference(self) -> Any:
+            model = super().load_for_inference()
             decoder, forward = model.base_model, model.base_model.forward
 
             def mixed(attention_mask: Any = None, position_ids: Any = None, **given: Any) -> Any:
@@ -123,7 +123,7 @@ def separations(model: str, readouts: list[Readout], tokens: int) -> list[dict[s
     engine = engines.DeepSpeedEngine(recipe, lambda: build_policy(Path(model), recipe.model, torch.float32))
     stepper = Stepper(engine, LogProbHead(engine.model), recipe.loss.terms, tokens, "mask")
     chat = ModelSource(Path(model)).chat()
-    ids, harmful = [chat.prompt(prompt, generation=False) for prompt in PROMPTS[:2]], np.array([False, True])
+    ids, harmful = [chat.prompt_ids(prompt, generation=False) for prompt in PROMPTS[:2]], np.array([False, True])
     seen = []
     with patch.multiple(anchors, separation_of=lambda points, *_, **__: seen.append(points), as_row=lambda _: {}):
         for readout in readouts:

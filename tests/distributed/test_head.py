@@ -78,7 +78,7 @@ def build(architecture: str, dtype: torch.dtype = torch.float32, **changes: Any)
 
 def forward(model: Any, inputs: ModelInputs) -> Tensor:
     """The model's logits, or what the head puts in their place."""
-    return model(**inputs.arguments()).logits  # type: ignore[no-any-return]
+    return model(**inputs.forward_kwargs()).logits  # type: ignore[no-any-return]
 
 
 def expected_logps(model: Any, inputs: ModelInputs) -> Tensor:
@@ -159,9 +159,9 @@ def on_ranks(models: Path, stage: int, push: bool) -> dict[str, dict[str, np.nda
         head = LogProbHead(engine.model)
         head.set_targets(inputs.rows, inputs.columns, inputs.targets)
         with torch.no_grad():
-            logps = engine(**inputs.arguments()).logits
+            logps = engine(**inputs.forward_kwargs()).logits
         head.set_targets(inputs.rows, inputs.columns, inputs.targets, (lambda part, _: weights[part]) if push else None)
-        out = engine(**inputs.arguments()).logits
+        out = engine(**inputs.forward_kwargs()).logits
         engine.backward(out if push else (weights * out).sum(), last=True)
         grads = {name: safe_get_full_grad(parameter) for name, parameter in engine.model.named_parameters()}
         found[architecture] = {"logps": logps.numpy(), **{name: grad.numpy() for name, grad in grads.items()}}
@@ -235,7 +235,7 @@ def test_dummy_takes_part_and_moves_nothing(push: bool) -> None:
     if push:
         assert out == 0
     else:
-        torch.testing.assert_close(inputs.per_example(out, 1), expected_logps(model, inputs).detach())
+        torch.testing.assert_close(inputs.sum_per_example(out, 1), expected_logps(model, inputs).detach())
     found = gradients(model)
     assert all(grad is not None and not grad.any() for grad in found.values())
 
@@ -380,7 +380,7 @@ def probe(model: Any, forward: Callable[..., Any] | None = None) -> Compatibilit
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_probe_passes_the_architectures_that_it_serves(name: str) -> None:
-    probe(build(name)).require_known_logits()
+    probe(build(name)).require_supported_logits()
 
 
 @pytest.mark.usefixtures("own_cache")
@@ -393,7 +393,7 @@ def test_probe_refuses_logits_that_are_treated_in_an_unknown_way() -> None:
         output.logits = 2 * output.logits
         return output
 
-    for ask in (probe(model, doubled).require_known_logits, lambda: probe(model, doubled).packing(8)):
+    for ask in (probe(model, doubled).require_supported_logits, lambda: probe(model, doubled).packing(8)):
         with pytest.raises(UserError, match="Llama models treat their logits"):
             ask()
 
@@ -405,8 +405,8 @@ PACKED = [name for name in ARCHITECTURES if name != "gemma2"]
 @pytest.mark.usefixtures("own_cache")
 def test_sliding_windows_are_packed_up_to_their_length() -> None:
     model = build("mistral", sliding_window=16)
-    assert probe(model).packing(longest=16) == ("mask", "")
-    packing, why = probe(model).packing(longest=17)
+    assert probe(model).packing(max_length=16) == ("mask", "")
+    packing, why = probe(model).packing(max_length=17)
     assert packing == "none"
     assert "window of 16 tokens" in why
 
@@ -471,7 +471,7 @@ def test_padding_changes_nothing() -> None:
     def score(*examples: tuple[Sequence[int], Sequence[int]]) -> Tensor:
         inputs = collate(examples)
         head.set_targets(inputs.rows, inputs.columns, inputs.targets)
-        return inputs.per_example(forward(model, inputs), len(examples))
+        return inputs.sum_per_example(forward(model, inputs), len(examples))
 
     with torch.no_grad():
         together = score(*EXAMPLES)
@@ -496,7 +496,7 @@ def test_collate_marks_what_is_scored() -> None:
     assert inputs.rows.tolist() == [0, 0, 0, 1]
     assert inputs.columns.tolist() == [1, 2, 3, 2]
     assert inputs.targets.tolist() == [13, 14, 15, 24]
-    assert inputs.per_example(torch.tensor([1.0, 2.0, 4.0, 8.0]), 2).tolist() == [7.0, 8.0]
+    assert inputs.sum_per_example(torch.tensor([1.0, 2.0, 4.0, 8.0]), 2).tolist() == [7.0, 8.0]
 
 
 def test_collate_packs_end_to_end() -> None:
@@ -507,5 +507,5 @@ def test_collate_packs_end_to_end() -> None:
     assert inputs.rows.tolist() == [0, 0, 0, 0]
     assert inputs.columns.tolist() == [1, 2, 3, 7]
     assert inputs.targets.tolist() == [13, 14, 15, 24]
-    assert inputs.per_example(torch.tensor([1.0, 2.0, 4.0, 8.0]), 2).tolist() == [7.0, 8.0]
+    assert inputs.sum_per_example(torch.tensor([1.0, 2.0, 4.0, 8.0]), 2).tolist() == [7.0, 8.0]
     assert collate([([1], [2])], "positions").mask is None

@@ -131,9 +131,9 @@ def plain_step(model_directory: Path, case: Case) -> PlainStep:
         if not len(examples):
             return torch.zeros(0)
         inputs = collate([examples[row] for row in range(len(examples))])
-        logits = model(**inputs.arguments()).logits
+        logits = model(**inputs.forward_kwargs()).logits
         tokens = logits.log_softmax(-1)[inputs.rows, inputs.columns, inputs.targets]
-        return inputs.per_example(tokens, len(examples))
+        return inputs.sum_per_example(tokens, len(examples))
 
     batch = Batch(
         logps(chosen.examples),

@@ -164,11 +164,11 @@ def test_activations_of_all_layers_follow_from_those_of_few(tmp_path: Path, over
     for weigh in (None, lambda _, logps: torch.ones_like(logps)):
         head.set_targets(inputs.rows, inputs.columns, inputs.targets, weigh)
         with LiveBytes(policy.parameters()) as live:
-            policy(**inputs.arguments()).logits.sum().backward()
+            policy(**inputs.forward_kwargs()).logits.sum().backward()
         peaks.append(live.peak)
     tokens = inputs.ids.numel()
     logits = buffer_bytes(2000, len(inputs.targets), later=recipe.model.lora is None)
-    assert logits == head.held_bytes
+    assert logits == head.allocated_bytes
     assert logits + found.activations.at(tokens) + found.beside.at(tokens) == pytest.approx(max(peaks), rel=0.03)
 
 
@@ -505,8 +505,8 @@ def test_examples_tokens_and_steps_are_those_of_the_data(planned: Callable[..., 
 
     facts = planned().facts
     chat = Chat(tiny_model)
-    prompts = [len(chat.prompt(f"What is {n}?")) for n in range(10)]
-    responses = [len(chat.example("x", text, 50, 100).response) for text in ("A number.", "No.")]
+    prompts = [len(chat.prompt_ids(f"What is {n}?")) for n in range(10)]
+    responses = [len(chat.tokenize_one("x", text, 50, 100).response) for text in ("A number.", "No.")]
     tokens = 2 * sum(prompts) + 10 * sum(responses)
     assert facts["data"] | {"examples": 20, "tokens": tokens, "how": "sampled"} == facts["data"]
     assert facts["steps"] == 3 * 5

@@ -13,15 +13,21 @@ import pytest
 from helpers.stored import indices_of, opened, recipe_of
 from raydiv.commands.bench import tokenize_baseline as plain
 from raydiv.commands.bench import training
-from raydiv.commands.bench.data import FAR, bench_data
-from raydiv.commands.bench.harness import Workload, steps_alone
+from raydiv.commands.bench.data import LATE_STEP, bench_data
+from raydiv.commands.bench.harness import Workload, without_evaluation
 from raydiv.commands.bench.start import bench_start, start_table
 from raydiv.commands.bench.training import Timing, bench_training, summarise, training_notes, training_table
-from raydiv.commands.bench.trl_baseline import PAIRED, UNPAIRED, counterpart, per_device_sizes, rows_of
+from raydiv.commands.bench.trl_baseline import (
+    PAIRED_LOSSES,
+    UNPAIRED_LOSSES,
+    per_device_sizes,
+    trl_loss_options,
+    trl_rows,
+)
 from raydiv.config import Recipe, load_recipe
 from raydiv.config.source import Source
 from raydiv.data.bundled import w1
-from raydiv.data.sources import read_examples
+from raydiv.data.readers import read_examples
 from raydiv.data.splits import examples_of
 from raydiv.data.tokens import mismatched
 from raydiv.losses import OBJECTIVES
@@ -80,7 +86,7 @@ def test_bench_of_data_has_every_figure(tiny_model: Path, data: Path, tmp_path: 
         assert one["ratio"] == pytest.approx(one["examples_per_second"] / one["plain_examples_per_second"])
         assert one["peak_bytes"]["driver"] > 0
     assert found["stream"]["steps_per_epoch"] == -(-3000 // 16)
-    assert {"seconds_to_step_10", f"seconds_to_step_{FAR}"} <= found["stream"].keys()
+    assert {"seconds_to_step_10", f"seconds_to_step_{LATE_STEP}"} <= found["stream"].keys()
     assert found["train"]["steps"] == 2
     assert 0 <= found["train"]["data_share"] < 1
     assert not list(tmp_path.glob("run*"))
@@ -140,7 +146,7 @@ def test_workload_is_the_same_wherever_it_is_made(tmp_path: Path, monkeypatch: p
 @pytest.mark.usefixtures("small_w1", "own_cache")
 def test_a_word_of_the_workload_is_a_token() -> None:
     chat = Chat(model_directory(w1_model.W1))
-    example = chat.example("w6 w7 w299", "w8 w9", 128, 512)
+    example = chat.tokenize_one("w6 w7 w299", "w8 w9", 128, 512)
     assert example.prompt == [4, 6, 7, 299, 5]
     assert example.response == [8, 9, 2]
     assert chat.tokenizer.convert_ids_to_tokens([4, 2, 5]) == ["<|user|>", "</s>", "<|assistant|>"]
@@ -156,7 +162,7 @@ def work_on(model: Path, data: Path, loss: str, steps: int = 3, **changes: Any) 
     zeros = np.zeros(len(examples), np.float32)
     others = mismatched(examples, 60) if recipe.loss.mismatched_terms else None
     given = ExampleSet(examples, zeros, others, None if others is None else zeros)
-    return Workload.of(steps_alone(recipe, steps), model, given, steps, threads=1)
+    return Workload.from_examples(without_evaluation(recipe, steps), model, given, steps, threads=1)
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
@@ -176,13 +182,13 @@ def test_work_is_what_a_run_would_train_on(tiny_model: Path, data: Path, loss: s
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
 def test_rows_for_trl_spell_the_same_tokens_in_the_same_order(tiny_model: Path, data: Path, loss: str) -> None:
     work, tokenizer = work_on(tiny_model, data, loss), Chat(tiny_model).tokenizer
-    rows = rows_of(work.settings["steps"], tokenizer, paired=loss in PAIRED)
-    sides = ("chosen", "rejected") if loss in PAIRED else ("completion",)
+    rows = trl_rows(work.settings["steps"], tokenizer, paired=loss in PAIRED_LOSSES)
+    sides = ("chosen", "rejected") if loss in PAIRED_LOSSES else ("completion",)
     made = [tokenizer(row["prompt"] + row[side] + "</s>").input_ids for row in rows for side in sides]
     examples = [one for step in work.settings["steps"] for one in step["examples"]]
     wanted = [one["prompt_ids"] + one["response_ids"] for one in examples]
     assert [ids[:60] for ids in made] == wanted
-    if loss not in PAIRED:
+    if loss not in PAIRED_LOSSES:
         assert [row["label"] for row in rows] == [one["aligned"] for one in examples]
 
 
@@ -202,26 +208,26 @@ def test_a_script_that_fails_says_why() -> None:
 
 
 def test_every_loss_of_trl_s_trainers_is_compared_or_refused() -> None:
-    assert not PAIRED.keys() & UNPAIRED.keys()
+    assert not PAIRED_LOSSES.keys() & UNPAIRED_LOSSES.keys()
     for name in OBJECTIVES:
         loss = {"type": name, "beta": 0.1, "mix": {}}
-        if name in PAIRED or name in UNPAIRED:
-            assert counterpart(loss)["loss_type"]
+        if name in PAIRED_LOSSES or name in UNPAIRED_LOSSES:
+            assert trl_loss_options(loss)["loss_type"]
         else:
-            with pytest.raises(UserError, match=f"no {name} to compare with.*dpo"):
-                counterpart(loss)
+            with pytest.raises(UserError, match=f"--against trl: {name}: .*dpo"):
+                trl_loss_options(loss)
 
 
 def test_a_mixture_is_trl_s_too() -> None:
     sft = {"sft": {"weight": 0.2}}
-    assert counterpart({"type": "rdpo", "beta": 0.3, "label_smoothing": 0.1, "mix": sft}) == {
+    assert trl_loss_options({"type": "rdpo", "beta": 0.3, "label_smoothing": 0.1, "mix": sft}) == {
         "loss_type": ["robust", "sft"],
         "loss_weights": [1.0, 0.2],
         "beta": 0.3,
         "label_smoothing": 0.1,
     }
-    with pytest.raises(UserError, match="no kto"):
-        counterpart({"type": "kto", "beta": 0.3, "mix": sft})
+    with pytest.raises(UserError, match="--against trl: kto: "):
+        trl_loss_options({"type": "kto", "beta": 0.3, "mix": sft})
 
 
 def steps_of(*sizes: int, pair: int = 0) -> list[dict[str, Any]]:
@@ -233,9 +239,9 @@ def test_sizes_of_trl_divide_the_step() -> None:
     assert per_device_sizes(dpo, steps_of(16, 16)) == [1, 2, 4, 8]
     assert per_device_sizes(dpo, steps_of(12)) == [1, 2]
     assert per_device_sizes(kto, steps_of(16, pair=-1)) == [2, 4, 8]
-    with pytest.raises(UserError, match="have 16, 4 examples"):
+    with pytest.raises(UserError, match="16, 4 examples"):
         per_device_sizes(dpo, steps_of(16, 4))
-    with pytest.raises(UserError, match="no partner"):
+    with pytest.raises(UserError, match="unpaired"):
         per_device_sizes({"type": "sft"}, steps_of(16, pair=-1))
 
 
@@ -321,7 +327,7 @@ def unprepared(tiny_model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) ->
     def prepare(*_: object) -> None:
         raise AssertionError("prepared before the mistake was found")
 
-    monkeypatch.setattr(training, "workload_of", prepare)
+    monkeypatch.setattr(training, "make_workload", prepare)
     return recipe_of(tiny_model, str(data), "dpo")
 
 
@@ -334,9 +340,9 @@ def test_without_trl_it_says_what_to_install(unprepared: Recipe, monkeypatch: py
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"cluster": {"num_workers": 2, "use_gpu": True}}, "cluster.num_workers is 2"),
+        ({"cluster": {"num_workers": 2, "use_gpu": True}}, "cluster.num_workers"),
         ({"model": {"lora": {}, "quantization": "nf4"}}, "model.quantization"),
-        ({"loss": {"type": "kldo"}}, "no kldo to compare with"),
+        ({"loss": {"type": "kldo"}}, "kldo: not a loss"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(unprepared: Recipe, changes: dict[str, Any], said: str) -> None:

@@ -179,7 +179,7 @@ def test_scores_are_what_the_models_own_log_probs_say(source: ModelSource, folde
 
 def test_template_makes_documents_a_users_turns(source: ModelSource, folder: Path) -> None:
     chat = source.chat()
-    values = logps(source, lambda question, choice: (chat.prompt(question), chat.tokenizer(choice).input_ids))
+    values = logps(source, lambda question, choice: (chat.prompt_ids(question), chat.tokenizer(choice).input_ids))
     assert accuracy(values) != accuracy(logps(source, ids_of(source)))
     chosen, scored = TaskHarness(source, own(folder), None, True)([{"task": "choosing"}, {"task": "scoring"}])
     assert chosen["scores"][0].scores[0].value == pytest.approx(accuracy(values))

@@ -159,8 +159,8 @@ def test_truncation_is_counted_at_the_recipes_lengths(
     }
     chat = Chat(tiny_model)
     long_prompt, long_response = ROWS[13]["prompt"], ROWS[14]["response"]
-    assert facts["tokens"]["prompts"]["max"] == len(chat.prompt(long_prompt)) > 80
-    whole = chat.example("x", long_response, 1000, 5000)
+    assert facts["tokens"]["prompts"]["max"] == len(chat.prompt_ids(long_prompt)) > 80
+    whole = chat.tokenize_one("x", long_response, 1000, 5000)
     assert facts["tokens"]["unaligned responses"]["max"] == len(whole.response) > 120
 
 

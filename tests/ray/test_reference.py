@@ -355,7 +355,7 @@ class Work:
         self.store = ReferenceStore(fingerprint(directory), recipe.engine.precision)
         everything = np.arange(len(self.keys))
         self.tasks = _scoring_tasks(self.sets, everything, np.ones(len(self.keys), dtype=bool), workers=2)
-        self._arguments = ModelSource.of(recipe, directory), self.store, ray.put(self.sets)
+        self._arguments = ModelSource.from_recipe(recipe, directory), self.store, ray.put(self.sets)
 
     def filler(self) -> StoreFiller:
         return StoreFiller(*self._arguments)

@@ -82,7 +82,7 @@ def expected_tokens(chat: Chat, rows: list[Row], batch: dict[str, int] = BATCH) 
     """The same from the rows, one at a time."""
     tokens: Tokens = []
     for row in rows:
-        example = chat.example(row["prompt"], row["response"], batch["max_prompt_length"], batch["max_length"])
+        example = chat.tokenize_one(row["prompt"], row["response"], batch["max_prompt_length"], batch["max_length"])
         harmful = row.get("harmful")
         tokens.append((example.prompt, example.response, row["aligned"], -1 if harmful is None else int(harmful)))
     return tokens

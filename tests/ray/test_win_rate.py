@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, bootstrap
 
 from raydiv.config.cluster import ClusterConfig
-from raydiv.evaluation.generate import Generator, Request, generate
-from raydiv.evaluation.outputs import Output, outputs_text, outputs_to, read_outputs
-from raydiv.evaluation.win_rate import CHOICE_TOKENS, QUESTION, WinRate, choice, model_judge, win_rate
+from raydiv.evaluation.generate import TextGenerator, Request, generate
+from raydiv.evaluation.outputs import ModelOutput, format_outputs, match_outputs, read_outputs
+from raydiv.evaluation.win_rate import CHOICE_TOKENS, QUESTION, WinRate, parse_choice, make_pairwise_judge, win_rate
 from raydiv.model.load import ModelSource
 from raydiv.runtime.session import ray_session
 from raydiv.utils.errors import UserError
@@ -140,18 +140,18 @@ NO_CHOICES += [
 @pytest.mark.parametrize("label", LABELS)
 @pytest.mark.parametrize("identifier", ["1", "2", "tie", "Tie", "TIE"])
 def test_choice_is_read(label: str, identifier: str) -> None:
-    assert choice(label.format(identifier)) == identifier.lower()
+    assert parse_choice(label.format(identifier)) == identifier.lower()
 
 
 @pytest.mark.parametrize("answer", NO_CHOICES)
 def test_anything_else_is_no_choice(answer: str) -> None:
-    assert choice(answer) is None
+    assert parse_choice(answer) is None
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.text())
 def test_any_text_is_a_choice_or_none(answer: str) -> None:
-    assert choice(answer) in ("1", "2", "tie", None)
+    assert parse_choice(answer) in ("1", "2", "tie", None)
 
 
 @pytest.mark.parametrize(("wins", "losses"), [(1, 0), (0, 1), (10, 0), (0, 10), (7, 3), (50, 50), (3, 97), (804, 1)])
@@ -206,12 +206,12 @@ def test_interval_covers_the_truth_as_often_as_it_says(law: tuple[float, float, 
     assert 0.93 <= covered <= 0.98
 
 
-RECORDS = [Output("Say hi.", "Hi!", "ours"), Output("Добрый день?", "“Да”\n\\", "ours")]
+RECORDS = [ModelOutput("Say hi.", "Hi!", "ours"), ModelOutput("Добрый день?", "“Да”\n\\", "ours")]
 
 
 def test_outputs_come_back_as_they_were_written(tmp_path: Path) -> None:
     path = tmp_path / "outputs.json"
-    path.write_text(outputs_text(RECORDS))
+    path.write_text(format_outputs(RECORDS))
     assert read_outputs(path) == RECORDS
     assert json.loads(path.read_text())[0] == {"instruction": "Say hi.", "output": "Hi!", "generator": "ours"}
 
@@ -220,7 +220,7 @@ def test_records_of_alpacaeval_are_read(tmp_path: Path) -> None:
     path = tmp_path / "davinci.json"
     record = {"dataset": "koala", "instruction": "Sum up.", "input": "A text.", "output": "Text."}
     path.write_text(json.dumps([record, {**record, "input": "", "generator": "other", "datasplit": "eval"}]))
-    assert read_outputs(path) == [Output("Sum up.\n\nA text.", "Text.", "davinci"), Output("Sum up.", "Text.", "other")]
+    assert read_outputs(path) == [ModelOutput("Sum up.\n\nA text.", "Text.", "davinci"), ModelOutput("Sum up.", "Text.", "other")]
 
 
 GOOD = {"instruction": "secret", "output": "b", "generator": "c"}
@@ -256,10 +256,10 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_stored_outputs_find_their_prompts_in_any_order() -> None:
-    stored = [Output("a", "1", "g"), Output("b", "2", "g"), Output("a", "3", "g"), Output("c", "4", "g")]
-    assert outputs_to(["b", "a", "a"], stored, Path("f")) == ["2", "1", "3"]
+    stored = [ModelOutput("a", "1", "g"), ModelOutput("b", "2", "g"), ModelOutput("a", "3", "g"), ModelOutput("c", "4", "g")]
+    assert match_outputs(["b", "a", "a"], stored, Path("f")) == ["2", "1", "3"]
     with pytest.raises(UserError, match=r"f: has no output to 2 of the 3 prompts \(number 2 first\)") as caught:
-        outputs_to(["b", "zzz", "b"], stored, Path("f"))
+        match_outputs(["b", "zzz", "b"], stored, Path("f"))
     assert "zzz" not in str(caught.value)
 
 
@@ -268,13 +268,13 @@ def test_a_model_judges(tiny_model: Path) -> None:
     instructions, ours, theirs = ["Say hi.", "Say no."], ["Hi.", "No."], ["Hello there.", "Never."]
     source = ModelSource(tiny_model)
     with ray_session(ClusterConfig()):
-        judge = model_judge(source, ClusterConfig())
+        judge = make_pairwise_judge(source, ClusterConfig())
         asked = [QUESTION.format(instruction="Say hi.", first="Hi.", second="Hello there.")]
         answers = judge(asked)
         found = win_rate(instructions, ours, theirs, judge)
         direct = generate(source, [Request(asked[0])], CHOICE_TOKENS, ClusterConfig())
     chat = source.chat()
-    here = Generator(source, CHOICE_TOKENS, chat.tokenizer.eos_token_id)([{"ids": chat.prompt(asked[0])}])
+    here = TextGenerator(source, CHOICE_TOKENS, chat.tokenizer.eos_token_id)([{"ids": chat.prompt_ids(asked[0])}])
     assert answers == [direct[0].text] == [chat.decode(here[0]["answer"])]
     # random weights say nothing that can be read, and are not counted for anyone
     assert found.verdicts == ["unparsable"] * 2

@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from raydiv.config.cluster import ClusterConfig
 from raydiv.config.evaluate import AttackConfig, EvaluateConfig
 from raydiv.data.prompt_sets import Prompt
-from raydiv.evaluation.attacks import attempts, check, direct, with_suffix
+from raydiv.evaluation.attacks import attack_attempts, check_attacks, direct_attempts, with_suffix
 from raydiv.evaluation.coherence import CoherenceReference, PerplexityThreshold
-from raydiv.evaluation.generate import Generator, Request
+from raydiv.evaluation.generate import TextGenerator, Request
 from raydiv.model.load import ModelSource
 from raydiv.utils.errors import UserError
 
@@ -39,12 +39,12 @@ def attack(written: Any) -> AttackConfig:
 
 
 def asked(written: Any) -> list[tuple[int, Any, str]]:
-    found = attempts(attack(written), PROMPTS, NOWHERE, ClusterConfig())
-    return [(one.prompt, one.request.prompt, one.request.opening) for one in found]
+    found = attack_attempts(attack(written), PROMPTS, NOWHERE, ClusterConfig())
+    return [(one.prompt_index, one.request.prompt, one.request.opening) for one in found]
 
 
 def test_everything_is_asked_directly() -> None:
-    assert [(one.prompt, one.attack, one.request) for one in direct(PROMPTS)] == [
+    assert [(one.prompt_index, one.attack, one.request) for one in direct_attempts(PROMPTS)] == [
         (number, "direct", Request(prompt.text)) for number, prompt in enumerate(PROMPTS)
     ]
 
@@ -90,13 +90,13 @@ def test_a_file_that_cannot_be_used_is_one_message(kind: str, content: str, mess
     path = tmp_path / "f.txt"
     path.write_text(content)
     with pytest.raises(UserError, match=message):
-        check([attack({kind: str(path)})], [])
+        check_attacks([attack({kind: str(path)})], [])
 
 
 def test_a_column_that_is_not_there_is_named(write_jsonl: Callable[..., Path]) -> None:
     path = write_jsonl({"text": "x"})
     with pytest.raises(UserError, match=r":1: .* records with a column suffix"):
-        check([attack({"suffixes": str(path)})], [])
+        check_attacks([attack({"suffixes": str(path)})], [])
 
 
 @pytest.mark.parametrize(
@@ -134,12 +134,12 @@ def rows(model: Path, seeds: list[int | None]) -> list[dict[str, Any]]:
         "No",
         "Why is it so late now?",
     ]
-    return [{"ids": chat.prompt(text), "seed": seed} for text, seed in zip(texts, seeds, strict=True)]
+    return [{"ids": chat.prompt_ids(text), "seed": seed} for text, seed in zip(texts, seeds, strict=True)]
 
 
 @pytest.mark.parametrize("seeds", [[None] * 4, [1, 2, 3, 4], [None, 7, None, 8]])
 def test_a_batch_changes_no_answer(seeds: list[int | None], tiny_model: Path) -> None:
-    generator = Generator(ModelSource(tiny_model), 12, eos=2)
+    generator = TextGenerator(ModelSource(tiny_model), 12, eos=2)
     together = generator(rows(tiny_model, seeds))
     alone = [generator([row])[0] for row in rows(tiny_model, seeds)]
     assert together == alone
@@ -147,10 +147,10 @@ def test_a_batch_changes_no_answer(seeds: list[int | None], tiny_model: Path) ->
 
 
 def test_a_seed_samples_from_the_models_own_distribution(tiny_model: Path) -> None:
-    generator = Generator(ModelSource(tiny_model), 1, eos=2)
+    generator = TextGenerator(ModelSource(tiny_model), 1, eos=2)
     ids = rows(tiny_model, [None] * 4)[0]["ids"]
     drawn = [row["answer"][0] for row in generator([{"ids": ids, "seed": seed} for seed in range(4000)])]
-    model = ModelSource(tiny_model).serve()
+    model = ModelSource(tiny_model).load_for_inference()
     with torch.no_grad():
         law = model(torch.tensor([ids])).logits[0, -1].softmax(-1).numpy()
     counts = np.bincount(drawn, minlength=len(law))
@@ -162,11 +162,11 @@ def test_nothing_of_the_models_own_settings_is_left(tmp_path: Path) -> None:
     from helpers.models import make_model
 
     model = make_model(tmp_path)
-    plain = Generator(ModelSource(model), 8, eos=2)(rows(model, [None] * 4))
+    plain = TextGenerator(ModelSource(model), 8, eos=2)(rows(model, [None] * 4))
     (tmp_path / "generation_config.json").write_text(
         '{"repetition_penalty": 5.0, "do_sample": true, "temperature": 3.0, "eos_token_id": [2, 299]}'
     )
-    changed = Generator(ModelSource(model), 8, eos=2)
+    changed = TextGenerator(ModelSource(model), 8, eos=2)
     assert changed(rows(model, [None] * 4)) == plain
     assert changed._ends == {2, 299}
 
@@ -188,17 +188,17 @@ def test_well_written_answers_are_whole_and_of_both_kinds(written: CoherenceRefe
 def test_threshold_is_below_what_is_well_written_and_above_noise(written: CoherenceReference) -> None:
     generator = np.random.default_rng(0)
     logps = [float(len(ids) * generator.normal(-2.0, 0.4)) for _, ids in written.examples]
-    found = PerplexityThreshold.of(written, logps)
+    found = PerplexityThreshold.from_logps(written, logps)
     assert found.value == pytest.approx(-2.0 - 3 * 0.4, abs=0.3)
     assert (found.mean, found.answers) == (pytest.approx(-2.0, abs=0.15), 80)
-    assert not found.broken("A good answer.", -2.5 * 40, 40)
-    assert found.broken("qq zx vw kk pt", -9.0 * 40, 40)
-    assert not found.broken("Yes.", -9.0 * 3, 3)  # too short to tell
-    assert found.broken("", -1.0, 1)
-    assert found.broken("A good answer.", float("nan"), 40)
+    assert not found.is_broken("A good answer.", -2.5 * 40, 40)
+    assert found.is_broken("qq zx vw kk pt", -9.0 * 40, 40)
+    assert not found.is_broken("Yes.", -9.0 * 3, 3)  # too short to tell
+    assert found.is_broken("", -1.0, 1)
+    assert found.is_broken("A good answer.", float("nan"), 40)
     with pytest.raises(FloatingPointError, match="is it broken"):
-        PerplexityThreshold.of(written, [*logps[1:], float("nan")])
-    assert found.broken("la la " * 20, -0.1 * 40, 40)
+        PerplexityThreshold.from_logps(written, [*logps[1:], float("nan")])
+    assert found.is_broken("la la " * 20, -0.1 * 40, 40)
 
 
 def test_perplexity_is_of_helpful_answers_alone(written: CoherenceReference) -> None:
@@ -217,15 +217,15 @@ OF_SETS = [
 
 def test_an_attack_may_be_on_some_sets_alone() -> None:
     one = attack({"prefill": "Of course:", "only": ["B"]})
-    assert [(found.prompt, found.request.opening) for found in attempts(one, OF_SETS, NOWHERE, ClusterConfig())] == [
+    assert [(found.prompt_index, found.request.opening) for found in attack_attempts(one, OF_SETS, NOWHERE, ClusterConfig())] == [
         (1, "Of course:")
     ]
     assert attack(one.model_dump(mode="json")) == one
     named = EvaluateConfig(attacks=[{"kind": "prefill", "only": ["A"]}])  # type: ignore[list-item]
     assert EvaluateConfig.model_validate(named.model_dump(exclude_unset=True)) == named
-    check([one], OF_SETS)
+    check_attacks([one], OF_SETS)
     with pytest.raises(UserError, match=r"prefill: only: B is no set with harmful prompts \(those that are: A\)"):
-        check([one], OF_SETS[:1])
+        check_attacks([one], OF_SETS[:1])
 
 
 def test_what_was_not_said_of_an_attack_is_not_written_where_only_that_is_wanted() -> None:

@@ -11,7 +11,7 @@ import pytest
 from helpers.models import make_model
 from raydiv.config import Recipe, load_recipe
 from raydiv.data.prompt_sets import PromptSets
-from raydiv.evaluation.answers import Judges
+from raydiv.evaluation.answers import EvaluationJudges
 from raydiv.evaluation.baseline_cache import BaselineCache, Measurement
 from raydiv.model.load import ModelSource
 from raydiv.model.resolve import model_directory
@@ -46,9 +46,9 @@ def recipe_in(folder: Path, *overrides: str) -> Recipe:
 
 
 def place(recipe: Recipe, show_text: bool = False) -> BaselineCache:
-    base = ModelSource.of(recipe, model_directory(recipe.model.id))
+    base = ModelSource.from_recipe(recipe, model_directory(recipe.model.id))
     prompts = PromptSets.of(recipe)
-    judges = Judges.of(recipe.evaluate, prompts.evaluate, recipe.cluster) if prompts.evaluate else None
+    judges = EvaluationJudges.from_config(recipe.evaluate, prompts.evaluate, recipe.cluster) if prompts.evaluate else None
     return BaselineCache(recipe, base, prompts, judges, show_text)
 
 

@@ -1,4 +1,4 @@
-"""A model that is written is the one that was trained, or it is not written."""
+"""The written model is the trained one, or it is removed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def recipe_of(model: Path, lora: bool) -> Recipe:
 
 
 def trained_policy(model: Path, recipe: Recipe) -> Any:
-    """The model with weights that have moved."""
+    """The model with changed weights."""
     torch.manual_seed(0)
     policy = build_policy(model, recipe.model, torch.float32).eval()
     with torch.no_grad():
@@ -36,85 +36,85 @@ def trained_policy(model: Path, recipe: Recipe) -> Any:
 
 
 def logps_under(policy: Any) -> torch.Tensor:
-    """The plain way: all logits."""
-    found = []
+    """Log-probs from whole logits."""
+    logps = []
     for prompt, response in EXAMPLES:
         logits = policy(input_ids=torch.tensor([prompt + response])).logits[0].log_softmax(-1)
         positions = range(len(prompt) - 1, len(prompt) + len(response) - 1)
-        found.append(sum(logits[position, token] for position, token in zip(positions, response, strict=True)))
-    return torch.stack(found).detach()
+        logps.append(sum(logits[position, token] for position, token in zip(positions, response, strict=True)))
+    return torch.stack(logps).detach()
 
 
-def state_of(policy: Any) -> dict[str, torch.Tensor]:
-    """What a worker gathers: all weights, or the adapters."""
+def gathered_weights(policy: Any) -> dict[str, torch.Tensor]:
+    """The trained weights: all, or the adapters."""
     return {name: weight.detach().clone() for name, weight in policy.named_parameters() if weight.requires_grad}
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_what_was_trained_is_written(lora: bool, tiny_model: Path, tmp_path: Path) -> None:
+def test_the_trained_model_is_written(lora: bool, tiny_model: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tiny_model, lora)
     policy = trained_policy(tiny_model, recipe)
-    expected = ExportVerification(EXAMPLES, logps_under(policy))
-    write_model(policy, state_of(policy), tiny_model, recipe, tmp_path / "model", expected.check(recipe))
-    found = logps_of(ModelSource.of(recipe, tmp_path / "model"), EXAMPLES)
-    torch.testing.assert_close(found, expected.logps, rtol=0, atol=1e-4)
-    # again, over what an attempt that died has left
-    write_model(policy, state_of(policy), tiny_model, recipe, tmp_path / "model", expected.check(recipe))
+    verification = ExportVerification(EXAMPLES, logps_under(policy))
+    write_model(policy, gathered_weights(policy), tiny_model, recipe, tmp_path / "model", verification.check(recipe))
+    logps = logps_of(ModelSource.from_recipe(recipe, tmp_path / "model"), EXAMPLES)
+    torch.testing.assert_close(logps, verification.logps, rtol=0, atol=1e-4)
+    # again, over the files of an interrupted attempt
+    write_model(policy, gathered_weights(policy), tiny_model, recipe, tmp_path / "model", verification.check(recipe))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("harm", ["another", "nan"])
-def test_another_model_is_not_left(lora: bool, harm: str, tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["another", "nan"])
+def test_a_model_that_differs_is_removed(lora: bool, damage: str, tiny_model: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tiny_model, lora)
     policy = trained_policy(tiny_model, recipe)
-    expected, state = ExportVerification(EXAMPLES, logps_under(policy)), state_of(policy)
+    verification, state = ExportVerification(EXAMPLES, logps_under(policy)), gathered_weights(policy)
     name = next(name for name in state if "lora_B" in name or "mlp" in name)
-    state[name] = state[name] + (float("nan") if harm == "nan" else 0.3)
-    with pytest.raises(RuntimeError, match="the written model is not the trained one"):
-        write_model(policy, state, tiny_model, recipe, tmp_path / "model", expected.check(recipe))
+    state[name] = state[name] + (float("nan") if damage == "nan" else 0.3)
+    with pytest.raises(RuntimeError, match="not the trained one"):
+        write_model(policy, state, tiny_model, recipe, tmp_path / "model", verification.check(recipe))
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("harm", [0.0, 0.5])
-def test_a_merged_model_is_what_was_merged_or_is_not_left(
-    harm: float, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("damage", [0.0, 0.5])
+def test_a_merged_model_that_differs_is_removed(
+    damage: float, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_of(tiny_model, lora=True)
     policy = trained_policy(tiny_model, recipe)
-    expected, run = logps_under(policy), RunDirectory(tmp_path / "run")
+    verification, run = logps_under(policy), RunDirectory(tmp_path / "run")
     run.path.mkdir()
     save_recipe(recipe, run.recipe)
-    write_model(policy, state_of(policy), tiny_model, recipe, run.model, lambda _: None)
+    write_model(policy, gathered_weights(policy), tiny_model, recipe, run.model, lambda _: None)
     save = LlamaForCausalLM.save_pretrained
 
-    def harmed(model: Any, *given: Any, **more: Any) -> None:
+    def save_damaged(model: Any, *args: Any, **options: Any) -> None:
         with torch.no_grad():
-            model.model.layers[0].mlp.up_proj.weight += harm
-        save(model, *given, **more)
+            model.model.layers[0].mlp.up_proj.weight += damage
+        save(model, *args, **options)
 
-    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", harmed)
-    if harm:
-        with pytest.raises(RuntimeError, match="the written model is not the merged one"):
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", save_damaged)
+    if damage:
+        with pytest.raises(RuntimeError, match="not the merged one"):
             export(run.path, tmp_path / "merged")
         assert [path.name for path in tmp_path.iterdir()] == ["run"]
     else:
         export(run.path, tmp_path / "merged")
-        found = logps_of(ModelSource(tmp_path / "merged"), EXAMPLES)
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        logps = logps_of(ModelSource(tmp_path / "merged"), EXAMPLES)
+        torch.testing.assert_close(logps, verification, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_a_weight_that_is_missing_or_empty_is_not_written(lora: bool, tiny_model: Path, tmp_path: Path) -> None:
+def test_missing_or_empty_weights_are_refused(lora: bool, tiny_model: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tiny_model, lora)
     policy = trained_policy(tiny_model, recipe)
-    state = state_of(policy)
+    state = gathered_weights(policy)
     name = sorted(state)[1]
     for partial in (
         {key: value for key, value in state.items() if key != name},
         state | {name: torch.zeros(0)},
         {},
     ):
-        with pytest.raises(RuntimeError, match="gathered weights are empty or missing"):
+        with pytest.raises(RuntimeError, match="empty or missing"):
             write_model(policy, partial, tiny_model, recipe, tmp_path / "model", lambda _: None)
     assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ import torch
 
 from raydiv.config.evaluate import AttackConfig
 from raydiv.evaluation import gcg as module
-from raydiv.evaluation.attacks import check, with_suffix
+from raydiv.evaluation.attacks import check_attacks, with_suffix
 from raydiv.evaluation.gcg import GcgAttacker
 from raydiv.model.load import ModelSource
 from raydiv.utils.errors import UserError
@@ -23,7 +23,7 @@ TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 
 def opening_loss(model: Any, source: ModelSource, prompt: Any) -> float:
     """Mean negative log-prob of the opening after a prompt."""
     chat = source.chat()
-    ids, target = chat.prompt(prompt), chat.text("Sure")
+    ids, target = chat.prompt_ids(prompt), chat.text_ids("Sure")
     with torch.no_grad():
         logits = model(torch.tensor([ids + target])).logits[0, len(ids) - 1 : -1]
     return float(torch.nn.functional.cross_entropy(logits, torch.tensor(target)))
@@ -41,11 +41,11 @@ def test_a_suffix_makes_the_opening_likelier_and_holds_no_special_token(
     out, error = capfd.readouterr()
     assert not out
     assert "it/s" not in error
-    model = source.serve()
+    model = source.load_for_inference()
     for row, suffix in zip(rows, found, strict=True):
         first = opening_loss(model, source, with_suffix(row["prompt"], "x " * 19 + "x"))
         assert opening_loss(model, source, with_suffix(row["prompt"], suffix)) < first
-        assert not {*source.chat().text(suffix)} & {*source.chat().tokenizer.all_special_ids}
+        assert not {*source.chat().text_ids(suffix)} & {*source.chat().tokenizer.all_special_ids}
     assert not torch.are_deterministic_algorithms_enabled()
     assert gc.get_freeze_count() == 0
 
@@ -57,10 +57,10 @@ def test_a_template_that_begins_each_turn_with_bos_is_left_whole(tmp_path: Path)
     make_tokenizer(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     tokenizer.bos_token = "<|user|>"  # as SmolLM2's, whose turns begin with its BOS
-    assert module._prepared(tokenizer).bos_token is None
+    assert module._without_unused_bos(tokenizer).bos_token is None
 
 
 def test_a_missing_library_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="gcg needs nanogcg; run: pip install --no-deps"):
-        check([ATTACK], [])
+        check_attacks([ATTACK], [])

@@ -81,7 +81,7 @@ def test_shards_hold_the_tokens_and_labels_of_every_example(
     (index,) = prepared(recipe, chat)
     examples = read_examples(recipe.data.train[0])
     assert len(index) == len(examples)
-    expected = [chat.example(e.prompt, e.response, 40, 60) for e in examples]
+    expected = [chat.tokenize_one(e.prompt, e.response, 40, 60) for e in examples]
     rows = index.columns["row"]
     assert [ids.tolist() for ids in index.shards.read("prompt_ids", rows)] == [tokens.prompt for tokens in expected]
     assert [ids.tolist() for ids in index.shards.read("response_ids", rows)] == [tokens.response for tokens in expected]
@@ -209,4 +209,4 @@ def test_first_record_must_be_an_example(tokenizer: Path, chat: Chat, write_json
 def test_chat_can_be_pickled(chat: Chat) -> None:
     unpickled = pickle.loads(pickle.dumps(chat))
     assert unpickled.fingerprint == chat.fingerprint
-    assert unpickled.example("naïve 你好", "yes", 30, 40) == chat.example("naïve 你好", "yes", 30, 40)
+    assert unpickled.tokenize_one("naïve 你好", "yes", 30, 40) == chat.tokenize_one("naïve 你好", "yes", 30, 40)

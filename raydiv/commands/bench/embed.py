@@ -1,4 +1,4 @@
-"""``raydiv bench --part embed``: prompts a second through the pool that reads hidden states, beside a bare batched forward."""
+"""``raydiv bench --part embed``: prompts per second of the embedding pool, compared with a plain batched forward."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from raydiv.commands.bench.harness import run_script
 from raydiv.config import Recipe
 from raydiv.data.prompt_sets import Prompt
-from raydiv.data.sources import read_examples
+from raydiv.data.readers import read_examples
 from raydiv.evaluation.separation.embed import Readout, embed
 from raydiv.model.load import ModelSource
 from raydiv.model.resolve import model_directory
@@ -21,26 +21,27 @@ from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.session import ray_session, worker_environment
 from raydiv.utils.versions import versions
 
-STARTED = 4
-"""A rate is that of the prompts after the first of this many parts: processes start, and models load, before."""
+WARMUP_PARTS = 4
+"""The first 1/WARMUP_PARTS of the prompts is not timed: processes start and models load."""
 
 
 def bench_embed(
     recipe: Recipe, rows: int = 800, repeats: int = 3, display: ProgressDisplay | None = None
 ) -> dict[str, Any]:
-    """Read ``rows`` of the recipe's training prompts ``repeats`` times, in turn with plain batches of the same.
+    """Embed ``rows`` of the recipe's training prompts ``repeats`` times, in turns with plain batches of the same
+    prompts.
 
-    Returns medians: ``raydiv`` and ``plain`` in prompts a second, once each is under way, and their ``ratio`` within a turn.
+    Returns medians: ``raydiv`` and ``plain`` in prompts per second after warm-up, and their ``ratio`` within a turn.
     """
     display = display or ProgressDisplay()
-    model = ModelSource.of(recipe, model_directory(recipe.model.id, recipe.model.revision))
+    model = ModelSource.from_recipe(recipe, model_directory(recipe.model.id, recipe.model.revision))
     prompts = _prompts(recipe, rows)
     turns = []
     for number in range(repeats):
         with display.phase(f"turn {number + 1} of {repeats}"):
             with ray_session(recipe.cluster):
-                ours = _rate(1 for _ in embed(model, prompts, recipe.cluster, Readout()))
-            turns.append({"raydiv": ours, "plain": _plain(recipe, model, prompts)})
+                raydiv_rate = _rate(1 for _ in embed(model, prompts, recipe.cluster, Readout()))
+            turns.append({"raydiv": raydiv_rate, "plain": _plain_rate(recipe, model, prompts)})
     return {
         "cpus": os.cpu_count(),
         "prompts": len(prompts),
@@ -53,42 +54,42 @@ def bench_embed(
 
 
 def _prompts(recipe: Recipe, rows: int) -> list[Prompt]:
-    """Different training prompts, over again where there are fewer."""
-    examples = [one for source in recipe.data.train for one in read_examples(source, recipe.data.columns)]
-    different = list({str(one.prompt): one.prompt for one in examples}.values())
-    return [Prompt(different[n % len(different)], False, "any", str(n)) for n in range(rows)]
+    """``rows`` training prompts, without duplicates as far as the data have enough."""
+    examples = [example for source in recipe.data.train for example in read_examples(source, recipe.data.columns)]
+    distinct = list({str(example.prompt): example.prompt for example in examples}.values())
+    return [Prompt(distinct[n % len(distinct)], False, "any", str(n)) for n in range(rows)]
 
 
 def _rate(done: Iterable[int]) -> float:
-    """Prompts a second, from how many are done each time."""
+    """Prompts per second; ``done`` yields the number of prompts of each finished batch."""
     times = [(time.monotonic(), count) for count in done]
     total = sum(count for _, count in times)
     seen, start = 0, times[0][0]
     for at, count in times:
         seen += count
         start = at
-        if seen >= total / STARTED:
+        if seen >= total / WARMUP_PARTS:
             break
     return (total - seen) / (times[-1][0] - start)
 
 
-def _plain(recipe: Recipe, model: ModelSource, prompts: Sequence[Prompt]) -> float:
+def _plain_rate(recipe: Recipe, model: ModelSource, prompts: Sequence[Prompt]) -> float:
     chat = model.chat()
     settings = {
         "model": str(model.directory),
         "precision": model.precision,
         "use_gpu": recipe.cluster.use_gpu,
-        "ids": [chat.prompt(prompt.text, generation=False) for prompt in prompts],
+        "ids": [chat.prompt_ids(prompt.text, generation=False) for prompt in prompts],
     }
     return float(run_script("embed", settings, worker_environment(recipe.cluster))["rate"])
 
 
 BATCH = 32
-"""Prompts of similar length that the plain script pads together."""
+"""Batch size of the plain script; prompts of similar length are padded together."""
 
 
 def main(settings: Mapping[str, Any]) -> None:
-    """The plain script: transformers' decoder alone, on all CPUs or the GPU, over padded batches, shortest first."""
+    """The plain script: the decoder of transformers on all CPUs or the GPU, over padded batches, shortest first."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -102,24 +103,24 @@ def main(settings: Mapping[str, Any]) -> None:
 
     def batches() -> Iterable[int]:
         for start in range(0, len(ids), BATCH):
-            own = ids[start : start + BATCH]
-            lengths = torch.tensor([len(one) for one in own])
-            padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(one) for one in own], batch_first=True)
+            batch = ids[start : start + BATCH]
+            lengths = torch.tensor([len(prompt) for prompt in batch])
+            padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in batch], batch_first=True)
             mask = torch.arange(padded.shape[1])[None] < lengths[:, None]
             with torch.inference_mode():
                 states = decoder(input_ids=padded.to(device), attention_mask=mask.to(device)).last_hidden_state
-            states[torch.arange(len(own)), lengths - 1].float().cpu()
-            yield len(own)
+            states[torch.arange(len(batch)), lengths - 1].float().cpu()
+            yield len(batch)
 
     print(json.dumps({"rate": _rate(batches())}))
 
 
-def embed_table(found: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
+def embed_table(report: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
     """Header and rows of what ``bench_embed`` returns."""
     return ["", "prompts/s"], [
-        ("raydiv's pool", f"{found['raydiv']:.1f}"),
-        ("plain batched forward", f"{found['plain']:.1f}"),
-        ("ratio within a turn", f"{found['ratio']:.2f}"),
+        ("raydiv's pool", f"{report['raydiv']:.1f}"),
+        ("plain batched forward", f"{report['plain']:.1f}"),
+        ("ratio within a turn", f"{report['ratio']:.2f}"),
     ]
 
 

@@ -19,7 +19,7 @@ from raydiv.commands.data_build.responses import AnswerModels, choose_refusals, 
 from raydiv.config.cluster import ClusterConfig
 from raydiv.config.source import Source
 from raydiv.evaluation.refusal import is_refusal
-from raydiv.model.chat import as_turns
+from raydiv.model.chat import as_messages
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.utils.errors import UserError
 from raydiv.utils.storage import atomic, require_empty
@@ -39,7 +39,7 @@ class ExampleRow:
         if not conversational:
             return {"prompt": self.prompt.prompt, "chosen": self.chosen, "rejected": self.rejected} | labels
         return {
-            "prompt": as_turns(self.prompt.prompt),
+            "prompt": as_messages(self.prompt.prompt),
             "chosen": [{"role": "assistant", "content": self.chosen}],
             "rejected": [{"role": "assistant", "content": self.rejected}],
         } | labels

@@ -14,7 +14,7 @@ from raydiv.data.formats import BadRow, Record, text_field
 from raydiv.data.readers import iterate_records
 from raydiv.evaluation.coherence import is_degenerate
 from raydiv.evaluation.refusal import is_refusal
-from raydiv.model.chat import Messages, as_turns
+from raydiv.model.chat import Messages, as_messages
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.session import ray_session
 from raydiv.utils.errors import UserError
@@ -141,7 +141,7 @@ def is_usable(answer: str) -> bool:
 
 def _decline_request(prompt: str | Messages) -> Messages:
     """The prompt after a system turn with DECLINE_INSTRUCTION, appended to its own system turn if it has one."""
-    turns = as_turns(prompt)
+    turns = as_messages(prompt)
     system = [turn["content"] for turn in turns if turn["role"] == "system" and turn["content"]]
     others = [turn for turn in turns if turn["role"] != "system"]
     return [{"role": "system", "content": "\n\n".join([*system, DECLINE_INSTRUCTION])}, *others]

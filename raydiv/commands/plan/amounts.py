@@ -168,7 +168,7 @@ def _from_sample(recipe: Recipe, sample: _Sample, chat: Chat, unavailable: list[
     for source in sample.records:
         examples = [example for record in source for example in record]
         try:
-            tokens = chat.examples(
+            tokens = chat.tokenize(
                 [example.prompt for example in examples],
                 [example.response for example in examples],
                 batch.max_prompt_length,

@@ -26,9 +26,9 @@ from raydiv.config.recipe import ModelConfig
 from raydiv.data.bundled import FOLDER
 from raydiv.model.collate import ModelInputs, collate
 from raydiv.model.head import CoefficientFn, LogProbHead
-from raydiv.model.load import DTYPES, implementation, lora_config
+from raydiv.model.load import DTYPES, attn_implementation, lora_config
 from raydiv.model.packing import Packing, packing_of
-from raydiv.model.resolve import model_directory, require_base, unloadable
+from raydiv.model.resolve import model_directory, require_base_model, load_error
 from raydiv.utils.cache import cache_dir, cached_text, code_digest, digest
 from raydiv.utils.compat import peft_without_quantizer
 from raydiv.utils.errors import UserError
@@ -111,7 +111,7 @@ def local_model_directory(model: ModelConfig) -> Path | None:
         return model_directory(model.id)
     path = Path(model.id).expanduser()
     if path.exists():
-        require_base(model.id, path)
+        require_base_model(model.id, path)
         return path
     try:
         cached = try_to_load_from_cache(model.id, "config.json", revision=model.revision)
@@ -140,7 +140,7 @@ def config_of(model: ModelConfig) -> Any:
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         known = ", ".join(sorted(path.stem.replace("--", "/") for path in SHIPPED.glob("*.json")))
-        raise unloadable(
+        raise load_error(
             model.id,
             error,
             f"config.json not found ({reason}); without the hub, use a local directory with it, or one of {known}",
@@ -226,12 +226,12 @@ def _policy_on_meta(config: Any, model: ModelConfig, dtype: torch.dtype) -> Any:
             policy = AutoModelForCausalLM.from_config(
                 config,
                 dtype=dtype,
-                attn_implementation=implementation(attention),
+                attn_implementation=attn_implementation(attention),
                 trust_remote_code=model.trust_remote_code,
             )
     except (ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
-        hint = "; use model.attention=auto" if "attention implementation" in reason else ""
+        hint = "; use model.attention=auto" if "attention attn_implementation" in reason else ""
         raise UserError(f"model.id: {model.id}: does not support model.attention {attention}{hint}: {reason}") from None
     if model.lora is None:
         return policy
@@ -292,14 +292,14 @@ def _bytes_of_step(policy: Any, inputs: ModelInputs, coefficient_fn: Coefficient
     """
     head = LogProbHead(policy)
     rows, columns, targets = (torch.empty_like(tensor) for tensor in (inputs.rows, inputs.columns, inputs.targets))
-    arguments = {name: _fake_like(value) for name, value in inputs.arguments().items()}
+    arguments = {name: _fake_like(value) for name, value in inputs.forward_kwargs().items()}
     head.set_targets(rows, columns, targets, coefficient_fn)
     with LiveBytes(policy.parameters()) as live:
         total = policy(**arguments).logits.sum()
         saved = live.now
         total.backward()
     head.remove()
-    return saved - head.held_bytes, live.peak - head.held_bytes
+    return saved - head.allocated_bytes, live.peak - head.allocated_bytes
 
 
 def _unit_coefficients(_: slice, logps: Tensor) -> Tensor:

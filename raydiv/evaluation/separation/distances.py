@@ -16,10 +16,10 @@ def bhattacharyya_distance(first: Array, second: Array) -> float:
     """Distance of two Gaussians fitted to samples [n, d] and [m, d]."""
     spread = float(np.concatenate([first, second]).var(0).mean())
     difference = first.mean(0) - second.mean(0)
-    return bhattacharyya_of(difference, _covariance(first), _covariance(second), spread)
+    return bhattacharyya_from_moments(difference, _covariance(first), _covariance(second), spread)
 
 
-def bhattacharyya_of(difference: Array, one: Array, two: Array, spread: float) -> float:
+def bhattacharyya_from_moments(difference: Array, one: Array, two: Array, spread: float) -> float:
     """Distance of two Gaussians with covariances ``one`` and ``two`` [d, d] (Haldar et al. 2025, where separation is defined).
 
     1/8 dm' S^-1 dm + 1/2 log(det S / sqrt(det S1 det S2)), S = (S1 + S2)/2. Determinants are taken as logarithms, and each
@@ -55,7 +55,7 @@ def frechet_distance(first: Array, second: Array) -> float:
     return float(((first.mean(0) - second.mean(0)) ** 2).sum() + spreads - 2 * shared)
 
 
-def frechet_of(difference: Array, one: Array, two: Array) -> float:
+def frechet_from_moments(difference: Array, one: Array, two: Array) -> float:
     """Squared Frechet distance of two Gaussians with covariances ``one`` and ``two`` [d, d] (Dowson and Landau 1982).
 
     |dm|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2).

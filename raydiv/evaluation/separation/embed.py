@@ -14,8 +14,9 @@ from raydiv.config.cluster import ClusterConfig
 from raydiv.config.recipe import SeparationConfig
 from raydiv.data.batching import micro_batches
 from raydiv.data.prompt_sets import Prompt
-from raydiv.model.collate import Ids, ModelInputs, collate
-from raydiv.model.compatibility import EXAMPLES
+from raydiv.model.chat import Ids
+from raydiv.model.collate import ModelInputs, collate
+from raydiv.model.compatibility import PROBE_EXAMPLES
 from raydiv.model.load import ModelSource
 from raydiv.model.packing import Packing, packing_of
 from raydiv.runtime.actor_pool import map_rows_unordered
@@ -40,7 +41,7 @@ class Readout:
     pooling: Literal["last", "mean"] = "last"
 
     @classmethod
-    def of(cls, section: SeparationConfig) -> Readout:
+    def from_config(cls, section: SeparationConfig) -> Readout:
         """As a recipe has it."""
         return cls(None if section.layers == "all" else tuple(section.layers), section.pooling)
 
@@ -118,14 +119,14 @@ class Embedder:
 
     def __init__(self, model: ModelSource, readout: Readout) -> None:
         self._chat = model.chat()
-        self._decoder = model.serve().base_model
+        self._decoder = model.load_for_inference().base_model
         self._blocks = self._decoder.config.get_text_config().num_hidden_layers
         self._layers, self._pooling = readout.layer_indices(self._blocks), readout.pooling
         self._packs = self._keeps_apart()
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows of ``prompt`` -> ``hidden`` [layers, d] and ``length`` in tokens."""
-        ids = [self._chat.prompt(row["prompt"], generation=False) for row in rows]
+        ids = [self._chat.prompt_ids(row["prompt"], generation=False) for row in rows]
         lengths = [len(one) for one in ids]
         hidden: list[np.ndarray] = [np.empty(0)] * len(rows)
         packing = packing_of(self._decoder, max(lengths, default=0))[0] if self._packs else "none"
@@ -139,15 +140,15 @@ class Embedder:
         inputs = collate_prompts(ids, packing).to(self._decoder.device)
         with torch.inference_mode():
             if self._layers == [self._blocks]:
-                states = [self._decoder(**inputs.arguments()).last_hidden_state]
+                states = [self._decoder(**inputs.forward_kwargs()).last_hidden_state]
             else:
-                found = self._decoder(**inputs.arguments(), output_hidden_states=True).hidden_states
+                found = self._decoder(**inputs.forward_kwargs(), output_hidden_states=True).hidden_states
                 states = [found[layer] for layer in self._layers]
         return pool_states(states, inputs, [len(one) for one in ids], self._pooling)
 
     def _keeps_apart(self) -> bool:
         """Whether this model, tried out, gives packed prompts the states that it gives padded ones."""
-        examples = [[*prompt, *response] for prompt, response in EXAMPLES]
+        examples = [[*prompt, *response] for prompt, response in PROBE_EXAMPLES]
         packing = packing_of(self._decoder, max(map(len, examples)))[0]
         if packing == "none":
             return False

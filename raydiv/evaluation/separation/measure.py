@@ -13,8 +13,8 @@ from raydiv.config.cluster import ClusterConfig
 from raydiv.config.recipe import SeparationConfig as SeparationSection
 from raydiv.data.prompt_sets import Prompt
 from raydiv.evaluation.separation.embed import Readout, embed, sample_prompts
-from raydiv.evaluation.separation.metrics import principal_plane, separation_of
-from raydiv.evaluation.separation.moments import Streams
+from raydiv.evaluation.separation.metrics import principal_plane, separation_metrics
+from raydiv.evaluation.separation.moments import StreamedMoments
 from raydiv.evaluation.separation.report import LayerReport, SeparationReport
 from raydiv.evaluation.separation.store import EmbeddingFile
 from raydiv.model.load import ModelSource
@@ -27,23 +27,23 @@ TAKEN_IN = 256
 def measure_separation(
     model: ModelSource,
     prompts: Sequence[Prompt],
-    how: SeparationSection,
+    config: SeparationSection,
     cluster: ClusterConfig,
     display: ProgressDisplay,
     *,
     label: str,
     name: str,
-    keep: Path | None = None,
+    states_file: Path | None = None,
 ) -> SeparationReport:
     """Separation of ``prompts`` in a model's hidden states; needs a Ray session.
 
     ``label`` and ``name`` are what the model and its prompts are called, ``keep`` a file for the states of all of them.
     """
-    layers = Readout.of(how).layer_indices(model.config().num_hidden_layers)
-    kept = EmbeddingFile(keep, layers) if keep else nullcontext()
+    layers = Readout.from_config(config).layer_indices(model.config().num_hidden_layers)
+    kept = EmbeddingFile(states_file, layers) if states_file else nullcontext()
     with display.phase(f"separation, {label}") as update, kept as file:
-        states = _States(prompts, how)
-        rows = embed(model, prompts, cluster, Readout.of(how))
+        states = _States(prompts, config)
+        rows = embed(model, prompts, cluster, Readout.from_config(config))
         while some := list(islice(rows, TAKEN_IN)):
             positions = [position for position, _, _ in some]
             hidden, lengths = np.stack([state for _, state, _ in some]), [length for _, _, length in some]
@@ -63,7 +63,7 @@ class _States:
         self._order = sample_prompts(self._harmful, how.sample)
         self._sample: dict[int, tuple[np.ndarray, int]] = {}
         self._wanted = frozenset(self._order)
-        self._streams = Streams() if len(self._order) < len(prompts) else None
+        self._streams = StreamedMoments() if len(self._order) < len(prompts) else None
         self.count = 0
 
     def add(self, positions: Sequence[int], hidden: np.ndarray, lengths: Sequence[int]) -> None:
@@ -83,8 +83,10 @@ class _States:
         found = []
         for at, layer in enumerate(layers):
             resampled = self._how.intervals == "all" or at == last
-            apart = separation_of(points[:, at], harmful, lengths, resampled=resampled)
-            found.append(LayerReport(layer, apart, None if self._streams is None else self._streams.figures(at)))
+            apart = separation_metrics(points[:, at], harmful, lengths, resampled=resampled)
+            found.append(LayerReport(layer, apart, None if self._streams is None else self._streams.statistics(at)))
         kinds = [self._prompts[position].kind for position in self._order]
         plane = principal_plane(points[:, last])
-        return SeparationReport(label, name, self.count, Readout.of(self._how), found, plane, kinds, harmful.tolist())
+        return SeparationReport(
+            label, name, self.count, Readout.from_config(self._how), found, plane, kinds, harmful.tolist()
+        )

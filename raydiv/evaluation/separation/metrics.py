@@ -74,7 +74,7 @@ class SeparationMetrics:
     d_b_interval: tuple[float, float] | None
 
 
-def separation_of(
+def separation_metrics(
     hidden: Array, harmful: Labels, lengths: NDArray[np.int64], *, resampled: bool = True, seed: int = 0
 ) -> SeparationMetrics:
     """Separation of hidden states [n, d] of prompts with labels ``harmful`` [n] and token ``lengths`` [n].
@@ -99,7 +99,7 @@ def separation_of(
         matched=matched,
         shuffled=replace(_mean(shuffled), d_b=float(chance.mean())),
         d_b_p=(1 + int((chance >= figures.d_b).sum())) / (1 + SHUFFLES),
-        d_b_interval=_interval(cloud.points, harmful, figures.d_b, generator) if resampled else None,
+        d_b_interval=_d_b_interval(cloud.points, harmful, figures.d_b, generator) if resampled else None,
     )
 
 
@@ -182,7 +182,7 @@ def _held_out(hidden: Array, labels: Labels) -> tuple[float | None, float | None
     return float(probe_auc), float(difference_auc)
 
 
-def _interval(
+def _d_b_interval(
     points: Array, labels: Labels, whole: float, generator: np.random.Generator
 ) -> tuple[float, float] | None:
     """95% interval of d_b, whose value of all points is ``whole``."""
@@ -235,7 +235,7 @@ def length_matched(harmful: NDArray[np.bool_], lengths: NDArray[np.int64]) -> ND
     return np.array(sorted(chosen), dtype=np.int64)
 
 
-def explain(result: SeparationMetrics) -> list[str]:
+def control_notes(result: SeparationMetrics) -> list[str]:
     """What the controls say, in words."""
     words, figures = [], result.figures
     if result.length_auc >= 0.7:
@@ -252,7 +252,7 @@ def explain(result: SeparationMetrics) -> list[str]:
     return words
 
 
-def as_row(result: SeparationMetrics) -> dict[str, float]:
+def metric_values(result: SeparationMetrics) -> dict[str, float]:
     """Figures under their metric names, those of the controls too; without what could not be measured."""
     found: dict[str, float | None] = {"separation/length_auc": result.length_auc, "separation/d_b_p": result.d_b_p}
     for ending, figures in (("", result.figures), ("_length_matched", result.matched), ("_shuffled", result.shuffled)):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from raydiv.evaluation.separation.distances import Array, Labels, bhattacharyya_of, frechet_of
+from raydiv.evaluation.separation.distances import Array, Labels, bhattacharyya_from_moments, frechet_from_moments
 from raydiv.evaluation.separation.metrics import length_auc
 
 
@@ -57,7 +57,7 @@ class StreamedSeparation:
 
 
 @dataclass(slots=True)
-class Streams:
+class StreamedMoments:
     """Both classes' moments in every layer read, and their token lengths; what ``add`` is given is not kept."""
 
     moments: dict[tuple[bool, int], Moments] = field(default_factory=dict)
@@ -74,7 +74,7 @@ class Streams:
                 more, known = Moments.of(hidden[own, layer].astype(np.float64)), self.moments.get((label, layer))
                 self.moments[label, layer] = more if known is None else known.merged(more)
 
-    def figures(self, layer: int) -> StreamedSeparation:
+    def statistics(self, layer: int) -> StreamedSeparation:
         """Figures of the ``layer``-th of the layers read."""
         one, two = self.moments[True, layer], self.moments[False, layer]
         difference = one.mean - two.mean
@@ -86,9 +86,9 @@ class Streams:
         return StreamedSeparation(
             one.count,
             two.count,
-            bhattacharyya_of(axes.T @ difference, first, second, in_plane),
+            bhattacharyya_from_moments(axes.T @ difference, first, second, in_plane),
             _pooled_distance(one, two) if spread else 0.0,
-            frechet_of(difference, one.covariance, two.covariance),
+            frechet_from_moments(difference, one.covariance, two.covariance),
             self._length_auc(),
         )
 
