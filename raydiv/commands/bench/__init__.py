@@ -1,1 +1,1 @@
-"""``raydiv bench``: what this machine does with a recipe, part by part, side by side with the plain way."""
+"""``raydiv bench``: measurements of a recipe on this machine, part by part, in turns with plain baselines."""

@@ -1,7 +1,7 @@
-"""The yardstick of start-up: workers under Ray Train that make one DeepSpeed step of a model of no size, and nothing else.
+"""The baseline of start-up: Ray Train workers that make one DeepSpeed step of a tiny model, and nothing else.
 
-Run as a script of its own: WORKERS USE_GPU FOLDER [TRIALS]. It leaves the file FOLDER/stepped when a step is done. With TRIALS
-it does so in as many trials of Ray Tune, one after another, and prints the seconds of each as JSON.
+A script with the arguments WORKERS USE_GPU FOLDER [TRIALS]. It creates the file FOLDER/stepped when the step is done.
+With TRIALS it runs as many trials of Ray Tune, one after another, and prints the seconds of each as JSON.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-STEPPED = "stepped"
+DONE_FILE = "stepped"
 
 
 def step(config: dict[str, Any]) -> None:
-    """What each worker does."""
+    """The training function of each worker."""
     import deepspeed
     import ray.train
     import torch
 
-    # or DeepSpeed compiles for a minute, as it would in raydiv
+    # prevents DeepSpeed from compiling an extension for a minute, as raydiv does
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(
         model=torch.nn.Linear(8, 8),
@@ -35,11 +35,11 @@ def step(config: dict[str, Any]) -> None:
     engine.backward(engine(torch.ones(1, 8, device=engine.device)).sum())
     engine.step()
     if ray.train.get_context().get_world_rank() == 0:
-        (Path(config["folder"]) / STEPPED).touch()
+        (Path(config["folder"]) / DONE_FILE).touch()
 
 
 def fit(workers: int, use_gpu: bool, folder: str) -> None:
-    """Start the workers, let them step, and stop them."""
+    """Start the workers, make the step, and stop the workers."""
     import ray
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -54,7 +54,7 @@ def fit(workers: int, use_gpu: bool, folder: str) -> None:
 
 
 def trial(config: dict[str, Any]) -> None:
-    """What Ray Tune runs as a trial."""
+    """The trainable of Ray Tune."""
     from ray import tune
 
     fit(config["workers"], config["use_gpu"], config["folder"])
@@ -62,7 +62,7 @@ def trial(config: dict[str, Any]) -> None:
 
 
 def trials(workers: int, use_gpu: bool, folder: str, count: int) -> list[float]:
-    """Seconds of each of ``count`` trials, from when Ray Tune starts it until it is complete."""
+    """Seconds of each of ``count`` trials, from Ray Tune's start of the trial to its completion."""
     from ray import tune
 
     class Clock(tune.Callback):  # type: ignore[misc]
@@ -85,7 +85,7 @@ def trials(workers: int, use_gpu: bool, folder: str, count: int) -> list[float]:
 
 
 def main(workers: str, use_gpu: str, folder: str, count: str | None = None) -> None:
-    """Without a ``count`` one start, else so many trials, whose seconds are printed as JSON."""
+    """One start without ``count``; with it, as many trials, whose seconds are printed as JSON."""
     import ray
 
     ray.init(
@@ -94,11 +94,11 @@ def main(workers: str, use_gpu: str, folder: str, count: str | None = None) -> N
         dashboard_host="127.0.0.1",
         log_to_driver=False,
     )
-    given = (int(workers), use_gpu == "True", folder)
+    arguments = (int(workers), use_gpu == "True", folder)
     if count is None:
-        fit(*given)
+        fit(*arguments)
     else:
-        print(json.dumps({"seconds": trials(*given, int(count))}))
+        print(json.dumps({"seconds": trials(*arguments, int(count))}))
     ray.shutdown()
 
 

@@ -1,4 +1,4 @@
-"""``raydiv bench --part start``: seconds from the command to the first step, beside the least that Ray and DeepSpeed take."""
+"""``raydiv bench --part start``: seconds from the command to the first step, compared with bare Ray and DeepSpeed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raydiv.commands.bench.harness import inside, run_module, steps_alone
-from raydiv.commands.bench.ray_baseline import STEPPED
+from raydiv.commands.bench.harness import run_module, with_output_in, without_evaluation
+from raydiv.commands.bench.ray_baseline import DONE_FILE
 from raydiv.commands.prepare import prepare
 from raydiv.config import Recipe, save_recipe
 from raydiv.runs.directory import RunDirectory
@@ -23,21 +23,21 @@ from raydiv.utils.versions import versions
 def bench_start(recipe: Recipe, repeats: int = 3, display: ProgressDisplay | None = None) -> dict[str, Any]:
     """Time ``raydiv train`` from the start of its process until its first step begins to compute.
 
-    Data and reference are prepared, and the model has been trained before. Beside it, in turn, stands a bare ``TorchTrainer``
-    whose workers, as many, make a DeepSpeed step of one small layer, until that is done.
+    Data and reference are prepared, and caches are warm. The baseline, in turns, is a bare ``TorchTrainer`` with as
+    many workers, which make a DeepSpeed step of one small layer; it is timed until that step is done.
 
-    Returns medians in seconds: of ``raydiv``, of the ``first_step`` that follows, of ``hello``, and ``over``, what raydiv takes
-    more within a turn.
+    Returns medians in seconds: ``raydiv``, the ``first_step`` after it, the baseline ``hello``, and ``over``, the
+    difference of raydiv and the baseline within a turn.
     """
     display = display or ProgressDisplay()
-    recipe = steps_alone(recipe, 1)
+    recipe = without_evaluation(recipe, 1)
     prepare(recipe, display)
-    with display.phase("a first start, which leaves caches"):
-        _raydiv(recipe)
+    with display.phase("warm-up start"):
+        _raydiv_start(recipe)
     turns = []
     for number in range(repeats):
         with display.phase(f"turn {number + 1} of {repeats}"):
-            turns.append(_raydiv(recipe) | _hello(recipe))
+            turns.append(_raydiv_start(recipe) | _bare_start(recipe))
     return {
         "cpus": os.cpu_count(),
         "workers": recipe.cluster.num_workers,
@@ -49,37 +49,41 @@ def bench_start(recipe: Recipe, repeats: int = 3, display: ProgressDisplay | Non
     }
 
 
-def _raydiv(recipe: Recipe) -> dict[str, float]:
-    """A run of one step and no measurement: it writes one line of metrics, when the step is done."""
+def _raydiv_start(recipe: Recipe) -> dict[str, float]:
+    """Time a run of one step, which writes its one line of metrics when the step is done."""
     with tempfile.TemporaryDirectory() as folder:
-        recipe = inside(recipe, folder)
+        recipe = with_output_in(recipe, folder)
         path = Path(folder) / "recipe.yaml"
         save_recipe(recipe, path)
         run = RunDirectory.of(recipe)
-        done = _seconds_until(run.metrics_file, recipe, "raydiv", ["train", str(path), "--json"])
-        (record,) = run.read_metrics()
+        done = _seconds_until_write(run.metrics.path, recipe, "raydiv", ["train", str(path), "--json"])
+        (record,) = run.metrics.read()
         step = record["step_seconds"] - record["data_seconds"]
         return {"raydiv": done - step, "first_step": step}
 
 
-def _hello(recipe: Recipe) -> dict[str, float]:
+def _bare_start(recipe: Recipe) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
-        given = [str(recipe.cluster.num_workers), str(recipe.cluster.use_gpu), folder]
-        return {"hello": _seconds_until(Path(folder) / STEPPED, recipe, "raydiv.commands.bench.ray_baseline", given)}
+        arguments = [str(recipe.cluster.num_workers), str(recipe.cluster.use_gpu), folder]
+        return {
+            "hello": _seconds_until_write(
+                Path(folder) / DONE_FILE, recipe, "raydiv.commands.bench.ray_baseline", arguments
+            )
+        }
 
 
-def _seconds_until(written: Path, recipe: Recipe, module: str, arguments: Sequence[str]) -> float:
-    """Run a module of ours to its end; seconds from its start until it last wrote a file."""
+def _seconds_until_write(written: Path, recipe: Recipe, module: str, arguments: Sequence[str]) -> float:
+    """Run a module of raydiv to its end; seconds from its start to the last write of ``written``."""
     started = time.time()
     run_module(module, arguments, worker_environment(recipe.cluster))
     return written.stat().st_mtime - started
 
 
-def start_table(found: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
+def start_table(report: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
     """Header and rows of what ``bench_start`` returns."""
     return ["", "seconds"], [
-        ("raydiv train, until its first step begins", f"{found['raydiv_seconds']:.1f}"),
-        ("bare TorchTrainer and DeepSpeed, to a first step", f"{found['hello_seconds']:.1f}"),
-        ("raydiv's more", f"{found['over_seconds']:.1f}"),
-        ("raydiv's first step", f"{found['first_step_seconds']:.1f}"),
+        ("raydiv train, until its first step starts", f"{report['raydiv_seconds']:.1f}"),
+        ("bare TorchTrainer and DeepSpeed, to a first step", f"{report['hello_seconds']:.1f}"),
+        ("difference within a turn", f"{report['over_seconds']:.1f}"),
+        ("raydiv's first step", f"{report['first_step_seconds']:.1f}"),
     ]

@@ -1,6 +1,6 @@
-"""The yardstick of ``prepare``: template, fast tokenizer in batches and Parquet, by processes and nothing else.
+"""The baseline of ``prepare``: chat template, batched fast tokenizer and Parquet in a multiprocessing pool.
 
-Run as a script of its own, so that it owes nothing to what the package has loaded: FILE MODEL OUTPUT PROCESSES.
+A script for a separate process, so that nothing of the package is loaded: FILE MODEL OUTPUT PROCESSES.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-LINES = 1000
+CHUNK_LINES = 1000
 tokenizer: Any = None
 folder = Path()
 
 
 def load(model: str, output: str) -> None:
-    """What each process does once."""
+    """Initialise a process of the pool."""
     global tokenizer, folder
     from transformers import AutoTokenizer
 
@@ -29,7 +29,7 @@ def load(model: str, output: str) -> None:
 
 
 def tokenize(chunk: tuple[int, list[str], int, int]) -> int:
-    """Lines of prompt, chosen, rejected -> a Parquet file; how many examples."""
+    """Tokenize JSON lines of prompt, chosen, rejected into a Parquet file; returns the number of examples."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -53,17 +53,17 @@ def tokenize(chunk: tuple[int, list[str], int, int]) -> int:
 
 
 def chunks(path: str, max_prompt_length: int, max_length: int) -> Iterator[tuple[int, list[str], int, int]]:
-    """The file's lines, LINES at a time."""
+    """Chunks of CHUNK_LINES lines of the file."""
     with Path(path).open() as file:
         for number in range(sys.maxsize):
-            lines = list(itertools.islice(file, LINES))
+            lines = list(itertools.islice(file, CHUNK_LINES))
             if not lines:
                 return
             yield number, lines, max_prompt_length, max_length
 
 
 def main(path: str, model: str, output: str, processes: int, max_prompt_length: int, max_length: int) -> dict[str, Any]:
-    """Tokenise the file; examples and seconds."""
+    """Tokenize the file; returns the number of ``examples`` and the ``seconds``."""
     started = time.perf_counter()
     Path(output).mkdir()
     with multiprocessing.Pool(processes, load, (model, output)) as pool:
@@ -72,6 +72,6 @@ def main(path: str, model: str, output: str, processes: int, max_prompt_length: 
 
 
 if __name__ == "__main__":
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process, as in the pool that it is compared with
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per process, as in raydiv's pool
     source, model_directory, target, *sizes = sys.argv[1:]
     print(json.dumps(main(source, model_directory, target, *map(int, sizes))))

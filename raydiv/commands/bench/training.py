@@ -1,7 +1,7 @@
-"""``raydiv bench``: how fast this machine trains with a recipe, beside a plain loop and beside TRL.
+"""``raydiv bench``: training speed of a recipe on this machine, compared with a plain PyTorch loop and with TRL.
 
-Machines are noisy, so all take turns: raydiv, its rivals, and again. What is said of a rate or a size is its median over
-the turns; a ratio is taken within a turn, where both saw the same machine, and is the median of these.
+Machines are noisy, so raydiv and the baselines take turns. A rate or a size is the median over the turns. A ratio is
+computed within each turn, where both ran under the same load; the median of these ratios is reported.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from functools import partial
 from importlib import metadata
 from typing import Any, Literal
 
-from raydiv.commands.bench import trl_baseline as rival
-from raydiv.commands.bench.harness import Workload, real_run, steps_alone, workload_of
+from raydiv.commands.bench import trl_baseline
+from raydiv.commands.bench.harness import Workload, make_workload, timed_run, without_evaluation
 from raydiv.config import Recipe
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.utils.errors import UserError
@@ -27,9 +27,9 @@ Baseline = Literal["loop", "trl"]
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """A turn of one: seconds and tokens of each step, peak memory.
+    """One turn of raydiv or of a baseline: seconds and tokens of each step, and peak memory.
 
-    Of raydiv also how long each step waited for its data, and on GPUs what of their arithmetic it took.
+    raydiv also has the seconds that each step waited for data, and on GPUs the model FLOPs utilisation of each step.
     """
 
     seconds: list[float]
@@ -39,7 +39,7 @@ class Timing:
     mfu: list[float] = field(default_factory=list)
 
     def after(self, warmup: int) -> Timing:
-        """The turn without its first steps."""
+        """The turn without its first ``warmup`` steps."""
         return Timing(
             self.seconds[warmup:],
             self.tokens[warmup:],
@@ -49,8 +49,8 @@ class Timing:
         )
 
 
-TRL = "trl_"
-"""What a turn calls TRL, before its per-device batch."""
+TRL_PREFIX = "trl_"
+"""Prefix of TRL's names in a turn; the per-device batch size follows."""
 
 
 def bench_training(
@@ -61,47 +61,51 @@ def bench_training(
     repeats: int = 3,
     display: ProgressDisplay | None = None,
 ) -> dict[str, Any]:
-    """Time ``steps`` updates of the recipe after ``warmup``, ``repeats`` times in turn with what it is compared with.
+    """Time ``steps`` updates of the recipe after ``warmup`` updates, ``repeats`` times, in turns with the baselines.
 
-    ``loop``: the same examples and update in plain PyTorch, micro-batched as well as can be, without Ray or DeepSpeed: what
-    the hardware allows. ``trl``: TRL's trainer on the same model, examples, order, lengths and global batch, at each
-    per-device batch of 1, 2, 4 and 8 that divides it.
+    ``loop`` is a plain PyTorch loop without Ray and DeepSpeed on the same examples, with the fastest micro-batch size;
+    it shows what the hardware allows. ``trl`` is TRL's trainer on the same model, examples, order, lengths and global
+    batch, at each per-device batch size of 1, 2, 4 and 8 that divides the global batch.
 
-    Returns ``step_seconds``, ``tokens_per_second`` (real tokens: each example once, prompt included) and ``peak_bytes`` (of
-    the process that trains) of each; raydiv's ``data_seconds`` (what of a step it waited for data) and ``layout``; which
-    size is TRL's ``best``; ``ratios`` of raydiv's figures to the others'; on a GPU ``mfu``.
+    Returns for each ``step_seconds``, ``tokens_per_second`` (without padding; each example once, prompt included) and
+    ``peak_bytes`` of the training process; for raydiv also ``data_seconds`` (time that a step waits for data) and
+    ``layout``; TRL's ``best`` size; ``ratios`` of raydiv's numbers to the baselines'; on a GPU ``mfu``.
 
-    Raises UserError for what cannot be compared, before anything is timed.
+    Raises UserError for recipes that cannot be compared, before anything is timed.
     """
     _require_numbers(steps, warmup, repeats)
     _require_comparable(recipe, against)
     display = display or ProgressDisplay()
-    recipe = steps_alone(recipe, warmup + steps)
-    work = workload_of(recipe, warmup + steps, display)
-    sizes = rival.per_device_sizes(work.settings["loss"], work.settings["steps"]) if "trl" in against else []
+    recipe = without_evaluation(recipe, warmup + steps)
+    workload = make_workload(recipe, warmup + steps, display)
+    sizes = (
+        trl_baseline.per_device_sizes(workload.settings["loss"], workload.settings["steps"]) if "trl" in against else []
+    )
     layout: dict[str, Any] = {}
     contestants: dict[str, Callable[[], Timing]] = {"raydiv": partial(_raydiv, recipe, layout)}
     if "loop" in against:
-        contestants["loop"] = partial(_script, work, "loop_baseline")
-    contestants |= {f"{TRL}{size}": partial(_script, work, "trl_baseline", per_device=size) for size in sizes}
+        contestants["loop"] = partial(_script, workload, "loop_baseline")
+    contestants |= {
+        f"{TRL_PREFIX}{size}": partial(_script, workload, "trl_baseline", per_device=size) for size in sizes
+    }
     turns, failed = _take_turns(contestants, repeats, display)
     timed = [{name: timing.after(warmup) for name, timing in turn.items()} for turn in turns]
-    found = {
+    report = {
         "cpus": os.cpu_count(),
-        "threads": work.settings["threads"],
+        "threads": workload.settings["threads"],
         "steps": steps,
         "warmup": warmup,
         "repeats": repeats,
-        "examples_per_step": work.sizes[warmup],
+        "examples_per_step": workload.sizes[warmup],
         "versions": versions() | ({"trl": metadata.version("trl")} if sizes else {}),
-        **summarise(timed, work.tokens[warmup:]),
+        **summarise(timed, workload.tokens[warmup:]),
     }
-    found["raydiv"]["layout"] = layout
+    report["raydiv"]["layout"] = layout
     if failed:
-        found["failed"] = failed
+        report["failed"] = failed
     if recipe.cluster.use_gpu:
-        found["mfu"] = statistics.median(share for turn in timed for share in turn["raydiv"].mfu)
-    return found
+        report["mfu"] = statistics.median(share for turn in timed for share in turn["raydiv"].mfu)
+    return report
 
 
 def _require_numbers(steps: int, warmup: int, repeats: int) -> None:
@@ -111,23 +115,27 @@ def _require_numbers(steps: int, warmup: int, repeats: int) -> None:
 
 
 def _require_comparable(recipe: Recipe, against: Sequence[Baseline]) -> None:
-    """Refuse comparisons that would be none."""
+    """Raise UserError for recipes that a baseline does not support."""
     if "trl" in against:
-        rival.counterpart(recipe.loss.model_dump(mode="json", by_alias=True))
+        trl_baseline.trl_loss_options(recipe.loss.model_dump(mode="json", by_alias=True))
         if importlib.util.find_spec("trl") is None:
             raise UserError("--against trl: TRL is not installed; run: pip install 'trl>=1.16' (the extra raydiv[trl])")
     if against and recipe.model.quantization is not None:
-        raise UserError(f"--against {against[0]}: does not apply to model.quantization: the others load whole weights")
+        raise UserError(
+            f"--against {against[0]}: does not support model.quantization: the baselines load whole weights"
+        )
     if against and recipe.cluster.use_gpu and recipe.cluster.num_workers > 1:
         raise UserError(
-            f"--against {against[0]}: runs on one GPU, and cluster.num_workers is {recipe.cluster.num_workers}; set it to 1"
+            f"--against {against[0]}: runs on one GPU; set cluster.num_workers to 1 (now {recipe.cluster.num_workers})"
         )
 
 
 def _take_turns(
     contestants: Mapping[str, Callable[[], Timing]], repeats: int, display: ProgressDisplay
 ) -> tuple[list[dict[str, Timing]], dict[str, str]]:
-    """All of them in turn, ``repeats`` times; and the sizes of TRL that failed, with the reason: memory has an end."""
+    """Timings of all contestants, ``repeats`` times in turn, and the error of each TRL size that failed (out of
+    memory).
+    """
     turns: list[dict[str, Timing]] = []
     failed: dict[str, str] = {}
     for number in range(repeats):
@@ -140,17 +148,17 @@ def _take_turns(
                 try:
                     turns[-1][name] = run()
                 except RuntimeError as error:
-                    if not name.startswith(TRL):
+                    if not name.startswith(TRL_PREFIX):
                         raise
                     failed[name] = str(error)
-        if failed and not any(name.startswith(TRL) for name in turns[-1]):
+        if failed and not any(name.startswith(TRL_PREFIX) for name in turns[-1]):
             raise RuntimeError("; ".join(failed.values()))
     return turns, failed
 
 
 def _raydiv(recipe: Recipe, layout: dict[str, Any]) -> Timing:
-    """A run; ``layout`` is told how it laid the work out."""
-    result, records = real_run(recipe)
+    """Time a run of raydiv, and fill ``layout`` with its layout."""
+    result, records = timed_run(recipe)
     layout |= result.report.get("layout", {})
     return Timing(
         [record["step_seconds"] for record in records],
@@ -161,47 +169,50 @@ def _raydiv(recipe: Recipe, layout: dict[str, Any]) -> Timing:
     )
 
 
-def _script(work: Workload, name: str, **settings: Any) -> Timing:
-    return Timing(**work.script(name, **settings))
+def _script(workload: Workload, name: str, **settings: Any) -> Timing:
+    return Timing(**workload.script(name, **settings))
 
 
 def summarise(turns: Sequence[Mapping[str, Timing]], tokens: Sequence[int]) -> dict[str, Any]:
-    """Figures of each, and ratios of raydiv's to the others', from the timed steps of every turn.
+    """Medians of each contestant, and ratios of raydiv's numbers to the baselines', from the timed steps of every turn.
 
-    ``tokens`` are the real ones of each step, the same for all: a rate is the median over a turn's steps of tokens by seconds.
-    ``tokens_seen`` is what each counted itself, as a share of them. TRL's best is the size with the highest rate. In favour of
-    raydiv are ratios above 1 of ``tokens_per_second`` and below 1 of ``peak_bytes``.
+    ``tokens`` of each step exclude padding and are the same for all: a rate is the median of tokens/seconds over a
+    turn's steps. ``tokens_seen`` is the fraction of them that a contestant counted itself. TRL's best size is the one
+    with the highest rate. raydiv is better where the ratio of ``tokens_per_second`` is above 1, and that of
+    ``peak_bytes`` below 1.
     """
     names = [name for name in turns[0] if all(name in turn for turn in turns)]
-    own = {name: [turn[name] for turn in turns] for name in names}
-    figures = {name: _figures(timings, tokens) for name, timings in own.items()}
-    rates = {name: [_rate(timing, tokens) for timing in timings] for name, timings in own.items()}
-    peaks = {name: [timing.peak_bytes for timing in timings] for name, timings in own.items()}
+    timings_by_name = {name: [turn[name] for turn in turns] for name in names}
+    figures = {name: _medians(timings, tokens) for name, timings in timings_by_name.items()}
+    rates = {name: [_rate(timing, tokens) for timing in timings] for name, timings in timings_by_name.items()}
+    peaks = {name: [timing.peak_bytes for timing in timings] for name, timings in timings_by_name.items()}
     ratios = {
-        what: {name: _ratio(values["raydiv"], values[name]) for name in names if name != "raydiv"}
-        for what, values in (("tokens_per_second", rates), ("peak_bytes", peaks))
+        metric: {name: _ratio(values["raydiv"], values[name]) for name in names if name != "raydiv"}
+        for metric, values in (("tokens_per_second", rates), ("peak_bytes", peaks))
     }
-    found: dict[str, Any] = {name: figures[name] for name in names if not name.startswith(TRL)}
-    sizes = [name for name in names if name.startswith(TRL)]
+    summary: dict[str, Any] = {name: figures[name] for name in names if not name.startswith(TRL_PREFIX)}
+    sizes = [name for name in names if name.startswith(TRL_PREFIX)]
     if sizes:
         best = max(sizes, key=lambda name: figures[name]["tokens_per_second"])
-        found["trl"] = {"best": best.removeprefix(TRL)} | {name.removeprefix(TRL): figures[name] for name in sizes}
+        summary["trl"] = {"best": best.removeprefix(TRL_PREFIX)} | {
+            name.removeprefix(TRL_PREFIX): figures[name] for name in sizes
+        }
         for by_name in ratios.values():
             by_name["trl_best"] = by_name[best]
-    return found | {"ratios": ratios}
+    return summary | {"ratios": ratios}
 
 
-def _figures(timings: Sequence[Timing], tokens: Sequence[int]) -> dict[str, Any]:
-    """Medians over the turns of one."""
-    found = {
+def _medians(timings: Sequence[Timing], tokens: Sequence[int]) -> dict[str, Any]:
+    """Medians over the turns of one contestant."""
+    medians = {
         "step_seconds": statistics.median(statistics.median(timing.seconds) for timing in timings),
         "tokens_per_second": statistics.median(_rate(timing, tokens) for timing in timings),
         "peak_bytes": round(statistics.median(timing.peak_bytes for timing in timings)),
         "tokens_seen": sum(timings[0].tokens) / sum(tokens),
     }
     if timings[0].data_seconds:
-        found["data_seconds"] = statistics.median(statistics.median(timing.data_seconds) for timing in timings)
-    return found
+        medians["data_seconds"] = statistics.median(statistics.median(timing.data_seconds) for timing in timings)
+    return medians
 
 
 def _rate(timing: Timing, tokens: Sequence[int]) -> float:
@@ -209,48 +220,48 @@ def _rate(timing: Timing, tokens: Sequence[int]) -> float:
 
 
 def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
-    """Of each turn by itself."""
-    by_turn = [mine / other for mine, other in zip(ours, theirs, strict=True)]
+    """The median of the ratios within each turn, and these ratios."""
+    by_turn = [own / other for own, other in zip(ours, theirs, strict=True)]
     return {"median": statistics.median(by_turn), "turns": by_turn}
 
 
-def training_table(found: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
+def training_table(report: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
     """Header and rows of what ``bench_training`` returns."""
     header = ["", "step s", "data s", "tokens/s", "peak MB", "tokens/s ratio", "memory ratio"]
     return header, [
         (
             label,
-            f"{one['step_seconds']:.3g}",
-            f"{one['data_seconds']:.2g}" if "data_seconds" in one else "",
-            f"{one['tokens_per_second']:,.0f}",
-            f"{one['peak_bytes'] / 2**20:,.0f}",
-            *(f"{by_name[name]['median']:.2f}" if name in by_name else "" for by_name in found["ratios"].values()),
+            f"{row['step_seconds']:.3g}",
+            f"{row['data_seconds']:.2g}" if "data_seconds" in row else "",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['peak_bytes'] / 2**20:,.0f}",
+            *(f"{by_name[name]['median']:.2f}" if name in by_name else "" for by_name in report["ratios"].values()),
         )
-        for name, label, one in _rows(found)
+        for name, label, row in _rows(report)
     ]
 
 
-def _rows(found: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
-    """(name in the ratios, label, figures) of each."""
-    own = [
-        (name, label, found[name]) for name, label in (("raydiv", "raydiv"), ("loop", "plain loop")) if name in found
+def _rows(report: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    """(name in the ratios, label, medians) of each contestant."""
+    rows = [
+        (name, label, report[name]) for name, label in (("raydiv", "raydiv"), ("loop", "plain loop")) if name in report
     ]
-    sizes = {size: one for size, one in found.get("trl", {}).items() if size != "best"}
-    return own + [(f"{TRL}{size}", f"TRL at {size}", one) for size, one in sizes.items()]
+    sizes = {size: row for size, row in report.get("trl", {}).items() if size != "best"}
+    return rows + [(f"{TRL_PREFIX}{size}", f"TRL at {size}", row) for size, row in sizes.items()]
 
 
-def training_notes(found: Mapping[str, Any]) -> list[str]:
-    """What the table has no room for."""
+def training_notes(report: Mapping[str, Any]) -> list[str]:
+    """Lines below the table."""
     notes = [
-        f"medians of {found['repeats']} turns of {found['steps']} steps; tokens: real ones, prompts included; "
-        "ratio: raydiv's figure by the row's, within a turn"
-        + ("; TRL at its per-device batches" if "trl" in found else "")
+        f"medians of {report['repeats']} turns of {report['steps']} steps; tokens exclude padding and include prompts; "
+        "ratio: raydiv's value divided by the row's, within a turn"
+        + ("; TRL at its per-device batches" if "trl" in report else "")
     ]
-    laid_out = ", ".join(f"{name} {value}" for name, value in found["raydiv"]["layout"].items())
-    notes += [f"raydiv's layout: {laid_out}"] if laid_out else []
-    for _, label, one in _rows(found):
-        if one["tokens_seen"] != 1:
-            notes.append(f"{label}: trained on {one['tokens_seen']:.4f} of these tokens")
-    if "mfu" in found:
-        notes.append(f"model FLOPs utilisation: {found['mfu']:.1%} of what a large matrix product reaches on this GPU")
-    return notes + [f"{name}: {reason}" for name, reason in found.get("failed", {}).items()]
+    layout = ", ".join(f"{name} {value}" for name, value in report["raydiv"]["layout"].items())
+    notes += [f"raydiv's layout: {layout}"] if layout else []
+    for _, label, row in _rows(report):
+        if row["tokens_seen"] != 1:
+            notes.append(f"{label}: trained on {row['tokens_seen']:.4f} of these tokens")
+    if "mfu" in report:
+        notes.append(f"model FLOPs utilisation: {report['mfu']:.1%} of what a large matrix product reaches on this GPU")
+    return notes + [f"{name}: {reason}" for name, reason in report.get("failed", {}).items()]

@@ -1,4 +1,4 @@
-"""``raydiv bench --part trials``: what a sweep's trial takes beside its own training, and what the least one takes."""
+"""``raydiv bench --part trials``: the overhead of a sweep's trial, compared with a minimal trial of Ray Tune."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from raydiv.commands.bench.harness import inside, run_module, steps_alone
+from raydiv.commands.bench.harness import run_module, with_output_in, without_evaluation
 from raydiv.commands.prepare import prepare
 from raydiv.config import Recipe, save_recipe
 from raydiv.config.sweep import SweepConfig
@@ -19,28 +19,28 @@ from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.session import worker_environment
 from raydiv.utils.versions import versions
 
-AT_A_TIME = 3
-"""Trials of a turn."""
+TRIALS_PER_TURN = 3
+"""Number of trials in a turn."""
 
 
 def bench_trials(
     recipe: Recipe, repeats: int = 3, steps: int = 4, display: ProgressDisplay | None = None
 ) -> dict[str, Any]:
-    """Time the trials of ``raydiv sweep``, each of ``steps`` updates and no measurement, one after another.
+    """Time the trials of ``raydiv sweep``, each of ``steps`` updates without evaluation, one after another.
 
-    Beside them, in turn, stand bare trials: Ray Tune over a ``TorchTrainer`` whose workers, as many, make a DeepSpeed step of
-    one small layer. Data and reference are prepared.
+    The baseline, in turns, are bare trials: Ray Tune runs a ``TorchTrainer`` with as many workers, which make a
+    DeepSpeed step of one small layer. Data and reference are prepared.
 
-    Returns medians in seconds: of what a trial of ``raydiv`` takes beyond its updates and of what a ``bare`` one takes, and
-    ``ratio``, the median of their ratios within a turn.
+    Returns medians in seconds: a trial of ``raydiv`` without its updates, and a ``bare`` trial; ``ratio`` is the median
+    of their ratios within a turn.
     """
     display = display or ProgressDisplay()
-    recipe = steps_alone(recipe, steps)
+    recipe = without_evaluation(recipe, steps)
     prepare(recipe, display)
     turns: list[dict[str, list[float]]] = []
     for number in range(repeats):
         with display.phase(f"turn {number + 1} of {repeats}"):
-            turns.append({"raydiv": _raydiv(recipe), "bare": _bare(recipe)})
+            turns.append({"raydiv": _raydiv_trials(recipe), "bare": _bare_trials(recipe)})
     return {
         "cpus": os.cpu_count(),
         "workers": recipe.cluster.num_workers,
@@ -52,35 +52,35 @@ def bench_trials(
     }
 
 
-def _raydiv(recipe: Recipe) -> list[float]:
-    """Seconds of each trial without those of its updates."""
+def _raydiv_trials(recipe: Recipe) -> list[float]:
+    """Seconds of each trial, without its updates."""
     with tempfile.TemporaryDirectory() as folder:
-        betas = [round(0.05 * (number + 1), 2) for number in range(AT_A_TIME)]
+        betas = [round(0.05 * (number + 1), 2) for number in range(TRIALS_PER_TURN)]
         section = SweepConfig(space={"loss.beta": betas}, goal="minimize loss", search="grid", max_concurrent=1, keep=0)
-        recipe = inside(recipe, folder).model_copy(update={"sweep": section})
+        recipe = with_output_in(recipe, folder).model_copy(update={"sweep": section})
         path = Path(folder) / "recipe.yaml"
         save_recipe(recipe, path)
         printed = run_module("raydiv", ["sweep", str(path), "--json"], worker_environment(recipe.cluster))
         sweep = RunDirectory.of(recipe).path
-        return [trial["seconds"] - _training(sweep / trial["run"]) for trial in json.loads(printed)["trials"]]
+        return [trial["seconds"] - _update_seconds(sweep / trial["run"]) for trial in json.loads(printed)["trials"]]
 
 
-def _training(run: Path) -> float:
-    return sum(float(record.get("step_seconds", 0.0)) for record in RunDirectory(run).read_metrics())
+def _update_seconds(run: Path) -> float:
+    return sum(float(record.get("step_seconds", 0.0)) for record in RunDirectory(run).metrics.read())
 
 
-def _bare(recipe: Recipe) -> list[float]:
+def _bare_trials(recipe: Recipe) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
-        given = [str(recipe.cluster.num_workers), str(recipe.cluster.use_gpu), folder, str(AT_A_TIME)]
-        printed = run_module("raydiv.commands.bench.ray_baseline", given, worker_environment(recipe.cluster))
+        arguments = [str(recipe.cluster.num_workers), str(recipe.cluster.use_gpu), folder, str(TRIALS_PER_TURN)]
+        printed = run_module("raydiv.commands.bench.ray_baseline", arguments, worker_environment(recipe.cluster))
         seconds: list[float] = json.loads(printed.strip().splitlines()[-1])["seconds"]
         return seconds
 
 
-def trials_table(found: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
+def trials_table(report: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
     """Header and rows of what ``bench_trials`` returns."""
     return ["", "seconds"], [
-        ("a trial of raydiv sweep, beyond its updates", f"{found['raydiv_seconds']:.1f}"),
-        ("a bare trial: TorchTrainer, DeepSpeed, one small step", f"{found['bare_seconds']:.1f}"),
-        ("ratio", f"{found['ratio']:.2f}"),
+        ("a trial of raydiv sweep, without its updates", f"{report['raydiv_seconds']:.1f}"),
+        ("a bare trial: TorchTrainer, DeepSpeed, one small step", f"{report['bare_seconds']:.1f}"),
+        ("ratio", f"{report['ratio']:.2f}"),
     ]
