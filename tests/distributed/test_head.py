@@ -394,7 +394,7 @@ def test_probe_refuses_logits_that_are_treated_in_an_unknown_way() -> None:
         return output
 
     for ask in (probe(model, doubled).require_supported_logits, lambda: probe(model, doubled).packing(8)):
-        with pytest.raises(UserError, match="Llama models treat their logits"):
+        with pytest.raises(UserError, match=r"model\.id: Llama"):
             ask()
 
 
@@ -413,18 +413,18 @@ def test_sliding_windows_are_packed_up_to_their_length() -> None:
 
 @pytest.mark.usefixtures("own_cache")
 def test_models_that_cannot_be_packed_say_why() -> None:
-    assert probe(build("gemma2")).packing(8) == ("none", "eager attention knows no boundaries within a row")
+    assert probe(build("gemma2")).packing(8) == ("none", "eager attention does not support packed examples")
     blind = build("llama")
     blind.forward = lambda input_ids, attention_mask: None
-    assert packing_module.packing_of(blind, 8) == ("none", "its forward takes no positions")
+    assert packing_module.packing_of(blind, 8) == ("none", "its forward takes no position_ids")
 
 
 @pytest.mark.usefixtures("own_cache")
 def test_probe_unmasks_examples_that_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         packing_module,
-        "_attend_apart",
-        lambda q, k, v, attn_mask, is_causal, **o: packing_module._attention(q, k, v, is_causal=True, **o),
+        "_block_diagonal_attention",
+        lambda q, k, v, attn_mask, is_causal, **o: packing_module._sdpa(q, k, v, is_causal=True, **o),
     )
     packing, why = probe(build("llama")).packing(8)
     assert packing == "none"
@@ -478,13 +478,13 @@ def test_padding_changes_nothing() -> None:
         torch.testing.assert_close(together, torch.cat([score(example) for example in EXAMPLES]), rtol=0, atol=1e-5)
 
 
-def test_every_forward_needs_an_aim() -> None:
+def test_every_forward_needs_targets() -> None:
     model, inputs = build("llama"), collate(EXAMPLES)
     head = LogProbHead(model)
     head.set_targets(inputs.rows, inputs.columns, inputs.targets)
     with torch.no_grad():
         forward(model, inputs)
-        with pytest.raises(AssertionError, match="aim"):
+        with pytest.raises(AssertionError, match="set_targets"):
             forward(model, inputs)
 
 

@@ -41,11 +41,11 @@ def make_batch(
 ) -> Batch:
     """A batch whose log-probs are a leaf, or lead to ``log_ratios`` when that is a tensor with a graph."""
     ratios = torch.as_tensor(log_ratios, dtype=dtype)
-    given = torch.full((len(aligned),), -3.0) if reference is None else torch.as_tensor(np.asarray(reference))
-    logps = given.to(dtype) + ratios
+    reference_logps = torch.full((len(aligned),), -3.0) if reference is None else torch.as_tensor(np.asarray(reference))
+    logps = reference_logps.to(dtype) + ratios
     return Batch(
         logps=logps if logps.requires_grad else logps.requires_grad_(),
-        reference_logps=given.to(dtype),
+        reference_logps=reference_logps.to(dtype),
         aligned=torch.tensor(list(aligned), dtype=torch.bool),
         tokens=torch.tensor(tokens if tokens is not None else [4] * len(aligned), dtype=torch.long),
         pairs=torch.tensor(list(pairs), dtype=torch.long).reshape(-1, 2),
@@ -82,13 +82,13 @@ def divergence(value: Value) -> float:
     return float(value.divergence.detach())
 
 
-def everything(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with the others at their defaults."""
+def with_defaults(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, with all others at their defaults."""
     return {**OBJECTIVES[name].defaults, **options}
 
 
 def ceiling(name: str, options: Mapping[str, Any]) -> float | None:
-    return OBJECTIVES[name].ceiling(everything(name, options))
+    return OBJECTIVES[name].ceiling(with_defaults(name, options))
 
 
 NUMBERS: dict[str, list[float]] = {
@@ -106,7 +106,7 @@ NUMBERS: dict[str, list[float]] = {
 
 def variants() -> list[Any]:
     """Every objective at its defaults and at each choice of its options that is a choice; numbers where named above."""
-    found = []
+    cases = []
     for name, objective in OBJECTIVES.items():
         axes = []
         for option, (annotation, default) in objective.parameters.items():
@@ -126,8 +126,8 @@ def variants() -> list[Any]:
                 if option not in unused and (choice != objective.defaults[option] or isinstance(choice, str))
             }
             label = "-".join([name, *(f"{key}={choice}" for key, choice in chosen.items())])
-            found.append(pytest.param(name, chosen, id=label))
-    return found
+            cases.append(pytest.param(name, chosen, id=label))
+    return cases
 
 
 every_variant = pytest.mark.parametrize(("name", "options"), variants())

@@ -1,4 +1,4 @@
-"""Checkpoints on storage: whole or not there, damaged ones passed over, old ones removed; and what goes on from them."""
+"""Checkpoints on storage: complete or absent, damaged ones skipped, old ones removed; and resuming from them."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def recipe_of(tmp_path: Path, *overrides: str) -> Recipe:
     return load_recipe(PLAIN | {"output_dir": str(tmp_path), "name": "mine"}, overrides)
 
 
-def state_of(start: int, length: int, size: int = 12) -> Snapshot:
+def snapshot_of(start: int, length: int, size: int = 12) -> Snapshot:
     piece = Fragment("layer.weight", start, length, size)
     return {(piece, kind): torch.arange(start, start + length) + 100.0 * n for n, kind in enumerate(KINDS)}
 
 
-def written(checkpoints: CheckpointStore, step: int, measured: float | None = None, run: str = "") -> Manifest:
+def write_checkpoint(checkpoints: CheckpointStore, step: int, measured: float | None = None, run: str = "") -> Manifest:
     """A checkpoint of two ranks: five elements, and seven."""
     folder = checkpoints.at(step)
-    shards = [write_shard(folder, 0, state_of(0, 5)), write_shard(folder, 1, state_of(5, 7))]
+    shards = [write_shard(folder, 0, snapshot_of(0, 5)), write_shard(folder, 1, snapshot_of(5, 7))]
     manifest = Manifest(step, step, 2, {"logged": 0}, {"run": run}, measured, shards)
     checkpoints.commit(manifest)
     return manifest
@@ -56,15 +56,15 @@ def checkpoints(request: pytest.FixtureRequest, tmp_path: Path) -> CheckpointSto
 
 
 @pytest.mark.parametrize(("start", "length"), [(0, 12), (0, 5), (3, 4), (5, 7), (11, 1)])
-def test_any_run_of_elements_is_read_out_of_the_files(checkpoints: CheckpointStore, start: int, length: int) -> None:
-    manifest = written(checkpoints, 4)
+def test_any_run_of_elements_is_read(checkpoints: CheckpointStore, start: int, length: int) -> None:
+    manifest = write_checkpoint(checkpoints, 4)
     with ShardReader(checkpoints.at(4), manifest.shards) as shards:
-        for (piece, kind), values in state_of(start, length).items():
+        for (piece, kind), values in snapshot_of(start, length).items():
             assert torch.equal(shards.read(piece, kind), values)
 
 
-def test_elements_that_are_in_no_file_are_not_made_up(checkpoints: CheckpointStore) -> None:
-    manifest = written(checkpoints, 4)
+def test_missing_elements_are_an_error(checkpoints: CheckpointStore) -> None:
+    manifest = write_checkpoint(checkpoints, 4)
     with (
         ShardReader(checkpoints.at(4), manifest.shards[:1]) as shards,
         pytest.raises(ValueError, match=r"5 of the 12 elements of layer\.weight"),
@@ -72,24 +72,24 @@ def test_elements_that_are_in_no_file_are_not_made_up(checkpoints: CheckpointSto
         shards.read(Fragment("layer.weight", 0, 12, 12), "weight")
 
 
-def test_a_manifest_comes_back_as_it_was(checkpoints: CheckpointStore) -> None:
-    manifest = written(checkpoints, 4, measured=0.25)
+def test_a_manifest_is_read_as_written(checkpoints: CheckpointStore) -> None:
+    manifest = write_checkpoint(checkpoints, 4, measured=0.25)
     assert checkpoints.manifest(4) == manifest
     assert isinstance(checkpoints.manifest(4).shards[0], CheckpointShard)
 
 
-def test_without_a_manifest_there_is_no_checkpoint(checkpoints: CheckpointStore) -> None:
-    written(checkpoints, 2)
-    write_shard(checkpoints.at(4), 0, state_of(0, 5))
+def test_a_folder_without_a_manifest_is_no_checkpoint(checkpoints: CheckpointStore) -> None:
+    write_checkpoint(checkpoints, 2)
+    write_shard(checkpoints.at(4), 0, snapshot_of(0, 5))
     assert checkpoints.steps() == [2]
     checkpoints.invalidate(2)
     assert checkpoints.steps() == []
 
 
-def test_the_newest_the_best_and_nothing_else_are_kept(checkpoints: CheckpointStore) -> None:
+def test_pruning_keeps_the_newest_and_the_best(checkpoints: CheckpointStore) -> None:
     for step, value in ((1, 0.5), (2, 0.1), (3, 0.1), (4, None), (5, 0.7), (6, 0.6)):
-        written(checkpoints, step, value)
-    write_shard(checkpoints.at(7), 0, state_of(0, 5))
+        write_checkpoint(checkpoints, step, value)
+    write_shard(checkpoints.at(7), 0, snapshot_of(0, 5))
     assert (checkpoints.best("min"), checkpoints.best("max")) == (2, 5)
     checkpoints.prune(2, "min")
     assert checkpoints.steps() == [6, 5, 2]
@@ -107,33 +107,33 @@ def flip(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
-@pytest.mark.parametrize("harm", [cut, flip, Path.unlink])
+@pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
 @pytest.mark.parametrize("file", ["rank-00001.safetensors", MANIFEST])
-def test_the_one_before_a_damaged_one_is_used_and_it_is_said(tmp_path: Path, harm: Any, file: str) -> None:
-    run, saver = saver_of(tmp_path)
+def test_a_damaged_checkpoint_is_logged_and_the_previous_one_used(tmp_path: Path, damage: Any, file: str) -> None:
+    run, manager = make_manager(tmp_path)
     checkpoints = CheckpointStore(run.checkpoints(recipe_of(tmp_path)))
     for step in (2, 4):
-        written(checkpoints, step, run=run.stage.read().id)
-    assert saver.find() == checkpoints.manifest(4)
+        write_checkpoint(checkpoints, step, run=run.stage.read().id)
+    assert manager.find() == checkpoints.manifest(4)
     assert not run.events.path.exists()
-    harm(Path(checkpoints.at(4).uri_of(file)))
-    assert saver.find() == checkpoints.manifest(2)
-    if (file, harm) != (MANIFEST, Path.unlink):  # then it was never finished
-        assert "checkpoint after step 4 is damaged and not used" in run.events.path.read_text()
+    damage(Path(checkpoints.at(4).uri_of(file)))
+    assert manager.find() == checkpoints.manifest(2)
+    if (file, damage) != (MANIFEST, Path.unlink):  # then it is incomplete
+        assert "checkpoint after step 4 is damaged" in run.events.path.read_text()
         assert file in run.events.path.read_text()
-    harm(Path(checkpoints.at(2).uri_of(file)))
-    assert saver.find() is None
+    damage(Path(checkpoints.at(2).uri_of(file)))
+    assert manager.find() is None
 
 
-def test_anothers_checkpoint_is_refused(tmp_path: Path) -> None:
-    run, saver = saver_of(tmp_path)
-    written(CheckpointStore(run.checkpoints(recipe_of(tmp_path))), 2, run="somebody")
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    run, manager = make_manager(tmp_path)
+    write_checkpoint(CheckpointStore(run.checkpoints(recipe_of(tmp_path))), 2, run="somebody")
     with pytest.raises(UserError, match="is of another run"):
-        saver.find()
+        manager.find()
 
 
-def test_a_file_says_what_is_wrong_with_it(checkpoints: CheckpointStore) -> None:
-    shard = written(checkpoints, 4).shards[0]
+def test_damage_of_a_file_is_described(checkpoints: CheckpointStore) -> None:
+    shard = write_checkpoint(checkpoints, 4).shards[0]
     assert find_damage(checkpoints.at(4), shard) is None
     assert "cannot be read" in str(find_damage(checkpoints.at(5), shard))
     content = bytearray(checkpoints.at(4).read(shard.file))
@@ -144,95 +144,94 @@ def test_a_file_says_what_is_wrong_with_it(checkpoints: CheckpointStore) -> None
     assert f"has {shard.size - 1} bytes of {shard.size}" in str(find_damage(checkpoints.at(4), shard))
 
 
-class Engine:
-    """What a Saver asks of an engine."""
+class FakePartitions:
+    """The part of Partitions that a CheckpointManager uses to write."""
 
     updates = 3
 
     def snapshot(self) -> Snapshot:
-        return state_of(0, 12)
+        return snapshot_of(0, 12)
 
 
-def saver_of(tmp_path: Path, *overrides: str) -> tuple[RunDirectory, CheckpointManager]:
+def make_manager(tmp_path: Path, *overrides: str) -> tuple[RunDirectory, CheckpointManager]:
     recipe = recipe_of(tmp_path, *overrides)
     run = RunDirectory.of(recipe)
     run.create(recipe, {"data": "d"})
-    return run, CheckpointManager(run, recipe, Engine())
+    return run, CheckpointManager(run, recipe, FakePartitions())
 
 
-def steps_kept(run: RunDirectory) -> list[int]:
+def kept_steps(run: RunDirectory) -> list[int]:
     return CheckpointStore(run.checkpoints(run.read_recipe())).steps()
 
 
-def test_checkpoints_come_every_so_many_steps(tmp_path: Path) -> None:
-    run, saver = saver_of(tmp_path, "checkpoint.every=2", "checkpoint.keep=9")
+def test_checkpoints_every_so_many_steps(tmp_path: Path) -> None:
+    run, manager = make_manager(tmp_path, "checkpoint.every=2", "checkpoint.keep=9")
     for step in range(1, 7):
-        assert not saver.after_step(step, dict, {}, last=step == 6)
-    assert steps_kept(run) == [6, 4, 2]
+        assert not manager.after_step(step, dict, {}, last=step == 6)
+    assert kept_steps(run) == [6, 4, 2]
     manifest = CheckpointStore(run.checkpoints(run.read_recipe())).manifest(4)
     assert (manifest.step, manifest.updates, manifest.of) == (4, 3, {"run": run.stage.read().id, "data": "d"})
 
 
-def test_checkpoints_come_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_every_so_many_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from raydiv.training.checkpoint import manager as saving
 
     now = [0.0]
     monkeypatch.setattr(saving.time, "monotonic", lambda: now[0])
-    run, saver = saver_of(tmp_path, "checkpoint.every=2min", "checkpoint.keep=9")
+    run, manager = make_manager(tmp_path, "checkpoint.every=2min", "checkpoint.keep=9")
     for step in range(1, 7):
         now[0] += 50.0
-        saver.after_step(step, dict, {}, last=step == 6)
-    assert steps_kept(run) == [6, 3]
+        manager.after_step(step, dict, {}, last=step == 6)
+    assert kept_steps(run) == [6, 3]
 
 
-def test_a_checkpoint_waits_for_what_says_how_good_it_is(tmp_path: Path) -> None:
-    run, saver = saver_of(tmp_path, "checkpoint.every=2", "checkpoint.keep=1", "checkpoint.best_metric=eval/loss")
+def test_a_checkpoint_waits_for_its_best_metric(tmp_path: Path) -> None:
+    run, manager = make_manager(tmp_path, "checkpoint.every=2", "checkpoint.keep=1", "checkpoint.best_metric=eval/loss")
     for step in range(1, 10):
-        saver.after_step(step, dict, {"eval/loss": float(step)} if step % 3 == 0 else {}, last=step == 9)
+        manager.after_step(step, dict, {"eval/loss": float(step)} if step % 3 == 0 else {}, last=step == 9)
     # due at 2, 4, 6 and 8, measured at 3, 6 and 9; 3 is the best one
-    assert steps_kept(run) == [9, 3]
+    assert kept_steps(run) == [9, 3]
 
 
-def test_asked_to_stop_it_does_so_after_a_checkpoint(tmp_path: Path) -> None:
-    run, saver = saver_of(tmp_path, "checkpoint.every=null")
-    assert not saver.after_step(1, dict, {}, last=False)
+def test_a_run_stops_on_request_after_a_checkpoint(tmp_path: Path) -> None:
+    run, manager = make_manager(tmp_path, "checkpoint.every=null")
+    assert not manager.after_step(1, dict, {}, last=False)
     run.request_stop()
-    assert saver.after_step(2, dict, {}, last=False)
-    assert steps_kept(run) == [2]
-    # the last step is the end of training anyhow
-    assert not saver.after_step(3, dict, {}, last=True)
+    assert manager.after_step(2, dict, {}, last=False)
+    assert kept_steps(run) == [2]
+    # the last step ends training anyway
+    assert not manager.after_step(3, dict, {}, last=True)
 
 
-def test_a_place_that_cannot_be_written_costs_a_warning_and_no_checkpoint(tmp_path: Path) -> None:
-    run, saver = saver_of(tmp_path, "checkpoint.every=2", "checkpoint.keep=9")
+def test_a_folder_that_cannot_be_written_costs_a_warning_and_no_checkpoint(tmp_path: Path) -> None:
+    run, manager = make_manager(tmp_path, "checkpoint.every=2", "checkpoint.keep=9")
     for step in (1, 2, 3):
-        saver.after_step(step, dict, {}, last=False)
+        manager.after_step(step, dict, {}, last=False)
     blocked = Path(CheckpointStore(run.checkpoints(run.read_recipe())).at(4).uri)
     blocked.write_text("in the way")
     for step in (4, 5, 6):
-        saver.after_step(step, dict, {}, last=step == 6)
-    assert steps_kept(run) == [6, 2]
+        manager.after_step(step, dict, {}, last=step == 6)
+    assert kept_steps(run) == [6, 2]
     (event,) = [json.loads(line) for line in run.events.path.read_text().splitlines()]
     assert "checkpoint after step 4 could not be written" in event["message"]
-    assert "training goes on" in event["message"]
 
 
-def test_old_ones_that_cannot_be_removed_cost_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, saver = saver_of(tmp_path, "checkpoint.every=1", "checkpoint.keep=1")
+def test_old_checkpoints_that_cannot_be_removed_cost_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, manager = make_manager(tmp_path, "checkpoint.every=1", "checkpoint.keep=1")
 
     def stuck(*_: Any) -> None:
         raise OSError("busy")
 
     monkeypatch.setattr(CheckpointStore, "prune", stuck)
     for step in (1, 2):
-        saver.after_step(step, dict, {}, last=step == 2)
-    assert steps_kept(run) == [2, 1]
+        manager.after_step(step, dict, {}, last=step == 2)
+    assert kept_steps(run) == [2, 1]
     assert "old checkpoints in" in run.events.path.read_text()
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of a mebibyte."""
+    """A disk of 1 MiB."""
     place = tmp_path / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
@@ -242,36 +241,36 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
-def test_a_full_disk_costs_a_warning_and_leaves_the_one_before(
+def test_a_full_disk_costs_a_warning_and_leaves_the_previous_checkpoint(
     tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, saver = saver_of(tmp_path, f"checkpoint.storage={small_disk}", "checkpoint.every=1", "checkpoint.keep=1")
-    saver.after_step(1, dict, {}, last=False)
-    monkeypatch.setattr(Engine, "snapshot", lambda _: state_of(0, 100_000, 100_000))
-    saver.after_step(2, dict, {}, last=False)
-    saver.after_step(3, dict, {}, last=True)
-    assert steps_kept(run) == [1]
+    run, manager = make_manager(tmp_path, f"checkpoint.storage={small_disk}", "checkpoint.every=1", "checkpoint.keep=1")
+    manager.after_step(1, dict, {}, last=False)
+    monkeypatch.setattr(FakePartitions, "snapshot", lambda _: snapshot_of(0, 100_000, 100_000))
+    manager.after_step(2, dict, {}, last=False)
+    manager.after_step(3, dict, {}, last=True)
+    assert kept_steps(run) == [1]
     assert CheckpointStore(run.checkpoints(run.read_recipe())).folder.folder_names() == ["step-00000001"]
-    assert saver.find() is not None
-    said = run.events.path.read_text()
-    assert "checkpoint after step 2 could not be written" in said
-    assert "No space left on device" in said
-    # and there is room again
-    monkeypatch.setattr(Engine, "snapshot", lambda _: state_of(0, 12))
-    saver.after_step(4, dict, {}, last=True)
-    assert steps_kept(run) == [4]
+    assert manager.find() is not None
+    events = run.events.path.read_text()
+    assert "checkpoint after step 2 could not be written" in events
+    assert "No space left on device" in events
+    # with room on the disk again
+    monkeypatch.setattr(FakePartitions, "snapshot", lambda _: snapshot_of(0, 12))
+    manager.after_step(4, dict, {}, last=True)
+    assert kept_steps(run) == [4]
 
 
-def test_a_place_that_is_read_only_is_found_before_training(tmp_path: Path, small_disk: Path) -> None:
+def test_a_read_only_folder_is_found_before_training(tmp_path: Path, small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(
         UserError, match=r"checkpoint\.storage: .*/disk/mine cannot be written: .*Read-only file system"
     ):
-        saver_of(tmp_path, f"checkpoint.storage={small_disk}")
+        make_manager(tmp_path, f"checkpoint.storage={small_disk}")
 
 
-def test_storage_elsewhere_is_not_shared_by_two_runs(tmp_path: Path) -> None:
-    saver_of(tmp_path, f"checkpoint.storage={tmp_path}/elsewhere", "checkpoint.every=1")[1].after_step(
+def test_checkpoint_storage_is_not_shared_by_two_runs(tmp_path: Path) -> None:
+    make_manager(tmp_path, f"checkpoint.storage={tmp_path}/elsewhere", "checkpoint.every=1")[1].after_step(
         1, dict, {}, last=True
     )
     assert (tmp_path / "elsewhere" / "mine" / "step-00000001" / MANIFEST).is_file()
@@ -283,7 +282,7 @@ def test_storage_elsewhere_is_not_shared_by_two_runs(tmp_path: Path) -> None:
 # ---- the run directory
 
 
-def test_rewound_metrics_are_followed_without_repeats(tmp_path: Path) -> None:
+def test_truncated_metrics_are_followed_without_repeats(tmp_path: Path) -> None:
     run, seen = RunDirectory(tmp_path), []
     with run.metrics.follow(seen.append):
         for step in (1, 2):
@@ -311,33 +310,33 @@ def wait_until(so: Any) -> None:
         time.sleep(0.02)
 
 
-# ---- going on
+# ---- resuming
 
 
-def test_a_run_goes_on_with_its_own_recipe_alone(tmp_path: Path) -> None:
-    mine = recipe_of(tmp_path, "batch.tokens_per_microbatch=64", "engine.zero_stage=2")
-    run = RunDirectory.of(mine)
-    run.create(mine, {"data": "a" * 32, "model": "m"})
-    assert recipe_to_resume(run, mine) == mine
+def test_a_run_resumes_with_its_own_recipe_alone(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "batch.tokens_per_microbatch=64", "engine.zero_stage=2")
+    run = RunDirectory.of(recipe)
+    run.create(recipe, {"data": "a" * 32, "model": "m"})
+    assert recipe_to_resume(run, recipe) == recipe
     with pytest.raises(UserError) as caught:
         recipe_to_resume(run, recipe_of(tmp_path, "optim.lr=1e-3", "loss.beta=0.5"))
-    said = str(caught.value)
-    assert "loss.beta: 0.1 then, 0.5 now" in said
-    assert "optim.lr: 5e-05 then, 0.001 now" in said
-    assert "batch" not in said
-    # what is computed may change its place: other workers, another stage
+    message = str(caught.value)
+    assert "loss.beta: 0.1 then, 0.5 now" in message
+    assert "optim.lr: 5e-05 then, 0.001 now" in message
+    assert "batch" not in message
+    # the workers and the ZeRO stage may change
     elsewhere = recipe_of(tmp_path, "cluster.num_workers=4", "engine.zero_stage=3", "checkpoint.every=7")
     assert recipe_to_resume(run, elsewhere) == elsewhere
-    # what the recipe leaves open is as it was settled, on the same workers
+    # values of auto are those resolved before, on the same workers
     assert recipe_to_resume(run, recipe_of(tmp_path)).engine.zero_stage == 2
     assert recipe_to_resume(run, recipe_of(tmp_path)).batch.tokens_per_microbatch == 64
     assert recipe_to_resume(run, recipe_of(tmp_path, "cluster.num_workers=4")).engine.zero_stage == "auto"
 
 
-def test_data_that_changed_meanwhile_are_refused(tmp_path: Path) -> None:
-    mine = recipe_of(tmp_path)
-    run = RunDirectory.of(mine)
-    run.create(mine, {"data": "a" * 32, "model": "m"})
+def test_changed_data_are_refused(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path)
+    run = RunDirectory.of(recipe)
+    run.create(recipe, {"data": "a" * 32, "model": "m"})
     require_same_content(run, {"data": "a" * 32, "model": "m"})
     with pytest.raises(UserError, match=r"data\.train: .*aaaaaaaaaaaa then, bbbbbbbbbbbb now"):
         require_same_content(run, {"data": "b" * 32, "model": "m"})
@@ -345,30 +344,30 @@ def test_data_that_changed_meanwhile_are_refused(tmp_path: Path) -> None:
         require_same_content(run, {"data": "a" * 32, "model": "n"})
 
 
-def test_a_run_of_before_checkpoints_says_so(tmp_path: Path) -> None:
+def test_a_run_without_a_stage_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"stage\.json"):
         RunDirectory(tmp_path).stage.read()
 
 
-# ---- what a loop carries
+# ---- the state of the loop
 
 
-def test_patience_wears_out_after_evaluations_that_are_no_better() -> None:
+def test_early_stopping_after_evaluations_that_are_no_better() -> None:
     section = EarlyStopConfig(patience=2, min_delta=0.1)
-    patience = EarlyStopping()
-    assert [patience.update(section, value) for value in (1.0, 0.95, 0.5, 0.45, 0.41)] == [False] * 4 + [True]
+    early_stopping = EarlyStopping()
+    assert [early_stopping.update(section, value) for value in (1.0, 0.95, 0.5, 0.45, 0.41)] == [False] * 4 + [True]
     rising = EarlyStopConfig(metric="eval/reward/accuracy", mode="max", patience=1)
-    patience = EarlyStopping()
-    assert [patience.update(rising, value) for value in (0.5, 0.6, 0.6)] == [False, False, True]
+    early_stopping = EarlyStopping()
+    assert [early_stopping.update(rising, value) for value in (0.5, 0.6, 0.6)] == [False, False, True]
 
 
-def test_what_is_carried_comes_back_to_the_bit() -> None:
-    carried = TrainState()
-    carried.means.update({"divergence": 0.1 + 0.2, "reward/margin": float(np.float32(0.7))})
-    carried.early_stopping.update(EarlyStopConfig(), 1 / 3)
-    carried.refused = 2
-    loop = json.loads(json.dumps(carried.as_json([{"log_mean": 1e-17}], 55)))
-    assert TrainState.from_json(loop) == carried
+def test_the_state_of_the_loop_is_restored_to_the_bit() -> None:
+    state = TrainState()
+    state.means.update({"divergence": 0.1 + 0.2, "reward/margin": float(np.float32(0.7))})
+    state.early_stopping.update(EarlyStopConfig(), 1 / 3)
+    state.refused = 2
+    loop = json.loads(json.dumps(state.as_json([{"log_mean": 1e-17}], 55)))
+    assert TrainState.from_json(loop) == state
     assert (loop["states"], loop["logged"]) == ([{"log_mean": 1e-17}], 55)
 
 
@@ -383,7 +382,7 @@ def test_a_checkpoint_is_due_by_steps_or_by_time(tmp_path: Path, every: str, sec
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "expected"),
     [
         ("checkpoint.every=soon", r"checkpoint\.every: .*number of steps"),
         ("checkpoint.every=0min", r"checkpoint\.every: .*number of steps"),
@@ -394,20 +393,20 @@ def test_a_checkpoint_is_due_by_steps_or_by_time(tmp_path: Path, every: str, sec
         ("engine={nvme_path: /x, offload_optimizer: nvme}", r"checkpoint\.every: .*nvme"),
     ],
 )
-def test_what_a_recipe_cannot_ask_for(tmp_path: Path, override: str, said: str) -> None:
+def test_invalid_checkpoint_settings(tmp_path: Path, override: str, expected: str) -> None:
     more = ("checkpoint.every=5",) if "nvme" in override else ()
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=expected):
         recipe_of(tmp_path, override, *more)
 
 
-def test_nvme_is_in_no_checkpoint_and_none_is_made(tmp_path: Path) -> None:
+def test_offload_to_nvme_disables_checkpoints(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, "engine={nvme_path: /x, offload_optimizer: nvme}")
     assert recipe.checkpoint.every is None
     assert load_recipe(recipe.model_dump(by_alias=True)) == recipe
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "expected"),
     [
         (["checkpoint.best_metric=eval/loss"], r"checkpoint\.best_metric: eval/loss .*data\.eval"),
         (["checkpoint.best_metric=reward/margins"], r"did you mean reward/margin\?"),
@@ -418,10 +417,10 @@ def test_nvme_is_in_no_checkpoint_and_none_is_made(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_metric_that_is_never_measured_is_found_before_anything_starts(
-    tmp_path: Path, overrides: list[str], said: str
+def test_a_metric_that_is_never_measured_is_refused_before_training(
+    tmp_path: Path, overrides: list[str], expected: str
 ) -> None:
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=expected):
         require_measured(recipe_of(tmp_path, *overrides))
 
 
@@ -437,15 +436,15 @@ def test_metrics_that_are_measured_pass(tmp_path: Path) -> None:
 # ---- SIGTERM
 
 
-def test_the_first_sigterm_is_heard_and_the_second_ends() -> None:
-    heard: list[int] = []
+def test_the_first_sigterm_is_handled_and_the_second_ends() -> None:
+    signals: list[int] = []
     before = signal.getsignal(signal.SIGTERM)
-    with on_sigterm(lambda: heard.append(1)):
+    with on_sigterm(lambda: signals.append(1)):
         os.kill(os.getpid(), signal.SIGTERM)
-        assert heard == [1]
+        assert signals == [1]
         with pytest.raises(Terminated):
             os.kill(os.getpid(), signal.SIGTERM)
-    assert heard == [1]
+    assert signals == [1]
     assert signal.getsignal(signal.SIGTERM) == before
 
 

@@ -76,6 +76,20 @@ def test_ignore_sigint_of_trainer() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_propagate_to_train_controllers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list is the one that Ray Train reads when it starts a controller."""
+    from ray.train.v2._internal import constants
+    from ray.train.v2.api import data_parallel_trainer
+
+    monkeypatch.setattr(constants, "ENV_VARS_TO_PROPAGATE", constants.ENV_VARS_TO_PROPAGATE)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert "RAY_ADDRESS" not in data_parallel_trainer.get_env_vars_to_propagate()
+    compat.propagate_to_train_controllers("RAY_ADDRESS")
+    variables = data_parallel_trainer.get_env_vars_to_propagate()
+    assert variables["RAY_ADDRESS"] == "10.0.0.1:6379"
+    assert "get_env_vars_to_propagate()" in inspect.getsource(data_parallel_trainer.DataParallelTrainer)
+
+
 def test_dataset_fingerprint_changes_with_the_content() -> None:
     import datasets
 
@@ -186,3 +200,49 @@ def test_skip_shared_memory_op() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = True
     compat.skip_shared_memory_op()
     assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
+
+
+def test_attention_implementation() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
+    for attention in ("eager", "sdpa"):
+        model = LlamaForCausalLM._from_config(LlamaConfig(**sizes), attn_implementation=attention)  # type: ignore[arg-type]
+        assert compat.attention_implementation(model.config.get_text_config()) == attention
+
+
+def test_is_custom_code_refusal() -> None:
+    from transformers.dynamic_module_utils import resolve_trust_remote_code
+
+    with pytest.raises(ValueError, match="custom code") as caught:
+        resolve_trust_remote_code(False, "somebody/model", has_local_code=False, has_remote_code=True)
+    assert compat.is_custom_code_refusal(caught.value)
+    assert not compat.is_custom_code_refusal(OSError("no file config.json"))
+
+
+def test_tensor_version_counts_changes_in_place() -> None:
+    import torch
+
+    tensor = torch.zeros(2)
+    version = compat.tensor_version(tensor)
+    assert compat.tensor_version(tensor[:1]) == version
+    tensor[:1].add_(1)
+    assert compat.tensor_version(tensor) > version
+
+
+def test_patched_nanogcg() -> None:
+    gcg = pytest.importorskip("nanogcg.gcg")
+    source = inspect.getsource(gcg)
+    assert "get_nonascii_toks(tokenizer" in source
+    assert "in tqdm(" in source
+    forbidden = SimpleNamespace()
+    with compat.patched_nanogcg(forbidden):
+        assert gcg.get_nonascii_toks is forbidden
+        assert list(gcg.tqdm([1, 2], disable=True)) == [1, 2]
+    assert gcg.get_nonascii_toks is not forbidden

@@ -1,4 +1,4 @@
-"""The objectives by hand: values, gradients, running states, and what a step without one of the classes does."""
+"""The objectives computed by hand: values, gradients, running states, and steps without one of the classes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def kldo(r: np.ndarray, skew: float) -> float:
     return float(np.log(mixture(r, skew)) - r[A].mean())
 
 
-def moving(r: np.ndarray, skew: float, rate: float, log_mean: float) -> float:
+def kldo_ema(r: np.ndarray, skew: float, rate: float, log_mean: float) -> float:
     """Its derivative is MINE's: the running mean stands still where RATIOS put it."""
     start = mixture(BETA * RATIOS, skew)
     mean = (1 - rate) * math.exp(log_mean) + rate * start
@@ -152,10 +152,10 @@ def fdo_case(name: str, link: Callable[..., Any], conjugate: Callable[..., Any],
 BY_HAND: dict[str, Case] = {
     "kldo": Case("kldo", lambda a: kldo(BETA * a, 0.0)),
     "kldo-skew": Case("kldo", lambda a: kldo(BETA * a, 0.2), {"skew": 0.2}),
-    "kldo-ema": Case("kldo", lambda a: moving(BETA * a, 0.0, 0.1, 0.7), {"estimator": "ema"}, {"log_mean": 0.7}),
+    "kldo-ema": Case("kldo", lambda a: kldo_ema(BETA * a, 0.0, 0.1, 0.7), {"estimator": "ema"}, {"log_mean": 0.7}),
     "kldo-ema-skew": Case(
         "kldo",
-        lambda a: moving(BETA * a, 0.2, 0.4, -0.7),
+        lambda a: kldo_ema(BETA * a, 0.2, 0.4, -0.7),
         {"estimator": "ema", "skew": 0.2, "ema_rate": 0.4},
         {"log_mean": -0.7},
     ),
@@ -164,10 +164,10 @@ BY_HAND: dict[str, Case] = {
         "kldo", lambda a: lagged(BETA * a, 0.2, 0.7), {"estimator": "lagged", "skew": 0.2}, {"log_mean": 0.7}
     ),
     # weights of both classes above the largest, which is 1 / ema_rate here and 2 / skew there
-    "kldo-lagged-held": Case(
+    "kldo-lagged-limited": Case(
         "kldo", lambda a: lagged(BETA * a, 0.3, -2.0, 10.0), {"estimator": "lagged", "skew": 0.3}, {"log_mean": -2.0}
     ),
-    "kldo-lagged-held-by-skew": Case(
+    "kldo-lagged-limited-by-skew": Case(
         "kldo",
         lambda a: lagged(BETA * a, 0.5, -2.0, 4.0),
         {"estimator": "lagged", "skew": 0.5, "ema_rate": 0.9},
@@ -198,7 +198,7 @@ BY_HAND: dict[str, Case] = {
         {"lambda_aligned": 1.5, "lambda_unaligned": 0.4},
         mismatched=MISMATCHED,
     ),
-    # no z0: mismatched examples are not asked for, and mean nothing
+    # no z0: mismatched examples are not needed and have no effect
     "apo-zero-unpaired": Case("apo-zero-unpaired", lambda a: utility(BETA * a, 0.0), mismatched=MISMATCHED),
     "apo-zero": Case("apo-zero", lambda a: float((1 - sigmoid(BETA * a[PLUS]) + sigmoid(BETA * a[MINUS])).mean())),
     "apo-down": Case("apo-down", lambda a: float((sigmoid(BETA * a[PLUS]) + 1 - sigmoid(BETA * difference(a))).mean())),
@@ -279,7 +279,7 @@ def test_every_objective_and_option_is_in_the_table() -> None:
                 assert tried - {default}, (name, option)
 
 
-def test_simple_numbers() -> None:
+def test_values_computed_by_hand() -> None:
     # E+[r] = 2, E-[exp r] = (1 + 3) / 2
     value, _ = evaluate("kldo", make_batch([1, 3, 0, math.log(3)], [True, True, False, False]), beta=1.0)
     assert value.loss.item() == pytest.approx(math.log(2) - 2)
@@ -312,7 +312,7 @@ def test_simple_numbers() -> None:
 # -- kldo ---------------------------------------------------------------------------------------------------------------
 
 
-def mine(r: np.ndarray, skew: float, mean: float, largest: float) -> np.ndarray:
+def mine_gradient(r: np.ndarray, skew: float, mean: float, largest: float) -> np.ndarray:
     """MINE's gradient: the batch's gradient of the denominator, divided by a given mean."""
     weights = np.where(A, skew / A.sum(), (1 - skew) / U.sum()) * np.minimum(np.exp(r) / mean, largest)
     return np.asarray(BETA * (weights - A / A.sum()))
@@ -333,35 +333,35 @@ def test_moving_denominator_over_steps(estimator: str, skew: float) -> None:
         else:
             assert value.loss.item() == pytest.approx(lagged(r, skew, math.log(before), largest), abs=1e-12)
         used = mean if estimator == "ema" else before
-        np.testing.assert_allclose(gradient, mine(r, skew, used, largest), atol=1e-12)
-        # the step's own, whatever the gradient divides by
+        np.testing.assert_allclose(gradient, mine_gradient(r, skew, used, largest), atol=1e-12)
+        # the step's own, by whatever the gradient is divided
         assert divergence(value) == pytest.approx(-kldo(r, skew), abs=1e-12)
         state = value.state
         assert state == {"log_mean": pytest.approx(math.log(mean), abs=1e-12)}
 
 
-def test_batch_estimator_leaves_its_own_log_mean() -> None:
+def test_batch_estimator_stores_its_own_log_mean() -> None:
     value, _ = evaluate("kldo", known_batch(), {"log_mean": 5.0}, beta=BETA, skew=0.4)
     assert value.state == {"log_mean": pytest.approx(math.log(mixture(BETA * RATIOS, 0.4)))}
 
 
 def test_moving_denominator_at_rate_one_is_the_batch() -> None:
     moved, gradient = evaluate("kldo", known_batch(), {"log_mean": 5.0}, estimator="ema", ema_rate=1.0)
-    own, expected = evaluate("kldo", known_batch())
-    assert moved.loss.item() == pytest.approx(own.loss.item(), abs=1e-12)
+    exact, expected = evaluate("kldo", known_batch())
+    assert moved.loss.item() == pytest.approx(exact.loss.item(), abs=1e-12)
     np.testing.assert_allclose(gradient, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("skew", [0.0, 0.4])
 def test_lagged_at_the_batch_mean_is_the_batch(skew: float) -> None:
-    own, expected = evaluate("kldo", known_batch(), skew=skew)
-    value, gradient = evaluate("kldo", known_batch(), own.state, skew=skew, estimator="lagged")
-    assert value.loss.item() == pytest.approx(own.loss.item(), abs=1e-12)
+    exact, expected = evaluate("kldo", known_batch(), skew=skew)
+    value, gradient = evaluate("kldo", known_batch(), exact.state, skew=skew, estimator="lagged")
+    assert value.loss.item() == pytest.approx(exact.loss.item(), abs=1e-12)
     np.testing.assert_allclose(gradient, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("reward", [-1e4, 0.0, 1e4])
-def test_moving_denominator_weighs_within_bounds(reward: float) -> None:
+def test_weights_of_the_running_denominator_are_bounded(reward: float) -> None:
     batch = make_batch([0.0, reward, reward - 1], [True, False, False])
     _, gradient = evaluate("kldo", batch, {"log_mean": -5.0}, beta=1.0, estimator="ema", ema_rate=0.1)
     assert 0 <= gradient[1:].sum() <= 10 + 1e-9
@@ -370,7 +370,7 @@ def test_moving_denominator_weighs_within_bounds(reward: float) -> None:
 @pytest.mark.parametrize(
     ("skew", "rate", "largest"), [(0.0, 0.1, 10), (0.0, 0.9, 1 / 0.9), (0.5, 0.1, 10), (0.1, 0.1, 20), (0.5, 1.0, 4)]
 )
-def test_lagged_weights_are_held(skew: float, rate: float, largest: float) -> None:
+def test_lagged_weights_are_limited(skew: float, rate: float, largest: float) -> None:
     options: dict[str, Any] = {"beta": 1.0, "skew": skew, "estimator": "lagged", "ema_rate": rate}
     shares = np.array([skew, (1 - skew) / 2, (1 - skew) / 2])
     for reward in (math.log(largest) - 5.01, math.log(largest) - 4.99, 1e4):
@@ -392,11 +392,11 @@ def test_lagged_surrogate_is_never_below_the_exact_objective(scale: float, skew:
         value, _ = evaluate(
             "kldo", make_batch(r, ALIGNED), {"log_mean": log_mean}, beta=1.0, skew=skew, estimator="lagged"
         )
-        # no class here has more than 1 / ema_rate examples, so that held weights still outweigh the logarithm
+        # no class here has more than 1 / ema_rate examples, so that limited weights still outweigh the logarithm
         assert value.loss.item() >= -divergence(value) - 1e-9 * scale
 
 
-def bound_is_kept(skew: float, scale: float, dtype: torch.dtype, allowed: float = 0.0, **options: Any) -> None:
+def is_within_bound(skew: float, scale: float, dtype: torch.dtype, allowed: float = 0.0, **options: Any) -> None:
     slack, generator = 8 * scale * torch.finfo(dtype).eps + 1e-6, np.random.default_rng(0)
     for signs in (A * 2.0 - 1, 1 - A * 2.0, generator.uniform(-1, 1, len(A)), generator.uniform(-1, 1, len(A))):
         for log_mean in (-scale, 0.0, scale):
@@ -410,11 +410,11 @@ def bound_is_kept(skew: float, scale: float, dtype: torch.dtype, allowed: float 
 @pytest.mark.parametrize("skew", [0.5, 0.1, 0.001])
 @pytest.mark.parametrize("scale", SCALES)
 def test_skewed_kldo_is_bounded(skew: float, scale: float, dtype: torch.dtype) -> None:
-    bound_is_kept(skew, scale, dtype)
-    bound_is_kept(skew, scale, dtype, estimator="lagged")
-    bound_is_kept(skew, scale, dtype, estimator="lagged", ema_rate=0.9)
+    is_within_bound(skew, scale, dtype)
+    is_within_bound(skew, scale, dtype, estimator="lagged")
+    is_within_bound(skew, scale, dtype, estimator="lagged", ema_rate=0.9)
     # a running mean is at least ema_rate of the step's own
-    bound_is_kept(skew, scale, dtype, allowed=math.log(1 / 0.2), estimator="ema", ema_rate=0.2)
+    is_within_bound(skew, scale, dtype, allowed=math.log(1 / 0.2), estimator="ema", ema_rate=0.2)
 
 
 @pytest.mark.parametrize("skew", [0.5, 0.1, 0.001])
@@ -422,15 +422,15 @@ def test_skewed_kldo_reaches_its_bound(skew: float) -> None:
     # aligned far above unaligned: E-[exp r] / E+[exp r] = 0
     value, _ = evaluate("kldo", make_batch(1e4 * A, ALIGNED, dtype=torch.float32), beta=1.0, skew=skew)
     assert value.loss.item() == pytest.approx(-math.log(1 / skew), abs=1e-2)
-    # the surrogate touches the bound where r - log_mean = log(1 / skew), which no weight held at 2 / skew hides
-    apart = np.where(A, math.log(1 / skew), -1e4)
-    value, gradient = evaluate("kldo", make_batch(apart, ALIGNED), beta=1.0, skew=skew, estimator="lagged")
+    # the surrogate touches the bound where r - log_mean = log(1 / skew), below the limit of 2 / skew
+    saturating = np.where(A, math.log(1 / skew), -1e4)
+    value, gradient = evaluate("kldo", make_batch(saturating, ALIGNED), beta=1.0, skew=skew, estimator="lagged")
     assert value.loss.item() == pytest.approx(-math.log(1 / skew), abs=1e-12)
     np.testing.assert_allclose(gradient, 0, atol=1e-12)
 
 
 @pytest.mark.parametrize("skew", [0.0, 0.3])
-def test_a_constant_moves_kldo_nowhere(skew: float) -> None:
+def test_kldo_is_invariant_to_a_constant_reward(skew: float) -> None:
     value, gradient = evaluate("kldo", make_batch(RATIOS, ALIGNED), skew=skew)
     moved, same = evaluate("kldo", make_batch(RATIOS + 700, ALIGNED), skew=skew)
     assert moved.loss.item() == pytest.approx(value.loss.item(), abs=1e-9)
@@ -438,7 +438,7 @@ def test_a_constant_moves_kldo_nowhere(skew: float) -> None:
 
 
 @pytest.mark.parametrize("reward", [-1e4, -30.0, 0.0, 30.0, 1e4])
-def test_kldo_pushes_at_any_reward(reward: float) -> None:
+def test_kldo_has_a_gradient_at_any_reward(reward: float) -> None:
     batch = make_batch([0.0, reward, reward], [True, False, False], dtype=torch.float32)
     _, gradient = evaluate("kldo", batch, beta=1.0)
     # fp32 numbers near 1e4 lie 1e-3 apart, and so does the exponent of each weight
@@ -454,7 +454,7 @@ UNBOUNDED: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def test_no_ceiling_where_nothing_bounds_the_estimate() -> None:
+def test_unbounded_estimates_have_no_ceiling() -> None:
     assert all(ceiling(name, options) is None for name, options in UNBOUNDED)
     value, _ = evaluate("kldo", make_batch([1e4, -1e4], [True, False]), beta=1.0)
     assert divergence(value) == pytest.approx(2e4)
@@ -465,7 +465,7 @@ def test_no_ceiling_where_nothing_bounds_the_estimate() -> None:
 
 # the mean of the two class means, not the mean over all seven examples; of pairs, those six in pairs
 @pytest.mark.parametrize(("name", "midpoint"), [("bco", MIDPOINT), ("bco-pair", PAIRS_MIDPOINT)])
-def test_delta_runs_over_steps(name: str, midpoint: float) -> None:
+def test_delta_is_a_running_mean_over_steps(name: str, midpoint: float) -> None:
     loss = classifier if name == "bco" else classifier_of_pairs
     delta, state = 0.0, OBJECTIVES[name].state
     for shift in (0.0, 4.0, -1.0):
@@ -483,7 +483,7 @@ def test_delta_runs_over_steps(name: str, midpoint: float) -> None:
 # -- fdo ----------------------------------------------------------------------------------------------------------------
 
 
-def test_fdo_goes_on_as_a_tangent_above_thirty() -> None:
+def test_fdo_continues_as_a_tangent_above_thirty() -> None:
     batch = make_batch([-40.0, 40.0], [True, False])
     value, gradient = evaluate("fdo", batch, beta=1.0, divergence="kl")
     assert value.loss.item() == pytest.approx(math.exp(30) * 11 + 39, rel=1e-12)  # exp 40 - 1 becomes e^30 (1 + 10) - 1
@@ -496,7 +496,7 @@ def test_fdo_goes_on_as_a_tangent_above_thirty() -> None:
 # -- paired -------------------------------------------------------------------------------------------------------------
 
 
-def test_discopop_pushes_down_at_zero_and_small_tau() -> None:
+def test_discopop_lowers_the_difference_at_zero_and_small_tau() -> None:
     pair = make_batch([0.0, 0.0], [True, False], [(0, 1)])
     _, gradient = evaluate("discopop", pair, beta=1.0)
     # d/dD [(1 - m) log(1 + exp -D) + m exp(-D)] = -3/4 + (1 - log 2) / (4 tau)
@@ -508,7 +508,7 @@ def test_discopop_pushes_down_at_zero_and_small_tau() -> None:
 
 @pytest.mark.parametrize("tau", [0.05, 0.5, 0.95])
 @pytest.mark.parametrize("reward", [-1e4, -100.0, 100.0, 1e4])
-def test_discopop_far_out(reward: float, tau: float) -> None:
+def test_discopop_at_large_differences(reward: float, tau: float) -> None:
     pair = make_batch([reward, 0.0], [True, False], [(0, 1)], dtype=torch.float32)
     value, gradient = evaluate("discopop", pair, beta=1.0, tau=tau)
     # m = 0 or 1: the logistic loss on the left, exp(-D) on the right; what is left of m exp(-D) is exp(D / tau - D)
@@ -563,22 +563,22 @@ def test_equal_classes_are_matched_by_rank_in_any_precision(size: int, dtype: to
 # -- steps without one of the classes -----------------------------------------------------------------------------------
 
 
-def runs(name: str, options: Mapping[str, Any]) -> bool:
+def uses_running_state(name: str, options: Mapping[str, Any]) -> bool:
     """Whether a running state takes part in the step."""
     chosen = {**OBJECTIVES[name].defaults, **options}
     return chosen.get("estimator", "batch") != "batch" or chosen.get("delta", "fixed") != "fixed"
 
 
-def those(data: str) -> Any:
+def variants_of(data: str) -> Any:
     # sft sees one class alone; where there is a running baseline it stands in for the class
-    fit = [case for case in variants() if case.values[0] != "sft" and not runs(*case.values)]
+    fit = [case for case in variants() if case.values[0] != "sft" and not uses_running_state(*case.values)]
     return pytest.mark.parametrize(
         ("name", "options"), [case for case in fit if OBJECTIVES[case.values[0]].data == data]
     )
 
 
 @pytest.mark.parametrize("present", [True, False])
-@those("unpaired")
+@variants_of("unpaired")
 def test_absent_class_is_one_example_of_reward_zero(name: str, options: dict[str, Any], present: bool) -> None:
     state = dict.fromkeys(OBJECTIVES[name].state, 0.0)
     alone = make_batch(RATIOS[:3], [present] * 3, mismatched=MISMATCHED)
@@ -595,7 +595,7 @@ def test_absent_class_is_one_example_of_reward_zero(name: str, options: dict[str
 @pytest.mark.parametrize("estimator", ["ema", "lagged"])
 @pytest.mark.parametrize("present", [True, False])
 def test_absent_class_counts_at_the_running_mean(estimator: str, skew: float, present: bool) -> None:
-    """A step that lacks a class must not pull a mean that has come far back to where training began."""
+    """A step without a class must not pull the running mean back to its initial value."""
     state = {"log_mean": -12.0}
     alone = make_batch(RATIOS[:3] - 12, [present] * 3)
     both = make_batch([*(RATIOS[:3] - 12), -12.0], [*[present] * 3, not present])
@@ -619,7 +619,7 @@ def test_delta_stays_without_one_of_the_classes(name: str, delta: str) -> None:
     np.testing.assert_allclose(gradient, expected, atol=1e-12)
 
 
-@those("paired")
+@variants_of("paired")
 def test_no_pairs_are_one_pair_of_reward_zero(name: str, options: dict[str, Any]) -> None:
     state = OBJECTIVES[name].state
     # of no aligned example, so that there is no NLL either
@@ -634,9 +634,9 @@ def test_no_pairs_are_one_pair_of_reward_zero(name: str, options: dict[str, Any]
 def test_likelihood_without_pairs_is_that_of_the_aligned() -> None:
     alone = known_batch(pairs=())
     loss = nll(RATIOS)
-    for name, others in [("sft", 0.0), ("cpo", math.log(2)), ("orpo", 0.1 * math.log(2))]:
+    for name, preference in [("sft", 0.0), ("cpo", math.log(2)), ("orpo", 0.1 * math.log(2))]:
         value, gradient = evaluate(name, alone)
-        assert value.loss.item() == pytest.approx(loss + others)
+        assert value.loss.item() == pytest.approx(loss + preference)
         np.testing.assert_allclose(gradient, -1.0 * A / TOKENS[A].sum(), atol=1e-12)
     value, gradient = evaluate("sft", make_batch([5.0, -7.0], [False, False]))
     assert value.loss.item() == 0

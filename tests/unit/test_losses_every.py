@@ -1,4 +1,4 @@
-"""What holds for every objective at every choice of its options: finite numbers, ceilings, order, scope."""
+"""Properties of every objective at every choice of its options: finite numbers, ceilings, order, scope."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from helpers.loss_cases import (
     divergence,
     evaluate,
     every_variant,
-    everything,
     known_batch,
     make_batch,
+    with_defaults,
 )
 from raydiv.losses import OBJECTIVES, Batch, Scope
 
@@ -49,7 +49,7 @@ def batch_of(
     name: str, options: Mapping[str, Any], drawn: Sequence[Example], mismatched: Sequence[float], dtype: torch.dtype
 ) -> Batch:
     """A batch of log-probs of at most 0, with as many pairs as there are, for paired objectives."""
-    beta = everything(name, options).get("beta", 1.0)
+    beta = with_defaults(name, options).get("beta", 1.0)
     ratios = np.array([reward / beta for reward, _, _, _ in drawn])
     likelier = np.array([logp for _, logp, _, _ in drawn])
     aligned = [label for _, _, _, label in drawn]
@@ -120,7 +120,7 @@ def moved_state(name: str) -> dict[str, float]:
 
 
 @every_variant
-def test_half_the_precision_comes_to_the_same(name: str, options: dict[str, Any]) -> None:
+def test_single_precision_gives_the_same_result(name: str, options: dict[str, Any]) -> None:
     generator = np.random.default_rng(3)
     ratios, reference = generator.normal(0, 3, 80), -generator.uniform(10, 60, 80)
     tokens, pairs = generator.integers(5, 30, 80), [(row, row + 1) for row in range(0, 80, 2)]
@@ -161,9 +161,9 @@ def test_order_does_not_matter(name: str, options: dict[str, Any]) -> None:
 
 
 @every_variant
-def test_estimate_is_there_unless_declared_none(name: str, options: dict[str, Any]) -> None:
+def test_an_estimate_is_returned_unless_declared_none(name: str, options: dict[str, Any]) -> None:
     value, _ = evaluate(name, known_batch(), **options)
-    assert (value.divergence is None) == (OBJECTIVES[name].divergence(everything(name, options)) == "none")
+    assert (value.divergence is None) == (OBJECTIVES[name].divergence(with_defaults(name, options)) == "none")
 
 
 @every_variant
@@ -186,26 +186,26 @@ WITHIN: dict[Scope, Sequence[Sequence[int]]] = {
 }
 
 
-def depends_on_others(name: str, options: dict[str, Any], own: Sequence[int]) -> bool:
-    """Whether the coefficients of examples ``own`` change with the log-probs of the others, labels and state given."""
-    kept, generator, rows = np.isin(np.arange(len(RATIOS)), own), np.random.default_rng(4), []
+def depends_on_others(name: str, options: dict[str, Any], members: Sequence[int]) -> bool:
+    """Whether the coefficients of examples ``members`` change with the log-probs of the others, at fixed labels and state."""
+    fixed, generator, rows = np.isin(np.arange(len(RATIOS)), members), np.random.default_rng(4), []
     for _ in range(4):
-        ratios = np.where(kept, RATIOS, generator.uniform(-60, -0.1, len(RATIOS)) - REFERENCE)
+        ratios = np.where(fixed, RATIOS, generator.uniform(-60, -0.1, len(RATIOS)) - REFERENCE)
         _, gradient = evaluate(name, known_batch(ratios), moved_state(name), **options)
-        rows.append(gradient[kept])
+        rows.append(gradient[fixed])
     return not np.allclose(rows, rows[0], rtol=1e-12, atol=1e-14)
 
 
 @every_variant
-def test_coefficients_depend_on_nothing_beyond_the_scope(name: str, options: dict[str, Any]) -> None:
-    declared = OBJECTIVES[name].scope(everything(name, options))
-    assert not any(depends_on_others(name, options, own) for own in WITHIN[declared])
+def test_coefficients_depend_on_nothing_outside_the_scope(name: str, options: dict[str, Any]) -> None:
+    declared = OBJECTIVES[name].scope(with_defaults(name, options))
+    assert not any(depends_on_others(name, options, members) for members in WITHIN[declared])
 
 
 # a wider scope than needed costs a second pass
 @every_variant
-def test_no_narrower_scope_would_do(name: str, options: dict[str, Any]) -> None:
-    declared = OBJECTIVES[name].scope(everything(name, options))
+def test_no_narrower_scope_would_be_right(name: str, options: dict[str, Any]) -> None:
+    declared = OBJECTIVES[name].scope(with_defaults(name, options))
     narrower: list[Scope] = {"example": [], "pair": ["example"], "batch": ["example", "pair"]}[declared]
     for scope in narrower:
-        assert any(depends_on_others(name, options, own) for own in WITHIN[scope]), scope
+        assert any(depends_on_others(name, options, members) for members in WITHIN[scope]), scope

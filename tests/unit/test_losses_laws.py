@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.loss_cases import ALIGNED, RATIOS, ceiling, divergence, evaluate, everything, make_batch
+from helpers.loss_cases import ALIGNED, RATIOS, ceiling, divergence, evaluate, make_batch, with_defaults
 from raydiv.losses import OBJECTIVES, Batch
 from raydiv.losses.fdo import DIVERGENCES, power
 
@@ -380,4 +380,4 @@ def test_variation_at_the_log_density_ratio_is_half_the_triangular(key: str, p: 
 
 def test_every_estimate_has_a_law() -> None:
     tried = {case.name for case in (REACHED | FROM_BELOW).values()}
-    assert tried == {name for name, o in OBJECTIVES.items() if o.divergence(everything(name, {})) != "none"}
+    assert tried == {name for name, o in OBJECTIVES.items() if o.divergence(with_defaults(name, {})) != "none"}

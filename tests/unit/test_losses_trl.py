@@ -1,4 +1,4 @@
-"""TRL 1.16 as an oracle: its own loss methods on our log-probs, in fp32, one device holding the whole step."""
+"""TRL 1.16 as an oracle: its loss methods on raydiv's log-probs, in fp32, with the whole step on one device."""
 
 from __future__ import annotations
 
@@ -241,9 +241,9 @@ def test_agrees_with_trl(key: str, scale: float) -> None:
     )
     beta: dict[str, Any] = {"beta": BETA} if "beta" in OBJECTIVES[ours].parameters else {}
     loss, gradient = oracle(batch, BETA, kind, **settings)
-    value, own = evaluate(ours, batch, **beta, **options)
+    value, our_gradient = evaluate(ours, batch, **beta, **options)
     assert value.loss.item() == pytest.approx(loss, abs=1e-5, rel=1e-5)
-    np.testing.assert_allclose(own, gradient, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(our_gradient, gradient, atol=1e-5, rtol=1e-5)
     assert np.abs(gradient).sum() > 1e-3
 
 
@@ -261,10 +261,10 @@ def test_aot_unpaired_agrees_with_trl(scale: float, smoothing: float) -> None:
         dtype=torch.float32,
     )
     loss, gradient = trl_dpo(batch, BETA, "aot_unpaired", label_smoothing=smoothing)
-    value, own = evaluate("aot-unpaired", batch, beta=BETA, label_smoothing=smoothing)
+    value, our_gradient = evaluate("aot-unpaired", batch, beta=BETA, label_smoothing=smoothing)
     assert value.loss.item() == pytest.approx(loss, abs=1e-5)
     if scale:  # equal log-ratios have no order
-        np.testing.assert_allclose(own, gradient, atol=1e-5)
+        np.testing.assert_allclose(our_gradient, gradient, atol=1e-5)
 
 
 # sorting changes nothing where there is one pair
@@ -273,9 +273,9 @@ def test_aot_unpaired_agrees_with_trl(scale: float, smoothing: float) -> None:
 def test_smoothed_dpo_agrees_with_trl(kind: str, pair: tuple[int, int]) -> None:
     batch = make_batch(RATIOS, ALIGNED, [pair], reference=REFERENCE, tokens=TOKENS, dtype=torch.float32)
     loss, gradient = trl_dpo(batch, BETA, kind, label_smoothing=0.2)
-    value, own = evaluate("dpo", batch, beta=BETA, label_smoothing=0.2)
+    value, our_gradient = evaluate("dpo", batch, beta=BETA, label_smoothing=0.2)
     assert value.loss.item() == pytest.approx(loss, abs=1e-5)
-    np.testing.assert_allclose(own, gradient, atol=1e-5)
+    np.testing.assert_allclose(our_gradient, gradient, atol=1e-5)
 
 
 def test_discopop_is_finite_where_trl_is_not() -> None:
@@ -283,9 +283,9 @@ def test_discopop_is_finite_where_trl_is_not() -> None:
     loss, gradient = trl_dpo(batch, 1.0, "discopop", discopop_tau=0.05)
     assert math.isnan(loss)
     assert np.isnan(gradient).any()
-    value, own = evaluate("discopop", batch, beta=1.0)
+    value, our_gradient = evaluate("discopop", batch, beta=1.0)
     assert value.loss.item() == pytest.approx(100)
-    np.testing.assert_allclose(own, [-1, 1], atol=1e-6)
+    np.testing.assert_allclose(our_gradient, [-1, 1], atol=1e-6)
 
 
 def test_every_loss_that_both_have_is_compared() -> None:
