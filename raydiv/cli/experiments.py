@@ -34,8 +34,8 @@ def _sweep(options: argparse.Namespace) -> int:
     result = sweep(load_recipe(options.recipe, options.overrides), resume=options.resume)
 
     def show() -> None:
-        print_table(*sweep_table(result.report))
-        for note in sweep_notes(result.report):
+        print_table(*sweep_table(result.record))
+        for note in sweep_notes(result.record):
             print(note)
         print(f"\nreport   {result.directory.report}")
 

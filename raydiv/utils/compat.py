@@ -80,6 +80,16 @@ def ignore_sigint_of_trainer(trainer: Any) -> None:
     trainer._register_sigint_handler = lambda controller: None
 
 
+def propagate_to_train_controllers(variable: str) -> None:
+    """Let Ray Train pass an environment variable of this process to its controllers and workers; the list is not public.
+
+    Checked with Ray 2.60: ``ray.train.v2._internal.constants.ENV_VARS_TO_PROPAGATE``.
+    """
+    from ray.train.v2._internal import constants
+
+    constants.ENV_VARS_TO_PROPAGATE = {*constants.ENV_VARS_TO_PROPAGATE, variable}
+
+
 def dataset_fingerprint(data: Any) -> str:
     """The fingerprint of a Hugging Face ``Dataset``: builder, configuration, revision, transforms. It has no public name.
 
@@ -197,3 +207,43 @@ def limit_release_look_ahead(optimizer: Any) -> None:
         return search(module, step_id)  # type: ignore[no-any-return]
 
     setattr(coordinator, RELEASE_LOOK_AHEAD, params_to_release)
+
+
+def attention_implementation(config: Any) -> str:
+    """Attention that a loaded transformers model uses, such as ``sdpa``; no public name gives what ``auto`` became.
+
+    Checked with transformers 5.23: ``PreTrainedConfig._attn_implementation``.
+    """
+    return str(config._attn_implementation)
+
+
+def is_custom_code_refusal(error: Exception) -> bool:
+    """Whether transformers refused a model because its code is not trusted: it raises a bare ValueError with this text.
+
+    Checked with transformers 5.23: ``transformers.dynamic_module_utils.resolve_trust_remote_code``.
+    """
+    return "custom code" in str(error)
+
+
+def tensor_version(tensor: Any) -> int:
+    """Number of in-place changes of a tensor so far: tells whether its content is still what it was.
+
+    Checked with torch 2.13: ``Tensor._version``, which autograd uses for the same check.
+    """
+    return int(tensor._version)
+
+
+@contextmanager
+def patched_nanogcg(forbidden_tokens: Any) -> Iterator[None]:
+    """Let nanogcg exclude ``forbidden_tokens(tokenizer, device)`` from its suffixes, and draw no progress bar.
+
+    It has no setting for either. Its public option excludes non-ASCII tokens alone, not special tokens.
+
+    Checked with nanogcg 0.3.0: ``nanogcg.gcg.get_nonascii_toks`` and ``nanogcg.gcg.tqdm``, looked up at each call.
+    """
+    from unittest.mock import patch
+
+    from nanogcg import gcg
+
+    with patch.object(gcg, "get_nonascii_toks", forbidden_tokens), patch.object(gcg, "tqdm", lambda steps, **_: steps):
+        yield

@@ -1,4 +1,4 @@
-"""Sweeps through the real thing: Ray Tune over Ray Train runs of ZeRO workers on a tiny model."""
+"""Sweeps by Ray Tune over Ray Train runs of ZeRO workers, on a tiny model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ from raydiv.utils.errors import UserError
 pytestmark = pytest.mark.slow
 
 FATAL = 1e20
-"""A learning rate after whose first update nothing is finite."""
+"""A learning rate after whose first update no loss is finite."""
+
+
+MAXIMIZE_MARGIN = {"metric": "eval/reward/margin", "direction": "maximize"}
 
 
 @pytest.fixture(scope="module")
@@ -45,20 +48,26 @@ def ray() -> Iterator[None]:
 def sweep_of(
     model: Path, files: dict[str, str], output: Path, name: str, section: dict[str, Any], *more: str
 ) -> Recipe:
-    given = json.dumps(section)
-    return recipe_of(model, files, output, name, "batch.tokens_per_microbatch=auto", f"sweep={given}", *more)  # type: ignore[no-any-return]
+    return recipe_of(
+        model, files, output, name, "batch.tokens_per_microbatch=auto", f"sweep={json.dumps(section)}", *more
+    )  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
 def grid(
     ray: None, tiny_model: Path, files: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Recipe, SweepResult]:
-    """Three trials of one worker each, as many at once as there is room for; one of them cannot go on.
+    """Three trials of one worker each, as many at once as there is room for; one of them fails.
 
-    Its data are named relative to where it is started.
+    The paths of its data are relative to the working directory.
     """
     space = {"optim.lr": [1e-3, FATAL], "loss.beta": {"in": [0.1, 0.3], "when": {"optim.lr": 1e-3}}}
-    section = {"space": space, "search": "grid", "goal": "maximize eval/reward/margin subject to eval/loss <= 100"}
+    section = {
+        "space": space,
+        "search": "grid",
+        "objectives": [MAXIMIZE_MARGIN],
+        "constraints": [{"metric": "eval/loss", "max": 100}],
+    }
     output = tmp_path_factory.mktemp("sweeps")
     more = ["cluster.num_workers=1", "optim.steps=3", "data.train=train.jsonl", "data.eval=eval.jsonl"]
     recipe = sweep_of(tiny_model, files, output, "grid", section, *more)
@@ -67,119 +76,120 @@ def grid(
         return recipe, sweep(recipe, display=ProgressDisplay(quiet=True))
 
 
-def test_a_failing_trial_is_recorded_and_the_others_go_on(grid: tuple[Recipe, SweepResult]) -> None:
-    _, found = grid
-    trials = {json.dumps(trial["values"]): trial for trial in found.report["trials"]}
+def test_failed_trial_is_recorded_and_the_others_continue(grid: tuple[Recipe, SweepResult]) -> None:
+    _, result = grid
+    trials = {json.dumps(trial["values"]): trial for trial in result.report["trials"]}
     failed = trials.pop(json.dumps({"optim.lr": FATAL}))
     assert failed["status"] == "failed"
     assert "not finite" in failed["error"]
     assert [trial["status"] for trial in trials.values()] == ["finished"] * 2
-    assert found.report["best"] == [
+    assert result.report["best"] == [
         max(trials.values(), key=lambda trial: trial["metrics"]["eval/reward/margin"])["number"]
     ]
-    assert json.loads(found.directory.record.read_text()) == found.report
+    assert json.loads(result.directory.record.read_text()) == result.report
 
 
-def test_trials_share_one_preparation_and_one_reference(grid: tuple[Recipe, SweepResult]) -> None:
-    _, found = grid
-    results = [json.loads(path.read_text()) for path in found.directory.trials.glob("*/result.json")]
-    assert [result["data"]["reference"]["misses"] for result in results] == [0, 0]
-    assert len({result["data"]["fingerprint"] for result in results}) == 1
+def test_trials_share_data_and_reference(grid: tuple[Recipe, SweepResult]) -> None:
+    _, result = grid
+    results = [json.loads(path.read_text()) for path in result.directory.trials.glob("*/result.json")]
+    assert [content["data"]["reference"]["misses"] for content in results] == [0, 0]
+    assert len({content["data"]["fingerprint"] for content in results}) == 1
 
 
-def test_the_best_trial_alone_keeps_its_weights(grid: tuple[Recipe, SweepResult]) -> None:
-    _, found = grid
-    kept = [trial["number"] for trial in found.report["trials"] if trial["kept"]]
-    assert kept == found.report["best"]
-    assert [path.parent.name for path in found.directory.trials.glob("*/model")] == [f"{kept[0]:03d}"]
+def test_only_the_best_trial_keeps_its_weights(grid: tuple[Recipe, SweepResult]) -> None:
+    _, result = grid
+    kept = [trial["number"] for trial in result.report["trials"] if trial["kept"]]
+    assert kept == result.report["best"]
+    assert [path.parent.name for path in result.directory.trials.glob("*/model")] == [f"{kept[0]:03d}"]
 
 
-def test_mlflow_has_a_run_for_the_sweep_and_its_trials_in_it(grid: tuple[Recipe, SweepResult]) -> None:
+def test_mlflow_has_the_trials_nested_in_the_run_of_the_sweep(grid: tuple[Recipe, SweepResult]) -> None:
     from mlflow import MlflowClient
 
-    _, found = grid
-    client = MlflowClient(found.report["mlflow"]["uri"])
-    parent = client.get_run(found.report["mlflow"]["run_id"])
+    _, result = grid
+    client = MlflowClient(result.report["mlflow"]["uri"])
+    parent = client.get_run(result.report["mlflow"]["run_id"])
     assert parent.info.status == "FINISHED"
     children = client.search_runs(
         [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'", max_results=10
     )
     tags = {child.data.tags["raydiv.trial"]: child.data.tags for child in children}
-    assert {number: own["raydiv.status"] for number, own in tags.items()} == {
-        str(trial["number"]): trial["status"] for trial in found.report["trials"]
+    assert {number: trial["raydiv.status"] for number, trial in tags.items()} == {
+        str(trial["number"]): trial["status"] for trial in result.report["trials"]
     }
-    best = [int(number) for number, own in tags.items() if own["raydiv.best"] == "true"]
-    assert best == found.report["best"]
+    best = [int(number) for number, trial in tags.items() if trial["raydiv.best"] == "true"]
+    assert best == result.report["best"]
     assert {child.info.status for child in children} == {"FINISHED", "FAILED"}
     assert {"sweep.json", "report.html"} <= {file.path for file in client.list_artifacts(parent.info.run_id)}
 
 
-def test_report_has_every_trial_and_asks_for_no_other_file(grid: tuple[Recipe, SweepResult]) -> None:
-    _, found = grid
-    page = found.directory.report.read_text()
-    assert all(f"{trial['number']}" in page for trial in found.report["trials"])
+def test_report_has_every_trial_and_loads_no_other_file(grid: tuple[Recipe, SweepResult]) -> None:
+    _, result = grid
+    page = result.directory.report.read_text()
+    assert all(f"{trial['number']}" in page for trial in result.report["trials"])
     assert "src=" not in page
-    assert list(found.directory.pictures.glob("*.png"))
+    assert list(result.directory.pictures.glob("*.png"))
 
 
-def test_resumed_it_repeats_no_finished_trial(
+def test_resumed_sweep_repeats_no_finished_trial(
     grid: tuple[Recipe, SweepResult],
     files: dict[str, str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One trial looks as if the sweep had been killed in it, and another as if before its report: one is trained again."""
-    recipe, found = grid
-    record = json.loads(found.directory.record.read_text())
+    """One trial looks as if it was killed while it trained, another before its report: only the first is trained again."""
+    recipe, result = grid
+    record = json.loads(result.directory.record.read_text())
     victim, *others = [trial for trial in record["trials"] if trial["status"] == "finished"]
     victim["status"] = "running"
-    found.directory.record.write_text(json.dumps(record))
-    (found.directory.path / victim["run"] / "result.json").unlink()
-    left = found.directory.run(TrialRecord(others[0]["number"], {}))
-    left.report.unlink()
-    left.result.write_text(left.result.read_text().replace('"sent": true', '"sent": false'))
-    before = {trial["number"]: _trained_at(found, trial) for trial in others}
+    result.directory.record.write_text(json.dumps(record))
+    (result.directory.path / victim["run"] / "result.json").unlink()
+    unreported = result.directory.run(TrialRecord(others[0]["number"], {}))
+    unreported.report.unlink()
+    unreported.result.write_text(unreported.result.read_text().replace('"sent": true', '"sent": false'))
+    before = {trial["number"]: _trained_at(result, trial) for trial in others}
     save_recipe(recipe, tmp_path / "recipe.yaml")
     monkeypatch.chdir(Path(files["train"]).parent)
     assert main(["sweep", str(tmp_path / "recipe.yaml"), "--resume", "--json"]) == 0
-    again = json.loads(capsys.readouterr().out)
-    assert [trial["status"] for trial in again["trials"]] == [trial["status"] for trial in found.report["trials"]]
-    assert {trial["number"]: _trained_at(found, trial) for trial in others} == before
-    assert _trained_at(found, victim)
-    assert left.report.is_file()
-    assert json.loads(left.result.read_text())["mlflow"]["sent"]
-    assert again["mlflow"]["run_id"] == found.report["mlflow"]["run_id"]
-    for old, new in zip(found.report["trials"], again["trials"], strict=True):
+    resumed = json.loads(capsys.readouterr().out)
+    assert [trial["status"] for trial in resumed["trials"]] == [trial["status"] for trial in result.report["trials"]]
+    assert {trial["number"]: _trained_at(result, trial) for trial in others} == before
+    assert _trained_at(result, victim)
+    assert unreported.report.is_file()
+    assert json.loads(unreported.result.read_text())["mlflow"]["sent"]
+    assert resumed["mlflow"]["run_id"] == result.report["mlflow"]["run_id"]
+    for old, new in zip(result.report["trials"], resumed["trials"], strict=True):
         for name in ("loss", "eval/reward/margin"):
             assert old["metrics"].get(name) == pytest.approx(new["metrics"].get(name))
 
 
-def _trained_at(found: SweepResult, trial: dict[str, Any]) -> int:
-    return (found.directory.path / trial["run"] / "metrics.jsonl").stat().st_mtime_ns
+def _trained_at(result: SweepResult, trial: dict[str, Any]) -> int:
+    return (result.directory.path / trial["run"] / "metrics.jsonl").stat().st_mtime_ns
 
 
-def test_a_metric_that_no_trial_reports_stops_it_before_the_first(
+def test_unknown_metric_is_an_error_before_the_first_trial(
     ray: None, tiny_model: Path, files: dict[str, str], tmp_path: Path
 ) -> None:
-    section = {"space": {"loss.beta": [0.1]}, "search": "grid", "goal": "maximize evaluate/asr"}
-    with pytest.raises(UserError, match=r"evaluate/asr: no trial reports it .*eval/reward/margin"):
+    section: dict[str, Any] = {"space": {"loss.beta": [0.1]}, "search": "grid"}
+    section["objectives"] = [{"metric": "evaluate/asr", "direction": "maximize"}]
+    with pytest.raises(UserError, match=r"sweep\.objectives: evaluate/asr: .*eval/reward/margin"):
         sweep(sweep_of(tiny_model, files, tmp_path, "bad", section), display=ProgressDisplay(quiet=True))
     assert not (tmp_path / "bad" / "trials").exists()
 
 
 @pytest.mark.long
-def test_trials_as_wide_as_the_cluster_take_turns_and_stopped_ones_free_their_workers(
+def test_trials_of_the_whole_cluster_take_turns_and_stopped_trials_free_their_workers(
     ray: None, tiny_model: Path, files: dict[str, str], tmp_path: Path
 ) -> None:
-    """More trials are wanted at once than fit, each of two ZeRO-3 workers with its streams and measurements.
+    """``max_concurrent`` is more than fit; each trial has two ZeRO-3 workers, with evaluation and separation.
 
-    asha stops the later ones, which are worse: had one kept its workers, the next would never start.
+    asha stops the later trials, which are worse: if one kept its workers, the next would never start.
     """
     section = {
         "space": {"optim.lr": [3e-3, 1e-9, 1e-8]},
         "search": "grid",
-        "goal": "maximize eval/reward/margin",
+        "objectives": [MAXIMIZE_MARGIN],
         "scheduler": "asha",
         "grace": 1,
         "reduction": 2,
@@ -189,17 +199,17 @@ def test_trials_as_wide_as_the_cluster_take_turns_and_stopped_ones_free_their_wo
     more = ["engine.zero_stage=3", "evaluate.every=1"]
     more += [f"separation.prompts={files['prompts']}", "separation.every=2"]
     recipe = sweep_of(tiny_model, files, tmp_path, "wide", section, *more)
-    found = sweep(recipe, display=ProgressDisplay(quiet=True))
-    states = [trial["status"] for trial in found.report["trials"]]
-    assert states[0] == "finished"
-    assert "stopped" in states
-    assert set(states) <= {"finished", "stopped"}
-    assert not list(found.directory.trials.glob("*/model"))
+    result = sweep(recipe, display=ProgressDisplay(quiet=True))
+    statuses = [trial["status"] for trial in result.report["trials"]]
+    assert statuses[0] == "finished"
+    assert "stopped" in statuses
+    assert set(statuses) <= {"finished", "stopped"}
+    assert not list(result.directory.trials.glob("*/model"))
     assert _free_cpus() == 2
 
 
 def _free_cpus() -> float:
-    """Once what had been stopped last is gone."""
+    """Free CPUs of two, after waiting for the last stopped trial to end."""
     import ray
 
     deadline = time.monotonic() + 60
@@ -210,7 +220,7 @@ def _free_cpus() -> float:
 
 @pytest.mark.long
 def test_killed_half_way_and_resumed(tiny_model: Path, files: dict[str, str], tmp_path: Path) -> None:
-    """Optuna's sweep is killed as soon as a first trial is over; resumed, that one is not trained again."""
+    """A sweep by Optuna is killed after its first trial; the resumed sweep does not repeat that trial."""
     section = {
         "space": {"optim.lr": "loguniform(1e-4, 1e-2)"},
         "search": "tpe",

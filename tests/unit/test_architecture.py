@@ -36,6 +36,7 @@ LIBRARIES = {
         "commands.bench",
         "training.worker",
         "experiments",
+        "utils.compat",
     },
     "deepspeed": {"training.engine", "training.zero_state", "utils.compat", "commands.bench.ray_baseline"},
     "mlflow": {"runs.tracker"},

@@ -13,7 +13,7 @@ from typing import Any
 from raydiv.commands.bench.harness import run_module, with_output_in, without_evaluation
 from raydiv.commands.prepare import prepare
 from raydiv.config import Recipe, save_recipe
-from raydiv.config.sweep import SweepConfig
+from raydiv.config.sweep import SweepConfig, SweepObjective
 from raydiv.runs.directory import RunDirectory
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.session import worker_environment
@@ -56,7 +56,10 @@ def _raydiv_trials(recipe: Recipe) -> list[float]:
     """Seconds of each trial, without its updates."""
     with tempfile.TemporaryDirectory() as folder:
         betas = [round(0.05 * (number + 1), 2) for number in range(TRIALS_PER_TURN)]
-        section = SweepConfig(space={"loss.beta": betas}, goal="minimize loss", search="grid", max_concurrent=1, keep=0)
+        objectives = [SweepObjective(metric="loss", direction="minimize")]
+        section = SweepConfig(
+            space={"loss.beta": betas}, objectives=objectives, search="grid", max_concurrent=1, keep=0
+        )
         recipe = with_output_in(recipe, folder).model_copy(update={"sweep": section})
         path = Path(folder) / "recipe.yaml"
         save_recipe(recipe, path)

@@ -7,11 +7,11 @@ from typing import Any
 from ray.tune.schedulers import AsyncHyperBandScheduler
 
 TRAINED = "trained"
-"""True in what Tune is told of a trial whose training is over, however many updates it made."""
+"""True in the report of a trial whose training has ended, after however many updates."""
 
 
 class TrialASHA(AsyncHyperBandScheduler):  # type: ignore[misc]
-    """Ray Tune's, which stops no trial whose training is over: what is left of it is to be measured and kept."""
+    """Ray Tune's scheduler, which never stops a trial whose training has ended: its evaluation and export remain."""
 
     def __init__(self, metric: str, direction: str, steps: int, grace: int, reduction: int) -> None:
         self._steps = steps

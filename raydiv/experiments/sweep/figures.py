@@ -1,8 +1,7 @@
-"""The pictures of a sweep, a function each; one that would show nothing is None."""
+"""The pictures of a sweep, a function each; None instead of a picture with nothing to compare."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -10,17 +9,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raydiv.experiments.sweep.parallel_coordinates import parallel
-from raydiv.experiments.sweep.report_record import (
-    Aim,
-    Parameter,
-    Record,
-    Trial,
-    aims,
-    constraints,
-    finished,
-    parameters,
+from raydiv.config.sweep import Interval, SearchParameter, SweepObjective
+from raydiv.experiments.sweep.labels import (
+    as_objective,
+    bound,
+    categories,
+    direction,
+    is_share,
+    label,
+    position,
+    varies,
 )
+from raydiv.experiments.sweep.parallel_coordinates import parallel_coordinates
+from raydiv.experiments.sweep.record import SweepRecord, TrialRecord, undominated
 from raydiv.runs.report.drawing import (
     AMBER,
     BLUE,
@@ -28,197 +29,184 @@ from raydiv.runs.report.drawing import (
     INK,
     TEAL,
     Picture,
-    wrapped,
     legend,
     new_axis,
     shortened,
     styled,
+    wrapped,
 )
 
 Array = NDArray[np.float64]
 
-WITHIN = {"s": 22, "linewidth": 1, "alpha": 0.8, "color": BLUE}
-BEYOND = {"s": 22, "linewidth": 1, "facecolors": "none", "edgecolors": GREY}
+FEASIBLE = {"s": 22, "linewidth": 1, "alpha": 0.8, "color": BLUE}
+INFEASIBLE = {"s": 22, "linewidth": 1, "facecolors": "none", "edgecolors": GREY}
 BEST = {"s": 120, "linewidth": 0, "marker": "*", "color": AMBER, "zorder": 3}
 
 LABEL_WIDTH = 32
-"""Characters of a vertical label in a line."""
+"""Characters of a line of a vertical label."""
 
 TICKS_WIDTH = 54
-"""Characters below an axis, all categories together."""
+"""Characters below an axis, of all categories together."""
 
-MOST_BESIDE = 8
-"""Categories whose names stand side by side."""
+MOST_HORIZONTAL = 8
+"""Categories whose names are written horizontally."""
 
-TURNED_LENGTH = 18
-TURNED_HEIGHT = 0.7
-"""Of names that stand upright: characters, and inches that the figure grows by."""
+VERTICAL_LENGTH = 18
+VERTICAL_HEIGHT = 0.7
+"""Characters of a vertical name, and inches by which the figure grows for it."""
 
 JITTER = 0.5
-"""Of the distance between two categories."""
+"""As a share of the distance between two categories."""
 
-GOLDEN = 0.618034
-"""Its multiples, less their whole parts, lie evenly, and neighbours far apart."""
+GOLDEN_RATIO = 0.618034
+"""The fractional parts of its multiples are spread evenly, and successive ones lie far apart."""
 
 
-def sweep_pictures(record: Record) -> dict[str, list[Picture]]:
-    """By section of the page: trade-off, parameters."""
+def sweep_pictures(record: SweepRecord) -> dict[str, list[Picture]]:
+    """The pictures of the page's sections ``trade-off`` and ``parameters``."""
     with styled():
-        single = [by_parameter(record, aim, one) for aim in aims(record) for one in parameters(record)]
-        drawn = {"trade-off": fronts(record), "parameters": [*single, parallel(record)]}
-    return {section: [picture for picture in found if picture] for section, found in drawn.items()}
+        single = [
+            by_parameter(record, objective, parameter)
+            for objective in record.objectives
+            for parameter in record.parameters
+        ]
+        pictures = {"trade-off": pareto_fronts(record), "parameters": [*single, parallel_coordinates(record)]}
+    return {section: [picture for picture in drawn if picture] for section, drawn in pictures.items()}
 
 
-def by_parameter(record: Record, aim: Aim, parameter: Parameter) -> Picture | None:
-    """What trials reached over the values they were given."""
-    trials = [trial for trial in finished(record, aim) if not math.isnan(parameter.place(trial))]
-    if not parameter.varies(trials):
+def by_parameter(record: SweepRecord, objective: SweepObjective, parameter: SearchParameter) -> Picture | None:
+    """The objective of each finished trial against a parameter."""
+    metric, key = objective.metric, parameter.key
+    trials = [trial for trial in record.finished(metric) if key in trial.values]
+    if not varies(parameter, trials):
         return None
-    figure, axis = new_axis(aim.label, parameter.key)
-    axis.set_ylabel(aim.better)
-    _as_measured(axis.yaxis, aim)
-    places = np.array([parameter.place(trial) for trial in trials])
-    reached = np.array([aim.value(trial) for trial in trials])
-    if parameter.categories:
-        _categories(figure, axis, parameter.categories)
-        places += [_jitter(trial) for trial in trials]
+    figure, axis = new_axis(label(metric), key)
+    axis.set_ylabel(direction(objective))
+    _format_ticks(axis.yaxis, metric)
+    positions = np.array([position(parameter, trial) for trial in trials])
+    values = np.array([trial.value(metric) for trial in trials])
+    if isinstance(parameter.values, Interval):
+        _scale_axis(axis, parameter.values, positions, values[0])
+        caption = "Each finished trial, over the range of the space. If the best lie at an end, try a wider range."
     else:
-        _numbers(axis, parameter, places, reached[0])
-    _dots(axis, record, trials, places, reached)
+        _name_categories(figure, axis, categories(parameter))
+        positions += [_jitter(trial) for trial in trials]
+        caption = (
+            "Each finished trial. Choices that differ by less than the trials of one choice are not distinguishable."
+        )
+    _scatter(axis, record, trials, positions, values)
     legend(figure, axis)
-    return Picture(
-        _name(aim.metric, "by", parameter.key), f"{aim.label} by {parameter.key}", figure, _caption(parameter)
-    )
+    return Picture(_file_name(metric, "by", key), f"{label(metric)} by {key}", figure, caption)
 
 
-def _caption(parameter: Parameter) -> str:
-    if parameter.categories:
-        return "Each finished trial. Values that differ by less than their own trials do are not told apart."
-    return "Each finished trial, over the range of the space. Where the best lie at an end, a wider range may hold better ones."
-
-
-def _name(*words: str) -> str:
-    """Of a file, and of the ids of a picture in the page."""
+def _file_name(*words: str) -> str:
+    """The name of a picture, for its file and its ids in the page."""
     return "-".join(re.sub(r"[^\w.-]", "-", word) for word in words)
 
 
-def _as_measured(axis: Any, aim: Aim) -> None:
-    """Rates are in percent."""
+def _format_ticks(side: Any, metric: str) -> None:
     from matplotlib.ticker import PercentFormatter
 
-    if aim.percent:
-        axis.set_major_formatter(PercentFormatter(1))
+    if is_share(metric):
+        side.set_major_formatter(PercentFormatter(1))
 
 
-def _numbers(axis: Any, parameter: Parameter, places: Array, height: float) -> None:
-    """The whole range of the space; whole numbers have no fractions between them."""
+def _scale_axis(axis: Any, interval: Interval, positions: Array, height: float) -> None:
+    """Show the whole interval; an axis of whole numbers has no ticks at fractions."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    low, high = min([*parameter.ends, *places]), max([*parameter.ends, *places])
-    if parameter.log:
+    low, high = min([*interval.ends, *positions]), max([*interval.ends, *positions])
+    if interval.log:
         steps = (1.0, 2.0, 5.0) if high <= 100 * low else (1.0,)
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(LogLocator(subs=steps))
         axis.xaxis.set_minor_locator(NullLocator())
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    elif all(place == round(place) for place in places):
+    elif all(place == round(place) for place in positions):
         axis.xaxis.get_major_locator().set_params(integer=True)
     axis.update_datalim([(low, height), (high, height)])
 
 
-def _categories(figure: Any, axis: Any, categories: Sequence[str]) -> None:
-    """Names side by side while each has room, else upright."""
-    beside = len(categories) <= MOST_BESIDE
-    width = TICKS_WIDTH // len(categories)
-    words = [wrapped(name, width, 2) if beside else shortened(name, TURNED_LENGTH) for name in categories]
-    axis.set_xticks(range(len(categories)), words, rotation=0 if beside else 90)
-    axis.set_xlim(-0.6, len(categories) - 0.4)
+def _name_categories(figure: Any, axis: Any, names: Sequence[str]) -> None:
+    """Write the names below the axis, vertically if there are many."""
+    horizontal = len(names) <= MOST_HORIZONTAL
+    width = TICKS_WIDTH // len(names)
+    words = [wrapped(name, width, 2) if horizontal else shortened(name, VERTICAL_LENGTH) for name in names]
+    axis.set_xticks(range(len(names)), words, rotation=0 if horizontal else 90)
+    axis.set_xlim(-0.6, len(names) - 0.4)
     axis.grid(visible=False, axis="x")
-    if not beside:
-        figure.set_figheight(figure.get_figheight() + TURNED_HEIGHT)
+    if not horizontal:
+        figure.set_figheight(figure.get_figheight() + VERTICAL_HEIGHT)
 
 
-def _jitter(trial: Trial) -> float:
+def _jitter(trial: TrialRecord) -> float:
     """The same for a trial in all pictures."""
-    number: int = trial["number"]
-    return JITTER * (number * GOLDEN % 1 - 0.5)
+    return JITTER * (trial.number * GOLDEN_RATIO % 1 - 0.5)
 
 
-def _dots(axis: Any, record: Record, trials: Sequence[Trial], across: Array, up: Array) -> None:
-    """Hollow: beyond a bound; a star: the best."""
-    best = np.isin([trial["number"] for trial in trials], record["best"])
-    within = np.array([bool(trial["feasible"]) for trial in trials])
+def _scatter(axis: Any, record: SweepRecord, trials: Sequence[TrialRecord], x: Array, y: Array) -> None:
+    """Draw infeasible trials hollow and the best as stars."""
+    numbers = [trial.number for trial in record.best]
+    best = np.isin([trial.number for trial in trials], numbers)
+    feasible = np.array([trial.feasible for trial in trials])
     groups = [
-        (within & ~best, WITHIN, "within the bounds" if record["constraints"] else "finished trial"),
-        (~within & ~best, BEYOND, "beyond a bound"),
-        (best, BEST, _best_words(record["best"])),
+        (feasible & ~best, FEASIBLE, "within the bounds" if record.constraints else "finished trial"),
+        (~feasible & ~best, INFEASIBLE, "beyond a bound"),
+        (best, BEST, f"best: trial {numbers[0]}" if len(numbers) == 1 else f"best: {len(numbers)} trials"),
     ]
-    for own, style, label in groups:
-        if own.any():
-            axis.scatter(across[own], up[own], label=label, **style)
+    for members, style, name in groups:
+        if members.any():
+            axis.scatter(x[members], y[members], label=name, **style)
 
 
-def _best_words(numbers: Sequence[int]) -> str:
-    return f"best: trial {numbers[0]}" if len(numbers) == 1 else f"best: {len(numbers)} trials"
+def pareto_fronts(record: SweepRecord) -> list[Picture | None]:
+    """The first objective against the second; a single one against the metric of each constraint."""
+    first, *others = record.objectives
+    across = others[:1] or [as_objective(constraint) for constraint in record.constraints]
+    return [pareto_front(record, objective, first) for objective in across if objective.metric != first.metric]
 
 
-def fronts(record: Record) -> list[Picture | None]:
-    """The first objective over the second; of one alone, over what each constraint holds."""
-    first, *others = aims(record)
-    if others:
-        return [front(record, others[0], first)]
-    return [front(record, constraint, first) for constraint in constraints(record) if constraint.metric != first.metric]
-
-
-def front(record: Record, across: Aim, up: Aim) -> Picture | None:
-    """All finished trials, and a line through those that none is better than in both."""
-    trials = finished(record, across, up)
+def pareto_front(record: SweepRecord, across: SweepObjective, up: SweepObjective) -> Picture | None:
+    """All finished trials, and a line through those that no other is better than in both metrics."""
+    metrics = (across.metric, up.metric)
+    trials = record.finished(*metrics)
     if len(trials) < 2:
         return None
-    title = f"{up.label} against {across.label}"
-    figure, axis = new_axis("Pareto front", f"{across.label}\n{across.better}")
-    axis.set_ylabel(f"{wrapped(up.label, LABEL_WIDTH, 2)}\n{up.better}")
-    for side, aim in ((axis.xaxis, across), (axis.yaxis, up)):
-        _as_measured(side, aim)
-    points = np.array([[across.value(trial), up.value(trial)] for trial in trials])
-    _front_line(axis, points[undominated_trials(record, trials, across, up)], across)
-    _dots(axis, record, trials, *points.T)
-    _bounds(axis, record, across, up)
+    figure, axis = new_axis("Pareto front", f"{label(across.metric)}\n{direction(across)}")
+    axis.set_ylabel(f"{wrapped(label(up.metric), LABEL_WIDTH, 2)}\n{direction(up)}")
+    for side, metric in zip((axis.xaxis, axis.yaxis), metrics, strict=True):
+        _format_ticks(side, metric)
+    others = [constraint for constraint in record.constraints if constraint.metric not in metrics]
+    allowed = [trial for trial in trials if all(map(trial.satisfies, others))]
+    _draw_front(axis, undominated(allowed, [across, up]), across, up)
+    x, y = (np.array([trial.value(metric) for trial in trials]) for metric in metrics)
+    _scatter(axis, record, trials, x, y)
+    _draw_bounds(axis, record, *metrics)
     legend(figure, axis)
-    caption = "All finished trials. On the line, neither figure can be had better but at the other's cost."
-    return Picture(_name("front", up.metric, across.metric), title, figure, caption)
+    return Picture(
+        _file_name("front", up.metric, across.metric),
+        f"{label(up.metric)} against {label(across.metric)}",
+        figure,
+        "All finished trials. On the line, one metric improves only at the cost of the other.",
+    )
 
 
-def undominated_trials(record: Record, trials: Sequence[Trial], *pair: Aim) -> NDArray[np.bool_]:
-    """Which trials [n] no other is better than in both, of those that keep the bounds on all other metrics."""
-    rules = [rule for rule in constraints(record) if rule.metric not in {aim.metric for aim in pair}]
-    allowed = np.array([all(rule.holds(trial) for rule in rules) for trial in trials])
-    costs = np.array([[aim.cost(trial) for aim in pair] for trial in trials])
-    costs[~allowed] = math.inf
-    return np.asarray(undominated(costs) & allowed)
-
-
-def undominated(costs: Array) -> NDArray[np.bool_]:
-    """Rows [n] of ``costs`` [n, k] such that no other is as low in every column and lower in one."""
-    no_worse = (costs[:, None] <= costs).all(-1)
-    lower = (costs[:, None] < costs).any(-1)
-    return np.asarray(~(no_worse & lower).any(0))
-
-
-def _front_line(axis: Any, points: Array, across: Aim) -> None:
-    """Steps along what can be had: from one point to the next it is what the point on the worse side of it has."""
-    if len(points) < 2:
+def _draw_front(axis: Any, front: Sequence[TrialRecord], across: SweepObjective, up: SweepObjective) -> None:
+    """Draw steps between the points of the front: each step has the value of the point on its worse side."""
+    if len(front) < 2:
         return
-    points = points[np.argsort(points[:, 0])]
-    where = "pre" if across.higher else "post"
-    axis.step(*points.T, where=where, color=TEAL, linewidth=1.4, label="none better in both", zorder=1.5)
+    points = sorted((trial.value(across.metric), trial.value(up.metric)) for trial in front)
+    where = "pre" if across.sign > 0 else "post"
+    axis.step(
+        *zip(*points, strict=True), where=where, color=TEAL, linewidth=1.4, label="none better in both", zorder=1.5
+    )
 
 
-def _bounds(axis: Any, record: Record, across: Aim, up: Aim) -> None:
-    for rule in constraints(record):
-        style: dict[str, Any] = {"color": INK, "linewidth": 1.2, "linestyle": (0, (1, 2))}
-        label = f"bound: {rule.bound_words}"
-        if rule.metric == across.metric:
-            axis.axvline(rule.bound, label=label, **style)
-        elif rule.metric == up.metric:
-            axis.axhline(rule.bound, label=label, **style)
+def _draw_bounds(axis: Any, record: SweepRecord, x_metric: str, y_metric: str) -> None:
+    style: dict[str, Any] = {"color": INK, "linewidth": 1.2, "linestyle": (0, (1, 2))}
+    for constraint in record.constraints:
+        name = f"bound: {bound(constraint)}"
+        if constraint.metric == x_metric:
+            axis.axvline(constraint.bound, label=name, **style)
+        elif constraint.metric == y_metric:
+            axis.axhline(constraint.bound, label=name, **style)

@@ -1,4 +1,4 @@
-"""What a sweep leaves behind: its directory, and the record of its trials in sweep.json."""
+"""The directory of a sweep, and the record of its trials in sweep.json."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from math import isfinite, nan
+from math import inf, isfinite, nan
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 
 from raydiv.config import Recipe, save_recipe
-from raydiv.config.sweep import SweepConstraint, SweepObjective
+from raydiv.config.sweep import SearchParameter, SweepConstraint, SweepObjective
 from raydiv.experiments.sweep.space import Values
 from raydiv.runs.directory import RunDirectory
 from raydiv.runs.metrics_log import numbers
@@ -22,14 +22,17 @@ from raydiv.utils.errors import UserError
 from raydiv.utils.storage import read_json, write_json
 
 FINISHED, STOPPED, FAILED, RUNNING, WAITING = "finished", "stopped", "failed", "running", "waiting"
-"""What became of a trial; ``stopped``: by the scheduler."""
+"""The statuses of a trial; the scheduler has stopped a trial that is ``stopped``."""
 
-OVER = (FINISHED, STOPPED, FAILED)
+STATUSES = (FINISHED, STOPPED, FAILED, RUNNING, WAITING)
+"""In the order of tables."""
+
+ENDED = (FINISHED, STOPPED, FAILED)
 
 
 @dataclass(slots=True)
 class TrialRecord:
-    """A trial: its values, what became of it, and the last value of each of its metrics; ``kept``: its weights are there."""
+    """A trial: its values, its status, and the last value of each of its metrics; ``kept``: its weights are there."""
 
     number: int
     values: Values
@@ -41,9 +44,32 @@ class TrialRecord:
     steps: int = 0
     kept: bool = False
 
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Self:
+        return cls(**{name: entry[name] for name in cls.__dataclass_fields__ if name in entry})
+
     @property
     def name(self) -> str:
         return f"{self.number:03d}"
+
+    @property
+    def run(self) -> str:
+        """The path of its run in the sweep's directory."""
+        return f"trials/{self.name}"
+
+    def value(self, metric: str) -> float:
+        """The metric's last value; NaN where it was not measured or is not finite."""
+        value = self.metrics.get(metric, nan)
+        return value if isfinite(value) else nan
+
+    def cost(self, objective: SweepObjective) -> float:
+        """Lower where the objective is better; infinite without a value."""
+        value = self.metrics.get(objective.metric, nan)
+        return -objective.sign * value if isfinite(value) else inf
+
+    def satisfies(self, constraint: SweepConstraint) -> bool:
+        # a comparison with NaN is false
+        return constraint.violation(self.metrics.get(constraint.metric, nan)) <= 0
 
 
 class SweepDirectory(OutputDirectory):
@@ -56,27 +82,27 @@ class SweepDirectory(OutputDirectory):
         self.trials = path / "trials"
 
     def can_resume(self, recipe: Recipe, resume: bool) -> bool:
-        """Whether this sweep has started here. Raises UserError where it is not to be resumed, or another one is there."""
+        """Whether this sweep has started here. Raises UserError where it is not to be resumed, or has another recipe."""
         started = self.has_started(resume=resume)
         if started:
             _require_same(self.read_recipe(), recipe, self.path)
         return started
 
     def create(self, recipe: Recipe) -> None:
-        """Make the directory this sweep's."""
+        """Make the directory, with the recipe in it."""
         self.path.mkdir(parents=True, exist_ok=True)
         save_recipe(recipe, self.recipe)
 
     def run(self, trial: TrialRecord) -> RunDirectory:
-        return RunDirectory(self.trials / trial.name)
+        return RunDirectory(self.path / trial.run)
 
 
 MAY_CHANGE = {"sweep": ("trials", "keep", "max_concurrent"), "cluster": None, "track": None}
-"""What a resumed sweep may have otherwise than when it began; None: all of the section."""
+"""Keys of each section that a resumed sweep may change; None: every key of the section."""
 
 
 def _require_same(before: Recipe, now: Recipe, path: Path) -> None:
-    """Raises UserError for what changed between two attempts and would make their trials incomparable."""
+    """Raise UserError for changes between two attempts that would make their trials incomparable."""
     old, new = (recipe.model_dump(mode="json", by_alias=True) for recipe in (before, now))
     for section, names in MAY_CHANGE.items():
         for tree in (old, new):
@@ -85,144 +111,177 @@ def _require_same(before: Recipe, now: Recipe, path: Path) -> None:
     changed = [key for key in new if old.get(key) != new[key]]
     if changed:
         raise UserError(
-            f"{path}: was begun with another {', '.join(changed)}; resume it as it was (its recipe.yaml), or start a new "
-            "one with another name"
+            f"{path}: the sweep started with another {', '.join(changed)}; resume it with its recipe.yaml, or start a new "
+            "sweep under another name"
         )
 
 
+@dataclass(slots=True)
 class SweepRecord:
-    """The trials of a sweep, by number, and which of them are the best."""
+    """The content of sweep.json: what is searched and for what, and the trials by number.
 
-    def __init__(self, directory: SweepDirectory, recipe: Recipe, trials: Iterable[TrialRecord] = ()) -> None:
-        assert recipe.sweep is not None
-        self.directory, self._recipe = directory, recipe
-        self.objectives: list[SweepObjective] = recipe.sweep.objectives
-        self.constraints: list[SweepConstraint] = recipe.sweep.constraints
-        self.trials = {trial.number: trial for trial in trials}
-        self.facts: dict[str, Any] = {}
+    ``recipe`` is YAML. ``mlflow`` is the address and the id of the sweep's MLflow run.
+    """
+
+    directory: SweepDirectory
+    name: str
+    goal: str
+    objectives: Sequence[SweepObjective]
+    constraints: Sequence[SweepConstraint]
+    parameters: Sequence[SearchParameter]
+    search: str
+    scheduler: str
+    recipe: str
+    trials: dict[int, TrialRecord]
+    mlflow: dict[str, Any] | None = None
+    versions: dict[str, str] | None = None
+    seconds: float | None = None
 
     @classmethod
-    def read(cls, directory: SweepDirectory, recipe: Recipe) -> SweepRecord:
-        """What an earlier attempt left; trials that it had not finished are waiting again."""
-        written = read_json(directory.record)
-        names = TrialRecord.__dataclass_fields__.keys()
-        trials = [
-            TrialRecord(**{key: value for key, value in one.items() if key in names}) for one in written["trials"]
-        ]
-        for trial in trials:
-            # a run that was finished when its sweep was killed may not have been noted yet
-            if trial.status not in OVER:
+    def of(cls, directory: SweepDirectory, recipe: Recipe, trials: Iterable[TrialRecord] = ()) -> Self:
+        sweep = recipe.sweep
+        assert sweep is not None
+        return cls(
+            directory,
+            recipe.name,
+            sweep.goal,
+            sweep.objectives,
+            sweep.constraints,
+            sweep.parameters,
+            sweep.search,
+            sweep.scheduler,
+            yaml.safe_dump(recipe.model_dump(mode="json", by_alias=True), sort_keys=False),
+            {trial.number: trial for trial in trials},
+        )
+
+    @classmethod
+    def read(cls, directory: SweepDirectory, recipe: Recipe) -> Self:
+        """The record of an earlier attempt; trials that had not ended are waiting again."""
+        content = read_json(directory.record)
+        record = cls.of(directory, recipe, map(TrialRecord.from_json, content["trials"]))
+        record.mlflow = content.get("mlflow")
+        for trial in record.trials.values():
+            # a run may have finished just before its sweep was killed
+            if trial.status not in ENDED:
                 trial.status = FINISHED if directory.run(trial).result.is_file() else WAITING
-        record = cls(directory, recipe, trials)
-        record.facts = {"mlflow": written.get("mlflow", {})}
-        for trial in trials:
-            if trial.status in OVER:
-                record.settle(trial, trial.status, trial.error)
+            if trial.status in ENDED:
+                record.end_trial(trial, trial.status, trial.error)
         return record
 
-    def named(self, metrics: Mapping[str, str]) -> None:
-        """Give the goal's metrics their whole names (see raydiv.experiments.sweep.goal)."""
-        self.objectives = [SweepObjective(metrics[one.metric], one.direction) for one in self.objectives]
-        self.constraints = [SweepConstraint(metrics[one.metric], one.relation, one.bound) for one in self.constraints]
+    def use_full_names(self, names: Mapping[str, str]) -> None:
+        """Replace metrics of objectives and constraints by their full names (see sweep/metric_names.py)."""
+        self.objectives = [
+            objective.model_copy(update={"metric": names[objective.metric]}) for objective in self.objectives
+        ]
+        self.constraints = [
+            constraint.model_copy(update={"metric": names[constraint.metric]}) for constraint in self.constraints
+        ]
         for trial in self.trials.values():
-            trial.feasible = self._within(trial)
+            trial.feasible = self._is_feasible(trial)
 
-    def settle(self, trial: TrialRecord, status: str, error: str | None = None) -> None:
-        """Note what became of a trial, read from its run."""
+    def end_trial(self, trial: TrialRecord, status: str, error: str | None = None) -> None:
+        """Set the status of a trial, and its metrics from its run."""
         run = self.directory.run(trial)
         trial.status, trial.error = status, error
         if run.metrics.path.exists():
             trial.metrics = numbers(run.metrics.trained_values())
             trial.steps = run.metrics.steps_taken()
-        trial.feasible = self._within(trial)
+        trial.feasible = self._is_feasible(trial)
         trial.kept = run.model.is_dir()
 
-    def _within(self, trial: TrialRecord) -> bool:
-        """Whether a finished trial keeps every constraint."""
-        return trial.status == FINISHED and all(
-            one.metric in trial.metrics and one.violation(trial.metrics[one.metric]) <= 0 for one in self.constraints
-        )
-
-    @property
-    def finished(self) -> list[TrialRecord]:
-        """Finished trials that have every objective, best first: those within the constraints, then by the objectives."""
-        whole = [
-            trial
-            for trial in self.trials.values()
-            if trial.status == FINISHED and all(isfinite(trial.metrics.get(one.metric, nan)) for one in self.objectives)
-        ]
-        feasible = [trial for trial in whole if trial.feasible]
-        front = (
-            {trial.number for trial in undominated(feasible, self.objectives)} if len(self.objectives) > 1 else set()
-        )
-        first = self.objectives[0]
-        return sorted(
-            whole,
-            key=lambda trial: (
-                not trial.feasible,
-                trial.number not in front,
-                -first.sign * trial.metrics[first.metric],
-                trial.number,
-            ),
-        )
+    def _is_feasible(self, trial: TrialRecord) -> bool:
+        """Whether a trial has finished and satisfies every constraint."""
+        return trial.status == FINISHED and all(map(trial.satisfies, self.constraints))
 
     @property
     def best(self) -> list[TrialRecord]:
-        """The best trial within the constraints; with several objectives all that no other beats in each."""
-        feasible = [trial for trial in self.finished if trial.feasible]
+        """The best feasible trial; with several objectives the Pareto front."""
+        feasible = sorted(
+            (trial for trial in self._measured() if trial.feasible),
+            key=lambda trial: (trial.cost(self.objectives[0]), trial.number),
+        )
         return undominated(feasible, self.objectives) if len(self.objectives) > 1 else feasible[:1]
 
-    def forget_weights(self, keep: int) -> None:
-        """Remove the weights of all finished trials but the ``keep`` best, and of those that were stopped or failed.
+    def by_number(self) -> list[TrialRecord]:
+        return sorted(self.trials.values(), key=lambda trial: trial.number)
 
-        Of one that is over no checkpoint is kept.
-        """
-        ranked = [trial.number for trial in self.finished][:keep]
+    def ranked(self) -> list[TrialRecord]:
+        """All trials: finished ones first, of which the best, then the feasible ones, each by the first objective."""
+        best = [trial.number for trial in self.best]
+
+        def rank(trial: TrialRecord) -> tuple[bool, bool, float]:
+            if trial.status != FINISHED:
+                return False, False, 0.0
+            return not trial.feasible, trial.number not in best, trial.cost(self.objectives[0])
+
+        return sorted(
+            self.trials.values(), key=lambda trial: (STATUSES.index(trial.status), *rank(trial), trial.number)
+        )
+
+    def finished(self, *metrics: str) -> list[TrialRecord]:
+        """Finished trials that have a value of each of these metrics, by number."""
+        return [
+            trial
+            for trial in self.by_number()
+            if trial.status == FINISHED and all(isfinite(trial.value(metric)) for metric in metrics)
+        ]
+
+    def _measured(self) -> list[TrialRecord]:
+        """Finished trials that have every objective."""
+        return self.finished(*(objective.metric for objective in self.objectives))
+
+    def remove_weights(self, keep: int) -> None:
+        """Remove the checkpoints of ended trials, and the weights of all of them but the ``keep`` best finished ones."""
+        measured = [trial.number for trial in self._measured()]
+        kept = [trial.number for trial in self.ranked() if trial.number in measured][:keep]
         for trial in self.trials.values():
+            if trial.status not in ENDED:
+                continue
             run = self.directory.run(trial)
-            if trial.status in OVER:
-                # one whose workers still end may have a file come while they are removed; the next time finds it
-                with suppress(OSError):
-                    run.remove_checkpoints()
-            if trial.status in OVER and trial.number not in ranked:
+            # workers that are still stopping may add a file while the folder is removed; the next call removes it
+            with suppress(OSError):
+                run.remove_checkpoints()
+            if trial.number not in kept:
                 for folder in (run.model, run.ray):
                     shutil.rmtree(folder, ignore_errors=True)
                 trial.kept = False
 
     def as_json(self) -> dict[str, Any]:
         """The content of sweep.json."""
-        sweep = self._recipe.sweep
-        assert sweep is not None
-        trials = [
-            {**asdict(trial), "run": f"{self.directory.trials.name}/{trial.name}"}
-            for trial in sorted(self.trials.values(), key=lambda trial: trial.number)
-        ]
+        facts = {"mlflow": self.mlflow, "versions": self.versions, "seconds": self.seconds}
         return {
-            "name": self._recipe.name,
-            "goal": sweep.goal,
-            "objectives": [asdict(one) for one in self.objectives],
-            "constraints": [asdict(one) for one in self.constraints],
-            "space": {one.key: one.written() for one in sweep.parameters},
-            "search": sweep.search,
-            "scheduler": sweep.scheduler,
+            "name": self.name,
+            "goal": self.goal,
+            "objectives": [
+                {"metric": objective.metric, "direction": objective.direction} for objective in self.objectives
+            ],
+            "constraints": [
+                {"metric": constraint.metric, "relation": constraint.relation, "bound": constraint.bound}
+                for constraint in self.constraints
+            ],
+            "space": self.space,
+            "search": self.search,
+            "scheduler": self.scheduler,
             "best": [trial.number for trial in self.best],
-            "trials": trials,
-            "recipe": yaml.safe_dump(self._recipe.model_dump(mode="json", by_alias=True), sort_keys=False),
-            **self.facts,
+            "trials": [{**asdict(trial), "run": trial.run} for trial in self.by_number()],
+            "recipe": self.recipe,
+            **{name: fact for name, fact in facts.items() if fact is not None},
         }
+
+    @property
+    def space(self) -> dict[str, Any]:
+        """The searched keys and their values, as in the recipe."""
+        return {parameter.key: parameter.as_yaml() for parameter in self.parameters}
 
     def write(self) -> None:
         write_json(self.directory.record, self.as_json(), indent=1)
 
 
 def undominated(trials: Sequence[TrialRecord], objectives: Sequence[SweepObjective]) -> list[TrialRecord]:
-    """The trials that no other is at least as good as in every objective and better in one."""
+    """The Pareto front: trials that no other is at least as good as in every objective and better in one."""
+    costs = {trial.number: [trial.cost(objective) for objective in objectives] for trial in trials}
 
-    def worth(trial: TrialRecord) -> list[float]:
-        return [one.sign * trial.metrics[one.metric] for one in objectives]
+    def dominates(costs: list[float], others: list[float]) -> bool:
+        return costs != others and all(cost <= other for cost, other in zip(costs, others, strict=True))
 
-    def beats(one: list[float], other: list[float]) -> bool:
-        return one != other and all(a >= b for a, b in zip(one, other, strict=True))
-
-    worths = {trial.number: worth(trial) for trial in trials}
-    return [trial for trial in trials if not any(beats(one, worths[trial.number]) for one in worths.values())]
+    return [trial for trial in trials if not any(dominates(other, costs[trial.number]) for other in costs.values())]

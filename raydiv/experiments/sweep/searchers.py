@@ -1,4 +1,4 @@
-"""Who says what is tried next, as Ray Tune asks for it: a list, or Optuna."""
+"""Ray Tune's searchers: a list of trials, and Optuna."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from typing import Any
 from ray.tune.search import Searcher
 
 from raydiv.config.sweep import SearchParameter, SweepConstraint, SweepObjective
-from raydiv.experiments.sweep.space import Values, encoded, suggest, untried
+from raydiv.experiments.sweep.space import Values, draw_untried, encode, suggest
 
-ASKED_AGAIN = 5
-"""How often Optuna is asked again where it suggests what was tried already; after that an untried combination is drawn."""
+MAX_ATTEMPTS = 5
+"""Suggestions of Optuna that were tried before, after which an untried combination is drawn."""
 
-UNKNOWN = 1.0
-"""Violation of a constraint whose metric a trial did not come to, as one that was stopped."""
+UNKNOWN_VIOLATION = 1.0
+"""Violation of a constraint whose metric is missing, as for a trial that was stopped."""
 
 
 class ListSearcher(Searcher):  # type: ignore[misc]
-    """Trials by number: those of ``given`` numbers are as they are, the others what ``_new`` says."""
+    """Suggests ``trials`` by number; a subclass suggests trials of other numbers by ``_new``."""
 
-    def __init__(self, given: Mapping[int, Values]) -> None:
+    def __init__(self, trials: Mapping[int, Values]) -> None:
         super().__init__()
-        self.tried: list[Values] = []
-        self._given = dict(given)
+        self.suggested: list[Values] = []
+        self._listed = dict(trials)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """Number and values of the next trial, or that there is none."""
-        number = len(self.tried) + 1
-        values = self._repeat(trial_id, self._given[number]) if number in self._given else self._new(trial_id)
+        """Number and values of the next trial; ``Searcher.FINISHED`` after the last one."""
+        number = len(self.suggested) + 1
+        values = self._repeat(trial_id, self._listed[number]) if number in self._listed else self._new(trial_id)
         if values is None:
             return str(Searcher.FINISHED)
-        self.tried.append(values)
+        self.suggested.append(values)
         return {"number": number, "values": values}
 
     def _repeat(self, trial_id: str, values: Values) -> Values:
@@ -42,19 +42,19 @@ class ListSearcher(Searcher):  # type: ignore[misc]
         return None
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """A list does not learn."""
+        """A list does not depend on results."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: a sweep goes on from its own record."""
+        """Write nothing: a sweep resumes from its own record."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing, as ``save``."""
+        """Read nothing, as ``save`` writes nothing."""
 
 
 class OptunaSearcher(ListSearcher):
-    """Optuna's tree-structured Parzen estimator (Bergstra et al. 2011), of one objective or several, under constraints.
+    """Optuna's tree-structured Parzen estimator (Bergstra et al. 2011), with objectives and constraints.
 
-    No values are suggested twice. ``given`` are what an earlier attempt tried: Optuna learns from them as they are told again.
+    It suggests no values twice. ``earlier`` are the trials of an earlier attempt, whose results Ray Tune reports again.
     """
 
     def __init__(
@@ -63,21 +63,21 @@ class OptunaSearcher(ListSearcher):
         objectives: Sequence[SweepObjective],
         constraints: Sequence[SweepConstraint],
         seed: int,
-        given: Mapping[int, Values],
+        earlier: Mapping[int, Values],
     ) -> None:
         import optuna
 
-        super().__init__(given)
+        super().__init__(earlier)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._space, self._objectives, self._constraints = space, objectives, constraints
-        # what is given takes no draw of the sampler: with its own seed it would begin as the earlier attempt did
-        self._seed = seed + len(given)
+        # earlier trials take no draw of the sampler: with the same seed it would repeat the draws of the earlier attempt
+        self._seed = seed + len(earlier)
         sampler = optuna.samplers.TPESampler(seed=self._seed, constant_liar=True)
-        self._study = optuna.create_study(sampler=sampler, directions=[one.direction for one in objectives])
+        self._study = optuna.create_study(sampler=sampler, directions=[objective.direction for objective in objectives])
         self._trials: dict[str, Any] = {}
 
     def _repeat(self, trial_id: str, values: Values) -> Values:
-        self._study.enqueue_trial(encoded(self._space, values))
+        self._study.enqueue_trial(encode(self._space, values))
         self._trials[trial_id] = self._study.ask()
         suggest(self._space, self._trials[trial_id])
         return values
@@ -85,27 +85,28 @@ class OptunaSearcher(ListSearcher):
     def _new(self, trial_id: str) -> Values | None:
         from optuna.trial import TrialState
 
-        known = [*self.tried, *self._given.values()]
-        for _ in range(ASKED_AGAIN):
+        tried = [*self.suggested, *self._listed.values()]
+        for _ in range(MAX_ATTEMPTS):
             trial = self._study.ask()
             values = suggest(self._space, trial)
-            if values not in known:
+            if values not in tried:
                 self._trials[trial_id] = trial
                 return values
             self._study.tell(trial, state=TrialState.FAIL)
-        drawn = untried(self._space, known, self._seed + len(self.tried))
-        return None if drawn is None else self._repeat(trial_id, drawn)
+        untried = draw_untried(self._space, tried, self._seed + len(self.suggested))
+        return None if untried is None else self._repeat(trial_id, untried)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell Optuna what came out; of a trial that failed, or came to no objective, that it did."""
+        """Report a trial to Optuna: its objectives and violations, or its failure where an objective is missing."""
         from optuna.trial import TrialState
 
-        trial, found = self._trials.pop(trial_id, None), result or {}
+        trial, metrics = self._trials.pop(trial_id, None), result or {}
         if trial is None:
             return
-        for number, one in enumerate(self._constraints):
-            trial.set_constraint(str(number), one.violation(found[one.metric]) if one.metric in found else UNKNOWN)
-        if error or not all(isfinite(found.get(one.metric, nan)) for one in self._objectives):
+        for index, constraint in enumerate(self._constraints):
+            value = metrics.get(constraint.metric)
+            trial.set_constraint(str(index), UNKNOWN_VIOLATION if value is None else constraint.violation(value))
+        if error or not all(isfinite(metrics.get(objective.metric, nan)) for objective in self._objectives):
             self._study.tell(trial, state=TrialState.FAIL)
         else:
-            self._study.tell(trial, [found[one.metric] for one in self._objectives])
+            self._study.tell(trial, [metrics[objective.metric] for objective in self._objectives])

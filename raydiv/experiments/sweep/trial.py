@@ -1,4 +1,4 @@
-"""A trial: what Ray Tune runs in an actor of its own. It is an ordinary run, whose metrics Tune is told of."""
+"""A trial: the function that Ray Tune runs in an actor. It is an ordinary run, whose metrics are reported to Tune."""
 
 from __future__ import annotations
 
@@ -13,42 +13,47 @@ from raydiv.commands.train import train
 from raydiv.config import Recipe, with_changes
 from raydiv.experiments.shared import RunGroup
 from raydiv.experiments.sweep.asha import TRAINED
-from raydiv.experiments.sweep.record import FAILED, FINISHED, OVER, TrialRecord
+from raydiv.experiments.sweep.record import ENDED, FAILED, FINISHED, TrialRecord
 from raydiv.runs.directory import RunDirectory
 from raydiv.runs.metrics_log import Metrics, numbers
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.runs.resume import resumes
+from raydiv.utils.compat import propagate_to_train_controllers
 
 ERROR = "error.txt"
-"""Why a run failed, in its directory."""
+"""The file in a run's directory with the message of the error that it failed with."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrialTask:
-    """What all trials of a sweep share, and what became of those of an earlier attempt.
+    """What all trials of a sweep share, and the records of an ``earlier`` attempt by number.
 
-    ``cwd``: where the command was given, which relative paths of the recipe begin at.
+    ``cwd`` is the working directory of the command, to which paths of the recipe are relative.
     """
 
     recipe: Recipe
-    family: RunGroup
+    group: RunGroup
     cwd: Path
     earlier: Mapping[int, TrialRecord]
 
 
-def run_trial(config: Mapping[str, Any], given: TrialTask) -> None:
-    """Run a trial and tell Tune every line of its metrics; of one that is over, tell them again and train nothing."""
+def run_trial(config: Mapping[str, Any], task: TrialTask) -> None:
+    """Run a trial and report each line of its metrics to Tune; a trial that has ended is reported again without a run."""
+    import ray
     from ray import tune
 
-    os.chdir(given.cwd)
-    _name_the_cluster()
+    os.chdir(task.cwd)
+    # Ray Train's placement-group cleaner, which frees a stopped trial's workers, connects to the cluster of this variable.
+    # Without it, it connects to the one started last on the machine, which may be another: the placement group would leak
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    propagate_to_train_controllers("RAY_ADDRESS")
     number = int(config["number"])
     name, tags = TrialRecord(number, config["values"]).name, {"raydiv.trial": str(number)}
-    recipe = given.family.member_recipe(with_changes(given.recipe, config["values"]), name, tags)
-    run, earlier = RunDirectory.of(recipe), given.earlier.get(number)
-    if earlier is not None and earlier.status in OVER:
+    recipe = task.group.member_recipe(with_changes(task.recipe, config["values"]), name, tags)
+    run, earlier = RunDirectory.of(recipe), task.earlier.get(number)
+    if earlier is not None and earlier.status in ENDED:
         if earlier.status == FINISHED and resumes(run, recipe):
-            # killed with its sweep it may have no report, and MLflow not all of it
+            # if it was killed with its sweep, its report and a part of its MLflow run may be missing
             train(recipe, ProgressDisplay(quiet=True), resume=True)
         for record in run.metrics.read() if run.metrics.path.exists() else []:
             tune.report(numbers(record))
@@ -56,29 +61,15 @@ def run_trial(config: Mapping[str, Any], given: TrialTask) -> None:
             raise RuntimeError(earlier.error)
     else:
         _train(recipe, run)
-    # a searcher reads the last report alone
+    # a searcher reads only the last report
     tune.report(numbers(run.metrics.trained_values()))
 
 
-def _name_the_cluster() -> None:
-    """Let what frees a stopped trial's workers ask this cluster whether the trial is gone.
-
-    Ray Train would ask the one that was last started on the machine, which may be another, or gone; then it frees nothing, and
-    says nothing.
-    """
-    import ray
-    from ray.train.v2._internal import constants
-
-    name = "RAY_ADDRESS"
-    os.environ[name] = ray.get_runtime_context().gcs_address
-    if name not in constants.ENV_VARS_TO_PROPAGATE:
-        constants.ENV_VARS_TO_PROPAGATE = {*constants.ENV_VARS_TO_PROPAGATE, name}
-
-
 def _train(recipe: Recipe, run: RunDirectory) -> None:
+    """Train, from the checkpoint of an unfinished attempt if there is one."""
     from ray import tune
 
-    resume = resumes(run, recipe)  # an attempt that was not finished
+    resume = resumes(run, recipe)
     if not resume:
         shutil.rmtree(run.path, ignore_errors=True)
 
