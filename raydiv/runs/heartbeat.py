@@ -100,8 +100,8 @@ def diagnose_hang(beats: Sequence[Heartbeat], timeout: float) -> str | None:
     """
     if not beats or max(beat.idle for beat in beats) < timeout:
         return None
-    rank_of = [(not beat.is_silent, beat.passed) for beat in beats]
-    suspects = [beat for beat, order in zip(beats, rank_of, strict=True) if order == min(rank_of)]
+    progress = [(not beat.is_silent, beat.passed) for beat in beats]
+    suspects = [beat for beat, made in zip(beats, progress, strict=True) if made == min(progress)]
     waiting = [beat for beat in beats if beat not in suspects]
     message = f"no progress for {timeout:g} s (cluster.timeout_s). Suspect{'s' * (len(suspects) > 1)}: " + "; ".join(
         beat.place for beat in suspects[:NAMED_SUSPECTS]
