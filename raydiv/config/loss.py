@@ -1,4 +1,4 @@
-"""The recipe's ``loss`` section, made from the signatures of the objectives: adding an objective changes nothing here."""
+"""The recipe's ``loss`` section, generated from the signatures of the objectives."""
 
 from __future__ import annotations
 

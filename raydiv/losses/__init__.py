@@ -15,28 +15,31 @@ A family is a file:
 To add one, write one function in the file of its family, under ``@objective``. Its keyword-only parameters become the
 recipe's ``loss`` section; the facts in the decorator feed validation and ``raydiv losses``.
 
-Where the authors' KLDO code (github.com/rhaldarpurdue/KLDO, for arXiv 2502.00657) differs, and why raydiv does otherwise:
+Where the authors' KLDO code (github.com/rhaldarpurdue/KLDO, for arXiv 2502.00657) differs, and why raydiv does
+otherwise:
 
-- It takes log-mean-exp over the few unaligned examples of one micro-batch of one rank: a biased estimate, whose bias depends
-  on the layout. Here every estimator sees the whole global batch.
-- It sums over the batch for KTO, BCO and DPO and averages for KL, so equal learning rates are not equal steps. Here each
-  class, or the pairs, are averaged; weights of classes are options (lambda_aligned, lambda_unaligned).
+- It takes log-mean-exp over the few unaligned examples of one micro-batch of one rank: a biased estimate, whose bias
+  depends on the layout. Here every estimator sees the whole global batch.
+- It sums over the batch for KTO, BCO and DPO and averages for KL, so equal learning rates are not equal steps. Here
+  each class, or the pairs, are averaged; weights of classes are options (lambda_aligned, lambda_unaligned).
 - Its exp().mean().log() overflows for rewards above 88, and a backward divided by mean + 1e-6 vanishes below about -14.
   Here exponentials are taken through log-sum-exp; the gradient is a softmax at any reward.
-- It updates the moving averages of BCO's delta and of the shift as m (1 - a) + a m, which never changes them. All of them are
-  per rank, in linear space, with 0 for "unset"; evaluation changes them, each epoch restarts them, and no checkpoint has
-  them. Here averages of exponentials are in log space. All start at the value that is exact while policy = reference, are
-  the same on every rank, and are left alone by evaluation.
+- It updates the moving averages of BCO's delta and of the shift as m (1 - a) + a m, which never changes them. All of
+  them are per rank, in linear space, with 0 for "unset"; evaluation changes them, each epoch restarts them, and no
+  checkpoint has them. Here averages of exponentials are in log space. All start at the value that is exact while policy
+  = reference, are the same on every rank, and are left alone by evaluation.
 - Its ``normalize`` rescales the unaligned term by min(a, u) / u, which flips signs. Not offered.
 - A class absent from a step gives NaN or a crash. Here it has no effect (raydiv.losses.numerics).
-- Its label mask is off by tokens, since the templated prompt is no prefix of prompt and response; BOS is there in evaluation
-  and not in training. Here prompt and response are tokenised separately and their ids joined (raydiv.model.chat), for both.
-- Every rank trains on the same rows, every epoch in the same order. The learning rate's schedule counts examples instead of
-  updates, and ends at 84-98% of its peak. See raydiv.data.batching and raydiv.training.schedule.
-- Separation: one prompt a forward, PCA first, a determinant without its logarithm or a ridge, and anchors from the training
-  prompts. See raydiv.evaluation.separation.metrics; the bundled anchors are never trained on.
-- Attack success: answers are filtered by substrings of 32 tokens before a judge sees them, a judge's unreadable verdict counts
-  as safe, and 88 of 100 evaluation prompts are in the training set. See raydiv.evaluation and raydiv/data/bundled/README.md.
+- Its label mask is off by tokens, since the templated prompt is no prefix of prompt and response; BOS is there in
+  evaluation and not in training. Here prompt and response are tokenised separately and their ids joined
+  (raydiv.model.chat), for both.
+- Every rank trains on the same rows, every epoch in the same order. The learning rate's schedule counts examples
+  instead of updates, and ends at 84-98% of its peak. See raydiv.data.batching and raydiv.training.schedule.
+- Separation: one prompt a forward, PCA first, a determinant without its logarithm or a ridge, and anchors from the
+  training prompts. See raydiv.evaluation.separation.metrics; the bundled anchors are never trained on.
+- Attack success: answers are filtered by substrings of 32 tokens before a judge sees them, a judge's unreadable verdict
+  counts as safe, and 88 of 100 evaluation prompts are in the training set. See raydiv.evaluation and
+  raydiv/data/bundled/README.md.
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """Binary classifiers of aligned against unaligned responses, with the reward as their logit.
 
-Notation: r = beta * log-ratio, r+ and r- those of an aligned and an unaligned example; s the sigmoid; E+ and E- the means
-over the two classes of the global batch, each averaged by itself.
+Notation: r = beta * log-ratio, r+ and r- those of an aligned and an unaligned example; s the sigmoid; E+ and E- the
+means over the two classes of the global batch, each averaged by itself.
 """
 
 from __future__ import annotations
@@ -62,9 +62,10 @@ def bco(
 ) -> Value:
     """Binary classifier optimisation: -lambda_aligned E+[log s(r - delta)] - lambda_unaligned E-[log s(delta - r)].
 
-    ``delta`` is (E+[r] + E-[r]) / 2, without gradient: its running mean at ``delta_rate`` over the previous steps, that of
-    the batch, or ``fixed`` at 0. A delta that follows r has no fixed point in general and can drift with it; it is logged as
-    ``state/bco/delta``. With lambdas a and u the estimate is a KL(D+ || M) + u KL(D- || M), M = (a D+ + u D-) / (a + u).
+    ``delta`` is (E+[r] + E-[r]) / 2, without gradient: its running mean at ``delta_rate`` over the previous steps, that
+    of the batch, or ``fixed`` at 0. A delta that follows r has no fixed point in general and can drift with it; it is
+    logged as ``state/bco/delta``. With lambdas a and u the estimate is a KL(D+ || M) + u KL(D- || M), M = (a D+ + u D-)
+    / (a + u).
     """
     r = beta * batch.log_ratios
     both = bool(batch.aligned.any()) and not bool(batch.aligned.all())

@@ -1,7 +1,7 @@
 """F-divergence optimisation: the variational bound of any f-divergence as a loss.
 
-Notation: r = beta * log-ratio; E+ and E- the means over the aligned and the unaligned examples of the global batch, each
-class averaged by itself; s the sigmoid; D_f = E-[f(p/q)] for the densities p of D+ and q of D-.
+Notation: r = beta * log-ratio; E+ and E- the means over the aligned and the unaligned examples of the global batch,
+each class averaged by itself; s the sigmoid; D_f = E-[f(p/q)] for the densities p of D+ and q of D-.
 """
 
 from __future__ import annotations
@@ -93,9 +93,9 @@ def fdo(
 ) -> Value:
     """F-divergence optimisation: -E+[g(r)] + E-[f*(g(r))], g(r) = f'(exp r).
 
-    Minus the objective is a lower bound of ``divergence`` for every reward and reaches it at r = log(p/q), where p and q are
-    the densities of D+ and D- (total-variation: as |r| grows). On a batch of distinct examples kl, reverse-kl, pearson and
-    alpha outside (0, 1) are unbounded below whatever the laws. alpha 1 is kl, 0 reverse-kl, 1/2 twice
+    Minus the objective is a lower bound of ``divergence`` for every reward and reaches it at r = log(p/q), where p and
+    q are the densities of D+ and D- (total-variation: as |r| grows). On a batch of distinct examples kl, reverse-kl,
+    pearson and alpha outside (0, 1) are unbounded below whatever the laws. alpha 1 is kl, 0 reverse-kl, 1/2 twice
     squared-hellinger, 2 half of pearson, -1 half of Neyman's chi^2. Exponentials above e^30 continue as tangents.
     """
     f = _divergence({"divergence": divergence, "alpha": alpha})

@@ -1,7 +1,7 @@
 """KL divergence optimisation: Donsker and Varadhan's bound as a loss.
 
-Notation: r = beta * log-ratio; E+ and E- the means over the aligned and the unaligned examples of the global batch, each
-class averaged by itself; E the mixture skew E+ + (1 - skew) E-.
+Notation: r = beta * log-ratio; E+ and E- the means over the aligned and the unaligned examples of the global batch,
+each class averaged by itself; E the mixture skew E+ + (1 - skew) E-.
 """
 
 from __future__ import annotations
@@ -44,19 +44,20 @@ def kldo(
 ) -> Value:
     """KL divergence optimisation: -E+[r] + log(skew E+[exp r] + (1 - skew) E-[exp r]).
 
-    With ``skew`` 0 this is the paper's loss, unbounded below on any batch of distinct examples; with ``skew`` > 0 it is at
-    least -log(1/skew) on every batch. ``estimator`` is the log-mean-exp m by which the gradient divides:
+    With ``skew`` 0 this is the paper's loss, unbounded below on any batch of distinct examples; with ``skew`` > 0 it is
+    at least -log(1/skew) on every batch. ``estimator`` is the log-mean-exp m by which the gradient divides:
 
     - ``batch``: the step's own, exactly. Adding a constant to every reward changes nothing.
-    - ``ema``: a running mean at ``ema_rate`` that includes the step's (as in MINE). Coefficients exp(r - m)/n sum to at most
-      1/ema_rate; the loss can fall log(1/ema_rate) below its bound, since a running mean lags the step's.
-    - ``lagged``: the running mean of the previous steps, in the surrogate -E+[r] + m + E[exp(r - m)] - 1, which keeps the
-      bound. Each coefficient depends on its own example alone, so the step takes one pass. Weights exp(r - m)
-      are limited to max(1/ema_rate, 2/skew) (the exponential continues as its tangent). Below that limit the surrogate is
-      never under the exact objective; without ``skew`` the limit also keeps densities p/q above 1/ema_rate out of reach.
+    - ``ema``: a running mean at ``ema_rate`` that includes the step's (as in MINE). Coefficients exp(r - m)/n sum to at
+      most 1/ema_rate; the loss can fall log(1/ema_rate) below its bound, since a running mean lags the step's.
+    - ``lagged``: the running mean of the previous steps, in the surrogate -E+[r] + m + E[exp(r - m)] - 1, which keeps
+      the bound. Each coefficient depends on its own example alone, so the step takes one pass. Weights exp(r - m) are
+      limited to max(1/ema_rate, 2/skew) (the exponential continues as its tangent). Below that limit the surrogate is
+      never under the exact objective; without ``skew`` the limit also keeps densities p/q above 1/ema_rate out of
+      reach.
 
-    A class absent from the step counts as one example of reward 0, or at the running mean where there is one. The divergence
-    is the step's own Donsker-Varadhan estimate under every estimator.
+    A class absent from the step counts as one example of reward 0, or at the running mean where there is one. The
+    divergence is the step's own Donsker-Varadhan estimate under every estimator.
     """
     r = beta * batch.log_ratios
     log_mean = _log_mixture(r, batch.aligned, skew)
@@ -85,7 +86,8 @@ def _log_mixture(r: Tensor, aligned: Tensor, skew: float, empty: float = 0.0) ->
 def _running_log_mean(log_mean: Tensor, previous: float, rate: float) -> Tensor:
     """log((1 - rate) exp(previous) + rate exp(log_mean)), with MINE's gradient exp(log_mean - result) d log_mean.
 
-    At the start the policy is the reference, so r = 0 and the running mean's logarithm 0 is exact: it needs no "unset" value.
+    At the start the policy is the reference, so r = 0 and the running mean's logarithm 0 is exact: it needs no "unset"
+    value.
     """
     if rate == 1:
         return log_mean

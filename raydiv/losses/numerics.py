@@ -1,7 +1,7 @@
 """Means, exponentials and logarithms that stay finite for rewards up to 1e4 in size and for classes absent from a step.
 
-An absent class counts as one example of reward 0, which is every example's reward before training, or of the running baseline
-where an objective has one. So it changes neither gradient nor state.
+An absent class counts as one example of reward 0, which is every example's reward before training, or of the running
+baseline where an objective has one. So it changes neither gradient nor state.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def log_sigmoid(x: Tensor) -> Tensor:
 
 
 def smoothed_logistic(x: Tensor, smoothing: float) -> Tensor:
-    """-(1 - e) log s(x) - e log s(-x), elementwise, e = ``smoothing``: the logistic loss under label flips of probability e."""
+    """-(1 - e) log s(x) - e log s(-x), elementwise: logistic loss under label flips of probability e = ``smoothing``."""
     return -(1 - smoothing) * log_sigmoid(x) - smoothing * log_sigmoid(-x)
 
 

@@ -1,7 +1,7 @@
 """Objectives: pure functions from the global batch's log-probs to one scalar, with the facts about each.
 
-The functions of this package use tensor *methods* only, and import torch for type checkers alone. So the recipe can read their
-signatures, which are its ``loss`` section, without loading torch.
+The functions of this package use tensor *methods* only, and import torch for type checkers alone. So the recipe can
+read their signatures, which are its ``loss`` section, without loading torch.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Batch:
     - ``aligned`` [n] (bool): the label.
     - ``tokens`` [n]: the number of response tokens.
     - ``pairs`` [p, 2] (long): the positions of each pair's aligned and unaligned example.
-    - ``mismatched_log_ratios`` [m]: log-ratios of examples whose response belongs to another prompt, by a fixed derangement;
-      without gradient, empty unless an objective needs them.
+    - ``mismatched_log_ratios`` [m]: log-ratios of examples whose response belongs to another prompt, by a fixed
+      derangement; without gradient, empty unless an objective needs them.
     """
 
     logps: Tensor
@@ -67,7 +67,7 @@ LabelSmoothing = Annotated[float, Ge(0), Lt(0.5)]
 
 Options = Mapping[str, Any]
 Scope = Literal["example", "pair", "batch"]
-"""Whose log-probs an example's coefficient depends on, given the state and the labels: its own, its pair's, the step's."""
+"""Whose log-probs an example's coefficient depends on, at a given state: its own, its pair's, the step's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,8 @@ class Objective:
     - ``listed_values``: values of numeric options at which ``raydiv losses`` lists these facts, besides the defaults.
     - ``needs_reference``, ``needs_mismatched``, ``needs_unaligned``: what it needs besides aligned examples.
     - ``penalty``: it can only be mixed into another objective.
-    - ``requires``: options that have an effect only under certain values of another one, as ``option: (other, values)``.
+    - ``requires``: options that have an effect only under certain values of another one, as ``option: (other,
+      values)``.
     - ``state``: the running quantities before the first step.
     """
 

@@ -26,8 +26,9 @@ def log_ratio_l2(
 ) -> Value:
     """Squared log-ratios, in nats^2: E+[a^2] + E-[b^2], or of one class; ``length_normalize``: per response token.
 
-    For ``loss.mix`` only. The gradient of the penalty at a log-ratio of x nats is 2 x. So a weight of w holds an objective with
-    coefficient c at about |x| = c / (2 w): kldo's coefficients are beta / n, those of the penalty 2 w x / n.
+    For ``loss.mix`` only. The gradient of the penalty at a log-ratio of x nats is 2 x. So a weight of w holds an
+    objective with coefficient c at about |x| = c / (2 w): kldo's coefficients are beta / n, those of the penalty 2 w x
+    / n.
     """
     ratios = batch.log_ratios / batch.tokens if length_normalize else batch.log_ratios
     masks = {"both": (batch.aligned, ~batch.aligned), "aligned": (batch.aligned,), "unaligned": (~batch.aligned,)}

@@ -1,7 +1,8 @@
 """Preferences: objectives that depend on a pair only through the difference of its rewards.
 
-Notation: r+ and r- are beta * log-ratio of a pair's aligned and unaligned example, D = r+ - r-, s the sigmoid. The value
-is the mean over the pairs of the global batch. D+ x D- || D- x D+ are the laws of (aligned, unaligned) and of the swapped pair.
+Notation: r+ and r- are beta * log-ratio of a pair's aligned and unaligned example, D = r+ - r-, s the sigmoid. The
+value is the mean over the pairs of the global batch. D+ x D- || D- x D+ are the laws of (aligned, unaligned) and of the
+swapped pair.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def rdpo(
 ) -> Value:
     """Robust DPO: [-(1 - e) log s(D) + e log s(-D)] / (1 - 2e), e = ``label_smoothing``.
 
-    Its mean over pairs whose labels flip with probability e is dpo's over the clean pairs. Unbounded below in D for e > 0.
+    Its mean over pairs whose labels flip with probability e is dpo's over the clean pairs. Unbounded below in D for e >
+    0.
     """
     difference = _difference(batch, beta)
     terms = -(1 - label_smoothing) * log_sigmoid(difference) + label_smoothing * log_sigmoid(-difference)

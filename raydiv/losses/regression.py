@@ -1,7 +1,7 @@
 """Regressions of log-ratios on fixed targets; both estimate the triangular discrimination.
 
-Notation: a and b are the log-ratios of a pair's aligned and unaligned example; T = integral of (p - q)^2 / (p + q) <= 2 for
-the densities p of D+ and q of D-. The value is the mean over the pairs of the global batch.
+Notation: a and b are the log-ratios of a pair's aligned and unaligned example; T = integral of (p - q)^2 / (p + q) <= 2
+for the densities p of D+ and q of D-. The value is the mean over the pairs of the global batch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Optimal transport in one dimension: aligned and unaligned are matched rank by rank over the global batch.
 
-Notation: s the sigmoid; e = label_smoothing. Sorting needs the whole step: TRL sorts within a device's micro-batch, which for
-a single pair is DPO.
+Notation: s the sigmoid; e = label_smoothing. Sorting needs the whole step: TRL sorts within a device's micro-batch,
+which for a single pair is DPO.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def aot_unpaired(
     beta: Positive = 0.1,
     label_smoothing: LabelSmoothing = 0.0,
 ) -> Value:
-    """Alignment via optimal transport, unpaired: -log s(beta (a - b)), a and b the quantiles of both classes' log-ratios.
+    """Alignment via optimal transport, unpaired: -log s(beta (a - b)), a and b quantiles of the classes' log-ratios.
 
     Classes of equal size are matched rank by rank, as in the paper; of unequal size quantile by quantile, the
     integral of the loss over the two step functions. Smoothed as in cDPO.

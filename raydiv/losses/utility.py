@@ -1,7 +1,7 @@
 """Saturating utilities: an example whose reward is far enough on the correct side gets no more gradient.
 
-Notation: r = beta * log-ratio, r+ and r- those of an aligned and an unaligned example; s the sigmoid; E+ and E- the means
-over the two classes of the global batch, each averaged by itself. The paired objectives average over pairs.
+Notation: r = beta * log-ratio, r+ and r- those of an aligned and an unaligned example; s the sigmoid; E+ and E- the
+means over the two classes of the global batch, each averaged by itself. The paired objectives average over pairs.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def apo_zero(batch: Batch, state: State, *, beta: Positive = 0.1) -> Value:
 
 @objective(paper="D'Oosterlinck et al. 2024 (arXiv 2408.06266), eq. 8", data="paired", divergence="none")
 def apo_down(batch: Batch, state: State, *, beta: Positive = 0.1) -> Value:
-    """Anchored preference optimisation, down: s(r+) + 1 - s(D), D = r+ - r-. Lowers both responses, unaligned ones more.
+    """Anchored preference optimisation, down: s(r+) + 1 - s(D), D = r+ - r-. Lowers both, unaligned ones more.
 
     At r = 0 its pull on the aligned response cancels: no aligned reward rises.
     """

@@ -1,7 +1,7 @@
 """The loss on the global batch: its value, and one coefficient per example.
 
-Pure: every rank evaluates it on the same vectors and gets the same numbers. Where an objective separates over examples or
-pairs, ``known_coefficients`` gives those of a part before the rest of the step has been scored.
+Pure: every rank evaluates it on the same vectors and gets the same numbers. Where an objective separates over examples
+or pairs, ``known_coefficients`` gives those of a part before the rest of the step has been scored.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from raydiv.training.metrics import finite, reward_metrics
 
 
 class NotFiniteError(FloatingPointError):
-    """A step was not finite and was not applied. ``positions``: the examples of the step that caused it, where known."""
+    """A step was not finite and was not applied. ``positions``: the examples that caused it, where known."""
 
     def __init__(self, message: str, positions: Sequence[int] = ()) -> None:
         super().__init__(f"{message}; the step was not applied")
@@ -26,7 +26,7 @@ class NotFiniteError(FloatingPointError):
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """``loss``: the weighted sum of the terms; ``coefficients`` [n] = d loss / d logps; ``states``: the next, one per term."""
+    """``loss``: weighted sum of the terms; ``coefficients`` [n]: d loss / d logps; ``states``: the next, one per term."""
 
     loss: float
     coefficients: Tensor
@@ -40,7 +40,7 @@ def initial_states(terms: Sequence[Term]) -> list[State]:
 
 
 def known_coefficients(terms: Sequence[Term], states: Sequence[State], batch: Batch) -> Tensor:
-    """Coefficients [n], correct for examples whose scope is complete in ``batch``; other log-probs may be anything finite.
+    """Coefficients [n], correct for examples whose scope is complete in ``batch``. Other log-probs may be any finite ones.
 
     Nothing is checked here: what is not finite reaches ``evaluate_objective``, on every rank, before the update.
     """
@@ -67,8 +67,8 @@ def _differentiate(terms: Sequence[Term], states: Sequence[State], batch: Batch)
 def evaluate_objective(terms: Sequence[Term], states: Sequence[State], batch: Batch) -> LossOutput:
     """Evaluate the loss on the global batch. A metric that is not finite is left out.
 
-    Raises NotFiniteError where a log-prob, the loss or a coefficient is not finite: then the step must not be applied (a zero
-    coefficient does not keep a NaN activation out of the gradient).
+    Raises NotFiniteError where a log-prob, the loss or a coefficient is not finite: then the step must not be applied
+    (a zero coefficient does not keep a NaN activation out of the gradient).
     """
     for name, logps in (("log-probs", batch.logps), ("mismatched log-ratios", batch.mismatched_log_ratios)):
         if not logps.isfinite().all():

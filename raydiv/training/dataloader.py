@@ -1,7 +1,7 @@
 """The steps of a set in the order of their plan, each with the token ids that one rank forwards.
 
-Ray Data tasks read ahead of the rank. A step is a function of its number alone, so a stream starts at any step as fast as at
-the first.
+Ray Data tasks read ahead of the rank. A step is a function of its number alone, so a stream starts at any step as fast
+as at the first.
 """
 
 from __future__ import annotations

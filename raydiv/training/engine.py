@@ -28,8 +28,8 @@ PERSISTENT_ELEMENTS = 1_000_000
 class DeepSpeedEngine:
     """A causal model under DeepSpeed at any ZeRO stage.
 
-    ``build`` makes the model; under ZeRO-3 its weights are partitioned as they are read. ``partitions`` is this rank's part of
-    the training state.
+    ``build`` makes the model; under ZeRO-3 its weights are partitioned as they are read. ``partitions`` is this rank's
+    part of the training state.
     """
 
     def __init__(self, recipe: Recipe, build: Callable[[], Any]) -> None:
@@ -43,8 +43,8 @@ class DeepSpeedEngine:
         assert stage != "auto", "engine.zero_stage is resolved before workers start (raydiv.commands.plan)"
         self._stage = int(stage)
         config = deepspeed_config(recipe)
-        # transformers finds this object while it loads a model, as long as it exists: a model that this process loads later
-        # must not be partitioned
+        # transformers finds this object while it loads a model; it must not outlive the load, or a model that this
+        # process loads later would be partitioned too
         loading = HfDeepSpeedConfig(config) if self._stage == 3 else None
         if not torch.distributed.is_initialized():
             deepspeed.init_distributed(
@@ -95,7 +95,8 @@ class DeepSpeedEngine:
     def discard(self) -> None:
         """Drop the gradients of the step without an update, as DeepSpeed does with gradients that are not finite.
 
-        Raises RuntimeError where DeepSpeed made the update all the same: the weights are then wrong, and training must end.
+        Raises RuntimeError where DeepSpeed made the update all the same: the weights are then wrong, and training must
+        end.
         """
         updates = self.partitions.updates
         self._drop_gradients()

@@ -86,8 +86,8 @@ class Updates:
     def attempt(self, step: RankStep, lr: float) -> dict[str, float]:
         """The metrics of an update. A step that is not finite is refused: it changes nothing and is counted.
 
-        Raises FloatingPointError after more than ``optim.max_refused`` refusals, or where the last step is refused, since no
-        further step would show that the model is still sound.
+        Raises FloatingPointError after more than ``optim.max_refused`` refusals, or where the last step is refused,
+        since no further step would show that the model is still sound.
         """
         counted = {"refused_steps": float(self.state.refused)} if self.state.refused else {}
         try:

@@ -33,8 +33,8 @@ def step_record(
 
     - ``step`` counts optimizer updates from 1.
     - ``tokens``: those of the global batch, prompts included, without padding, mismatched examples and dummies.
-    - ``step_seconds``: rank 0's wall time, which its phases share out: ``data_seconds`` is the wait for data, the others are
-      described in raydiv.training.step.
+    - ``step_seconds``: rank 0's wall time, which its phases share out: ``data_seconds`` is the wait for data, the
+      others are described in raydiv.training.step.
     - ``checkpoint_seconds``, not part of it: how long training paused for a checkpoint since the previous step.
     - ``skew_seconds``: how long the rank that first finished scoring waited for the last one.
     - ``peak_memory_bytes``: of the worker with the largest.
@@ -74,12 +74,12 @@ EMA_RATE = 0.1
 
 @dataclass
 class RunningMeans:
-    """Exponential moving averages of AVERAGED at EMA_RATE per update, from the first value on. The same on every rank."""
+    """Exponential moving averages of AVERAGED at EMA_RATE, from the first value on. The same on every rank."""
 
     values: dict[str, float] = field(default_factory=dict)
 
     def update(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Include a step's metrics; returns ``NAME/ema`` of all that had a value so far. A class may be absent in a step."""
+        """Include a step's metrics; returns ``NAME/ema`` of all that had a value so far."""
         for name in AVERAGED:
             if name in metrics:
                 self.values[name] = ema_update(self.values.get(name, metrics[name]), metrics[name], EMA_RATE)
@@ -98,7 +98,7 @@ def log_metrics(run: RunDirectory, record: Metrics) -> None:
 
 
 def estimate_facts(main: Term) -> Metrics:
-    """``divergence/name`` of the main objective and, where it has one, ``divergence/ceiling``; empty if it estimates none."""
+    """``divergence/name`` and, where there is one, ``divergence/ceiling``; empty without an estimate."""
     if main.divergence == "none":
         return {}
     return {"divergence/name": main.divergence} | ({} if main.ceiling is None else {"divergence/ceiling": main.ceiling})
@@ -121,11 +121,12 @@ def rewards(batch: Batch, scale: float) -> Tensor:
 def reward_metrics(batch: Batch, scale: float) -> dict[str, float]:
     """Rewards, log-ratios and log-probs over the global batch; the metrics of an absent class are left out.
 
-    ``reward/*``: means of ``scale`` times log-ratio per class, their difference, and the share of pairs whose aligned example
-    has the larger reward (without pairs: of examples whose reward has its label's sign). Rewards are of whole sequences, also
-    under objectives that divide by lengths, and count from zero where there is no reference. ``logp/*``: mean sequence
-    log-probs. ``log_ratio/rms`` and ``log_ratio/max``: root mean square and largest absolute log-ratio, in nats. At the first
-    step, where the policy is the reference, these are the rounding noise of the reference's precision.
+    ``reward/*``: means of ``scale`` times log-ratio per class, their difference, and the share of pairs whose aligned
+    example has the larger reward (without pairs: of examples whose reward has its label's sign). Rewards are of whole
+    sequences, also under objectives that divide by lengths, and count from zero where there is no reference.
+    ``logp/*``: mean sequence log-probs. ``log_ratio/rms`` and ``log_ratio/max``: root mean square and largest absolute
+    log-ratio, in nats. At the first step, where the policy is the reference, these are the rounding noise of the
+    reference's precision.
     """
     log_ratios = batch.log_ratios.detach()
     reward, aligned = rewards(batch, scale), batch.aligned

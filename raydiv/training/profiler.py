@@ -11,7 +11,7 @@ from raydiv.utils import distributed as dist
 
 
 class StepProfiler:
-    """Profiles the steps ``first`` to ``last`` (from 1) of this rank and writes a trace into ``folder``; None profiles none."""
+    """Profiles ``steps`` (the first and the last, from 1) of this rank, and writes a trace into ``folder``."""
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path) -> None:
         self._steps, self._folder = steps, folder

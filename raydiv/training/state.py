@@ -31,7 +31,8 @@ class EarlyStopping:
 class TrainState:
     """State of the loop, the same on every rank.
 
-    ``refused`` counts the steps that were not finite; ``ended`` is the reason why training is over, None while it goes on.
+    ``refused`` counts the steps that were not finite; ``ended`` is the reason why training is over, None while it goes
+    on.
     """
 
     means: RunningMeans = field(default_factory=RunningMeans)

@@ -1,9 +1,10 @@
 """The training step: score, judge, push.
 
-An objective of this family depends on a sequence only through its log-prob, so its gradient is sum_i c_i grad logp_i with
-c_i = d loss / d logp_i. Score computes every logp_i, judge (the loss on the global batch) every c_i, and push sums the
-gradients: exactly the global batch's gradient, whatever the layout. Where a micro-batch determines its own coefficients,
-the three are one pass over it: the head asks for coefficients as soon as it has scored an example, or a pair.
+An objective of this family depends on a sequence only through its log-prob, so its gradient is sum_i c_i grad logp_i
+with c_i = d loss / d logp_i. Score computes every logp_i, judge (the loss on the global batch) every c_i, and push sums
+the gradients: exactly the global batch's gradient, whatever the layout. Where a micro-batch determines its own
+coefficients, the three are one pass over it: the head asks for coefficients as soon as it has scored an example, or a
+pair.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ from raydiv.utils import distributed as dist
 class RankLayout:
     """One rank's micro-batches of a step.
 
-    ``training`` are those of the examples that get a gradient; ``one_pass`` tells that each determines its own coefficients.
-    ``scoring`` and ``mismatched`` are those of the examples, and of KTO's mismatched ones, that are scored without gradient.
+    ``training`` are those of the examples that get a gradient; ``one_pass`` tells that each determines its own
+    coefficients. ``scoring`` and ``mismatched`` are those of the examples, and of KTO's mismatched ones, that are
+    scored without gradient.
     """
 
     training: list[MicroBatch]
@@ -63,10 +65,10 @@ class RankLayout:
 
 @dataclass(frozen=True, slots=True)
 class RankStep:
-    """A step as one rank sees it. Every rank has the same but for ``layout``, and for the token ids, which follow from it.
+    """A step as one rank sees it. Ranks differ in ``layout``, and in the token ids, which follow from it.
 
-    ``mismatched`` is KTO's derangement of the examples: scored, without gradient. The reference log-probs, [n] and [m], are
-    None where the reference is the policy with its adapters switched off.
+    ``mismatched`` is KTO's derangement of the examples: scored, without gradient. The reference log-probs, [n] and [m],
+    are None where the reference is the policy with its adapters switched off.
     """
 
     plan: StepPlan
@@ -86,9 +88,9 @@ class RankStep:
 class Stepper:
     """Runs steps of the loss ``terms`` on one engine, and holds their running states.
 
-    ``engine`` is callable as the model's forward and has ``model``, ``device``, ``backward``, ``update`` and ``discard`` (see
-    DeepSpeedEngine). ``forwards`` counts this rank's forwards. ``timer`` gets the phases: ``score``; ``judge``, which includes
-    the wait for slower ranks; ``push``, which is the whole of a one-pass step; ``optimizer``.
+    ``engine`` is callable as the model's forward and has ``model``, ``device``, ``backward``, ``update`` and
+    ``discard`` (see DeepSpeedEngine). ``forwards`` counts this rank's forwards. ``timer`` gets the phases: ``score``;
+    ``judge``, which includes the wait for slower ranks; ``push``, which is the whole of a one-pass step; ``optimizer``.
     """
 
     engine: Any
@@ -273,8 +275,8 @@ def gather_examples(
 ) -> Tensor:
     """All ranks' values [count, ...] of ``count`` examples, fp32 on the CPU, in example order.
 
-    ``values[i]`` [m, ...] are this rank's values for ``micro_batches[i]``; those of an empty one are ignored. The collective
-    runs on ``device``.
+    ``values[i]`` [m, ...] are this rank's values for ``micro_batches[i]``; those of an empty one are ignored. The
+    collective runs on ``device``.
     """
     gathered = torch.zeros((count, *values[0].shape[1:]), device=device)
     for micro_batch, value in zip(micro_batches, values, strict=True):

@@ -20,7 +20,7 @@ REPEATS = 10
 
 @dataclass(frozen=True, slots=True)
 class Utilisation:
-    """``peak``: operations a second that the GPUs of all workers reach; ``weights``: those that a token is multiplied by."""
+    """``peak``: operations a second of the GPUs of all workers; ``weights``: those that a token is multiplied by."""
 
     weights: int
     peak: float
@@ -33,9 +33,9 @@ class Utilisation:
     def share(self, tokens_per_second: float) -> float:
         """Six operations per token and weight, divided by the peak.
 
-        Two are of the forward and four of the backward, whether or not a weight is trained (under LoRA the backward does with
-        about half). Attention's products of activations, second forwards and padding do not count. The head's weights count
-        for every token, although prompts never reach it.
+        Two are of the forward and four of the backward, whether or not a weight is trained (under LoRA the backward
+        does with about half). Attention's products of activations, second forwards and padding do not count. The head's
+        weights count for every token, although prompts never reach it.
         """
         return 6 * self.weights * tokens_per_second / self.peak
 

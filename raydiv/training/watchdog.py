@@ -1,7 +1,7 @@
 """The watchdog of a training worker: it sends heartbeats, and ends a worker that hangs.
 
-A collective that waits for ever raises nothing, and one that times out names the rank that waited, not the straggler. So
-each worker leaves heartbeats in the run directory, and the first to give up reads them all.
+A collective that waits for ever raises nothing, and one that times out names the rank that waited, not the straggler.
+So each worker leaves heartbeats in the run directory, and the first to give up reads them all.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Watchdog:
         )  # fmt: skip
 
     def _give_up(self) -> None:
-        """End the process, so that the collectives of the others fail; Ray Train restarts all workers or fails the run."""
+        """End the process: the collectives of the others fail, and Ray Train restarts all workers or fails the run."""
         with suppress(OSError):
             # ranks that began to hang a moment later still have to write their heartbeat
             self._done.wait(2 * self._every)

@@ -63,7 +63,7 @@ def worker_entry(config: dict[str, Any]) -> None:
 
 
 def run_worker(task: TrainTask, reference: Any) -> None:
-    """Train, log and save, in the process group that Ray Train made. ``reference``: the Ray object that holds ``task``."""
+    """Train, log and save, in Ray Train's process group. ``reference``: the Ray object that holds ``task``."""
     run, timer = RunDirectory(task.run_directory), StepTimer()
     if dist.rank() == 0:
         run.heartbeats.clear()

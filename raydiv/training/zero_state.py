@@ -1,7 +1,7 @@
 """The training state as a rank holds it: fragments of named parameters, which fit together under any other layout.
 
-Under every ZeRO stage a rank's share of a parameter is one run of its flattened elements. A checkpoint of such runs therefore
-loads on any number of workers and under any stage. Each has its weights in fp32, and AdamW's two moments.
+Under every ZeRO stage a rank's share of a parameter is one run of its flattened elements. A checkpoint of such runs
+therefore loads on any number of workers and under any stage. Each has its weights in fp32, and AdamW's two moments.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A checkpoint of any layout is taken up by any other: ZeRO stages, numbers of workers, adapters, precisions."""
+"""Any layout resumes from a checkpoint of any other: ZeRO stages, numbers of workers, adapters, precisions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HALF = [Layout(1, precision="bf16"), Layout(2, precision="bf16"), Layout(3, prec
 LAYOUTS = WHOLE + ADAPTERS + HALF
 
 
-def kept(engine: Any, folder: Folder, step: int) -> Manifest:
+def save(engine: Any, folder: Folder, step: int) -> Manifest:
     """Write the engine's state as a checkpoint; all ranks."""
     checkpoints = CheckpointStore(folder)
     shard = write_shard(checkpoints.at(step), dist.rank(), engine.partitions.snapshot())
@@ -61,19 +61,19 @@ def whole_state(folder: Folder, step: int) -> dict[str, np.ndarray]:
         }
 
 
-def begin(model: Path, layouts: Sequence[Layout], root: Path) -> list[dict[str, np.ndarray]]:
-    """Train under each layout, keep the state half-way, and return the weights at the end; runs on every rank."""
+def train_and_save(model: Path, layouts: Sequence[Layout], root: Path) -> list[dict[str, np.ndarray]]:
+    """Train under each layout, save the state half-way, and return the weights at the end; runs on every rank."""
     ends = []
     for number, layout in enumerate(layouts):
         engine = make_engine(layout, model)
         for step in range(BEFORE):
             update(engine, step)
-        kept(engine, Folder(str(root / str(number))), BEFORE)
-        ends.append(end_of(engine))
+        save(engine, Folder(str(root / str(number))), BEFORE)
+        ends.append(train_to_the_end(engine))
     return ends
 
 
-def end_of(engine: Any) -> dict[str, np.ndarray]:
+def train_to_the_end(engine: Any) -> dict[str, np.ndarray]:
     for step in range(BEFORE, BEFORE + AFTER):
         update(engine, step)
     weights = {name: weight.float().numpy() for name, weight in engine.weights(trainable_only=True)}
@@ -81,8 +81,8 @@ def end_of(engine: Any) -> dict[str, np.ndarray]:
     return weights
 
 
-def go_on(model: Path, pairs: Sequence[tuple[Layout, Path]], root: Path) -> list[dict[str, np.ndarray]]:
-    """Take each checkpoint up under a layout, keep it again as it was taken up, and return the weights at the end."""
+def restore_and_train(model: Path, pairs: Sequence[tuple[Layout, Path]], root: Path) -> list[dict[str, np.ndarray]]:
+    """Restore each checkpoint under a layout, save it again at once, and return the weights at the end."""
     ends = []
     for number, (layout, source) in enumerate(pairs):
         engine = make_engine(layout, model)
@@ -90,58 +90,64 @@ def go_on(model: Path, pairs: Sequence[tuple[Layout, Path]], root: Path) -> list
         with ShardReader(CheckpointStore(Folder(str(source))).at(BEFORE), manifest.shards) as shards:
             engine.partitions.restore(shards.read, manifest.updates)
         assert engine.partitions.updates == BEFORE
-        kept(engine, Folder(str(root / str(number))), BEFORE)
-        ends.append(end_of(engine))
+        save(engine, Folder(str(root / str(number))), BEFORE)
+        ends.append(train_to_the_end(engine))
     return ends
 
 
-def alike(one: Layout, other: Layout) -> bool:
-    return (one.lora, one.precision) == (other.lora, other.precision)
+def is_same_kind(layout: Layout, other: Layout) -> bool:
+    return (layout.lora, layout.precision) == (other.lora, other.precision)
 
 
 @pytest.mark.long
-def test_any_layout_goes_on_from_any_other(tiny_model: Path, tmp_path: Path) -> None:
-    first = {
-        ranks: run_on_ranks(begin, ranks, tmp_path / f"began{ranks}", tiny_model, LAYOUTS, tmp_path / f"kept{ranks}")
+def test_any_layout_resumes_from_any_other(tiny_model: Path, tmp_path: Path) -> None:
+    by_ranks = {
+        ranks: run_on_ranks(
+            train_and_save, ranks, tmp_path / f"began{ranks}", tiny_model, LAYOUTS, tmp_path / f"kept{ranks}"
+        )
         for ranks in (1, 2, 3)
     }
     # each checkpoint under its own layout, and under the next of its kind on another number of ranks
     for ranks, others in ((2, (2, 1, 3)), (1, (2,)), (4, (2,))):
         for before in others:
-            pairs, expected, same = [], [], []
+            pairs, expected, has_own_layout = [], [], []
             for number, layout in enumerate(LAYOUTS):
                 source = tmp_path / f"kept{before}" / str(number)
                 if before == ranks:
                     pairs.append((layout, source))
                 else:
-                    kin = [other for other in LAYOUTS if alike(layout, other)]
-                    pairs.append((kin[(kin.index(layout) + 1) % len(kin)], source))
-                same.append(before == ranks)
-                expected.append(first[before][0][number])
-            again = tmp_path / f"again{before}{ranks}"
-            found = run_on_ranks(go_on, ranks, tmp_path / f"ran{before}{ranks}", tiny_model, pairs, again)
+                    same_kind = [other for other in LAYOUTS if is_same_kind(layout, other)]
+                    pairs.append((same_kind[(same_kind.index(layout) + 1) % len(same_kind)], source))
+                has_own_layout.append(before == ranks)
+                expected.append(by_ranks[before][0][number])
+            resaved = tmp_path / f"again{before}{ranks}"
+            results = run_on_ranks(
+                restore_and_train, ranks, tmp_path / f"ran{before}{ranks}", tiny_model, pairs, resaved
+            )
             for number, (layout, source) in enumerate(pairs):
                 where = (before, ranks, LAYOUTS[number], layout)
-                was, now = (
+                saved_state, resaved_state = (
                     whole_state(Folder(str(source)), BEFORE),
-                    whole_state(Folder(str(again / str(number))), BEFORE),
+                    whole_state(Folder(str(resaved / str(number))), BEFORE),
                 )
-                assert was.keys() == now.keys(), where
-                assert len(was) > 10, where
-                assert all(np.array_equal(was[name], now[name]) for name in was), where
-                assert any(values.any() for name, values in was.items() if name.startswith("exp_avg_sq")), where
+                assert saved_state.keys() == resaved_state.keys(), where
+                assert len(saved_state) > 10, where
+                assert all(np.array_equal(saved_state[name], resaved_state[name]) for name in saved_state), where
+                assert any(values.any() for name, values in saved_state.items() if name.startswith("exp_avg_sq")), where
                 for name, weight in expected[number].items():
-                    if same[number]:
-                        assert np.array_equal(found[0][number][name], weight), (*where, name)
+                    if has_own_layout[number]:
+                        assert np.array_equal(results[0][number][name], weight), (*where, name)
                     else:
                         tolerance = 3e-2 if layout.precision == "bf16" else 1e-4
-                        error = np.abs(found[0][number][name] - weight).max()
+                        error = np.abs(results[0][number][name] - weight).max()
                         assert error <= tolerance * np.abs(weight).max(), (*where, name, error)
 
 
 @pytest.mark.slow
-def test_adapters_alone_are_kept(tiny_model: Path, tmp_path: Path) -> None:
-    run_on_ranks(begin, 1, tmp_path / "ranks", tiny_model, [Layout(0, lora=True), Layout(0)], tmp_path / "kept")
+def test_only_adapters_are_saved(tiny_model: Path, tmp_path: Path) -> None:
+    run_on_ranks(
+        train_and_save, 1, tmp_path / "ranks", tiny_model, [Layout(0, lora=True), Layout(0)], tmp_path / "kept"
+    )
     adapters, everything = (
         sum(file.stat().st_size for file in (tmp_path / "kept" / number).rglob("*.safetensors")) for number in "01"
     )

@@ -20,19 +20,19 @@ from raydiv.utils.errors import UserError
 PROMPTS = ["Help me", "How do I mend a broken chair with a long and winding tale about it?", "No.", "Hurt them all now"]
 
 
-def plainly(model: Path, readout: Readout) -> np.ndarray:
+def plain_states(model: Path, readout: Readout) -> np.ndarray:
     """States [n, layers, d], a prompt at a time, by transformers alone."""
     source = ModelSource(model)
     chat, network = source.chat(), AutoModelForCausalLM.from_pretrained(model).eval()
-    found = []
+    by_prompt = []
     for prompt in PROMPTS:
         ids = torch.tensor([chat.prompt_ids(prompt, generation=False)])
         with torch.no_grad():
             states = torch.stack(network(ids, output_hidden_states=True).hidden_states)[:, 0]
         layers = range(len(states)) if readout.layers is None else readout.layers
-        own = states[:, -1] if readout.pooling == "last" else states.mean(1)
-        found.append(own[list(layers)].numpy())
-    return np.stack(found)
+        pooled = states[:, -1] if readout.pooling == "last" else states.mean(1)
+        by_prompt.append(pooled[list(layers)].numpy())
+    return np.stack(by_prompt)
 
 
 READOUTS = [Readout(), Readout(None), Readout((0, 1)), Readout((-1,), "mean"), Readout(None, "mean")]
@@ -47,7 +47,7 @@ def test_states_are_those_of_a_plain_forward(
     embedder = Embedder(ModelSource(tiny_model, attention=attention), readout)
     assert embedder._packs == (attention == "sdpa")
     rows = embedder([{"prompt": prompt} for prompt in PROMPTS])
-    expected = plainly(tiny_model, readout)
+    expected = plain_states(tiny_model, readout)
     assert [row["hidden"].shape for row in rows] == [expected.shape[1:]] * len(PROMPTS)
     np.testing.assert_allclose(np.stack([row["hidden"] for row in rows]), expected, atol=2e-5)
     chat = ModelSource(tiny_model).chat()
@@ -62,8 +62,8 @@ def test_a_model_that_mixes_packed_prompts_is_padded(tiny_model: Path, monkeypat
             model = super().load_for_inference()
             decoder, forward = model.base_model, model.base_model.forward
 
-            def mixed(attention_mask: Any = None, position_ids: Any = None, **given: Any) -> Any:
-                return forward(attention_mask=None if given["input_ids"].shape[0] == 1 else attention_mask, **given)
+            def mixed(attention_mask: Any = None, position_ids: Any = None, **inputs: Any) -> Any:
+                return forward(attention_mask=None if inputs["input_ids"].shape[0] == 1 else attention_mask, **inputs)
 
             decoder.forward = mixed
             return model
@@ -71,7 +71,9 @@ def test_a_model_that_mixes_packed_prompts_is_padded(tiny_model: Path, monkeypat
     embedder = Embedder(Blind(tiny_model), Readout())
     assert not embedder._packs
     rows = embedder([{"prompt": prompt} for prompt in PROMPTS])
-    np.testing.assert_allclose(np.stack([row["hidden"] for row in rows]), plainly(tiny_model, Readout()), atol=2e-5)
+    np.testing.assert_allclose(
+        np.stack([row["hidden"] for row in rows]), plain_states(tiny_model, Readout()), atol=2e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,16 +86,16 @@ def test_layers_are_counted_from_either_end(layers: Any, blocks: int, numbers: l
 
 @pytest.mark.parametrize("layer", [5, -6])
 def test_a_layer_that_is_not_there_is_refused(layer: int) -> None:
-    with pytest.raises(UserError, match=f"layers: {layer} is none of this model's, which are 0 to 4"):
+    with pytest.raises(UserError, match=f"layers: {layer}: .* 0 to 4"):
         Readout((layer,)).layer_indices(4)
 
 
 def test_a_sample_is_drawn_once_and_for_all() -> None:
     assert sample_prompts(np.array([True] * 5), 10) == [0, 1, 2, 3, 4]
     labels = np.arange(1000) % 4 == 0
-    found = sample_prompts(labels, 100)
-    assert found == sample_prompts(labels, 100) == sorted(set(found))
-    assert (len(found), labels[found].sum()) == (100, 25)
+    sample = sample_prompts(labels, 100)
+    assert sample == sample_prompts(labels, 100) == sorted(set(sample))
+    assert (len(sample), labels[sample].sum()) == (100, 25)
     rare = np.arange(20_000) < 12
     assert rare[sample_prompts(rare, 1000)].sum() == 10
     assert (np.arange(20_000) < 3)[sample_prompts(np.arange(20_000) < 3, 1000)].sum() == 3
@@ -142,4 +144,4 @@ def test_the_policy_under_zero3_is_read_alike_on_any_ranks(tmp_path: Path) -> No
         first, *others = run_on_ranks(separations, ranks, tmp_path / f"{ranks}", str(model), readouts, tokens)
         assert others == [[]] * (ranks - 1)
         for readout, points in zip(readouts, first, strict=True):
-            np.testing.assert_allclose(points, plainly(model, readout)[:2, 0], atol=2e-5)
+            np.testing.assert_allclose(points, plain_states(model, readout)[:2, 0], atol=2e-5)

@@ -67,7 +67,7 @@ def trained_weights(engine: Any) -> dict[str, torch.Tensor]:
     return dict(engine.weights(trainable_only=True))
 
 
-def put_back(engine: Any, weights: dict[str, torch.Tensor]) -> None:
+def restore_weights(engine: Any, weights: dict[str, torch.Tensor]) -> None:
     """Undo a step: building an engine anew takes longer than the step."""
     from deepspeed import zero
 
@@ -81,10 +81,10 @@ def put_back(engine: Any, weights: dict[str, torch.Tensor]) -> None:
 
 def steps(model: str, cases: list[Case]) -> list[dict[str, Any]]:
     """Each case's step from the same weights; runs on every rank."""
-    found = []
-    for _, alike in groupby(cases, key=lambda case: (case.zero_stage, case.lora, case.persistent, case.engine)):
+    results = []
+    for _, group in groupby(cases, key=lambda case: (case.zero_stage, case.lora, case.persistent, case.engine)):
         engine: Any = None
-        for case in alike:
+        for case in group:
             if engine is None:
                 engine = build(model, case)
                 head, first = LogProbHead(engine.model), trained_weights(engine)
@@ -95,22 +95,22 @@ def steps(model: str, cases: list[Case]) -> list[dict[str, Any]]:
                 name.removeprefix("base_model.model."): weight.numpy()
                 for name, weight in trained_weights(engine).items()
             }
-            found.append(
+            results.append(
                 {"metrics": metrics, "weights": weights, "forwards": stepper.forwards, "states": stepper.states}
             )
             if case.zero_stage == 3 and not case.engine:
-                put_back(engine, first)
+                restore_weights(engine, first)
             else:
                 engine.close()
                 engine = None
         if engine is not None:
             engine.close()
-    return found
+    return results
 
 
 @dataclass(frozen=True)
 class PlainStep:
-    """What the oracle finds: the objective, the gradient's norm, and each trained weight before and after."""
+    """The oracle's result: the objective, the gradient's norm, and each trained weight before and after."""
 
     loss: float
     grad_norm: float
@@ -123,7 +123,7 @@ def plain_step(model_directory: Path, case: Case) -> PlainStep:
     from raydiv.model.load import build_policy
 
     recipe = case.recipe(model_directory)
-    chosen = step_examples(case.examples, recipe.loss.mismatched_terms)
+    rank_step = step_examples(case.examples, recipe.loss.mismatched_terms)
     torch.manual_seed(0)
     model = build_policy(model_directory, recipe.model, torch.float32)
 
@@ -136,12 +136,12 @@ def plain_step(model_directory: Path, case: Case) -> PlainStep:
         return inputs.sum_per_example(tokens, len(examples))
 
     batch = Batch(
-        logps(chosen.examples),
-        chosen.reference_logps,
-        torch.from_numpy(chosen.examples.aligned),
-        torch.from_numpy(chosen.examples.response_lengths),
-        torch.from_numpy(chosen.examples.pairs),
-        logps(chosen.mismatched).detach() - chosen.mismatched_reference_logps,
+        logps(rank_step.examples),
+        rank_step.reference_logps,
+        torch.from_numpy(rank_step.examples.aligned),
+        torch.from_numpy(rank_step.examples.response_lengths),
+        torch.from_numpy(rank_step.examples.pairs),
+        logps(rank_step.mismatched).detach() - rank_step.mismatched_reference_logps,
     )
     values = [
         term.weight * term.objective.function(batch, state, **term.options).loss
@@ -167,10 +167,10 @@ def norm(tensors: dict[str, np.ndarray]) -> float:
 ROUNDING = 1e-6
 
 
-def assert_equal(case: Case, found: dict[str, Any], expected: PlainStep) -> None:
-    assert found["metrics"]["loss"] == pytest.approx(expected.loss, rel=ROUNDING, abs=ROUNDING), case
-    assert found["metrics"]["grad_norm"] == pytest.approx(expected.grad_norm, rel=2 * ROUNDING, abs=1e-8), case
-    weights = found["weights"]
+def assert_equal(case: Case, result: dict[str, Any], expected: PlainStep) -> None:
+    assert result["metrics"]["loss"] == pytest.approx(expected.loss, rel=ROUNDING, abs=ROUNDING), case
+    assert result["metrics"]["grad_norm"] == pytest.approx(expected.grad_norm, rel=2 * ROUNDING, abs=1e-8), case
+    weights = result["weights"]
     assert weights.keys() == expected.after.keys()
     for name, weight in expected.after.items():
         size = np.abs(weight).max() + np.abs(expected.before[name]).max()  # both were rounded
@@ -234,11 +234,13 @@ def corner_cases() -> list[Case]:
 
 
 def test_a_rank_without_unaligned_examples_and_an_empty_micro_batch_are_among_the_cases() -> None:
-    chosen = step_examples("pairs").examples
-    by_rank = micro_batches(chosen.lengths, LAYOUTS["one micro-batch a rank"], ranks=2)
-    assert any(all(chosen.aligned[i] for batch in mine for i in batch) for mine in by_rank)
+    rank_step = step_examples("pairs").examples
+    by_rank = micro_batches(rank_step.lengths, LAYOUTS["one micro-batch a rank"], ranks=2)
+    assert any(all(rank_step.aligned[i] for batch in batches for i in batch) for batches in by_rank)
     sizes = {
-        len(batch) for mine in micro_batches(chosen.lengths, LAYOUTS["uneven micro-batches"], ranks=2) for batch in mine
+        len(batch)
+        for batches in micro_batches(rank_step.lengths, LAYOUTS["uneven micro-batches"], ranks=2)
+        for batch in batches
     }
     assert len(sizes) > 1
     assert [[0]] in micro_batches(step_examples("one").examples.lengths, 70, ranks=2)
@@ -246,11 +248,11 @@ def test_a_rank_without_unaligned_examples_and_an_empty_micro_batch_are_among_th
 
 
 def test_mismatched_examples_shift_kto() -> None:
-    chosen = step_examples("pairs", with_mismatched=True)
-    assert len(chosen.mismatched) == len(chosen.examples)
+    rank_step = step_examples("pairs", with_mismatched=True)
+    assert len(rank_step.mismatched) == len(rank_step.examples)
     # a random model gives about log 300 = 5.7 nats a token
-    logps = -5.7 * torch.from_numpy(chosen.mismatched.response_lengths)
-    assert float((logps - chosen.mismatched_reference_logps).mean()) > 10
+    logps = -5.7 * torch.from_numpy(rank_step.mismatched.response_lengths)
+    assert float((logps - rank_step.mismatched_reference_logps).mean()) > 10
 
 
 @pytest.mark.slow
@@ -267,7 +269,7 @@ def test_update_equals_the_plain_step_in_every_layout(ranks: int, tiny_model: Pa
             assert results[number]["states"] == by_rank[0][number]["states"]
 
 
-def dealt(kind: str, tokens: int, ranks: int, in_pairs: bool = False) -> list[MicroBatch]:
+def first_rank_batches(kind: str, tokens: int, ranks: int, in_pairs: bool = False) -> list[MicroBatch]:
     """Micro-batches of rank 0."""
     examples = step_examples(kind).examples
     return micro_batches(examples.lengths, tokens, ranks, examples.units if in_pairs else None)[0]
@@ -278,18 +280,18 @@ def test_a_second_forward_is_paid_only_where_it_must(tiny_model: Path, tmp_path:
     """One pass: a single micro-batch, separable objectives, and pairs kept together unless that pads too much."""
     few, many = LAYOUTS["one micro-batch a rank"], LAYOUTS["uneven micro-batches"]
     tight = 30
-    free, paired = dealt("even pairs", tight, 2), dealt("even pairs", tight, 2, in_pairs=True)
+    free, paired = first_rank_batches("even pairs", tight, 2), first_rank_batches("even pairs", tight, 2, in_pairs=True)
     assert len(free) > 1
     assert len(paired) > 1
     expected: list[tuple[dict[str, Any], str, int, int]] = [
         ({"type": "kldo"}, "pairs", few, 1),
         ({"type": "aot"}, "pairs", few, 1),
-        ({"type": "kldo"}, "pairs", many, 2 * len(dealt("pairs", many, 2))),
-        ({"type": "kldo", "estimator": "lagged"}, "pairs", many, len(dealt("pairs", many, 2))),
-        ({"type": "bco"}, "pairs", many, len(dealt("pairs", many, 2))),
-        ({"type": "bco", "delta": "batch"}, "pairs", many, 2 * len(dealt("pairs", many, 2))),
-        ({"type": "sft"}, "pairs", many, len(dealt("pairs", many, 2))),
-        ({"type": "fdo"}, "pairs", many, len(dealt("pairs", many, 2))),
+        ({"type": "kldo"}, "pairs", many, 2 * len(first_rank_batches("pairs", many, 2))),
+        ({"type": "kldo", "estimator": "lagged"}, "pairs", many, len(first_rank_batches("pairs", many, 2))),
+        ({"type": "bco"}, "pairs", many, len(first_rank_batches("pairs", many, 2))),
+        ({"type": "bco", "delta": "batch"}, "pairs", many, 2 * len(first_rank_batches("pairs", many, 2))),
+        ({"type": "sft"}, "pairs", many, len(first_rank_batches("pairs", many, 2))),
+        ({"type": "fdo"}, "pairs", many, len(first_rank_batches("pairs", many, 2))),
         # the mismatched examples are scored besides, without gradient
         ({"type": "kto"}, "pairs", few, 2),
         ({"type": "dpo"}, "even pairs", tight, len(paired)),
@@ -297,11 +299,11 @@ def test_a_second_forward_is_paid_only_where_it_must(tiny_model: Path, tmp_path:
         ({"type": "dpo", "mix": {"kldo": {"weight": 1}}}, "even pairs", tight, 2 * len(free)),
         ({"type": "aot"}, "even pairs", tight, 2 * len(free)),
         # a long and a short response in one micro-batch would cost more padding than the second forward
-        ({"type": "dpo"}, "pairs", 1, 2 * len(dealt("pairs", 1, 2))),
+        ({"type": "dpo"}, "pairs", 1, 2 * len(first_rank_batches("pairs", 1, 2))),
     ]
     cases = [Case(loss, tokens, examples=kind) for loss, kind, tokens, _ in expected]
-    for found in run_on_ranks(steps, 2, tmp_path / "ranks", str(tiny_model), cases):
-        for result, (loss, kind, tokens, forwards) in zip(found, expected, strict=True):
+    for results in run_on_ranks(steps, 2, tmp_path / "ranks", str(tiny_model), cases):
+        for result, (loss, kind, tokens, forwards) in zip(results, expected, strict=True):
             assert result["forwards"] == forwards, (loss, kind, tokens)
 
 
@@ -335,59 +337,59 @@ def masked_step(model: str, case: Case) -> list[tuple[float, float]]:
 @pytest.mark.slow
 def test_score_and_push_see_the_same_dropout_masks(tiny_model: Path, tmp_path: Path) -> None:
     case = Case({"type": "kldo", "skew": 0.5}, 70, zero_stage=2, lora=True, dropout=0.4)
-    for found in run_on_ranks(masked_step, 2, tmp_path / "ranks", str(tiny_model), case):
-        assert len(found) > 1
-        for scored, pushed in found:
+    for sums in run_on_ranks(masked_step, 2, tmp_path / "ranks", str(tiny_model), case):
+        assert len(sums) > 1
+        for scored, pushed in sums:
             assert pushed == pytest.approx(scored, rel=1e-5)
 
 
-def released(model: str, case: Case) -> list[tuple[set[int], set[int]]]:
-    """What is released after each module of a third step, whose order DeepSpeed knows: as it is, and as DeepSpeed has it."""
+def released_parameters(model: str, case: Case) -> list[tuple[set[int], set[int]]]:
+    """Parameters released after each module of a third step, whose order DeepSpeed knows: with the limit, and without."""
     from raydiv.utils.compat import RELEASE_LOOK_AHEAD
 
     engine = build(model, case)
     stepper = stepper_of(engine, LogProbHead(engine.model), model, case)
-    coordinator, found = engine._deepspeed.optimizer.parameter_offload.param_coordinator, []
-    ours, theirs = getattr(coordinator, RELEASE_LOOK_AHEAD), getattr(type(coordinator), RELEASE_LOOK_AHEAD)
+    coordinator, released = engine._deepspeed.optimizer.parameter_offload.param_coordinator, []
+    limited, unlimited = getattr(coordinator, RELEASE_LOOK_AHEAD), getattr(type(coordinator), RELEASE_LOOK_AHEAD)
 
     def both(module: Any, step_id: int) -> set[int]:
-        mine: set[int] = ours(module, step_id)
-        found.append((set(mine), set(theirs(coordinator, module, step_id))))
-        return mine
+        parameters: set[int] = limited(module, step_id)
+        released.append((set(parameters), set(unlimited(coordinator, module, step_id))))
+        return parameters
 
     for number in range(3):
         if number == 2:
             setattr(coordinator, RELEASE_LOOK_AHEAD, both)
         stepper.step(on_this_rank(step_examples("pairs"), stepper.layout), 1e-3)
     engine.close()
-    return found
+    return released
 
 
 @pytest.mark.slow
-def test_what_is_released_is_what_deepspeed_would_release(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_limited_look_ahead_releases_what_deepspeed_would_release(tiny_model: Path, tmp_path: Path) -> None:
     """Some matrices stay whole, and most of the modules of adapters have nothing to release."""
     case = Case({"type": "kldo"}, 100_000, lora=True, persistent=1500, engine={"deepspeed": {"zero_optimization": {
         "stage3_max_reuse_distance": 10_000,
     }}})  # fmt: skip
-    for found in run_on_ranks(released, 2, tmp_path / "ranks", str(tiny_model), case):
-        assert found
-        assert all(mine == theirs for mine, theirs in found)
-        assert any(mine for mine, _ in found)
-        assert not all(mine for mine, _ in found)
+    for released in run_on_ranks(released_parameters, 2, tmp_path / "ranks", str(tiny_model), case):
+        assert released
+        assert all(limited == unlimited for limited, unlimited in released)
+        assert any(limited for limited, _ in released)
+        assert not all(limited for limited, _ in released)
 
 
-def refusals(model: str, cases: list[Case]) -> list[str]:
-    """What a rank raises in each case when one example's log-ratio is not finite; its weights must stay."""
+def refusal_messages(model: str, cases: list[Case]) -> list[str]:
+    """The error of a rank in each case when one example's log-ratio is not finite; its weights must stay."""
     messages = []
     for case in cases:
         engine = build(model, case)
         stepper = stepper_of(engine, LogProbHead(engine.model), model, case)
-        chosen = on_this_rank(step_examples(case.examples), stepper.layout)
-        assert chosen.reference_logps is not None
-        chosen.reference_logps[0] = torch.nan
+        rank_step = on_this_rank(step_examples(case.examples), stepper.layout)
+        assert rank_step.reference_logps is not None
+        rank_step.reference_logps[0] = torch.nan
         before = trained_weights(engine)
         with pytest.raises(FloatingPointError, match="not applied") as caught:
-            stepper.step(chosen, LR)
+            stepper.step(rank_step, LR)
         assert all(torch.equal(before[name], weight) for name, weight in trained_weights(engine).items())
         engine.close()
         messages.append(str(caught.value))
@@ -396,34 +398,34 @@ def refusals(model: str, cases: list[Case]) -> list[str]:
 
 @pytest.mark.slow
 def test_step_that_is_not_finite_is_refused_on_every_rank(tiny_model: Path, tmp_path: Path) -> None:
-    one, many = LAYOUTS["one micro-batch a rank"], LAYOUTS["uneven micro-batches"]
+    single, many = LAYOUTS["one micro-batch a rank"], LAYOUTS["uneven micro-batches"]
     lagged = {"type": "kldo", "estimator": "lagged"}
     cases = [
-        Case({"type": "kldo"}, one),
+        Case({"type": "kldo"}, single),
         Case({"type": "kldo"}, many),
         Case(lagged, many),
     ]  # graph kept, two passes, streamed
-    first, second = run_on_ranks(refusals, 2, tmp_path / "ranks", str(tiny_model), cases)
+    first, second = run_on_ranks(refusal_messages, 2, tmp_path / "ranks", str(tiny_model), cases)
     assert first == second
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_order_of_examples_inside_the_step_does_not_matter(name: str) -> None:
-    chosen = step_examples("pairs")
+    rank_step = step_examples("pairs")
     generator = np.random.default_rng(0)
-    order = generator.permutation(len(chosen.examples))
-    logps = chosen.reference_logps + torch.tensor(generator.normal(0, 10, len(order)), dtype=torch.float32)
+    order = generator.permutation(len(rank_step.examples))
+    logps = rank_step.reference_logps + torch.tensor(generator.normal(0, 10, len(order)), dtype=torch.float32)
     terms = [Term(OBJECTIVES[name], 1.0, OBJECTIVES[name].defaults)]
 
-    def verdict(rows: np.ndarray) -> Any:
+    def evaluate(rows: np.ndarray) -> Any:
         examples = TokenizedExamples.from_ids(
-            [chosen.examples[row] for row in rows],
-            chosen.examples.aligned[rows].tolist(),
-            chosen.examples.pair[rows].tolist(),
+            [rank_step.examples[row] for row in rows],
+            rank_step.examples.aligned[rows].tolist(),
+            rank_step.examples.pair[rows].tolist(),
         )
         batch = Batch(
             logps[rows],
-            chosen.reference_logps[rows],
+            rank_step.reference_logps[rows],
             torch.from_numpy(examples.aligned),
             torch.from_numpy(examples.response_lengths),
             torch.from_numpy(examples.pairs),
@@ -431,7 +433,7 @@ def test_order_of_examples_inside_the_step_does_not_matter(name: str) -> None:
         )
         return evaluate_objective(terms, running_states(terms), batch)
 
-    straight, shuffled = verdict(np.arange(len(order))), verdict(order)
+    straight, shuffled = evaluate(np.arange(len(order))), evaluate(order)
     assert shuffled.loss == pytest.approx(straight.loss, rel=1e-6)
     largest = float(straight.coefficients.abs().max())
     torch.testing.assert_close(shuffled.coefficients, straight.coefficients[order], rtol=1e-5, atol=1e-6 * largest)

@@ -22,9 +22,9 @@ SLACK = 40_000_000
 
 def anonymous_bytes() -> int:
     """Memory of this process that is its own: a mapped file's pages can be dropped and do not count."""
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return 1024 * int(found[1])
+    result = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert result is not None
+    return 1024 * int(result[1])
 
 
 def loaded(directory: str) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def loaded(directory: str) -> dict[str, Any]:
             "engine": {"zero_stage": 3},
         }
     )
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     build_policy(Path(directory), recipe.model, torch.float32)  # what is imported and allocated once
 
     def build() -> Any:
@@ -55,12 +55,12 @@ def loaded(directory: str) -> dict[str, Any]:
         model = build_policy(Path(directory), recipe.model, torch.float32)
         done.set()
         watcher.join()
-        found["peak"] = peak[0] - before
+        result["peak"] = peak[0] - before
         return model
 
     engine = DeepSpeedEngine(recipe, build)
-    found["sums"] = {name: float(weight.double().sum()) for name, weight in engine.weights(trainable_only=False)}
-    return found
+    result["sums"] = {name: float(weight.double().sum()) for name, weight in engine.weights(trainable_only=False)}
+    return result
 
 
 @pytest.mark.slow
@@ -87,9 +87,9 @@ def test_a_rank_holds_its_partition_and_a_shard_while_loading(tmp_path: Path, mo
     whole = sum(4 * p.numel() for p in model.parameters())
     expected = {name: float(p.detach().double().sum()) for name, p in model.named_parameters()}
     del model
-    for found in run_on_ranks(loaded, 2, tmp_path / "ranks", str(tmp_path / "model"), fresh=True):
-        assert found["peak"] < whole / 2 + SHARD + SLACK
-        assert found["sums"] == pytest.approx(expected, rel=1e-9)
+    for result in run_on_ranks(loaded, 2, tmp_path / "ranks", str(tmp_path / "model"), fresh=True):
+        assert result["peak"] < whole / 2 + SHARD + SLACK
+        assert result["sums"] == pytest.approx(expected, rel=1e-9)
 
 
 UNQUANTIZED = """

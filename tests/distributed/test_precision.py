@@ -31,12 +31,12 @@ def trained(model: str, case: Case, optim: dict[str, Any], precision: str) -> di
     stepper = Stepper(engine, LogProbHead(engine.model), recipe.loss.terms, case.tokens, "mask")
     for _ in range(STEPS):
         stepper.step(on_this_rank(step_examples("pairs"), stepper.layout), recipe.optim.lr)
-    found = {name: weight.float() for name, weight in engine.weights(trainable_only=True)}
+    weights = {name: weight.float() for name, weight in engine.weights(trainable_only=True)}
     engine.close()
-    return found
+    return weights
 
 
-def several(model: str, cases: list[tuple[Case, dict[str, Any], str]]) -> list[dict[str, torch.Tensor]]:
+def train_cases(model: str, cases: list[tuple[Case, dict[str, Any], str]]) -> list[dict[str, torch.Tensor]]:
     return [trained(model, *case) for case in cases]
 
 
@@ -46,10 +46,10 @@ def test_bf16_keeps_fp32_master_weights_and_sums_micro_batches_in_fp32(tiny_mode
     small = {"lr": 2e-5, "clip": None}
     cases = [(Case(SFT, tokens, zero_stage=stage), small, "bf16") for stage in (1, 2, 3) for tokens in (1, 10_000)]
     cases.append((Case(SFT, 10_000, zero_stage=3), small, "fp32"))
-    *found, exact = run_on_ranks(several, 2, tmp_path / "ranks", str(tiny_model), cases)[0]
+    *by_case, exact = run_on_ranks(train_cases, 2, tmp_path / "ranks", str(tiny_model), cases)[0]
     before = dict(build_policy(tiny_model, cases[0][0].recipe(tiny_model).model, torch.float32).named_parameters())
     moved = {name: weight - before[name].detach() for name, weight in exact.items()}
-    for weights in found:
+    for weights in by_case:
         same = total = 0.0
         for name, weight in weights.items():
             start = before[name].detach().bfloat16().float()
@@ -84,9 +84,9 @@ def quantized_step(model: str, stage: int, tokens: int) -> dict[str, torch.Tenso
     stepper = Stepper(engine, LogProbHead(engine.model), recipe.loss.terms, tokens, "mask")
     stepper.step(on_this_rank(step_examples("pairs"), stepper.layout), 0.01)
     assert all(torch.equal(p, packed[name]) for name, p in engine.model.named_parameters() if name in packed)
-    found = dict(engine.weights(trainable_only=True))
+    weights = dict(engine.weights(trainable_only=True))
     engine.close()
-    return found
+    return weights
 
 
 @pytest.mark.slow
@@ -95,10 +95,10 @@ def test_adapters_on_a_4_bit_base_learn_alike_in_every_layout(quantizable: Path,
     (expected,) = run_on_ranks(quantized_step, 1, tmp_path / "one", str(quantizable), 0, 10_000)
     assert any(weight.abs().max() > 0 for name, weight in expected.items() if "lora_B" in name)
     for number, (stage, tokens) in enumerate([(0, 70), (2, 70)]):
-        for found in run_on_ranks(quantized_step, 2, tmp_path / f"two{number}", str(quantizable), stage, tokens):
+        for weights in run_on_ranks(quantized_step, 2, tmp_path / f"two{number}", str(quantizable), stage, tokens):
             for name, weight in expected.items():
                 # AdamW's first step is the sign of a gradient, which rounding turns where it is near zero
-                different = (found[name] - weight).abs() > 1e-4
+                different = (weights[name] - weight).abs() > 1e-4
                 assert different.float().mean() < 0.02, name
 
 

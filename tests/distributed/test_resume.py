@@ -1,4 +1,4 @@
-"""Invariant 3: killed at any step and resumed, a run ends as if it had never stopped. Real processes, real SIGKILL."""
+"""Invariant 3: a run that is killed at any step and resumed ends as one that never stopped. Real processes and SIGKILL."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Death:
     when: str
 
 
-def live(pickled: bytes, death: Death | None) -> int:
-    """A worker's life; runs on every rank. Returns the step that it began after."""
+def worker_life(pickled: bytes, death: Death | None) -> int:
+    """Run a worker until it ends or dies; runs on every rank. Returns the number of steps before its start."""
     import cloudpickle
 
     import raydiv.training.checkpoint.shards as shards
@@ -46,46 +46,46 @@ def live(pickled: bytes, death: Death | None) -> int:
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    step, written, begun = steps.Stepper.step, shards.sha256_of, []
+    step, sha256_of, begun = steps.Stepper.step, shards.sha256_of, []
     if death is not None and dist.rank() == death.rank:
 
-        def mortal(self: Any, chosen: Any, lr: float) -> dict[str, float]:
-            if death.when == "start" and chosen.number == death.step:
+        def step_or_die(self: Any, rank_step: Any, lr: float) -> dict[str, float]:
+            if death.when == "start" and rank_step.number == death.step:
                 die()
-            metrics = step(self, chosen, lr)
-            if death.when == "end" and chosen.number == death.step:
+            metrics = step(self, rank_step, lr)
+            if death.when == "end" and rank_step.number == death.step:
                 die()
             return metrics
 
-        def half_written(path: Path) -> str:
+        def write_half_and_die(path: Path) -> str:
             begun.append(path)
             if death.when == "checkpoint" and len(begun) == death.step:
                 path.write_bytes(path.read_bytes()[:100])
                 die()
-            return written(path)
+            return sha256_of(path)
 
-        steps.Stepper.step = mortal  # type: ignore[method-assign]
-        shards.sha256_of = half_written
+        steps.Stepper.step = step_or_die  # type: ignore[method-assign]
+        shards.sha256_of = write_half_and_die
     behind = []
-    go_on = worker._resume
+    resume = worker._resume
 
-    def noted(*arguments: Any) -> Any:
-        found = go_on(*arguments)
-        behind.append(found[0])
-        return found
+    def record_behind(*arguments: Any) -> Any:
+        result = resume(*arguments)
+        behind.append(result[0])
+        return result
 
-    with without_tasks(), patch.object(worker, "_resume", noted):
+    with without_tasks(), patch.object(worker, "_resume", record_behind):
         run_worker(cloudpickle.loads(pickled), None)
     return int(behind[0])
 
 
-def again(given: TrainTask, name: str) -> TrainTask:
+def renamed(task: TrainTask, name: str) -> TrainTask:
     """The same run under another name."""
-    recipe = given.recipe.model_copy(update={"name": name})
+    recipe = task.recipe.model_copy(update={"name": name})
     run = RunDirectory.of(recipe)
     run.create(recipe, {})
     run.stage.training_started(recipe.optim.steps or 0)
-    return TrainTask(recipe, given.model_directory, run.path, 0, given.train, given.eval)
+    return TrainTask(recipe, task.model_directory, run.path, 0, task.train, task.eval)
 
 
 VARIANTS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -101,32 +101,32 @@ VARIANTS: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 
 
-def lives(given: TrainTask, ranks: int, folder: Path, death: Death | None = None) -> list[int] | None:
-    """Where each rank began, or None when the death came."""
+def run_workers(task: TrainTask, ranks: int, folder: Path, death: Death | None = None) -> list[int] | None:
+    """The number of steps before each rank's start; None where a rank died."""
     try:
-        return run_on_ranks(live, ranks, folder, cloudpickle.dumps(given), death)
-    except (ProcessExitedException, ProcessRaisedException):  # the one that died, or one that waited for it
+        return run_on_ranks(worker_life, ranks, folder, cloudpickle.dumps(task), death)
+    except (ProcessExitedException, ProcessRaisedException):  # of the rank that died, or of one that waited for it
         assert death is not None
         return None
 
 
-def died(given: TrainTask, ranks: int, folder: Path, deaths: Sequence[Death]) -> RunDirectory:
-    """A run that dies of each in turn, and is then left to end."""
-    run = RunDirectory.of(given.recipe)
+def run_with_deaths(task: TrainTask, ranks: int, folder: Path, deaths: Sequence[Death]) -> RunDirectory:
+    """A run that suffers each death in turn, and then ends."""
+    run = RunDirectory.of(task.recipe)
     for number, death in enumerate([*deaths, None]):
         if run.stage.read().ended is None:
-            lives(given, ranks, folder / str(number), death)
+            run_workers(task, ranks, folder / str(number), death)
     assert run.stage.read().ended is not None
     return run
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_killed_at_any_step_it_ends_as_if_it_never_was(variant: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_killed_run_ends_as_one_that_was_never_killed(variant: str, tiny_model: Path, tmp_path: Path) -> None:
     ranks, overrides = VARIANTS[variant]
     overrides = (f"cluster.num_workers={ranks}", f"optim.steps={STEPS}", "checkpoint.every=2", *overrides)
-    given = prepared(recipe_of(tiny_model, write_files(tmp_path), tmp_path / "runs", "whole", *overrides))
-    assert lives(given, ranks, tmp_path / "whole") == [0] * ranks
+    task = prepared(recipe_of(tiny_model, write_files(tmp_path), tmp_path / "runs", "whole", *overrides))
+    assert run_workers(task, ranks, tmp_path / "whole") == [0] * ranks
     random = np.random.default_rng([ranks, len(variant)])
     for life in range(2):
         # one death of each kind, at random steps and ranks
@@ -135,12 +135,14 @@ def test_killed_at_any_step_it_ends_as_if_it_never_was(variant: str, tiny_model:
         deaths = [Death(int(random.integers(ranks)), 1 + int(random.integers(most[kind] - 1)), kind) for kind in kinds]
         folder = tmp_path / f"life{life}"
         folder.mkdir()
-        assert_same_run(died(again(given, f"mortal{life}"), ranks, folder, deaths), RunDirectory.of(given.recipe))
+        assert_same_run(
+            run_with_deaths(renamed(task, f"killed{life}"), ranks, folder, deaths), RunDirectory.of(task.recipe)
+        )
 
 
 @pytest.mark.long
-def test_a_run_goes_on_with_other_numbers_of_workers(tiny_model: Path, tmp_path: Path) -> None:
-    """Two workers die, one goes on and dies, four end it: the curve is that of the run that nothing happened to."""
+def test_a_run_resumes_with_other_numbers_of_workers(tiny_model: Path, tmp_path: Path) -> None:
+    """Two workers die, one resumes and dies, four end the run: its curve is that of an uninterrupted run."""
     overrides = (
         f"optim.steps={STEPS}",
         "checkpoint.every=2",
@@ -148,22 +150,25 @@ def test_a_run_goes_on_with_other_numbers_of_workers(tiny_model: Path, tmp_path:
         "loss.skew=0",
         "loss.estimator=ema",
     )
-    given = prepared(recipe_of(tiny_model, write_files(tmp_path), tmp_path / "runs", "whole", *overrides))
-    assert lives(given, 2, tmp_path / "whole") == [0, 0]
-    mortal = again(given, "mortal")
-    run, whole = RunDirectory.of(mortal.recipe), RunDirectory.of(given.recipe)
-    assert lives(mortal, 2, tmp_path / "two", Death(1, 3, "start")) is None
-    assert lives(mortal, 1, tmp_path / "one", Death(0, 7, "start")) is None
-    # the worker alone took the second checkpoint up, and left a third
-    assert lives(mortal, 4, tmp_path / "four") == [6, 6, 6, 6]
-    found, expected = run.metrics.read(), whole.metrics.read()
-    assert [line["step"] for line in found] == [line["step"] for line in expected]
-    for line, other in zip(found, expected, strict=True):
+    task = prepared(recipe_of(tiny_model, write_files(tmp_path), tmp_path / "runs", "whole", *overrides))
+    assert run_workers(task, 2, tmp_path / "whole") == [0, 0]
+    killed = renamed(task, "killed")
+    run, whole = RunDirectory.of(killed.recipe), RunDirectory.of(task.recipe)
+    assert run_workers(killed, 2, tmp_path / "two", Death(1, 3, "start")) is None
+    assert run_workers(killed, 1, tmp_path / "one", Death(0, 7, "start")) is None
+    # the single worker resumed from the second checkpoint and wrote a third
+    assert run_workers(killed, 4, tmp_path / "four") == [6, 6, 6, 6]
+    metrics, expected = run.metrics.read(), whole.metrics.read()
+    assert [line["step"] for line in metrics] == [line["step"] for line in expected]
+    for line, other in zip(metrics, expected, strict=True):
         if "loss" in line:
             assert line["loss"] == pytest.approx(other["loss"], rel=1e-4, abs=1e-5), line["step"]
-    mine, others = weights(run), weights(whole)
-    assert all(np.abs(mine[name] - others[name]).max() <= 1e-3 * np.abs(others[name]).max() for name in others)
-    # the two before the first death are the same to the bit
+    resumed, uninterrupted = weights(run), weights(whole)
+    assert all(
+        np.abs(resumed[name] - uninterrupted[name]).max() <= 1e-3 * np.abs(uninterrupted[name]).max()
+        for name in uninterrupted
+    )
+    # the two steps before the first death are the same to the bit
     assert untimed(run)[: untimed(whole).index(next(line for line in untimed(whole) if line["step"] == 3))] == [
         line for line in untimed(whole) if line["step"] < 3
     ]

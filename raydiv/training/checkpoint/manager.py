@@ -1,8 +1,8 @@
-"""Checkpoints of a training loop: when one is due, how the ranks agree that it is complete, and how a run resumes from it.
+"""Checkpoints of a training loop: when one is due, how the ranks complete it, and how a run resumes from it.
 
-The loop itself waits only for a copy of the state in memory: each rank writes its own while the next steps are computed.
-No generator state is saved: that of a micro-batch is seeded by the step and its examples, and the order of the data is a
-function of the step alone.
+The loop itself waits only for a copy of the state in memory: each rank writes its own while the next steps are
+computed. No generator state is saved: that of a micro-batch is seeded by the step and its examples, and the order of
+the data is a function of the step alone.
 """
 
 from __future__ import annotations
@@ -96,10 +96,11 @@ class CheckpointManager:
     def after_step(
         self, step: int, loop: Callable[[], dict[str, Any]], metrics: Mapping[str, float], last: bool
     ) -> bool:
-        """Start a checkpoint if one is due after ``step`` steps; returns whether the run stops here because it was asked to.
+        """Start a checkpoint if one is due after ``step`` steps; returns whether the run stops here on request.
 
-        ``loop`` returns the state of the loop; ``metrics`` are those measured after this step. A checkpoint that is due waits
-        for a step at which ``checkpoint.best_metric`` is measured. After the ``last`` step this returns when all is written.
+        ``loop`` returns the state of the loop; ``metrics`` are those measured after this step. A checkpoint that is due
+        waits for a step at which ``checkpoint.best_metric`` is measured. After the ``last`` step this returns when all
+        is written.
         """
         metric = self._section.best_metric
         measured = None if metric is None else metrics.get(metric)

@@ -1,7 +1,7 @@
 """The checkpoints of a run: which exist, which are complete, and which are removed.
 
-A checkpoint is a folder of one file a rank, and a manifest that is written last: a folder without it is no checkpoint. The
-manifest holds the digest of every file, and its own. Nothing in it is code: JSON and safetensors.
+A checkpoint is a folder of one file a rank, and a manifest that is written last: a folder without it is no checkpoint.
+The manifest holds the digest of every file, and its own. Nothing in it is code: JSON and safetensors.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ PREFIX = "step-"
 class Manifest:
     """The content of a checkpoint.
 
-    ``step`` counts training steps, ``updates`` those of the optimizer, without refused ones. ``loop`` is the state of the loop
-    besides weights and moments. ``of`` identifies the run. ``measured``: the value of ``checkpoint.best_metric``.
+    ``step`` counts training steps, ``updates`` those of the optimizer, without refused ones. ``loop`` is the state of
+    the loop besides weights and moments. ``of`` identifies the run. ``measured``: the value of
+    ``checkpoint.best_metric``.
     """
 
     step: int
@@ -86,7 +87,7 @@ class CheckpointStore:
         self.at(manifest.step).write(MANIFEST, manifest.as_bytes())
 
     def prune(self, newest: int, best: str | None) -> None:
-        """Remove all but the ``newest`` ones, and the best by direction ``best``: ``min``, ``max``, or None for no best.
+        """Remove all but the ``newest`` ones, and the best by direction ``best`` (``min``, ``max`` or None).
 
         Incomplete ones are removed as well.
         """
