@@ -14,7 +14,7 @@ from typing import Any
 import torch.multiprocessing as mp
 
 LOADED = "helpers.loaded"
-"""A module of ours that imports what takes seconds: the process that all ranks are forked from does it once."""
+"""A module that imports what takes seconds; the process that all ranks are forked from loads it once."""
 
 
 def run_on_ranks(
@@ -22,21 +22,23 @@ def run_on_ranks(
 ) -> list[Any]:
     """``[function(*arguments) of rank 0, of rank 1, ...]``; an exception in any rank is raised here.
 
-    ``fresh`` ranks are new programs, whose memory is their own and whose allocator goes by the environment.
+    ``fresh`` ranks are new processes, which share no memory and whose allocator follows the environment.
     """
     folder.mkdir(exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    given = (function, ranks, port, str(folder), dict(os.environ), arguments)
+    entry_arguments = (function, ranks, port, str(folder), dict(os.environ), arguments)
     if not fresh:
         _ready_to_fork()
-    mp.start_processes(_entry, given, nprocs=ranks, join=True, start_method="spawn" if fresh else "forkserver")
+    mp.start_processes(
+        _entry, entry_arguments, nprocs=ranks, join=True, start_method="spawn" if fresh else "forkserver"
+    )
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(ranks)]
 
 
 def _ready_to_fork() -> None:
-    """Start the process that ranks are forked from, with our modules on its path; nothing where it runs already."""
+    """Start the process that ranks are forked from, with raydiv and the tests on its path, unless it runs already."""
     from multiprocessing import forkserver
 
     before = os.environ.get("PYTHONPATH")
@@ -79,6 +81,6 @@ def _entry(
     try:
         result = function(*arguments)
         (Path(folder) / f"{rank}.pickle").write_bytes(pickle.dumps(result))
-        dist.barrier()  # a rank that leaves early takes the others' connections with it
+        dist.barrier()  # a rank that ends early closes the connections of the others
     finally:
         dist.destroy_process_group()

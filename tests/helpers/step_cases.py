@@ -1,4 +1,4 @@
-"""One training step as a case: its objective, its layout, and the examples that it sees."""
+"""Training steps as test cases: objective, layout and examples."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LR = 0.5
 
 @dataclass(frozen=True)
 class Case:
-    """One step: an objective, where its examples land, and which of them there are."""
+    """A step: its objective, its layout, and the kind of its examples."""
 
     loss: dict[str, Any]
     tokens: int
@@ -94,10 +94,10 @@ def step_examples(kind: str, with_mismatched: bool = False) -> RankStep:
     examples = TokenizedExamples.from_ids(
         [(p, r) for p, r, _, _ in rows], [g for _, _, g, _ in rows], [n for *_, n in rows]
     )
-    others = mismatched(rows) if with_mismatched else TokenizedExamples.from_ids([], [], [])
+    derangement = mismatched(rows) if with_mismatched else TokenizedExamples.from_ids([], [], [])
     noise = lambda n: torch.tensor(generator.normal(-60, 20, n), dtype=torch.float32)  # noqa: E731
     # far enough below the policy for kto's z0, the mean mismatched log-ratio, to be above 0
-    return make_step(0, examples, others, noise(len(examples)), noise(len(others)) - 80)
+    return make_step(0, examples, derangement, noise(len(examples)), noise(len(derangement)) - 80)
 
 
 def mismatched(rows: Sequence[tuple[list[int], list[int], bool, int]]) -> TokenizedExamples:

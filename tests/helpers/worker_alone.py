@@ -20,18 +20,18 @@ from raydiv.training.worker import TrainTask, run_worker
 
 
 def prepared(recipe: Recipe) -> TrainTask:
-    """What a run's workers are given, its directory claimed."""
-    opened = load_inputs(recipe, ProgressDisplay(quiet=True))
+    """The task of a new run's workers."""
+    inputs = load_inputs(recipe, ProgressDisplay(quiet=True))
     with ray_session(recipe.cluster):
-        ready = prepare_data(recipe, opened, ProgressDisplay(quiet=True))
+        data = prepare_data(recipe, inputs, ProgressDisplay(quiet=True))
     run = RunDirectory.of(recipe)
-    run.create(recipe, ready.fingerprints)
+    run.create(recipe, data.fingerprints)
     run.stage.training_started(recipe.optim.steps or 0)
-    return TrainTask(recipe, ready.directory, run.path, 0, ready.train, ready.eval)
+    return TrainTask(recipe, data.directory, run.path, 0, data.train, data.eval)
 
 
 def without_tasks() -> AbstractContextManager[Any]:
-    """While the block runs, steps are read where they are made."""
+    """While the block runs, steps are read in the process that makes them, without Ray Data tasks."""
 
     def local_steps(loader: Any, make_loader: Any, start: int, stop: int) -> Iterator[Any]:
         return read_steps(loader, start, stop)
@@ -42,5 +42,5 @@ def without_tasks() -> AbstractContextManager[Any]:
 def train_each(pickled: list[bytes]) -> None:
     """Train run after run; runs on every rank."""
     with without_tasks():
-        for given in pickled:
-            run_worker(cloudpickle.loads(given), None)
+        for task in pickled:
+            run_worker(cloudpickle.loads(task), None)
