@@ -1,4 +1,4 @@
-"""Did alignment work: answers under attack, judges, coherence, drift, capability, and separation of hidden states.
+"""Evaluation: answers under attack, judges, coherence, drift, capability, and separation of hidden states.
 
-A run is measured before and after training by the same code as any other model.
+A run is evaluated before and after training by the same code as any other model.
 """

@@ -1,4 +1,4 @@
-"""What models answer to evaluation prompts, judged."""
+"""Generating and judging a model's answers to evaluation prompts."""
 
 from __future__ import annotations
 
@@ -29,21 +29,23 @@ from raydiv.runs.progress import ProgressDisplay
 
 @dataclass(frozen=True, slots=True)
 class EvaluationJudges:
-    """Who judges, found and checked before anything is started."""
+    """The judges of an evaluation, resolved and checked before anything starts."""
 
     harm: HarmJudge
     toxicity: Path | None
     pairwise: ModelSource | None
 
     @classmethod
-    def from_config(cls, how: EvaluateSection, prompts: Sequence[Prompt], cluster: ClusterConfig) -> EvaluationJudges:
-        """Raises UserError for a judge that is none, an attack that cannot be made, and a task that nobody knows."""
-        attacks.check_attacks(how.attacks, prompts)
-        if how.tasks:
-            require_tasks(how.tasks, _folder(how))
-        pairs = pairwise_judge_model(how.pairwise_judge, cluster) if how.pairwise_judge else None
-        toxic = require_classifier(how.toxicity) if how.toxicity else None
-        return cls(HarmJudge.from_name(how.judge, cluster), toxic, pairs)
+    def from_config(
+        cls, config: EvaluateSection, prompts: Sequence[Prompt], cluster: ClusterConfig
+    ) -> EvaluationJudges:
+        """Raises UserError for an invalid judge, an attack that cannot run, and an unknown task."""
+        attacks.check_attacks(config.attacks, prompts)
+        if config.tasks:
+            require_tasks(config.tasks, _task_folder(config))
+        pairwise = pairwise_judge_model(config.pairwise_judge, cluster) if config.pairwise_judge else None
+        toxicity_classifier = require_classifier(config.toxicity) if config.toxicity else None
+        return cls(HarmJudge.from_name(config.judge, cluster), toxicity_classifier, pairwise)
 
 
 def measure_answers(
@@ -57,62 +59,78 @@ def measure_answers(
     *,
     label: str,
 ) -> AnswersReport:
-    """What a model answers to ``prompts``, judged, and scored by ``reference``; needs a Ray session."""
-    asked = attacks.direct_attempts(prompts)
+    """A report on a model's answers to ``prompts``, with their log-probs under ``reference``; needs a Ray session."""
+    attempts = attacks.direct_attempts(prompts)
     for attack in config.attacks:
         with display.phase(f"{attack.kind}, {label}") as update:
-            asked += attacks.attack_attempts(attack, prompts, model, cluster, update)
+            attempts += attacks.attack_attempts(attack, prompts, model, cluster, update)
     sampled = [] if model == reference else sampled_requests(prompts, config.kl_prompts)
     with display.phase(f"answers, {label}") as update:
-        requests = [*(attempt.request for attempt in asked), *sampled]
-        everything = generate(model, requests, config.max_new_tokens, cluster, update)
-    answers = everything[: len(asked)]
+        requests = [*(attempt.request for attempt in attempts), *sampled]
+        generated = generate(model, requests, config.max_new_tokens, cluster, update)
+    answers = generated[: len(attempts)]
     with display.phase(f"log-probs, {label}") as update:
-        scored = _scored(model, reference, requests, everything, len(asked), cluster, update)
+        log_probs = _compute_logps(model, reference, requests, generated, len(attempts), cluster, update)
     with display.phase(f"verdicts, {label}") as update:
-        graded = _graded(prompts, asked, answers, scored, judges, cluster, update)
-    direct = sum(attempt.attack == DIRECT for attempt in asked)
+        graded = _grade(prompts, attempts, answers, log_probs, judges, cluster, update)
+    direct = sum(attempt.attack == DIRECT for attempt in attempts)
     notes = [] if any(prompt.harmful for prompt in prompts) else ["no harmful prompts: attack success was not measured"]
     if all(prompt.harmful for prompt in prompts):
         notes.append(
             "no harmless prompts: over-refusal was not measured, and a model that refuses everything looks safe"
         )
-    if sampled and scored.kl is None:
-        notes.append("the reference has other tokens than the model: no KL between them")
-    per_token = sum(scored.logps[:direct]) / max(1, sum(scored.tokens[:direct]))
-    found = AnswersReport(
-        label, judges.harm, asked, graded, answers, per_token, scored.threshold, scored.perplexity, scored.kl, notes
+    if sampled and log_probs.kl is None:
+        notes.append("KL was not measured: the reference has another tokenizer than the model")
+    per_token = sum(log_probs.logps[:direct]) / max(1, sum(log_probs.tokens[:direct]))
+    report = AnswersReport(
+        label,
+        judges.harm,
+        attempts,
+        graded,
+        answers,
+        per_token,
+        log_probs.threshold,
+        log_probs.perplexity,
+        log_probs.kl,
+        notes,
     )
     if not config.tasks:
-        return found
+        return report
     with display.phase(f"capability, {label}") as update:
         return replace(
-            found,
+            report,
             capability=measure_capability(
-                model, config.tasks, cluster=cluster, limit=config.task_limit, include=_folder(config), progress=update
+                model,
+                config.tasks,
+                cluster=cluster,
+                limit=config.task_limit,
+                include=_task_folder(config),
+                progress=update,
             ),
         )
 
 
-def _folder(how: EvaluateSection) -> Path | None:
-    return None if how.task_folder is None else Path(how.task_folder)
+def _task_folder(config: EvaluateSection) -> Path | None:
+    return None if config.task_folder is None else Path(config.task_folder)
 
 
 def with_win_rate(
     report: AnswersReport, baseline: Sequence[str], judge: ModelSource, cluster: ClusterConfig, display: ProgressDisplay
 ) -> AnswersReport:
-    """The report with a win rate of its answers to harmless prompts over a ``baseline``'s to the same; needs a Ray session."""
+    """The report, with the win rate of its answers to harmless prompts over those of ``baseline``; needs a Ray session."""
     instructions, outputs = report.harmless()
     if not instructions:
-        return replace(report, notes=[*report.notes, "no harmless prompts: nobody was asked whose answers are better"])
+        return replace(report, notes=[*report.notes, "no harmless prompts: the win rate was not measured"])
     with display.phase(f"pairs, {report.model}") as update:
-        found = win_rate(instructions, outputs, baseline, make_pairwise_judge(judge, cluster, update))
-    return replace(report, win_rate=found)
+        rate = win_rate(instructions, outputs, baseline, make_pairwise_judge(judge, cluster, update))
+    return replace(report, win_rate=rate)
 
 
 @dataclass(frozen=True, slots=True)
-class _Scored:
-    """What log-probs say: those of the answers [n] under the reference, in its own ``tokens`` [n], and the rest."""
+class _LogProbs:
+    """Log-probs ``logps`` [n] of the answers under the reference, which has ``tokens`` [n] of each, and what follows
+    from them.
+    """
 
     logps: list[float]
     tokens: list[int]
@@ -121,63 +139,63 @@ class _Scored:
     kl: KlEstimate | None
 
 
-def _scored(
+def _compute_logps(
     model: ModelSource,
     reference: ModelSource,
     requests: Sequence[Request],
     answers: Sequence[GeneratedAnswer],
-    direct: int,
+    attempts: int,
     cluster: ClusterConfig,
     update: Any,
-) -> _Scored:
-    """Log-probs of the answers, of which those from ``direct`` on were sampled, and of well-written ones."""
+) -> _LogProbs:
+    """Log-probs of the answers, of which those from index ``attempts`` on were sampled, and of the coherence reference."""
     chat = reference.chat()
-    same = model == reference or chat.fingerprint == model.chat().fingerprint
-    if same:
-        seen = [(answer.prompt_ids, answer.ids) for answer in answers]
+    same_tokens = model == reference or chat.fingerprint == model.chat().fingerprint
+    if same_tokens:
+        examples = [(answer.prompt_ids, answer.ids) for answer in answers]
     else:
         eos = chat.tokenizer.eos_token_id
         pairs = zip(requests, answers, strict=True)
-        seen = [(chat.prompt_ids(request.prompt), [*chat.text_ids(answer.text), eos]) for request, answer in pairs]
+        examples = [(chat.prompt_ids(request.prompt), [*chat.text_ids(answer.text), eos]) for request, answer in pairs]
     written = CoherenceReference.read(chat)
-    logps = score_once(reference, [*written.examples, *seen], cluster, update)
-    known, logps = logps[: len(written.examples)], logps[len(written.examples) :]
+    logps = score_once(reference, [*written.examples, *examples], cluster, update)
+    written_logps, logps = logps[: len(written.examples)], logps[len(written.examples) :]
     if model == reference:
-        perplexity, kl = written.perplexity(known), None
+        perplexity, kl = written.perplexity(written_logps), None
     else:
-        own_written = written if same else CoherenceReference.read(model.chat())
-        sampled = seen[direct:] if same else []
-        own = score(model, [*own_written.examples, *sampled], cluster, update)
-        perplexity = own_written.perplexity(own[: len(own_written.examples)])
+        model_written = written if same_tokens else CoherenceReference.read(model.chat())
+        sampled = examples[attempts:] if same_tokens else []
+        model_logps = score(model, [*model_written.examples, *sampled], cluster, update)
+        perplexity = model_written.perplexity(model_logps[: len(model_written.examples)])
         kl = None
         if sampled:
             kl = KlEstimate.from_logps(
-                own[len(own_written.examples) :], logps[direct:], sum(len(ids) for _, ids in sampled)
+                model_logps[len(model_written.examples) :], logps[attempts:], sum(len(ids) for _, ids in sampled)
             )
-    tokens = [len(ids) for _, ids in seen[:direct]]
-    return _Scored(logps[:direct], tokens, PerplexityThreshold.from_logps(written, known), perplexity, kl)
+    tokens = [len(ids) for _, ids in examples[:attempts]]
+    return _LogProbs(logps[:attempts], tokens, PerplexityThreshold.from_logps(written, written_logps), perplexity, kl)
 
 
-def _graded(
+def _grade(
     prompts: Sequence[Prompt],
-    asked: Sequence[Attempt],
+    attempts: Sequence[Attempt],
     answers: Sequence[GeneratedAnswer],
-    scored: _Scored,
+    log_probs: _LogProbs,
     judges: EvaluationJudges,
     cluster: ClusterConfig,
     update: Any,
 ) -> list[GradedAnswer]:
-    """The verdict on each answer."""
-    own = [prompts[attempt.prompt_index] for attempt in asked]
+    """Each answer with its verdict."""
+    attempt_prompts = [prompts[attempt.prompt_index] for attempt in attempts]
     texts = [answer.text for answer in answers]
-    # what was put in the model's mouth is no sign of what it would say
-    said = [text.removeprefix(attempt.request.opening) for text, attempt in zip(texts, asked, strict=True)]
-    harm = judges.harm(own, said if judges.harm.source is None else texts, cluster, update)
-    toxic = [None] * len(texts) if judges.toxicity is None else toxicity(judges.toxicity, texts, cluster, update)
+    # an opening that the attack put there is not the model's own text
+    written = [text.removeprefix(attempt.request.opening) for text, attempt in zip(texts, attempts, strict=True)]
+    harm = judges.harm(attempt_prompts, written if judges.harm.source is None else texts, cluster, update)
+    toxicities = [None] * len(texts) if judges.toxicity is None else toxicity(judges.toxicity, texts, cluster, update)
     graded = []
-    for number, attempt in enumerate(asked):
-        refused = is_refusal(said[number])
-        broken = scored.threshold.is_broken(said[number], scored.logps[number], scored.tokens[number])
-        found = overall_verdict(harm[number], refused=refused, broken=broken)
-        graded.append(GradedAnswer(own[number], attempt.attack, found, toxic[number]))
+    for number, attempt in enumerate(attempts):
+        refused = is_refusal(written[number])
+        broken = log_probs.threshold.is_broken(written[number], log_probs.logps[number], log_probs.tokens[number])
+        verdict = overall_verdict(harm[number], refused=refused, broken=broken)
+        graded.append(GradedAnswer(attempt_prompts[number], attempt.attack, verdict, toxicities[number]))
     return graded

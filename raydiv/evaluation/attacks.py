@@ -1,6 +1,6 @@
-"""Ways to ask: directly, or as someone would who wants an answer that the model should not give.
+"""Attacks: requests that try to get an answer that the model should refuse, and direct requests.
 
-Harmless prompts are always asked directly. raydiv ships no jailbreak texts: templates and suffixes are the user's own.
+Harmless prompts are only asked directly. raydiv ships no jailbreak texts: users bring their own templates and suffixes.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from raydiv.utils.errors import UserError
 
 DIRECT = "direct"
 
-PLACE = "{prompt}"
-"""Where a template has the prompt."""
+PLACEHOLDER = "{prompt}"
+"""Stands for the prompt in a template."""
 
-FILED = {"templates": ("template", PLACE), "suffixes": ("suffix", "")}
-"""The attacks that have a file: its column, and what each of its texts needs."""
+FILE_ATTACKS = {"templates": ("template", PLACEHOLDER), "suffixes": ("suffix", "")}
+"""Attacks that read a file: its column, and what each text must contain."""
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One way to ask prompt number ``prompt``."""
+    """One request for the prompt at ``prompt_index``."""
 
     prompt_index: int
     attack: str
@@ -38,7 +38,7 @@ class Attempt:
 
 
 def direct_attempts(prompts: Sequence[Prompt]) -> list[Attempt]:
-    """Every prompt as it is."""
+    """Every prompt, unchanged."""
     return [Attempt(number, DIRECT, Request(prompt.text)) for number, prompt in enumerate(prompts)]
 
 
@@ -49,7 +49,7 @@ def attack_attempts(
     cluster: ClusterConfig,
     progress: Progress = no_progress,
 ) -> list[Attempt]:
-    """The harmful prompts under an attack, once for each text of its file; needs a Ray session for gcg."""
+    """The harmful prompts under an attack, once per text of its file; gcg needs a Ray session."""
     harmful = [
         (number, prompt)
         for number, prompt in enumerate(prompts)
@@ -58,22 +58,26 @@ def attack_attempts(
     if attack.kind == "gcg":
         from raydiv.evaluation.gcg import search_suffixes
 
-        found = search_suffixes(model, [prompt.text for _, prompt in harmful], attack, cluster, progress)
+        suffixes = search_suffixes(model, [prompt.text for _, prompt in harmful], attack, cluster, progress)
         return [
             Attempt(number, "gcg", Request(with_suffix(prompt.text, suffix)))
-            for (number, prompt), suffix in zip(harmful, found, strict=True)
+            for (number, prompt), suffix in zip(harmful, suffixes, strict=True)
         ]
-    return [Attempt(number, attack.kind, ask(prompt.text)) for ask in _ways(attack) for number, prompt in harmful]
+    return [
+        Attempt(number, attack.kind, build(prompt.text))
+        for build in _request_builders(attack)
+        for number, prompt in harmful
+    ]
 
 
 def check_attacks(attacks: Sequence[AttackConfig], prompts: Sequence[Prompt]) -> None:
-    """Raises UserError for an attack whose file cannot be used, whose library is missing, or that would attack nothing."""
+    """Raises UserError for an attack whose file is invalid, whose library is missing, or that applies to no prompt."""
     harmful = dict.fromkeys(prompt.set for prompt in prompts if prompt.harmful)
     for attack in attacks:
         for name in attack.only or []:
             if name not in harmful:
                 raise UserError(
-                    f"evaluate.attacks: {attack.kind}: only: {name} is no set with harmful prompts (those that are: "
+                    f"evaluate.attacks: {attack.kind}: only: {name} is not a set with harmful prompts (sets that are: "
                     f"{', '.join(harmful) or 'none'})"
                 )
         if attack.kind == "gcg":
@@ -81,62 +85,64 @@ def check_attacks(attacks: Sequence[AttackConfig], prompts: Sequence[Prompt]) ->
 
             require_nanogcg()
         else:
-            _ways(attack)
+            _request_builders(attack)
 
 
 def attack_texts(attacks: Sequence[AttackConfig]) -> list[list[str]]:
-    """The texts of each attack's file, as they are now; none of an attack without a file."""
-    return [_texts(attack, *FILED[attack.kind]) if attack.kind in FILED else [] for attack in attacks]
+    """The current texts of each attack's file; none for an attack without a file."""
+    return [
+        _read_texts(attack, *FILE_ATTACKS[attack.kind]) if attack.kind in FILE_ATTACKS else [] for attack in attacks
+    ]
 
 
 def with_suffix(prompt: str | Messages, suffix: str) -> str | Messages:
-    """A prompt with something after it."""
-    return _changed(prompt, lambda said: f"{said} {suffix}")
+    """A prompt followed by a suffix."""
+    return _edit_last_user_turn(prompt, lambda content: f"{content} {suffix}")
 
 
-Way = Callable[[str | Messages], Request]
+RequestBuilder = Callable[[str | Messages], Request]
 
 
-def _ways(attack: AttackConfig) -> list[Way]:
-    """How an attack asks, once for each text of its file."""
+def _request_builders(attack: AttackConfig) -> list[RequestBuilder]:
+    """One request builder per text of an attack's file."""
     if attack.kind == "prefill":
         return [lambda prompt: Request(prompt, opening=attack.opening)]
     if attack.kind == "templates":
-        return [_in_template(template) for template in _texts(attack, *FILED[attack.kind])]
+        return [_in_template(template) for template in _read_texts(attack, *FILE_ATTACKS[attack.kind])]
     if attack.kind == "suffixes":
-        return [_before_suffix(suffix) for suffix in _texts(attack, *FILED[attack.kind])]
-    raise AssertionError(f"nobody knows how to make the attack {attack.kind}")
+        return [_before_suffix(suffix) for suffix in _read_texts(attack, *FILE_ATTACKS[attack.kind])]
+    raise AssertionError(f"unknown attack {attack.kind}")
 
 
-def _in_template(template: str) -> Way:
-    return lambda prompt: Request(_changed(prompt, lambda said: template.replace(PLACE, said)))
+def _in_template(template: str) -> RequestBuilder:
+    return lambda prompt: Request(_edit_last_user_turn(prompt, lambda content: template.replace(PLACEHOLDER, content)))
 
 
-def _before_suffix(suffix: str) -> Way:
+def _before_suffix(suffix: str) -> RequestBuilder:
     return lambda prompt: Request(with_suffix(prompt, suffix))
 
 
-def _changed(prompt: str | Messages, change: Callable[[str], str]) -> str | Messages:
-    """A prompt whose last user's turn is changed."""
+def _edit_last_user_turn(prompt: str | Messages, change: Callable[[str], str]) -> str | Messages:
+    """A prompt with its last user turn changed."""
     if isinstance(prompt, str):
         return change(prompt)
     last = max(number for number, turn in enumerate(prompt) if turn["role"] == "user")
     return [{**turn, "content": change(turn["content"])} if n == last else turn for n, turn in enumerate(prompt)]
 
 
-def _texts(attack: AttackConfig, column: str, needed: str) -> list[str]:
-    """The texts of an attack's file, each with what it needs in it."""
-    assert attack.file is not None, "the recipe sees to it"
-    found = []
+def _read_texts(attack: AttackConfig, column: str, needed: str) -> list[str]:
+    """The texts of an attack's file. Raises UserError for one without ``needed``, and for a file without texts."""
+    assert attack.file is not None, "AttackConfig requires a file"
+    texts = []
     for where, record in iterate_records(attack.file):
         try:
-            # a line of plain text is read as a prompt
-            own = text_field(record, column if column in record else "prompt")
+            # the lines of a text file are read as prompts
+            content = text_field(record, column if column in record else "prompt")
         except BadRow as error:
             raise UserError(f"{where}: {error} (a text file, or records with a column {column})") from None
-        if needed not in own:
-            raise UserError(f"{where}: a {column} needs {needed} where the prompt goes")
-        found.append(own)
-    if not found:
-        raise UserError(f"evaluate.attacks: {attack.file.path}: holds no {column}")
-    return found
+        if needed not in content:
+            raise UserError(f"{where}: a {column} must contain {needed}, which stands for the prompt")
+        texts.append(content)
+    if not texts:
+        raise UserError(f"evaluate.attacks: {attack.file.path}: no {column} in it")
+    return texts

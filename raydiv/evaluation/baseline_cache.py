@@ -1,4 +1,4 @@
-"""What a run measures of the model that it begins from, kept: every run, trial and study cell on that model shares it."""
+"""Cache of the evaluation before training, shared by every run, trial and study cell that starts from the same model."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from raydiv.utils.cache import code_digest, digest, file_digest, shared_dir
 from raydiv.utils.storage import open_input, require_inside
 
 VERSION = 1
-"""Of what is kept, and of what its key is made of."""
+"""Version of the entries and of their keys."""
 
-ROOMS = ("evaluation", "evaluation/separation", "model", "data")
-"""Whose code a measurement depends on."""
+CODE_PACKAGES = ("evaluation", "evaluation/separation", "model", "data")
+"""Packages whose code a measurement depends on."""
 
-FILES = ("data/bundled/helpful.jsonl",)
-"""Of raydiv, what it depends on beside rooms."""
+DATA_FILES = ("data/bundled/helpful.jsonl",)
+"""Files of raydiv that a measurement depends on, besides code."""
 
 PACKAGE = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """A measurement: its metrics, the files that it leaves in a run (by path in it), and the answers to harmless prompts."""
+    """Metrics of one evaluation, its files by path in the run's directory, and the answers to harmless prompts."""
 
     metrics: dict[str, float]
     files: dict[str, str]
@@ -47,9 +47,10 @@ class Measurement:
 
 
 class BaselineCache:
-    """The measurement of one base model by one recipe's prompts, attacks and judges.
+    """The cached measurement of one base model by one recipe's prompts, attacks and judges.
 
-    Its key is made of content: weights, template, precision, prompts, attack texts, judges' weights and the code that measures.
+    The key is a digest of weights, template, precision, prompts, attack texts, judges' weights and the evaluation's
+    code.
     """
 
     def __init__(
@@ -58,11 +59,11 @@ class BaselineCache:
         self._folder = shared_dir("measured")
         key = digest(
             VERSION,
-            *code_digest(*ROOMS),
-            [file_digest(PACKAGE / name) for name in FILES],
-            _model(base),
-            _apart(recipe, prompts.separation),
-            None if judges is None else _asked(recipe, prompts.evaluate, judges),
+            *code_digest(*CODE_PACKAGES),
+            [file_digest(PACKAGE / name) for name in DATA_FILES],
+            _model_key(base),
+            _separation_key(recipe, prompts.separation),
+            None if judges is None else _answers_key(recipe, prompts.evaluate, judges),
             show_text,
         )
         self._name = f"{key}.json"
@@ -73,34 +74,34 @@ class BaselineCache:
         with open_input(self._folder.uri_of(self._name)) as file:
             return Measurement(**json.loads(file.read()))
 
-    def put(self, taken: Measurement) -> None:
-        content = {"metrics": taken.metrics, "files": taken.files, "harmless": taken.harmless}
+    def put(self, measurement: Measurement) -> None:
+        content = {"metrics": measurement.metrics, "files": measurement.files, "harmless": measurement.harmless}
         self._folder.write(self._name, json.dumps(content).encode())
 
 
-def _model(source: ModelSource) -> list[Any]:
-    how = (source.precision, source.quantization, source.attention)
-    return [fingerprint(source.directory), source.chat().fingerprint, *how]
+def _model_key(source: ModelSource) -> list[Any]:
+    settings = (source.precision, source.quantization, source.attention)
+    return [fingerprint(source.directory), source.chat().fingerprint, *settings]
 
 
-def _prompts(prompts: Sequence[Prompt]) -> list[Any]:
-    return [(one.text, one.harmful, one.kind, one.id, one.category, one.set) for one in prompts]
+def _prompt_keys(prompts: Sequence[Prompt]) -> list[Any]:
+    return [(prompt.text, prompt.harmful, prompt.kind, prompt.id, prompt.category, prompt.set) for prompt in prompts]
 
 
-def _apart(recipe: Recipe, prompts: Sequence[Prompt]) -> list[Any]:
-    return [recipe.separation.model_dump(mode="json", exclude={"every"}), _prompts(prompts)]
+def _separation_key(recipe: Recipe, prompts: Sequence[Prompt]) -> list[Any]:
+    return [recipe.separation.model_dump(mode="json", exclude={"every"}), _prompt_keys(prompts)]
 
 
-def _asked(recipe: Recipe, prompts: Sequence[Prompt], judges: EvaluationJudges) -> list[Any]:
-    how = recipe.evaluate
-    tasks = sorted(Path(how.task_folder).rglob("*")) if how.task_folder else []
+def _answers_key(recipe: Recipe, prompts: Sequence[Prompt], judges: EvaluationJudges) -> list[Any]:
+    config = recipe.evaluate
+    tasks = sorted(Path(config.task_folder).rglob("*")) if config.task_folder else []
     models = [None if judges.harm.source is None else judges.harm.source.directory, judges.toxicity]
     return [
-        how.model_dump(mode="json", exclude={"every"}),
-        _prompts(prompts),
-        attack_texts(how.attacks),
+        config.model_dump(mode="json", exclude={"every"}),
+        _prompt_keys(prompts),
+        attack_texts(config.attacks),
         [None if directory is None else fingerprint(directory) for directory in models],
         {str(path): file_digest(path) for path in tasks if path.is_file()},
-        metadata.version("lm_eval") if how.tasks else None,
-        metadata.version("nanogcg") if any(attack.kind == "gcg" for attack in how.attacks) else None,
+        metadata.version("lm_eval") if config.tasks else None,
+        metadata.version("nanogcg") if any(attack.kind == "gcg" for attack in config.attacks) else None,
     ]

@@ -1,4 +1,4 @@
-"""What a run measures of its model, before training and after it."""
+"""Evaluation of a run's model before and after training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from raydiv.config import Recipe
 from raydiv.data.prompt_sets import PromptSets, set_name
-from raydiv.evaluation.answers import EvaluationJudges, with_win_rate, measure_answers
+from raydiv.evaluation.answers import EvaluationJudges, measure_answers, with_win_rate
 from raydiv.evaluation.baseline_cache import BaselineCache, Measurement
 from raydiv.evaluation.separation.measure import measure_separation
 from raydiv.model.load import ModelSource
@@ -16,48 +16,49 @@ from raydiv.runs.progress import ProgressDisplay
 
 
 class BeforeAfterEvaluation:
-    """The measurements that a recipe asks for; ``show_text`` writes prompts and answers out.
+    """The evaluation that a recipe configures; with ``show_text`` its files contain prompts and answers.
 
-    Raises UserError for judges and attacks that cannot be used, before anything is started.
+    Raises UserError for invalid judges and attacks, before anything starts.
     """
 
     def __init__(self, recipe: Recipe, prompts: PromptSets, display: ProgressDisplay, show_text: bool) -> None:
         self._recipe, self._prompts, self._display, self._show_text = recipe, prompts, display, show_text
-        self._before: list[str] = []
-        asked = prompts.evaluate
-        self._judges = EvaluationJudges.from_config(recipe.evaluate, asked, recipe.cluster) if asked else None
+        self._harmless_before: list[str] = []
+        self._judges = None
+        if prompts.evaluate:
+            self._judges = EvaluationJudges.from_config(recipe.evaluate, prompts.evaluate, recipe.cluster)
 
     def run(self, run: RunDirectory, when: str, base_directory: Path) -> None:
-        """Measure the model ``before`` or ``after`` training into the run directory; needs a Ray session.
+        """Evaluate the model ``before`` or ``after`` training into the run directory; needs a Ray session.
 
-        Before training it is the model as it came, of which an earlier run may have left the same measurement.
+        Before training it is the base model, whose evaluation may be cached by an earlier run.
         """
         base = ModelSource.from_recipe(self._recipe, base_directory)
         before = when == "before"
-        taken = self.baseline(base) if before else self._measure(replace(base, directory=run.model), base, when)
-        taken.write_into(run.path)
+        measurement = self.baseline(base) if before else self._measure(replace(base, directory=run.model), base, when)
+        measurement.write_into(run.path)
         run.metrics.append(
-            {"step": 0 if before else run.metrics.steps_taken(), **taken.metrics} if taken.metrics else {}
+            {"step": 0 if before else run.metrics.steps_taken(), **measurement.metrics} if measurement.metrics else {}
         )
 
     def restore_baseline(self, base_directory: Path) -> None:
-        """Before a run goes on: know again what the measurement after training compares answers with; needs a Ray session."""
+        """On resume: restore the answers that the evaluation after training compares with; needs a Ray session."""
         if self._judges is not None and self._judges.pairwise is not None:
             self.baseline(ModelSource.from_recipe(self._recipe, base_directory))
 
     def baseline(self, base: ModelSource) -> Measurement:
-        """The measurement before training, from what earlier runs kept where it is there; needs a Ray session."""
+        """The evaluation before training, cached or new; needs a Ray session."""
         if not self._recipe.separation.prompts and self._judges is None:
             return Measurement({}, {}, [])
-        place = BaselineCache(self._recipe, base, self._prompts, self._judges, self._show_text)
-        taken = place.get()
-        if taken is None:
-            taken = self._measure(base, base, "before")
-            place.put(taken)
+        cache = BaselineCache(self._recipe, base, self._prompts, self._judges, self._show_text)
+        measurement = cache.get()
+        if measurement is None:
+            measurement = self._measure(base, base, "before")
+            cache.put(measurement)
         else:
-            self._display.print("the model before training: measured earlier, and kept")
-        self._before = taken.harmless
-        return taken
+            self._display.print("evaluation before training: from the cache")
+        self._harmless_before = measurement.harmless
+        return measurement
 
     def _measure(self, model: ModelSource, base: ModelSource, when: str) -> Measurement:
         recipe, display = self._recipe, self._display
@@ -65,12 +66,12 @@ class BeforeAfterEvaluation:
         files: dict[str, str] = {}
         harmless: list[str] = []
         if recipe.separation.prompts:
-            how, name = recipe.separation, set_name(recipe.separation.prompts)
-            apart = measure_separation(
-                model, self._prompts.separation, how, recipe.cluster, display, label=when, name=name
+            config, name = recipe.separation, set_name(recipe.separation.prompts)
+            separation = measure_separation(
+                model, self._prompts.separation, config, recipe.cluster, display, label=when, name=name
             )
-            files |= {f"{SEPARATION}/{name}": content for name, content in apart.files(when).items()}
-            metrics |= apart.metrics()
+            files |= {f"{SEPARATION}/{name}": content for name, content in separation.files(when).items()}
+            metrics |= separation.metrics()
         if self._judges is not None:
             answers = measure_answers(
                 model, base, self._prompts.evaluate, recipe.evaluate, self._judges, recipe.cluster, display, label=when
@@ -78,7 +79,9 @@ class BeforeAfterEvaluation:
             if self._judges.pairwise is not None:
                 harmless = answers.harmless()[1]
                 if when == "after":
-                    answers = with_win_rate(answers, self._before, self._judges.pairwise, recipe.cluster, display)
+                    answers = with_win_rate(
+                        answers, self._harmless_before, self._judges.pairwise, recipe.cluster, display
+                    )
             files |= {f"{EVALUATION}/{name}": content for name, content in answers.files(when, self._show_text).items()}
             metrics |= answers.metrics()
         return Measurement(metrics, files, harmless)

@@ -1,4 +1,4 @@
-"""Whether a run was trained on the prompts that it is measured on."""
+"""Contamination: whether a run was trained on the prompts that it is evaluated on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from raydiv.utils.errors import UserError
 
 
 def count_contaminated(model: str, prompts: Mapping[str, Sequence[Prompt]], display: ProgressDisplay) -> list[str]:
-    """What of the prompt sets a run's training data has, in words; nothing of a model that is no run. Needs a Ray session."""
+    """Notes on prompts that are in a run's training data; none for a model that is not a run. Needs a Ray session."""
     run = RunDirectory(Path(model))
     if not run.holds_a_run:
         return []
@@ -21,10 +21,10 @@ def count_contaminated(model: str, prompts: Mapping[str, Sequence[Prompt]], disp
         try:
             overlaps = overlap_with_training(run.read_recipe(), run.model, prompts)
         except UserError as error:
-            return [f"whether it was trained on these prompts is not known: {error}"]
+            return [f"contamination was not measured: {error}"]
     return [
-        f"of the {one.prompts} prompts of {one.name} it was trained on {sum(one.same)} word for word, and on "
-        f"{len(one.same) - sum(one.same)} more nearly"
-        for one in overlaps
-        if one.evaluation_places
+        f"{overlap.name}: {sum(overlap.same)} of {overlap.prompts} prompts are in the training data word for word, and "
+        f"{len(overlap.same) - sum(overlap.same)} more are near-duplicates"
+        for overlap in overlaps
+        if overlap.evaluation_places
     ]

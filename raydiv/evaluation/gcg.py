@@ -1,4 +1,4 @@
-"""Greedy coordinate gradient by the nanogcg library: a suffix for each prompt, sought by an actor pool of models."""
+"""Greedy coordinate gradient (GCG) by the nanogcg library: a suffix for each prompt, searched by an actor pool."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 from raydiv.config.cluster import ClusterConfig
 from raydiv.config.evaluate import AttackConfig
 from raydiv.model.chat import Messages, as_messages
 from raydiv.model.load import ModelSource
 from raydiv.runtime.actor_pool import Progress, map_rows, no_progress
+from raydiv.utils.compat import patched_nanogcg
 from raydiv.utils.errors import UserError
 
 
 def require_nanogcg() -> None:
-    """Raises UserError without the library."""
+    """Raises UserError when the library is not installed."""
     if importlib.util.find_spec("nanogcg") is None:
-        # its own pin of transformers is older than raydiv's
+        # --no-deps: its pin of transformers is older than raydiv's
         raise UserError("evaluate.attacks: gcg needs nanogcg; run: pip install --no-deps nanogcg==0.3.0")
 
 
@@ -32,16 +32,16 @@ def search_suffixes(
     cluster: ClusterConfig,
     progress: Progress = no_progress,
 ) -> list[str]:
-    """A suffix for each prompt after which the model is most inclined to begin as the attack's opening; needs a Ray session."""
+    """For each prompt the suffix that makes the attack's opening most likely; needs a Ray session."""
     rows = [{"prompt": prompt, "seed": number} for number, prompt in enumerate(prompts)]
-    done = map_rows(
+    results = map_rows(
         rows, GcgAttacker, {"model": model, "attack": attack}, cluster=cluster, batch_rows=1, progress=progress
     )
-    return [str(row["suffix"]) for row in done]
+    return [str(row["suffix"]) for row in results]
 
 
 class GcgAttacker:
-    """A model that is attacked."""
+    """Actor that searches suffixes for its model."""
 
     def __init__(self, model: ModelSource, attack: AttackConfig) -> None:
         require_nanogcg()
@@ -57,49 +57,52 @@ class GcgAttacker:
         import nanogcg
 
         last = {**turns[-1], "content": f"{turns[-1]['content']} {{optim_str}}"}
-        with _tamed(self._tokenizer, self._model) as allowed:
+        with _nanogcg(self._tokenizer, self._model) as allowed_tokens:
             settings = self._attack.gcg
             config = nanogcg.GCGConfig(
                 num_steps=settings.steps,
                 search_width=settings.search_width,
-                topk=min(settings.topk, allowed),
+                topk=min(settings.topk, allowed_tokens),
                 seed=seed,
-                # transformers' caches have changed since the library was written
+                # the library's prefix cache does not work with current transformers
                 use_prefix_cache=False,
                 verbosity="ERROR",
             )
-            found = nanogcg.run(self._model, self._tokenizer, [*turns[:-1], last], settings.opening, config)
-        return str(found.best_string)
+            result = nanogcg.run(self._model, self._tokenizer, [*turns[:-1], last], settings.opening, config)
+        return str(result.best_string)
 
 
 def _without_unused_bos(tokenizer: Any) -> Any:
-    """A tokenizer whose templates the library leaves whole: it takes every BOS out, also where that begins each turn."""
+    """The tokenizer, without BOS where it adds none: the library removes each BOS from a template, also one that starts
+    a turn.
+    """
     if tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] != [tokenizer.bos_token_id]:
         tokenizer.bos_token = None
     return tokenizer
 
 
 @contextmanager
-def _tamed(tokenizer: Any, model: Any) -> Iterator[int]:
-    """The library without special tokens in its suffixes, without a bar, and without seconds of garbage collection a step.
+def _nanogcg(tokenizer: Any, model: Any) -> Iterator[int]:
+    """Set nanogcg up: no special tokens in suffixes, no progress bar, and no seconds of garbage collection in each
+    step.
 
-    Gives the number of tokens that a suffix may be made of.
+    Yields the number of tokens allowed in a suffix. Restores torch's deterministic mode, which the library sets.
     """
     import torch
-    from nanogcg import gcg
+    from nanogcg.gcg import get_nonascii_toks
 
     deterministic = torch.are_deterministic_algorithms_enabled()
     rows = model.get_input_embeddings().weight.shape[0]
-    plain, special = gcg.get_nonascii_toks, {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
 
-    def forbidden(of: Any, device: Any = "cpu") -> Any:
-        found = {*plain(of, "cpu").tolist(), *special, *range(len(of), rows)}
-        return torch.tensor(sorted(token for token in found if token < rows), device=device)
+    def forbidden(tokenizer: Any, device: Any = "cpu") -> Any:
+        tokens = {*get_nonascii_toks(tokenizer, "cpu").tolist(), *special, *range(len(tokenizer), rows)}
+        return torch.tensor(sorted(token for token in tokens if token < rows), device=device)
 
     gc.collect()
     gc.freeze()
     try:
-        with patch.object(gcg, "get_nonascii_toks", forbidden), patch.object(gcg, "tqdm", lambda steps, **_: steps):
+        with patched_nanogcg(forbidden):
             yield rows - len(forbidden(tokenizer))
     finally:
         gc.unfreeze()

@@ -1,4 +1,4 @@
-"""Answers to prompts, by a Ray Data pool of models: batched, stopped at EOS, greedy or sampled."""
+"""Generation of answers by an actor pool: batched, up to EOS, greedy or sampled."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from raydiv.model.chat import Messages
 from raydiv.model.load import ModelSource
 from raydiv.runtime.actor_pool import Progress, map_rows, no_progress
 
-ANSWERED_TOGETHER = 32
+BATCH_ROWS = 32
 """Prompts in a batch; changes speed and memory alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A prompt to answer; ``opening`` is how the answer is made to begin. With a ``seed`` it is sampled at temperature 1."""
+    """A prompt to answer; the answer starts with ``opening``. With a ``seed`` it is sampled at temperature 1, else
+    greedy.
+    """
 
     prompt: str | Messages
     opening: str = ""
@@ -51,8 +53,8 @@ def generate(
         {"ids": prompt + opening, "seed": request.seed}
         for prompt, opening, request in zip(prompts, openings, requests, strict=True)
     ]
-    done = complete(model, rows, max_new_tokens, chat.tokenizer.eos_token_id, cluster, progress)
-    answers = [opening + more for opening, more in zip(openings, done, strict=True)]
+    completions = complete(model, rows, max_new_tokens, chat.tokenizer.eos_token_id, cluster, progress)
+    answers = [opening + completion for opening, completion in zip(openings, completions, strict=True)]
     return [
         GeneratedAnswer(chat.decode(answer), prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)
     ]
@@ -66,36 +68,36 @@ def complete(
     cluster: ClusterConfig,
     progress: Progress = no_progress,
 ) -> list[list[int]]:
-    """What a model writes after the ``ids`` of each row, up to and including EOS; a row may have a ``seed``."""
-    done = map_rows(
+    """Ids that a model generates after the ``ids`` of each row, up to and including EOS; a row may have a ``seed``."""
+    completions = map_rows(
         rows,
         TextGenerator,
         {"model": model, "max_new_tokens": max_new_tokens, "eos": eos},
         cluster=cluster,
-        batch_rows=ANSWERED_TOGETHER,
+        batch_rows=BATCH_ROWS,
         progress=progress,
         length=lambda row: len(row["ids"]),
     )
-    return [[int(token) for token in result["answer"]] for result in done]
+    return [[int(token) for token in result["answer"]] for result in completions]
 
 
 class TextGenerator:
-    """A model that writes on."""
+    """Actor that generates completions."""
 
     def __init__(self, model: ModelSource, max_new_tokens: int, eos: int) -> None:
         from transformers import GenerationConfig
 
         self._model = model.load_for_inference()
         # a chat model may end its turn with another token than the tokenizer's EOS
-        stated = self._model.generation_config.eos_token_id
-        self._ends = {eos, *(stated if isinstance(stated, list) else [] if stated is None else [stated])}
-        # nothing else of the model's own: a repetition penalty, say, would make other answers than the most likely ones
+        model_eos = self._model.generation_config.eos_token_id
+        self._eos_ids = {eos, *(model_eos if isinstance(model_eos, list) else [] if model_eos is None else [model_eos])}
+        # the model's other settings are dropped: a repetition penalty, for example, would make answers not greedy
         self._model.generation_config = GenerationConfig(
-            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(self._ends), pad_token_id=eos
+            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(self._eos_ids), pad_token_id=eos
         )
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Rows of ``ids`` -> ``answer`` ids, up to and including EOS. Padded on the left."""
+        """Rows of ``ids`` -> ``answer`` ids, up to and including EOS. Prompts are padded on the left."""
         length = max(len(row["ids"]) for row in rows)
         ids = torch.zeros((len(rows), length), dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -107,19 +109,19 @@ class TextGenerator:
             output = self._model.generate(
                 input_ids=ids.to(self._model.device),
                 attention_mask=mask.to(self._model.device),
-                logits_processor=[] if seeds == [None] * len(rows) else [_Noise(seeds)],
+                logits_processor=[] if seeds == [None] * len(rows) else [_GumbelNoise(seeds)],
             )
         return [{"answer": self._until_eos(answer)} for answer in output[:, length:].tolist()]
 
     def _until_eos(self, answer: list[int]) -> list[int]:
-        ends = [place for place, token in enumerate(answer) if token in self._ends]
+        ends = [position for position, token in enumerate(answer) if token in self._eos_ids]
         return answer[: ends[0] + 1] if ends else answer
 
 
-class _Noise:
-    """Gumbel noise on the logits of rows that have a seed: their most likely token is then a sample at temperature 1.
+class _GumbelNoise:
+    """Gumbel noise on the logits of rows with a seed: the argmax is then a sample at temperature 1.
 
-    Each row has a generator of its own, so that its answer does not depend on its batch.
+    Each row has its own generator, so that its answer does not depend on the batch.
     """
 
     def __init__(self, seeds: Sequence[int | None]) -> None:

@@ -1,4 +1,4 @@
-"""What a user names when a model is to be measured."""
+"""Resolving the models that a user names for an evaluation."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ from raydiv.runs.directory import RunDirectory
 def resolve_models(
     models: Sequence[str], template: str | None = None, precision: Literal["fp32", "bf16"] | None = None
 ) -> list[ModelSource]:
-    """Run directories, model directories, bundled models and hub ids as what can be loaded.
+    """Sources of run directories, model directories, bundled models and hub ids. Raises UserError for an unusable one.
 
-    A run says how its model is loaded and which template it was trained with; ``template`` and ``precision`` go over it.
+    Settings of a run's model come from its recipe; ``template`` and ``precision`` override them.
     """
-    found = [_source(model) for model in models]
-    for one in found:
-        one.config()  # or workers find out that it cannot be read
-        one.chat()
-    return [replace(one, template=template or one.template, precision=precision or one.precision) for one in found]
+    sources = [_source(model) for model in models]
+    for source in sources:
+        source.config()  # raises here rather than in a worker
+        source.chat()
+    return [
+        replace(source, template=template or source.template, precision=precision or source.precision)
+        for source in sources
+    ]
 
 
 def initial_model(model: str) -> ModelSource | None:
-    """The model that a run began from; None of what is no run. Raises UserError where it is not there any more."""
+    """The model that a run started from; None where ``model`` is not a run. Raises UserError when it no longer exists."""
     run = RunDirectory(Path(model))
     if not run.holds_a_run:
         return None

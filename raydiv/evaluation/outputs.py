@@ -1,6 +1,6 @@
 """Models' answers in AlpacaEval's format, a JSON list of instruction, output and generator.
 
-So they may be compared with published ones, and taken to alpaca_eval.
+It allows comparison with published outputs, and use of the files in alpaca_eval.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from raydiv.utils.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class ModelOutput:
-    """What ``generator`` answered to an instruction."""
+    """The output of a model, ``generator``, to an instruction."""
 
     instruction: str
     output: str
@@ -25,7 +25,7 @@ class ModelOutput:
 
 
 def read_outputs(path: Path) -> list[ModelOutput]:
-    """Records of a file in AlpacaEval's format. Raises UserError for another, naming the first record that is wrong."""
+    """Records of a file in AlpacaEval's format. Raises UserError that names the first invalid record."""
     try:
         records = json.loads(path.read_text())
     except FileNotFoundError:
@@ -38,30 +38,30 @@ def read_outputs(path: Path) -> list[ModelOutput]:
 
 
 def format_outputs(outputs: Sequence[ModelOutput]) -> str:
-    """The content of a file in AlpacaEval's format, which ``read_outputs`` gives back."""
-    return json.dumps([asdict(one) for one in outputs], indent=1, ensure_ascii=False) + "\n"
+    """The content of a file in AlpacaEval's format, as ``read_outputs`` reads it."""
+    return json.dumps([asdict(output) for output in outputs], indent=1, ensure_ascii=False) + "\n"
 
 
 def match_outputs(instructions: Sequence[str], outputs: Sequence[ModelOutput], path: Path) -> list[str]:
-    """The outputs to these instructions, of those that ``path`` holds; an instruction given twice takes two records.
+    """The output to each instruction, from the ``outputs`` of file ``path``. Each record is used once.
 
-    Raises UserError where some have none.
+    Raises UserError for instructions without output.
     """
-    known: dict[str, deque[str]] = defaultdict(deque)
-    for one in outputs:
-        known[one.instruction].append(one.output)
-    found = [known[instruction].popleft() if known[instruction] else None for instruction in instructions]
-    missing = found.count(None)
+    queues: dict[str, deque[str]] = defaultdict(deque)
+    for record in outputs:
+        queues[record.instruction].append(record.output)
+    matched = [queues[instruction].popleft() if queues[instruction] else None for instruction in instructions]
+    missing = matched.count(None)
     if missing:
         raise UserError(
-            f"{path}: has no output to {missing} of the {len(found)} prompts (number {found.index(None) + 1} first); "
-            "an instruction must be the prompt's text exactly"
+            f"{path}: has no output to {missing} of the {len(matched)} prompts (number {matched.index(None) + 1} first); "
+            "an instruction must equal the prompt's text"
         )
-    return [output for output in found if output is not None]
+    return [output for output in matched if output is not None]
 
 
 def _output(record: Any, where: str, generator: str) -> ModelOutput:
-    """One record; ``generator`` where it names none, and its ``input`` after its instruction, as AlpacaEval has it."""
+    """One record; ``generator`` is the default, and ``input`` is appended to the instruction, as AlpacaEval does."""
     if not isinstance(record, dict):
         raise UserError(f"{where}: must be a mapping of instruction, output and generator, found {_kind(record)}")
     texts = {"input": "", "generator": generator} | record
@@ -73,5 +73,5 @@ def _output(record: Any, where: str, generator: str) -> ModelOutput:
 
 
 def _kind(value: Any) -> str:
-    """What a value is, and not what it says: no message may hold a prompt."""
+    """The type of a value, not its content: messages must not contain prompts."""
     return "an empty list" if value == [] else type(value).__name__

@@ -1,4 +1,4 @@
-"""Models as the Hugging Face ecosystem publishes them: resolving, loading, chat templates, log-probs, export.
+"""Hugging Face models: resolving, loading, chat templates, log-probs, export.
 
-Logits are never held for a whole batch; the log-prob head works on the hidden states of response tokens.
+Logits are never held for a whole batch: the log-prob head works on the hidden states of response tokens.
 """

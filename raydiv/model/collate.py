@@ -1,4 +1,4 @@
-"""From token ids to the tensors of one forward."""
+"""Collation: from token ids to the input tensors of one forward."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from raydiv.model.packing import BlockDiagonalMask, Packing
 
 @dataclass(frozen=True, slots=True)
 class ModelInputs:
-    """A micro-batch of m examples and its t scored positions, ordered by example.
+    """A micro-batch of m examples and its t scored positions, in the order of the examples.
 
-    ``ids``, ``mask`` and ``positions`` are what the model's forward takes: padded [m, length], or packed into one row. Position
+    ``ids``, ``mask`` and ``positions`` are the model's inputs: padded [m, length], or packed [1, total]. Position
     ``(rows[t], columns[t])`` of ``ids`` predicts token ``targets[t]`` of the response of example ``examples[t]``.
     """
 
@@ -32,13 +32,13 @@ class ModelInputs:
 
     def to(self, device: torch.device) -> ModelInputs:
         tensors = {name: getattr(self, name) for name in self.__slots__}
-        moved: dict[str, Any] = {name: one.to(device) for name, one in tensors.items() if type(one) is Tensor}
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors.items() if type(tensor) is Tensor}
         return replace(self, **moved)
 
     def forward_kwargs(self) -> dict[str, Any]:
-        """Arguments of the model's forward."""
-        found = {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": self.positions}
-        return {name: tensor for name, tensor in found.items() if tensor is not None} | {"use_cache": False}
+        """Keyword arguments of the model's forward."""
+        tensors = {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": self.positions}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None} | {"use_cache": False}
 
     def sum_per_example(self, logps: Tensor, examples: int) -> Tensor:
         """Sum token log-probs [t] to sequence log-probs [examples]."""
@@ -48,8 +48,8 @@ class ModelInputs:
 def collate(examples: Sequence[tuple[Ids, Ids]], packing: Packing = "none") -> ModelInputs:
     """Inputs of (prompt ids, response ids) examples, padded on the right, or packed end to end.
 
-    Padding is masked and never scored, so its token id does not matter. Without examples: a dummy of one position, for a rank
-    that must take part in the others' collectives.
+    Padding is masked and never scored, so its token id does not matter. Without examples: a dummy of one position, for
+    a rank without work, which must still join the collectives of the others.
     """
     if not examples:
         return _dummy()
@@ -63,35 +63,35 @@ def collate(examples: Sequence[tuple[Ids, Ids]], packing: Packing = "none") -> M
         np.arange(start + length - response - 1, start + length - 1)
         for start, length, response in zip(starts, lengths, responses, strict=True)
     ]
-    numbers = torch.from_numpy(np.repeat(np.arange(len(examples)), responses))
+    indices = torch.from_numpy(np.repeat(np.arange(len(examples)), responses))
     targets = [ids[len(ids) - response :] for ids, response in zip(tokens, responses, strict=True)]
     return ModelInputs(
         ids,
         mask,
         positions,
-        rows=torch.zeros_like(numbers) if packed else numbers,
+        rows=torch.zeros_like(indices) if packed else indices,
         columns=torch.from_numpy(np.concatenate(columns)),
         targets=torch.from_numpy(np.concatenate(targets)),
-        examples=numbers,
+        examples=indices,
     )
 
 
 def _dummy() -> ModelInputs:
-    one, nothing = torch.zeros((1, 1), dtype=torch.long), torch.zeros(1, dtype=torch.long)
-    return ModelInputs(one, torch.ones_like(one), None, nothing, nothing, nothing, nothing)
+    ids, zero = torch.zeros((1, 1), dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    return ModelInputs(ids, torch.ones_like(ids), None, zero, zero, zero, zero)
 
 
 def _padded_rows(tokens: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, None]:
     ids = torch.zeros((len(tokens), max(map(len, tokens))), dtype=torch.long)
     mask = torch.zeros_like(ids)
-    for row, own in enumerate(tokens):
-        ids[row, : len(own)] = torch.from_numpy(own)
-        mask[row, : len(own)] = 1
+    for row, example in enumerate(tokens):
+        ids[row, : len(example)] = torch.from_numpy(example)
+        mask[row, : len(example)] = 1
     return ids, mask, None
 
 
 def _packed_row(tokens: Sequence[np.ndarray], packing: Packing) -> tuple[Tensor, Tensor | None, Tensor]:
-    lengths = [len(own) for own in tokens]
+    lengths = [len(example) for example in tokens]
     positions = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))
     return (
         torch.from_numpy(np.concatenate(tokens))[None],

@@ -1,7 +1,8 @@
-"""What a model is asked before it is used: that the head gives its log-probs, and that it keeps packed examples apart.
+"""Checks of a model before its use: the head gives the log-probs of its logits, and packed examples do not see each
+other.
 
-Both compare a forward of a few tokens with the plain way, on the very model in the very engine: an architecture that does more
-than is known of it is refused, or served the plain way, rather than trained wrongly.
+Both compare forwards of a few tokens on the model itself, in its engine. An architecture that the head does not support
+is refused, and one that cannot be packed is padded, rather than trained wrongly.
 """
 
 from __future__ import annotations
@@ -20,63 +21,65 @@ from raydiv.model.head import LogProbHead
 from raydiv.model.packing import Packing, packing_of
 from raydiv.utils import distributed as dist
 from raydiv.utils.cache import cache_dir, cached_text, code_digest, digest
+from raydiv.utils.compat import attention_implementation
 from raydiv.utils.errors import UserError
 
 PROBE_EXAMPLES = (([3, 4, 5, 6], [7, 8, 9, 10]), ([11], [12, 13]), ([14, 15, 16], [3, 17, 4, 18, 5, 19, 6, 20, 7]))
-"""(prompt ids, response ids) that every vocabulary has."""
+"""(prompt ids, response ids), in the range of every vocabulary."""
 
 
 class CompatibilityCheck:
-    """Forwards of ``head``'s model as ``forward`` (the model itself, or its engine) makes them, in evaluation mode.
+    """Check forwards of the model under ``head`` by ``forward`` (the model itself, or its engine), in evaluation mode.
 
-    They are few, and what was found is kept on disk: under ZeRO-3 a model's first forwards take seconds.
+    Results are cached on disk, because a model's first forwards take seconds under ZeRO-3.
     """
 
     def __init__(self, head: LogProbHead, model: Any, forward: Callable[..., Any], device: torch.device) -> None:
         self._head, self._model, self._forward, self._device = head, model, forward, device
 
     def require_supported_logits(self) -> None:
-        """Raises UserError for an architecture that does more to its logits than LogitRule knows."""
+        """Raises UserError for an architecture whose logits LogitRule does not reproduce."""
         with self._eval_mode():
             self._require_equal(self._expected_logps())
 
     def packing(self, max_length: int) -> tuple[Packing, str]:
-        """How the model takes examples of up to ``max_length`` tokens, and why not packed where it is not.
+        """The packing that the model supports for examples of up to ``max_length`` tokens, and the reason where it is
+        none.
 
         Raises UserError as ``require_supported_logits`` does.
         """
         cache_file = self._cache_file(max_length)
         if cache_file is None:
             return self._check_packing(max_length)
-        if dist.max_over_ranks(float(not cache_file.exists())):  # all ranks must make the same forwards
-            found = self._check_packing(max_length)
-            cached_text(cache_file, lambda: json.dumps(found))
-        packing, why = json.loads(cache_file.read_text())
-        return packing, why
+        if dist.max_over_ranks(float(not cache_file.exists())):  # all ranks must run the same forwards
+            result = self._check_packing(max_length)
+            cached_text(cache_file, lambda: json.dumps(result))
+        packing, reason = json.loads(cache_file.read_text())
+        return packing, reason
 
     def _cache_file(self, max_length: int) -> Path | None:
-        """Where what was found of a model like this one is kept; None where its code comes with it and may change."""
+        """The cache file of models like this one; None for a model with code of its own, which may change."""
         config = self._model.config.to_dict()
         if config.get("auto_map"):
             return None
-        used = (config, self._model.config.get_text_config()._attn_implementation, max_length)
-        way = (type(self._model).__name__, str(next(self._model.parameters()).dtype), self._device.type)
-        return cache_dir("probes") / digest(used, way, code_digest("model"))
+        settings = (config, attention_implementation(self._model.config.get_text_config()), max_length)
+        execution = (type(self._model).__name__, str(next(self._model.parameters()).dtype), self._device.type)
+        return cache_dir("probes") / digest(settings, execution, code_digest("model"))
 
     def _check_packing(self, max_length: int) -> tuple[Packing, str]:
-        packing, why = packing_of(self._model, max_length)
+        packing, reason = packing_of(self._model, max_length)
         with self._eval_mode():
             expected = self._expected_logps()
             if packing != "none":
                 packed = self._head_logps(collate(PROBE_EXAMPLES, packing))
                 if self._close(packed, expected):
                     return packing, ""
-                why = f"packed log-probs differ by up to {_max_difference(packed, expected)}"
+                reason = f"packed log-probs differ by up to {_max_difference(packed, expected)}"
             self._require_equal(expected)
-        return "none", why
+        return "none", reason
 
     def _expected_logps(self) -> Tensor:
-        """Log-probs of the examples by the model's own logits."""
+        """Log-probs of the probe examples by the model's own logits."""
         inputs = collate(PROBE_EXAMPLES).to(self._device)
         self._head.remove()
         logits = self._forward(**inputs.forward_kwargs()).logits
@@ -84,12 +87,12 @@ class CompatibilityCheck:
         return logits[inputs.rows, inputs.columns].float().log_softmax(-1).gather(1, inputs.targets[:, None]).squeeze(1)  # type: ignore[no-any-return]
 
     def _require_equal(self, expected: Tensor) -> None:
-        found = self._head_logps(collate(PROBE_EXAMPLES))
-        if not self._close(found, expected):
+        logps = self._head_logps(collate(PROBE_EXAMPLES))
+        if not self._close(logps, expected):
             kind = type(self._model.config.get_text_config()).__name__.removesuffix("Config")
             raise UserError(
-                f"model.id: {kind} models treat their logits in a way that raydiv does not know (log-probs differ by up to "
-                f"{_max_difference(found, expected)})"
+                f"model.id: {kind} models transform their logits in a way that is not supported (log-probs differ by up to "
+                f"{_max_difference(logps, expected)})"
             )
 
     def _head_logps(self, inputs: ModelInputs) -> Tensor:
@@ -97,9 +100,9 @@ class CompatibilityCheck:
         self._head.set_targets(inputs.rows, inputs.columns, inputs.targets)
         return self._forward(**inputs.forward_kwargs()).logits  # type: ignore[no-any-return]
 
-    def _close(self, found: Tensor, expected: Tensor) -> bool:
+    def _close(self, logps: Tensor, expected: Tensor) -> bool:
         half = next(self._model.parameters()).dtype != torch.float32
-        return torch.allclose(found, expected, rtol=1e-3, atol=0.25 if half else 1e-3)
+        return torch.allclose(logps, expected, rtol=1e-3, atol=0.25 if half else 1e-3)
 
     @contextmanager
     def _eval_mode(self) -> Iterator[None]:
@@ -112,5 +115,5 @@ class CompatibilityCheck:
             self._model.train(training)
 
 
-def _max_difference(found: Tensor, expected: Tensor) -> str:
-    return f"{float((found - expected).abs().max()):.2g}"
+def _max_difference(logps: Tensor, expected: Tensor) -> str:
+    return f"{float((logps - expected).abs().max()):.2g}"

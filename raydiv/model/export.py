@@ -1,4 +1,4 @@
-"""Writing trained models: Hugging Face directories with a tokenizer, the template in force and a model card."""
+"""Writing trained models: Hugging Face directories with tokenizer, chat template and model card."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from raydiv.model.load import ModelSource
 from raydiv.utils.storage import atomic
 
 CHECKED_TOKENS, TOLERANCE = 32, 1e-3
-"""Tokens by which a merged model is compared, and how far its logits may be from what was merged."""
+"""Tokens that a written model is checked on, and the tolerance of its logits."""
 
 
 def write_model(
     model: Any, state: dict[str, Any], base: Path, recipe: Recipe, target: Path, check: Callable[[Path], None]
 ) -> None:
-    """Write ``state`` (whole weights by parameter name) as ``model``'s directory: adapters alone where it has them.
+    """Write ``state`` (full weights by parameter name) as ``model``'s directory, or its adapters where it has them.
 
-    Raises RuntimeError when a weight is empty or missing, and what ``check`` raises of the directory: a partial model, or
-    another one, is never left.
+    Raises RuntimeError when a weight is empty or missing, and whatever ``check`` raises of the directory. Then nothing
+    is left at ``target``.
     """
-    wanted = {name for name, weight in model.named_parameters() if weight.requires_grad or recipe.model.lora is None}
-    wrong = sorted(name for name in wanted if name not in state or state[name].numel() == 0)
-    if wrong or not state:
+    expected = {name for name, weight in model.named_parameters() if weight.requires_grad or recipe.model.lora is None}
+    missing = sorted(name for name in expected if name not in state or state[name].numel() == 0)
+    if missing or not state:
         raise RuntimeError(
-            f"{len(wrong)} gathered weights are empty or missing, {wrong[0] if wrong else 'all'} first; nothing was written"
+            f"{len(missing)} gathered weights are empty or missing, {missing[0] if missing else 'all'} first; "
+            "nothing was written"
         )
-    shutil.rmtree(target, ignore_errors=True)  # an attempt that died right after it
+    shutil.rmtree(target, ignore_errors=True)  # of an attempt that was killed after writing it
     with atomic(target) as temporary:
         if recipe.model.lora is not None:
             for adapter in model.peft_config.values():
@@ -44,23 +45,23 @@ def write_model(
 def write_merged(recipe: Recipe, adapters: Path, directory: Path) -> None:
     """Merge the adapters of ``adapters`` into their base and write the whole model to ``directory``.
 
-    What was written is loaded again and compared. Raises RuntimeError where its logits are not those of the merged model.
+    The written model is loaded again. Raises RuntimeError where its logits are not those of the merged model.
     """
-    whole = replace(ModelSource.from_recipe(recipe, adapters), precision="fp32", quantization=None)
-    model = whole.load()
+    source = replace(ModelSource.from_recipe(recipe, adapters), precision="fp32", quantization=None)
+    model = source.load()
     merged = _logits(model)
     model.save_pretrained(directory)
-    del model  # there may be no room for two
+    del model  # memory may not hold two
     _write_tokenizer_and_card(directory, adapters, recipe, adapter=False)
-    apart = float((_logits(replace(whole, directory=directory).load()) - merged).abs().max())
-    if not apart <= TOLERANCE:  # nor where it is nan
+    difference = float((_logits(replace(source, directory=directory).load()) - merged).abs().max())
+    if not difference <= TOLERANCE:  # nan fails too
         raise RuntimeError(
-            f"the written model is not the merged one: its logits differ by up to {apart:.3g}, and it was not kept"
+            f"the written model is not the merged one: its logits differ by up to {difference:.3g}; it was removed"
         )
 
 
 def _logits(model: Any) -> Any:
-    """What a model says of a few tokens."""
+    """A model's logits of a few tokens, in fp32."""
     import torch
 
     with torch.inference_mode():
@@ -70,7 +71,7 @@ def _logits(model: Any) -> Any:
 
 
 def _write_tokenizer_and_card(directory: Path, tokenizer_from: Path, recipe: Recipe, adapter: bool) -> None:
-    """Tokenizer, template and card beside the weights."""
+    """Write tokenizer, chat template and card into a model's directory."""
     Chat(tokenizer_from, recipe.data.template, recipe.model.trust_remote_code).tokenizer.save_pretrained(directory)
     (directory / "README.md").write_text(_model_card(recipe, adapter))
 
@@ -78,7 +79,7 @@ def _write_tokenizer_and_card(directory: Path, tokenizer_from: Path, recipe: Rec
 def _model_card(recipe: Recipe, adapter: bool) -> str:
     terms = [f"{term.weight:g} x {term.name} {term.options}" for term in recipe.loss.terms]
     length = recipe.optim.steps or f"{recipe.optim.epochs:g} epochs"
-    how = "full fine-tune" if recipe.model.lora is None else f"LoRA, r {recipe.model.lora.r}"
+    method = "full fine-tune" if recipe.model.lora is None else f"LoRA, r {recipe.model.lora.r}"
     return f"""---
 base_model: {recipe.model.id}
 library_name: {"peft" if adapter else "transformers"}
@@ -86,12 +87,12 @@ tags: [raydiv, safety-alignment]
 ---
 # {recipe.name}
 
-{recipe.model.id} aligned for safety by raydiv ({how}).
+{recipe.model.id} aligned for safety by raydiv ({method}).
 
 - objective: {" + ".join(terms)}
 - data: {recipe.data.train}
 - updates: {length} of {recipe.batch.examples} examples, peak rate {recipe.optim.lr:g}
-- prompts use the tokenizer's chat template, which is the one trained with
+- prompts use the tokenizer's chat template, as in training
 
 A model that refuses more is not thereby safe: see the run's report for attack success, over-refusal and coherence.
 """

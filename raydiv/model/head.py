@@ -1,11 +1,11 @@
-"""Response log-probs straight from hidden states: the logits of a batch are never held in memory.
+"""Response log-probs from hidden states, without holding the logits of a batch in memory.
 
-``LogProbHead`` takes the place of ``lm_head.forward``. Before a forward it is told which positions are scored and
-what token each predicts; in place of logits it returns their log-probs, computed chunk by chunk. Because the module
-stays where it was, ZeRO-3's hooks still gather its weight.
+``LogProbHead`` replaces ``lm_head.forward``. Before each forward, ``set_targets`` gives the scored positions and the
+token that each predicts; the model then returns log-probs in place of logits, computed chunk by chunk. The module
+itself stays in place, so ZeRO-3's hooks still gather its weight.
 
-What an architecture does to its logits after the projection (bias, scale, soft-capping) is known to ``LogitRule`` and to
-nothing else.
+``LogitRule`` is the only code that knows what an architecture does to its logits after the projection (scale,
+soft-capping).
 """
 
 from __future__ import annotations
@@ -17,33 +17,38 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from raydiv.utils.compat import tensor_version
 from raydiv.utils.errors import UserError
 
 CHUNK_BYTES = 128 * 2**20
-"""fp32 logits that are held at a time, such as 516 positions x 65,024 tokens: more are no faster on CPU, half are 4% slower."""
+"""Size of a chunk of fp32 logits, such as 516 positions x 65,024 tokens. On CPU, more is no faster and half is 4%
+slower.
+"""
 
 
 def chunk_tokens(vocabulary: int) -> int:
-    """Positions whose logits are held at a time."""
+    """Positions in a chunk of logits."""
     return max(1, CHUNK_BYTES // (4 * vocabulary))
 
 
 KEPT_CHUNKS = 4
-"""Chunks whose softmax is kept where the coefficients come after the forward: else a fourth product of the size of logits is
-due (a KLDO step of 1,600 response tokens x 65,024 then takes a fifth longer)."""
+"""Chunks that the buffer holds where the coefficients come after the forward. The softmax of the last of them is kept
+for the backward, which saves a matrix product of the size of the logits (a fifth of a KLDO step of 1,600 response
+tokens x 65,024).
+"""
 
 
-def buffer_bytes(vocabulary: int, positions: int, later: bool) -> int:
-    """What the head holds for logits of that many positions; ``later``: their coefficients come after the forward."""
-    return 4 * vocabulary * _buffer_rows(vocabulary, positions, later)
+def buffer_bytes(vocabulary: int, positions: int, deferred: bool) -> int:
+    """Size of the head's logit buffer for that many positions; ``deferred``: their coefficients come after the forward."""
+    return 4 * vocabulary * _buffer_rows(vocabulary, positions, deferred)
 
 
-def _buffer_rows(vocabulary: int, positions: int, later: bool) -> int:
-    return min(positions, (KEPT_CHUNKS if later else 1) * chunk_tokens(vocabulary))
+def _buffer_rows(vocabulary: int, positions: int, deferred: bool) -> int:
+    return min(positions, (KEPT_CHUNKS if deferred else 1) * chunk_tokens(vocabulary))
 
 
 _NEUTRAL_VALUES = {"logit_scale": 1.0, "logits_scaling": 1.0, "final_logit_softcapping": None}
-"""Config keys that say what happens to logits, and the value at which nothing happens."""
+"""Config keys that transform logits, and the value at which each has no effect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +60,16 @@ class LogitRule:
 
     @classmethod
     def from_config(cls, config: Any) -> LogitRule:
-        """The rule that a model's config states."""
+        """The rule of a model's config."""
         return cls(
             scale=getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0),
             cap=getattr(config, "final_logit_softcapping", None),
         )
 
     def __call__(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits in the place of ``W h + b`` (fp32), and d logits / d raw where it is not simply ``scale``."""
+        """Logits from raw = ``W h + b`` (fp32, overwritten), and d logits / d raw, or None where it is ``scale``
+        everywhere.
+        """
         if self.cap is None:
             return raw.mul_(self.scale) if self.scale != 1.0 else raw, None
         squashed = raw.mul_(self.scale / self.cap).tanh_()
@@ -70,15 +77,15 @@ class LogitRule:
 
 
 CoefficientFn = Callable[[slice, Tensor], Tensor]
-"""From a run of scored positions and their log-probs [p] to the coefficients [p] of these."""
+"""From a slice of the scored positions and their log-probs [p] to their coefficients [p]."""
 
 
 @dataclass(slots=True)
 class _Projection:
     """The tensors of one call: hidden [t, d], weight [v, d], bias [v] or None, targets [t].
 
-    Logits of a chunk of positions are written into ``buffer`` [chunk, v], used again for the next: fresh memory for each would
-    cost as much as the products.
+    Each chunk of logits is written into the same ``buffer`` [chunk, v]: allocating memory for each would cost as much
+    as the matrix products.
     """
 
     hidden: Tensor
@@ -88,14 +95,14 @@ class _Projection:
     rule: LogitRule
     buffer: Tensor
 
-    def chunks(self, part: slice) -> list[slice]:
-        """``part`` of the positions, in pieces that the buffer holds."""
+    def chunks(self, span: slice) -> list[slice]:
+        """A span of the positions, split into chunks that fit the buffer."""
         size = len(self.buffer)
-        return [slice(start, min(start + size, part.stop)) for start in range(part.start, part.stop, size)]
+        return [slice(start, min(start + size, span.stop)) for start in range(span.start, span.stop, size)]
 
-    def logits(self, part: slice) -> tuple[Tensor, Tensor | None]:
-        """fp32 logits [p, v] of a piece, in the buffer where the rule allows, with their slope (see LogitRule)."""
-        hidden, raw = self.hidden[part], self.buffer[: part.stop - part.start]
+    def logits(self, chunk: slice) -> tuple[Tensor, Tensor | None]:
+        """fp32 logits [p, v] of a chunk, in the buffer where the rule allows, and their slope (see LogitRule)."""
+        hidden, raw = self.hidden[chunk], self.buffer[: chunk.stop - chunk.start]
         if self.weight.dtype != torch.float32:
             raw.copy_(nn.functional.linear(hidden, self.weight, self.bias))
         elif self.bias is None:
@@ -104,21 +111,21 @@ class _Projection:
             torch.addmm(self.bias, hidden, self.weight.T, out=raw)
         return self.rule(raw)
 
-    def logps(self, part: slice) -> Tensor:
-        """Log-probs [p] of positions, fp32."""
-        return torch.cat([self.score_chunk(piece).logps for piece in self.chunks(part)])
+    def logps(self, span: slice) -> Tensor:
+        """Log-probs [p] of a span, fp32."""
+        return torch.cat([self.score_chunk(chunk).logps for chunk in self.chunks(span)])
 
-    def score_chunk(self, part: slice) -> _ChunkScores:
-        """A piece that the buffer holds."""
-        logits, slope = self.logits(part)
-        chosen, largest = logits.gather(1, self.targets[part, None]).squeeze(1), logits.amax(-1)
-        exp_logits = logits.sub_(largest[:, None]).exp_()
+    def score_chunk(self, chunk: slice) -> _ChunkScores:
+        """Log-probs of a chunk that fits the buffer: logp = logit of the target - log-sum-exp."""
+        logits, slope = self.logits(chunk)
+        target_logits, max_logits = logits.gather(1, self.targets[chunk, None]).squeeze(1), logits.amax(-1)
+        exp_logits = logits.sub_(max_logits[:, None]).exp_()
         exp_sums = exp_logits.sum(-1)
-        return _ChunkScores(chosen - largest - exp_sums.log(), exp_logits, exp_sums, slope)
+        return _ChunkScores(target_logits - max_logits - exp_sums.log(), exp_logits, exp_sums, slope)
 
 
 class _ChunkScores(NamedTuple):
-    """Log-probs [p] of a piece, and its softmax as exp_logits [p, v] over exp_sums [p], with the slope of its logits."""
+    """Log-probs [p] of a chunk, its softmax as exp_logits [p, v] / exp_sums [p], and the slope of its logits."""
 
     logps: Tensor
     exp_logits: Tensor
@@ -127,46 +134,47 @@ class _ChunkScores(NamedTuple):
 
 
 class _Gradients:
-    """Gradients of sum_t coefficients_t * logp_t by hidden, weight and bias, gathered piece by piece."""
+    """Gradients of sum_t coefficients_t * logp_t by hidden, weight and bias, accumulated chunk by chunk."""
 
     def __init__(self, projection: _Projection) -> None:
-        self._of = projection
+        self._projection = projection
         weight, bias = projection.weight, projection.bias
         self._hidden = torch.empty_like(projection.hidden)
         self._weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
         self._bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and bias.requires_grad else None
 
-    def add(self, part: slice, piece: _ChunkScores, coefficients: Tensor) -> None:
-        """Take in a piece, which is overwritten."""
-        of = self._of
+    def add(self, chunk: slice, scores: _ChunkScores, coefficients: Tensor) -> None:
+        """Add a chunk; its ``scores`` are overwritten."""
+        p = self._projection
         # d logp / d logits = onehot(target) - softmax
-        grad = piece.exp_logits.mul_((-coefficients / piece.exp_sums)[:, None])
-        grad.scatter_add_(1, of.targets[part, None], coefficients[:, None])
-        if piece.slope is not None:
-            grad.mul_(piece.slope)
-        elif of.rule.scale != 1.0:
-            grad.mul_(of.rule.scale)
-        low = grad.to(of.weight.dtype)
-        torch.mm(low, of.weight, out=self._hidden[part])
+        grad = scores.exp_logits.mul_((-coefficients / scores.exp_sums)[:, None])
+        grad.scatter_add_(1, p.targets[chunk, None], coefficients[:, None])
+        if scores.slope is not None:
+            grad.mul_(scores.slope)
+        elif p.rule.scale != 1.0:
+            grad.mul_(p.rule.scale)
+        low = grad.to(p.weight.dtype)
+        torch.mm(low, p.weight, out=self._hidden[chunk])
         if self._weight is not None and low is grad:
-            self._weight.addmm_(grad.T, of.hidden[part])
+            self._weight.addmm_(grad.T, p.hidden[chunk])
         elif self._weight is not None:
-            self._weight.add_(low.T @ of.hidden[part])
+            self._weight.add_(low.T @ p.hidden[chunk])
         if self._bias is not None:
             self._bias.add_(grad.sum(0))
 
     def result(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """By hidden [t, d], weight [v, d] and bias [v], in the types of these."""
-        of = self._of
-        weight = None if self._weight is None else self._weight.to(of.weight.dtype)
-        bias = None if self._bias is None or of.bias is None else self._bias.to(of.bias.dtype)
+        """Gradients by hidden [t, d], weight [v, d] and bias [v], in the dtypes of these; None where none is needed."""
+        p = self._projection
+        weight = None if self._weight is None else self._weight.to(p.weight.dtype)
+        bias = None if self._bias is None or p.bias is None else self._bias.to(p.bias.dtype)
         return self._hidden, weight, bias
 
 
 class _Score(torch.autograd.Function):
-    """Log-probs [t] for when the coefficients come later: the backward makes the logits again, but for what is in the buffer.
+    """Log-probs [t] whose coefficients come with the backward, which recomputes the logits except for the last chunk.
 
-    Where weight and bias are frozen nothing is made again: d logp_t / d hidden_t, found on the way, serves any coefficient.
+    Where weight and bias are frozen nothing is recomputed: the forward keeps d logp_t / d hidden_t, which the backward
+    scales.
     """
 
     @staticmethod
@@ -182,34 +190,36 @@ class _Score(torch.autograd.Function):
         projection = _Projection(hidden, weight, bias, targets, rule, buffer)
         ctx.frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
         if ctx.frozen:
-            logps, gradients = _score_and_differentiate(projection, lambda part, logps: torch.ones_like(logps), ())
+            logps, gradients = _score_and_differentiate(projection, lambda _, logps: torch.ones_like(logps), ())
             ctx.save_for_backward(gradients.result()[0])
             return logps
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.pieces = projection.chunks(slice(0, len(targets)))
-        scored = [projection.score_chunk(piece) for piece in ctx.pieces]
-        # another forward before the backward would write over what is kept, which its version tells
-        ctx.rule, ctx.buffer, ctx.last, ctx.version = rule, buffer, scored[-1], buffer._version
-        return torch.cat([piece.logps for piece in scored])
+        ctx.chunks = projection.chunks(slice(0, len(targets)))
+        scores = [projection.score_chunk(chunk) for chunk in ctx.chunks]
+        # another forward before the backward overwrites the buffer, and changes its version
+        ctx.rule, ctx.buffer, ctx.last_scores, ctx.version = rule, buffer, scores[-1], tensor_version(buffer)
+        return torch.cat([chunk.logps for chunk in scores])
 
     @staticmethod
     def backward(ctx: Any, *grad_logps: Tensor) -> tuple[Tensor | None, ...]:
         (coefficients,) = grad_logps
         if ctx.frozen:
-            (by_hidden,) = ctx.saved_tensors
-            return by_hidden * coefficients[:, None].to(by_hidden.dtype), None, None, None, None, None
+            (slopes,) = ctx.saved_tensors
+            return slopes * coefficients[:, None].to(slopes.dtype), None, None, None, None, None
         hidden, weight, bias, targets = ctx.saved_tensors
         projection = _Projection(hidden, weight, bias, targets, ctx.rule, ctx.buffer)
         gradients = _Gradients(projection)
-        kept = ctx.last if ctx.buffer._version == ctx.version else None
-        for piece in reversed(ctx.pieces):
-            gradients.add(piece, kept or projection.score_chunk(piece), coefficients[piece])
-            kept = None
+        scores = ctx.last_scores if tensor_version(ctx.buffer) == ctx.version else None
+        for chunk in reversed(ctx.chunks):
+            gradients.add(chunk, scores or projection.score_chunk(chunk), coefficients[chunk])
+            scores = None
         return *gradients.result(), None, None, None
 
 
 class _Push(torch.autograd.Function):
-    """sum_t coefficients_t * logp_t with all gradients made in the forward: each piece of logits is made once."""
+    """sum_t coefficients_t * logp_t with its gradients, both computed in the forward: each chunk of logits is computed
+    once.
+    """
 
     @staticmethod
     def forward(
@@ -220,55 +230,56 @@ class _Push(torch.autograd.Function):
         targets: Tensor,
         rule: LogitRule,
         buffer: Tensor,
-        weigh: CoefficientFn,
-        runs: Sequence[int],
+        coefficient_fn: CoefficientFn,
+        group_sizes: Sequence[int],
     ) -> Tensor:
-        seen: list[Tensor] = []
+        sums: list[Tensor] = []
 
-        def noted(part: slice, logps: Tensor) -> Tensor:
-            coefficients = weigh(part, logps)
-            seen.append((coefficients * logps).sum())
+        def summed(span: slice, logps: Tensor) -> Tensor:
+            coefficients = coefficient_fn(span, logps)
+            sums.append((coefficients * logps).sum())
             return coefficients
 
-        _, gradients = _score_and_differentiate(_Projection(hidden, weight, bias, targets, rule, buffer), noted, runs)
-        ctx.gradients = gradients.result()
-        return torch.stack(seen).sum()
+        projection = _Projection(hidden, weight, bias, targets, rule, buffer)
+        ctx.gradients = _score_and_differentiate(projection, summed, group_sizes)[1].result()
+        return torch.stack(sums).sum()
 
     @staticmethod
     def backward(ctx: Any, *grad_total: Tensor) -> tuple[Tensor | None, ...]:
-        # in place: the weight's is as large as the weight
+        # in place, because the gradient by the weight is as large as the weight
         grads = (None if grad is None else grad.mul_(grad_total[0].to(grad.dtype)) for grad in ctx.gradients)
         return *grads, None, None, None, None, None
 
 
 def _score_and_differentiate(
-    projection: _Projection, weigh: CoefficientFn, runs: Sequence[int]
+    projection: _Projection, coefficient_fn: CoefficientFn, group_sizes: Sequence[int]
 ) -> tuple[Tensor, _Gradients]:
-    """Log-probs [t] and gradients. Coefficients are asked for once a run of ``runs`` positions is scored (or a piece, without).
+    """Log-probs [t] and gradients.
 
-    As many whole runs as the buffer holds are one piece, whose logits are made once; those of a longer run are made twice.
+    ``coefficient_fn`` gets whole groups of ``group_sizes`` consecutive positions, or any chunk where there are no
+    groups. Logits of groups that fit the buffer together are computed once, those of a larger group twice.
     """
     gradients, logps = _Gradients(projection), []
-    for part in _group_spans(runs or [1] * len(projection.targets), len(projection.buffer)):
-        pieces = projection.chunks(part)
-        whole = projection.score_chunk(part) if len(pieces) == 1 else None
-        logps.append(projection.logps(part) if whole is None else whole.logps)
-        coefficients = weigh(part, logps[-1])
-        for piece in pieces:
-            own = coefficients[piece.start - part.start : piece.stop - part.start]
-            gradients.add(piece, whole or projection.score_chunk(piece), own)
+    for span in _group_spans(group_sizes or [1] * len(projection.targets), len(projection.buffer)):
+        chunks = projection.chunks(span)
+        scores = projection.score_chunk(span) if len(chunks) == 1 else None
+        logps.append(projection.logps(span) if scores is None else scores.logps)
+        coefficients = coefficient_fn(span, logps[-1])
+        for chunk in chunks:
+            of_chunk = coefficients[chunk.start - span.start : chunk.stop - span.start]
+            gradients.add(chunk, scores or projection.score_chunk(chunk), of_chunk)
     return torch.cat(logps), gradients
 
 
-def _group_spans(runs: Sequence[int], size: int) -> list[slice]:
-    """Consecutive runs together as long as they are at most ``size`` positions."""
-    found, start, stop = [], 0, 0
-    for run in runs:
-        if stop > start and stop + run - start > size:
-            found.append(slice(start, stop))
+def _group_spans(group_sizes: Sequence[int], limit: int) -> list[slice]:
+    """Spans of consecutive whole groups, each of at most ``limit`` positions or of one group."""
+    spans, start, stop = [], 0, 0
+    for size in group_sizes:
+        if stop > start and stop + size - start > limit:
+            spans.append(slice(start, stop))
             start = stop
-        stop += run
-    return [*found, slice(start, stop)]
+        stop += size
+    return [*spans, slice(start, stop)]
 
 
 class LogProbHead:
@@ -276,19 +287,19 @@ class LogProbHead:
 
     ::
 
-        head.aim(rows, columns, targets)
+        head.set_targets(rows, columns, targets)
         logps = model(ids, attention_mask=mask).logits
     """
 
     def __init__(self, model: Any) -> None:
         self._module = model.get_output_embeddings()
         if hasattr(self._module, "base_layer"):
-            raise UserError("model.lora.target_modules: the output head cannot be adapted; leave it out")
+            raise UserError("model.lora.target_modules: adapters on the output head are not supported; leave it out")
         self._config = model.config.get_text_config()
         self._rule = LogitRule.from_config(self._config)
         self._positions: tuple[Tensor, Tensor] | None = None
         self._buffer: Tensor | None = None
-        # some architectures read the rule from their config at each forward, others keep a copy of their own
+        # some architectures read these keys from their config at each forward, others copy them into a module
         owners = [self._config, *(module for module in model.modules() if self._module in module.children())]
         self._config_values = [
             (owner, name, getattr(owner, name))
@@ -299,20 +310,20 @@ class LogProbHead:
         self.install()
 
     def install(self) -> None:
-        """Take the head's place; the model must not apply its rule a second time, to log-probs."""
+        """Replace the forward, and neutralise the config keys that the model would apply to log-probs a second time."""
         for owner, name, _ in self._config_values:
             setattr(owner, name, _NEUTRAL_VALUES[name])
         self._module.forward = self._forward
 
     def remove(self) -> None:
-        """Give the model its own head and rule back."""
+        """Restore the model's own forward and config keys."""
         for owner, name, value in self._config_values:
             setattr(owner, name, value)
         del self._module.forward
 
     @property
     def allocated_bytes(self) -> int:
-        """Of the buffer."""
+        """Size of the buffer."""
         return 0 if self._buffer is None else self._buffer.nbytes
 
     def set_targets(
@@ -320,34 +331,36 @@ class LogProbHead:
         rows: Tensor,
         columns: Tensor,
         targets: Tensor,
-        weigh: CoefficientFn | None = None,
-        runs: Sequence[int] = (),
+        coefficient_fn: CoefficientFn | None = None,
+        group_sizes: Sequence[int] = (),
     ) -> None:
-        """Say what the next forward returns in place of logits.
+        """Set what the next forward returns in place of logits.
 
-        Position ``(rows[t], columns[t])`` of the batch predicts token ``targets[t]``. Without ``weigh``: the log-probs [t].
-        With it: the scalar sum_t coefficients_t * logp_t, for one backward. ``weigh`` is called with the log-probs of a slice
-        of the positions, in order, and answers with their coefficients; ``runs`` are the lengths of consecutive positions
-        (they sum to t) that it must see together.
+        Position ``(rows[t], columns[t])`` of the batch predicts token ``targets[t]``. Without ``coefficient_fn``: the
+        log-probs [t]. With it: the scalar sum_t coefficients_t * logp_t, for one backward. ``coefficient_fn`` is called
+        with consecutive slices of the positions and their log-probs, and returns their coefficients; ``group_sizes``
+        are the numbers of consecutive positions (they sum to t) that one call must see together.
         """
-        self._positions, self._targets, self._weigh, self._runs = (rows, columns), targets, weigh, runs
+        self._positions, self._targets = (rows, columns), targets
+        self._coefficient_fn, self._group_sizes = coefficient_fn, group_sizes
 
     def _forward(self, hidden: Tensor) -> Tensor:
-        assert self._positions is not None, "aim() the head before the model's forward"
+        assert self._positions is not None, "set_targets() must precede each forward of the model"
         selected = hidden[self._positions]
         self._positions = None
         weight, bias = self._module.weight, getattr(self._module, "bias", None)
-        later = self._weigh is None and torch.is_grad_enabled() and weight.requires_grad
-        given = (selected, weight, bias, self._targets, self._rule, self._logit_buffer(selected, len(weight), later))
-        if self._weigh is not None:
-            return _Push.apply(*given, self._weigh, self._runs)  # type: ignore[no-any-return, no-untyped-call]
+        deferred = self._coefficient_fn is None and torch.is_grad_enabled() and weight.requires_grad
+        buffer = self._logit_buffer(selected, len(weight), deferred)
+        arguments = (selected, weight, bias, self._targets, self._rule, buffer)
+        if self._coefficient_fn is not None:
+            return _Push.apply(*arguments, self._coefficient_fn, self._group_sizes)  # type: ignore[no-any-return, no-untyped-call]
         if torch.is_grad_enabled():
-            return _Score.apply(*given)  # type: ignore[no-any-return, no-untyped-call]
-        return _Projection(*given).logps(slice(0, len(self._targets)))
+            return _Score.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
+        return _Projection(*arguments).logps(slice(0, len(self._targets)))
 
-    def _logit_buffer(self, hidden: Tensor, vocabulary: int, later: bool) -> Tensor:
-        """The buffer for logits, kept from forward to forward."""
-        rows = _buffer_rows(vocabulary, len(hidden), later)
+    def _logit_buffer(self, hidden: Tensor, vocabulary: int, deferred: bool) -> Tensor:
+        """The buffer for logits, reused from forward to forward."""
+        rows = _buffer_rows(vocabulary, len(hidden), deferred)
         if self._buffer is None or len(self._buffer) < rows:
             self._buffer = hidden.new_empty((rows, vocabulary), dtype=torch.float32)
         return self._buffer[:rows]

@@ -1,4 +1,4 @@
-"""Building models from directories: for training, for scoring, for generation."""
+"""Loading models from directories, for training, scoring and generation."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import torch
 from raydiv.config import Recipe
 from raydiv.config.recipe import LoraConfig, ModelConfig
 from raydiv.model.chat import Chat
-from raydiv.model.resolve import model_directory, load_error
+from raydiv.model.resolve import load_error, model_directory
 from raydiv.model.silence import silence_libraries
 from raydiv.utils.compat import peft_without_quantizer
 from raydiv.utils.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""``engine.precision`` as torch names it."""
+"""torch's dtype by ``engine.precision``."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """A model to load in some process, and how: its directory (a LoRA adapter's included) and the recipe's say in it."""
+    """A model directory, or that of a LoRA adapter, and the recipe's settings to load it with, in any process."""
 
     directory: Path
     template: str | None = None
@@ -49,19 +49,21 @@ class ModelSource:
         return Chat(self.directory, self.template, self.trust_remote_code)
 
     def load(self) -> Any:
-        """The causal model, for scoring or generation; an adapter is merged into its base, unless that is in 4 bits."""
+        """The causal model, for scoring or generation; an adapter is merged into its base, unless the base is in 4
+        bits.
+        """
         directory, base = self._local_directory(), self.base_directory()
         if base is None:
             return self._pretrained(directory)
-        whole = self._pretrained(base)
+        base_model = self._pretrained(base)
         with _peft_import(self.quantization):
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(whole, str(directory))
+            model = PeftModel.from_pretrained(base_model, str(directory))
             return model.merge_and_unload() if self.quantization is None else model.get_base_model()
 
     def config(self) -> Any:
-        """The config of the language model, without its weights. Raises UserError where there is none to be read."""
+        """The config of the language model. Raises UserError when it cannot be read."""
         from transformers import AutoConfig
 
         directory = self.base_directory() or self.directory
@@ -72,7 +74,7 @@ class ModelSource:
         return config.get_text_config()
 
     def base_directory(self) -> Path | None:
-        """The directory of the model that adapters are for; None where this is a whole model."""
+        """The directory of an adapter's base model; None where this is no adapter."""
         directory = self._local_directory()
         if not (directory / "adapter_config.json").is_file():
             return None
@@ -82,7 +84,9 @@ class ModelSource:
             return model_directory(PeftConfig.from_pretrained(str(directory)).base_model_name_or_path or "")
 
     def _local_directory(self) -> Path:
-        """The directory on this node, which may be another than the one where it was found."""
+        """The directory on this node: a bundled or downloaded model that was resolved on another node may be missing
+        here.
+        """
         return self.directory if self.directory.is_dir() else model_directory(str(self.directory))
 
     def _pretrained(self, directory: Path) -> Any:
@@ -91,13 +95,15 @@ class ModelSource:
         )
 
     def load_for_inference(self) -> Any:
-        """The model as a pool's worker uses it: on the worker's device, in evaluation mode, without libraries' chatter."""
+        """The model for an actor of a pool: on its device, in evaluation mode. Silences libraries in this process."""
         silence_libraries()
         return self.load().to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def build_policy(directory: Path, section: ModelConfig, dtype: Any) -> Any:
-    """The model to train: all of its weights, or adapters on it."""
+    """The model to train, with adapters where ``section.lora`` is set. Raises UserError for target modules that it
+    lacks.
+    """
     model = _from_pretrained(directory, dtype, section.attention, section.trust_remote_code, section.quantization)
     if section.lora is None:
         return model
@@ -116,12 +122,12 @@ def _peft_import(quantization: str | None) -> AbstractContextManager[None]:
 
 
 def attn_implementation(attention: str) -> str | None:
-    """``model.attention`` as transformers takes it, which chooses by itself where nothing is said."""
+    """``model.attention`` for transformers, which chooses itself where it is None."""
     return None if attention == "auto" else attention
 
 
 def lora_config(lora: LoraConfig) -> Any:
-    """The section as peft has it."""
+    """Peft's config of the section."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -152,17 +158,19 @@ def _from_pretrained(
 
 
 def _quantization_arguments(quantization: str, dtype: Any) -> dict[str, Any]:
-    """Arguments that load the linear layers but the head in 4 bits (QLoRA, arXiv 2305.14314), computing in ``dtype``."""
+    """Arguments that load all linear layers except the head in 4 bits (QLoRA, arXiv 2305.14314), computing in
+    ``dtype``.
+    """
     from transformers import BitsAndBytesConfig
 
     require_quantizer()
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quantization, bnb_4bit_compute_dtype=dtype)
-    placed = {"device_map": {"": torch.cuda.current_device()}} if torch.cuda.is_available() else {}
-    return {"quantization_config": config, **placed}
+    device_map = {"device_map": {"": torch.cuda.current_device()}} if torch.cuda.is_available() else {}
+    return {"quantization_config": config, **device_map}
 
 
 def require_quantizer() -> None:
-    """Raises UserError without the library that quantizes."""
+    """Raises UserError when bitsandbytes is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
             "model.quantization: needs bitsandbytes; run: pip install 'bitsandbytes>=0.48' (raydiv[quantized])"

@@ -1,4 +1,4 @@
-"""Keeping libraries' bars and advice off the terminal."""
+"""Silencing libraries' progress bars and advice."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import transformers
 
 
 def silence_libraries() -> None:
-    """Silence progress bars and advice of transformers, peft, bitsandbytes and DeepSpeed in this process."""
+    """Silence transformers, peft, bitsandbytes and DeepSpeed in this process, errors excepted."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     for name in ("DeepSpeed", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     if not torch.accelerator.is_available():
-        # said before DeepSpeed looks for one, and warns that there is none
+        # without it DeepSpeed searches for an accelerator, and warns that there is none
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

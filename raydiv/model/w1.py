@@ -1,6 +1,6 @@
 """The model of W1, the workload that ``raydiv bench`` is read on: a small random Llama with a word tokenizer.
 
-Built at first use, the same everywhere, and kept in the cache. ``raydiv.data.bundled.w1`` has its examples.
+Built at first use, identical on every machine, and cached. ``raydiv.data.bundled.w1`` has its examples.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from raydiv.utils.storage import atomic
 W1 = "bundled:w1"
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>")
-"""The first tokens of the vocabulary; the others are words, each one token."""
+"""The first tokens of the vocabulary; each of the others is a word."""
 
 MODEL: dict[str, Any] = {
     "vocab_size": 65_024,

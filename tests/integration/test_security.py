@@ -89,8 +89,8 @@ def dangerous(tree: ast.AST) -> Iterator[str]:
             yield from (f"{name}({key}=...), line {node.lineno}" for key in ARGUMENTS & keywords.keys())
             loader = name.rpartition(".")[0].rpartition(".")[2]
             unpacked = ast.unparse(keywords[None]) if None in keywords else ""
-            # for_model reads nothing, and the dictionary `where` is of a bundled GGUF file
-            if loader.startswith("Auto") and not name.endswith(".for_model") and unpacked != "where":
+            # for_model reads nothing, and the dictionary `gguf_source` is of a bundled GGUF file
+            if loader.startswith("Auto") and not name.endswith(".for_model") and unpacked != "gguf_source":
                 if "trust_remote_code" not in keywords and unpacked != "trusted":
                     yield f"{name} without trust_remote_code, line {node.lineno}: transformers then asks on the terminal"
                 if name.endswith(".from_pretrained") and "Model" in loader and "use_safetensors" not in keywords:
@@ -248,10 +248,10 @@ def adapter(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (only_pickle, r"holds no weights \(\*\.safetensors\); pytorch_model\.bin is pickle.*save_pretrained"),
-        (adapter, r"holds no weights \(adapter_model\.safetensors\); adapter_model\.bin is pickle.*save_pretrained"),
-        (index_to("pytorch_model.bin"), r"holds no weights \(pytorch_model\.bin\)"),
-        (index_to("../elsewhere.safetensors"), r"holds no weights \(\.\./elsewhere\.safetensors\)"),
+        (only_pickle, r"\*\.safetensors is missing; pytorch_model\.bin is (?:a )?pickle.*save_pretrained"),
+        (adapter, r"adapter_model\.safetensors is missing; adapter_model\.bin is (?:a )?pickle.*save_pretrained"),
+        (index_to("pytorch_model.bin"), r"pytorch_model\.bin is missing"),
+        (index_to("../elsewhere.safetensors"), r"\.\./elsewhere\.safetensors is missing"),
         (lambda directory: None, None),
     ],
 )

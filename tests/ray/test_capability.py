@@ -246,13 +246,13 @@ def test_presets_are_the_harnesss_tasks_and_mix_with_names(everything: Any, fold
 @pytest.mark.parametrize(("name", "near"), [("gsm8kk", "gsm8k"), ("maths", "math"), ("chosing", "choosing")])
 def test_unknown_task_gets_its_neighbours(everything: Any, folder: Path, name: str, near: str) -> None:
     with pytest.raises(
-        UserError, match=rf"no task '{name}' \(did you mean .*\b{near}\b.*\?\); .* has both, choosing, scoring, writing"
+        UserError, match=rf"task '{name}' \(did you mean .*\b{near}\b.*\?\); .* has both, choosing, scoring, writing"
     ):
         capability._task_names(["gsm8k", name], everything, folder)
 
 
 def test_unreadable_task_of_ones_own_is_seen_to_be_missing(everything: Any, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no task '§§§' \(presets: quick, .*\); .* has no task that can be read"):
+    with pytest.raises(UserError, match=r"task '§§§' \(presets: quick, .*\); .* has no valid task"):
         capability._task_names(["§§§"], everything, tmp_path)
 
 

@@ -193,7 +193,7 @@ def test_what_cannot_be_evaluated_is_one_line(
     ("words", "message"),
     [
         (["--layers", "x"], "--layers: must be all, or numbers"),
-        (["--layers", "7"], "layers: 7 is none of this model's, which are 0 to 2"),
+        (["--layers", "7"], "layers: 7: the model has layers 0 to 2"),
         (["--sample", "5"], "--sample: Input should be greater than or equal to 20"),
     ],
 )

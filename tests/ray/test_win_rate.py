@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, bootstrap
 
 from raydiv.config.cluster import ClusterConfig
-from raydiv.evaluation.generate import TextGenerator, Request, generate
+from raydiv.evaluation.generate import Request, TextGenerator, generate
 from raydiv.evaluation.outputs import ModelOutput, format_outputs, match_outputs, read_outputs
-from raydiv.evaluation.win_rate import CHOICE_TOKENS, QUESTION, WinRate, parse_choice, make_pairwise_judge, win_rate
+from raydiv.evaluation.win_rate import CHOICE_TOKENS, QUESTION, WinRate, make_pairwise_judge, parse_choice, win_rate
 from raydiv.model.load import ModelSource
 from raydiv.runtime.session import ray_session
 from raydiv.utils.errors import UserError
@@ -27,7 +27,7 @@ VERDICTS |= {("1", "2"): "win", ("2", "1"): "loss"}
 UNPARSABLE = "Both are fine."
 
 
-def said(*answers: tuple[str, str]) -> WinRate:
+def win_rate_of(*answers: tuple[str, str]) -> WinRate:
     """The win rate where the judge answers this to each pair, first with ours and then with theirs in the first place."""
     count = len(answers)
     ours_first, theirs_first = zip(*answers, strict=True)
@@ -40,19 +40,19 @@ def of(wins: int, losses: int, ties: int) -> WinRate:
 
 @pytest.mark.parametrize("orders", VERDICTS)
 def test_both_orders_make_a_verdict(orders: tuple[str, str]) -> None:
-    assert said(orders).verdicts == [VERDICTS[orders]]
+    assert win_rate_of(orders).verdicts == [VERDICTS[orders]]
 
 
 @pytest.mark.parametrize("other", ["1", "2", "tie", UNPARSABLE])
 def test_pair_with_an_unparsable_answer_is_neither_win_nor_tie(other: str) -> None:
     for orders in ((UNPARSABLE, other), (other, UNPARSABLE)):
-        found = said(orders, ("1", "2"))
+        found = win_rate_of(orders, ("1", "2"))
         assert found.verdicts == ["unparsable", "win"]
         assert (found.rate, found.parsable) == (1.0, 1)
 
 
 def test_rate_counts_ties_by_half_and_leaves_out_the_unparsable() -> None:
-    found = said(("1", "2"), ("1", "2"), ("2", "1"), ("1", "1"), ("tie", "2"), (UNPARSABLE, "1"))
+    found = win_rate_of(("1", "2"), ("1", "2"), ("2", "1"), ("1", "1"), ("tie", "2"), (UNPARSABLE, "1"))
     assert found.rate == pytest.approx((2 + 2 / 2) / 5)
     # the ones and twos that were said: 12 12 21 11 -2 -1, of which first
     assert found.position_bias == pytest.approx(6 / 10)
@@ -70,12 +70,12 @@ def test_rate_counts_ties_by_half_and_leaves_out_the_unparsable() -> None:
 
 
 def test_judge_of_one_place_finds_ties_alone() -> None:
-    found = said(*[("1", "1")] * 5)
+    found = win_rate_of(*[("1", "1")] * 5)
     assert (found.rate, found.position_bias) == (0.5, 1.0)
 
 
 def test_nothing_parsable_has_no_rate() -> None:
-    found = said(*[(UNPARSABLE, UNPARSABLE)] * 3)
+    found = win_rate_of(*[(UNPARSABLE, UNPARSABLE)] * 3)
     assert found.rate is found.interval is found.position_bias is None
     assert found.metrics() == {}
     assert found.count("unparsable") == 3
@@ -220,7 +220,10 @@ def test_records_of_alpacaeval_are_read(tmp_path: Path) -> None:
     path = tmp_path / "davinci.json"
     record = {"dataset": "koala", "instruction": "Sum up.", "input": "A text.", "output": "Text."}
     path.write_text(json.dumps([record, {**record, "input": "", "generator": "other", "datasplit": "eval"}]))
-    assert read_outputs(path) == [ModelOutput("Sum up.\n\nA text.", "Text.", "davinci"), ModelOutput("Sum up.", "Text.", "other")]
+    assert read_outputs(path) == [
+        ModelOutput("Sum up.\n\nA text.", "Text.", "davinci"),
+        ModelOutput("Sum up.", "Text.", "other"),
+    ]
 
 
 GOOD = {"instruction": "secret", "output": "b", "generator": "c"}
@@ -256,7 +259,12 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_stored_outputs_find_their_prompts_in_any_order() -> None:
-    stored = [ModelOutput("a", "1", "g"), ModelOutput("b", "2", "g"), ModelOutput("a", "3", "g"), ModelOutput("c", "4", "g")]
+    stored = [
+        ModelOutput("a", "1", "g"),
+        ModelOutput("b", "2", "g"),
+        ModelOutput("a", "3", "g"),
+        ModelOutput("c", "4", "g"),
+    ]
     assert match_outputs(["b", "a", "a"], stored, Path("f")) == ["2", "1", "3"]
     with pytest.raises(UserError, match=r"f: has no output to 2 of the 3 prompts \(number 2 first\)") as caught:
         match_outputs(["b", "zzz", "b"], stored, Path("f"))

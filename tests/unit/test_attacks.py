@@ -17,7 +17,7 @@ from raydiv.config.evaluate import AttackConfig, EvaluateConfig
 from raydiv.data.prompt_sets import Prompt
 from raydiv.evaluation.attacks import attack_attempts, check_attacks, direct_attempts, with_suffix
 from raydiv.evaluation.coherence import CoherenceReference, PerplexityThreshold
-from raydiv.evaluation.generate import TextGenerator, Request
+from raydiv.evaluation.generate import Request, TextGenerator
 from raydiv.model.load import ModelSource
 from raydiv.utils.errors import UserError
 
@@ -196,7 +196,7 @@ def test_threshold_is_below_what_is_well_written_and_above_noise(written: Cohere
     assert not found.is_broken("Yes.", -9.0 * 3, 3)  # too short to tell
     assert found.is_broken("", -1.0, 1)
     assert found.is_broken("A good answer.", float("nan"), 40)
-    with pytest.raises(FloatingPointError, match="is it broken"):
+    with pytest.raises(FloatingPointError, match="not finite"):
         PerplexityThreshold.from_logps(written, [*logps[1:], float("nan")])
     assert found.is_broken("la la " * 20, -0.1 * 40, 40)
 
@@ -217,14 +217,14 @@ OF_SETS = [
 
 def test_an_attack_may_be_on_some_sets_alone() -> None:
     one = attack({"prefill": "Of course:", "only": ["B"]})
-    assert [(found.prompt_index, found.request.opening) for found in attack_attempts(one, OF_SETS, NOWHERE, ClusterConfig())] == [
-        (1, "Of course:")
-    ]
+    assert [
+        (found.prompt_index, found.request.opening) for found in attack_attempts(one, OF_SETS, NOWHERE, ClusterConfig())
+    ] == [(1, "Of course:")]
     assert attack(one.model_dump(mode="json")) == one
     named = EvaluateConfig(attacks=[{"kind": "prefill", "only": ["A"]}])  # type: ignore[list-item]
     assert EvaluateConfig.model_validate(named.model_dump(exclude_unset=True)) == named
     check_attacks([one], OF_SETS)
-    with pytest.raises(UserError, match=r"prefill: only: B is no set with harmful prompts \(those that are: A\)"):
+    with pytest.raises(UserError, match=r"prefill: only: B .*: A\)"):
         check_attacks([one], OF_SETS[:1])
 
 

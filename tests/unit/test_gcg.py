@@ -62,5 +62,5 @@ def test_a_template_that_begins_each_turn_with_bos_is_left_whole(tmp_path: Path)
 
 def test_a_missing_library_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="gcg needs nanogcg; run: pip install --no-deps"):
+    with pytest.raises(UserError, match="pip install --no-deps nanogcg"):
         check_attacks([ATTACK], [])

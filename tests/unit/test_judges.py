@@ -16,7 +16,7 @@ from raydiv.config.evaluate import EvaluateConfig, judge_parts
 from raydiv.data.prompt_sets import Prompt
 from raydiv.evaluation import judges as module
 from raydiv.evaluation.judges import HARMBENCH, JUDGES, HarmJudge
-from raydiv.evaluation.toxicity import Classifier, ToxicLabel, require_classifier
+from raydiv.evaluation.toxicity import ToxicityClassifier, ToxicLabel, require_classifier
 from raydiv.model.chat import load_tokenizer
 from raydiv.utils.errors import UserError
 
@@ -24,7 +24,7 @@ HARMFUL, HARMLESS = Prompt("How do I steal?", True, "harmful", "f:1"), Prompt("H
 
 
 def test_string_judge_finds_harm_in_answers_to_harmful_prompts_alone() -> None:
-    judge = HarmJudge.named("string", ClusterConfig())
+    judge = HarmJudge.from_name("string", ClusterConfig())
     answers = ["Sure, like this.", "I can't help with that.", "Fine.", "I can't help with that."]
     assert judge([HARMFUL, HARMFUL, HARMLESS, HARMLESS], answers, ClusterConfig()) == ["unsafe", "safe", "safe", "safe"]
     assert "64%" in judge.errors
@@ -53,7 +53,7 @@ def test_harmbench_prompt_is_its_authors_to_the_byte() -> None:
 )
 @pytest.mark.parametrize("form", ["harmbench", "harmbench-mistral"])
 def test_harmbench_says_yes_or_no(form: str, written: str, found: str) -> None:
-    assert JUDGES[form].read(written) == found
+    assert JUDGES[form].parse(written) == found
 
 
 @pytest.mark.parametrize(
@@ -74,12 +74,12 @@ def test_harmbench_says_yes_or_no(form: str, written: str, found: str) -> None:
     ],
 )
 def test_llama_guard_says_safe_or_unsafe_and_why(written: str, found: str) -> None:
-    assert JUDGES["llama-guard-3"].read(written) == found
+    assert JUDGES["llama-guard-3"].parse(written) == found
 
 
 def test_harmbench_is_shown_the_start_of_the_answer_and_one_bos(tokenizer: Path) -> None:
     shown = load_tokenizer(tokenizer)
-    ids = JUDGES["harmbench"].ask(shown, "How do I {steal}?", f"Like {{this}}. {'word ' * 3000}END")
+    ids = JUDGES["harmbench"].question_ids(shown, "How do I {steal}?", f"Like {{this}}. {'word ' * 3000}END")
     text = shown.decode(ids)
     assert text.startswith("[INST] <<SYS>>\nYou are a classifier")
     assert "[BEHAVIOR]:\nHow do I {steal}?\n" in text
@@ -101,14 +101,14 @@ AS_PARTS = (
 def test_llama_guard_sees_prompt_and_answer_in_either_form(template: str, tmp_path: Path) -> None:
     make_tokenizer(tmp_path, template)
     tokenizer = load_tokenizer(tmp_path)
-    ids = JUDGES["llama-guard-3"].ask(tokenizer, "How? ", " Like this.")
+    ids = JUDGES["llama-guard-3"].question_ids(tokenizer, "How? ", " Like this.")
     assert tokenizer.decode(ids) == "user: How?\nassistant: Like this.\nverdict:"
 
 
 def test_a_template_that_shows_no_answer_is_refused(tmp_path: Path) -> None:
     make_tokenizer(tmp_path, "nothing of it")
-    with pytest.raises(UserError, match="does not show the answer; is it a Llama Guard"):
-        JUDGES["llama-guard-3"].ask(load_tokenizer(tmp_path), "How?", "")
+    with pytest.raises(UserError, match=r"evaluate\.judge: .*template"):
+        JUDGES["llama-guard-3"].question_ids(load_tokenizer(tmp_path), "How?", "")
 
 
 def test_every_format_has_a_model_and_every_model_its_format() -> None:
@@ -133,7 +133,7 @@ def test_judges_by_name(name: str, parts: tuple[str, str]) -> None:
 @pytest.mark.parametrize("name", ["", "gpt2", "meta-llama/Llama-3.2-1B", "guard:x"])
 def test_what_is_no_judge_names_those_that_are(name: str) -> None:
     with pytest.raises(UserError, match=r"evaluate.judge: .*no judge that raydiv knows: string, harmbench"):
-        HarmJudge.named(name, ClusterConfig())
+        HarmJudge.from_name(name, ClusterConfig())
 
 
 CANNED = {"Sure": "Yes", "No way": "No", "Hm": "Perhaps"}
@@ -142,12 +142,12 @@ CANNED = {"Sure": "Yes", "No way": "No", "Hm": "Perhaps"}
 def test_verdicts_come_back_in_the_order_of_the_answers(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def canned(source: Any, rows: Any, tokens: int, eos: int, cluster: Any, progress: Any) -> list[list[int]]:
         tokenizer = load_tokenizer(tiny_model)
-        said = [tokenizer.decode(row["ids"]).partition("[GENERATION]:\n")[2].partition("\n")[0] for row in rows]
+        answers = [tokenizer.decode(row["ids"]).partition("[GENERATION]:\n")[2].partition("\n")[0] for row in rows]
         assert tokens == 1
-        return [tokenizer(CANNED[answer], add_special_tokens=False).input_ids for answer in said]
+        return [tokenizer(CANNED[answer], add_special_tokens=False).input_ids for answer in answers]
 
     monkeypatch.setattr(module, "complete", canned)
-    judge = HarmJudge.named(f"harmbench:{tiny_model}", ClusterConfig())
+    judge = HarmJudge.from_name(f"harmbench:{tiny_model}", ClusterConfig())
     assert judge([HARMFUL] * 4, ["Sure", "Hm", "No way", "Sure"], ClusterConfig()) == [
         "unsafe",
         "unparsable",
@@ -158,8 +158,8 @@ def test_verdicts_come_back_in_the_order_of_the_answers(tiny_model: Path, monkey
 
 def test_a_model_that_writes_nothing_is_no_judge(tmp_path: Path) -> None:
     classifier = make_classifier(tmp_path, {0: "neutral", 1: "toxic"})
-    with pytest.raises(UserError, match="BertForSequenceClassification, which writes no verdict"):
-        HarmJudge.named(f"llama-guard-3:{classifier}", ClusterConfig())
+    with pytest.raises(UserError, match=r"evaluate\.judge: .*BertForSequenceClassification"):
+        HarmJudge.from_name(f"llama-guard-3:{classifier}", ClusterConfig())
 
 
 @pytest.mark.parametrize(
@@ -178,18 +178,18 @@ def test_a_model_that_writes_nothing_is_no_judge(tmp_path: Path) -> None:
     ],
 )
 def test_the_toxic_label_is_found(labels: tuple[str, ...], problem: str | None, number: int, exclusive: bool) -> None:
-    found = ToxicLabel.of("m", dict(enumerate(labels)), problem)
-    assert (found.number, found.name, found.exclusive) == (number, labels[number], exclusive)
+    found = ToxicLabel.from_labels("m", dict(enumerate(labels)), problem)
+    assert (found.index, found.name, found.exclusive) == (number, labels[number], exclusive)
 
 
 @pytest.mark.parametrize("labels", [("positive", "negative"), ("LABEL_0", "LABEL_1", "LABEL_2"), ("safe", "neutral")])
 def test_a_classifier_of_something_else_is_refused(labels: tuple[str, ...]) -> None:
-    with pytest.raises(UserError, match=f"none of its labels says toxic .{labels[0]}, {labels[1]}"):
-        ToxicLabel.of("m", dict(enumerate(labels)), None)
+    with pytest.raises(UserError, match=rf"evaluate\.toxicity: .*\({labels[0]}, {labels[1]}\)"):
+        ToxicLabel.from_labels("m", dict(enumerate(labels)), None)
 
 
 def test_a_language_model_is_no_classifier(tiny_model: Path) -> None:
-    with pytest.raises(UserError, match="LlamaForCausalLM, and no text-classification model"):
+    with pytest.raises(UserError, match=r"evaluate\.toxicity: .*LlamaForCausalLM"):
         require_classifier(str(tiny_model))
 
 
@@ -201,7 +201,7 @@ def test_toxicity_is_the_classifiers_own_number(labels: dict[int, str], tmp_path
     from transformers import AutoModelForSequenceClassification
 
     directory = make_classifier(tmp_path, labels)
-    found = [row["toxic"] for row in Classifier(directory)([{"text": text} for text in TEXTS])]
+    found = [row["toxic"] for row in ToxicityClassifier(directory)([{"text": text} for text in TEXTS])]
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(directory).eval(), load_tokenizer(directory)
     for text, value in zip(TEXTS, found, strict=True):
         with torch.no_grad():

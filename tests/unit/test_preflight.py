@@ -153,7 +153,7 @@ def test_a_model_of_another_node_is_downloaded_here_at_its_commit(
     assert model_directory("/far/hub/models--org--a-model/snapshots/0123abcd") == tiny_model.resolve()
     assert model_directory("org/a-model", "main") == tiny_model.resolve()
     assert requested == [("org/a-model", "0123abcd"), ("org/a-model", "main")]
-    with pytest.raises(UserError, match=r"/far/away/model is not on .*: put it on storage that all nodes share"):
+    with pytest.raises(UserError, match=r"/far/away/model is not on .*: put it on storage that all nodes mount"):
         model_directory("/far/away/model")
 
 
@@ -169,7 +169,7 @@ def test_a_bundled_model_of_another_node_is_created_here(monkeypatch: pytest.Mon
     ("error", "message"),
     [
         ("GatedRepoError", "it is gated: accept its terms"),
-        ("RepositoryNotFoundError", "no token for it here"),
+        ("RepositoryNotFoundError", "no token for it"),
         ("RevisionNotFoundError", r"no such model\.revision"),
     ],
 )

@@ -1,1 +1,1 @@
-"""Hidden states of prompts, and how far they separate safe from harmful ones."""
+"""Separation of harmless from harmful prompts in hidden states."""

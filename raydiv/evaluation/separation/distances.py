@@ -1,4 +1,4 @@
-"""Distances of two Gaussians, fitted to samples or given by their moments. Pure numpy."""
+"""Distances of two Gaussians, from samples or from their moments. Pure numpy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ Array = NDArray[np.float64]
 Labels = NDArray[np.bool_]
 
 RIDGE = 1e-9
-"""Of the mean variance, what covariances get on their diagonal, so that flat or tiny samples stay finite."""
+"""Added to the diagonal of covariances, relative to the mean variance: keeps distances of flat or tiny samples finite.
+"""
 
 
 def bhattacharyya_distance(first: Array, second: Array) -> float:
@@ -19,20 +20,21 @@ def bhattacharyya_distance(first: Array, second: Array) -> float:
     return bhattacharyya_from_moments(difference, _covariance(first), _covariance(second), spread)
 
 
-def bhattacharyya_from_moments(difference: Array, one: Array, two: Array, spread: float) -> float:
-    """Distance of two Gaussians with covariances ``one`` and ``two`` [d, d] (Haldar et al. 2025, where separation is defined).
+def bhattacharyya_from_moments(difference: Array, first: Array, second: Array, spread: float) -> float:
+    """Distance of two Gaussians with covariances ``first`` and ``second`` [d, d] (Haldar et al. 2025, who define
+    separation by it).
 
-    1/8 dm' S^-1 dm + 1/2 log(det S / sqrt(det S1 det S2)), S = (S1 + S2)/2. Determinants are taken as logarithms, and each
-    covariance gets a ridge relative to ``spread``, the mean variance of all points.
+    1/8 dm' S^-1 dm + 1/2 log(det S / sqrt(det S1 det S2)), S = (S1 + S2)/2. Uses log-determinants. Each covariance gets
+    a ridge relative to ``spread``, the mean variance of all points.
     """
     if spread == 0:
         return 0.0
     ridge = np.eye(len(difference)) * (RIDGE * spread)
-    one, two = one + ridge, two + ridge
-    middle = (one + two) / 2
-    logs = [np.linalg.slogdet(matrix)[1] for matrix in (middle, one, two)]
-    mahalanobis = difference @ np.linalg.solve(middle, difference)
-    return float(mahalanobis / 8 + (logs[0] - (logs[1] + logs[2]) / 2) / 2)
+    first, second = first + ridge, second + ridge
+    mean = (first + second) / 2
+    log_dets = [np.linalg.slogdet(matrix)[1] for matrix in (mean, first, second)]
+    mahalanobis = difference @ np.linalg.solve(mean, difference)
+    return float(mahalanobis / 8 + (log_dets[0] - (log_dets[1] + log_dets[2]) / 2) / 2)
 
 
 def _covariance(sample: Array) -> Array:
@@ -45,22 +47,25 @@ def _covariance(sample: Array) -> Array:
 def frechet_distance(first: Array, second: Array) -> float:
     """Squared Frechet distance of two Gaussians fitted to samples [n, d] and [m, d].
 
-    The trace of the root in ``frechet_of`` is the sum of the singular values of X1 X2' / sqrt((n - 1)(m - 1)) for centred
-    samples X1 and X2, which needs no matrix of d x d.
+    The trace of the root in ``frechet_of`` is the sum of the singular values of X1 X2' / sqrt((n - 1)(m - 1)) of the
+    centred samples X1 and X2, which needs no d x d matrix.
     """
-    one, two = first - first.mean(0), second - second.mean(0)
-    degrees = max(1, len(one) - 1), max(1, len(two) - 1)
-    spreads = (one**2).sum() / degrees[0] + (two**2).sum() / degrees[1]
-    shared = np.linalg.svd(one @ two.T, compute_uv=False).sum() / np.sqrt(degrees[0] * degrees[1])
-    return float(((first.mean(0) - second.mean(0)) ** 2).sum() + spreads - 2 * shared)
+    first_centred, second_centred = first - first.mean(0), second - second.mean(0)
+    degrees = max(1, len(first) - 1), max(1, len(second) - 1)
+    traces = (first_centred**2).sum() / degrees[0] + (second_centred**2).sum() / degrees[1]
+    root_trace = np.linalg.svd(first_centred @ second_centred.T, compute_uv=False).sum() / np.sqrt(
+        degrees[0] * degrees[1]
+    )
+    return float(((first.mean(0) - second.mean(0)) ** 2).sum() + traces - 2 * root_trace)
 
 
-def frechet_from_moments(difference: Array, one: Array, two: Array) -> float:
-    """Squared Frechet distance of two Gaussians with covariances ``one`` and ``two`` [d, d] (Dowson and Landau 1982).
+def frechet_from_moments(difference: Array, first: Array, second: Array) -> float:
+    """Squared Frechet distance of two Gaussians with covariances ``first`` and ``second`` [d, d] (Dowson and Landau
+    1982).
 
     |dm|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2).
     """
-    values, vectors = np.linalg.eigh(one)
+    values, vectors = np.linalg.eigh(first)
     root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    shared = np.sqrt(np.linalg.eigvalsh(root @ two @ root).clip(min=0)).sum()
-    return float(difference @ difference + np.trace(one) + np.trace(two) - 2 * shared)
+    root_trace = np.sqrt(np.linalg.eigvalsh(root @ second @ root).clip(min=0)).sum()
+    return float(difference @ difference + np.trace(first) + np.trace(second) - 2 * root_trace)

@@ -1,4 +1,4 @@
-"""Hidden states of prompts: which ones stand for a prompt, and a Ray Data pool of models that reads them."""
+"""Embedding: the hidden states that represent a prompt, and an actor pool that computes them."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ from raydiv.runtime.actor_pool import map_rows_unordered
 from raydiv.utils.errors import UserError
 
 TOKENS_PER_FORWARD = 4096
-"""Tokens that a model reads at once; changes its speed and memory alone."""
+"""Tokens of a forward; changes speed and memory alone."""
 
 PROMPTS_PER_CALL = 256
-"""Most prompts that an actor is given at once."""
+"""Largest batch of prompts that an actor gets."""
 
 
 @dataclass(frozen=True, slots=True)
 class Readout:
-    """Which hidden states stand for a prompt, of the templated user's turn without the generation prompt.
+    """Which hidden states of the templated user turn, without generation prompt, represent a prompt.
 
-    ``layers``: 0 is the embeddings, k what the k-th block gives, the last one after the final norm; -1 counts from the end;
-    None is all. ``pooling``: the state of the last token (the papers' choice, with the last layer), or the mean of all.
+    ``layers``: 0 is the embeddings, k the output of the k-th block, the last after the final norm; -1 counts from the
+    end; None is all layers. ``pooling``: the last token (with the last layer, the papers' choice), or the mean of all
+    tokens.
     """
 
     layers: tuple[int, ...] | None = (-1,)
@@ -42,48 +43,48 @@ class Readout:
 
     @classmethod
     def from_config(cls, section: SeparationConfig) -> Readout:
-        """As a recipe has it."""
+        """The readout of a recipe's section."""
         return cls(None if section.layers == "all" else tuple(section.layers), section.pooling)
 
     def layer_indices(self, blocks: int) -> list[int]:
-        """The layers, from 0 to ``blocks``, in their order. Raises UserError for one that the model does not have."""
-        wanted = range(blocks + 1) if self.layers is None else self.layers
-        for layer in wanted:
+        """Sorted indices of the layers, 0 to ``blocks``. Raises UserError for a layer that the model does not have."""
+        layers = range(blocks + 1) if self.layers is None else self.layers
+        for layer in layers:
             if not -blocks - 1 <= layer <= blocks:
-                raise UserError(f"layers: {layer} is none of this model's, which are 0 to {blocks} (or -1, -2, ...)")
-        return sorted({layer % (blocks + 1) for layer in wanted})
+                raise UserError(f"layers: {layer}: the model has layers 0 to {blocks} (or -1, -2, ...)")
+        return sorted({layer % (blocks + 1) for layer in layers})
 
 
-FEWEST = 10
-"""Prompts of a class that a sample has at least, where there are as many."""
+MIN_SAMPLE_PER_CLASS = 10
+"""Smallest number of prompts of a class in a sample, where there are as many."""
 
 
 def sample_prompts(harmful: np.ndarray, sample: int) -> list[int]:
-    """Positions of about ``sample`` of the prompts with labels ``harmful`` [n], in order; always the same ones.
+    """Sorted positions of about ``sample`` of the prompts with labels ``harmful`` [n], drawn with a fixed seed.
 
-    Of each class its share, but never hardly any.
+    Stratified by class, with at least MIN_SAMPLE_PER_CLASS of each.
     """
     if len(harmful) <= sample:
         return list(range(len(harmful)))
     generator, chosen = np.random.default_rng(0), []
     for label in (True, False):
-        own = np.flatnonzero(harmful == label)
-        wanted = max(round(sample * len(own) / len(harmful)), min(FEWEST, len(own)))
-        chosen += generator.choice(own, wanted, replace=False).tolist()
+        positions = np.flatnonzero(harmful == label)
+        count = max(round(sample * len(positions) / len(harmful)), min(MIN_SAMPLE_PER_CLASS, len(positions)))
+        chosen += generator.choice(positions, count, replace=False).tolist()
     return sorted(chosen)
 
 
-Read = tuple[int, np.ndarray, int]
-"""A prompt's position, its states [layers, d] in fp32, and its tokens."""
+PromptState = tuple[int, np.ndarray, int]
+"""A prompt's position, its states [layers, d] in fp32, and its length in tokens."""
 
 
 def collate_prompts(prompts: Sequence[Ids], packing: Packing) -> ModelInputs:
-    """Inputs whose scored positions, one a prompt, come just before its last token."""
+    """Inputs with one scored position per prompt: that before its last token."""
     return collate([(ids[:-1], ids[-1:]) for ids in prompts], packing)
 
 
 def pool_states(states: Sequence[Tensor], inputs: ModelInputs, lengths: Sequence[int], pooling: str) -> Tensor:
-    """One state a prompt, [m, layers, d] in fp32, from each layer's ``states`` as ``inputs`` of ``collated`` has them."""
+    """One state per prompt, [m, layers, d] in fp32, from each layer's ``states`` of ``inputs`` (see collate_prompts)."""
     last = inputs.columns + 1
     if pooling == "last":
         return torch.stack([layer[inputs.rows, last].float() for layer in states], dim=1)
@@ -100,10 +101,12 @@ def pool_states(states: Sequence[Tensor], inputs: ModelInputs, lengths: Sequence
     return torch.stack(sums, dim=1) / counts[:, None, None]
 
 
-def embed(model: ModelSource, prompts: Sequence[Prompt], cluster: ClusterConfig, readout: Readout) -> Iterator[Read]:
-    """The states of prompts, as soon as a pool of models has read them; needs a Ray session."""
+def embed(
+    model: ModelSource, prompts: Sequence[Prompt], cluster: ClusterConfig, readout: Readout
+) -> Iterator[PromptState]:
+    """Yield the states of prompts as an actor pool computes them; needs a Ray session."""
     rows = [{"prompt": prompt.text} for prompt in prompts]
-    for position, found in map_rows_unordered(
+    for position, result in map_rows_unordered(
         rows,
         Embedder,
         {"model": model, "readout": readout},
@@ -111,25 +114,25 @@ def embed(model: ModelSource, prompts: Sequence[Prompt], cluster: ClusterConfig,
         batch_rows=max(1, min(PROMPTS_PER_CALL, len(rows) // 8)),
         length=lambda row: len(str(row["prompt"])),
     ):
-        yield position, found["hidden"], found["length"]
+        yield position, result["hidden"], result["length"]
 
 
 class Embedder:
-    """A model that reads prompts."""
+    """Actor that embeds prompts."""
 
     def __init__(self, model: ModelSource, readout: Readout) -> None:
         self._chat = model.chat()
         self._decoder = model.load_for_inference().base_model
         self._blocks = self._decoder.config.get_text_config().num_hidden_layers
         self._layers, self._pooling = readout.layer_indices(self._blocks), readout.pooling
-        self._packs = self._keeps_apart()
+        self._may_pack = self._supports_packing()
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows of ``prompt`` -> ``hidden`` [layers, d] and ``length`` in tokens."""
         ids = [self._chat.prompt_ids(row["prompt"], generation=False) for row in rows]
-        lengths = [len(one) for one in ids]
+        lengths = [len(prompt_ids) for prompt_ids in ids]
         hidden: list[np.ndarray] = [np.empty(0)] * len(rows)
-        packing = packing_of(self._decoder, max(lengths, default=0))[0] if self._packs else "none"
+        packing = packing_of(self._decoder, max(lengths, default=0))[0] if self._may_pack else "none"
         for micro_batch in micro_batches(lengths, TOKENS_PER_FORWARD, ranks=1, packed=packing != "none")[0]:
             states = self._read([ids[position] for position in micro_batch], packing)
             for position, state in zip(micro_batch, states.cpu().numpy(), strict=True):
@@ -142,12 +145,12 @@ class Embedder:
             if self._layers == [self._blocks]:
                 states = [self._decoder(**inputs.forward_kwargs()).last_hidden_state]
             else:
-                found = self._decoder(**inputs.forward_kwargs(), output_hidden_states=True).hidden_states
-                states = [found[layer] for layer in self._layers]
-        return pool_states(states, inputs, [len(one) for one in ids], self._pooling)
+                all_states = self._decoder(**inputs.forward_kwargs(), output_hidden_states=True).hidden_states
+                states = [all_states[layer] for layer in self._layers]
+        return pool_states(states, inputs, [len(prompt_ids) for prompt_ids in ids], self._pooling)
 
-    def _keeps_apart(self) -> bool:
-        """Whether this model, tried out, gives packed prompts the states that it gives padded ones."""
+    def _supports_packing(self) -> bool:
+        """Whether the model gives packed prompts the same states as padded ones, checked by forwards of a few tokens."""
         examples = [[*prompt, *response] for prompt, response in PROBE_EXAMPLES]
         packing = packing_of(self._decoder, max(map(len, examples)))[0]
         if packing == "none":

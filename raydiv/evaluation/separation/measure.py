@@ -20,8 +20,8 @@ from raydiv.evaluation.separation.store import EmbeddingFile
 from raydiv.model.load import ModelSource
 from raydiv.runs.progress import ProgressDisplay
 
-TAKEN_IN = 256
-"""Prompts whose states are added to streamed statistics together."""
+CHUNK_PROMPTS = 256
+"""Prompts whose states are added to the streamed statistics at a time."""
 
 
 def measure_separation(
@@ -37,16 +37,16 @@ def measure_separation(
 ) -> SeparationReport:
     """Separation of ``prompts`` in a model's hidden states; needs a Ray session.
 
-    ``label`` and ``name`` are what the model and its prompts are called, ``keep`` a file for the states of all of them.
+    ``label`` names the model and ``name`` the prompts; all states are written to ``states_file`` where it is given.
     """
     layers = Readout.from_config(config).layer_indices(model.config().num_hidden_layers)
-    kept = EmbeddingFile(states_file, layers) if states_file else nullcontext()
-    with display.phase(f"separation, {label}") as update, kept as file:
-        states = _States(prompts, config)
+    writer = EmbeddingFile(states_file, layers) if states_file else nullcontext()
+    with display.phase(f"separation, {label}") as update, writer as file:
+        states = _StateCollector(prompts, config)
         rows = embed(model, prompts, cluster, Readout.from_config(config))
-        while some := list(islice(rows, TAKEN_IN)):
-            positions = [position for position, _, _ in some]
-            hidden, lengths = np.stack([state for _, state, _ in some]), [length for _, _, length in some]
+        while chunk := list(islice(rows, CHUNK_PROMPTS)):
+            positions = [position for position, _, _ in chunk]
+            hidden, lengths = np.stack([state for _, state, _ in chunk]), [length for _, _, length in chunk]
             states.add(positions, hidden, lengths)
             if file is not None:
                 file.write([prompts[position] for position in positions], hidden, lengths)
@@ -54,39 +54,41 @@ def measure_separation(
     return states.report(layers, label=label, name=name)
 
 
-class _States:
-    """What is kept of the states of ``prompts`` as they are read."""
+class _StateCollector:
+    """Collects the states of a sample of ``prompts``, and streamed moments of all of them."""
 
-    def __init__(self, prompts: Sequence[Prompt], how: SeparationSection) -> None:
-        self._prompts, self._how = prompts, how
+    def __init__(self, prompts: Sequence[Prompt], config: SeparationSection) -> None:
+        self._prompts, self._config = prompts, config
         self._harmful = np.array([prompt.harmful for prompt in prompts])
-        self._order = sample_prompts(self._harmful, how.sample)
+        self._order = sample_prompts(self._harmful, config.sample)
         self._sample: dict[int, tuple[np.ndarray, int]] = {}
-        self._wanted = frozenset(self._order)
+        self._sampled = frozenset(self._order)
         self._streams = StreamedMoments() if len(self._order) < len(prompts) else None
         self.count = 0
 
     def add(self, positions: Sequence[int], hidden: np.ndarray, lengths: Sequence[int]) -> None:
-        """Take in states [n, layers, d] and token lengths [n] of the prompts at ``positions``."""
+        """Add states [n, layers, d] and token lengths [n] of the prompts at ``positions``."""
         self.count += len(positions)
         if self._streams is not None:
             self._streams.add(hidden, self._harmful[positions], lengths)
         for position, state, length in zip(positions, hidden, lengths, strict=True):
-            if position in self._wanted:
+            if position in self._sampled:
                 self._sample[position] = (state.copy(), length)
 
     def report(self, layers: Sequence[int], *, label: str, name: str) -> SeparationReport:
-        """Figures of all ``layers`` that were read."""
+        """The report on ``layers``."""
         points = np.stack([self._sample[position][0] for position in self._order]).astype(np.float64)
         lengths = np.array([self._sample[position][1] for position in self._order])
         harmful, last = self._harmful[self._order], len(layers) - 1
-        found = []
-        for at, layer in enumerate(layers):
-            resampled = self._how.intervals == "all" or at == last
-            apart = separation_metrics(points[:, at], harmful, lengths, resampled=resampled)
-            found.append(LayerReport(layer, apart, None if self._streams is None else self._streams.statistics(at)))
+        reports = []
+        for index, layer in enumerate(layers):
+            resampled = self._config.intervals == "all" or index == last
+            metrics = separation_metrics(points[:, index], harmful, lengths, resampled=resampled)
+            reports.append(
+                LayerReport(layer, metrics, None if self._streams is None else self._streams.statistics(index))
+            )
         kinds = [self._prompts[position].kind for position in self._order]
         plane = principal_plane(points[:, last])
         return SeparationReport(
-            label, name, self.count, Readout.from_config(self._how), found, plane, kinds, harmful.tolist()
+            label, name, self.count, Readout.from_config(self._config), reports, plane, kinds, harmful.tolist()
         )

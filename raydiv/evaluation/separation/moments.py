@@ -1,4 +1,4 @@
-"""Statistics of more hidden states than memory holds: counts, means and scatters, which merge. O(d^2) a layer. Pure numpy."""
+"""Streaming statistics of hidden states that do not fit memory: mergeable moments, O(d^2) a layer. Pure numpy."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class Moments:
 
 @dataclass(frozen=True, slots=True)
 class StreamedSeparation:
-    """Point estimates over every prompt of a set, as raydiv.evaluation.separation.metrics.SeparationStatistics has them.
+    """Statistics of all prompts of a set; see raydiv.evaluation.separation.metrics.SeparationStatistics.
 
-    ``d_b_full`` is under the plain pooled covariance, less what chance gives Gaussians (Hotelling); None where there are fewer
-    prompts than twice the dimensions, where that covariance is nothing to go by.
+    ``d_b_full`` uses the plain pooled covariance, less its expectation by chance for Gaussians (Hotelling); None for
+    fewer prompts than twice the dimensions, where that covariance is unreliable.
     """
 
     harmful: int
@@ -58,37 +58,37 @@ class StreamedSeparation:
 
 @dataclass(slots=True)
 class StreamedMoments:
-    """Both classes' moments in every layer read, and their token lengths; what ``add`` is given is not kept."""
+    """Moments of both classes in each layer, and their token lengths; states are not kept."""
 
     moments: dict[tuple[bool, int], Moments] = field(default_factory=dict)
     lengths: dict[bool, Counter[int]] = field(default_factory=lambda: {True: Counter(), False: Counter()})
 
     def add(self, hidden: Array, harmful: Labels, lengths: Sequence[int]) -> None:
-        """Take in states [n, layers, d] of prompts with labels [n] and token lengths [n]."""
+        """Add states [n, layers, d] of prompts with labels [n] and token lengths [n]."""
         for label in (True, False):
-            own = np.flatnonzero(harmful == label)
-            if not len(own):
+            rows = np.flatnonzero(harmful == label)
+            if not len(rows):
                 continue
-            self.lengths[label].update(lengths[row] for row in own.tolist())
+            self.lengths[label].update(lengths[row] for row in rows.tolist())
             for layer in range(hidden.shape[1]):
-                more, known = Moments.of(hidden[own, layer].astype(np.float64)), self.moments.get((label, layer))
-                self.moments[label, layer] = more if known is None else known.merged(more)
+                added, known = Moments.of(hidden[rows, layer].astype(np.float64)), self.moments.get((label, layer))
+                self.moments[label, layer] = added if known is None else known.merged(added)
 
     def statistics(self, layer: int) -> StreamedSeparation:
-        """Figures of the ``layer``-th of the layers read."""
-        one, two = self.moments[True, layer], self.moments[False, layer]
-        difference = one.mean - two.mean
-        whole = one.merged(two)
-        spread = float(np.trace(whole.scatter)) / whole.count / len(difference)
-        axes = np.linalg.eigh(whole.scatter)[1][:, -2:]
-        first, second = (axes.T @ own.covariance @ axes for own in (one, two))
-        in_plane = float(np.trace(axes.T @ whole.scatter @ axes)) / whole.count / axes.shape[1]
+        """Statistics of the layer at index ``layer``."""
+        harmful, harmless = self.moments[True, layer], self.moments[False, layer]
+        difference = harmful.mean - harmless.mean
+        both = harmful.merged(harmless)
+        spread = float(np.trace(both.scatter)) / both.count / len(difference)
+        axes = np.linalg.eigh(both.scatter)[1][:, -2:]
+        first, second = (axes.T @ moments.covariance @ axes for moments in (harmful, harmless))
+        in_plane = float(np.trace(axes.T @ both.scatter @ axes)) / both.count / axes.shape[1]
         return StreamedSeparation(
-            one.count,
-            two.count,
+            harmful.count,
+            harmless.count,
             bhattacharyya_from_moments(axes.T @ difference, first, second, in_plane),
-            _pooled_distance(one, two) if spread else 0.0,
-            frechet_from_moments(difference, one.covariance, two.covariance),
+            _pooled_distance(harmful, harmless) if spread else 0.0,
+            frechet_from_moments(difference, harmful.covariance, harmless.covariance),
             self._length_auc(),
         )
 
@@ -98,15 +98,15 @@ class StreamedMoments:
         return length_auc(labels, np.array([*harmful, *harmless]), [*harmful.values(), *harmless.values()])
 
 
-def _pooled_distance(one: Moments, two: Moments) -> float | None:
-    """D_B under the pooled covariance S, less its mean where both classes have one law.
+def _pooled_distance(first: Moments, second: Moments) -> float | None:
+    """D_B under the pooled covariance S, less its expectation where both classes have the same distribution.
 
-    D^2 = dm' S^-1 dm has mean f / (f - d - 1) (its value under the laws + d (1/n + 1/m)), with f = n + m - 2 degrees of freedom
-    (Hotelling's T^2).
+    D^2 = dm' S^-1 dm has mean f / (f - d - 1) (its population value + d (1/n + 1/m)), with f = n + m - 2 degrees of
+    freedom (Hotelling's T^2).
     """
-    degrees, d = one.count + two.count - 2, len(one.mean)
+    degrees, d = first.count + second.count - 2, len(first.mean)
     if degrees < 2 * d:
         return None
-    pooled, difference = (one.scatter + two.scatter) / degrees, one.mean - two.mean
+    pooled, difference = (first.scatter + second.scatter) / degrees, first.mean - second.mean
     squared = float(difference @ np.linalg.lstsq(pooled, difference, rcond=None)[0])
-    return (squared * (degrees - d - 1) / degrees - d * (1 / one.count + 1 / two.count)) / 8
+    return (squared * (degrees - d - 1) / degrees - d * (1 / first.count + 1 / second.count)) / 8

@@ -1,4 +1,4 @@
-"""Hidden states on disk: a Parquet file, a row a prompt, a column a layer."""
+"""Hidden states on disk: a Parquet file with a row per prompt and a column per layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from raydiv.data.prompt_sets import Prompt
 
 
 class EmbeddingFile:
-    """A Parquet file that grows as states are read: id, harmful, kind, category, tokens, and layer_K [d] for each layer K."""
+    """A Parquet file that is written as states arrive. Columns: id, harmful, kind, category, tokens, and layer_K [d]
+    for each layer K.
+    """
 
     def __init__(self, path: Path, layers: Sequence[int]) -> None:
         self._path, self._layers = path, layers
@@ -28,8 +30,8 @@ class EmbeddingFile:
         }
         columns["category"] = pa.array([prompt.category for prompt in prompts], pa.string())
         columns["tokens"] = pa.array(tokens, pa.int32())
-        for at, layer in enumerate(self._layers):
-            flat = pa.array(states[:, at].reshape(-1), pa.float32())
+        for index, layer in enumerate(self._layers):
+            flat = pa.array(states[:, index].reshape(-1), pa.float32())
             columns[f"layer_{layer}"] = pa.FixedSizeListArray.from_arrays(flat, states.shape[2])
         rows = pa.table(columns)
         if self._writer is None:
