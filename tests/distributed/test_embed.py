@@ -45,7 +45,7 @@ def test_states_are_those_of_a_plain_forward(
 ) -> None:
     monkeypatch.setattr(module, "TOKENS_PER_FORWARD", 60)  # several forwards
     embedder = Embedder(ModelSource(tiny_model, attention=attention), readout)
-    assert embedder._packs == (attention == "sdpa")
+    assert embedder._may_pack == (attention == "sdpa")
     rows = embedder([{"prompt": prompt} for prompt in PROMPTS])
     expected = plain_states(tiny_model, readout)
     assert [row["hidden"].shape for row in rows] == [expected.shape[1:]] * len(PROMPTS)
@@ -69,7 +69,7 @@ def test_a_model_that_mixes_packed_prompts_is_padded(tiny_model: Path, monkeypat
             return model
 
     embedder = Embedder(Blind(tiny_model), Readout())
-    assert not embedder._packs
+    assert not embedder._may_pack
     rows = embedder([{"prompt": prompt} for prompt in PROMPTS])
     np.testing.assert_allclose(
         np.stack([row["hidden"] for row in rows]), plain_states(tiny_model, Readout()), atol=2e-5
