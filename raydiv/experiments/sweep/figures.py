@@ -10,16 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raydiv.config.sweep import Interval, SearchParameter, SweepObjective
-from raydiv.experiments.sweep.labels import (
-    as_objective,
-    bound,
-    categories,
-    direction,
-    is_share,
-    label,
-    position,
-    varies,
-)
+from raydiv.experiments.sweep import labels
 from raydiv.experiments.sweep.parallel_coordinates import parallel_coordinates
 from raydiv.experiments.sweep.record import SweepRecord, TrialRecord, undominated
 from raydiv.runs.report.drawing import (
@@ -78,25 +69,25 @@ def by_parameter(record: SweepRecord, objective: SweepObjective, parameter: Sear
     """The objective of each finished trial against a parameter."""
     metric, key = objective.metric, parameter.key
     trials = [trial for trial in record.finished(metric) if key in trial.values]
-    if not varies(parameter, trials):
+    if not labels.varies(parameter, trials):
         return None
-    figure, axis = new_axis(label(metric), key)
-    axis.set_ylabel(direction(objective))
+    figure, axis = new_axis(labels.label(metric), key)
+    axis.set_ylabel(labels.direction(objective))
     _format_ticks(axis.yaxis, metric)
-    positions = np.array([position(parameter, trial) for trial in trials])
+    positions = np.array([labels.position(parameter, trial) for trial in trials])
     values = np.array([trial.value(metric) for trial in trials])
     if isinstance(parameter.values, Interval):
         _scale_axis(axis, parameter.values, positions, values[0])
         caption = "Each finished trial, over the range of the space. If the best lie at an end, try a wider range."
     else:
-        _name_categories(figure, axis, categories(parameter))
+        _name_categories(figure, axis, labels.categories(parameter))
         positions += [_jitter(trial) for trial in trials]
         caption = (
             "Each finished trial. Choices that differ by less than the trials of one choice are not distinguishable."
         )
     _scatter(axis, record, trials, positions, values)
     legend(figure, axis)
-    return Picture(_file_name(metric, "by", key), f"{label(metric)} by {key}", figure, caption)
+    return Picture(_file_name(metric, "by", key), f"{labels.label(metric)} by {key}", figure, caption)
 
 
 def _file_name(*words: str) -> str:
@@ -107,7 +98,7 @@ def _file_name(*words: str) -> str:
 def _format_ticks(side: Any, metric: str) -> None:
     from matplotlib.ticker import PercentFormatter
 
-    if is_share(metric):
+    if labels.is_share(metric):
         side.set_major_formatter(PercentFormatter(1))
 
 
@@ -162,7 +153,7 @@ def _scatter(axis: Any, record: SweepRecord, trials: Sequence[TrialRecord], x: A
 def pareto_fronts(record: SweepRecord) -> list[Picture | None]:
     """The first objective against the second; a single one against the metric of each constraint."""
     first, *others = record.objectives
-    across = others[:1] or [as_objective(constraint) for constraint in record.constraints]
+    across = others[:1] or [labels.as_objective(constraint) for constraint in record.constraints]
     return [pareto_front(record, objective, first) for objective in across if objective.metric != first.metric]
 
 
@@ -172,8 +163,8 @@ def pareto_front(record: SweepRecord, across: SweepObjective, up: SweepObjective
     trials = record.finished(*metrics)
     if len(trials) < 2:
         return None
-    figure, axis = new_axis("Pareto front", f"{label(across.metric)}\n{direction(across)}")
-    axis.set_ylabel(f"{wrapped(label(up.metric), LABEL_WIDTH, 2)}\n{direction(up)}")
+    figure, axis = new_axis("Pareto front", f"{labels.label(across.metric)}\n{labels.direction(across)}")
+    axis.set_ylabel(f"{wrapped(labels.label(up.metric), LABEL_WIDTH, 2)}\n{labels.direction(up)}")
     for side, metric in zip((axis.xaxis, axis.yaxis), metrics, strict=True):
         _format_ticks(side, metric)
     others = [constraint for constraint in record.constraints if constraint.metric not in metrics]
@@ -185,7 +176,7 @@ def pareto_front(record: SweepRecord, across: SweepObjective, up: SweepObjective
     legend(figure, axis)
     return Picture(
         _file_name("front", up.metric, across.metric),
-        f"{label(up.metric)} against {label(across.metric)}",
+        f"{labels.label(up.metric)} against {labels.label(across.metric)}",
         figure,
         "All finished trials. On the line, one metric improves only at the cost of the other.",
     )
@@ -205,7 +196,7 @@ def _draw_front(axis: Any, front: Sequence[TrialRecord], across: SweepObjective,
 def _draw_bounds(axis: Any, record: SweepRecord, x_metric: str, y_metric: str) -> None:
     style: dict[str, Any] = {"color": INK, "linewidth": 1.2, "linestyle": (0, (1, 2))}
     for constraint in record.constraints:
-        name = f"bound: {bound(constraint)}"
+        name = f"bound: {labels.bound(constraint)}"
         if constraint.metric == x_metric:
             axis.axvline(constraint.bound, label=name, **style)
         elif constraint.metric == y_metric:

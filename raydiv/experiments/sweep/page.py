@@ -8,17 +8,9 @@ from pathlib import Path
 import yaml
 
 from raydiv.config.sweep import SweepObjective
+from raydiv.experiments.sweep import labels
 from raydiv.experiments.sweep.figures import sweep_pictures
-from raydiv.experiments.sweep.labels import bound, label, measures, metric_text, parameter_names, value_text
-from raydiv.experiments.sweep.record import (
-    FAILED,
-    FINISHED,
-    RUNNING,
-    STOPPED,
-    WAITING,
-    SweepRecord,
-    TrialRecord,
-)
+from raydiv.experiments.sweep.record import FAILED, FINISHED, RUNNING, STOPPED, WAITING, SweepRecord, TrialRecord
 from raydiv.runs.metric_registry import METRICS
 from raydiv.runs.report.drawing import Picture, write_pictures
 from raydiv.runs.report.html import render
@@ -74,7 +66,7 @@ def _facts(record: SweepRecord) -> dict[str, str]:
 
 def _best_trial(record: SweepRecord, trial: TrialRecord) -> dict[str, list[tuple[str, str]]]:
     """Tables of the best trial: its values, its objectives and constraints, and the other metrics of a run's table."""
-    searched = measures(record)
+    searched = labels.measures(record)
     others = [
         metric
         for metric, spec in METRICS.items()
@@ -82,14 +74,14 @@ def _best_trial(record: SweepRecord, trial: TrialRecord) -> dict[str, list[tuple
     ]
     return {
         f"Best: trial {trial.number}": [
-            (parameter.key, value_text(trial.values[parameter.key]))
+            (parameter.key, labels.value_text(trial.values[parameter.key]))
             for parameter in record.parameters
             if parameter.key in trial.values
         ],
         "Objectives and constraints": [
             (_heading(record, objective), _metric(trial, objective.metric)) for objective in searched
         ],
-        "Other metrics": [(label(metric), _metric(trial, metric)) for metric in others],
+        "Other metrics": [(labels.label(metric), _metric(trial, metric)) for metric in others],
     }
 
 
@@ -118,29 +110,27 @@ def _status(trial: TrialRecord, *, best: bool) -> str:
 
 
 def _headings(record: SweepRecord) -> list[str]:
-    return [
-        *parameter_names(record.parameters),
-        *(_heading(record, objective) for objective in measures(record)),
-    ]
+    metrics = [_heading(record, objective) for objective in labels.measures(record)]
+    return [*labels.parameter_names(record.parameters), *metrics]
 
 
 def _cells(record: SweepRecord, trial: TrialRecord) -> tuple[str, ...]:
     """Cells under the headings; a dash where a parameter does not apply or a metric was not measured."""
     values = [
-        value_text(trial.values[parameter.key]) if parameter.key in trial.values else "-"
+        labels.value_text(trial.values[parameter.key]) if parameter.key in trial.values else "-"
         for parameter in record.parameters
     ]
-    return *values, *(_metric(trial, objective.metric) for objective in measures(record))
+    return *values, *(_metric(trial, objective.metric) for objective in labels.measures(record))
 
 
 def _metric(trial: TrialRecord, metric: str) -> str:
-    return metric_text(metric, trial.value(metric))
+    return labels.metric_text(metric, trial.value(metric))
 
 
 def _heading(record: SweepRecord, objective: SweepObjective) -> str:
     """A metric's label and its bounds."""
-    bounds = [bound(constraint) for constraint in record.constraints if constraint.metric == objective.metric]
-    return " ".join([label(objective.metric), *bounds])
+    bounds = [labels.bound(constraint) for constraint in record.constraints if constraint.metric == objective.metric]
+    return " ".join([labels.label(objective.metric), *bounds])
 
 
 def sweep_notes(record: SweepRecord) -> list[str]:
@@ -148,7 +138,9 @@ def sweep_notes(record: SweepRecord) -> list[str]:
     finished, total = record.finished(), len(record.trials)
     notes = [f"finished: {len(finished)} of {total} trials", *_unfinished(record), *_failures(record)]
     if finished and not any(trial.feasible for trial in finished):
-        rules = " and ".join(f"{label(constraint.metric)} {bound(constraint)}" for constraint in record.constraints)
+        rules = " and ".join(
+            f"{labels.label(constraint.metric)} {labels.bound(constraint)}" for constraint in record.constraints
+        )
         notes.append(f"no finished trial satisfies the constraints: {rules}")
     if record.best and len(finished) > 1:
         notes.append(SELECTION_BIAS.format(count=len(finished)))
@@ -156,9 +148,9 @@ def sweep_notes(record: SweepRecord) -> list[str]:
 
 
 def _unfinished(record: SweepRecord) -> list[str]:
-    labels = {STOPPED: f"stopped early by {record.scheduler}", RUNNING: "still running", WAITING: "not started"}
-    counts = {status: sum(trial.status == status for trial in record.trials.values()) for status in labels}
-    return [f"{text}: {counts[status]}" for status, text in labels.items() if counts[status]]
+    texts = {STOPPED: f"stopped early by {record.scheduler}", RUNNING: "still running", WAITING: "not started"}
+    counts = {status: sum(trial.status == status for trial in record.trials.values()) for status in texts}
+    return [f"{text}: {counts[status]}" for status, text in texts.items() if counts[status]]
 
 
 def _failures(record: SweepRecord) -> list[str]:

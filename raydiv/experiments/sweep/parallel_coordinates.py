@@ -10,16 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raydiv.config.sweep import Interval, SearchParameter, SweepObjective
-from raydiv.experiments.sweep.labels import (
-    categories,
-    direction,
-    label,
-    metric_text,
-    parameter_names,
-    position,
-    value_text,
-    varies,
-)
+from raydiv.experiments.sweep import labels
 from raydiv.experiments.sweep.record import SweepRecord, TrialRecord
 from raydiv.runs.report.drawing import INK, PAPER, RAMP, Picture, new_axis, wrapped
 
@@ -55,8 +46,8 @@ class Rail:
 def parallel_coordinates(record: SweepRecord) -> Picture | None:
     """Each finished trial as a line through its values and its objectives; None with fewer than two parameters."""
     trials = record.finished(*(objective.metric for objective in record.objectives))
-    names = parameter_names(record.parameters)
-    varied = [named for named in zip(names, record.parameters, strict=True) if varies(named[1], trials)]
+    names = labels.parameter_names(record.parameters)
+    varied = [named for named in zip(names, record.parameters, strict=True) if labels.varies(named[1], trials)]
     if len(varied) < 2:
         return None
     rails = [
@@ -80,7 +71,7 @@ def parallel_coordinates(record: SweepRecord) -> Picture | None:
 
 
 def _caption(record: SweepRecord, rails: Sequence[Rail]) -> str:
-    metric = label(record.objectives[0].metric)
+    metric = labels.label(record.objectives[0].metric)
     sentences = [f"Each line is a finished trial. Amber: the best by {metric}; violet: the worst; thick: chosen."]
     if record.constraints:
         sentences.append("Dotted: beyond a bound.")
@@ -91,19 +82,19 @@ def _caption(record: SweepRecord, rails: Sequence[Rail]) -> str:
 
 def _parameter_rail(name: str, parameter: SearchParameter, trials: Sequence[TrialRecord]) -> Rail:
     name = wrapped(name, NAME_WIDTH, 3)
-    positions = np.array([position(parameter, trial) for trial in trials])
+    positions = np.array([labels.position(parameter, trial) for trial in trials])
     if isinstance(parameter.values, Interval):
         return _number_rail(name, positions, _number, log=parameter.values.log)
-    texts = categories(parameter)
+    texts = labels.categories(parameter)
     last = len(texts) - 1
     return Rail(name, positions / last, [(index / last, text) for index, text in enumerate(texts)])
 
 
 def _objective_rail(objective: SweepObjective, trials: Sequence[TrialRecord]) -> Rail:
     metric = objective.metric
-    name = f"{wrapped(label(metric), NAME_WIDTH, 3)}\n{direction(objective)}"
+    name = f"{wrapped(labels.label(metric), NAME_WIDTH, 3)}\n{labels.direction(objective)}"
     return _number_rail(
-        name, np.array([trial.value(metric) for trial in trials]), lambda value: metric_text(metric, value)
+        name, np.array([trial.value(metric) for trial in trials]), lambda value: labels.metric_text(metric, value)
     )
 
 
@@ -117,7 +108,7 @@ def _number_rail(name: str, values: Array, text: Callable[[float], str], log: bo
 
 
 def _number(value: float) -> str:
-    return value_text(int(value) if value.is_integer() else value)
+    return labels.value_text(int(value) if value.is_integer() else value)
 
 
 def _draw_trials(axis: Any, record: SweepRecord, trials: Sequence[TrialRecord], rails: Sequence[Rail]) -> None:
