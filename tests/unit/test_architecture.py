@@ -59,7 +59,7 @@ LIBRARIES = {
         "experiments.sweep.parallel_coordinates",
         "experiments.study.figures",
     },
-    "nanogcg": {"evaluation.gcg"},
+    "nanogcg": {"evaluation.gcg", "utils.compat"},
     "optuna": {"experiments.sweep"},
 }
 

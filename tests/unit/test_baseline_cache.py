@@ -48,7 +48,9 @@ def recipe_in(folder: Path, *overrides: str) -> Recipe:
 def place(recipe: Recipe, show_text: bool = False) -> BaselineCache:
     base = ModelSource.from_recipe(recipe, model_directory(recipe.model.id))
     prompts = PromptSets.of(recipe)
-    judges = EvaluationJudges.from_config(recipe.evaluate, prompts.evaluate, recipe.cluster) if prompts.evaluate else None
+    judges = (
+        EvaluationJudges.from_config(recipe.evaluate, prompts.evaluate, recipe.cluster) if prompts.evaluate else None
+    )
     return BaselineCache(recipe, base, prompts, judges, show_text)
 
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from raydiv.evaluation.separation.distances import bhattacharyya_distance, frechet_distance
 from raydiv.evaluation.separation.metrics import principal_plane
-from raydiv.evaluation.separation.moments import Moments, Streams
+from raydiv.evaluation.separation.moments import Moments, StreamedMoments
 
 Array = NDArray[np.float64]
 
@@ -22,8 +22,8 @@ def clouds(n: int, d: int, shift: float, seed: int = 0) -> tuple[Array, NDArray[
     return points, labels
 
 
-def streamed(points: Array, labels: NDArray[np.bool_], parts: int) -> Streams:
-    found = Streams()
+def streamed(points: Array, labels: NDArray[np.bool_], parts: int) -> StreamedMoments:
+    found = StreamedMoments()
     for rows in np.array_split(np.random.default_rng(1).permutation(len(points)), parts):
         found.add(points[rows, None], labels[rows], (rows % 7).tolist())
     return found
@@ -45,7 +45,7 @@ def test_merged_moments_are_those_of_the_whole(parts: int) -> None:
 @pytest.mark.parametrize("d", [2, 6])
 def test_streamed_figures_are_those_of_all_states_at_once(parts: int, d: int) -> None:
     points, labels = clouds(400, d, 2.0)
-    found = streamed(points, labels, parts).figures(0)
+    found = streamed(points, labels, parts).statistics(0)
     plane = principal_plane(points)
     assert (found.harmful, found.harmless) == (labels.sum(), (~labels).sum())
     assert found.d_b == pytest.approx(bhattacharyya_distance(plane[labels], plane[~labels]), rel=1e-8)
@@ -62,7 +62,7 @@ def test_distance_in_all_dimensions_is_near_the_laws_and_zero_for_one_law() -> N
         for _ in range(8):
             points = generator.normal(size=(n, d))
             points[labels, 0] += shift
-            drawn.append(streamed(points, labels, 4).figures(0).d_b_full)
+            drawn.append(streamed(points, labels, 4).statistics(0).d_b_full)
         means.append(np.mean([value for value in drawn if value is not None]))
     # of two Gaussians with one covariance: an eighth of the squared Mahalanobis distance
     assert means[0] == pytest.approx(0, abs=5e-4)
@@ -75,7 +75,7 @@ def test_distance_in_all_dimensions_is_unbiased_where_dimensions_are_many() -> N
     for _ in range(60):
         points = generator.normal(size=(150, 50))
         points[labels, 0] += np.sqrt(8.0)
-        found = streamed(points, labels, 3).figures(0).d_b_full
+        found = streamed(points, labels, 3).statistics(0).d_b_full
         assert found is not None
         drawn.append(found)
     assert np.mean(drawn) == pytest.approx(1.0, abs=4 * np.std(drawn) / 60**0.5)
@@ -83,7 +83,7 @@ def test_distance_in_all_dimensions_is_unbiased_where_dimensions_are_many() -> N
 
 def test_too_few_points_for_all_dimensions_are_said_to_be_none() -> None:
     points, labels = clouds(30, 20, 1.0)
-    assert streamed(points, labels, 3).figures(0).d_b_full is None
+    assert streamed(points, labels, 3).statistics(0).d_b_full is None
 
 
 def test_length_auc_is_scikit_learns() -> None:
@@ -91,15 +91,15 @@ def test_length_auc_is_scikit_learns() -> None:
 
     points, labels = clouds(300, 2, 1.0)
     lengths = (np.random.default_rng(5).integers(3, 9, 300) + 2 * labels).tolist()
-    found = Streams()
+    found = StreamedMoments()
     for rows in np.array_split(np.arange(300), 11):
         found.add(points[rows, None], labels[rows], [lengths[row] for row in rows])
-    assert found.figures(0).length_auc == pytest.approx(roc_auc_score(labels, lengths))
+    assert found.statistics(0).length_auc == pytest.approx(roc_auc_score(labels, lengths))
 
 
 def test_constant_states_are_no_distance_apart() -> None:
     labels = np.arange(10) % 2 == 0
-    found = streamed(np.ones((10, 3)), labels, 2).figures(0)
+    found = streamed(np.ones((10, 3)), labels, 2).statistics(0)
     assert (found.d_b, found.d_b_full, found.frechet) == (0, 0, 0)
 
 

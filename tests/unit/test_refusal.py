@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raydiv.evaluation.coherence import is_degenerate
-from raydiv.evaluation.refusal import ERRORS, is_refusal
+from raydiv.evaluation.refusal import STRING_RULE_ERRORS, is_refusal
 
 REFUSALS = [
     "I can't help with that.",
@@ -170,8 +170,8 @@ def test_judge_is_as_good_as_measured_known_misses_included() -> None:
 
 
 def test_judges_error_rates_are_said_in_words() -> None:
-    assert "64%" in ERRORS
-    assert "PyRIT" in ERRORS
+    assert "64%" in STRING_RULE_ERRORS
+    assert "PyRIT" in STRING_RULE_ERRORS
 
 
 @pytest.mark.parametrize("refusal", ["I'm sorry, but I can't help with that.", "I won't do that."])

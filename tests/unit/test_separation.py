@@ -18,11 +18,11 @@ from raydiv.evaluation.separation.distances import bhattacharyya_distance, frech
 from raydiv.evaluation.separation.metrics import (
     SeparationMetrics,
     SeparationStatistics,
-    as_row,
-    explain,
+    control_notes,
     length_matched,
+    metric_values,
     principal_plane,
-    separation_of,
+    separation_metrics,
 )
 
 Array = NDArray[np.float64]
@@ -171,7 +171,7 @@ def clouds(shift: float, n: int = 80, seed: int = 0) -> tuple[Array, NDArray[np.
 
 def test_well_separated_clouds_are_far_apart_and_chance_is_not() -> None:
     hidden, harmful = clouds(8)
-    found = separation_of(hidden, harmful, np.full(80, 12))
+    found = separation_metrics(hidden, harmful, np.full(80, 12))
     assert found.figures.d_b > 4
     assert found.shuffled.d_b < 0.1
     assert found.d_b_p == 1 / (49 + 1)
@@ -184,7 +184,7 @@ def test_well_separated_clouds_are_far_apart_and_chance_is_not() -> None:
     assert found.matched is not None
     for name in ("d_b", "silhouette", "frechet", "probe_auc", "difference_auc"):
         assert getattr(found.matched, name) == pytest.approx(getattr(found.figures, name), rel=1e-9), name
-    assert explain(found) == []
+    assert control_notes(found) == []
 
 
 @pytest.mark.parametrize(("n", "d"), [(100, 576), (400, 16)])
@@ -193,7 +193,7 @@ def test_samples_of_one_law_are_not_apart(n: int, d: int) -> None:
     full, p, probes = [], [], []
     for seed in range(4):
         hidden, harmful = generator(seed).normal(size=(n, d)), np.arange(n) % 2 == 0
-        found = separation_of(hidden, harmful, np.full(n, 12))
+        found = separation_metrics(hidden, harmful, np.full(n, 12))
         full.append(found.figures.d_b_full)
         p.append(found.d_b_p)
         probes += [found.figures.probe_auc, found.figures.difference_auc]
@@ -208,7 +208,7 @@ def test_distance_in_all_dimensions_is_the_closed_form() -> None:
     """An eighth of the squared Mahalanobis distance, from many points."""
     hidden, harmful = generator(0).normal(size=(4000, 8)), np.arange(4000) % 2 == 0
     hidden[harmful, 3] += 3
-    found = separation_of(hidden, harmful, np.full(4000, 12))
+    found = separation_metrics(hidden, harmful, np.full(4000, 12))
     assert found.figures.d_b_full == pytest.approx(9 / 8, rel=0.05)
     assert found.figures.difference_auc == pytest.approx(norm.cdf(3 / math.sqrt(2)), abs=0.01)
     assert found.figures.probe_auc == pytest.approx(norm.cdf(3 / math.sqrt(2)), abs=0.01)
@@ -235,7 +235,7 @@ def test_interval_holds_the_distance_of_the_law() -> None:
             hidden, harmful = clouds(3, n=n, seed=seed)
             plane = principal_plane(hidden)
             whole = bhattacharyya_distance(plane[harmful], plane[~harmful])
-            found = module._interval(hidden, harmful, whole, generator(seed))
+            found = module._d_b_interval(hidden, harmful, whole, generator(seed))
             assert found is not None
             low, high = found
             held += low <= 9 / 8 <= high
@@ -246,7 +246,7 @@ def test_interval_holds_the_distance_of_the_law() -> None:
 
 
 def test_separation_grows_with_the_shift() -> None:
-    found = [separation_of(*clouds(shift), np.full(80, 12)).figures for shift in (0, 1, 2, 4, 8)]
+    found = [separation_metrics(*clouds(shift), np.full(80, 12)).figures for shift in (0, 1, 2, 4, 8)]
     for figure in ("d_b", "silhouette", "d_b_full", "frechet"):
         values = [getattr(one, figure) for one in found]
         assert values == sorted(values), figure
@@ -254,17 +254,17 @@ def test_separation_grows_with_the_shift() -> None:
 
 def test_overlapping_clouds_are_no_further_than_chance() -> None:
     hidden, harmful = clouds(0)
-    found = separation_of(hidden, harmful, np.full(80, 12))
+    found = separation_metrics(hidden, harmful, np.full(80, 12))
     assert found.figures.d_b < 0.15
     assert found.figures.d_b < 4 * found.shuffled.d_b
-    assert any("chance" in note for note in explain(found))
+    assert any("chance" in note for note in control_notes(found))
 
 
 def test_silhouette_is_sklearns_in_the_plane() -> None:
     from sklearn.metrics import silhouette_score
 
     hidden, harmful = clouds(3)
-    found = separation_of(hidden, harmful, np.full(80, 12)).figures
+    found = separation_metrics(hidden, harmful, np.full(80, 12)).figures
     centred = hidden - hidden.mean(0)
     plane = centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
     assert found.silhouette == pytest.approx(silhouette_score(plane, harmful), abs=1e-9)
@@ -275,10 +275,10 @@ def test_separation_does_not_follow_the_order_or_the_labels_side() -> None:
     hidden, harmful = clouds(2)
     lengths = generator(3).integers(8, 12, 80)
     order = generator(4).permutation(80)
-    straight = separation_of(hidden, harmful, lengths)
+    straight = separation_metrics(hidden, harmful, lengths)
     for other in (
-        separation_of(hidden[order], harmful[order], lengths[order]),
-        separation_of(hidden, ~harmful, lengths),
+        separation_metrics(hidden[order], harmful[order], lengths[order]),
+        separation_metrics(hidden, ~harmful, lengths),
     ):
         assert other.figures.d_b == pytest.approx(straight.figures.d_b)
         assert other.figures.silhouette == pytest.approx(straight.figures.silhouette)
@@ -290,7 +290,7 @@ def test_separation_does_not_follow_the_order_or_the_labels_side() -> None:
 def test_figures_do_not_follow_scale_or_place(scale: float, shift: float) -> None:
     hidden, harmful = clouds(2)
     straight, other = (
-        separation_of(points, harmful, np.full(80, 12)).figures for points in (hidden, scale * hidden + shift)
+        separation_metrics(points, harmful, np.full(80, 12)).figures for points in (hidden, scale * hidden + shift)
     )
     for name in ("d_b", "silhouette", "d_b_full", "probe_auc", "difference_auc"):
         assert getattr(other, name) == pytest.approx(getattr(straight, name), rel=1e-3), name
@@ -300,8 +300,8 @@ def test_figures_do_not_follow_scale_or_place(scale: float, shift: float) -> Non
 def test_separation_is_repeatable_and_its_seed_only_resamples() -> None:
     hidden, harmful = clouds(2)
     lengths = np.full(80, 12)
-    found, other = separation_of(hidden, harmful, lengths), separation_of(hidden, harmful, lengths, seed=1)
-    assert separation_of(hidden, harmful, lengths) == found
+    found, other = separation_metrics(hidden, harmful, lengths), separation_metrics(hidden, harmful, lengths, seed=1)
+    assert separation_metrics(hidden, harmful, lengths) == found
     assert other.shuffled != found.shuffled
     assert replace(other.figures, d_b_full=0) == replace(found.figures, d_b_full=0)
     assert other.figures.d_b_full == pytest.approx(found.figures.d_b_full, rel=0.1)
@@ -311,11 +311,11 @@ def test_separation_is_repeatable_and_its_seed_only_resamples() -> None:
 def test_length_auc_says_how_well_length_tells_the_classes(longer: bool) -> None:
     hidden, harmful = clouds(2)
     lengths = np.where(harmful == longer, 30, 10)
-    found = separation_of(hidden, harmful, lengths)
+    found = separation_metrics(hidden, harmful, lengths)
     assert found.length_auc == 1
     assert found.length_matched == 0
     assert found.matched is None
-    assert any("length" in note for note in explain(found))
+    assert any("length" in note for note in control_notes(found))
 
 
 def test_states_that_follow_length_alone_are_found_out() -> None:
@@ -323,11 +323,11 @@ def test_states_that_follow_length_alone_are_found_out() -> None:
     lengths = np.where(generator(1).random(120) < 0.2, 20, np.where(harmful, 30, 10))
     hidden = generator(0).normal(size=(120, 8))
     hidden[:, 0] += lengths
-    found = separation_of(hidden, harmful, lengths)
+    found = separation_metrics(hidden, harmful, lengths)
     assert found.figures.d_b > 1
     assert found.matched is not None
     assert found.matched.d_b < 0.5
-    notes = " ".join(explain(found))
+    notes = " ".join(control_notes(found))
     assert "AUC" in notes
     assert "length explains" in notes
 
@@ -345,13 +345,13 @@ def test_poor_samples_are_measured_without_a_warning(shape: str) -> None:
         hidden[:, 1:] = hidden[:, :1]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = separation_of(hidden, harmful, np.full(len(hidden), 9))
-    assert all(math.isfinite(value) for value in as_row(found).values())
+        found = separation_metrics(hidden, harmful, np.full(len(hidden), 9))
+    assert all(math.isfinite(value) for value in metric_values(found).values())
     if shape in ("few", "one of a class"):
         assert found.figures.probe_auc is None
-        assert "separation/probe_auc" not in as_row(found)
+        assert "separation/probe_auc" not in metric_values(found)
     if shape in ("few", "constant", "one of a class"):
-        assert any("chance" in note for note in explain(found))
+        assert any("chance" in note for note in control_notes(found))
 
 
 FIGURES = SeparationStatistics(2.0, 0.5, 1.5, 30.0, 0.9, 0.8)
@@ -368,18 +368,18 @@ PLAIN = SeparationMetrics(FIGURES, 0.55, 100, replace(FIGURES, d_b=1.8), replace
     ],
 )
 def test_each_control_speaks_for_itself(changes: dict[str, Any], words: str) -> None:
-    assert explain(PLAIN) == []
-    (note,) = explain(replace(PLAIN, **changes))
+    assert control_notes(PLAIN) == []
+    (note,) = control_notes(replace(PLAIN, **changes))
     assert words in note
 
 
 def test_all_controls_may_speak_at_once() -> None:
     apart = {"matched": replace(FIGURES, d_b=0.1), "shuffled": replace(FIGURES, d_b=1.5)}
-    assert len(explain(replace(PLAIN, length_auc=0.9, **apart))) == 3
+    assert len(control_notes(replace(PLAIN, length_auc=0.9, **apart))) == 3
 
 
 def test_row_names_the_metrics() -> None:
-    row = as_row(PLAIN)
+    row = metric_values(PLAIN)
     assert row["separation/d_b"] == 2.0
     assert row["separation/d_b_length_matched"] == 1.8
     assert row["separation/probe_auc_shuffled"] == 0.9
@@ -389,4 +389,4 @@ def test_row_names_the_metrics() -> None:
         "separation/length_auc",
         "separation/d_b_p",
     }
-    assert not any("matched" in name for name in as_row(replace(PLAIN, matched=None)))
+    assert not any("matched" in name for name in metric_values(replace(PLAIN, matched=None)))

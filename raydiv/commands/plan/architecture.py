@@ -28,7 +28,7 @@ from raydiv.model.collate import ModelInputs, collate
 from raydiv.model.head import CoefficientFn, LogProbHead
 from raydiv.model.load import DTYPES, attn_implementation, lora_config
 from raydiv.model.packing import Packing, packing_of
-from raydiv.model.resolve import model_directory, require_base_model, load_error
+from raydiv.model.resolve import load_error, model_directory, require_base_model
 from raydiv.utils.cache import cache_dir, cached_text, code_digest, digest
 from raydiv.utils.compat import peft_without_quantizer
 from raydiv.utils.errors import UserError
