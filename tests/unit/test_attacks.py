@@ -81,9 +81,9 @@ def test_suffixes_stand_after_the_prompt(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "content", "message"),
     [
-        ("templates", "no place for it\n", r"f.txt:1: a template needs \{prompt\}"),
-        ("templates", "", "holds no template"),
-        ("suffixes", "\n\n", "holds no suffix"),
+        ("templates", "no place for it\n", r"f.txt:1: .*template must contain \{prompt\}"),
+        ("templates", "", "f.txt: no template"),
+        ("suffixes", "\n\n", "f.txt: no suffix"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_one_message(kind: str, content: str, message: str, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_nothing_of_the_models_own_settings_is_left(tmp_path: Path) -> None:
     )
     changed = TextGenerator(ModelSource(model), 8, eos=2)
     assert changed(rows(model, [None] * 4)) == plain
-    assert changed._ends == {2, 299}
+    assert changed._eos_ids == {2, 299}
 
 
 @pytest.fixture(scope="module")

@@ -150,7 +150,7 @@ def test_losses_table_names_every_objective_and_option(capfd: pytest.CaptureFixt
 def test_losses_by_name_are_described_in_full(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["losses", "kldo"]) == 0
     printed = capfd.readouterr().out
-    assert "the running mean of the steps before" in printed
+    assert "running mean of the previous steps" in printed
     assert "dpo:" not in printed
     assert main(["losses", "kldoo"]) == 2
     assert "kldoo: no such loss (did you mean kldo?)" in capfd.readouterr().err
@@ -380,7 +380,7 @@ def test_aligned_examples_alone_are_enough_for_sft_only(
         (["--part", "data", "--against", "trl"], ("--against: ", "--part data")),
         (["--part", "data", "--warmup", "1"], ("--warmup: ", "--part data")),
         (["--part", "start", "--steps", "1"], ("--steps: ", "--part start")),
-        (["--against", "loop", "--against", "trl"], ("no kldo to compare with",)),
+        (["--against", "loop", "--against", "trl"], ("kldo: not a loss",)),
         (["--steps", "0"], ("--steps: 0: must be 1 or more",)),
         (["--part", "embed", "--rows", "1", "--rows", "2"], ("--rows: ", "--part embed")),
         (["model.id=bundled:w2"], ("bundled:w1",)),

@@ -132,7 +132,7 @@ def test_judges_by_name(name: str, parts: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize("name", ["", "gpt2", "meta-llama/Llama-3.2-1B", "guard:x"])
 def test_what_is_no_judge_names_those_that_are(name: str) -> None:
-    with pytest.raises(UserError, match=r"evaluate.judge: .*no judge that raydiv knows: string, harmbench"):
+    with pytest.raises(UserError, match=r"evaluate.judge: .*: string, harmbench"):
         HarmJudge.from_name(name, ClusterConfig())
 
 
@@ -184,7 +184,7 @@ def test_the_toxic_label_is_found(labels: tuple[str, ...], problem: str | None, 
 
 @pytest.mark.parametrize("labels", [("positive", "negative"), ("LABEL_0", "LABEL_1", "LABEL_2"), ("safe", "neutral")])
 def test_a_classifier_of_something_else_is_refused(labels: tuple[str, ...]) -> None:
-    with pytest.raises(UserError, match=rf"evaluate\.toxicity: .*\({labels[0]}, {labels[1]}\)"):
+    with pytest.raises(UserError, match=rf"evaluate\.toxicity: .*\({labels[0]}, {labels[1]}[,)]"):
         ToxicLabel.from_labels("m", dict(enumerate(labels)), None)
 
 

@@ -30,7 +30,7 @@ Array = NDArray[np.float64]
 
 @pytest.fixture(autouse=True)
 def _fewer_permutations(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, number in {"SHUFFLES": 49, "CHANCE": 5, "CONTROLS": 2}.items():
+    for name, number in {"P_VALUE_PERMUTATIONS": 49, "CHANCE_PERMUTATIONS": 5, "CONTROL_PERMUTATIONS": 2}.items():
         monkeypatch.setattr(module, name, number)
 
 
