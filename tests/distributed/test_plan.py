@@ -167,7 +167,7 @@ def test_activations_of_all_layers_follow_from_those_of_few(tmp_path: Path, over
             policy(**inputs.forward_kwargs()).logits.sum().backward()
         peaks.append(live.peak)
     tokens = inputs.ids.numel()
-    logits = buffer_bytes(2000, len(inputs.targets), later=recipe.model.lora is None)
+    logits = buffer_bytes(2000, len(inputs.targets), deferred=recipe.model.lora is None)
     assert logits == head.allocated_bytes
     assert logits + found.activations.at(tokens) + found.beside.at(tokens) == pytest.approx(max(peaks), rel=0.03)
 
@@ -613,7 +613,7 @@ def test_tested_combinations_are_of_keys_that_there_are(keys: tuple[str, ...]) -
     schema = Recipe.model_json_schema()["$defs"]
     for key in keys:
         section, name = key.split(".")
-        assert name in schema[section.title()]["properties"]
+        assert name in schema[f"{section.title()}Config"]["properties"]
     assert all(len(values) == len(keys) for values in TESTED[keys])
 
 

@@ -110,9 +110,7 @@ def test_no_module_runs_what_it_reads_extracts_archives_or_listens(module: str) 
 def test_dangerous_calls_are_found() -> None:
     bad = "eval(x); torch.load(f); yaml.load(f); subprocess.run(c, shell=True); tar.extractall(); np.load(f)\n"
     bad += "AutoConfig.from_pretrained(d); AutoModel.from_pretrained(d, trust_remote_code=False)\n"
-    bad += (
-        "os.environ['RAY_AUTH_MODE'] = 'disabled'\nyaml.safe_load(f); model.eval(); AutoModel.from_pretrained(**where)"
-    )
+    bad += "os.environ['RAY_AUTH_MODE'] = 'disabled'\nyaml.safe_load(f); model.eval(); AutoModel.from_pretrained(**gguf_source)"
     assert len(list(dangerous(ast.parse(bad)))) == 9
 
 

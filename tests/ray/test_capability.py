@@ -271,7 +271,7 @@ def test_without_the_harness_the_command_that_brings_it_is_said(monkeypatch: pyt
     ("change", "reason"),
     [
         (("DATA", "/nowhere.jsonl"), "cannot be loaded: .*nowhere.jsonl"),
-        (("metadata: {version: 2.5}", "unsafe_code: true"), "would run code that the model writes"),
+        (("metadata: {version: 2.5}", "unsafe_code: true"), "runs code that the model writes"),
     ],
 )
 def test_task_that_cannot_run_is_refused_before_a_model_is_loaded(

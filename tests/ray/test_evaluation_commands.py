@@ -169,13 +169,13 @@ def test_suffixes_are_sought_by_a_pool_and_asked_with(
     ("words", "message"),
     [
         (["--judge", "gpt2"], "--judge: gpt2: unknown judge"),
-        (["--attack", "templates"], "--attack: templates: FILE"),
+        (["--attack", "templates"], "need a FILE"),
         (["--attack", "templates=gone.txt"], "gone.txt: no such file"),
         (["--attack", "dance"], "--attack: "),
         (["--baseline", "x.json"], "--baseline: does not apply without --pairwise-judge"),
         (["--pairwise-judge", "m"], "--pairwise-judge: name two models, or a --baseline"),
         (["--task-limit", "3"], "task_limit needs tasks"),
-        (["--task", "no_such_task"], "no task 'no_such_task'"),
+        (["--task", "no_such_task"], "unknown task 'no_such_task'"),
         (["--max-new-tokens", "0"], "--max-new-tokens: Input should be greater than 0"),
         (["--harmful", "gone.txt"], "gone.txt: no such file"),
     ],
@@ -212,4 +212,4 @@ def test_states_are_not_written_over(tiny_model: Path, tmp_path: Path, capsys: p
 
 def test_a_toxicity_model_that_is_none_is_refused(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(tiny_model), "--toxicity", str(tiny_model)]) == 2
-    assert "and no text-classification model" in capsys.readouterr().err
+    assert "not a text-classification model" in capsys.readouterr().err

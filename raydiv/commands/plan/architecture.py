@@ -231,7 +231,7 @@ def _policy_on_meta(config: Any, model: ModelConfig, dtype: torch.dtype) -> Any:
             )
     except (ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
-        hint = "; use model.attention=auto" if "attention attn_implementation" in reason else ""
+        hint = "; use model.attention=auto" if "attention implementation" in reason else ""
         raise UserError(f"model.id: {model.id}: does not support model.attention {attention}{hint}: {reason}") from None
     if model.lora is None:
         return policy
