@@ -280,5 +280,5 @@ def test_task_that_cannot_run_is_refused_before_a_model_is_loaded(
     text = CHOOSING.replace(*change).replace("DATA", str(tmp_path / "documents.jsonl"))
     (tmp_path / "documents.jsonl").write_text(json.dumps({"question": "q", "choices": CHOICES, "label": 0}) + "\n")
     (tmp_path / "task.yaml").write_text(text)
-    with pytest.raises(UserError, match=rf"task choosing: {reason}"):
+    with pytest.raises(UserError, match=rf"task choosing: .*{reason}"):
         TaskHarness(ModelSource(tmp_path / "no model"), own(tmp_path), None, False)([{"task": "choosing"}])
