@@ -15,7 +15,7 @@ from raydiv.commands.plan.architecture import Architecture, architecture_of
 from raydiv.commands.plan.memory import sizes_on_disk
 from raydiv.config import Recipe
 from raydiv.utils.cache import shared_dir
-from raydiv.utils.errors import UserError
+from raydiv.utils.errors import UserError, one_line
 from raydiv.utils.storage import Folder
 from raydiv.utils.units import gib
 from raydiv.utils.versions import versions
@@ -92,7 +92,7 @@ def _get_report(task: Any, host: str) -> NodeReport:
     try:
         report: NodeReport = ray.get(task)
     except ray.exceptions.RayError as error:
-        raise RuntimeError(f"{host}, a node of the cluster, fails: {' '.join(str(error).split())[:300]}") from None
+        raise RuntimeError(f"{host}, a node of the cluster, fails: {one_line(error, 300)}") from None
     return report
 
 

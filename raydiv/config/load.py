@@ -13,7 +13,7 @@ from raydiv.config.loss import TYPES
 from raydiv.config.recipe import FRACTION_OR_SOURCES, Recipe
 from raydiv.config.source import Source
 from raydiv.losses import OBJECTIVES
-from raydiv.utils.errors import UserError
+from raydiv.utils.errors import UserError, one_line
 from raydiv.utils.nearest import nearest
 
 BUNDLED = Path(__file__).parents[1] / "data" / "bundled"
@@ -94,7 +94,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not YAML: {one_line(error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a recipe must be a mapping of sections, found {type(tree).__name__}")
     parent = tree.pop("extends", None)

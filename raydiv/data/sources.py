@@ -17,7 +17,7 @@ from raydiv.data.bundled.w1 import w1_pairs
 from raydiv.model.w1 import W1
 from raydiv.utils.cache import digest, file_digest, shared_dir
 from raydiv.utils.compat import dataset_fingerprint, saved_data_files
-from raydiv.utils.errors import UserError
+from raydiv.utils.errors import UserError, one_line
 from raydiv.utils.storage import Folder, file_system, open_input, sha256_of
 
 EXPORT_ROWS = 10_000
@@ -59,7 +59,7 @@ def files_of(source: Source) -> list[File]:
         else:
             files = _matching_files(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be reached: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{path}: cannot be reached: {one_line(error, 200)}") from None
     if source.split is not None and any(file.kind != ".arrow" for file in files):
         raise UserError(f"{path}: split {source.split} does not apply: only saved and hub data sets have splits")
     return files
@@ -184,7 +184,7 @@ def _hub_files(source: Source) -> list[File]:
             name, source.config, split=source.split or "train", revision=source.revision
         ).with_format("arrow")
     except Exception as error:  # the hub client raises many unrelated types
-        raise UserError(f"{source.path}: cannot be loaded from the hub: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{source.path}: cannot be loaded from the hub: {one_line(error, 300)}") from None
     content = digest(name, dataset_fingerprint(data), len(data))
     folder = shared_dir("hub", content)
     exported = set(folder.file_names(".parquet"))

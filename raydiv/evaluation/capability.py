@@ -14,7 +14,7 @@ from raydiv.config.cluster import ClusterConfig
 from raydiv.evaluation.intervals import normal_interval
 from raydiv.model.load import ModelSource
 from raydiv.runtime.actor_pool import Progress, map_rows, no_progress
-from raydiv.utils.errors import UserError
+from raydiv.utils.errors import UserError, one_line
 from raydiv.utils.nearest import nearest
 
 _GENERAL = ["mmlu", "arc_challenge", "hellaswag", "winogrande", "truthfulqa_mc2"]
@@ -172,7 +172,7 @@ def _load_tasks(manager: Any, name: str) -> list[Any]:
     try:
         loaded = manager.load([name])
     except (ImportError, OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise UserError(
             f"task {name}: cannot be loaded: {reason} (its data comes from the hub, or from files named in it)"
         ) from None

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from raydiv.utils.errors import UserError
+from raydiv.utils.errors import UserError, one_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ def read_outputs(path: Path) -> list[ModelOutput]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not JSON: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{path}: not JSON: {one_line(error, 200)}") from None
     if not isinstance(records, list) or not records:
         raise UserError(f"{path}: AlpacaEval's format is a list of records, found {_kind(records)}")
     return [_output(record, f"{path}: record {number}", path.stem) for number, record in enumerate(records, start=1)]

@@ -13,7 +13,7 @@ from raydiv.model.resolve import model_directory
 from raydiv.model.silence import silence_libraries
 from raydiv.runtime.actor_pool import Progress, map_rows, no_progress
 from raydiv.utils.compat import is_custom_code_refusal
-from raydiv.utils.errors import UserError
+from raydiv.utils.errors import UserError, one_line
 
 TOXIC_LABELS = ("toxic", "toxicity", "hate", "hateful", "offensive", "abusive", "unsafe", "harmful")
 """Names of the toxic label, in order of preference."""
@@ -77,7 +77,7 @@ def _read_label(directory: Path) -> ToxicLabel:
     try:
         config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        reason = "needs custom Python code" if is_custom_code_refusal(error) else " ".join(str(error).split())[:200]
+        reason = "needs custom Python code" if is_custom_code_refusal(error) else one_line(error, 200)
         raise UserError(f"evaluate.toxicity: {directory}: {reason}; use another classifier") from None
     architectures = config.architectures or []
     if not any(name.endswith("ForSequenceClassification") for name in architectures):

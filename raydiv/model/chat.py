@@ -14,7 +14,7 @@ import numpy as np
 from raydiv.config.recipe import template_text
 from raydiv.model.resolve import load_error
 from raydiv.utils.cache import digest
-from raydiv.utils.errors import UserError
+from raydiv.utils.errors import UserError, one_line
 
 Messages = list[dict[str, str]]
 
@@ -111,7 +111,7 @@ class Chat:
                 conversations, add_generation_prompt=generation, tokenize=False
             )
         except Exception as error:  # a template is a program, and may raise anything
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             if any(turn["content"] and turn["content"] in str(error) for turns in conversations for turn in turns):
                 reason = type(error).__name__  # the message repeats a prompt, and messages must not contain prompts
             raise ValueError(f"the chat template fails: {reason}") from None
@@ -150,7 +150,7 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
         # always explicit: without a value transformers asks on the terminal, and accepts a piped "y"
         return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise load_error(directory, error, f"has no usable tokenizer: {' '.join(str(error).split())[:200]}") from None
+        raise load_error(directory, error, f"has no usable tokenizer: {one_line(error, 200)}") from None
 
 
 def as_messages(prompt: str | Messages) -> Messages:

@@ -16,7 +16,7 @@ from raydiv.model.chat import Chat
 from raydiv.model.resolve import load_error, model_directory
 from raydiv.model.silence import silence_libraries
 from raydiv.utils.compat import peft_without_quantizer
-from raydiv.utils.errors import UserError
+from raydiv.utils.errors import UserError, one_line
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """torch's dtype by ``engine.precision``."""
@@ -70,7 +70,7 @@ class ModelSource:
         try:
             config = AutoConfig.from_pretrained(str(directory), trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError) as error:
-            raise load_error(directory, error, " ".join(str(error).split())[:300]) from None
+            raise load_error(directory, error, one_line(error, 300)) from None
         return config.get_text_config()
 
     def base_directory(self) -> Path | None:
@@ -113,7 +113,7 @@ def build_policy(directory: Path, section: ModelConfig, dtype: Any) -> Any:
 
             return get_peft_model(model, lora_config(section.lora))
     except ValueError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UserError(f"model.lora.target_modules: {section.lora.target_modules}: {reason}") from None
 
 
@@ -154,7 +154,7 @@ def _from_pretrained(
             **(_quantization_arguments(quantization, dtype) if quantization else {}),
         )
     except (OSError, ValueError) as error:
-        raise load_error(directory, error, f"cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        raise load_error(directory, error, f"cannot be loaded: {one_line(error, 300)}") from None
 
 
 def _quantization_arguments(quantization: str, dtype: Any) -> dict[str, Any]:

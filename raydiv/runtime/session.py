@@ -13,7 +13,7 @@ from raydiv.config import Recipe
 from raydiv.config.cluster import ClusterConfig
 from raydiv.runtime.resources import require_resources
 from raydiv.utils import compat
-from raydiv.utils.errors import UserError
+from raydiv.utils.errors import UserError, one_line
 
 AUTH_HELP = (
     "a cluster with token authentication needs RAY_AUTH_MODE=token, and its token in RAY_AUTH_TOKEN, in the file "
@@ -79,12 +79,12 @@ def _init_ray(cluster: ClusterConfig, dashboard: bool) -> None:
             f"RAY_ADDRESS: {address}: RAY_AUTH_MODE is token, and no token was found; {AUTH_HELP}"
         ) from None
     except ConnectionError as error:
-        raise UserError(f"RAY_ADDRESS: cannot connect to {address}: {_one_line(error)[:200]}; {AUTH_HELP}") from None
+        raise UserError(f"RAY_ADDRESS: cannot connect to {address}: {one_line(error, 200)}; {AUTH_HELP}") from None
     except RuntimeError as error:
         if not compat.is_version_mismatch(error):
             raise
         raise UserError(
-            f"RAY_ADDRESS: {address}: {_one_line(error)}; use the cluster's versions here, or raydiv submit"
+            f"RAY_ADDRESS: {address}: {one_line(error)}; use the cluster's versions here, or raydiv submit"
         ) from None
 
 
@@ -99,12 +99,8 @@ def require_dashboard(command: str) -> None:
         list_nodes(ray.get_runtime_context().gcs_address, limit=1, timeout=20)
     except (RayStateApiException, OSError, ValueError) as error:
         raise UserError(
-            f"{command} needs the dashboard of the Ray cluster, which does not answer: {_one_line(error)[:200]}"
+            f"{command} needs the dashboard of the Ray cluster, which does not answer: {one_line(error, 200)}"
         ) from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 KEEP_FREED_MEMORY = {

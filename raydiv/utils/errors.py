@@ -1,4 +1,4 @@
-"""The one exception that means: the user must change something."""
+"""The one exception that means: the user must change something; and what helps to raise and find it."""
 
 
 class UserError(ValueError):
@@ -18,3 +18,8 @@ def find_user_error(error: BaseException | None) -> UserError | None:
                 return candidate
         error = error.__cause__
     return None
+
+
+def one_line(message: object, length: int | None = None) -> str:
+    """The text of an error on one line, for use in another message; its first ``length`` characters."""
+    return " ".join(str(message).split())[:length]

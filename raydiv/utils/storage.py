@@ -18,7 +18,7 @@ from urllib.parse import quote, unquote
 import pyarrow as pa
 from pyarrow import fs
 
-from raydiv.utils.errors import UserError
+from raydiv.utils.errors import UserError, one_line
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def _connect(uri: str) -> tuple[Any, str]:
     try:
         return fs.FileSystem.from_uri(uri)  # type: ignore[no-any-return]
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{uri}: cannot be reached: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{uri}: cannot be reached: {one_line(error, 200)}") from None
 
 
 @dataclass(frozen=True, slots=True)

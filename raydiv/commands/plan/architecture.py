@@ -31,7 +31,7 @@ from raydiv.model.packing import Packing, packing_of
 from raydiv.model.resolve import load_error, model_directory, require_base_model
 from raydiv.utils.cache import cache_dir, cached_text, code_digest, digest
 from raydiv.utils.compat import peft_without_quantizer
-from raydiv.utils.errors import UserError
+from raydiv.utils.errors import UserError, one_line
 
 SHIPPED = FOLDER / "architectures"
 """Configs of models that ``raydiv plan`` knows without the hub; the README.md in the folder gives their origin."""
@@ -138,7 +138,7 @@ def config_of(model: ModelConfig) -> Any:
         fields = json.loads(shipped.read_text())
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         known = ", ".join(sorted(path.stem.replace("--", "/") for path in SHIPPED.glob("*.json")))
         raise load_error(
             model.id,
@@ -230,7 +230,7 @@ def _policy_on_meta(config: Any, model: ModelConfig, dtype: torch.dtype) -> Any:
                 trust_remote_code=model.trust_remote_code,
             )
     except (ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         hint = "; use model.attention=auto" if "attention implementation" in reason else ""
         raise UserError(f"model.id: {model.id}: does not support model.attention {attention}{hint}: {reason}") from None
     if model.lora is None:
@@ -242,7 +242,7 @@ def _policy_on_meta(config: Any, model: ModelConfig, dtype: torch.dtype) -> Any:
             adapted = get_peft_model(policy, lora_config(model.lora), autocast_adapter_dtype=False)
         return adapted.to(dtype)  # as DeepSpeed does; peft creates adapters on the meta device in fp32
     except ValueError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UserError(f"model.lora.target_modules: {model.lora.target_modules}: {reason}") from None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from raydiv.runtime.submit.bundle import JobBundle
-from raydiv.utils.errors import UserError
+from raydiv.utils.errors import UserError, one_line
 from raydiv.utils.secrets import has_password, has_token, is_secret_name
 
 REFUSED_VARIABLE = (
@@ -61,7 +61,7 @@ def read_runtime_environment(path: Path | None) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--runtime-env {path}: cannot be read: {' '.join(str(error).split())}") from None
+        raise UserError(f"--runtime-env {path}: cannot be read: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"--runtime-env {path}: not a YAML mapping")
     if "working_dir" in content:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from raydiv.runtime.session import AUTH_HELP
 from raydiv.utils import compat
-from raydiv.utils.errors import UserError
+from raydiv.utils.errors import UserError, one_line
 from raydiv.utils.signals import SIGTERM_EXIT_STATUS
 
 MIN_RAY_VERSION = "2.55"
@@ -237,7 +237,7 @@ def _job_status(details: Any, name_key: str) -> JobStatus:
         metadata.get(name_key, ""),
         metadata.get(COMMAND_KEY, details.entrypoint),
         status,
-        " ".join((details.message or "").split()),
+        one_line(details.message or ""),
         exit_code,
         details.start_time / 1000 if details.start_time else None,
         details.end_time / 1000 if details.end_time else None,
