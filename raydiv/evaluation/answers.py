@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raydiv.config.cluster import ClusterConfig
-from raydiv.config.evaluate import EvaluateConfig as EvaluateSection
+from raydiv.config.evaluate import EvaluateConfig
 from raydiv.data.prompt_sets import Prompt
 from raydiv.data.reference_scorer import score, score_once
 from raydiv.evaluation import attacks
@@ -36,9 +36,7 @@ class EvaluationJudges:
     pairwise: ModelSource | None
 
     @classmethod
-    def from_config(
-        cls, config: EvaluateSection, prompts: Sequence[Prompt], cluster: ClusterConfig
-    ) -> EvaluationJudges:
+    def from_config(cls, config: EvaluateConfig, prompts: Sequence[Prompt], cluster: ClusterConfig) -> EvaluationJudges:
         """Raises UserError for an invalid judge, an attack that cannot run, and an unknown task."""
         attacks.check_attacks(config.attacks, prompts)
         if config.tasks:
@@ -52,7 +50,7 @@ def measure_answers(
     model: ModelSource,
     reference: ModelSource,
     prompts: Sequence[Prompt],
-    config: EvaluateSection,
+    config: EvaluateConfig,
     judges: EvaluationJudges,
     cluster: ClusterConfig,
     display: ProgressDisplay,
@@ -110,7 +108,7 @@ def measure_answers(
         )
 
 
-def _task_folder(config: EvaluateSection) -> Path | None:
+def _task_folder(config: EvaluateConfig) -> Path | None:
     return None if config.task_folder is None else Path(config.task_folder)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from raydiv.utils.jsonl import JsonlTail, follow
+from raydiv.utils.jsonl import JsonlTail, append_record, follow
 
 ExamplePlace = tuple[int, int, int]
 """The place of an example: the indices of its source in data.train and of its file, and its position in the file."""
@@ -23,9 +22,7 @@ class EventLog:
 
     def log(self, message: str, examples: Sequence[ExamplePlace] = ()) -> None:
         """Append an event, with the places of the ``examples`` that it concerns."""
-        event = {"time": round(time.time(), 3), "message": message, "examples": list(examples)}
-        with self.path.open("a") as file:
-            file.write(json.dumps(event) + "\n")
+        append_record(self.path, {"time": round(time.time(), 3), "message": message, "examples": list(examples)})
 
     def follow(
         self, show: Callable[[str], None], locate: Callable[[ExamplePlace], str]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from raydiv.utils.jsonl import JsonlTail, follow
+from raydiv.utils.jsonl import JsonlTail, append_record, follow, read_records
 from raydiv.utils.storage import atomic
 
 Metrics = dict[str, Any]
@@ -37,12 +36,11 @@ class MetricsLog:
     def append(self, record: Metrics) -> None:
         """Append a line, unless ``record`` is empty."""
         if record:
-            with self.path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            append_record(self.path, record)
 
     def read(self) -> list[Metrics]:
         """All lines."""
-        return [json.loads(line) for line in self.path.read_text().splitlines()]
+        return read_records(self.path)
 
     def trained_values(self) -> Metrics:
         """The last value of every metric since training began, without those measured of the base model."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from raydiv.config.cluster import ClusterConfig, ReservedResources
 from raydiv.utils.errors import UserError
+from raydiv.utils.units import GIB
 
 WORKER_CPU_FRACTION = 0.9
 """Fraction of a node's CPUs that training workers reserve; Ray Data and the driver need the rest."""
@@ -74,7 +75,7 @@ def worker_memory(cluster: ClusterConfig) -> int:
     import ray
 
     if cluster.worker_memory_gb is not None:
-        return round(cluster.worker_memory_gb * 2**30)
+        return round(cluster.worker_memory_gb * GIB)
     if cluster.use_gpu:
         return int(ray.get(ray.remote(num_gpus=1)(_gpu_memory).remote()))
     nodes = [node for node in _nodes() if node.get("CPU")]
@@ -108,7 +109,7 @@ def concurrent_runs(cluster: ClusterConfig, limit: int | None) -> tuple[int, Clu
     runs = max(1, min(int(fitting), limit or int(fitting)))
     actors = min(cluster.pool_actors or cluster.num_workers, cluster.num_workers) if cluster.use_gpu else None
     all_workers = cluster.num_workers if cluster.use_gpu else runs * cluster.num_workers
-    memory = worker_memory(cluster.model_copy(update={"num_workers": all_workers})) / 2**30
+    memory = worker_memory(cluster.model_copy(update={"num_workers": all_workers})) / GIB
     part = {
         "cpus": round(available_cpus(cluster) / runs, 3),
         "worker_memory_gb": round(memory, 3),

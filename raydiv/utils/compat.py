@@ -120,10 +120,12 @@ GRADIENT_NORM = {1: "scaled_global_norm", 2: "scaled_global_norm", 3: "_get_norm
 
 RELEASE_LOOK_AHEAD = "_PartitionedParameterCoordinator__params_to_release"
 
+_FRAGMENTS = (("_lazy_init_hp_params_optimizer_state", "update_lp_params"), ("_hp_mapping",))
+
 ZERO_STATE: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {
     0: ((), ()),
-    1: (("_lazy_init_hp_params_optimizer_state", "update_lp_params"), ("_hp_mapping",)),
-    2: (("_lazy_init_hp_params_optimizer_state", "update_lp_params"), ("_hp_mapping",)),
+    1: _FRAGMENTS,
+    2: _FRAGMENTS,
     3: (
         (
             "fp32_partitioned_groups_flat",

@@ -1,4 +1,4 @@
-"""Follow JSONL files that other processes append to."""
+"""JSONL files: append to them, read them, and follow those that other processes append to."""
 
 from __future__ import annotations
 
@@ -6,12 +6,23 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 POLL_SECONDS = 0.3
+
+
+def append_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Append a line with a JSON object."""
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 class JsonlTail:

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from raydiv.utils.compat import skip_shared_memory_op
+
 DONE_FILE = "stepped"
 
 
@@ -22,8 +24,7 @@ def step(config: dict[str, Any]) -> None:
     import ray.train
     import torch
 
-    # prevents DeepSpeed from compiling an extension for a minute, as raydiv does
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    skip_shared_memory_op()  # as raydiv does: compiling it takes a minute
     engine, *_ = deepspeed.initialize(
         model=torch.nn.Linear(8, 8),
         config={

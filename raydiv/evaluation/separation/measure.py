@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from raydiv.config.cluster import ClusterConfig
-from raydiv.config.recipe import SeparationConfig as SeparationSection
+from raydiv.config.recipe import SeparationConfig
 from raydiv.data.prompt_sets import Prompt
 from raydiv.evaluation.separation.embed import Readout, embed, sample_prompts
 from raydiv.evaluation.separation.metrics import principal_plane, separation_metrics
@@ -27,7 +27,7 @@ CHUNK_PROMPTS = 256
 def measure_separation(
     model: ModelSource,
     prompts: Sequence[Prompt],
-    config: SeparationSection,
+    config: SeparationConfig,
     cluster: ClusterConfig,
     display: ProgressDisplay,
     *,
@@ -57,7 +57,7 @@ def measure_separation(
 class _StateCollector:
     """Collects the states of a sample of ``prompts``, and streamed moments of all of them."""
 
-    def __init__(self, prompts: Sequence[Prompt], config: SeparationSection) -> None:
+    def __init__(self, prompts: Sequence[Prompt], config: SeparationConfig) -> None:
         self._prompts, self._config = prompts, config
         self._harmful = np.array([prompt.harmful for prompt in prompts])
         self._order = sample_prompts(self._harmful, config.sample)

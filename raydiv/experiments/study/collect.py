@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from raydiv.runs.metrics_log import Metrics, last_values, numbers
 from raydiv.runs.resume import comparable, differences
 from raydiv.runs.tracker import download_runs, tracking_uri
 from raydiv.utils.errors import UserError
+from raydiv.utils.storage import read_json
 
 MLFLOW = "mlflow:"
 """Prefix of an MLflow experiment in ``study.include``."""
@@ -29,7 +29,7 @@ def cell_of(run: RunDirectory, planned: PlannedCell) -> Cell:
 
 def run_identity(run: RunDirectory) -> str:
     """The MLflow id of a finished run, which all copies of it share; its path if MLflow never had it."""
-    result = json.loads(run.result.read_text())
+    result = read_json(run.result)
     return str((result.get("mlflow") or {}).get("run_id") or run.path.resolve())
 
 

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from math import inf, isfinite, nan
+from math import inf, isfinite, isnan, nan
 from pathlib import Path
 from typing import Any, Self
 
@@ -64,8 +64,8 @@ class TrialRecord:
 
     def cost(self, objective: SweepObjective) -> float:
         """Lower where the objective is better; infinite without a value."""
-        value = self.metrics.get(objective.metric, nan)
-        return -objective.sign * value if isfinite(value) else inf
+        value = self.value(objective.metric)
+        return inf if isnan(value) else -objective.sign * value
 
     def satisfies(self, constraint: SweepConstraint) -> bool:
         # a comparison with NaN is false

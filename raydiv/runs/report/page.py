@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, zip_longest
@@ -15,7 +14,8 @@ from raydiv.runs.directory import RunDirectory
 from raydiv.runs.report.drawing import Picture, write_pictures
 from raydiv.runs.report.figures import pictures
 from raydiv.runs.report.html import render
-from raydiv.runs.report.table import measured_rows, notes
+from raydiv.runs.report.table import WHEN, measured_rows, notes
+from raydiv.utils.jsonl import read_records
 from raydiv.utils.storage import read_json
 
 GROUPS = {
@@ -92,7 +92,7 @@ def _facts(result: Mapping[str, Any], recipe: Recipe) -> dict[str, str]:
 
 def _answers_rows(run: RunDirectory) -> list[AnswersRow]:
     """Rows of prompts and answers; none unless the run kept the texts (--show-text)."""
-    before, after = (_answers(run.evaluation / f"{when}.answers.jsonl") for when in ("before", "after"))
+    before, after = (_answers(run.evaluation / f"{when}.answers.jsonl") for when in WHEN)
     if not any("prompt" in answer for answer in after):
         return []
     no_answer: dict[str, Any] = {}
@@ -100,7 +100,7 @@ def _answers_rows(run: RunDirectory) -> list[AnswersRow]:
 
 
 def _answers(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_records(path) if path.exists() else []
 
 
 def _pairs(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
