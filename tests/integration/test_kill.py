@@ -12,7 +12,7 @@ import threading
 import time
 from _thread import interrupt_main
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,12 @@ def whole(ray: None, named: Callable[..., Recipe]) -> Result:
 
 def workers(driver: int | None = None) -> list[psutil.Process]:
     """The training workers' processes of a driver with a local Ray, by default of this process; no other ones."""
-    children = psutil.Process(driver).children(recursive=True)
-    return [process for process in children if "RayTrainWorker" in " ".join(process.cmdline())]
+    processes = []
+    for process in psutil.Process(driver).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # another child of Ray's may end after it was listed
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                processes.append(process)
+    return processes
 
 
 @contextmanager
