@@ -79,9 +79,10 @@ def _show_run(result: Result) -> None:
     for note in notes(result.run):
         print(note)
     paths, mlflow = result.report["paths"], result.report["mlflow"]
-    print(
-        f"\nmodel    {paths['model']}\nreport   {paths['report']}\npictures {paths['pictures']}\nmlflow   {mlflow['uri']}"
-    )
+    print()
+    for name in ("model", "report", "pictures"):
+        print(f"{name:<8} {paths[name]}")
+    print(f"mlflow   {mlflow['uri']}")
     if "://" in mlflow["uri"]:
         print(f"         open it: mlflow ui --backend-store-uri {mlflow['uri']}")
     if not mlflow["sent"]:

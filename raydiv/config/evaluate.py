@@ -125,8 +125,8 @@ class EvaluateConfig(Section):
     toxicity: str | None = Field(default=None, description="a text-classification model; its mean P(toxic) is reported")
     attacks: list[AttackConfig] = Field(
         default_factory=list,
-        description="attacks on harmful prompts beside the direct request: prefill (with an OPENING), templates or suffixes "
-        "(with a FILE), gcg (with its STEPS)",
+        description="attacks on harmful prompts beside the direct one: prefill (with an OPENING), templates or "
+        "suffixes (with a FILE), gcg (with its STEPS)",
     )
     pairwise_judge: str | None = Field(
         default=None,

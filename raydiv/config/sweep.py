@@ -48,7 +48,7 @@ Choices = tuple[Any, ...]
 
 @dataclass(frozen=True, slots=True)
 class SearchParameter:
-    """A dotted key of the recipe and its values. It has one only where the parameters in ``when`` have one of theirs."""
+    """A dotted key of the recipe and its values; it has one only where the parameters in ``when`` have theirs."""
 
     key: str
     values: Interval | Choices
@@ -109,8 +109,9 @@ class SweepConstraint(Section):
 
 
 NO_POPULATION = (
-    "population-based training is not supported: a trial that takes over another trial's weights under other values cannot "
-    "be repeated from a recipe, and rewards under different beta are not comparable; scheduler: asha stops trials early"
+    "population-based training is not supported: a trial that takes over another trial's weights under other values "
+    "cannot be repeated from a recipe, and rewards under different beta are not comparable; "
+    "scheduler: asha stops trials early"
 )
 
 EXPERIMENT_KEYS = ("name", "output_dir", "extends", "track", "cluster", "sweep", "study")
@@ -127,7 +128,8 @@ class SweepConfig(Section):
     )
     objectives: list[SweepObjective] = Field(
         min_length=1,
-        description="metrics to maximize or minimize, each {metric: METRIC, direction: maximize}; several give a Pareto front",
+        description="metrics to optimize, each {metric: METRIC, direction: maximize | minimize}; "
+        "several give a Pareto front",
     )
     constraints: list[SweepConstraint] = Field(
         default=[], description="bounds of metrics that the best trial keeps, each {metric: METRIC, max: X} or min"
@@ -140,7 +142,7 @@ class SweepConfig(Section):
     scheduler: Literal["none", "asha"] = Field(default="none", description="asha stops trials that fall behind")
     stop_on: SweepObjective | None = Field(
         default=None,
-        description="asha: the metric by which it compares trials while they train, and its direction; default: the objective",
+        description="asha: metric by which it compares trials while they train, and direction; default: the objective",
     )
     grace: PositiveInt | None = Field(default=None, description="asha: updates that every trial makes (default: 10)")
     reduction: int | None = Field(

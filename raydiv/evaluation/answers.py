@@ -115,7 +115,7 @@ def _task_folder(config: EvaluateConfig) -> Path | None:
 def with_win_rate(
     report: AnswersReport, baseline: Sequence[str], judge: ModelSource, cluster: ClusterConfig, display: ProgressDisplay
 ) -> AnswersReport:
-    """The report, with the win rate of its answers to harmless prompts over those of ``baseline``; needs a Ray session."""
+    """The report, with the win rate of its harmless answers over those of ``baseline``; needs a Ray session."""
     instructions, outputs = report.harmless()
     if not instructions:
         return replace(report, notes=[*report.notes, "no harmless prompts: the win rate was not measured"])
@@ -146,7 +146,7 @@ def _compute_logps(
     cluster: ClusterConfig,
     update: Any,
 ) -> _LogProbs:
-    """Log-probs of the answers, of which those from index ``attempts`` on were sampled, and of the coherence reference."""
+    """Log-probs of the answers (from index ``attempts`` on: sampled) and of the coherence reference."""
     chat = reference.chat()
     same_tokens = model == reference or chat.fingerprint == model.chat().fingerprint
     if same_tokens:

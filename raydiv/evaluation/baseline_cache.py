@@ -1,4 +1,4 @@
-"""Cache of the evaluation before training, shared by every run, trial and study cell that starts from the same model."""
+"""Cache of the evaluation before training, shared by all runs, trials and study cells that start from one model."""
 
 from __future__ import annotations
 

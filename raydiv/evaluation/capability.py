@@ -39,7 +39,7 @@ BOOTSTRAP_SAMPLES = 1000
 
 @dataclass(frozen=True, slots=True)
 class CapabilityScore:
-    """A metric of a task, by the harness's names of the metric and of the filter of its answers (``none``: unfiltered)."""
+    """A metric of a task, by the harness's names of the metric and of its answers' filter (``none``: unfiltered)."""
 
     metric: str
     filter: str
@@ -133,7 +133,7 @@ class TaskHarness:
         self._chat_template = chat_template
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Rows of ``task`` -> ``scores``: those of the task or group, or of the tasks of a tag or group without scores."""
+        """Rows of ``task`` -> ``scores``: of the task or group, or of the tasks of a tag or group without scores."""
         return [{"scores": self._scores(row["task"])} for row in rows]
 
     @cached_property

@@ -68,7 +68,7 @@ class CoherenceReference:
 
 @dataclass(frozen=True, slots=True)
 class PerplexityThreshold:
-    """Log-prob per token in nats under the reference below which an answer is broken, measured on ``answers`` answers."""
+    """Log-prob per token (nats, under the reference) below which an answer is broken, from ``answers`` answers."""
 
     value: float
     mean: float

@@ -31,7 +31,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class GeneratedAnswer:
-    """A model's answer: text without special tokens, and the token ids of prompt and answer (opening and EOS included)."""
+    """A model's answer: text without special tokens; token ids of prompt and answer (with opening and EOS)."""
 
     text: str
     prompt_ids: list[int]

@@ -30,7 +30,7 @@ def resolve_models(
 
 
 def initial_model(model: str) -> ModelSource | None:
-    """The model that a run started from; None where ``model`` is not a run. Raises UserError when it no longer exists."""
+    """The model that a run started from; None where ``model`` is no run. Raises UserError if it no longer exists."""
     run = RunDirectory(Path(model))
     if not run.holds_a_run:
         return None

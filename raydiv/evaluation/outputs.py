@@ -54,8 +54,8 @@ def match_outputs(instructions: Sequence[str], outputs: Sequence[ModelOutput], p
     missing = matched.count(None)
     if missing:
         raise UserError(
-            f"{path}: has no output to {missing} of the {len(matched)} prompts (number {matched.index(None) + 1} first); "
-            "an instruction must equal the prompt's text"
+            f"{path}: has no output to {missing} of the {len(matched)} prompts (number {matched.index(None) + 1} "
+            "first); an instruction must equal the prompt's text"
         )
     return [output for output in matched if output is not None]
 

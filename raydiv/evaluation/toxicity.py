@@ -42,8 +42,8 @@ class ToxicLabel:
         number = _toxic_index(normalised)
         if number is None:
             raise UserError(
-                f"evaluate.toxicity: {name}: none of its labels means toxic ({', '.join(labels.values())}); use a classifier "
-                "of toxicity or hate"
+                f"evaluate.toxicity: {name}: none of its labels means toxic ({', '.join(labels.values())}); use a "
+                "classifier of toxicity or hate"
             )
         exclusive = problem_type == "single_label_classification" or (problem_type is None and len(labels) == 2)
         return cls(number, labels[number], exclusive)

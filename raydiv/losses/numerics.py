@@ -22,7 +22,7 @@ def log_sigmoid(x: Tensor) -> Tensor:
 
 
 def smoothed_logistic(x: Tensor, smoothing: float) -> Tensor:
-    """-(1 - e) log s(x) - e log s(-x), elementwise: logistic loss under label flips of probability e = ``smoothing``."""
+    """-(1 - e) log s(x) - e log s(-x), elementwise, e = ``smoothing``: logistic loss under flipped labels."""
     return -(1 - smoothing) * log_sigmoid(x) - smoothing * log_sigmoid(-x)
 
 

@@ -91,8 +91,8 @@ class CompatibilityCheck:
         if not self._close(logps, expected):
             kind = type(self._model.config.get_text_config()).__name__.removesuffix("Config")
             raise UserError(
-                f"model.id: {kind} models transform their logits in a way that is not supported (log-probs differ by up to "
-                f"{_max_difference(logps, expected)})"
+                f"model.id: {kind} models transform their logits in a way that is not supported (log-probs differ by "
+                f"up to {_max_difference(logps, expected)})"
             )
 
     def _head_logps(self, inputs: ModelInputs) -> Tensor:

@@ -39,7 +39,7 @@ tokens x 65,024).
 
 
 def buffer_bytes(vocabulary: int, positions: int, deferred: bool) -> int:
-    """Size of the head's logit buffer for that many positions; ``deferred``: their coefficients come after the forward."""
+    """Bytes of the head's logit buffer for so many positions; ``deferred``: coefficients come after the forward."""
     return 4 * vocabulary * _buffer_rows(vocabulary, positions, deferred)
 
 

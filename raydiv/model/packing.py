@@ -58,7 +58,7 @@ def _block_diagonal_attention(
 
 
 def packing_of(model: Any, max_length: int) -> tuple[Packing, str]:
-    """The packing that a model supports for examples of up to ``max_length`` tokens, and the reason where it is none."""
+    """The packing that a model supports for examples of up to ``max_length`` tokens, and the reason if none."""
     config = model.config.get_text_config()
     attention, window = attention_implementation(config), getattr(config, "sliding_window", None)
     packing = PACKING_BY_ATTENTION.get(attention, "none")

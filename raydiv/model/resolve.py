@@ -68,8 +68,8 @@ def _require_weights(model_id: str, directory: Path) -> None:
     missing = sorted(map(str, wanted - present))[0] if wanted - present else "*.safetensors"
     pickled = sorted(file.name for pattern in PICKLED for file in directory.glob(pattern))
     remedy = (
-        f"{pickled[0]} is pickle, which runs code when it is loaded, so it is not loaded; if you trust it, load it with "
-        "transformers (or peft), and save_pretrained() it to another directory"
+        f"{pickled[0]} is pickle, which runs code when it is loaded, so it is not loaded; if you trust it, load it "
+        "with transformers (or peft), and save_pretrained() it to another directory"
         if pickled
         else "was it saved or downloaded completely?"
     )
@@ -98,8 +98,8 @@ def fingerprint(path: Path) -> str:
 
 
 HUB_ERRORS = {
-    "GatedRepoError": "it is gated: accept its terms on its page at huggingface.co, and give this command and every node a "
-    "token of that account (hf auth login, or HF_TOKEN)",
+    "GatedRepoError": "it is gated: accept its terms on its page at huggingface.co, and give this command and every "
+    "node a token of that account (hf auth login, or HF_TOKEN)",
     "RepositoryNotFoundError": "it does not exist, or it is private and this machine has no token for it (hf auth "
     "login, or HF_TOKEN)",
     "RevisionNotFoundError": "it has no such model.revision",
@@ -117,7 +117,8 @@ def _from_hub(model_id: str, revision: str | None) -> Path:
     except Exception as error:  # the hub client raises many unrelated types
         reason = HUB_ERRORS.get(type(error).__name__) or one_line(error, 200)
         raise UserError(
-            f"model.id: {model_id}: not a local directory, and the hub does not provide it ({type(error).__name__}: {reason})"
+            f"model.id: {model_id}: not a local directory, and the hub does not provide it "
+            f"({type(error).__name__}: {reason})"
         ) from None
 
 

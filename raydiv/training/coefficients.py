@@ -26,7 +26,7 @@ class NotFiniteError(FloatingPointError):
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """``loss``: weighted sum of the terms; ``coefficients`` [n]: d loss / d logps; ``states``: the next, one per term."""
+    """``loss``: weighted sum of the terms; ``coefficients`` [n]: d loss / d logps; ``states``: next, one per term."""
 
     loss: float
     coefficients: Tensor
@@ -40,7 +40,8 @@ def initial_states(terms: Sequence[Term]) -> list[State]:
 
 
 def known_coefficients(terms: Sequence[Term], states: Sequence[State], batch: Batch) -> Tensor:
-    """Coefficients [n], correct for examples whose scope is complete in ``batch``. Other log-probs may be any finite ones.
+    """Coefficients [n], correct for examples whose scope is complete in ``batch``. Other log-probs may be any finite
+    ones.
 
     Nothing is checked here: what is not finite reaches ``evaluate_objective``, on every rank, before the update.
     """

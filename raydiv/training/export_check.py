@@ -43,8 +43,8 @@ class ExportVerification:
             exact = recipe.engine.precision == "fp32" and recipe.model.quantization is None
             if not difference <= TOLERANCE["fp32" if exact else "bf16"]:  # also where it is NaN
                 raise RuntimeError(
-                    f"the written model is not the trained one: its log-probs differ by up to {float(difference):.3g} nats "
-                    "a token. It was removed; the newest checkpoint holds the trained weights"
+                    f"the written model is not the trained one: its log-probs differ by up to {float(difference):.3g} "
+                    "nats a token. It was removed; the newest checkpoint holds the trained weights"
                 )
 
         return check_directory

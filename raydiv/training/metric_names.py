@@ -39,8 +39,8 @@ def require_measured(recipe: Recipe) -> None:
         is_separation = recipe.separation.every is not None and str(metric).startswith("separation/")
         if metric is not None and metric not in known and not is_separation:
             raise UserError(
-                f"{key}: {metric} is not measured while this recipe trains{nearest(metric, known)}; eval/* needs data.eval and "
-                "evaluate.every, separation/* needs separation.every"
+                f"{key}: {metric} is not measured while this recipe trains{nearest(metric, known)}; eval/* needs "
+                "data.eval and evaluate.every, separation/* needs separation.every"
             )
 
 

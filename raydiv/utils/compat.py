@@ -81,7 +81,8 @@ def ignore_sigint_of_trainer(trainer: Any) -> None:
 
 
 def propagate_to_train_controllers(variable: str) -> None:
-    """Let Ray Train pass an environment variable of this process to its controllers and workers; the list is not public.
+    """Let Ray Train pass an environment variable of this process to its controllers and workers; the list is not
+    public.
 
     Checked with Ray 2.60: ``ray.train.v2._internal.constants.ENV_VARS_TO_PROPAGATE``.
     """
@@ -91,7 +92,8 @@ def propagate_to_train_controllers(variable: str) -> None:
 
 
 def dataset_fingerprint(data: Any) -> str:
-    """The fingerprint of a Hugging Face ``Dataset``: builder, configuration, revision, transforms. It has no public name.
+    """The fingerprint of a Hugging Face ``Dataset``: builder, configuration, revision, transforms. It has no public
+    name.
 
     Checked with datasets 5.2.0: ``Dataset._fingerprint``.
     """

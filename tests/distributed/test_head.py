@@ -58,7 +58,7 @@ Build = Callable[..., Any]
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """11 scored positions make chunks of 4, 4 and 3, or 8 that may be kept for a backward and 3 that were before them."""
+    """11 scored positions make chunks of 4, 4 and 3, or 8 that may be kept for a backward and 3 before them."""
     monkeypatch.setattr(head_module, "chunk_tokens", lambda vocabulary: 4)
     monkeypatch.setattr(head_module, "KEPT_CHUNKS", 2)
 
@@ -132,7 +132,9 @@ def test_values_and_gradients(architecture: str, push: bool) -> None:
 
 
 def on_ranks(models: Path, stage: int, push: bool) -> dict[str, dict[str, np.ndarray]]:
-    """Each architecture's log-probs of this rank's half of the examples, and gradients summed over ranks; runs on a rank."""
+    """Each architecture's log-probs of this rank's half of the examples, and gradients summed over ranks; runs on a
+    rank.
+    """
     from deepspeed.utils import safe_get_full_grad
 
     import raydiv.training.engine as engine_module

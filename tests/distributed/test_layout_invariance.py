@@ -344,7 +344,7 @@ def test_score_and_push_see_the_same_dropout_masks(tiny_model: Path, tmp_path: P
 
 
 def released_parameters(model: str, case: Case) -> list[tuple[set[int], set[int]]]:
-    """Parameters released after each module of a third step, whose order DeepSpeed knows: with the limit, and without."""
+    """Parameters released after each module of a third step, which DeepSpeed knows: with and without the limit."""
     from raydiv.utils.compat import RELEASE_LOOK_AHEAD
 
     engine = build(model, case)

@@ -28,7 +28,7 @@ def anonymous_bytes() -> int:
 
 
 def loaded(directory: str) -> dict[str, Any]:
-    """Peak of anonymous memory while the model is built under ZeRO-3, over what there was before; runs on every rank."""
+    """Rise of the peak of anonymous memory while the model is built under ZeRO-3; runs on every rank."""
     from raydiv.model.load import build_policy
     from raydiv.training.engine import DeepSpeedEngine
 

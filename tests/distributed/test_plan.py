@@ -1,4 +1,6 @@
-"""The plan: sizes against published ones, memory against measurement, the layout that is settled, and what is said of it."""
+"""The plan: sizes against published ones, memory against measurement, the layout that is settled, and what is said of
+it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Invariant 3: a run that is killed at any step and resumed ends as one that never stopped. Real processes and SIGKILL."""
+"""Invariant 3: a run that is killed at any step and resumed ends as one that never stopped. Real SIGKILLs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cluster of several nodes on this machine: raylets in their own network namespaces, optionally with their own disk."""
+"""A cluster of several nodes on this machine: raylets in network namespaces, optionally with their own disk."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Nodes:
         self._ray([], f"--head --port={PORT} --node-ip-address={HEAD} --num-cpus={cpus} --include-dashboard=false")
 
     def add(self, cpus: int, options: str = "", disk: Path | None = None, size: str = "") -> subprocess.Popen[bytes]:
-        """Start a node in its own namespace, with options of ``ray start``; it has its own ``disk`` of ``size`` there."""
+        """Start a node in its own namespace, with options of ``ray start`` and its own ``disk`` of ``size``."""
         number = len(self._networks) + 2
         network, address = f"rd-{number}", f"10.213.0.{number}"
         self._networks.append(network)

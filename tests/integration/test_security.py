@@ -54,7 +54,8 @@ from raydiv.utils.storage import Folder
 CODE_IN_DATA = ("pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib")
 
 ARCHIVES = ("zipfile", "tarfile", "gzip", "lzma", "bz2")
-"""raydiv extracts none: archives are read by the libraries that fetch them (datasets, huggingface_hub, transformers)."""
+"""raydiv extracts none: archives are read by the libraries that fetch them (datasets, huggingface_hub, transformers).
+"""
 
 SERVERS = ("socket", "socketserver", "http", "asyncio", "uvicorn", "flask", "fastapi", "aiohttp")
 
@@ -92,7 +93,7 @@ def dangerous(tree: ast.AST) -> Iterator[str]:
             # for_model reads nothing, and the dictionary `gguf_source` is of a bundled GGUF file
             if loader.startswith("Auto") and not name.endswith(".for_model") and unpacked != "gguf_source":
                 if "trust_remote_code" not in keywords and unpacked != "trusted":
-                    yield f"{name} without trust_remote_code, line {node.lineno}: transformers then asks on the terminal"
+                    yield f"{name} without trust_remote_code, line {node.lineno}: transformers asks on the terminal"
                 if name.endswith(".from_pretrained") and "Model" in loader and "use_safetensors" not in keywords:
                     yield f"{name} without use_safetensors, line {node.lineno}"
         elif isinstance(node, ast.Constant) and node.value == "RAY_AUTH_MODE" and node not in enabled:
@@ -110,7 +111,8 @@ def test_no_module_runs_what_it_reads_extracts_archives_or_listens(module: str) 
 def test_dangerous_calls_are_found() -> None:
     bad = "eval(x); torch.load(f); yaml.load(f); subprocess.run(c, shell=True); tar.extractall(); np.load(f)\n"
     bad += "AutoConfig.from_pretrained(d); AutoModel.from_pretrained(d, trust_remote_code=False)\n"
-    bad += "os.environ['RAY_AUTH_MODE'] = 'disabled'\nyaml.safe_load(f); model.eval(); AutoModel.from_pretrained(**gguf_source)"
+    bad += "os.environ['RAY_AUTH_MODE'] = 'disabled'\n"
+    bad += "yaml.safe_load(f); model.eval(); AutoModel.from_pretrained(**gguf_source)"
     assert len(list(dangerous(ast.parse(bad)))) == 9
 
 

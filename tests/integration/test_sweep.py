@@ -138,7 +138,7 @@ def test_resumed_sweep_repeats_no_finished_trial(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One trial looks as if it was killed while it trained, another before its report: only the first is trained again."""
+    """Of a trial killed while it trained and one killed before its report, only the first is trained again."""
     recipe, result = grid
     record = json.loads(result.directory.record.read_text())
     victim, *others = [trial for trial in record["trials"] if trial["status"] == "finished"]

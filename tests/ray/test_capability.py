@@ -1,4 +1,6 @@
-"""Capability by lm-evaluation-harness: scores of local tasks against what is computed by hand, names, and what goes wrong."""
+"""Capability by lm-evaluation-harness: scores of local tasks against what is computed by hand, names, and what goes
+wrong.
+"""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ UNPARSABLE = "Both are fine."
 
 
 def win_rate_of(*answers: tuple[str, str]) -> WinRate:
-    """The win rate where the judge answers this to each pair, first with ours and then with theirs in the first place."""
+    """The win rate where the judge answers this to each pair, first with ours and then with theirs in first place."""
     count = len(answers)
     ours_first, theirs_first = zip(*answers, strict=True)
     return win_rate(["q"] * count, ["ours"] * count, ["theirs"] * count, lambda _: [*ours_first, *theirs_first])

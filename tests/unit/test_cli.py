@@ -79,7 +79,9 @@ def refuse(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
 
 @pytest.fixture
 def refuse_data(refuse: Refuse, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Refuse:
-    """Run a command whose data the user must change, tokenised in this process; returns the last line, after the phases'."""
+    """Run a command whose data the user must change, tokenised in this process; returns the last line, after the
+    phases'.
+    """
     monkeypatch.setattr("raydiv.commands.prepare.ray_session", lambda cluster: nullcontext())
     monkeypatch.setattr("raydiv.commands.prepare.require_nodes", lambda folders, files: None)
     monkeypatch.setattr("raydiv.data.tokenize.map_stream", stream_here)

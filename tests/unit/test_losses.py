@@ -34,9 +34,8 @@ from helpers.loss_cases import (
 from raydiv.losses import OBJECTIVES
 from raydiv.losses.numerics import MAX_EXPONENT, bounded_exp, bounded_expm1
 
-# -- values and gradients by hand ------------------------------------------------------------------------------------
 
-
+# -- values and gradients by hand ------------------------------------------------------------------
 def sigmoid(x: np.ndarray | float) -> np.ndarray:
     return np.asarray(1 / (1 + np.exp(-np.asarray(x))))
 
@@ -309,9 +308,7 @@ def test_values_computed_by_hand() -> None:
     assert divergence(value) == pytest.approx(math.log(2) - math.log(10 / 9))
 
 
-# -- kldo ---------------------------------------------------------------------------------------------------------------
-
-
+# -- kldo ------------------------------------------------------------------------------------------
 def mine_gradient(r: np.ndarray, skew: float, mean: float, largest: float) -> np.ndarray:
     """MINE's gradient: the batch's gradient of the denominator, divided by a given mean."""
     weights = np.where(A, skew / A.sum(), (1 - skew) / U.sum()) * np.minimum(np.exp(r) / mean, largest)
@@ -460,9 +457,7 @@ def test_unbounded_estimates_have_no_ceiling() -> None:
     assert divergence(value) == pytest.approx(2e4)
 
 
-# -- bco ----------------------------------------------------------------------------------------------------------------
-
-
+# -- bco -------------------------------------------------------------------------------------------
 # the mean of the two class means, not the mean over all seven examples; of pairs, those six in pairs
 @pytest.mark.parametrize(("name", "midpoint"), [("bco", MIDPOINT), ("bco-pair", PAIRS_MIDPOINT)])
 def test_delta_is_a_running_mean_over_steps(name: str, midpoint: float) -> None:
@@ -480,9 +475,7 @@ def test_delta_is_a_running_mean_over_steps(name: str, midpoint: float) -> None:
     assert value.state == {"delta": 0.0}
 
 
-# -- fdo ----------------------------------------------------------------------------------------------------------------
-
-
+# -- fdo -------------------------------------------------------------------------------------------
 def test_fdo_continues_as_a_tangent_above_thirty() -> None:
     batch = make_batch([-40.0, 40.0], [True, False])
     value, gradient = evaluate("fdo", batch, beta=1.0, divergence="kl")
@@ -493,9 +486,7 @@ def test_fdo_continues_as_a_tangent_above_thirty() -> None:
     np.testing.assert_allclose(gradient, [-math.exp(30), 1], rtol=1e-12)
 
 
-# -- paired -------------------------------------------------------------------------------------------------------------
-
-
+# -- paired ----------------------------------------------------------------------------------------
 def test_discopop_lowers_the_difference_at_zero_and_small_tau() -> None:
     pair = make_batch([0.0, 0.0], [True, False], [(0, 1)])
     _, gradient = evaluate("discopop", pair, beta=1.0)
@@ -531,9 +522,7 @@ def test_apo_down_raises_no_aligned_reward_at_zero() -> None:
     np.testing.assert_allclose(gradient, [0, 1 / 4], atol=1e-12)
 
 
-# -- optimal transport --------------------------------------------------------------------------------------------------
-
-
+# -- optimal transport -----------------------------------------------------------------------------
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 5), (2, 3), (4, 6), (7, 7), (9, 4), (8, 1)])
 def test_unequal_classes_are_matched_by_quantile(n: int, m: int) -> None:
     generator = np.random.default_rng(n + 10 * m)
@@ -560,9 +549,7 @@ def test_equal_classes_are_matched_by_rank_in_any_precision(size: int, dtype: to
     np.testing.assert_allclose(gradient, [-push] * size + [push] * size, rtol=2e-2)
 
 
-# -- steps without one of the classes -----------------------------------------------------------------------------------
-
-
+# -- steps without one of the classes --------------------------------------------------------------
 def uses_running_state(name: str, options: Mapping[str, Any]) -> bool:
     """Whether a running state takes part in the step."""
     chosen = {**OBJECTIVES[name].defaults, **options}
@@ -643,9 +630,7 @@ def test_likelihood_without_pairs_is_that_of_the_aligned() -> None:
     assert not gradient.any()
 
 
-# -- numerics -----------------------------------------------------------------------------------------------------------
-
-
+# -- numerics --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("bound", [math.log(10), math.log(2e6), 30.0])
 def test_bounded_exponentials_are_exact_up_to_their_bound(bound: float, dtype: torch.dtype) -> None:
@@ -663,9 +648,7 @@ def test_bounded_exponentials_are_exact_up_to_their_bound(bound: float, dtype: t
         np.testing.assert_allclose(slope, inner.exp(), rtol=1e-5, atol=1e-6)
 
 
-# -- the package --------------------------------------------------------------------------------------------------------
-
-
+# -- the package -----------------------------------------------------------------------------------
 def test_import_and_facts_load_no_torch() -> None:
     program = (
         "import sys; from raydiv.losses import OBJECTIVES;"

@@ -31,8 +31,7 @@ from helpers.loss_cases import (
 )
 from raydiv.losses import OBJECTIVES, Batch, Scope
 
-# -- drawn batches ------------------------------------------------------------------------------------------------------
-
+# -- drawn batches ---------------------------------------------------------------------------------
 LARGEST = 1e4
 Example = tuple[float, float, int, bool]
 """(reward, log-prob of the likelier of policy and reference, tokens, aligned)."""
@@ -112,9 +111,7 @@ def test_estimate_stays_below_the_ceiling(
         state = value.state
 
 
-# -- known batches ------------------------------------------------------------------------------------------------------
-
-
+# -- known batches ---------------------------------------------------------------------------------
 def moved_state(name: str) -> dict[str, float]:
     return dict.fromkeys(OBJECTIVES[name].state, 0.3)
 
@@ -177,8 +174,7 @@ def test_estimate_is_zero_before_training(name: str, options: dict[str, Any]) ->
         assert divergence(value) == pytest.approx(0, abs=1e-12)
 
 
-# -- scope --------------------------------------------------------------------------------------------------------------
-
+# -- scope -----------------------------------------------------------------------------------------
 WITHIN: dict[Scope, Sequence[Sequence[int]]] = {
     "example": [[row] for row in range(len(ALIGNED))],
     "pair": PAIRS,
@@ -187,7 +183,9 @@ WITHIN: dict[Scope, Sequence[Sequence[int]]] = {
 
 
 def depends_on_others(name: str, options: dict[str, Any], members: Sequence[int]) -> bool:
-    """Whether the coefficients of examples ``members`` change with the log-probs of the others, at fixed labels and state."""
+    """Whether the coefficients of examples ``members`` change with the log-probs of the others, at fixed labels and
+    state.
+    """
     fixed, generator, rows = np.isin(np.arange(len(RATIOS)), members), np.random.default_rng(4), []
     for _ in range(4):
         ratios = np.where(fixed, RATIOS, generator.uniform(-60, -0.1, len(RATIOS)) - REFERENCE)

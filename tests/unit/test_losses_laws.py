@@ -1,4 +1,6 @@
-"""What the objectives estimate: divergences of two known discrete laws, reached from below by a free reward per outcome."""
+"""What the objectives estimate: divergences of two known discrete laws, reached from below by a free reward per
+outcome.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,7 @@ LENGTHS = np.array([3, 1, 5, 2])
 """Response tokens of each outcome."""
 
 
-# -- divergences --------------------------------------------------------------------------------------------------------
-
-
+# -- divergences -----------------------------------------------------------------------------------
 Truth = Callable[[np.ndarray, np.ndarray], float]
 
 
@@ -92,9 +92,7 @@ def neyman(p: np.ndarray, q: np.ndarray) -> float:
     return pearson(q, p)
 
 
-# -- estimates ----------------------------------------------------------------------------------------------------------
-
-
+# -- estimates -------------------------------------------------------------------------------------
 Reward = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -213,7 +211,7 @@ FROM_BELOW: dict[str, Estimate] = {
 
 
 def batch_of_laws(case: Estimate, log_ratios: Tensor, p: Law, q: Law) -> Batch:
-    """Sixteen aligned and sixteen unaligned examples whose log-ratios are those of their outcomes; all pairs of them."""
+    """Sixteen aligned and sixteen unaligned examples with the log-ratios of their outcomes; all pairs of them."""
     outcomes = torch.tensor([*np.repeat(range(4), p), *np.repeat(range(4), q)])
     pairs = list(itertools.product(range(16), range(16, 32))) if OBJECTIVES[case.name].data == "paired" else []
     if case.flips:
@@ -317,9 +315,7 @@ def test_skewed_kldo_of_disjoint_laws_is_the_log_of_the_skew(skew: float, estima
     assert estimates.max() <= math.log(1 / skew) + 1e-9
 
 
-# -- identities ---------------------------------------------------------------------------------------------------------
-
-
+# -- identities ------------------------------------------------------------------------------------
 GRID = torch.linspace(-5, 5, 81, dtype=torch.float64)
 CANONICAL = {
     **{name: f for name, f in DIVERGENCES.items() if name != "total-variation"},

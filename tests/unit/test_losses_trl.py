@@ -120,7 +120,7 @@ def trl_kto(batch: Batch, beta: float, kind: str, **weights: float) -> Oracle:
 
 
 def trl_likelihood(batch: Batch, beta: float, trainer_class: Any, **settings: Any) -> Oracle:
-    """CPO and ORPO compute log-probs themselves, here from logits of two tokens of which all responses are the first."""
+    """CPO and ORPO compute log-probs themselves, here from logits of two tokens; all responses are the first."""
     rows, count = halves(batch), len(batch.pairs)
     tokens = batch.tokens[rows]
     completion = completions(tokens)

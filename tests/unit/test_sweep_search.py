@@ -1,4 +1,4 @@
-"""The searchers, the record and the scheduler of a sweep, and how concurrent runs share a cluster; without Ray workers."""
+"""Searchers, record and scheduler of a sweep, and how concurrent runs share a cluster; without Ray workers."""
 
 from __future__ import annotations
 

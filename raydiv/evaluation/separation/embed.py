@@ -84,7 +84,7 @@ def collate_prompts(prompts: Sequence[Ids], packing: Packing) -> ModelInputs:
 
 
 def pool_states(states: Sequence[Tensor], inputs: ModelInputs, lengths: Sequence[int], pooling: str) -> Tensor:
-    """One state per prompt, [m, layers, d] in fp32, from each layer's ``states`` of ``inputs`` (see collate_prompts)."""
+    """One state per prompt, [m, layers, d] in fp32, from each layer's ``states`` of ``inputs``."""
     last = inputs.columns + 1
     if pooling == "last":
         return torch.stack([layer[inputs.rows, last].float() for layer in states], dim=1)
@@ -150,7 +150,7 @@ class Embedder:
         return pool_states(states, inputs, [len(prompt_ids) for prompt_ids in ids], self._pooling)
 
     def _supports_packing(self) -> bool:
-        """Whether the model gives packed prompts the same states as padded ones, checked by forwards of a few tokens."""
+        """Whether packed prompts get the same states as padded ones, checked by forwards of a few tokens."""
         examples = [[*prompt, *response] for prompt, response in PROBE_EXAMPLES]
         packing = packing_of(self._decoder, max(map(len, examples)))[0]
         if packing == "none":

@@ -126,7 +126,7 @@ class _PointCloud:
         return bhattacharyya_distance(self.plane[labels], self.plane[~labels])
 
     def pooled_distance(self, labels: Labels) -> float:
-        """D_B in all dimensions, of two Gaussians with the pooled covariance of the points around their classes' means."""
+        """D_B in all dimensions, of two Gaussians with the pooled within-class covariance."""
         from sklearn.covariance import LedoitWolf
 
         spread = float(self.points.var(0).mean())
@@ -202,7 +202,7 @@ def _d_b_interval(
 
 
 def principal_plane(hidden: Array) -> Array:
-    """Coordinates [n, 2] along the first two principal components of both classes together; zeros for a missing second."""
+    """Coordinates [n, 2] on the first two principal components of both classes; zeros for a missing second."""
     return _plane(_principal_components(hidden))
 
 
@@ -245,14 +245,14 @@ def control_notes(result: SeparationMetrics) -> list[str]:
     notes, figures = [], result.figures
     if result.length_auc >= 0.7:
         notes.append(
-            f"token length alone separates these prompts with AUC {result.length_auc:.2f}: use the length-matched values"
+            f"token length alone separates these prompts with AUC {result.length_auc:.2f}: use the length-matched ones"
         )
     if result.matched is not None and result.matched.d_b < 0.5 * figures.d_b:
         notes.append("matching lengths removes more than half of the separation: length explains most of it")
     if result.shuffled.d_b > 0.5 * figures.d_b or result.d_b_p > 0.05:
         notes.append(
-            f"D_B in the plane is hardly above chance: shuffled labels have {result.shuffled.d_b:.2f} on average, and no less "
-            f"than the true labels in {result.d_b_p:.1%} of permutations"
+            f"D_B in the plane is hardly above chance: shuffled labels have {result.shuffled.d_b:.2f} on average, and "
+            f"no less than the true labels in {result.d_b_p:.1%} of permutations"
         )
     return notes
 

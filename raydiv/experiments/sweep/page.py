@@ -16,8 +16,8 @@ from raydiv.runs.report.drawing import Picture, write_pictures
 from raydiv.runs.report.html import render
 
 SELECTION_BIAS = (
-    "the best of {count} trials was chosen by these metrics, so they overestimate it (selection bias): evaluate the best "
-    "trial on prompts that were not used for the choice"
+    "the best of {count} trials was chosen by these metrics, so they overestimate it (selection bias): evaluate the "
+    "best trial on prompts that were not used for the choice"
 )
 
 

@@ -82,7 +82,7 @@ class SweepDirectory(OutputDirectory):
         self.trials = path / "trials"
 
     def can_resume(self, recipe: Recipe, resume: bool) -> bool:
-        """Whether this sweep has started here. Raises UserError where it is not to be resumed, or has another recipe."""
+        """Whether this sweep has started here. Raises UserError if it may not be resumed or has another recipe."""
         started = self.has_started(resume=resume)
         if started:
             _require_same(self.read_recipe(), recipe, self.path)
@@ -111,8 +111,8 @@ def _require_same(before: Recipe, now: Recipe, path: Path) -> None:
     changed = [key for key in new if old.get(key) != new[key]]
     if changed:
         raise UserError(
-            f"{path}: the sweep started with another {', '.join(changed)}; resume it with its recipe.yaml, or start a new "
-            "sweep under another name"
+            f"{path}: the sweep started with another {', '.join(changed)}; resume it with its recipe.yaml, or start a "
+            "new sweep under another name"
         )
 
 
@@ -231,7 +231,7 @@ class SweepRecord:
         return self.finished(*(objective.metric for objective in self.objectives))
 
     def remove_weights(self, keep: int) -> None:
-        """Remove the checkpoints of ended trials, and the weights of all of them but the ``keep`` best finished ones."""
+        """Remove the checkpoints of ended trials, and the weights of all but the ``keep`` best finished ones."""
         measured = [trial.number for trial in self._measured()]
         kept = [trial.number for trial in self.ranked() if trial.number in measured][:keep]
         for trial in self.trials.values():

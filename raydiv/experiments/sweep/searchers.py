@@ -70,7 +70,8 @@ class OptunaSearcher(ListSearcher):
         super().__init__(earlier)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._space, self._objectives, self._constraints = space, objectives, constraints
-        # earlier trials take no draw of the sampler: with the same seed it would repeat the draws of the earlier attempt
+        # earlier trials take no draw of the sampler: with the same seed it would repeat the draws of the earlier
+        # attempt
         self._seed = seed + len(earlier)
         sampler = optuna.samplers.TPESampler(seed=self._seed, constant_liar=True)
         self._study = optuna.create_study(sampler=sampler, directions=[objective.direction for objective in objectives])

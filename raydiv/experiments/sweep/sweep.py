@@ -1,4 +1,4 @@
-"""``raydiv sweep``: check all trials, prepare the data and evaluate the base model once, run the trials under Ray Tune."""
+"""``raydiv sweep``: check all trials, prepare data and evaluate the base once, run the trials under Ray Tune."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def sweep(recipe: Recipe, *, resume: bool = False, display: ProgressDisplay | No
     """Search the recipe's space. Each trial is a run; they share prepared data, reference log-probs and the baseline.
 
     ``resume`` continues an existing sweep without repeating its ended trials. Before the first trial starts, raises
-    UserError for values that are invalid in a recipe and for metrics that no trial reports; raises RuntimeError if every
-    trial fails.
+    UserError for values that are invalid in a recipe and for metrics that no trial reports; raises RuntimeError if
+    every trial fails.
     """
     display = display or ProgressDisplay()
     if recipe.sweep is None:
@@ -84,7 +84,9 @@ def sweep(recipe: Recipe, *, resume: bool = False, display: ProgressDisplay | No
 
 
 TRIAL_RESOURCES = {"cpu": 0, "memory": 1}
-"""Reserved for a trial's own actor, which computes nothing; Tune accepts no empty request. Its workers reserve their own."""
+"""Reserved for a trial's own actor, which computes nothing; Tune accepts no empty request. Its workers reserve their
+own.
+"""
 
 TUNE_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",

@@ -38,13 +38,14 @@ class TrialTask:
 
 
 def run_trial(config: Mapping[str, Any], task: TrialTask) -> None:
-    """Run a trial and report each line of its metrics to Tune; a trial that has ended is reported again without a run."""
+    """Run a trial and report each line of its metrics to Tune; an ended trial is reported again without a run."""
     import ray
     from ray import tune
 
     os.chdir(task.cwd)
-    # Ray Train's placement-group cleaner, which frees a stopped trial's workers, connects to the cluster of this variable.
-    # Without it, it connects to the one started last on the machine, which may be another: the placement group would leak
+    # Ray Train's placement-group cleaner, which frees a stopped trial's workers, connects to the cluster of this
+    # variable. Without it, it connects to the one started last on the machine, which may be another: the placement
+    # group would leak
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     propagate_to_train_controllers("RAY_ADDRESS")
     number = int(config["number"])

@@ -158,8 +158,8 @@ class CheckpointManager:
             )
         except OSError as error:
             self._run.events.log(
-                f"the checkpoint after step {pending.step} could not be written to {folder}: {error}; training goes on, "
-                "and the one before it is kept"
+                f"the checkpoint after step {pending.step} could not be written to {folder}: {error}; training goes "
+                "on, and the one before it is kept"
             )
             with suppress(OSError):
                 self._store.at(pending.step).remove()
