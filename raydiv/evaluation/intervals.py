@@ -1,13 +1,27 @@
-"""95% intervals of means and of paired comparisons."""
+"""95% intervals of means, of shares and of paired comparisons."""
 
 from __future__ import annotations
 
 import math
 
+Z = 1.959963984540054
+"""The normal quantile of a 95% interval."""
+
 
 def normal_interval(mean: float, stderr: float) -> tuple[float, float]:
     """Normal interval of a mean from its standard error."""
-    return mean - 1.96 * stderr, mean + 1.96 * stderr
+    return mean - Z * stderr, mean + Z * stderr
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """Wilson's score interval (1927) of a share of ``count``, or of a mean of ``count`` variables in [0, 1].
+
+    A variable in [0, 1] has at most the variance of a coin with the same mean.
+    """
+    squared = Z * Z / count
+    centre = share + squared / 2
+    half = Z * math.sqrt(share * (1 - share) / count + squared / 4 / count)
+    return max(0.0, (centre - half) / (1 + squared)), min(1.0, (centre + half) / (1 + squared))
 
 
 def tango_interval(wins: int, losses: int, pairs: int) -> tuple[float, float]:
@@ -20,9 +34,8 @@ def tango_interval(wins: int, losses: int, pairs: int) -> tuple[float, float]:
 
 def _upper_bound(wins: int, losses: int, pairs: int) -> float:
     from scipy.optimize import brentq
-    from scipy.stats import norm
 
-    observed, limit = (wins - losses) / pairs, float(norm.ppf(0.975))
+    observed = (wins - losses) / pairs
     if observed == 1:
         return 1.0
 
@@ -33,7 +46,7 @@ def _upper_bound(wins: int, losses: int, pairs: int) -> float:
         # maximum likelihood estimate of the probability of a loss, given the difference
         loss_probability = (math.sqrt(max(0.0, b * b - 8 * pairs * c)) - b) / (4 * pairs)
         variance = max(0.0, pairs * (2 * loss_probability + difference * (1 - difference)))
-        return pairs * (difference - observed) - limit * math.sqrt(variance)
+        return pairs * (difference - observed) - Z * math.sqrt(variance)
 
     # just above the observed difference, where a variance of 0 would look like a root
     return (1 + float(brentq(excess, observed + 1e-9, 1.0))) / 2

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from math import sqrt
 from typing import TypeVar
 
 from raydiv.data.prompt_sets import Prompt
 from raydiv.evaluation.attacks import DIRECT
+from raydiv.evaluation.intervals import wilson_interval
 
 K = TypeVar("K", bound=Hashable)
-
-Z = 1.959963984540054
-"""The normal quantile of a 95% interval."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +36,7 @@ class Rate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson 1927. A variable in [0, 1] has at most the variance of a coin with the same mean."""
-        squared = Z * Z / self.of
-        centre = self.share + squared / 2
-        half = Z * sqrt(self.share * (1 - self.share) / self.of + squared / 4 / self.of)
-        return max(0.0, (centre - half) / (1 + squared)), min(1.0, (centre + half) / (1 + squared))
+        return wilson_interval(self.share, self.of)
 
 
 def rates_of(graded: Sequence[GradedAnswer]) -> dict[str, Rate]:
