@@ -21,7 +21,7 @@ from raydiv.utils.signals import SIGTERM_EXIT_STATUS, Terminated, on_sigterm
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 2 the user must change something, 1 the run failed,
-    143 stopped by SIGTERM (a training run writes a checkpoint first).
+    130 interrupted, 143 stopped by SIGTERM (a training run writes a checkpoint first).
     """
     options = _parse(arguments)
     handler: Handler = options.handler

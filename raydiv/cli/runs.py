@@ -58,10 +58,11 @@ def _quickstart(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from raydiv.commands.train import train
     from raydiv.config import load_recipe
 
-    recipe = load_recipe(options.recipe, options.overrides)
+    recipe = load_recipe(options.recipe, options.overrides)  # an invalid recipe is refused before torch is imported
+    from raydiv.commands.train import train
+
     return _print_run(train(recipe, show_text=options.show_text, resume=options.resume), options)
 
 

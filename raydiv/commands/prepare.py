@@ -33,7 +33,7 @@ from raydiv.utils.errors import UserError
 class LoadedInputs:
     """The inputs that a recipe names: model directory, tokenizer with template, sources and prompt sets."""
 
-    directory: Path
+    model_directory: Path
     chat: Chat
     train: list[OpenSource]
     eval: list[OpenSource]
@@ -49,7 +49,7 @@ class LoadedInputs:
 class PreparedData:
     """A recipe's data with tokens and reference log-probs, and the hits and misses of the reference cache."""
 
-    directory: Path
+    model_directory: Path
     data: Splits
     train: ExampleSet
     eval: ExampleSet | None
@@ -65,7 +65,7 @@ class PreparedData:
     @property
     def fingerprints(self) -> dict[str, str]:
         """Fingerprints of the training ``data`` and of the base ``model``."""
-        return {"data": self.train.examples.fingerprint, "model": fingerprint(self.directory)}
+        return {"data": self.train.examples.fingerprint, "model": fingerprint(self.model_directory)}
 
     def summary(self) -> dict[str, Any]:
         """Counts and fingerprints, for ``raydiv prepare`` and result.json."""
@@ -139,7 +139,7 @@ def prepare_data(recipe: Recipe, inputs: LoadedInputs, display: ProgressDisplay)
                 f"prompts of {name} in the training data: {count}; its metrics will be too good (raydiv data check "
                 "lists them)"
             )
-    return _with_reference(recipe, inputs.directory, data, trained_on, display)
+    return _with_reference(recipe, inputs.model_directory, data, trained_on, display)
 
 
 def _count_trained_on(recipe: Recipe, inputs: LoadedInputs, data: Splits) -> dict[str, int]:

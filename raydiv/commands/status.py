@@ -42,9 +42,9 @@ def status(run: Path) -> dict[str, Any]:
     alive = bool(beats) and directory.heartbeats.seconds_since_last() <= MISSED_BEATS * beats[0].every
     if directory.result.exists():
         state = "finished"
-    elif stage.ended is not None:
+    elif stage.metrics_bytes_at_end is not None:
         state = "trained"
-    elif stage.began is None:
+    elif stage.metrics_bytes_at_start is None:
         state = "measuring"
     else:
         state = "training" if alive else "stopped"
@@ -52,9 +52,9 @@ def status(run: Path) -> dict[str, Any]:
         "run": str(run),
         "state": state,
         "step": int(steps[-1]["step"]) if steps else 0,
-        "planned": stage.planned,
-        "ended": stage.why,
-        "seconds_left": _seconds_left(steps, stage.planned) if state == "training" else None,
+        "planned": stage.planned_steps,
+        "ended": stage.end_reason,
+        "seconds_left": _seconds_left(steps, stage.planned_steps) if state == "training" else None,
         "metrics": directory.metrics.trained_values() if records else {},
         "checkpoint": next(iter(CheckpointStore(directory.checkpoints(directory.read_recipe())).steps()), None),
         "workers": [asdict(beat) for beat in beats] if state in ("training", "stopped") else [],

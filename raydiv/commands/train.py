@@ -1,4 +1,4 @@
-"""``raydiv train``: evaluate the base model, train with Ray Train, evaluate the trained model, write the results."""
+"""``raydiv train``: prepare the data, evaluate the base model, train, evaluate again, write the results."""
 
 from __future__ import annotations
 
@@ -101,18 +101,18 @@ def train(
                 run.metrics.follow(PrometheusMetrics(recipe.name).show),
                 run.metrics.follow(watch) if watch else nullcontext(),
             ):
-                if run.stage.read().began is None:
+                if run.stage.read().metrics_bytes_at_start is None:
                     run.metrics.truncate(0)
-                    evaluation.run(run, "before", prepared.directory)
+                    evaluation.run(run, "before", prepared.model_directory)
                     run.stage.training_started(prepared.steps(recipe))
                 else:
-                    evaluation.restore_baseline(prepared.directory)
-                if run.stage.read().ended is None:
+                    evaluation.restore_baseline(prepared.model_directory)
+                if run.stage.read().metrics_bytes_at_end is None:
                     environment = training_environment(recipe, has_spare_memory)
                     _fit(recipe, inputs, prepared, run, display, environment)
                     _report_padding(run, display)
-                run.metrics.truncate(run.stage.read().ended or 0)
-                evaluation.run(run, "after", prepared.directory)
+                run.metrics.truncate(run.stage.read().metrics_bytes_at_end or 0)
+                evaluation.run(run, "after", prepared.model_directory)
             return _conclude(recipe, prepared, run, tracker, tags)
 
 
@@ -162,7 +162,7 @@ def _fit(
 
     probe = SeparationProbe.of(recipe, inputs.chat, inputs.prompts.separation)
     weights = architecture_of(recipe).multiplied_parameters
-    task = TrainTask(recipe, prepared.directory, run.path, weights, prepared.train, prepared.eval, probe)
+    task = TrainTask(recipe, prepared.model_directory, run.path, weights, prepared.train, prepared.eval, probe)
     trainer = TorchTrainer(
         worker_entry,
         train_loop_config={"task": ray.put(task), "threads": threads_per_worker(recipe.cluster)},
@@ -192,7 +192,7 @@ def _fit(
         waiting = report_waiting(run.heartbeats.seconds_since_last, recipe.cluster, display.print)
         with run.metrics.follow(show), run.events.follow(display.print, inputs.locate), waiting, on_sigterm(stop):
             _fit_or_explain(trainer.fit, run, recipe.cluster.timeout_s)
-    if run.stage.read().ended is None:
+    if run.stage.read().metrics_bytes_at_end is None:
         raise Terminated(f"stopped after step {run.metrics.steps_taken()}; the same command with --resume continues")
 
 
@@ -254,7 +254,11 @@ def _conclude(
     metrics = last_values(run.metrics.read())
     report: dict[str, Any] = {
         "name": recipe.name,
-        "steps": {"planned": prepared.steps(recipe), "taken": run.metrics.steps_taken(), "ended": run.stage.read().why},
+        "steps": {
+            "planned": prepared.steps(recipe),
+            "taken": run.metrics.steps_taken(),
+            "ended": run.stage.read().end_reason,
+        },
         "metrics": metrics,
         "data": prepared.summary(),
         "versions": versions(),

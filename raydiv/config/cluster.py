@@ -24,7 +24,7 @@ class ReservedResources(Section):
 
 
 class TaskResources(ReservedResources):
-    """An actor of a pool. Actors start one by one, so strict placements do not apply."""
+    """A task, or an actor of a pool. They start one by one, so strict placements do not apply."""
 
     cpus: PositiveFloat | None = Field(
         default=None, description="CPUs of an actor; by default 1, or all CPUs in equal shares"

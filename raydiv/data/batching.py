@@ -165,7 +165,7 @@ def micro_batches(
     return [rank_batches + [[] for _ in range(most - len(rank_batches))] for rank_batches in assigned]
 
 
-ONE_PASS, GRAPH_KEPT, TWO_PASSES = 3, 3.25, 4
+STREAMED, GRAPH_KEPT, TWO_PASSES = 3, 3.25, 4
 """Cost of a token in forwards. A backward costs two; with a kept graph, the head recomputes its logits (0.25)."""
 
 
@@ -186,7 +186,7 @@ class BatchLayout:
         return self._micro_batches(lengths, None)
 
     def training(self, lengths: Sequence[int], units: Sequence[Group]) -> tuple[list[list[MicroBatch]], bool]:
-        """Micro-batches of a step, and whether the coefficients of each depend on that micro-batch alone (one pass).
+        """Micro-batches of a step, and whether the coefficients of each depend on that micro-batch alone (streamed).
 
         Under scope "pair", pairs are kept together if they fit the token budget, and if the saving (a second forward,
         or the head's second visit) outweighs more padding and less equal ranks.
@@ -196,7 +196,7 @@ class BatchLayout:
             paired = self._micro_batches(lengths, units)
             fits = self.largest(paired, lengths) <= self.tokens_per_microbatch
             free_cost = GRAPH_KEPT if len(free[0]) == 1 else TWO_PASSES
-            if fits and ONE_PASS * self.busiest(paired, lengths) <= free_cost * self.busiest(free, lengths):
+            if fits and STREAMED * self.busiest(paired, lengths) <= free_cost * self.busiest(free, lengths):
                 return paired, True
         return free, self.scope == "example"
 

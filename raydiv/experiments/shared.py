@@ -86,4 +86,4 @@ def evaluate_baseline(recipe: Recipe, display: ProgressDisplay) -> dict[str, flo
 
 def _baseline_metrics(recipe: Recipe, inputs: LoadedInputs, display: ProgressDisplay) -> dict[str, float]:
     evaluation = BeforeAfterEvaluation(recipe, inputs.prompts, display, show_text=False)
-    return evaluation.baseline(ModelSource.from_recipe(recipe, inputs.directory)).metrics
+    return evaluation.baseline(ModelSource.from_recipe(recipe, inputs.model_directory)).metrics

@@ -56,18 +56,18 @@ class RunDirectory(OutputDirectory):
     def holds_a_run(self) -> bool:
         return self.recipe.is_file()
 
-    def create(self, recipe: Recipe, of: Mapping[str, str]) -> None:
-        """Start a new run of ``recipe``; ``of`` are the fingerprints of its data and model.
+    def create(self, recipe: Recipe, fingerprints: Mapping[str, str]) -> None:
+        """Start a new run of ``recipe``, with the ``fingerprints`` of its data and model.
 
-        Removes what an attempt that stopped before training left. Raises UserError where the directory cannot be
-        written.
+        Removes what an attempt left that stopped before recipe.yaml was written. Raises UserError where the directory
+        cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             for path in (self.metrics.path, self.result, self.mlflow, self.events.path, self.rewards):
                 path.unlink(missing_ok=True)
             self._require_free_storage(recipe)
-            self.stage.write(RunStage(uuid.uuid4().hex, dict(of)))
+            self.stage.write(RunStage(uuid.uuid4().hex, dict(fingerprints)))
             self.start_attempt(recipe)
         except OSError as error:
             raise UserError(f"output_dir: {self.path} cannot be written: {error.strerror}") from None

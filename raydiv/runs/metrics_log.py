@@ -28,7 +28,7 @@ def numbers(record: Metrics) -> Metrics:
 
 
 class MetricsLog:
-    """The metrics of a run. Rank 0 appends; the driver follows."""
+    """The metrics of a run. Rank 0 appends those of training, the driver those before and after; the driver follows."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -47,7 +47,7 @@ class MetricsLog:
         return last_values(record for record in self.read() if record["step"] > 0)
 
     def steps_taken(self) -> int:
-        """Optimizer updates so far."""
+        """Steps so far, with those that were refused."""
         return max((int(record["step"]) for record in self.read()), default=0)
 
     @property

@@ -81,7 +81,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
 
 def require_same_content(run: RunDirectory, fingerprints: Mapping[str, str]) -> None:
     """Raise UserError when the run was started with other ``data`` or another ``model``."""
-    for kind, before in run.stage.read().of.items():
+    for kind, before in run.stage.read().fingerprints.items():
         if fingerprints[kind] != before:
             key = "data.train" if kind == "data" else "model.id"
             raise UserError(

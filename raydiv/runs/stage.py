@@ -12,19 +12,28 @@ from raydiv.utils.storage import read_json, write_json
 
 @dataclass(frozen=True, slots=True)
 class RunStage:
-    """The content of stage.json.
+    """The content of stage.json. ``id`` is unique to the run; ``fingerprints`` are those of its data and model.
 
-    ``id`` is unique to the run; ``of`` holds the fingerprints of its data and model. ``began`` and ``ended`` are the
-    sizes in bytes of metrics.jsonl at the start of training and after the model was written, None before that. ``why``
-    is the reason for the end, ``planned`` the number of steps.
+    The sizes in bytes of metrics.jsonl when training started and when the model was written are None before that.
+    ``end_reason`` says why training ended.
     """
 
     id: str
-    of: dict[str, str]
-    began: int | None = None
-    ended: int | None = None
-    why: str | None = None
-    planned: int | None = None
+    fingerprints: dict[str, str]
+    metrics_bytes_at_start: int | None = None
+    metrics_bytes_at_end: int | None = None
+    end_reason: str | None = None
+    planned_steps: int | None = None
+
+
+EARLIER_NAMES = {
+    "of": "fingerprints",
+    "began": "metrics_bytes_at_start",
+    "ended": "metrics_bytes_at_end",
+    "why": "end_reason",
+    "planned": "planned_steps",
+}
+"""Keys of stage.json in runs of earlier versions."""
 
 
 class StageFile:
@@ -36,8 +45,8 @@ class StageFile:
     def read(self) -> RunStage:
         """The last stage written. Raises UserError where there is none, as in a run of an earlier version."""
         try:
-            return RunStage(**read_json(self._path))
-        except (OSError, TypeError, ValueError):
+            return RunStage(**{EARLIER_NAMES.get(key, key): value for key, value in read_json(self._path).items()})
+        except (OSError, AttributeError, TypeError, ValueError):
             raise UserError(
                 f"{self._path.parent}: no stage.json that says how far the run has come; start a new run (name=...)"
             ) from None
@@ -45,10 +54,10 @@ class StageFile:
     def write(self, stage: RunStage) -> None:
         write_json(self._path, asdict(stage))
 
-    def training_started(self, planned: int) -> None:
-        """Note the start of training of ``planned`` steps. Metrics logged before it are never truncated."""
-        self.write(replace(self.read(), began=self._metrics.size, planned=planned))
+    def training_started(self, planned_steps: int) -> None:
+        """Note the start of training. Metrics logged before it are never truncated."""
+        self.write(replace(self.read(), metrics_bytes_at_start=self._metrics.size, planned_steps=planned_steps))
 
-    def training_ended(self, why: str) -> None:
+    def training_ended(self, reason: str) -> None:
         """Note that training is over and the model is written."""
-        self.write(replace(self.read(), ended=self._metrics.size, why=why))
+        self.write(replace(self.read(), metrics_bytes_at_end=self._metrics.size, end_reason=reason))

@@ -17,10 +17,10 @@ from raydiv.training.metrics import finite, reward_metrics
 
 
 class NotFiniteError(FloatingPointError):
-    """A step was not finite and was not applied. ``positions``: the examples that caused it, where known."""
+    """Log-probs, loss or gradient are not finite. ``positions``: the examples that caused it, where known."""
 
     def __init__(self, message: str, positions: Sequence[int] = ()) -> None:
-        super().__init__(f"{message}; the step was not applied")
+        super().__init__(message)
         self.positions = list(positions)
 
 
@@ -74,7 +74,7 @@ def evaluate_objective(terms: Sequence[Term], states: Sequence[State], batch: Ba
     for name, logps in (("log-probs", batch.logps), ("mismatched log-ratios", batch.mismatched_log_ratios)):
         if not logps.isfinite().all():
             positions = (~logps.isfinite()).nonzero().flatten().tolist()
-            raise NotFiniteError(f"{name} of examples {positions[:10]} of the step are not finite", positions)
+            raise NotFiniteError(f"{name} of examples {positions[:10]} of the batch are not finite", positions)
     values, loss, coefficients = _differentiate(terms, states, batch)
     if not (loss.isfinite() and coefficients.isfinite().all()):
         positions = (~coefficients.isfinite()).nonzero().flatten().tolist()

@@ -51,12 +51,12 @@ class RankShard:
     def layout_of(self, examples: TokenizedExamples, mismatched: TokenizedExamples) -> RankLayout:
         """The rank's micro-batches of a step, for which the examples' token ids are not needed."""
         training: list[MicroBatch] = []
-        one_pass = False
+        streams = False
         if self.trains:
-            by_rank, one_pass = self.layout.training(examples.lengths, examples.units)
+            by_rank, streams = self.layout.training(examples.lengths, examples.units)
             training = by_rank[self.rank]
         scoring = self.layout.scoring(examples.lengths)[self.rank] if self.scores else []
-        return RankLayout(training, one_pass, scoring, self.layout.scoring(mismatched.lengths)[self.rank])
+        return RankLayout(training, streams, scoring, self.layout.scoring(mismatched.lengths)[self.rank])
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,6 @@
-"""DeepSpeed: partitioned weights, backward, the optimizer, and gathered weights. No other package but bench uses it."""
+"""DeepSpeed: partitioned weights, backward, the optimizer, and gathered weights. Private parts of it stand in
+``raydiv.utils.compat`` and ``raydiv.training.zero_state``.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,7 @@ class DeepSpeedEngine:
         # transformers finds this object while it loads a model; it must not outlive the load, or a model that this
         # process loads later would be partitioned too
         loading = HfDeepSpeedConfig(config) if self._stage == 3 else None
-        if not torch.distributed.is_initialized():
+        if not torch.distributed.is_initialized():  # Ray Train's workers have a process group already
             deepspeed.init_distributed(
                 dist_backend=None, timeout=timedelta(seconds=recipe.cluster.collective_timeout_s)
             )
@@ -148,6 +150,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     optim, engine = recipe.optim, recipe.engine
     bf16 = engine.precision == "bf16"
     config: dict[str, Any] = {
+        # placeholders: ``backward`` marks the last micro-batch of a step itself
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optim.clip or 0.0,

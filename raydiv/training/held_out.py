@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from raydiv.config import Recipe
 from raydiv.data.batching import SequentialPlan
 from raydiv.runs.directory import RunDirectory
-from raydiv.training.coefficients import evaluate_objective
+from raydiv.training.coefficients import NotFiniteError, evaluate_objective
 from raydiv.training.dataloader import ExampleSet, RankShard, StepLoader, read_steps
 from raydiv.training.metrics import log_metrics, rewards
 from raydiv.training.schedule import is_due
@@ -32,7 +32,8 @@ class HeldOutEvaluation:
     def evaluate(self, step: int) -> dict[str, float]:
         """Log and return loss, divergence and rewards as ``eval/*``, which leaves the running states as they were.
 
-        Where there is a reference, each example's reward is written into the run.
+        Where there is a reference, each example's reward is written into the run. Values that are not finite make an
+        event in place of metrics.
         """
         if self.examples is None:
             return {}
@@ -42,7 +43,12 @@ class HeldOutEvaluation:
         plan = SequentialPlan(stored.lengths, PART_EXAMPLES)
         steps = read_steps(StepLoader(self.examples, plan, shard), 0, plan.steps)
         batch = concatenate_batches([self.stepper.score(part) for part in steps], plan.order, stored.units)
-        values = evaluate_objective(self.stepper.terms, self.stepper.states, batch).metrics
+        try:
+            values = evaluate_objective(self.stepper.terms, self.stepper.states, batch).metrics
+        except NotFiniteError as error:
+            if dist.rank() == 0:
+                self.run.events.log(f"step {step}: no eval/* metrics of the held-out examples: {error}")
+            return {}
         if dist.rank() == 0 and self.recipe.loss.needs_reference:
             reward = rewards(batch, self.stepper.terms[0].reward_scale)
             classes = {"aligned": batch.aligned, "unaligned": ~batch.aligned}
@@ -56,7 +62,7 @@ class HeldOutEvaluation:
 
         Ends training where ``optim.early_stop`` says so.
         """
-        if state.ended is None and not is_due(self.recipe.evaluate.every, step):
+        if state.end_reason is None and not is_due(self.recipe.evaluate.every, step):
             return {}
         metrics = self.evaluate(step)
         early_stop = self.recipe.optim.early_stop
@@ -64,8 +70,10 @@ class HeldOutEvaluation:
             return metrics
         if early_stop.metric not in metrics:
             self._log_missing(early_stop.metric, step)
-        elif state.early_stopping.update(early_stop, metrics[early_stop.metric]) and state.ended is None:
-            state.ended = f"{early_stop.metric} was no better in {early_stop.patience} evaluations (optim.early_stop)"
+        elif state.early_stopping.update(early_stop, metrics[early_stop.metric]) and state.end_reason is None:
+            state.end_reason = (
+                f"{early_stop.metric} was no better in {early_stop.patience} evaluations (optim.early_stop)"
+            )
         return metrics
 
     def _log_missing(self, metric: str, step: int) -> None:

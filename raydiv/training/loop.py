@@ -45,14 +45,14 @@ class TrainingLoop:
             done = step.number + 1
             self.profiler.before_step(done)
             metrics = self.updates.make(step)
-            self.state.ended = self.updates.reason_to_end(done, metrics)
-            self.profiler.after_step(done, last=self.state.ended is not None)
+            self.state.end_reason = self.updates.reason_to_end(done, metrics)
+            self.profiler.after_step(done, last=self.state.end_reason is not None)
             metrics |= self.separation.after_step(done, self.state)
             metrics |= self.held_out.after_step(done, self.state)
             self.updates.stepper.timer.enter("checkpoint")
-            if self.checkpoints.after_step(done, self._carried, metrics, last=self.state.ended is not None):
+            if self.checkpoints.after_step(done, self._carried, metrics, last=self.state.end_reason is not None):
                 return True
-            if self.state.ended is not None:
+            if self.state.end_reason is not None:
                 break
         return False
 
@@ -97,11 +97,13 @@ class Updates:
             done, most = step.number + 1, self.recipe.optim.max_refused
             if dist.rank() == 0:
                 rows = step.plan.rows[error.positions[:NAMED_EXAMPLES]]
-                self.run.events.log(f"step {done}: {error}", self.examples.places(rows))
+                self.run.events.log(f"step {done}: not applied: {error}", self.examples.places(rows))
             if self.state.refused > most:
-                raise FloatingPointError(f"step {done}: {error}; more than optim.max_refused: {most}") from None
+                raise FloatingPointError(
+                    f"step {done}: not applied: {error}; more than optim.max_refused: {most}"
+                ) from None
             if done == self.steps:
-                raise FloatingPointError(f"step {done}: {error}; it is the last step") from None
+                raise FloatingPointError(f"step {done}: not applied: {error}; it is the last step") from None
             return {"refused_steps": float(self.state.refused)}
 
     def reason_to_end(self, done: int, metrics: Metrics) -> str | None:

@@ -31,7 +31,7 @@ def step_record(
 ) -> Metrics:
     """A line of metrics.jsonl: ``metrics`` of the loss with ``grad_norm`` (before clipping), and the cost of the step.
 
-    - ``step`` counts optimizer updates from 1.
+    - ``step`` counts from 1; steps that were refused count too.
     - ``tokens``: those of the global batch, prompts included, without padding, mismatched examples and dummies.
     - ``step_seconds``: rank 0's wall time, which its phases share out: ``data_seconds`` is the wait for data, the
       others are described in raydiv.training.step.

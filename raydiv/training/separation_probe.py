@@ -56,7 +56,7 @@ class SeparationMeasurement:
 
         The end of training needs none: the written model is measured then.
         """
-        if self.probe is None or state.ended is not None or not is_due(self.every, step):
+        if self.probe is None or state.end_reason is not None or not is_due(self.every, step):
             return {}
         self.stepper.timer.enter("separation")
         metrics = policy_separation(self.stepper, self.probe)

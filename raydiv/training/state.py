@@ -31,14 +31,13 @@ class EarlyStopping:
 class TrainState:
     """State of the loop, the same on every rank.
 
-    ``refused`` counts the steps that were not finite; ``ended`` is the reason why training is over, None while it goes
-    on.
+    ``refused`` counts the steps that were not finite; ``end_reason`` is None while training goes on.
     """
 
     means: RunningMeans = field(default_factory=RunningMeans)
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     refused: int = 0
-    ended: str | None = None
+    end_reason: str | None = None
 
     def as_json(self, states: list[State], logged: int) -> dict[str, Any]:
         """With the running ``states`` of the loss, and the ``logged`` bytes of metrics.jsonl."""
@@ -46,7 +45,7 @@ class TrainState:
             "means": asdict(self.means),
             "patience": asdict(self.early_stopping),  # the key in existing checkpoints
             "refused": self.refused,
-            "ended": self.ended,
+            "ended": self.end_reason,
             "states": states,
             "logged": logged,
         }

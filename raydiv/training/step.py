@@ -2,9 +2,12 @@
 
 An objective of this family depends on a sequence only through its log-prob, so its gradient is sum_i c_i grad logp_i
 with c_i = d loss / d logp_i. Score computes every logp_i, judge (the loss on the global batch) every c_i, and push sums
-the gradients: exactly the global batch's gradient, whatever the layout. Where a micro-batch determines its own
-coefficients, the three are one pass over it: the head asks for coefficients as soon as it has scored an example, or a
-pair.
+the gradients: exactly the global batch's gradient, whatever the layout. A step takes one of three routes:
+
+- ``_stream``, where each micro-batch determines its own coefficients: one forward and backward of each; the head asks
+  for coefficients as soon as it has scored an example, or a pair.
+- ``_keep_graph``, where the rank has a single micro-batch: one forward, whose graph waits for the coefficients.
+- ``_two_passes`` otherwise: all micro-batches are scored without gradient, then forwarded again with it.
 """
 
 from __future__ import annotations
@@ -42,13 +45,13 @@ from raydiv.utils import distributed as dist
 class RankLayout:
     """One rank's micro-batches of a step.
 
-    ``training`` are those of the examples that get a gradient; ``one_pass`` tells that each determines its own
-    coefficients. ``scoring`` and ``mismatched`` are those of the examples, and of KTO's mismatched ones, that are
-    scored without gradient.
+    ``training`` are those of the examples that get a gradient; ``streams``: each determines its own coefficients.
+    ``scoring`` and ``mismatched`` are those of the examples, and of KTO's mismatched ones, that are scored without
+    gradient.
     """
 
     training: list[MicroBatch]
-    one_pass: bool
+    streams: bool
     scoring: list[MicroBatch]
     mismatched: list[MicroBatch]
 
@@ -67,15 +70,16 @@ class RankLayout:
 class RankStep:
     """A step as one rank sees it. Ranks differ in ``layout``, and in the token ids, which follow from it.
 
-    ``mismatched`` is KTO's derangement of the examples: scored, without gradient. The reference log-probs, [n] and [m],
-    are None where the reference is the policy with its adapters switched off.
+    ``mismatched`` is KTO's derangement of the examples: scored, without gradient. The reference log-probs, [n], are
+    None where the reference is the policy with its adapters switched off; those of the mismatched ones, [m], are 0
+    then.
     """
 
     plan: StepPlan
     examples: TokenizedExamples
     mismatched: TokenizedExamples
     reference_logps: Tensor | None
-    mismatched_reference_logps: Tensor | None
+    mismatched_reference_logps: Tensor
     layout: RankLayout
 
     @property
@@ -90,7 +94,7 @@ class Stepper:
 
     ``engine`` is callable as the model's forward and has ``model``, ``device``, ``backward``, ``update`` and
     ``discard`` (see DeepSpeedEngine). ``forwards`` counts this rank's forwards. ``timer`` gets the phases: ``score``;
-    ``judge``, which includes the wait for slower ranks; ``push``, which is the whole of a one-pass step; ``optimizer``.
+    ``judge``, which includes the wait for slower ranks; ``push``, which is the whole of a streamed step; ``optimizer``.
     """
 
     engine: Any
@@ -121,7 +125,7 @@ class Stepper:
         self.timer.enter("score")
         self.engine.model.train()
         batch = self._reference_batch(step)
-        if step.layout.one_pass:
+        if step.layout.streams:
             output = self._stream(step, batch)
         elif len(step.layout.training) == 1:
             output = self._keep_graph(step, batch)
@@ -142,7 +146,7 @@ class Stepper:
     def _reference_batch(self, step: RankStep) -> Batch:
         """The batch of the step with the reference's log-probs in place of the policy's, which are not known yet."""
         reference, mismatched_reference = step.reference_logps, step.mismatched_reference_logps
-        if reference is None or mismatched_reference is None:
+        if reference is None:
             reference, mismatched_reference = self._score_without_adapters(step)
         mismatched = self._score_all(step, step.mismatched, step.layout.mismatched)
         return Batch(
@@ -155,7 +159,7 @@ class Stepper:
         )
 
     def _keep_graph(self, step: RankStep, batch: Batch) -> LossOutput:
-        """One pass for any objective: the rank's only micro-batch keeps its graph until the coefficients are known."""
+        """Any objective: the rank's only micro-batch keeps its graph until the coefficients are known."""
         (micro_batch,) = step.layout.training
         logps = self._score(step.number, step.examples, micro_batch, grad=True)
         self.timer.enter("judge")
@@ -165,7 +169,7 @@ class Stepper:
         return output
 
     def _stream(self, step: RankStep, batch: Batch) -> LossOutput:
-        """One pass where a micro-batch determines its own coefficients: the head asks for them run by run."""
+        """Micro-batches that determine their own coefficients: the head asks for them run by run."""
         self.timer.enter("push")
         micro_batches, logps = step.layout.training, batch.logps.clone()
         for count, micro_batch in enumerate(micro_batches, start=1):

@@ -20,9 +20,9 @@ REPEATS = 10
 
 @dataclass(frozen=True, slots=True)
 class Utilisation:
-    """``peak``: operations a second of the GPUs of all workers; ``weights``: those that a token is multiplied by."""
+    """``peak``: operations a second of the GPUs of all workers; ``multiplied_parameters``: of a token."""
 
-    weights: int
+    multiplied_parameters: int
     peak: float
 
     @classmethod
@@ -37,7 +37,7 @@ class Utilisation:
         does with about half). Attention's products of activations, second forwards and padding do not count. The head's
         weights count for every token, although prompts never reach it.
         """
-        return 6 * self.weights * tokens_per_second / self.peak
+        return 6 * self.multiplied_parameters * tokens_per_second / self.peak
 
 
 def product_flops(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:

@@ -42,13 +42,13 @@ if TYPE_CHECKING:
 class TrainTask:
     """The input of every worker. ``run_directory`` is on storage that the driver sees too.
 
-    ``weights``: how many of the model's weights a token is multiplied by.
+    ``multiplied_parameters``: how many of the model's weights a token is multiplied by.
     """
 
     recipe: Recipe
     model_directory: Path
     run_directory: Path
-    weights: int
+    multiplied_parameters: int
     train: ExampleSet
     eval: ExampleSet | None
     probe: SeparationProbe | None = None
@@ -62,18 +62,20 @@ def worker_entry(config: dict[str, Any]) -> None:
     run_worker(ray.get(config["task"]), config["task"])
 
 
-def run_worker(task: TrainTask, reference: Any) -> None:
-    """Train, log and save, in Ray Train's process group. ``reference``: the Ray object that holds ``task``."""
+def run_worker(task: TrainTask, task_ref: Any) -> None:
+    """Train, log and save, in Ray Train's process group. ``task_ref``: the Ray object that holds
+    ``task``; loaders in other processes get it in place of the arrays.
+    """
     run, timer = RunDirectory(task.run_directory), StepTimer()
     if dist.rank() == 0:
         run.heartbeats.clear()
     dist.barrier()
     with Watchdog(run, timer, task.recipe.cluster.timeout_s):
         local = model_directory(str(task.model_directory))
-        _run(replace(task, model_directory=local), reference, run, timer)
+        _run(replace(task, model_directory=local), task_ref, run, timer)
 
 
-def _run(task: TrainTask, reference: Any, run: RunDirectory, timer: StepTimer) -> None:
+def _run(task: TrainTask, task_ref: Any, run: RunDirectory, timer: StepTimer) -> None:
     recipe = task.recipe
     stepper, utilisation = _build_stepper(task, run, timer)
     plan = epoch_plan(recipe, task.train.examples)
@@ -83,9 +85,9 @@ def _run(task: TrainTask, reference: Any, run: RunDirectory, timer: StepTimer) -
     behind, state = _resume(checkpoints, stepper, run)
     if not behind:
         held_out.evaluate(step=0)
-    if state.ended is None:
+    if state.end_reason is None:
         shard = RankShard(stepper.layout, dist.rank(), trains=True, scores=task.train.reference_logps is None)
-        loader, make_loader = StepLoader(task.train, plan, shard), partial(_make_loader, reference, shard)
+        loader, make_loader = StepLoader(task.train, plan, shard), partial(_make_loader, task_ref, shard)
         loop = TrainingLoop(
             Updates(recipe, run, stepper, state, task.train.examples, steps, utilisation),
             state,
@@ -101,7 +103,7 @@ def _run(task: TrainTask, reference: Any, run: RunDirectory, timer: StepTimer) -
         checkpoints.restore(best)
     _save(stepper, task, run)
     if dist.rank() == 0:
-        run.stage.training_ended(str(state.ended))
+        run.stage.training_ended(str(state.end_reason))
 
 
 def _build_stepper(task: TrainTask, run: RunDirectory, timer: StepTimer) -> tuple[Stepper, Utilisation | None]:
@@ -118,7 +120,9 @@ def _build_stepper(task: TrainTask, run: RunDirectory, timer: StepTimer) -> tupl
     dtype = DTYPES[recipe.engine.precision]
     engine = DeepSpeedEngine(recipe, lambda: build_policy(task.model_directory, recipe.model, dtype))
     _log_bandwidth(run, engine.device)
-    utilisation = Utilisation.measured(task.weights, engine.device, dtype) if recipe.cluster.use_gpu else None
+    utilisation = (
+        Utilisation.measured(task.multiplied_parameters, engine.device, dtype) if recipe.cluster.use_gpu else None
+    )
     head = LogProbHead(engine.model)
     packing = _choose_packing(recipe, CompatibilityCheck(head, engine.model, engine, engine.device), run)
     tokens = recipe.batch.tokens_per_microbatch
@@ -150,11 +154,11 @@ def _choose_packing(recipe: Recipe, check: CompatibilityCheck, run: RunDirectory
     return packing
 
 
-def _make_loader(reference: Any, shard: RankShard) -> StepLoader:
+def _make_loader(task_ref: Any, shard: RankShard) -> StepLoader:
     """A rank's loader of training steps in another process, from the Ray object that holds the TrainTask."""
     import ray
 
-    task: TrainTask = ray.get(reference)
+    task: TrainTask = ray.get(task_ref)
     return StepLoader(task.train, epoch_plan(task.recipe, task.train.examples), shard)
 
 
@@ -162,7 +166,7 @@ def _resume(checkpoints: CheckpointManager, stepper: Stepper, run: RunDirectory)
     """Restore the newest checkpoint, if there is one; returns how many steps it has behind it, and the loop's state."""
     manifest = checkpoints.find()
     if manifest is None:
-        logged, behind, state = run.stage.read().began, 0, TrainState()
+        logged, behind, state = run.stage.read().metrics_bytes_at_start, 0, TrainState()
     else:
         checkpoints.restore(manifest)
         stepper.states = [dict(running) for running in manifest.loop["states"]]

@@ -1,7 +1,6 @@
-"""The only collectives of the project. Without a process group each is the identity.
+"""Collectives. Without a process group each is the identity.
 
-DeepSpeed's own gathers and reductions happen inside ``raydiv.training.engine``; nothing else communicates between
-ranks.
+DeepSpeed gathers and reduces inside ``raydiv.training.engine``; ``raydiv.training.zero_state`` gathers weights.
 """
 
 from __future__ import annotations

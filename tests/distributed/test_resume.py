@@ -114,9 +114,9 @@ def run_with_deaths(task: TrainTask, ranks: int, folder: Path, deaths: Sequence[
     """A run that suffers each death in turn, and then ends."""
     run = RunDirectory.of(task.recipe)
     for number, death in enumerate([*deaths, None]):
-        if run.stage.read().ended is None:
+        if run.stage.read().metrics_bytes_at_end is None:
             run_workers(task, ranks, folder / str(number), death)
-    assert run.stage.read().ended is not None
+    assert run.stage.read().metrics_bytes_at_end is not None
     return run
 
 

@@ -27,7 +27,7 @@ def prepared(recipe: Recipe) -> TrainTask:
     run = RunDirectory.of(recipe)
     run.create(recipe, data.fingerprints)
     run.stage.training_started(recipe.optim.steps or 0)
-    return TrainTask(recipe, data.directory, run.path, 0, data.train, data.eval)
+    return TrainTask(recipe, data.model_directory, run.path, 0, data.train, data.eval)
 
 
 def without_tasks() -> AbstractContextManager[Any]:

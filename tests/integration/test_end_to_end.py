@@ -261,7 +261,7 @@ def test_every_objective_trains(ray: None, tiny_model: Path, files: dict[str, st
     run_on_ranks(train_each, 1, tmp_path / "ranks", [cloudpickle.dumps(one) for one in given])
     for one in given:
         run = RunDirectory.of(one.recipe)
-        assert run.stage.read().why == "all steps are done", one.recipe.name
+        assert run.stage.read().end_reason == "all steps are done", one.recipe.name
         assert run.metrics.steps_taken() == 2
         assert all(np.isfinite(line["loss"]) for line in run.metrics.read() if "loss" in line)
 

@@ -87,7 +87,8 @@ def test_several_models_and_prompt_sets_are_each_reported(
     other = make_model(tmp_path / "other", hidden=64)
     assert main(["separation", str(tiny_model), str(other)]) == 2
     message = capsys.readouterr().err
-    assert "hidden size 64" in message and "--different-models" in message
+    assert "hidden size 64" in message
+    assert "--different-models" in message
     sets = ("--prompts", prompts["both"], "--harmful", prompts["harmful"], "--harmless", prompts["harmless"])
     found = printed(capsys, "separation", tiny_model, *sets, "--pooling", "mean")
     names = [str(prompts["both"]), f"{prompts['harmful']}, {prompts['harmless']}"]

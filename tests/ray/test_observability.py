@@ -25,7 +25,9 @@ SMALLEST = {"model": {"id": "m"}, "loss": {"type": "kldo"}, "optim": {"steps": 3
 
 def test_utilisation_is_relative_to_the_flops_of_a_matrix_product() -> None:
     assert product_flops(torch.device("cpu"), torch.bfloat16, size=64) > 0
-    assert Utilisation(weights=10**9, peak=8 * 500e12).share(tokens_per_second=200_000.0) == pytest.approx(0.3)
+    assert Utilisation(multiplied_parameters=10**9, peak=8 * 500e12).share(
+        tokens_per_second=200_000.0
+    ) == pytest.approx(0.3)
     assert "mfu" in step_metrics(load_recipe(SMALLEST, ["cluster.use_gpu=true"]))
     assert "mfu" not in step_metrics(load_recipe(SMALLEST))
 

@@ -455,8 +455,8 @@ def test_packed_loads_are_as_equal_as_examples_allow(seed: int, ranks: int) -> N
 
 def test_packed_pairs_that_fit_the_budget_are_together() -> None:
     lengths = [10, 1, 10, 1, 10, 1]
-    by_rank, one_pass = BatchLayout(20, 1, "pair", packed=True).training(lengths, in_pairs(lengths))
-    assert one_pass
+    by_rank, streams = BatchLayout(20, 1, "pair", packed=True).training(lengths, in_pairs(lengths))
+    assert streams
     assert all(set(pair) <= set(batch) for pair, batch in zip(in_pairs(lengths), by_rank[0], strict=True))
 
 
@@ -547,13 +547,13 @@ def test_positions_are_those_of_the_micro_batches(
 def test_one_pass_only_if_coefficients_depend_on_the_micro_batch_alone(
     examples: TokenizedExamples, tokens: int, ranks: int, scope: Any
 ) -> None:
-    by_rank, one_pass = BatchLayout(tokens, ranks, scope).training(examples.lengths, examples.units)
+    by_rank, streams = BatchLayout(tokens, ranks, scope).training(examples.lengths, examples.units)
     batches = [set(batch) for rank_batches in by_rank for batch in rank_batches]
     if scope == "batch":
-        assert not one_pass
+        assert not streams
     if scope == "example":
-        assert one_pass
-    if one_pass and scope == "pair":
+        assert streams
+    if streams and scope == "pair":
         assert all(any(set(unit) <= batch for batch in batches) for unit in examples.units)
     assert BatchLayout(tokens, ranks, scope).largest(by_rank, examples.lengths) <= max(tokens, *examples.lengths)
 

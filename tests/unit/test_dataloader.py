@@ -93,9 +93,9 @@ def test_a_rank_has_the_ids_that_its_layout_forwards_and_no_others(
     seen: set[int] = set()
     for rank in range(ranks):
         step = StepLoader(examples, order, RankShard(layout, rank, trains=True, scores=scores)).read(number)
-        training, one_pass = layout.training(step.examples.lengths, step.examples.units)
+        training, streams = layout.training(step.examples.lengths, step.examples.units)
         scoring, mismatched = layout.scoring(step.examples.lengths), layout.scoring(step.mismatched.lengths)
-        assert step.layout == RankLayout(training[rank], one_pass, scoring[rank] if scores else [], mismatched[rank])
+        assert step.layout == RankLayout(training[rank], streams, scoring[rank] if scores else [], mismatched[rank])
         positions = in_batches(training[rank]) | (in_batches(scoring[rank]) if scores else set())
         assert_ids(step.examples, positions, examples.examples, rows)
         assert_ids(step.mismatched, in_batches(mismatched[rank]), examples.mismatched, rows)

@@ -16,7 +16,9 @@ from raydiv.runs.events import EventLog
 from raydiv.runs.metrics_log import MetricsLog
 from raydiv.runs.output_directory import RECORDS
 from raydiv.runs.progress import ProgressDisplay, step_note
+from raydiv.runs.stage import RunStage
 from raydiv.utils.errors import UserError
+from raydiv.utils.storage import write_json
 
 
 @pytest.fixture
@@ -39,6 +41,16 @@ def make_recipe(output: Path) -> Recipe:
 @pytest.fixture
 def metrics(tmp_path: Path) -> MetricsLog:
     return MetricsLog(tmp_path / "metrics.jsonl")
+
+
+def test_the_stage_of_a_run_of_an_earlier_version_is_read(recipe: Recipe) -> None:
+    run = RunDirectory.of(recipe)
+    run.create(recipe, {"data": "d", "model": "m"})
+    earlier = {"id": "i", "of": {"data": "d"}, "began": 7, "ended": 9, "why": "all steps are done", "planned": 3}
+    write_json(run.path / "stage.json", earlier)
+    assert run.stage.read() == RunStage("i", {"data": "d"}, 7, 9, "all steps are done", 3)
+    run.stage.training_ended("the margin is at optim.target_margin")
+    assert run.stage.read().metrics_bytes_at_start == 7
 
 
 def test_followers_get_every_line_once_and_never_half_of_one(metrics: MetricsLog) -> None:

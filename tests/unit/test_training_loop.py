@@ -75,7 +75,7 @@ def run_loop(recorder: Recorder, steps: int = 5) -> tuple[bool, TrainState]:
 def test_what_follows_a_step_comes_in_a_fixed_order_until_training_ends() -> None:
     recorder = Recorder()
     stopped, state = run_loop(recorder)
-    assert (stopped, state.ended) == (False, ALL_DONE)
+    assert (stopped, state.end_reason) == (False, ALL_DONE)
     expected: list[tuple[Any, ...]] = []
     for step in (1, 2, 3):
         last = step == 3
@@ -94,7 +94,7 @@ def test_what_follows_a_step_comes_in_a_fixed_order_until_training_ends() -> Non
 def test_a_run_that_is_asked_to_stop_leaves_the_loop_after_its_checkpoint() -> None:
     recorder = Recorder(stop_at=2)
     stopped, state = run_loop(recorder)
-    assert (stopped, state.ended) == (True, None)
+    assert (stopped, state.end_reason) == (True, None)
     assert recorder.calls[-1] == ("checkpoints", 2, False)
 
 
@@ -119,7 +119,7 @@ def test_held_out_examples_are_evaluated_when_due_and_at_the_end(tmp_path: Path)
     FakeHeldOut.results = [{"eval/loss": 1.0}, {"eval/loss": 2.0}]
     assert evaluation.after_step(1, TrainState()) == {}
     assert evaluation.after_step(2, TrainState()) == {"step": 2, "eval/loss": 1.0}
-    assert evaluation.after_step(3, TrainState(ended=ALL_DONE)) == {"step": 3, "eval/loss": 2.0}
+    assert evaluation.after_step(3, TrainState(end_reason=ALL_DONE)) == {"step": 3, "eval/loss": 2.0}
 
 
 def test_early_stopping_ends_training_and_ignores_an_evaluation_without_its_metric(tmp_path: Path) -> None:
@@ -129,12 +129,12 @@ def test_early_stopping_ends_training_and_ignores_an_evaluation_without_its_metr
     FakeHeldOut.results = [{"eval/reward/margin": 1.0}, {"eval/loss": 0.0}, {"eval/reward/margin": 1.0}]
     evaluation.after_step(1, state)
     evaluation.after_step(2, state)
-    assert (state.ended, state.early_stopping.waited) == (None, 0)
+    assert (state.end_reason, state.early_stopping.waited) == (None, 0)
     (event,) = [json.loads(line)["message"] for line in run.events.path.read_text().splitlines()]
     assert "optim.early_stop.metric: eval/reward/margin" in event
     assert "step 2" in event
     evaluation.after_step(3, state)
-    assert "optim.early_stop" in str(state.ended)
+    assert "optim.early_stop" in str(state.end_reason)
 
 
 def test_separation_is_measured_when_due_and_not_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +144,7 @@ def test_separation_is_measured_when_due_and_not_at_the_end(tmp_path: Path, monk
     measurement = SeparationMeasurement(run, stepper, SimpleNamespace(), every=2)  # type: ignore[arg-type]
     assert measurement.after_step(1, TrainState()) == {}
     assert measurement.after_step(2, TrainState()) == measured
-    assert measurement.after_step(4, TrainState(ended=ALL_DONE)) == {}
+    assert measurement.after_step(4, TrainState(end_reason=ALL_DONE)) == {}
     assert run.metrics.read() == [{"step": 2, **measured}]
 
 
@@ -194,13 +194,11 @@ def test_metrics_that_are_not_finite_are_not_written(tmp_path: Path, value: floa
     assert run.metrics.trained_values()["divergence"] == 1.0
 
 
-@pytest.mark.parametrize("aligned", [True, False])
-def test_an_evaluation_of_one_class_leaves_the_other_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, aligned: bool
-) -> None:
-    run, kldo = RunDirectory(tmp_path), OBJECTIVES["kldo"]
+def held_out_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: Batch) -> HeldOutEvaluation:
+    """The evaluation of kldo on ``batch``."""
+    kldo = OBJECTIVES["kldo"]
     monkeypatch.setattr(held_out_module, "read_steps", lambda *_: [None])
-    monkeypatch.setattr(held_out_module, "concatenate_batches", lambda *_: batch_of([aligned] * 3))
+    monkeypatch.setattr(held_out_module, "concatenate_batches", lambda *_: batch)
     stepper = SimpleNamespace(
         timer=StepTimer(),
         layout=None,
@@ -209,8 +207,26 @@ def test_an_evaluation_of_one_class_leaves_the_other_out(
         states=[kldo.state],
     )
     examples = SimpleNamespace(examples=SimpleNamespace(lengths=np.ones(3), units=np.zeros((3, 2))))
-    evaluation = HeldOutEvaluation(recipe_of(tmp_path), run, stepper, examples)  # type: ignore[arg-type]
-    metrics = evaluation.evaluate(step=2)
+    return HeldOutEvaluation(recipe_of(tmp_path), RunDirectory(tmp_path), stepper, examples)  # type: ignore[arg-type]
+
+
+def test_held_out_log_probs_that_are_not_finite_end_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = batch_of([True, False, True])
+    batch.logps[1] = math.nan
+    evaluation = held_out_evaluation(tmp_path, monkeypatch, batch)
+    assert evaluation.evaluate(step=2) == {}
+    assert not evaluation.run.metrics.path.exists()
+    (event,) = [json.loads(line)["message"] for line in evaluation.run.events.path.read_text().splitlines()]
+    assert "step 2: no eval/* metrics" in event
+    assert "[1]" in event
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_an_evaluation_of_one_class_leaves_the_other_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, aligned: bool
+) -> None:
+    evaluation = held_out_evaluation(tmp_path, monkeypatch, batch_of([aligned] * 3))
+    run, metrics = evaluation.run, evaluation.evaluate(step=2)
     absent = "unaligned" if aligned else "aligned"
     assert not {f"eval/reward/{absent}", f"eval/logp/{absent}", "eval/reward/margin"} & metrics.keys()
     assert run.metrics.read() == [metrics]

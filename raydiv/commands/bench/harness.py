@@ -143,7 +143,7 @@ def make_workload(recipe: Recipe, steps: int, display: ProgressDisplay) -> Workl
     with ray_session(recipe.cluster):
         prepared = prepare_data(recipe, inputs, display)
         threads = threads_per_worker(recipe.cluster) * recipe.cluster.num_workers
-    return Workload.from_examples(recipe, prepared.directory, prepared.train, steps, threads)
+    return Workload.from_examples(recipe, prepared.model_directory, prepared.train, steps, threads)
 
 
 def _environment(recipe: Recipe) -> dict[str, str]:

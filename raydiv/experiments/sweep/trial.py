@@ -75,7 +75,7 @@ def _train(recipe: Recipe, run: RunDirectory) -> None:
         shutil.rmtree(run.path, ignore_errors=True)
 
     def report(record: Metrics) -> None:
-        tune.report(numbers(record) | {TRAINED: run.stage.read().ended is not None})
+        tune.report(numbers(record) | {TRAINED: run.stage.read().metrics_bytes_at_end is not None})
 
     try:
         train(recipe, ProgressDisplay(quiet=True), resume=resume, watch=report)

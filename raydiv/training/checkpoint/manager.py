@@ -86,12 +86,13 @@ class CheckpointManager:
             damage = next(filter(None, (find_damage(self._store.at(step), shard) for shard in shards)), None)
         except (OSError, ValueError) as error:
             damage = str(error)
+        damages = dist.all_gather_object(damage)  # before any rank may raise, or the others would wait for it
         if manifest is not None and manifest.of.get("run") != self._run_id:
             raise UserError(
                 f"checkpoint: {self._store.at(step).uri} is of another run; give this one another name=... or "
                 "another checkpoint.storage=..."
             )
-        return manifest, next(filter(None, dist.all_gather_object(damage)), "")
+        return manifest, next(filter(None, damages), "")
 
     def after_step(
         self, step: int, loop: Callable[[], dict[str, Any]], metrics: Mapping[str, float], last: bool
@@ -152,7 +153,7 @@ class CheckpointManager:
                 if isinstance(result, str):
                     raise OSError(f"worker {rank}: {result}")
             shards = [result for result in results if isinstance(result, CheckpointShard)]
-            of = {"run": self._run_id, **self._run.stage.read().of}
+            of = {"run": self._run_id, **self._run.stage.read().fingerprints}
             self._store.commit(
                 Manifest(pending.step, pending.updates, dist.world_size(), pending.loop, of, pending.measured, shards)
             )
