@@ -127,7 +127,9 @@ def separations(model: str, readouts: list[Readout], tokens: int) -> list[dict[s
     chat = ModelSource(Path(model)).chat()
     ids, harmful = [chat.prompt_ids(prompt, generation=False) for prompt in PROMPTS[:2]], np.array([False, True])
     seen = []
-    with patch.multiple(anchors, separation_of=lambda points, *_, **__: seen.append(points), as_row=lambda _: {}):
+    with patch.multiple(
+        anchors, separation_metrics=lambda points, *_, **__: seen.append(points), metric_values=lambda _: {}
+    ):
         for readout in readouts:
             anchors.policy_separation(stepper, anchors.SeparationProbe(ids, harmful, readout))
     engine.close()

@@ -672,7 +672,7 @@ def test_a_job_is_submitted_followed_stopped_and_resumed(
     assert main(["submit", "--address", cluster, "stop", "sent"]) == 0
     capsys.readouterr()
     assert main(["submit", "--address", cluster, "logs", job]) == 143
-    assert "SIGTERM: a checkpoint is written" in capsys.readouterr().out
+    assert "--resume" in capsys.readouterr().out
     stopped = run.metrics.steps_taken()
     assert run.checkpoints(recipe).folder_names() == [f"step-{stopped:08d}"]
     assert main(["submit", "--address", cluster, "status", "sent", "--json"]) == 0
