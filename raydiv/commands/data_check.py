@@ -19,7 +19,7 @@ from raydiv.data.sources import files_of
 from raydiv.data.splits import invalid_pairs
 from raydiv.data.tokenize import tokenize
 from raydiv.data.tokens import KEY
-from raydiv.model.chat import Chat, Messages
+from raydiv.model.chat import Chat, ChatPrompt
 from raydiv.model.resolve import model_directory
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.session import ray_session
@@ -53,7 +53,7 @@ def check_data(
         files_of(source)  # a missing file is reported before a model is converted or downloaded
     evaluation_sets = _evaluation_prompts(recipe)
     directory = model_directory(recipe.model.id, recipe.model.revision)
-    chat = Chat(directory, recipe.data.template, recipe.model.trust_remote_code)
+    chat = Chat(directory, recipe.data, recipe.model.trust_remote_code)
     opened = [OpenSource(source, recipe.data, recipe.batch, chat) for source in sources]
     with ray_session(recipe.cluster.model_copy(update={"num_workers": 1})):  # nothing is trained
         with display.phase("tokens") as update:
@@ -165,7 +165,7 @@ def _spread(lengths: np.ndarray) -> dict[str, Any]:
 
 def _evaluation_prompts(recipe: Recipe) -> list[EvaluationPrompts]:
     """The prompts of each held-out source and prompt set of the recipe."""
-    sets: dict[str, list[tuple[str | Messages, str]]] = {}
+    sets: dict[str, list[tuple[ChatPrompt, str]]] = {}
     for source in recipe.data.eval_sources:
         examples = read_examples(source, recipe.data.columns)
         sets.setdefault(source.path, []).extend((example.prompt, example.source) for example in examples)

@@ -80,6 +80,7 @@ def train(
         if run.result.exists():
             return _resume_finished(recipe, run, display)
     inputs = load_inputs(recipe, display)
+    recipe = _with_template_date(recipe, inputs)
     evaluation = BeforeAfterEvaluation(recipe, inputs.prompts, display, show_text)
     if not recipe.loss.is_bounded and recipe.optim.target_margin is None:
         display.print(UNBOUNDED.format(type=recipe.loss.type))
@@ -114,6 +115,12 @@ def train(
                 run.metrics.truncate(run.stage.read().metrics_bytes_at_end or 0)
                 evaluation.run(run, "after", prepared.model_directory)
             return _conclude(recipe, prepared, run, tracker, tags)
+
+
+def _with_template_date(recipe: Recipe, inputs: LoadedInputs) -> Recipe:
+    """The recipe with the date that its chat template prints, so that a run of another day has the same tokens."""
+    data = recipe.data.model_copy(update={"template_date": inputs.chat.template.date})
+    return recipe.model_copy(update={"data": data})
 
 
 def _resume_finished(recipe: Recipe, run: RunDirectory, display: ProgressDisplay) -> Result:

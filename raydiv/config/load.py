@@ -9,8 +9,9 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from raydiv.config.data import FRACTION_OR_SOURCES
 from raydiv.config.loss import TYPES
-from raydiv.config.recipe import FRACTION_OR_SOURCES, Recipe
+from raydiv.config.recipe import Recipe
 from raydiv.config.source import Source
 from raydiv.losses import OBJECTIVES
 from raydiv.utils.errors import UserError, one_line

@@ -6,19 +6,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    Tag,
     field_validator,
     model_validator,
 )
 
 from raydiv.config.checkpoint import CheckpointConfig, EarlyStopConfig
 from raydiv.config.cluster import ClusterConfig
+from raydiv.config.data import DataConfig
 from raydiv.config.evaluate import EvaluateConfig
 from raydiv.config.loss import LossSection
 from raydiv.config.section import Section
@@ -29,15 +28,6 @@ from raydiv.losses import objective_names
 from raydiv.utils.secrets import find_secrets
 
 LOSSES_WITH_REFERENCE = objective_names(lambda objective: objective.needs_reference and not objective.penalty)
-
-
-def template_text(template: str) -> str:
-    """Jinja text as it is, or the content of the file that it names. Raises ValueError if it is neither."""
-    if "{" in template:
-        return template
-    if not Path(template).is_file():
-        raise ValueError(f"neither Jinja text nor a file: {template}")
-    return Path(template).read_text()
 
 
 class LoraConfig(Section):
@@ -78,58 +68,6 @@ class ModelConfig(Section):
         if self.quantization is not None and self.lora is None:
             raise ValueError("quantization needs model.lora: 4-bit weights are not trained")
         return self
-
-
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-
-FRACTION_OR_SOURCES = ("share", "sources")
-"""Tags of the two types of ``data.eval``."""
-
-
-class DataConfig(Section):
-    """Sources of examples, and the treatment of invalid rows."""
-
-    train: Sources = Field(default_factory=lambda: [Source(path="bundled:compliance-refusal")])
-    eval: (
-        Annotated[
-            Annotated[Fraction, Tag("share")] | Annotated[Sources, Tag("sources")],
-            Discriminator(lambda value: FRACTION_OR_SOURCES[not isinstance(value, int | float)]),
-        ]
-        | None
-    ) = Field(
-        default=None, description="held-out examples: sources, or the fraction of the training prompts that is held out"
-    )
-    columns: dict[str, str] | None = Field(
-        default=None, description="column names of every source without columns of its own"
-    )
-    on_bad_row: Literal["error", "quarantine"] = Field(
-        default="error", description="invalid rows: an error, or left out, counted and listed"
-    )
-    template: str | None = Field(
-        default=None, description="a chat template (Jinja text or file) that replaces the tokenizer's"
-    )
-
-    @property
-    def eval_sources(self) -> list[Source]:
-        """Sources of held-out examples; empty if ``eval`` is a fraction of the training prompts."""
-        return self.eval if isinstance(self.eval, list) else []
-
-    def columns_of(self, source: Source) -> dict[str, str]:
-        """The column names of a source by the names of its format."""
-        return (self.columns if source.columns is None else source.columns) or {}
-
-    @model_validator(mode="after")
-    def _held_out_sources_have_no_weight(self) -> DataConfig:
-        for number, source in enumerate(self.eval_sources):
-            if source.weight != 1:
-                raise ValueError(f"eval.{number}.weight: not supported here: each held-out example is evaluated once")
-        return self
-
-    @field_validator("template")
-    @classmethod
-    def _read_template(cls, value: str | None) -> str | None:
-        """Replace a template file by its text: workers may not see the file, and recipe.yaml must reproduce the run."""
-        return value if value is None else template_text(value)
 
 
 class OptimConfig(Section):

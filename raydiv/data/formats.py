@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raydiv.model.chat import Messages
+from raydiv.model.chat import ChatPrompt
+from raydiv.model.template import Messages
 
 Record = Mapping[str, Any]
 
@@ -34,7 +35,7 @@ class Example:
     for a format with several spellings (see SAFETY).
     """
 
-    prompt: str | Messages
+    prompt: ChatPrompt
     response: str
     aligned: bool
     harmful: bool | None
@@ -91,7 +92,7 @@ def bool_field(record: Record, field: str) -> bool:
     return value
 
 
-def prompt_field(record: Record) -> str | Messages:
+def prompt_field(record: Record) -> ChatPrompt:
     """The prompt, as text or as chat messages. Raises BadRow."""
     if isinstance(record.get("prompt"), list):
         return conversation(record["prompt"], "prompt")

@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raydiv.config.recipe import BatchConfig, DataConfig
+from raydiv.config.data import DataConfig
+from raydiv.config.recipe import BatchConfig
 from raydiv.config.source import Source
 from raydiv.data.formats import BadRow
 from raydiv.data.readers import file_chunks, line_numbers, parse_record, read_chunk, record_reader

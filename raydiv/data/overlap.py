@@ -16,7 +16,7 @@ from raydiv.data.index import OpenSource, RowNotes
 from raydiv.data.prompt_sets import Prompt
 from raydiv.data.readers import parse_record
 from raydiv.data.tokenize import RecordChunk, record_chunks
-from raydiv.model.chat import Chat, Messages
+from raydiv.model.chat import Chat, ChatPrompt, as_messages
 from raydiv.runtime.actor_pool import map_stream
 
 SHARED_TRIGRAMS = 0.5
@@ -39,9 +39,13 @@ class Match:
     position: int
 
 
-def normalized(prompt: str | Messages) -> str:
+def normalized(prompt: ChatPrompt) -> str:
     """A prompt's words in lower case, without punctuation; of a conversation without its system turn."""
-    text = prompt if isinstance(prompt, str) else " ".join(m["content"] for m in prompt if m["role"] != "system")
+    text = (
+        prompt
+        if isinstance(prompt, str)
+        else " ".join(str(m["content"]) for m in as_messages(prompt) if m["role"] != "system")
+    )
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
@@ -119,7 +123,7 @@ def overlap_with_training(recipe: Recipe, directory: Path, prompts: Mapping[str,
 
     ``directory`` holds the recipe's tokenizer. Raises UserError for a source that no longer exists.
     """
-    chat = Chat(directory, recipe.data.template, recipe.model.trust_remote_code)
+    chat = Chat(directory, recipe.data, recipe.model.trust_remote_code)
     sources = [OpenSource(source, recipe.data, recipe.batch, chat) for source in recipe.data.train]
     evaluation_sets = [
         EvaluationPrompts.of(name, [(prompt.text, prompt.id) for prompt in members])
@@ -137,7 +141,7 @@ class EvaluationPrompts:
     places: list[str]
 
     @classmethod
-    def of(cls, name: str, prompts: Iterable[tuple[str | Messages, str]]) -> EvaluationPrompts:
+    def of(cls, name: str, prompts: Iterable[tuple[ChatPrompt, str]]) -> EvaluationPrompts:
         """From prompts and their places; of equal prompts, the first counts."""
         places: dict[str, str] = {}
         for prompt, place in prompts:

@@ -11,7 +11,7 @@ from raydiv.config.source import Source
 from raydiv.data.formats import BadRow, Record, bool_field, prompt_field
 from raydiv.data.published import alternative_hint, as_published
 from raydiv.data.readers import iterate_records
-from raydiv.model.chat import Messages
+from raydiv.model.chat import ChatPrompt
 from raydiv.utils.errors import UserError
 
 
@@ -24,7 +24,7 @@ class Prompt:
     source.
     """
 
-    text: str | Messages
+    text: ChatPrompt
     harmful: bool
     kind: str
     id: str

@@ -189,7 +189,7 @@ class Tokenizer:
 
     def _tokens(self, records: Records, lengths: tuple[int, int]) -> list[TokenizedExample]:
         examples = [example for _, record in records for example in record]
-        return self._chat.tokenize([e.prompt for e in examples], [e.response for e in examples], *lengths)
+        return self._chat.tokenize([e.prompt for e in examples], [e.response for e in examples], *lengths, trained=True)
 
     def _without_failing(
         self, records: Records, bad: list[tuple[int, str]], lengths: tuple[int, int]

@@ -152,9 +152,9 @@ def _compute_logps(
     if same_tokens:
         examples = [(answer.prompt_ids, answer.ids) for answer in answers]
     else:
-        eos = chat.tokenizer.eos_token_id
+        end = chat.end_of_turn.id
         pairs = zip(requests, answers, strict=True)
-        examples = [(chat.prompt_ids(request.prompt), [*chat.text_ids(answer.text), eos]) for request, answer in pairs]
+        examples = [(chat.prompt_ids(request.prompt), [*chat.text_ids(answer.text), end]) for request, answer in pairs]
     written = CoherenceReference.read(chat)
     logps = score_once(reference, [*written.examples, *examples], cluster, update)
     written_logps, logps = logps[: len(written.examples)], logps[len(written.examples) :]

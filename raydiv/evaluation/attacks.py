@@ -6,7 +6,7 @@ Harmless prompts are only asked directly. raydiv ships no jailbreak texts: users
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from raydiv.config.cluster import ClusterConfig
 from raydiv.config.evaluate import AttackConfig
@@ -14,7 +14,7 @@ from raydiv.data.formats import BadRow, text_field
 from raydiv.data.prompt_sets import Prompt
 from raydiv.data.readers import iterate_records
 from raydiv.evaluation.generate import Request
-from raydiv.model.chat import Messages
+from raydiv.model.chat import ChatPrompt, Conversation, as_messages
 from raydiv.model.load import ModelSource
 from raydiv.runtime.actor_pool import Progress, no_progress
 from raydiv.utils.errors import UserError
@@ -95,12 +95,12 @@ def attack_texts(attacks: Sequence[AttackConfig]) -> list[list[str]]:
     ]
 
 
-def with_suffix(prompt: str | Messages, suffix: str) -> str | Messages:
+def with_suffix(prompt: ChatPrompt, suffix: str) -> ChatPrompt:
     """A prompt followed by a suffix."""
     return _edit_last_user_turn(prompt, lambda content: f"{content} {suffix}")
 
 
-RequestBuilder = Callable[[str | Messages], Request]
+RequestBuilder = Callable[[ChatPrompt], Request]
 
 
 def _request_builders(attack: AttackConfig) -> list[RequestBuilder]:
@@ -122,12 +122,14 @@ def _before_suffix(suffix: str) -> RequestBuilder:
     return lambda prompt: Request(with_suffix(prompt, suffix))
 
 
-def _edit_last_user_turn(prompt: str | Messages, change: Callable[[str], str]) -> str | Messages:
+def _edit_last_user_turn(prompt: ChatPrompt, change: Callable[[str], str]) -> ChatPrompt:
     """A prompt with its last user turn changed."""
     if isinstance(prompt, str):
         return change(prompt)
-    last = max(number for number, turn in enumerate(prompt) if turn["role"] == "user")
-    return [{**turn, "content": change(turn["content"])} if n == last else turn for n, turn in enumerate(prompt)]
+    messages = as_messages(prompt)
+    last = max(number for number, turn in enumerate(messages) if turn["role"] == "user")
+    edited = [{**turn, "content": change(turn["content"])} if n == last else turn for n, turn in enumerate(messages)]
+    return replace(prompt, messages=edited) if isinstance(prompt, Conversation) else edited
 
 
 def _read_texts(attack: AttackConfig, column: str, needed: str) -> list[str]:

@@ -11,8 +11,9 @@ from typing import Any
 
 from raydiv.config.cluster import ClusterConfig
 from raydiv.config.evaluate import AttackConfig
-from raydiv.model.chat import Messages, as_messages
+from raydiv.model.chat import ChatPrompt, as_messages
 from raydiv.model.load import ModelSource
+from raydiv.model.template import Messages
 from raydiv.runtime.actor_pool import Progress, map_rows, no_progress
 from raydiv.utils.compat import patched_nanogcg
 from raydiv.utils.errors import UserError
@@ -27,7 +28,7 @@ def require_nanogcg() -> None:
 
 def search_suffixes(
     model: ModelSource,
-    prompts: Sequence[str | Messages],
+    prompts: Sequence[ChatPrompt],
     attack: AttackConfig,
     cluster: ClusterConfig,
     progress: Progress = no_progress,

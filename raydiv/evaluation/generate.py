@@ -1,4 +1,4 @@
-"""Generation of answers by an actor pool: batched, up to EOS, greedy or sampled."""
+"""Generation of answers by an actor pool: batched, up to the end of the turn, greedy or sampled."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from raydiv.config.cluster import ClusterConfig
-from raydiv.model.chat import Messages
+from raydiv.model.chat import ChatPrompt
 from raydiv.model.load import ModelSource
 from raydiv.runtime.actor_pool import Progress, map_rows, no_progress
 
@@ -24,14 +24,14 @@ class Request:
     greedy.
     """
 
-    prompt: str | Messages
+    prompt: ChatPrompt
     opening: str = ""
     seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class GeneratedAnswer:
-    """A model's answer: text without special tokens; token ids of prompt and answer (with opening and EOS)."""
+    """A model's answer: text without special tokens; token ids of prompt and answer (with opening and end of turn)."""
 
     text: str
     prompt_ids: list[int]
@@ -49,11 +49,12 @@ def generate(
     chat = model.chat()
     prompts = [chat.prompt_ids(request.prompt) for request in requests]
     openings = [chat.text_ids(request.opening) for request in requests]
+    stops = {chat.end_of_turn.id, chat.tokenizer.eos_token_id} - {None}
     rows = [
         {"ids": prompt + opening, "seed": request.seed}
         for prompt, opening, request in zip(prompts, openings, requests, strict=True)
     ]
-    completions = complete(model, rows, max_new_tokens, chat.tokenizer.eos_token_id, cluster, progress)
+    completions = complete(model, rows, max_new_tokens, sorted(stops), cluster, progress)
     answers = [opening + completion for opening, completion in zip(openings, completions, strict=True)]
     return [
         GeneratedAnswer(chat.decode(answer), prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)
@@ -64,15 +65,17 @@ def complete(
     model: ModelSource,
     rows: Sequence[dict[str, Any]],
     max_new_tokens: int,
-    eos: int,
+    stops: Sequence[int],
     cluster: ClusterConfig,
     progress: Progress = no_progress,
 ) -> list[list[int]]:
-    """Ids that a model generates after the ``ids`` of each row, up to and including EOS; a row may have a ``seed``."""
+    """Ids that a model generates after the ``ids`` of each row, up to and including the first of ``stops``, or a token
+    that the model's own generation config stops at. A row may have a ``seed``.
+    """
     completions = map_rows(
         rows,
         TextGenerator,
-        {"model": model, "max_new_tokens": max_new_tokens, "eos": eos},
+        {"model": model, "max_new_tokens": max_new_tokens, "stops": stops},
         cluster=cluster,
         batch_rows=BATCH_ROWS,
         progress=progress,
@@ -84,20 +87,20 @@ def complete(
 class TextGenerator:
     """Actor that generates completions."""
 
-    def __init__(self, model: ModelSource, max_new_tokens: int, eos: int) -> None:
+    def __init__(self, model: ModelSource, max_new_tokens: int, stops: Sequence[int]) -> None:
         from transformers import GenerationConfig
 
         self._model = model.load_for_inference()
-        # a chat model may end its turn with another token than the tokenizer's EOS
         model_eos = self._model.generation_config.eos_token_id
-        self._eos_ids = {eos, *(model_eos if isinstance(model_eos, list) else [] if model_eos is None else [model_eos])}
+        own = model_eos if isinstance(model_eos, list) else [] if model_eos is None else [model_eos]
+        self._stops = {*stops, *own}
         # the model's other settings are dropped: a repetition penalty, for example, would make answers not greedy
         self._model.generation_config = GenerationConfig(
-            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(self._eos_ids), pad_token_id=eos
+            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(self._stops), pad_token_id=stops[0]
         )
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Rows of ``ids`` -> ``answer`` ids, up to and including EOS. Prompts are padded on the left."""
+        """Rows of ``ids`` -> ``answer`` ids, up to and including a stop. Prompts are padded on the left."""
         length = max(len(row["ids"]) for row in rows)
         ids = torch.zeros((len(rows), length), dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -111,10 +114,10 @@ class TextGenerator:
                 attention_mask=mask.to(self._model.device),
                 logits_processor=[] if seeds == [None] * len(rows) else [_GumbelNoise(seeds)],
             )
-        return [{"answer": self._until_eos(answer)} for answer in output[:, length:].tolist()]
+        return [{"answer": self._until_stop(answer)} for answer in output[:, length:].tolist()]
 
-    def _until_eos(self, answer: list[int]) -> list[int]:
-        ends = [position for position, token in enumerate(answer) if token in self._eos_ids]
+    def _until_stop(self, answer: list[int]) -> list[int]:
+        ends = [position for position, token in enumerate(answer) if token in self._stops]
         return answer[: ends[0] + 1] if ends else answer
 
 

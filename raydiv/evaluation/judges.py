@@ -87,7 +87,7 @@ class HarmJudge:
             {"ids": format_.question_ids(tokenizer, last_user_text(p), a)}
             for p, a in zip(prompts, answers, strict=True)
         ]
-        completions = complete(self.source, rows, format_.max_new_tokens, tokenizer.eos_token_id, cluster, progress)
+        completions = complete(self.source, rows, format_.max_new_tokens, [tokenizer.eos_token_id], cluster, progress)
         return [format_.parse(str(tokenizer.decode(ids, skip_special_tokens=True))) for ids in completions]
 
 

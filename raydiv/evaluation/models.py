@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from raydiv.config.data import template_text
 from raydiv.model.load import ModelSource
 from raydiv.model.resolve import model_directory
 from raydiv.runs.directory import RunDirectory
+from raydiv.utils.errors import UserError
 
 
 def resolve_models(
@@ -19,14 +21,18 @@ def resolve_models(
 
     Settings of a run's model come from its recipe; ``template`` and ``precision`` override them.
     """
-    sources = [_source(model) for model in models]
-    for source in sources:
+    try:
+        chosen = {} if template is None else {"template": template_text(template)}
+    except ValueError as error:
+        raise UserError(f"--template: {error}") from None
+    sources = []
+    for source in map(_source, models):
+        chat_config = source.chat_config.model_copy(update=chosen)
+        source = replace(source, chat_config=chat_config, precision=precision or source.precision)
         source.config()  # raises here rather than in a worker
         source.chat()
-    return [
-        replace(source, template=template or source.template, precision=precision or source.precision)
-        for source in sources
-    ]
+        sources.append(source)
+    return sources
 
 
 def initial_model(model: str) -> ModelSource | None:

@@ -1,25 +1,41 @@
-"""Chat templates and tokenisation. Prompt and response are tokenised separately, so the prompt is always a prefix."""
+"""Token ids of prompts and responses. They are tokenised separately, so that a prompt is always a prefix."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from raydiv.config.recipe import template_text
+from raydiv.config.data import ChatConfig
+from raydiv.model.control_tokens import START, ControlTokens
 from raydiv.model.resolve import load_error
+from raydiv.model.template import ChatTemplate, Message, Messages, open_thought
 from raydiv.utils.cache import digest
 from raydiv.utils.errors import UserError, one_line
 
-Messages = list[dict[str, str]]
-
 Ids = Sequence[int] | np.ndarray
 """Token ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages with the tools and the template options of their record (``tools``, ``chat_template_kwargs``)."""
+
+    messages: Messages
+    tools: list[Any] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+ChatPrompt = str | Messages | Conversation
+"""A user's text, messages, or messages with what their record says to the template."""
+
+Response = str | Message
+"""A text, or an assistant message with ``reasoning_content`` or ``tool_calls``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,60 +48,80 @@ class TokenizedExample:
     response_cut: int
 
 
+@dataclass(frozen=True, slots=True)
+class RenderedPrompt:
+    """``text``: the template's; ``beginning``: what the prompt's last assistant message has of the answer."""
+
+    text: str
+    beginning: str = ""
+
+    @property
+    def open_thought(self) -> tuple[str, str] | None:
+        """The markers of the thinking block in which the answer begins."""
+        return open_thought(self.text + self.beginning)
+
+
 class Chat:
     """A tokenizer with its chat template.
 
-    Raises UserError when the directory has no tokenizer, the tokenizer no EOS, or there is no template or one that
-    fails.
+    A prompt that ends in an assistant message is continued: its text follows the generation prompt, as in a prefill
+    attack. Raises UserError when the directory has no tokenizer, for a template that is missing or fails, and where
+    nothing would end a response.
     """
 
-    def __init__(self, directory: Path, template: str | None = None, trust_remote_code: bool = False) -> None:
+    def __init__(self, directory: Path, config: ChatConfig | None = None, trust_remote_code: bool = False) -> None:
+        self.config = (config or ChatConfig()).of_chat()
         self.tokenizer = load_tokenizer(directory, trust_remote_code)
-        if template is not None:
-            try:
-                self.tokenizer.chat_template = template_text(template)
-            except ValueError as error:
-                raise UserError(f"data.template: {error}") from None
-        if not self.tokenizer.chat_template:
-            raise UserError(f"data.template: missing, and the tokenizer of {directory} has no chat template")
-        if self.tokenizer.eos_token_id is None:
-            raise UserError(f"model.id: the tokenizer of {directory} has no EOS token, so answers would never end")
-        self.prompt_ids("a prompt")  # raises where the template fails
+        self.template = ChatTemplate(self.tokenizer, self.config, directory)
+        self.control_tokens = ControlTokens(self.tokenizer, self.template.text)
+        self.end_of_turn = self.template.end_of_turn
 
     @property
     def fingerprint(self) -> str:
         """Digest of everything that determines the ids of a text."""
-        tokenizer = self.tokenizer
+        tokenizer, config = self.tokenizer, self.config
         rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
-        return digest(rules, tokenizer.chat_template, tokenizer.eos_token_id, tokenizer.bos_token_id)
+        template = [self.template.text, self.template.renders, config.template_options]
+        response = [self.end_of_turn.text, self.end_of_turn.id, config.thinking, config.control_tokens]
+        return digest(rules, template, response, tokenizer.eos_token_id, tokenizer.bos_token_id)
 
-    def prompt_ids(self, prompt: str | Messages, generation: bool = True) -> list[int]:
+    def prompt_ids(self, prompt: ChatPrompt, generation: bool = True) -> list[int]:
         """Ids of the templated conversation, with the generation prompt or up to the end of the user's turn.
 
         They begin with exactly one BOS where the tokenizer adds one, whether or not the template writes it. Raises
         UserError when the template fails.
         """
         try:
-            return self._prompts([prompt], generation)[0]
+            return self._prompt_ids([self._render_prompt(prompt, generation)])[0]
         except ValueError as error:
             raise UserError(f"data.template: {error}") from None
 
     def tokenize(
-        self, prompts: Sequence[str | Messages], responses: Sequence[str], max_prompt_length: int, max_length: int
+        self,
+        prompts: Sequence[ChatPrompt],
+        responses: Sequence[Response],
+        max_prompt_length: int,
+        max_length: int,
+        trained: bool = False,
     ) -> list[TokenizedExample]:
-        """Ids of examples; equal prompts are tokenised once.
+        """Ids of examples; equal prompts are tokenised once. A response ends with ``end_of_turn``.
 
-        A long prompt is truncated at its beginning (after the BOS), a long response at its end (with its EOS). Raises
-        ValueError when the template fails on a prompt.
+        A long prompt is truncated at its beginning (after the BOS), a long response at its end. Raises ValueError for
+        messages that the template cannot render, and for a ``trained`` response that would begin as thought and is
+        none.
         """
         if not prompts:
             return []
-        unique = {_prompt_key(prompt): prompt for prompt in prompts}
-        prompt_ids = dict(zip(unique, self._prompts(list(unique.values())), strict=True))
-        eos, examples = self.tokenizer.eos_token_id, []
-        for prompt, ids in zip(prompts, self._ids(list(responses)), strict=True):
-            response = ids if ids[-1:] == [eos] else [*ids, eos]
-            whole = prompt_ids[_prompt_key(prompt)]
+        keys = [prompt_key(prompt) for prompt in prompts]
+        rendered = {key: self._render_prompt(prompt) for key, prompt in dict(zip(keys, prompts, strict=True)).items()}
+        prompt_ids = dict(zip(rendered, self._prompt_ids(list(rendered.values())), strict=True))
+        texts = [
+            self._response_text(prompt, rendered[key], response, trained)
+            for prompt, key, response in zip(prompts, keys, responses, strict=True)
+        ]
+        examples = []
+        for key, ids in zip(keys, self._ids(texts), strict=True):
+            whole, response = prompt_ids[key], [*ids, self.end_of_turn.id]
             cut = whole if len(whole) <= max_prompt_length else self._truncate_left(whole, max_prompt_length)
             room = max_length - len(cut)
             cuts = (len(whole) - len(cut), max(0, len(response) - room))
@@ -93,7 +129,7 @@ class Chat:
         return examples
 
     def tokenize_one(
-        self, prompt: str | Messages, response: str, max_prompt_length: int, max_length: int
+        self, prompt: ChatPrompt, response: Response, max_prompt_length: int, max_length: int
     ) -> TokenizedExample:
         """Ids of one example, as ``tokenize`` gives them."""
         return self.tokenize([prompt], [response], max_prompt_length, max_length)[0]
@@ -103,22 +139,116 @@ class Chat:
         first = ids[:1] if ids[0] == self.tokenizer.bos_token_id and length > 1 else []
         return first + ids[len(ids) - length + len(first) :]
 
-    def _prompts(self, prompts: Sequence[str | Messages], generation: bool = True) -> list[list[int]]:
-        """Ids of templated conversations. Raises ValueError when the template fails on one."""
-        conversations = [as_messages(prompt) for prompt in prompts]
-        try:
-            rendered = self.tokenizer.apply_chat_template(
-                conversations, add_generation_prompt=generation, tokenize=False
-            )
-        except Exception as error:  # a template is a program, and may raise anything
-            reason = one_line(error, 200)
-            if any(turn["content"] and turn["content"] in str(error) for turns in conversations for turn in turns):
-                reason = type(error).__name__  # the message repeats a prompt, and messages must not contain prompts
-            raise ValueError(f"the chat template fails: {reason}") from None
-        bos, prompt_ids = self.tokenizer.bos_token_id, self._ids(rendered)
+    def _prompt_ids(self, prompts: Sequence[RenderedPrompt]) -> list[list[int]]:
+        prompt_ids = self._ids([prompt.text for prompt in prompts])
         if self._adds_bos:
+            bos = self.tokenizer.bos_token_id
             prompt_ids = [ids if ids[:1] == [bos] else [bos, *ids] for ids in prompt_ids]
-        return prompt_ids
+        beginnings = self._ids([prompt.beginning for prompt in prompts])
+        return [ids + beginning for ids, beginning in zip(prompt_ids, beginnings, strict=True)]
+
+    def _render_prompt(self, prompt: ChatPrompt, generation: bool = True) -> RenderedPrompt:
+        """The prompt in the template, with control tokens of its texts marked. Raises ValueError where that fails."""
+        if not self.template.renders:
+            if not isinstance(prompt, str):
+                raise ValueError("prompt has messages, and data.template=none takes rendered text")
+            return RenderedPrompt(prompt)
+        conversation = as_conversation(prompt)
+        messages, beginning = self._as_text(conversation.messages, "prompt"), ""
+        self.template.require_roles(messages)
+        if messages[-1]["role"] == "assistant":
+            *messages, last = messages
+            if not messages:
+                raise ValueError("prompt is an assistant message alone, which answers nothing")
+            beginning, generation = str(last["content"]), True
+        tools, options = self._as_text(conversation.tools, "tools"), conversation.options
+        text = self.template.render(messages, generation, tools, options)
+        opened = open_thought(text) if generation else None
+        if opened and self.config.thinking == "closed":
+            text = f"{text.rstrip()}\n\n{opened[1]}\n\n"
+        return RenderedPrompt(text, beginning)
+
+    def _as_text(self, value: Any, column: str) -> Any:
+        """``value`` with control tokens marked as text, if ``data.control_tokens`` says so.
+
+        Raises ValueError under data.control_tokens: error.
+        """
+        control_tokens = self.control_tokens.find(value) if self.config.control_tokens != "tokens" else []
+        if control_tokens and self.config.control_tokens == "error":
+            raise ValueError(
+                f"{column} holds the control token {control_tokens[0]}; remove it, or set data.control_tokens to text "
+                "or tokens"
+            )
+        return self.control_tokens.mark(value) if control_tokens else value
+
+    def _response_text(self, prompt: ChatPrompt, rendered: RenderedPrompt, response: Response, trained: bool) -> str:
+        """The text of a response without the token that ends it. Raises ValueError where it cannot be written."""
+        message = {"role": "assistant", "content": response} if isinstance(response, str) else response
+        if message.get("tool_calls"):
+            return self._with_tool_calls(prompt, rendered, message)
+        opened = rendered.open_thought
+        thought, answer = message.get("reasoning_content"), message["content"]
+        markers = opened or self.template.thought_markers
+        if thought is None and markers is not None:
+            thought, answer = split_thought(answer, markers, begun=opened is not None)
+        answer = self._as_text(self._without_end(answer), "response")
+        if thought is not None:
+            thought = self._as_text(thought.strip("\n"), "response")
+            message = message | {"content": answer.lstrip("\n"), "reasoning_content": thought}
+            return self._with_thought(prompt, rendered, message) + self.end_of_turn.text
+        if opened and trained and self.config.thinking is None:
+            raise ValueError(
+                f"the chat template opens a thinking block ({opened[0]}) before this response, which would be trained "
+                "as thought; give its thought as reasoning_content, set an option of the template (such as "
+                "data.template_options.enable_thinking=false), or set data.thinking to closed or open"
+            )
+        return f"{answer}{self.end_of_turn.text}"
+
+    def _without_end(self, answer: str) -> str:
+        """An answer without the token that ends a turn, which some data have at the end of their texts."""
+        for token in (self.end_of_turn.token, self.tokenizer.eos_token):
+            if token and answer.endswith(token):
+                return answer.removesuffix(token)
+        return answer
+
+    def _with_thought(self, prompt: ChatPrompt, rendered: RenderedPrompt, message: Message) -> str:
+        """An answer with its thought, as the template writes them, else in the template's thinking block."""
+        thought, answer = message["reasoning_content"], message["content"]
+        if rendered.open_thought:
+            return f"{thought}\n{rendered.open_thought[1]}\n\n{answer}"
+        markers = self.template.thought_markers
+        if markers and rendered.text.rstrip().endswith(markers[1]):
+            raise ValueError(
+                "reasoning_content: the prompt ends in a closed thinking block (data.thinking=closed or an option of "
+                "the template), so the thought has no place; change that, or remove the thought"
+            )
+        written = self._rendered_response(prompt, rendered, message)
+        if written is not None and thought in written:
+            return written
+        if markers is None:
+            raise ValueError(
+                "reasoning_content: the chat template has no thinking block; remove it, or change the template"
+            )
+        return f"{markers[0]}\n{thought}\n{markers[1]}\n\n{answer}"
+
+    def _with_tool_calls(self, prompt: ChatPrompt, rendered: RenderedPrompt, message: Message) -> str:
+        written = self._rendered_response(prompt, rendered, self._as_text(message, "response"))
+        names = [call["function"]["name"] for call in message["tool_calls"]]
+        if written is None or not all(name in written for name in names):
+            raise ValueError(
+                "tool_calls: the chat template does not write them; change the template, or remove the row"
+            )
+        return written + self.end_of_turn.text
+
+    def _rendered_response(self, prompt: ChatPrompt, rendered: RenderedPrompt, message: Message) -> str | None:
+        """What the template writes of an assistant message after the prompt; None where it writes another prompt."""
+        conversation = as_conversation(prompt)
+        messages = [*self._as_text(conversation.messages, "prompt"), message]
+        whole = self.template.render(messages, False, conversation.tools, conversation.options)
+        if rendered.beginning or not whole.startswith(rendered.text):
+            return None
+        written, end, _ = whole[len(rendered.text) :].rpartition(self.end_of_turn.token)
+        return (written if end else whole[len(rendered.text) :].rstrip()).removesuffix(self.end_of_turn.text)
 
     @cached_property
     def _adds_bos(self) -> bool:
@@ -126,13 +256,16 @@ class Chat:
         return bos is not None and self.tokenizer("").input_ids[:1] == [bos]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        """Ids of texts, without special tokens that the tokenizer would add."""
+        """Ids of texts, without special tokens that the tokenizer would add; marked control tokens are text."""
         if not texts:
             return []
-        encoded = self.tokenizer(
+        ids: list[list[int]] = self.tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-        )
-        return encoded.input_ids  # type: ignore[no-any-return]
+        ).input_ids
+        for number, text in enumerate(texts):
+            if START in text:
+                ids[number] = self.control_tokens.ids(text)
+        return ids
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of a text, without added special tokens."""
@@ -153,10 +286,33 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
         raise load_error(directory, error, f"has no usable tokenizer: {one_line(error, 200)}") from None
 
 
-def as_messages(prompt: str | Messages) -> Messages:
+def as_conversation(prompt: ChatPrompt) -> Conversation:
+    """A prompt as a conversation."""
+    return prompt if isinstance(prompt, Conversation) else Conversation(as_messages(prompt))
+
+
+def as_messages(prompt: ChatPrompt) -> Messages:
     """The messages of a prompt: a string is one user turn."""
+    if isinstance(prompt, Conversation):
+        return prompt.messages
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
-def _prompt_key(prompt: str | Messages) -> object:
-    return prompt if isinstance(prompt, str) else ("messages", json.dumps(prompt, sort_keys=True))
+def prompt_key(prompt: ChatPrompt) -> str:
+    """A text that equal prompts share: the prompt itself, or JSON with sorted keys."""
+    if isinstance(prompt, Conversation):
+        return json.dumps([prompt.messages, prompt.tools, prompt.options], sort_keys=True)
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+
+
+def split_thought(text: str, markers: tuple[str, str], begun: bool) -> tuple[str | None, str]:
+    """The thought that a text begins with, None without one, and the answer after it.
+
+    ``begun``: the text begins inside the block, with or without the opening marker.
+    """
+    opening, closing = markers
+    block, end, answer = text.partition(closing)
+    inside = block.lstrip()
+    if not end or not (begun or inside.startswith(opening)):
+        return None, text
+    return inside.removeprefix(opening), answer

@@ -37,8 +37,10 @@ def write_model(
         if recipe.model.lora is not None:
             for adapter in model.peft_config.values():
                 adapter.base_model_name_or_path = str(base)
+        chat = _chat(base, recipe)
+        _stop_at_end_of_turn(model, chat)
         model.save_pretrained(temporary, state_dict=state)
-        _write_tokenizer_and_card(temporary, base, recipe, adapter=recipe.model.lora is not None)
+        _write_tokenizer_and_card(temporary, chat, recipe, adapter=recipe.model.lora is not None)
         check(temporary)
 
 
@@ -49,10 +51,11 @@ def write_merged(recipe: Recipe, adapters: Path, directory: Path) -> None:
     """
     source = replace(ModelSource.from_recipe(recipe, adapters), precision="fp32", quantization=None)
     model = source.load()
-    merged = _logits(model)
+    merged, chat = _logits(model), _chat(adapters, recipe)
+    _stop_at_end_of_turn(model, chat)
     model.save_pretrained(directory)
     del model  # memory may not hold two
-    _write_tokenizer_and_card(directory, adapters, recipe, adapter=False)
+    _write_tokenizer_and_card(directory, chat, recipe, adapter=False)
     difference = float((_logits(replace(source, directory=directory).load()) - merged).abs().max())
     if not difference <= TOLERANCE:  # nan fails too
         raise RuntimeError(
@@ -70,9 +73,21 @@ def _logits(model: Any) -> Any:
         ).logits.float()
 
 
-def _write_tokenizer_and_card(directory: Path, tokenizer_from: Path, recipe: Recipe, adapter: bool) -> None:
+def _chat(directory: Path, recipe: Recipe) -> Chat:
+    return Chat(directory, recipe.data, recipe.model.trust_remote_code)
+
+
+def _stop_at_end_of_turn(model: Any, chat: Chat) -> None:
+    """Let the written ``generation_config.json`` stop at the token that responses were trained to end with."""
+    config = model.generation_config
+    stops = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if chat.end_of_turn.id not in stops:
+        config.eos_token_id = [chat.end_of_turn.id, *(stop for stop in stops if stop is not None)]
+
+
+def _write_tokenizer_and_card(directory: Path, chat: Chat, recipe: Recipe, adapter: bool) -> None:
     """Write tokenizer, chat template and card into a model's directory."""
-    Chat(tokenizer_from, recipe.data.template, recipe.model.trust_remote_code).tokenizer.save_pretrained(directory)
+    chat.tokenizer.save_pretrained(directory)
     (directory / "README.md").write_text(_model_card(recipe, adapter))
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from raydiv.config import Recipe
+from raydiv.config.data import ChatConfig
 from raydiv.config.recipe import LoraConfig, ModelConfig
 from raydiv.model.chat import Chat
 from raydiv.model.resolve import load_error, model_directory
@@ -27,7 +28,7 @@ class ModelSource:
     """A model directory, or that of a LoRA adapter, and the recipe's settings to load it with, in any process."""
 
     directory: Path
-    template: str | None = None
+    chat_config: ChatConfig = field(default_factory=ChatConfig)
     attention: str = "auto"
     trust_remote_code: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -38,7 +39,7 @@ class ModelSource:
         model = recipe.model
         return cls(
             directory,
-            recipe.data.template,
+            recipe.data.of_chat(),
             model.attention,
             model.trust_remote_code,
             recipe.engine.precision,
@@ -46,7 +47,7 @@ class ModelSource:
         )
 
     def chat(self) -> Chat:
-        return Chat(self.directory, self.template, self.trust_remote_code)
+        return Chat(self.directory, self.chat_config, self.trust_remote_code)
 
     def load(self) -> Any:
         """The causal model, for scoring or generation; an adapter is merged into its base, unless the base is in 4

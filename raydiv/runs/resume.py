@@ -28,11 +28,14 @@ MACHINE_KEYS = ("num_workers", "min_workers", "use_gpu", "worker_memory_gb", "cp
 
 
 def recipe_to_resume(run: RunDirectory, recipe: Recipe) -> Recipe:
-    """``recipe``, with the values that the run resolved ``auto`` keys to.
+    """``recipe``, with the values that the run resolved ``auto`` keys and the template's date to.
 
     Raises UserError, with the differences, when the run was started with another recipe.
     """
     started = run.read_recipe()
+    if recipe.data.template_date is None:
+        data = recipe.data.model_copy(update={"template_date": started.data.template_date})
+        recipe = recipe.model_copy(update={"data": data})
     changes = differences(comparable(started), comparable(recipe))
     if changes:
         lines = "\n".join(f"  {key}: {before} then, {now} now" for key, (before, now) in changes.items())

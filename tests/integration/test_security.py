@@ -28,7 +28,8 @@ from raydiv.commands.prepare import prepare
 from raydiv.commands.train import train
 from raydiv.config import load_recipe, save_recipe
 from raydiv.config.cluster import ClusterConfig
-from raydiv.config.recipe import BatchConfig, DataConfig
+from raydiv.config.data import DataConfig
+from raydiv.config.recipe import BatchConfig
 from raydiv.config.source import Source
 from raydiv.data import readers
 from raydiv.data.index import OpenSource

@@ -17,6 +17,7 @@ from helpers.stored import indices_of, opened, recipe_of, stream_here
 from raydiv.commands.prepare import load_inputs
 from raydiv.config import Recipe
 from raydiv.config.cluster import ClusterConfig
+from raydiv.config.data import ChatConfig
 from raydiv.data import tokenize as module
 from raydiv.data.index import INDEX, Index, OpenSource
 from raydiv.data.readers import FILE_CHUNK_BYTES
@@ -428,7 +429,7 @@ def test_everything_that_determines_tokens_or_rows_is_part_of_the_key(
         rules["pre_tokenizer"]["add_prefix_space"] = True
         (tokenizer / "tokenizer.json").write_text(json.dumps(rules))
     changed = recipe(tokenizer, source, **change)
-    other = open_one(changed, Chat(tokenizer, changed.data.template))
+    other = open_one(changed, Chat(tokenizer, changed.data))
     assert other.folder != first.opened.folder
     assert not other.ready
 
@@ -491,7 +492,7 @@ def test_prompt_on_which_the_template_fails_is_a_bad_row(template: str, tokenize
         for n in range(9)
     ]
     path.write_bytes(lines(*rows[:5], b"{", *rows[5:]))
-    chat = Chat(tokenizer, template)
+    chat = Chat(tokenizer, ChatConfig(template=template))
     index = index_of(tokenizer, chat, path, template=template)
     assert [(line, reason.partition(":")[0]) for _, line, reason in bad_rows(index)] == [
         (4, "the chat template fails"),

@@ -139,7 +139,7 @@ def rows(model: Path, seeds: list[int | None]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("seeds", [[None] * 4, [1, 2, 3, 4], [None, 7, None, 8]])
 def test_a_batch_changes_no_answer(seeds: list[int | None], tiny_model: Path) -> None:
-    generator = TextGenerator(ModelSource(tiny_model), 12, eos=2)
+    generator = TextGenerator(ModelSource(tiny_model), 12, stops=[2])
     together = generator(rows(tiny_model, seeds))
     alone = [generator([row])[0] for row in rows(tiny_model, seeds)]
     assert together == alone
@@ -147,7 +147,7 @@ def test_a_batch_changes_no_answer(seeds: list[int | None], tiny_model: Path) ->
 
 
 def test_a_seed_samples_from_the_models_own_distribution(tiny_model: Path) -> None:
-    generator = TextGenerator(ModelSource(tiny_model), 1, eos=2)
+    generator = TextGenerator(ModelSource(tiny_model), 1, stops=[2])
     ids = rows(tiny_model, [None] * 4)[0]["ids"]
     drawn = [row["answer"][0] for row in generator([{"ids": ids, "seed": seed} for seed in range(4000)])]
     model = ModelSource(tiny_model).load_for_inference()
@@ -162,13 +162,13 @@ def test_nothing_of_the_models_own_settings_is_left(tmp_path: Path) -> None:
     from helpers.models import make_model
 
     model = make_model(tmp_path)
-    plain = TextGenerator(ModelSource(model), 8, eos=2)(rows(model, [None] * 4))
+    plain = TextGenerator(ModelSource(model), 8, stops=[2])(rows(model, [None] * 4))
     (tmp_path / "generation_config.json").write_text(
         '{"repetition_penalty": 5.0, "do_sample": true, "temperature": 3.0, "eos_token_id": [2, 299]}'
     )
-    changed = TextGenerator(ModelSource(model), 8, eos=2)
+    changed = TextGenerator(ModelSource(model), 8, stops=[2])
     assert changed(rows(model, [None] * 4)) == plain
-    assert changed._eos_ids == {2, 299}
+    assert changed._stops == {2, 299}
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.models import TEMPLATE, make_tokenizer
+from raydiv.config.data import ChatConfig
 from raydiv.model.chat import Chat
 from raydiv.utils.errors import UserError
 
@@ -91,7 +92,7 @@ def test_decode_leaves_special_tokens_out(chat: Chat) -> None:
 def test_bos_comes_once_where_tokenizer_or_template_puts_one(
     kind: str, template: str, expected: int, generation: bool, request: pytest.FixtureRequest
 ) -> None:
-    ids = Chat(request.getfixturevalue(kind), template).prompt_ids("hi", generation)
+    ids = Chat(request.getfixturevalue(kind), ChatConfig(template=template)).prompt_ids("hi", generation)
     assert ids.count(BOS) == expected
     assert ids[:expected] == [BOS] * expected
 
@@ -188,24 +189,27 @@ def test_no_examples_are_none(chat: Chat) -> None:
 
 def test_template_may_be_text_or_file(tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_text(WITH_BOS)
-    assert Chat(tokenizer, WITH_BOS).prompt_ids("hi") == Chat(tokenizer, str(tmp_path / "t.jinja")).prompt_ids("hi")
+    text, file = (ChatConfig(template=template) for template in (WITH_BOS, str(tmp_path / "t.jinja")))
+    assert Chat(tokenizer, text).prompt_ids("hi") == Chat(tokenizer, file).prompt_ids("hi")
 
 
 def test_unusable_tokenizers_are_refused(tokenizer: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.template"):
-        Chat(tokenizer, str(tmp_path / "gone.jinja"))
+    with pytest.raises(ValueError, match=r"gone\.jinja"):
+        ChatConfig(template=str(tmp_path / "gone.jinja"))
+    with pytest.raises(UserError, match=r"data\.template: gone: .*default"):
+        Chat(tokenizer, ChatConfig(template="gone"))
     with pytest.raises(UserError, match="no usable tokenizer"):
         Chat(tmp_path)
     make_tokenizer(tmp_path, template=None)
     with pytest.raises(UserError, match="no chat template"):
         Chat(tmp_path)
-    assert Chat(tmp_path, TEMPLATE).prompt_ids("hi") == Chat(tokenizer).prompt_ids("hi")
+    assert Chat(tmp_path, ChatConfig(template=TEMPLATE)).prompt_ids("hi") == Chat(tokenizer).prompt_ids("hi")
 
 
 @pytest.mark.parametrize("template", ["{% for m in messages %}", "{{ raise_exception('no system turn') }}"])
 def test_template_that_fails_is_the_users_to_change(tokenizer: Path, template: str) -> None:
     with pytest.raises(UserError, match=r"data\.template"):
-        Chat(tokenizer, template).prompt_ids("hi")
+        Chat(tokenizer, ChatConfig(template=template)).prompt_ids("hi")
 
 
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + TEMPLATE
@@ -213,26 +217,26 @@ NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no syst
 
 def test_template_that_fails_on_a_prompt_says_so_to_who_asked(tokenizer: Path) -> None:
     """A prompt alone is the user's to change; among examples it makes a bad row, which the caller finds."""
-    chat = Chat(tokenizer, NO_SYSTEM)
+    chat = Chat(tokenizer, ChatConfig(template=NO_SYSTEM))
     prompts: list[Any] = ["hi", [SYSTEM, {"role": "user", "content": "hi"}]]
-    with pytest.raises(UserError, match=r"data\.template: .*no system turn"):
+    with pytest.raises(UserError, match=r"data\.template: .*role system"):
         chat.prompt_ids(prompts[1])
-    with pytest.raises(ValueError, match="no system turn"):
+    with pytest.raises(ValueError, match="role system"):
         chat.tokenize(prompts, ["yes", "no"], 100, 200)
     assert chat.tokenize(prompts[:1], ["yes"], 100, 200) == [Chat(tokenizer).tokenize_one("hi", "yes", 100, 200)]
 
 
 def test_fingerprint_follows_template_and_tokenizer(tokenizer: Path, bos_tokenizer: Path) -> None:
-    same = [Chat(tokenizer).fingerprint, Chat(tokenizer, TEMPLATE).fingerprint]
+    same = [Chat(tokenizer).fingerprint, Chat(tokenizer, ChatConfig(template=TEMPLATE)).fingerprint]
     assert same[0] == same[1]
-    others = {Chat(tokenizer, WITH_BOS).fingerprint, Chat(bos_tokenizer).fingerprint}
+    others = {Chat(tokenizer, ChatConfig(template=WITH_BOS)).fingerprint, Chat(bos_tokenizer).fingerprint}
     assert len(others | set(same)) == 3
 
 
 def test_what_a_template_raises_is_said_without_the_prompt(tokenizer: Path) -> None:
     told = "{% if m['content'] == 'SECRET' %}{{ raise_exception(m['content']) }}{% endif %}x"
     telling = "{% for m in messages %}" + told + "{% endfor %}"
-    chat = Chat(tokenizer, telling)
+    chat = Chat(tokenizer, ChatConfig(template=telling))
     with pytest.raises(ValueError, match="the chat template fails: TemplateError") as caught:
         chat.tokenize(["SECRET"], ["r"], 10, 20)
     assert "SECRET" not in str(caught.value)

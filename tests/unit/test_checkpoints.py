@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -330,6 +331,15 @@ def test_a_run_resumes_with_its_own_recipe_alone(tmp_path: Path) -> None:
     # values of auto are those resolved before, on the same workers
     assert recipe_to_resume(run, recipe_of(tmp_path)).engine.zero_stage == 2
     assert recipe_to_resume(run, recipe_of(tmp_path)).batch.tokens_per_microbatch == 64
+
+
+def test_a_run_resumes_with_the_date_that_its_template_was_given(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "data.template_date=2026-01-31")
+    run = RunDirectory.of(recipe)
+    run.create(recipe, {"data": "a" * 32, "model": "m"})
+    assert recipe_to_resume(run, recipe_of(tmp_path)).data.template_date == date(2026, 1, 31)
+    with pytest.raises(UserError, match=r"data\.template_date: 2026-01-31 then, 2026-02-01 now"):
+        recipe_to_resume(run, recipe_of(tmp_path, "data.template_date=2026-02-01"))
     assert recipe_to_resume(run, recipe_of(tmp_path, "cluster.num_workers=4")).engine.zero_stage == "auto"
 
 

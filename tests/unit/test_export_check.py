@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,15 @@ def logps_under(policy: Any) -> torch.Tensor:
 def gathered_weights(policy: Any) -> dict[str, torch.Tensor]:
     """The trained weights: all, or the adapters."""
     return {name: weight.detach().clone() for name, weight in policy.named_parameters() if weight.requires_grad}
+
+
+def test_the_written_model_stops_where_its_responses_end(tiny_model: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tiny_model, lora=False)
+    policy = trained_policy(tiny_model, recipe)
+    changes = recipe.data.model_copy(update={"end_of_turn": "<|user|>"})
+    recipe = recipe.model_copy(update={"data": changes})
+    write_model(policy, gathered_weights(policy), tiny_model, recipe, tmp_path / "model", lambda _: None)
+    assert json.loads((tmp_path / "model" / "generation_config.json").read_text())["eos_token_id"] == [3, 2]
 
 
 @pytest.mark.parametrize("lora", [False, True])

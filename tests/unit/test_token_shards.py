@@ -14,6 +14,7 @@ import pytest
 from helpers.models import TEMPLATE
 from helpers.stored import PLANTED, indices_of, opened, recipe_of, refusal_of
 from raydiv.config import Recipe
+from raydiv.config.data import ChatConfig
 from raydiv.data import tokenize as module
 from raydiv.data.index import Index
 from raydiv.data.readers import read_examples
@@ -180,7 +181,7 @@ def test_a_source_of_bad_rows_alone_is_refused(
 
 def test_template_that_fails_on_a_prompt_makes_a_bad_row(tokenizer: Path, write_jsonl: Writer) -> None:
     no_system = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + TEMPLATE
-    chat = Chat(tokenizer, no_system)
+    chat = Chat(tokenizer, ChatConfig(template=no_system))
     path = write_jsonl(pair(0), pair(1) | {"prompt": CHAT}, BAD, pair(3))
     (index,) = prepared(recipe_of(tokenizer, str(path), template=no_system, on_bad_row="quarantine"), chat)
     assert index.bad.places == [(str(path), 2), (str(path), 3)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from raydiv.config.source import Source
 from raydiv.data.formats import CANONICAL, FORMATS, BadRow, Example, Record, converter_of, text_field
 from raydiv.data.readers import iterate_records
-from raydiv.model.chat import Messages
+from raydiv.model.chat import ChatPrompt
 from raydiv.utils.cache import digest
 from raydiv.utils.errors import UserError
 
@@ -17,7 +17,7 @@ class AnsweredPrompt:
     """A prompt, its file and line, and its source's first aligned and first unaligned response (by ``aligned``)."""
 
     key: str
-    prompt: str | Messages
+    prompt: ChatPrompt
     harmful: bool
     where: str
     responses: dict[bool, str]
@@ -87,7 +87,7 @@ def _alpaca_prompt(record: Record) -> str:
     return "\n\n".join(text_field(record, column) for column in columns)
 
 
-def _canonical(prompt: str | Messages) -> str | Messages:
+def _canonical(prompt: ChatPrompt) -> ChatPrompt:
     """The prompt in one notation: text without surrounding spaces for a conversation of a single user turn."""
     if isinstance(prompt, list) and [turn["role"] for turn in prompt] == ["user"]:
         prompt = prompt[0]["content"]

@@ -14,7 +14,8 @@ from raydiv.data.formats import BadRow, Record, text_field
 from raydiv.data.readers import iterate_records
 from raydiv.evaluation.coherence import is_degenerate
 from raydiv.evaluation.refusal import is_refusal
-from raydiv.model.chat import Messages, as_messages
+from raydiv.model.chat import ChatPrompt, as_messages
+from raydiv.model.template import Messages
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.session import ray_session
 from raydiv.utils.errors import UserError
@@ -50,7 +51,7 @@ class AnswerModels:
         with ray_session(self._cluster) if self._sources else nullcontext():
             yield
 
-    def answers(self, name: str, prompts: Sequence[str | Messages], phase: str) -> list[str]:
+    def answers(self, name: str, prompts: Sequence[ChatPrompt], phase: str) -> list[str]:
         """A model's greedy answer to each prompt."""
         from raydiv.evaluation.generate import Request, generate
 
@@ -139,7 +140,7 @@ def is_usable(answer: str) -> bool:
         return False
 
 
-def _decline_request(prompt: str | Messages) -> Messages:
+def _decline_request(prompt: ChatPrompt) -> Messages:
     """The prompt after a system turn with DECLINE_INSTRUCTION, appended to its own system turn if it has one."""
     turns = as_messages(prompt)
     system = [turn["content"] for turn in turns if turn["role"] == "system" and turn["content"]]

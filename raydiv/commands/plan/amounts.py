@@ -173,6 +173,7 @@ def _from_sample(recipe: Recipe, sample: _Sample, chat: Chat, unavailable: list[
                 [example.response for example in examples],
                 batch.max_prompt_length,
                 batch.max_length,
+                trained=True,
             )
         except ValueError as error:
             raise UserError(f"data.template: {error}") from None
