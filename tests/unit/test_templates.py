@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import raydiv
 from helpers.templates import CHATML, FAMILIES, Family, make_family_tokenizer
 from raydiv.config.data import ChatConfig
 from raydiv.model.chat import Chat, Conversation
@@ -254,3 +255,31 @@ def test_one_of_several_templates_is_chosen_by_name(tmp_path: Path) -> None:
     assert text_of(short, short.prompt_ids("hi")) == "hi<|im_end|>"
     with pytest.raises(UserError, match=r"long: .*default, short"):
         Chat(directory, ChatConfig(template="long"))
+
+
+def test_the_table_of_families_is_true(directories: dict[str, Path]) -> None:
+    text = (Path(raydiv.__file__).parent / "data" / "README.md").read_text().replace("\\|", "\0")
+    rows = [
+        [cell.strip().replace("\0", "|").strip("`") for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith(tuple(f"| {name} |" for name in FAMILIES))
+    ]
+    assert [row[0] for row in rows] == list(FAMILIES)
+    for name, end, system, bos, thinking in rows:
+        chat = Chat(directories[name], config_of(name))
+        token = chat.end_of_turn.token + ("` (EOS)" if "no token of its own" in chat.end_of_turn.note else "")
+        assert end == token, name
+        assert (system == "yes") == ("Be kind." in text_or_nothing(chat)), name
+        begins = text_of(chat, chat.prompt_ids("hi")[:1])
+        assert bos == (begins if begins == FAMILIES[name].bos else "-"), name
+        opened, known = chat.template.open_thought, chat.template.thought_markers
+        assert thinking == ("the prompt opens it" if opened else "the model writes it" if known else "-"), name
+
+
+def text_or_nothing(chat: Chat) -> str:
+    """A prompt with a system turn, empty where the template has none."""
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"}]
+    try:
+        return text_of(chat, chat.prompt_ids(turns))
+    except UserError:
+        return ""
