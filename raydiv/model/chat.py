@@ -85,6 +85,29 @@ class Chat:
         response = [self.end_of_turn.text, self.end_of_turn.id, config.thinking, config.control_tokens]
         return digest(rules, template, response, tokenizer.eos_token_id, tokenizer.bos_token_id)
 
+    def facts(self) -> dict[str, Any]:
+        """What a user should know of the template, for ``raydiv plan``."""
+        template, end = self.template, self.end_of_turn
+        prompt = self._render_prompt("?") if template.renders else None
+        markers = template.thought_markers
+        thinking = None
+        if prompt is not None and prompt.open_thought:
+            thinking = f"every prompt opens it ({prompt.open_thought[0]})"
+        elif prompt is not None and markers and prompt.text.rstrip().endswith(markers[1]):
+            thinking = "every prompt has an empty one"
+        elif markers:
+            thinking = f"the model writes it ({markers[0]})"
+        return {
+            "template": template.source,
+            "end_of_turn": end.token,
+            "end_of_turn_from": end.source,
+            "note": end.note,
+            "opening": template.opening,
+            "bos": self.tokenizer.bos_token if self._adds_bos else None,
+            "thinking": thinking,
+            "date": str(template.date) if template.date else None,
+        }
+
     def prompt_ids(self, prompt: ChatPrompt, generation: bool = True) -> list[int]:
         """Ids of the templated conversation, with the generation prompt or up to the end of the user's turn.
 

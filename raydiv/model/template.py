@@ -37,12 +37,13 @@ THOUGHT_MARKERS = (
 class EndOfTurn:
     """What ends a response: ``text`` (white space, mostly none), then the token ``token``, whose id is ``id``.
 
-    ``note`` says what a user should know, such as that the template has no terminator.
+    ``source``: the key or file that says so. ``note`` is for the user, such as that the template has no terminator.
     """
 
     text: str
     token: str
     id: int
+    source: str
     note: str = ""
 
 
@@ -122,7 +123,7 @@ class ChatTemplate:
             return self._eos(reason + (f", only with {suffix!r}" if suffix.strip() else ""))
         after = suffix[match.end() :].strip()
         note = f"the chat template writes {after!r} after it, which is not trained" if after else ""
-        return self._end(match[0], "data.template", suffix[: match.start()], note)
+        return self._end(match[0], "the template", suffix[: match.start()], note)
 
     @cached_property
     def _assistant_suffix(self) -> str | None:
@@ -138,7 +139,7 @@ class ChatTemplate:
         ids = self._tokenizer(token, add_special_tokens=False).input_ids
         if len(ids) != 1:
             raise UserError(f"{key}: {token!r} is {len(ids)} tokens of this tokenizer; a turn ends with one")
-        return EndOfTurn(text, token, ids[0], note)
+        return EndOfTurn(text, token, ids[0], key, note)
 
     def _eos(self, reason: str) -> EndOfTurn:
         token, number = self._tokenizer.eos_token, self._tokenizer.eos_token_id
@@ -147,7 +148,7 @@ class ChatTemplate:
                 f"model.id: the tokenizer of {self._directory} has no EOS token and {reason}, so answers "
                 "would never end; set data.end_of_turn"
             )
-        return EndOfTurn("", token, number, reason if self.renders else "")
+        return EndOfTurn("", token, number, "the EOS", reason if self.renders else "")
 
     @cached_property
     def opening(self) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 import raydiv
 from helpers.templates import CHATML, FAMILIES, Family, make_family_tokenizer
+from raydiv.commands.plan.forecast import chat_lines
 from raydiv.config.data import ChatConfig
 from raydiv.model.chat import Chat, Conversation
 from raydiv.utils.errors import UserError
@@ -255,6 +256,21 @@ def test_one_of_several_templates_is_chosen_by_name(tmp_path: Path) -> None:
     assert text_of(short, short.prompt_ids("hi")) == "hi<|im_end|>"
     with pytest.raises(UserError, match=r"long: .*default, short"):
         Chat(directory, ChatConfig(template="long"))
+
+
+def test_the_plan_says_what_a_template_does(directories: dict[str, Path]) -> None:
+    lines = {
+        name: list(chat_lines(Chat(directory, config_of(name)).facts())) for name, directory in directories.items()
+    }
+    assert lines["ChatML"][0].endswith("ends with <|im_end|> (the template)")
+    assert lines["Falcon"][0].endswith("ends with <|endoftext|> (the EOS)")
+    assert any("shape of Qwen" in line for line in lines["Qwen 2.5"])
+    assert any("2026-01-31" in line for line in lines["Llama 3"])
+    assert any("every prompt opens it (<think>)" in line for line in lines["R1"])
+    assert any("the model writes it (<think>)" in line for line in lines["Qwen 3"])
+    closed = Chat(directories["Qwen 3"], ChatConfig(template_options={"enable_thinking": False}))
+    assert any("an empty one" in line for line in chat_lines(closed.facts()))
+    assert Chat(directories["ChatML"], ChatConfig(template="none")).facts()["opening"] == ""
 
 
 def test_the_table_of_families_is_true(directories: dict[str, Path]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,8 @@ class Forecast:
             f"network: each worker sends {_gib(sent['total'])} GiB per step (gradients {_gib(sent['gradients'])}, "
             f"weights {_gib(sent['weights'])}; {sent['micro_batches']} micro-batches)"
         )
+        if facts["chat"] is not None:
+            yield from chat_lines(facts["chat"])
         yield from (f"not checked, not on this machine: {name}" for name in facts["unchecked"])
         yield from (f"not covered by the tests: {words}" for words in facts["untested"])
         if self.fits:
@@ -107,6 +109,20 @@ class Forecast:
         if seconds is None:
             return "time unknown"
         return f"{seconds / 3600:.1f} hours at {speed['tokens_per_second']:,.0f} tokens/s ({speed['from']})"
+
+
+def chat_lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    """What the chat template does, a line each (see Chat.facts)."""
+    end = f"{facts['end_of_turn']} ({facts['end_of_turn_from']})"
+    yield f"chat template from {facts['template']}; a response ends with {end}"
+    if facts["note"]:
+        yield f"note: {facts['note']}"
+    if facts["opening"]:
+        yield f"every prompt begins with {facts['opening']!r}"
+    if facts["thinking"]:
+        yield f"thinking block: {facts['thinking']}"
+    if facts["date"]:
+        yield f"the template prints the date: {facts['date']} (data.template_date)"
 
 
 def plan(recipe: Recipe, *, tokens_per_second: float | None = None, memory_gb: float | None = None) -> Forecast:
@@ -156,6 +172,7 @@ def plan(recipe: Recipe, *, tokens_per_second: float | None = None, memory_gb: f
             "seconds": tokens / speed["tokens_per_second"] if tokens is not None and speed is not None else None,
             "sizes": sizes_on_disk(architecture, recipe),
             "traffic": _traffic(architecture, recipe, fit, amounts).rows(),
+            "chat": None if chat is None else chat.facts(),
             "unchecked": [*([] if chat else [f"the tokenizer of {recipe.model.id}"]), *amounts.unavailable],
             "untested": list(untested_combinations(resolved)),
             "changes": [] if fit.fits else fitting_changes(recipe, amounts.budget, memory),
