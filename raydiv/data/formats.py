@@ -5,12 +5,14 @@ To add a format, add its columns to ``FORMATS`` with the function that converts 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raydiv.model.chat import ChatPrompt
-from raydiv.model.template import Messages
+from raydiv.config.data import RESERVED_OPTIONS
+from raydiv.model.chat import ChatPrompt, Conversation, Response, as_messages
+from raydiv.model.template import Message, Messages
 
 Record = Mapping[str, Any]
 
@@ -36,7 +38,7 @@ class Example:
     """
 
     prompt: ChatPrompt
-    response: str
+    response: Response
     aligned: bool
     harmful: bool | None
     pair: str | None
@@ -93,25 +95,113 @@ def bool_field(record: Record, field: str) -> bool:
 
 
 def prompt_field(record: Record) -> ChatPrompt:
-    """The prompt, as text or as chat messages. Raises BadRow."""
+    """The prompt, as text or as chat messages, with the record's system turn, tools and template options.
+
+    Raises BadRow.
+    """
+    prompt: str | Messages
     if isinstance(record.get("prompt"), list):
-        return conversation(record["prompt"], "prompt")
-    return text_field(record, "prompt")
+        prompt = conversation(record["prompt"], "prompt")
+    else:
+        prompt = text_field(record, "prompt")
+    return _in_context(record, prompt)
+
+
+def _in_context(record: Record, prompt: str | Messages) -> ChatPrompt:
+    """A prompt with the columns ``system``, ``tools`` and ``chat_template_kwargs``, where the record has them."""
+    if record.get("system"):
+        messages = as_messages(prompt)
+        if messages[0]["role"] == "system":
+            raise BadRow("has a column system and a system message in its prompt; keep one")
+        prompt = [{"role": "system", "content": text_field(record, "system")}, *messages]
+    tools, options = record.get("tools") or [], record.get("chat_template_kwargs") or {}
+    for name, value in (("tools", tools), ("chat_template_kwargs", options)):
+        try:
+            value = json.loads(value) if isinstance(value, str) else value
+        except ValueError:
+            raise BadRow(f"{name} is text that is not JSON") from None
+        if name == "tools" and not (isinstance(value, list) and all(isinstance(tool, Mapping) for tool in value)):
+            raise BadRow(f"tools must be a list of JSON schemas, found {describe(value)}")
+        if name == "chat_template_kwargs" and not isinstance(value, Mapping):
+            raise BadRow(f"chat_template_kwargs must be a mapping, found {describe(value)}")
+        tools, options = (value, options) if name == "tools" else (tools, value)
+    options = {name: value for name, value in options.items() if value is not None}  # Parquet's absent fields
+    for name in RESERVED_OPTIONS:
+        if name in options:
+            raise BadRow(f"chat_template_kwargs.{name} is set by raydiv")
+    return Conversation(as_messages(prompt), list(tools), options) if tools or options else prompt
 
 
 def conversation(value: Any, field: str) -> Messages:
     """The messages of a conversation. Raises BadRow if ``value`` is not a list of messages with role and content."""
-    if not value or not all(
-        isinstance(turn, Mapping) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-        for turn in value
-    ):
+    if not isinstance(value, list) or not value:
         raise BadRow(f"{field} must be text or a list of messages with role and content, found {describe(value)}")
-    turns = []
-    for turn in value:
-        role, content = _valid_text(turn["role"], "role"), _valid_text(turn["content"], "content")
-        # an empty system turn means no system turn; all other turns must have content
-        turns.append({"role": role, "content": content if role == "system" else text_field(turn, "content")})
-    return turns
+    return [_message(turn, f"{field}.{number}") for number, turn in enumerate(value)]
+
+
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
+"""Values of ``from`` in messages of ``from`` and ``value``, and the roles that they stand for."""
+
+
+def _message(turn: Any, field: str) -> Message:
+    """A message of role and content, or of from and value; keys of no value are left out. Raises BadRow."""
+    if isinstance(turn, Mapping) and {"from", "value"} <= turn.keys():
+        if turn["from"] not in SHAREGPT_ROLES:
+            known = ", ".join(SHAREGPT_ROLES)
+            raise BadRow(f"{field}.from is none of {known}; write the message with role and content")
+        others = {name: value for name, value in turn.items() if name not in ("from", "value")}
+        turn = {"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"], **others}
+    if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
+        raise BadRow(f"{field} must be a message with role and content, found {describe(turn)}")
+    message = {name: value for name, value in turn.items() if value is not None}
+    message["role"] = _valid_text(turn["role"], f"{field}.role")
+    content = _joined_parts(turn.get("content"), f"{field}.content")
+    if message.get("tool_calls"):
+        message["tool_calls"] = [_tool_call(call, field) for call in message["tool_calls"]]
+        content = content or ""
+    if not isinstance(content, str):
+        raise BadRow(f"{field}.content must be text, found {describe(content)}")
+    if message.get("reasoning_content") is not None:
+        message["reasoning_content"] = text_field(message, "reasoning_content")
+    # an empty system turn means no system turn; all other turns must have content
+    needs_text = message["role"] != "system" and not message.get("tool_calls")
+    message["content"] = text_field({f"{field}.content": content}, f"{field}.content") if needs_text else content
+    _valid_text(content, f"{field}.content")
+    return message
+
+
+def _joined_parts(content: Any, field: str) -> Any:
+    """The text of content that is a list of text parts; other content as it is. Raises BadRow for images and such."""
+    if not isinstance(content, list):
+        return content
+    for number, part in enumerate(content):
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, Mapping) else describe(part)
+            raise BadRow(f"{field}.{number} is a part of type {kind}; only text is supported")
+    return "".join(part["text"] for part in content)
+
+
+def _tool_call(call: Any, field: str) -> dict[str, Any]:
+    """A tool call in OpenAI's notation, its arguments as a mapping. Raises BadRow."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise BadRow(f"{field}.tool_calls must have function.name and function.arguments")
+    arguments = function.get("arguments") or {}
+    try:
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except ValueError:
+        raise BadRow(f"{field}.tool_calls: arguments are text that is not JSON") from None
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def describe(value: Any) -> str:
@@ -135,14 +225,15 @@ def _valid_text(value: str, field: str) -> str:
     return value
 
 
-def _response_field(record: Record, field: str) -> str:
+def _response_field(record: Record, field: str) -> Response:
     """A response, from text or one assistant message."""
     if not isinstance(record.get(field), list):
         return text_field(record, field)
     turns = conversation(record[field], field)
     if len(turns) != 1 or turns[0]["role"] != "assistant":
         raise BadRow(f"{field} must be one assistant message, found {len(turns)} messages")
-    return text_field(turns[0], "content")
+    (message,) = turns
+    return message if "reasoning_content" in message or "tool_calls" in message else str(message["content"])
 
 
 def _harmful_field(record: Record) -> bool | None:
@@ -157,12 +248,27 @@ def _from_raydiv(record: Record, where: str) -> list[Example]:
 
 
 def _from_preference(record: Record, where: str) -> list[Example]:
-    """TRL's prompt/chosen/rejected; ``harmful`` is optional."""
+    """TRL's prompt/chosen/rejected; ``harmful`` is optional. Both sides may be whole conversations."""
+    record = _without_repeated_prompt(record)
     prompt, harmful = prompt_field(record), _harmful_field(record)
     return [
         Example(prompt, _response_field(record, field), aligned, harmful, where, where)
         for field, aligned in (("chosen", True), ("rejected", False))
     ]
+
+
+def _without_repeated_prompt(record: Record) -> Record:
+    """The record with answers alone, where both sides are conversations that begin with the prompt (UltraFeedback)."""
+    sides = [record["chosen"], record["rejected"]]
+    if not all(isinstance(side, list) and len(side) > 1 for side in sides):
+        return record
+    chosen, rejected = (conversation(side, field) for side, field in zip(sides, ("chosen", "rejected"), strict=True))
+    asked = record["prompt"]
+    prompt = conversation(asked, "prompt") if isinstance(asked, list) else as_messages(text_field(record, "prompt"))
+    context = chosen[:-1]
+    if context != rejected[:-1] or context[-len(prompt) :] != prompt:
+        raise BadRow("chosen and rejected are conversations that do not begin with the prompt alike")
+    return {**record, "prompt": context, "chosen": chosen[-1:], "rejected": rejected[-1:]}
 
 
 def _from_implicit_preference(record: Record, where: str) -> list[Example]:
@@ -179,9 +285,8 @@ def _from_implicit_preference(record: Record, where: str) -> list[Example]:
         "prompt": chosen[:common],
         "chosen": chosen[common:],
         "rejected": rejected[common:],
-        "harmful": record.get("harmful"),
     }
-    return _from_preference(explicit, where)
+    return _from_preference({**record, **explicit}, where)
 
 
 def _from_unpaired(record: Record, where: str) -> list[Example]:

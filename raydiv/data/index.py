@@ -26,7 +26,7 @@ from raydiv.utils.cache import digest, shared_dir
 from raydiv.utils.errors import UserError
 from raydiv.utils.storage import open_input
 
-VERSION = 1
+VERSION = 2
 """Version of the content of shards and index; part of their key."""
 
 INDEX = "index.parquet"

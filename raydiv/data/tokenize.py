@@ -26,7 +26,7 @@ from raydiv.data.index import INDEX_COLUMNS, SCHEMA, SPELLINGS, Index, IndexWrit
 from raydiv.data.readers import FileChunk, RawRecord, file_chunks, parse_record, read_chunk
 from raydiv.data.sources import require_unchanged
 from raydiv.data.tokens import ROW_GROUP_SIZE, content_key
-from raydiv.model.chat import Chat, TokenizedExample
+from raydiv.model.chat import Chat, TokenizedExample, prompt_key
 from raydiv.runtime.actor_pool import Progress, map_stream, no_progress
 from raydiv.utils.errors import UserError
 from raydiv.utils.storage import Folder, open_input
@@ -242,5 +242,4 @@ def _pair_number(name: str) -> int:
 
 def _text_key(prompt: Any) -> bytes:
     """Digest of a prompt's text. It does not depend on the tokenizer, so neither do splits."""
-    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+    return hashlib.blake2b(prompt_key(prompt).encode(), digest_size=16).digest()

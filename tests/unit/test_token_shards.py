@@ -185,7 +185,7 @@ def test_template_that_fails_on_a_prompt_makes_a_bad_row(tokenizer: Path, write_
     path = write_jsonl(pair(0), pair(1) | {"prompt": CHAT}, BAD, pair(3))
     (index,) = prepared(recipe_of(tokenizer, str(path), template=no_system, on_bad_row="quarantine"), chat)
     assert index.bad.places == [(str(path), 2), (str(path), 3)]
-    assert "no system turn" in index.bad.reasons[0]
+    assert "role system" in index.bad.reasons[0]
     assert responses(index, chat) == ["yes 0", "no 0", "yes 3", "no 3"]
     assert refusal(recipe_of(tokenizer, str(path), template=no_system), chat).startswith(f"{path}:2: ")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from raydiv.config.source import Source
 from raydiv.data.formats import CANONICAL, FORMATS, BadRow, Example, Record, converter_of, text_field
 from raydiv.data.readers import iterate_records
-from raydiv.model.chat import ChatPrompt
+from raydiv.model.chat import ChatPrompt, Conversation
 from raydiv.utils.cache import digest
 from raydiv.utils.errors import UserError
 
@@ -50,7 +50,7 @@ def collect(source: Source, harmful: bool) -> CollectedPrompts:
         key = digest(prompt)
         answered = collected.prompts.setdefault(key, AnsweredPrompt(key, prompt, harmful, where, {}))
         # a prompt's two sides may be in two rows; the first response of a side counts
-        new = {e.aligned: e.response for e in reversed(examples) if e.aligned not in answered.responses}
+        new = {e.aligned: str(e.response) for e in reversed(examples) if e.aligned not in answered.responses}
         answered.responses.update(new)
         collected.duplicates += not new
         collected.further_responses += len(examples) - len(new) if new else 0
@@ -63,6 +63,10 @@ def _examples(record: Record, where: str, harmful: bool) -> list[Example]:
     """The examples of a record of a known format, or of one without labels. Raises BadRow."""
     known = any(columns <= record.keys() for columns, _ in FORMATS)
     examples = CANONICAL.examples(record if known else _labelled(record, harmful), where)
+    if isinstance(examples[0].prompt, Conversation) or not all(isinstance(e.response, str) for e in examples):
+        raise BadRow(
+            "has tools, chat_template_kwargs, reasoning_content or tool_calls, which data build does not write"
+        )
     if examples[0].harmful is (not harmful):
         label, expected = ("harmless", "harmful") if harmful else ("harmful", "harmless")
         raise BadRow(f"is labelled {label}, in the source of {expected} prompts")
