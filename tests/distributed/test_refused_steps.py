@@ -131,4 +131,4 @@ def test_a_refused_step_is_counted_and_named_and_one_too_many_ends_the_run(tmp_p
     with run.events.follow(messages.append, lambda place: f"train.jsonl:{place[2]}"):
         run.events.path.write_bytes((tmp_path / "written").read_bytes())
     error = NotFiniteError("log-probs of examples [1] of the step are not finite")
-    assert messages == [f"step 7: {error} (train.jsonl:41)"] * 4
+    assert messages == [f"step 7: not applied: {error} (train.jsonl:41)"] * 4

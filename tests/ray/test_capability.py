@@ -98,7 +98,7 @@ def written(source: ModelSource) -> list[str]:
     """What the model writes after each question, by raydiv's own generator."""
     tokenizer = source.chat().tokenizer
     rows = [{"ids": tokenizer(question).input_ids} for question in QUESTIONS]
-    answers = TextGenerator(source, NEW_TOKENS, tokenizer.eos_token_id)(rows)
+    answers = TextGenerator(source, NEW_TOKENS, [tokenizer.eos_token_id])(rows)
     return [tokenizer.decode(row["answer"], skip_special_tokens=True) for row in answers]
 
 

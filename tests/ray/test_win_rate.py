@@ -282,7 +282,7 @@ def test_a_model_judges(tiny_model: Path) -> None:
         found = win_rate(instructions, ours, theirs, judge)
         direct = generate(source, [Request(asked[0])], CHOICE_TOKENS, ClusterConfig())
     chat = source.chat()
-    here = TextGenerator(source, CHOICE_TOKENS, chat.tokenizer.eos_token_id)([{"ids": chat.prompt_ids(asked[0])}])
+    here = TextGenerator(source, CHOICE_TOKENS, [chat.tokenizer.eos_token_id])([{"ids": chat.prompt_ids(asked[0])}])
     assert answers == [direct[0].text] == [chat.decode(here[0]["answer"])]
     # random weights say nothing that can be read, and are not counted for anyone
     assert found.verdicts == ["unparsable"] * 2
