@@ -53,7 +53,7 @@ def check_data(
         files_of(source)  # a missing file is reported before a model is converted or downloaded
     evaluation_sets = _evaluation_prompts(recipe)
     directory = model_directory(recipe.model.id, recipe.model.revision)
-    chat = Chat(directory, recipe.data, recipe.model.trust_remote_code)
+    chat = Chat.from_recipe(recipe, directory)
     opened = [OpenSource(source, recipe.data, recipe.batch, chat) for source in sources]
     with ray_session(recipe.cluster.model_copy(update={"num_workers": 1})):  # nothing is trained
         with display.phase("tokens") as update:

@@ -104,7 +104,7 @@ def load_inputs(recipe: Recipe, display: ProgressDisplay) -> LoadedInputs:
         require_base_model(recipe.model.id, directory)
         ModelSource.from_recipe(recipe, directory).config()  # fails here rather than in a worker
         prompts = PromptSets.of(recipe)
-        chat = Chat(directory, recipe.data, recipe.model.trust_remote_code)
+        chat = Chat.from_recipe(recipe, directory)
         train, held_out = (
             [OpenSource(source, recipe.data, recipe.batch, chat) for source in sources]
             for sources in (recipe.data.train, recipe.data.eval_sources)

@@ -80,7 +80,10 @@ CANONICAL = RecordReader({}, {})
 
 def text_field(record: Record, field: str) -> str:
     """The text of a field. Raises BadRow if it is missing, empty or not text."""
-    value = record.get(field)
+    return _text(record.get(field), field)
+
+
+def _text(value: Any, field: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise BadRow(f"{field} must be non-empty text, found {describe(value)}")
     return _valid_text(value, field)
@@ -114,22 +117,25 @@ def _in_context(record: Record, prompt: str | Messages) -> ChatPrompt:
         if messages[0]["role"] == "system":
             raise BadRow("has a column system and a system message in its prompt; keep one")
         prompt = [{"role": "system", "content": text_field(record, "system")}, *messages]
-    tools, options = record.get("tools") or [], record.get("chat_template_kwargs") or {}
-    for name, value in (("tools", tools), ("chat_template_kwargs", options)):
-        try:
-            value = json.loads(value) if isinstance(value, str) else value
-        except ValueError:
-            raise BadRow(f"{name} is text that is not JSON") from None
-        if name == "tools" and not (isinstance(value, list) and all(isinstance(tool, Mapping) for tool in value)):
-            raise BadRow(f"tools must be a list of JSON schemas, found {describe(value)}")
-        if name == "chat_template_kwargs" and not isinstance(value, Mapping):
-            raise BadRow(f"chat_template_kwargs must be a mapping, found {describe(value)}")
-        tools, options = (value, options) if name == "tools" else (tools, value)
+    tools = _from_json(record.get("tools") or [], "tools")
+    if not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
+        raise BadRow(f"tools must be a list of JSON schemas, found {describe(tools)}")
+    options = _from_json(record.get("chat_template_kwargs") or {}, "chat_template_kwargs")
+    if not isinstance(options, Mapping):
+        raise BadRow(f"chat_template_kwargs must be a mapping, found {describe(options)}")
     options = {name: value for name, value in options.items() if value is not None}  # Parquet's absent fields
     for name in RESERVED_OPTIONS:
         if name in options:
             raise BadRow(f"chat_template_kwargs.{name} is set by raydiv")
-    return Conversation(as_messages(prompt), list(tools), options) if tools or options else prompt
+    return Conversation(as_messages(prompt), tools, options) if tools or options else prompt
+
+
+def _from_json(value: Any, field: str) -> Any:
+    """A value that may be written as JSON text. Raises BadRow for other text."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        raise BadRow(f"{field} is text that is not JSON") from None
 
 
 def conversation(value: Any, field: str) -> Messages:
@@ -175,8 +181,7 @@ def _message(turn: Any, field: str) -> Message:
         message["reasoning_content"] = text_field(message, "reasoning_content")
     # an empty system turn means no system turn; all other turns must have content
     needs_text = message["role"] != "system" and not message.get("tool_calls")
-    message["content"] = text_field({f"{field}.content": content}, f"{field}.content") if needs_text else content
-    _valid_text(content, f"{field}.content")
+    message["content"] = (_text if needs_text else _valid_text)(content, f"{field}.content")
     return message
 
 
@@ -196,11 +201,7 @@ def _tool_call(call: Any, field: str) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise BadRow(f"{field}.tool_calls must have function.name and function.arguments")
-    arguments = function.get("arguments") or {}
-    try:
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
-        raise BadRow(f"{field}.tool_calls: arguments are text that is not JSON") from None
+    arguments = _from_json(function.get("arguments") or {}, f"{field}.tool_calls.arguments")
     return {**call, "function": {**function, "arguments": arguments}}
 
 
@@ -326,7 +327,7 @@ def _from_kldo_authors(record: Record, where: str) -> list[Example]:
 
 def _text_list(record: Record, field: str) -> list[str]:
     value = record.get(field)
-    return [text_field({field: item}, field) for item in (value if isinstance(value, list) else [value])]
+    return [_text(item, field) for item in (value if isinstance(value, list) else [value])]
 
 
 Converter = Callable[[Record, str], list[Example]]

@@ -123,7 +123,7 @@ def overlap_with_training(recipe: Recipe, directory: Path, prompts: Mapping[str,
 
     ``directory`` holds the recipe's tokenizer. Raises UserError for a source that no longer exists.
     """
-    chat = Chat(directory, recipe.data, recipe.model.trust_remote_code)
+    chat = Chat.from_recipe(recipe, directory)
     sources = [OpenSource(source, recipe.data, recipe.batch, chat) for source in recipe.data.train]
     evaluation_sets = [
         EvaluationPrompts.of(name, [(prompt.text, prompt.id) for prompt in members])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from raydiv.config import Recipe
 from raydiv.config.data import ChatConfig
 from raydiv.model.control_tokens import START, ControlTokens
 from raydiv.model.resolve import load_error
@@ -50,8 +51,12 @@ class TokenizedExample:
 
 @dataclass(frozen=True, slots=True)
 class RenderedPrompt:
-    """``text``: the template's; ``beginning``: what the prompt's last assistant message has of the answer."""
+    """``text``: the template's; ``beginning``: what the prompt's last assistant message has of the answer.
 
+    ``conversation``: the prompt with control tokens of its texts marked.
+    """
+
+    conversation: Conversation
     text: str
     beginning: str = ""
 
@@ -75,6 +80,11 @@ class Chat:
         self.template = ChatTemplate(self.tokenizer, self.config, directory)
         self.control_tokens = ControlTokens(self.tokenizer, self.template.text)
         self.end_of_turn = self.template.end_of_turn
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, directory: Path) -> Chat:
+        """The tokenizer of ``directory`` with the recipe's chat template."""
+        return cls(directory, recipe.data, recipe.model.trust_remote_code)
 
     @property
     def fingerprint(self) -> str:
@@ -139,8 +149,7 @@ class Chat:
         rendered = {key: self._render_prompt(prompt) for key, prompt in dict(zip(keys, prompts, strict=True)).items()}
         prompt_ids = dict(zip(rendered, self._prompt_ids(list(rendered.values())), strict=True))
         texts = [
-            self._response_text(prompt, rendered[key], response, trained)
-            for prompt, key, response in zip(prompts, keys, responses, strict=True)
+            self._response_text(rendered[key], response, trained) for key, response in zip(keys, responses, strict=True)
         ]
         examples = []
         for key, ids in zip(keys, self._ids(texts), strict=True):
@@ -175,21 +184,24 @@ class Chat:
         if not self.template.renders:
             if not isinstance(prompt, str):
                 raise ValueError("prompt has messages, and data.template=none takes rendered text")
-            return RenderedPrompt(prompt)
-        conversation = as_conversation(prompt)
-        messages, beginning = self._as_text(conversation.messages, "prompt"), ""
+            return RenderedPrompt(as_conversation(prompt), prompt)
+        conversation = self._marked(as_conversation(prompt))
+        messages, beginning = conversation.messages, ""
         self.template.require_roles(messages)
         if messages[-1]["role"] == "assistant":
             *messages, last = messages
             if not messages:
                 raise ValueError("prompt is an assistant message alone, which answers nothing")
             beginning, generation = str(last["content"]), True
-        tools, options = self._as_text(conversation.tools, "tools"), conversation.options
-        text = self.template.render(messages, generation, tools, options)
+        text = self.template.render(messages, generation, conversation.tools, conversation.options)
         opened = open_thought(text) if generation else None
         if opened and self.config.thinking == "closed":
             text = f"{text.rstrip()}\n\n{opened[1]}\n\n"
-        return RenderedPrompt(text, beginning)
+        return RenderedPrompt(conversation, text, beginning)
+
+    def _marked(self, conversation: Conversation) -> Conversation:
+        messages, tools = self._as_text(conversation.messages, "prompt"), self._as_text(conversation.tools, "tools")
+        return replace(conversation, messages=messages, tools=tools)
 
     def _as_text(self, value: Any, column: str) -> Any:
         """``value`` with control tokens marked as text, if ``data.control_tokens`` says so.
@@ -204,11 +216,11 @@ class Chat:
             )
         return self.control_tokens.mark(value) if control_tokens else value
 
-    def _response_text(self, prompt: ChatPrompt, rendered: RenderedPrompt, response: Response, trained: bool) -> str:
+    def _response_text(self, rendered: RenderedPrompt, response: Response, trained: bool) -> str:
         """The text of a response without the token that ends it. Raises ValueError where it cannot be written."""
         message = {"role": "assistant", "content": response} if isinstance(response, str) else response
         if message.get("tool_calls"):
-            return self._with_tool_calls(prompt, rendered, message)
+            return self._with_tool_calls(rendered, message)
         opened = rendered.open_thought
         thought, answer = message.get("reasoning_content"), message["content"]
         markers = opened or self.template.thought_markers
@@ -218,7 +230,7 @@ class Chat:
         if thought is not None:
             thought = self._as_text(thought.strip("\n"), "response")
             message = message | {"content": answer.lstrip("\n"), "reasoning_content": thought}
-            return self._with_thought(prompt, rendered, message) + self.end_of_turn.text
+            return self._with_thought(rendered, message) + self.end_of_turn.text
         if opened and trained and self.config.thinking is None:
             raise ValueError(
                 f"the chat template opens a thinking block ({opened[0]}) before this response, which would be trained "
@@ -234,7 +246,7 @@ class Chat:
                 return answer.removesuffix(token)
         return answer
 
-    def _with_thought(self, prompt: ChatPrompt, rendered: RenderedPrompt, message: Message) -> str:
+    def _with_thought(self, rendered: RenderedPrompt, message: Message) -> str:
         """An answer with its thought, as the template writes them, else in the template's thinking block."""
         thought, answer = message["reasoning_content"], message["content"]
         if rendered.open_thought:
@@ -245,7 +257,7 @@ class Chat:
                 "reasoning_content: the prompt ends in a closed thinking block (data.thinking=closed or an option of "
                 "the template), so the thought has no place; change that, or remove the thought"
             )
-        written = self._rendered_response(prompt, rendered, message)
+        written = self._rendered_response(rendered, message)
         if written is not None and thought in written:
             return written
         if markers is None:
@@ -254,8 +266,8 @@ class Chat:
             )
         return f"{markers[0]}\n{thought}\n{markers[1]}\n\n{answer}"
 
-    def _with_tool_calls(self, prompt: ChatPrompt, rendered: RenderedPrompt, message: Message) -> str:
-        written = self._rendered_response(prompt, rendered, self._as_text(message, "response"))
+    def _with_tool_calls(self, rendered: RenderedPrompt, message: Message) -> str:
+        written = self._rendered_response(rendered, self._as_text(message, "response"))
         names = [call["function"]["name"] for call in message["tool_calls"]]
         if written is None or not all(name in written for name in names):
             raise ValueError(
@@ -263,10 +275,10 @@ class Chat:
             )
         return written + self.end_of_turn.text
 
-    def _rendered_response(self, prompt: ChatPrompt, rendered: RenderedPrompt, message: Message) -> str | None:
+    def _rendered_response(self, rendered: RenderedPrompt, message: Message) -> str | None:
         """What the template writes of an assistant message after the prompt; None where it writes another prompt."""
-        conversation = as_conversation(prompt)
-        messages = [*self._as_text(conversation.messages, "prompt"), message]
+        conversation = rendered.conversation
+        messages = [*conversation.messages, message]
         whole = self.template.render(messages, False, conversation.tools, conversation.options)
         if rendered.beginning or not whole.startswith(rendered.text):
             return None

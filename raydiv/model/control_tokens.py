@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property, partial
 from typing import Any
 
 START, END = "\U000f0000", "\U000f0001"
 """Private characters around a control token that is to be text."""
+
+
+def any_of(names: Iterable[str]) -> str:
+    """The regular expression of one of ``names``, a longer one before those that it contains."""
+    return "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or "(?!)"
 
 
 class ControlTokens:
@@ -27,7 +32,7 @@ class ControlTokens:
             for token in tokenizer.added_tokens_decoder.values()
             if token.content.strip() and (token.special or token.content in template)
         }
-        names = "|".join(re.escape(name) for name in sorted(self._added, key=len, reverse=True)) or "(?!)"
+        names = any_of(self._added)
         self._pattern = re.compile(names)
         self._marked = re.compile(f"{START}({names}){END}|({names})|[{START}{END}]")
 
@@ -66,39 +71,35 @@ class ControlTokens:
         """Ids of the text between two control tokens, all of it text."""
         if not run:
             return []
-        if self._text_encoder is None:
-            ids: list[int] = self._tokenizer(run, add_special_tokens=False, split_special_tokens=True).input_ids
-            return ids
-        if first or not self._prepends:
-            return list(self._text_encoder.encode(run, add_special_tokens=False).ids)
-        # SentencePiece puts a space before a text, and none in its middle: encode behind a line break, and remove it
-        line, ids = (list(self._text_encoder.encode(t, add_special_tokens=False).ids) for t in ("\n", f"\n{run}"))
-        return ids[len(line) :] if ids[: len(line)] == line else self._text_encoder.encode(run, False).ids
+        encode, prepends = self._text_encoder
+        if not first and prepends:
+            # SentencePiece puts a space before a text, and none in its middle: encode behind a line break
+            line, ids = encode("\n"), encode(f"\n{run}")
+            if ids[: len(line)] == line:
+                return ids[len(line) :]
+        return encode(run)
 
     @cached_property
-    def _text_encoder(self) -> Any:
-        """A copy of the fast tokenizer that finds no control tokens in a text; None for a slow tokenizer."""
+    def _text_encoder(self) -> tuple[Callable[[str], list[int]], bool]:
+        """From a text to its ids, without finding control tokens; and whether a space is put before the text."""
         if not self._tokenizer.is_fast:
-            return None
+            return partial(self._tokenizer.encode, add_special_tokens=False, split_special_tokens=True), False
         from tokenizers import Tokenizer
 
         rules = json.loads(self._tokenizer.backend_tokenizer.to_str())
         for token in rules["added_tokens"]:
             token["special"] = token["special"] or token["content"] in self._added
-        encoder = Tokenizer.from_str(json.dumps(rules))
-        encoder.no_truncation()
-        encoder.no_padding()
-        encoder.encode_special_tokens = True
-        return encoder
-
-    @cached_property
-    def _prepends(self) -> bool:
-        rules = json.loads(self._tokenizer.backend_tokenizer.to_str())
-        return '"prepend_scheme": "first"' in json.dumps(rules) or '"type": "Prepend"' in json.dumps(rules)
+        text = json.dumps(rules)
+        copy = Tokenizer.from_str(text)
+        copy.no_truncation()
+        copy.no_padding()
+        copy.encode_special_tokens = True
+        prepends = '"prepend_scheme": "first"' in text or '"type": "Prepend"' in text
+        return lambda text: list(copy.encode(text, add_special_tokens=False).ids), prepends
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the copy of the tokenizer, which each process makes when it needs it."""
-        return {key: value for key, value in self.__dict__.items() if key not in ("_text_encoder", "_prepends")}
+        return {key: value for key, value in self.__dict__.items() if key != "_text_encoder"}
 
 
 def _stripped(run: str, left: bool, right: bool) -> str:

@@ -37,7 +37,7 @@ def write_model(
         if recipe.model.lora is not None:
             for adapter in model.peft_config.values():
                 adapter.base_model_name_or_path = str(base)
-        chat = _chat(base, recipe)
+        chat = Chat.from_recipe(recipe, base)
         _stop_at_end_of_turn(model, chat)
         model.save_pretrained(temporary, state_dict=state)
         _write_tokenizer_and_card(temporary, chat, recipe, adapter=recipe.model.lora is not None)
@@ -51,7 +51,7 @@ def write_merged(recipe: Recipe, adapters: Path, directory: Path) -> None:
     """
     source = replace(ModelSource.from_recipe(recipe, adapters), precision="fp32", quantization=None)
     model = source.load()
-    merged, chat = _logits(model), _chat(adapters, recipe)
+    merged, chat = _logits(model), Chat.from_recipe(recipe, adapters)
     _stop_at_end_of_turn(model, chat)
     model.save_pretrained(directory)
     del model  # memory may not hold two
@@ -71,10 +71,6 @@ def _logits(model: Any) -> Any:
         return model.eval()(
             torch.arange(CHECKED_TOKENS)[None] % model.config.get_text_config().vocab_size
         ).logits.float()
-
-
-def _chat(directory: Path, recipe: Recipe) -> Chat:
-    return Chat(directory, recipe.data, recipe.model.trust_remote_code)
 
 
 def _stop_at_end_of_turn(model: Any, chat: Chat) -> None:

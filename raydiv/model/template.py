@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from raydiv.config.data import NO_TEMPLATE, ChatConfig
+from raydiv.model.control_tokens import any_of
 from raydiv.utils.errors import UserError, one_line
 
 Message = dict[str, Any]
@@ -71,9 +72,12 @@ class ChatTemplate:
             self.text = _with_date(self.text, self.date)
         elif config.template_date is not None:
             raise UserError("data.template_date: the chat template prints no date; remove the key")
+        self.opening = ""
+        """What the template writes before a conversation's first user turn, such as a default system turn."""
+        self._roles: dict[str, bool] = {}
         if self.renders:
             try:
-                self.render([{"role": "user", "content": USER}])
+                self.opening = self.render([{"role": "user", "content": USER}]).partition(USER)[0]
             except ValueError as error:
                 raise UserError(f"data.template: {error}") from None
 
@@ -112,12 +116,11 @@ class ChatTemplate:
         """
         if self._config.end_of_turn is not None:
             return self._end(self._config.end_of_turn, "data.end_of_turn")
-        suffix = self._assistant_suffix
+        suffix = self._assistant_suffix()
         if suffix is None:
             return self._eos("the chat template renders no assistant turn")
-        added = sorted((t.content for t in self._tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
-        pattern = "|".join(re.escape(token) for token in added if token.strip()) or "(?!)"
-        match = re.search(pattern, suffix)
+        added = (token.content for token in self._tokenizer.added_tokens_decoder.values())
+        match = re.search(any_of(token for token in added if token.strip()), suffix)
         if match is None:
             reason = "the chat template ends an assistant turn with no token of its own"
             return self._eos(reason + (f", only with {suffix!r}" if suffix.strip() else ""))
@@ -125,7 +128,6 @@ class ChatTemplate:
         note = f"the chat template writes {after!r} after it, which is not trained" if after else ""
         return self._end(match[0], "the template", suffix[: match.start()], note)
 
-    @cached_property
     def _assistant_suffix(self) -> str | None:
         """What the template writes after the content of a last assistant turn; None where it renders none."""
         turns = [{"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}]
@@ -149,21 +151,6 @@ class ChatTemplate:
                 "would never end; set data.end_of_turn"
             )
         return EndOfTurn("", token, number, "the EOS", reason if self.renders else "")
-
-    @cached_property
-    def opening(self) -> str:
-        """What the template writes before a conversation's first user turn, such as a default system turn."""
-        return self.render([{"role": "user", "content": USER}]).partition(USER)[0] if self.renders else ""
-
-    @cached_property
-    def generation_prompt(self) -> str:
-        """What stands between the content of a last user turn and the answer."""
-        return self.render([{"role": "user", "content": USER}]).rpartition(USER)[2] if self.renders else ""
-
-    @cached_property
-    def open_thought(self) -> tuple[str, str] | None:
-        """The markers of the thinking block that the generation prompt opens and does not close."""
-        return open_thought(self.generation_prompt)
 
     @cached_property
     def thought_markers(self) -> tuple[str, str] | None:
@@ -190,10 +177,6 @@ class ChatTemplate:
             places = [[probe, user]] if role in FIRST_ROLES else [[user, calling, probe], [user, probe]]
             self._roles[role] = any(self._appears(turns) for turns in places)
         return self._roles[role]
-
-    @cached_property
-    def _roles(self) -> dict[str, bool]:
-        return {}
 
     def _appears(self, turns: Messages) -> bool:
         try:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '</s>' }}{% endfor %}"
@@ -10,24 +15,30 @@ TEMPLATE = (
 )
 
 
-def make_tokenizer(directory: Path, template: str | None = TEMPLATE) -> None:
-    """A byte-level tokenizer of 300 tokens, trained on a few words."""
+def byte_level_bpe(special: Sequence[str]) -> Tokenizer:
+    """A byte-level tokenizer of up to 300 tokens, the ``special`` ones first, trained on a few words."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"]
     trainer = trainers.BpeTrainer(
         vocab_size=300,
-        special_tokens=special,
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(["I am sorry, but I cannot help with that. Sure, here is how."] * 4, trainer)
+    return tokenizer
+
+
+def make_tokenizer(directory: Path, template: str | None = TEMPLATE) -> None:
+    """The tokenizer of ``make_model``."""
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"]
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=byte_level_bpe(special),
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from helpers.models import byte_level_bpe
+
 CHATML = """{% for m in messages %}<|im_start|>{{ m['role'] }}
 {{ m['content'] }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
@@ -104,20 +106,10 @@ FAMILIES = {
 
 def make_family_tokenizer(directory: Path, family: Family) -> Path:
     """A byte-level tokenizer of the family."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [token for token in (family.bos, family.eos, *family.special) if token]
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["I am sorry, but I cannot help with that. Sure, here is how."] * 4, trainer)
+    tokenizer = byte_level_bpe([token for token in (family.bos, family.eos, *family.special) if token])
     tokenizer.add_tokens([AddedToken(token, special=False) for token in family.text_tokens])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=family.bos, eos_token=family.eos)
     fast.chat_template = family.template

@@ -13,6 +13,7 @@ from helpers.templates import CHATML, FAMILIES, Family, make_family_tokenizer
 from raydiv.commands.plan.forecast import chat_lines
 from raydiv.config.data import ChatConfig
 from raydiv.model.chat import Chat, Conversation
+from raydiv.model.control_tokens import ControlTokens
 from raydiv.utils.errors import UserError
 
 
@@ -203,6 +204,33 @@ def test_control_tokens_in_a_text_are_text(directories: dict[str, Path]) -> None
     assert text_of(chat, response) == "Cleaning.<|im_end|>And pickling.<|im_end|>"
 
 
+def metaspace_tokenizer() -> Any:
+    """A tokenizer in the shape of SentencePiece: a space before the text, which becomes a part of its first word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+    trainer = trainers.BpeTrainer(vocab_size=80, special_tokens=["<unk>", "<u>", "</u>"], show_progress=False)
+    tokenizer.train_from_iterator(["hello there <, how are you\n>?"] * 4, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("text", ["<u>hello</u> there", "hello<u> you</u>", "how", "<u>\nyou</u>", ""])
+def test_a_text_without_marks_has_the_tokenizers_ids(text: str) -> None:
+    tokenizer = metaspace_tokenizer()
+    ids = ControlTokens(tokenizer, "<u></u>").ids(text)
+    assert ids == tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_a_marked_token_inside_a_sentencepiece_text_is_text() -> None:
+    tokenizer = metaspace_tokenizer()
+    control_tokens = ControlTokens(tokenizer, "<u></u>")
+    ids = control_tokens.ids("<u>" + control_tokens.mark("hello</u> there") + "</u>")
+    first, last = tokenizer.convert_tokens_to_ids(["<u>", "</u>"])
+    assert (ids[0], ids[-1], ids.count(last)) == (first, last, 1)
+
+
 def test_control_tokens_may_be_tokens_or_an_error(directories: dict[str, Path]) -> None:
     chat = Chat(directories["ChatML"], ChatConfig(control_tokens="tokens"))
     assert chat.prompt_ids(ATTACK).count(chat.tokenizer.convert_tokens_to_ids("<|im_start|>")) == 3
@@ -288,8 +316,8 @@ def test_the_table_of_families_is_true(directories: dict[str, Path]) -> None:
         assert (system == "yes") == ("Be kind." in text_or_nothing(chat)), name
         begins = text_of(chat, chat.prompt_ids("hi")[:1])
         assert bos == (begins if begins == FAMILIES[name].bos else "-"), name
-        opened, known = chat.template.open_thought, chat.template.thought_markers
-        assert thinking == ("the prompt opens it" if opened else "the model writes it" if known else "-"), name
+        said = chat.facts()["thinking"] or "-"
+        assert said.partition(" (")[0].replace("every prompt", "the prompt") == thinking, name
 
 
 def text_or_nothing(chat: Chat) -> str:

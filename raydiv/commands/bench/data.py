@@ -57,7 +57,7 @@ def bench_data(
     """
     display = display or ProgressDisplay()
     directory = model_directory(recipe.model.id, recipe.model.revision)
-    chat = Chat(directory, recipe.data, recipe.model.trust_remote_code)
+    chat = Chat.from_recipe(recipe, directory)
     report: dict[str, Any] = {"cpus": os.cpu_count(), "prepare": []}
     with tempfile.TemporaryDirectory() as folder, _empty_cache(Path(folder) / "cache"), ray_session(recipe.cluster):
         for count in rows:

@@ -185,7 +185,7 @@ def _chat(recipe: Recipe) -> Chat | None:
     directory = local_model_directory(recipe.model)
     if directory is None or not any((directory / name).is_file() for name in TOKENIZER_FILES):
         return None
-    return Chat(directory, recipe.data, recipe.model.trust_remote_code)
+    return Chat.from_recipe(recipe, directory)
 
 
 def _worker_memory(cluster: ClusterConfig) -> tuple[int, str]:
