@@ -7,8 +7,10 @@ import time
 import numpy as np
 from safetensors.numpy import load_file
 
+from raydiv.config import Recipe
 from raydiv.runs.directory import RunDirectory
 from raydiv.runs.metrics_log import Metrics
+from raydiv.training.checkpoint.manifest import CheckpointStore
 from raydiv.training.metrics import TIMED as OF_PHASES
 
 TIMED = {"tokens_per_second", *OF_PHASES, "peak_memory_bytes"}
@@ -22,6 +24,16 @@ def wait_for_step(run: RunDirectory, step: int, seconds: float = 300) -> None:
             return
         time.sleep(0.05)
     raise AssertionError(f"step {step} was not reached in {seconds} s")
+
+
+def wait_for_checkpoint(run: RunDirectory, recipe: Recipe, step: int, seconds: float = 300) -> None:
+    """Wait for a checkpoint of ``step`` or a later one. It is committed some steps after the one that it holds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if any(committed >= step for committed in CheckpointStore(run.checkpoints(recipe)).steps()):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no checkpoint of step {step} in {seconds} s")
 
 
 def weights(run: RunDirectory) -> dict[str, np.ndarray]:

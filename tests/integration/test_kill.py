@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
-from helpers.runs import assert_same_run, wait_for_step
+from helpers.runs import assert_same_run, wait_for_checkpoint, wait_for_step
 from helpers.small_run import recipe_of
 from raydiv.commands import train as launch
 from raydiv.commands.train import Result, train
@@ -98,12 +98,12 @@ def test_a_killed_worker_is_restarted_and_nothing_is_lost(
     run = RunDirectory.of(recipe)
 
     def kill() -> None:
-        wait_for_step(run, 5)
+        wait_for_checkpoint(run, recipe, 4)
         workers()[0].kill()
 
     with meanwhile(kill):
         result = train(recipe)
-    assert "training resumes after step 4" in capsys.readouterr().err
+    assert re.search("training resumes after step [46]", capsys.readouterr().err)
     assert_same_run(run, whole.run)
     assert mlflow_steps(result, "loss") == list(range(1, STEPS + 1))
     assert mlflow_steps(result, "eval/loss") == mlflow_steps(whole, "eval/loss") == [0, 3, 6, 8]
@@ -119,7 +119,7 @@ def test_a_hang_ends_the_workers_and_training_resumes(
     stopped: list[psutil.Process] = []
 
     def stop() -> None:
-        wait_for_step(run, 5)
+        wait_for_checkpoint(run, recipe, 4)
         stopped.append(psutil.Process(run.heartbeats.read()[1].pid))
         stopped[0].suspend()
 
@@ -131,7 +131,7 @@ def test_a_hang_ends_the_workers_and_training_resumes(
         r"\(no heartbeat for \d+ s\)\. Waiting .*: 1 rank, in \w+ of step \d",
         output,
     ), output
-    assert "training resumes after step 4" in output
+    assert re.search("training resumes after step [46]", output)
     assert_same_run(run, whole.run)
     assert not stopped[0].is_running()
 
@@ -248,7 +248,7 @@ def test_a_lost_node_is_replaced_by_another(whole: Result, named: Callable[..., 
     other = raylets.add_node(num_cpus=1)
 
     def lose() -> None:
-        wait_for_step(run, 5)
+        wait_for_checkpoint(run, recipe, 4)
         raylets.remove_node(other, allow_graceful=False)
         raylets.add_node(num_cpus=1)
 
