@@ -18,8 +18,25 @@ from pydantic import (
 from raydiv.config.section import Section
 from raydiv.utils.secrets import REMEDY, has_password
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt")
-"""Suffixes of the files that sources consist of; ``raydiv.data.readers`` has a reader for each."""
+KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
+"""Kinds of the files that sources consist of; ``raydiv.data.readers`` has a reader for each."""
+
+SUFFIXES = {kind: kind for kind in KINDS} | {".ndjson": ".jsonl"}
+"""The kind of file that a suffix stands for."""
+
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+"""The compression that a suffix after that of the kind stands for."""
+
+SEEKABLE = (".parquet", ".arrow")
+"""Kinds that are read from several places, and so are not compressed as a whole."""
+
+
+def file_kind(name: str) -> tuple[str, str | None] | None:
+    """The kind of a file by its name, and its compression if it has one; None for a name of unknown suffix."""
+    path = PurePath(name.lower())
+    compression = COMPRESSIONS.get(path.suffix)
+    kind = SUFFIXES.get(path.with_suffix("").suffix if compression else path.suffix)
+    return None if kind is None or (compression and kind in SEEKABLE) else (kind, compression)
 
 
 class Source(Section):
@@ -47,14 +64,17 @@ class Source(Section):
         """The name of this source in results; sources with equal names are counted together.
 
         A hub set's name without its organisation, with its configuration if there is one (``Salad-Data:base_set``); the
-        NAME of bundled:NAME; otherwise the last path segment without wildcards, without its suffix.
+        NAME of bundled:NAME; otherwise the last path segment without wildcards, without its suffixes.
         """
         if self.path.startswith("hf://"):
             name = self.path.rstrip("/").rpartition("/")[2]
             return name if self.config is None else f"{name}:{self.config}"
         segments = self.path.removeprefix("bundled:").split("/")
         names = [segment for segment in segments if segment and not set(segment) & set("*?[")]
-        return PurePath(names[-1]).stem if names else self.path
+        if not names:
+            return self.path
+        compressed = PurePath(names[-1].lower()).suffix in COMPRESSIONS
+        return PurePath(PurePath(names[-1]).stem if compressed else names[-1]).stem
 
     @model_validator(mode="before")
     @classmethod

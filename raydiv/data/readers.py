@@ -1,13 +1,16 @@
 """The readers of each kind of file. Tasks read chunks of a file independently; each record comes with its position.
 
-To add a kind of file, add its suffix to ``raydiv.config.source.SUFFIXES`` and its reader to ``READERS``.
+To add a kind of file, add it to ``raydiv.config.source.KINDS`` and its reader to ``READERS``.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
+import itertools
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,21 +18,23 @@ from typing import Any
 from raydiv.config.source import Source
 from raydiv.data.formats import CANONICAL, BadRow, Example, Record, RecordReader, TextRecord, describe
 from raydiv.data.sources import File, files_of, require_unchanged
-from raydiv.utils.errors import UserError
+from raydiv.utils.errors import UserError, one_line
 from raydiv.utils.storage import file_system, open_input
 
 FILE_CHUNK_BYTES = 4 * 2**20
 """Bytes of a JSONL file that one task reads."""
 
-BOM = b"\xef\xbb\xbf"
-"""UTF-8's byte order mark, which some editors write at the start of a file."""
+UTF_16_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 csv.field_size_limit(2**31 - 1)  # a field that is too long makes a bad row, not an unreadable file
 
 
 @dataclass(frozen=True, slots=True)
 class FileChunk:
-    """A part of a file that one task reads: a byte range of JSONL, row groups of Parquet, otherwise the whole."""
+    """A part of a file that one task reads: a byte range of JSONL, row groups of Parquet, otherwise the whole.
+
+    A compressed JSONL file is one chunk.
+    """
 
     file: File
     start: int = 0
@@ -37,13 +42,15 @@ class FileChunk:
 
 
 RawRecord = tuple[int, Any]
-"""A record's position (its byte in a JSONL file, otherwise its number from 1), and its content: JSON text (bytes), the
-parsed record, or a BadRow."""
+"""A record's position (its byte in a JSONL file, uncompressed; otherwise its number from 1), and its content: JSON text
+(bytes), the parsed record, or a BadRow."""
 
 
 def file_chunks(file: File) -> list[FileChunk]:
     """The chunks of a file."""
     if file.kind == ".jsonl":
+        if file.compression:
+            return [FileChunk(file, 0, sys.maxsize)]
         system, inside = file_system(file.uri)
         size = system.get_file_info(inside).size
         return [
@@ -56,7 +63,16 @@ def file_chunks(file: File) -> list[FileChunk]:
 
 def read_chunk(chunk: FileChunk) -> Iterator[RawRecord]:
     """The records of a chunk, in order. Raises UserError for a file that cannot be read."""
-    return READERS[chunk.file.kind](chunk)
+    try:
+        yield from READERS[chunk.file.kind](chunk)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{chunk.file.name}: not {error.encoding.upper()}, which its beginning says") from None
+    except OSError as error:
+        if not chunk.file.compression:
+            raise
+        raise UserError(
+            f"{chunk.file.name}: not {chunk.file.compression}, or cut off: {one_line(error, 100)}"
+        ) from None
 
 
 def parse_record(content: Any) -> Any:
@@ -80,7 +96,7 @@ def line_numbers(file: File, positions: Iterable[int]) -> dict[int, int]:
     if file.kind != ".jsonl":
         return {position: file.first_record + position for position in ordered}
     lines, line, offset = {}, 1, 0
-    with open_input(file.uri, mapped=False) as content:
+    with _opened(file) as content:
         for position in ordered:
             while offset < position:
                 block = content.read(min(position - offset, FILE_CHUNK_BYTES))
@@ -126,27 +142,46 @@ def read_examples(source: Source, columns: Mapping[str, str] | None = None) -> l
     return examples
 
 
-def _content(file: File) -> bytes:
-    with open_input(file.uri, mapped=False) as content:
-        return bytes(content.read())
+def _opened(file: File) -> Any:
+    """The file's uncompressed content as a stream; the content of a file that is not compressed can be sought."""
+    import pyarrow as pa
+
+    content = open_input(file.uri, mapped=False)
+    return pa.CompressedInputStream(content, file.compression) if file.compression else content
+
+
+def _content(file: File) -> str:
+    """The text of a file in UTF-8 or in UTF-16 with a byte order mark. Invalid bytes become lone surrogates."""
+    with _opened(file) as stream:
+        content = bytes(stream.read())
+    return content.decode(_encoding(content), "surrogateescape")
 
 
 def _buffered(file: File) -> io.BufferedReader:
-    return io.BufferedReader(open_input(file.uri, mapped=False), 2**20)
+    return io.BufferedReader(_opened(file), 2**20)
+
+
+def _encoding(beginning: bytes) -> str:
+    """The encoding of a file that begins so: UTF-16 by its byte order mark, else UTF-8, with a mark or without."""
+    return "utf-16" if beginning.startswith(UTF_16_BOMS) else "utf-8-sig"
 
 
 def _read_jsonl(chunk: FileChunk) -> Iterator[RawRecord]:
     """The lines that begin in the chunk, without blank ones."""
     with _buffered(chunk.file) as content:
         position = chunk.start
+        if not chunk.start and content.peek(2).startswith(UTF_16_BOMS):
+            raise UserError(f"{chunk.file.name}: is UTF-16; write it in UTF-8 (iconv -f UTF-16 -t UTF-8)")
         if chunk.start:  # a line that begins in the previous chunk belongs to that one
             content.seek(chunk.start - 1)
             position += len(content.readline()) - 1
         while position < chunk.stop:
             line = content.readline()
+            if not line and chunk.file.compression:
+                return
             if not line:
                 raise UserError(f"{chunk.file.name}: became shorter while it was read; start again")
-            record = line.removeprefix(BOM) if position == 0 else line
+            record = line.removeprefix(codecs.BOM_UTF8) if position == 0 else line
             if record.strip():
                 yield position, record
             position += len(line)
@@ -154,33 +189,54 @@ def _read_jsonl(chunk: FileChunk) -> Iterator[RawRecord]:
 
 def _read_text(chunk: FileChunk) -> Iterator[RawRecord]:
     """A prompt a line, without blank lines."""
-    for number, line in enumerate(_content(chunk.file).removeprefix(BOM).splitlines(), start=1):
+    # not str.splitlines, which ends a line at a form feed and at other characters within a text
+    for number, line in enumerate(io.StringIO(_content(chunk.file), newline=None), start=1):
         if line.strip():
-            try:
-                yield number, {"prompt": line.decode().strip()}
-            except UnicodeDecodeError as error:
-                yield number, BadRow(f"not UTF-8, at byte {error.start + 1} of the line")
+            yield number, {"prompt": line.strip()}
 
 
 def _read_json(chunk: FileChunk) -> Iterator[RawRecord]:
+    """The records of a list, of the one list in a mapping (``{"data": [...]}``), or of JSON Lines."""
+    text = _content(chunk.file)
     try:
-        rows = json.loads(_content(chunk.file).decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{chunk.file.name}: not UTF-8, at byte {error.start}") from None
+        content = json.loads(text)
     except ValueError as error:
-        raise UserError(f"{chunk.file.name}: not JSON: {error}") from None
-    if not isinstance(rows, list):
-        raise UserError(f"{chunk.file.name}: must be a list of records, found {describe(rows)}")
-    yield from enumerate(rows, start=1)
+        if not _is_json_lines(text):
+            raise UserError(f"{chunk.file.name}: not JSON: {error}") from None
+        lines = enumerate(io.StringIO(text), start=1)
+        yield from ((number, line.encode(errors="surrogateescape")) for number, line in lines if line.strip())
+        return
+    if isinstance(content, Mapping):
+        content = _wrapped_records(content)
+    if not isinstance(content, list):
+        raise UserError(f"{chunk.file.name}: must be a list of records or JSON Lines, found {describe(content)}")
+    yield from enumerate(content, start=1)
+
+
+def _is_json_lines(text: str) -> bool:
+    """Whether the first line of a text is a mapping by itself."""
+    try:
+        return isinstance(json.loads(text.lstrip().partition("\n")[0]), dict)
+    except ValueError:
+        return False
+
+
+def _wrapped_records(content: Mapping[str, Any]) -> list[Any]:
+    """The one list of mappings in a mapping, such as ``data``; without one, or with messages, the mapping itself."""
+    lists = [v for v in content.values() if isinstance(v, list) and v and isinstance(v[0], Mapping)]
+    return lists[0] if len(lists) == 1 and not {"role", "from"} & lists[0][0].keys() else [content]
 
 
 def _read_csv(chunk: FileChunk) -> Iterator[RawRecord]:
-    """Rows of text; an empty field is None."""
+    """Rows of text; an empty field is None. The header says which of comma, semicolon and tab is the delimiter."""
     with _buffered(chunk.file) as content:
+        encoding = _encoding(content.peek(2))
         # bytes that are not UTF-8 stay in their field, where they make a bad row
-        lines = io.TextIOWrapper(content, "utf-8-sig", errors="surrogateescape", newline="")
-        rows = csv.DictReader(lines, restkey="\0", strict=True)
+        lines = io.TextIOWrapper(content, encoding, errors="surrogateescape", newline="")
         try:
+            header = next(lines, "")
+            delimiter = "\t" if chunk.file.kind == ".tsv" else next((d for d in ",;\t" if d in header), ",")
+            rows = csv.DictReader(itertools.chain([header], lines), delimiter=delimiter, restkey="\0", strict=True)
             for number, row in enumerate(rows, start=1):
                 record = TextRecord({str(key): value or None for key, value in row.items()})
                 yield number, BadRow("has more fields than the header") if "\0" in row else record
@@ -231,6 +287,7 @@ READERS: dict[str, Callable[[FileChunk], Iterator[RawRecord]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
+    ".tsv": _read_csv,
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
     ".txt": _read_text,

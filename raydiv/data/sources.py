@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from pyarrow import fs
 
-from raydiv.config.source import SUFFIXES, Source
+from raydiv.config.source import COMPRESSIONS, SUFFIXES, Source, file_kind
 from raydiv.data.bundled import bundled_file
 from raydiv.data.bundled.w1 import w1_pairs
 from raydiv.model.w1 import W1
@@ -26,7 +26,7 @@ EXPORT_ROWS = 10_000
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file of a source: its place, its name in messages, its kind (one of SUFFIXES) and a digest of its content."""
+    """A file of a source: its place, its name in messages, its kind (one of KINDS) and a digest of its content."""
 
     uri: str
     name: str
@@ -36,6 +36,8 @@ class File:
     """Offset of the file's record numbers: a hub data set is numbered across its files."""
     version: tuple[int, int] | None = None
     """Size and modification time, read no later than the digest; None for a file that raydiv wrote."""
+    compression: str | None = None
+    """Its compression as pyarrow names it."""
 
 
 def files_of(source: Source) -> list[File]:
@@ -81,19 +83,26 @@ def require_unchanged(file: File) -> None:
 def _file(uri: str, name: str, info: Any) -> File:
     if "://" not in uri:
         return _local_file(Path(uri), name)
-    return File(uri, name, _kind(name), digest(uri, info.size, info.mtime_ns), version=(info.size, info.mtime_ns))
+    kind, compression = _kind(name)
+    version = (info.size, info.mtime_ns)
+    return File(uri, name, kind, digest(uri, *version), version=version, compression=compression)
 
 
 def _local_file(path: Path, name: str) -> File:
     status = path.stat()
     version = (status.st_size, status.st_mtime_ns)
-    return File(str(path), name, _kind(str(path)), file_digest(path), version=version)
+    kind, compression = _kind(str(path))
+    return File(str(path), name, kind, file_digest(path), version=version, compression=compression)
 
 
-def _kind(name: str) -> str:
-    kind = Path(name).suffix
-    if kind not in SUFFIXES:
-        raise UserError(f"{name}: unknown kind of file (known: {', '.join(SUFFIXES)}, a saved datasets directory)")
+KNOWN_KINDS = f"{', '.join(SUFFIXES)}; text kinds also with {', '.join(COMPRESSIONS)}"
+
+
+def _kind(name: str) -> tuple[str, str | None]:
+    """The kind and the compression of a file. Raises UserError for a name of unknown suffix."""
+    kind = file_kind(name)
+    if kind is None:
+        raise UserError(f"{name}: unknown kind of file (known: {KNOWN_KINDS}; a saved datasets directory)")
     return kind
 
 
@@ -126,11 +135,7 @@ def _readable_files(folder: Folder, name: str) -> list[File]:
         (info for info in infos if info.is_file and not info.base_name.startswith(".")), key=lambda i: i.base_name
     )
     prefix = f"{name}/" if name else ""
-    return [
-        _file(folder.uri_of(i.base_name), prefix + i.base_name, i)
-        for i in visible
-        if Path(i.base_name).suffix in SUFFIXES
-    ]
+    return [_file(folder.uri_of(i.base_name), prefix + i.base_name, i) for i in visible if file_kind(i.base_name)]
 
 
 def _directory_files(source: Source, folder: Folder) -> list[File]:
@@ -151,7 +156,7 @@ def _directory_files(source: Source, folder: Folder) -> list[File]:
     if not files:
         raise UserError(
             f"{path}: a directory without data: neither written by datasets' save_to_disk, nor with a file of a known "
-            f"kind ({', '.join(SUFFIXES)})"
+            f"kind ({KNOWN_KINDS})"
         )
     return files
 

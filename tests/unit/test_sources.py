@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
-from raydiv.config.source import SUFFIXES, Source
+from raydiv.config.source import KINDS, Source
 from raydiv.data.formats import Example
 from raydiv.data.prompt_sets import read_prompts
 from raydiv.data.readers import READERS, file_chunks, read_chunk
@@ -409,4 +411,79 @@ def test_file_that_shrinks_while_it_is_read_is_named(write_jsonl: Callable[..., 
 
 
 def test_every_suffix_of_a_source_has_a_reader() -> None:
-    assert set(SUFFIXES) == set(READERS)
+    assert set(KINDS) == set(READERS)
+
+
+ROWS = "".join(json.dumps(row) + "\n" for row in UNPAIRED)
+CELLS = [
+    ["prompt", "completion", "label"],
+    *([row[key] for key in ("prompt", "completion", "label")] for row in UNPAIRED),
+]
+
+
+def separated(delimiter: str) -> str:
+    return "".join(delimiter.join(f'"{cell}"' for cell in row) + "\r\n" for row in CELLS)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("data.json", ROWS.encode()),
+        ("data.json", b"\xef\xbb\xbf\n" + ROWS.encode()),
+        ("data.json", ROWS.encode("utf-16")),
+        ("data.json", json.dumps({"version": 1, "tags": ["a"], "data": UNPAIRED}).encode()),
+        ("data.json.gz", gzip.compress(json.dumps({"rows": UNPAIRED}, indent=1).encode())),
+        ("data.jsonl.gz", gzip.compress(ROWS.encode())),
+        ("data.jsonl.zst", pa.compress(ROWS.encode(), "zstd", asbytes=True)),
+        ("data.JSONL", ROWS.encode()),
+        ("data.NDJSON.GZ", gzip.compress(ROWS.encode())),
+        ("data.ndjson", ROWS.encode()),
+        ("data.tsv", separated("\t").encode()),
+        ("data.csv", separated(";").encode()),
+        ("data.csv", separated("\t").encode("utf-16")),
+        ("data.csv", separated(",").encode("utf-8-sig")),
+        ("data.csv.gz", gzip.compress(separated(";").encode("utf-16"))),
+    ],
+)
+def test_kinds_of_files_as_published(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    for source in (tmp_path / name, tmp_path):
+        examples = read_examples(str(source))
+        assert [(e.prompt, e.response, e.aligned, e.harmful) for e in examples] == FORMATS["unpaired"][1]
+        assert examples[0].source.startswith(f"{tmp_path / name}:")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("data.jsonl", ROWS.encode("utf-16"), "UTF-8"),
+        ("data.json", b'{"messages": [{"role": "user", "content": "a"}]}', "columns messages"),
+        ("data.json", b'{"a": [{"x": 1}], "b": [{"x": 2}]}', "columns a, b"),
+        ("data.jsonl.gz", gzip.compress(ROWS.encode())[:-20], "gzip"),
+        ("data.jsonl.gz", ROWS.encode(), "gzip"),
+        ("data.csv", b"\xff\xfe" + "prompt".encode("utf-16-le") + b"\x00", "UTF-16"),
+        ("data.parquet.gz", b"", ".jsonl"),
+        ("data.xlsx", b"", ".csv"),
+    ],
+)
+def test_a_file_of_another_kind_is_named_as_what_it_is(name: str, content: bytes, named: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    message = refusal(tmp_path / name)
+    assert message.startswith(f"{tmp_path / name}:")
+    assert named in message
+
+
+def test_a_json_file_may_be_one_record(tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text(json.dumps(UNPAIRED[0], indent=1))
+    assert read_examples(str(tmp_path / "data.json"))[0].prompt == UNPAIRED[0]["prompt"]
+
+
+def test_lines_of_a_compressed_file_are_numbered(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl.gz"
+    path.write_bytes(gzip.compress(f"\n{ROWS}\n{{}}\n".encode()))
+    assert refusal(path).startswith(f"{path}:{len(UNPAIRED) + 3}: ")
+
+
+def test_the_name_of_a_source_has_no_suffix() -> None:
+    names = {"a/b.c.jsonl.gz": "b.c", "b.PARQUET": "b", "b.v2.csv.zst": "b.v2", "data/*.jsonl": "data"}
+    assert {path: Source(path=path).short_name for path in names} == names

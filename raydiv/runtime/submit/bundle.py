@@ -23,7 +23,7 @@ import yaml
 from raydiv.config import Recipe, load_recipe
 from raydiv.config.evaluate import JUDGES
 from raydiv.config.load import load_tree
-from raydiv.config.source import SUFFIXES
+from raydiv.config.source import file_kind
 from raydiv.utils.dotted import leaves
 from raydiv.utils.errors import UserError
 
@@ -223,7 +223,7 @@ def _local_paths(value: str) -> list[str]:
     except OSError:  # a text, such as a template, is too long for a path
         return []
     matches = sorted(glob.glob(value, recursive=True)) if glob.has_magic(value) else []
-    return [path for path in matches if Path(path).suffix in SUFFIXES and Path(path).is_file()]
+    return [path for path in matches if file_kind(path) and Path(path).is_file()]
 
 
 def _copy(path: str, key: str, folder: Path) -> list[str]:
