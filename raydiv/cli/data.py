@@ -76,7 +76,10 @@ def _check(options: argparse.Namespace) -> int:
     from raydiv.config import load_recipe, parse_source
     from raydiv.data.bundled import QUICKSTART
 
-    (report,) = check_data(load_recipe(options.recipe or QUICKSTART, options.overrides), [parse_source(options.source)])
+    overrides = options.overrides
+    if options.recipe is None and any(override.startswith("model.id=") for override in overrides):
+        overrides = ["data.template=null", *overrides]  # the quickstart's template belongs to its own model
+    (report,) = check_data(load_recipe(options.recipe or QUICKSTART, overrides), [parse_source(options.source)])
     print_report(options, report.facts, lambda: _show_data(report.facts, options.rows))
     return 0 if report.valid else 2
 
@@ -112,6 +115,7 @@ def _build(options: argparse.Namespace) -> int:
 
 
 def _show_data(facts: dict[str, Any], max_rows: int) -> None:
+    _show_columns(facts)
     labels = ["harmful", "harmless", "unlabelled"]
     classes = [(name, *(str(counts[label]) for label in labels)) for name, counts in facts["classes"].items()]
     print_table(["examples", *labels], classes)
@@ -130,6 +134,11 @@ def _show_data(facts: dict[str, Any], max_rows: int) -> None:
     _show_lengths(facts["tokens"])
     for name, overlap in facts["overlap"].items():
         print(f"overlap with {name}: {overlap['same']} of {overlap['prompts']} prompts, {overlap['near']} more nearly")
+    for note in facts["notes"].values():
+        places = [f"{row['file']}:{row['line']}" for row in note["rows"]]
+        print(f"note: {note['meaning']}: {_first_of(places, max_rows)}")
+    if facts["rendered"]:
+        print(facts["rendered"])
     for message in pairs["broken"][:max_rows]:
         print(message)
     for row in facts["bad_rows"]["rows"][:max_rows]:
@@ -137,6 +146,21 @@ def _show_data(facts: dict[str, Any], max_rows: int) -> None:
     bad = facts["bad_rows"]["count"]
     if bad > max_rows:
         print(f"and {bad - max_rows} more bad rows (print them with --rows {bad} or --json)")
+
+
+def _show_columns(facts: dict[str, Any]) -> None:
+    """How the columns of a source were read."""
+    for name, places in facts["formats"].items():
+        print(f"format   {name}" + (f" in {_first_of(places, 5)}" if len(facts["formats"]) > 1 else ""))
+    for column, spelling in facts["labels"].items():
+        print(f"label    {column} is {spelling}")
+    if facts["ignored"]:
+        print(f"ignored  {', '.join(facts['ignored'])}")
+
+
+def _first_of(places: list[str], count: int) -> str:
+    others = len(places) - count
+    return ", ".join(places[:count]) + (f" and {others} more" if others > 0 else "")
 
 
 def _show_lengths(tokens: dict[str, Any]) -> None:

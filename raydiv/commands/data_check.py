@@ -12,6 +12,7 @@ import numpy as np
 from raydiv.config import Recipe
 from raydiv.config.source import Source
 from raydiv.data.index import Index, OpenSource
+from raydiv.data.notes import NOTE_TEXTS
 from raydiv.data.overlap import EvaluationPrompts, Overlap, find_overlaps
 from raydiv.data.prompt_sets import PromptSets
 from raydiv.data.readers import read_examples
@@ -36,8 +37,9 @@ class DataReport:
 
     @property
     def valid(self) -> bool:
-        """Whether the source has neither bad rows nor invalid pairs."""
-        return not self.facts["bad_rows"]["count"] and not self.facts["pairs"]["broken"]
+        """Whether the source has neither bad rows nor invalid pairs, and no prompts that are rendered already."""
+        invalid = self.facts["bad_rows"]["count"], self.facts["pairs"]["broken"], self.facts["rendered"]
+        return not any(invalid)
 
 
 def check_data(
@@ -71,12 +73,21 @@ def _facts(index: Index, overlaps: Sequence[Overlap], recipe: Recipe) -> dict[st
     return {
         "source": index.opened.source.path,
         "files": len(index.opened.files),
+        "formats": index.formats(),
+        "labels": index.spellings(),
+        "ignored": sorted({*index.unread, *index.opened.reader.ignore}),
+        "rendered": index.rendered_error(),
         "examples": len(index),
         "classes": _classes(columns),
         "pairs": _pairs(index),
         "prompts": _prompts(columns),
         "duplicates": _duplicates(columns),
         "tokens": _lengths(columns, recipe),
+        "notes": {
+            note.name: {"meaning": NOTE_TEXTS[note], "count": len(noted), "rows": list(noted.as_json())}
+            for note, noted in ((note, index.noted(note)) for note in NOTE_TEXTS)
+            if len(noted)
+        },
         "overlap": {overlap.name: overlap.as_json() for overlap in overlaps},
         "bad_rows": {
             "count": len(index.bad),
@@ -167,7 +178,7 @@ def _evaluation_prompts(recipe: Recipe) -> list[EvaluationPrompts]:
     """The prompts of each held-out source and prompt set of the recipe."""
     sets: dict[str, list[tuple[ChatPrompt, str]]] = {}
     for source in recipe.data.eval_sources:
-        examples = read_examples(source, recipe.data.columns)
+        examples = read_examples(source, recipe.data)
         sets.setdefault(source.path, []).extend((example.prompt, example.source) for example in examples)
     for name, prompts in PromptSets.of(recipe).by_name(recipe).items():
         sets.setdefault(name, []).extend((prompt.text, prompt.id) for prompt in prompts)

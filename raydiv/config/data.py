@@ -100,6 +100,13 @@ class DataConfig(ChatConfig):
     columns: dict[str, str] | None = Field(
         default=None, description="column names of every source without columns of its own"
     )
+    ignore: list[str] = Field(
+        default_factory=list,
+        description="columns that are left out, though other tools read them, such as images or history",
+    )
+    prefer: Literal["safer", "better"] = Field(
+        default="safer", description="the preferred response of PKU-SafeRLHF's format: the safer one, or the better one"
+    )
     on_bad_row: Literal["error", "quarantine"] = Field(
         default="error", description="invalid rows: an error, or left out, counted and listed"
     )

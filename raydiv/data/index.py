@@ -6,7 +6,7 @@ import itertools
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ import pyarrow.parquet as pq
 from raydiv.config.data import DataConfig
 from raydiv.config.recipe import BatchConfig
 from raydiv.config.source import Source
-from raydiv.data.formats import BadRow
+from raydiv.data.fields import NOT_A_LABEL, SPELLINGS, BadRow
+from raydiv.data.formats import FORMATS
+from raydiv.data.notes import NOTE_TEXTS, Note
 from raydiv.data.readers import file_chunks, line_numbers, parse_record, read_chunk, record_reader
 from raydiv.data.sources import File, files_of
 from raydiv.data.tokens import TokenShards
@@ -26,19 +28,13 @@ from raydiv.utils.cache import digest, shared_dir
 from raydiv.utils.errors import UserError
 from raydiv.utils.storage import open_input
 
-VERSION = 2
+VERSION = 3
 """Version of the content of shards and index; part of their key."""
 
 INDEX = "index.parquet"
 
 CHECKED_RECORDS = 1000
 """Under quarantine, the number of first records of which one must be good."""
-
-SPELLINGS = ("", "safe", "1", "true")
-"""The column ``spelling`` is a position in this tuple: how the record spells its label (see formats.SAFETY)."""
-
-SPELLING_LABELS = ("", "safe/unsafe", "1/0", "true/false")
-"""The same for messages."""
 
 SCHEMA = pa.schema(
     {
@@ -53,13 +49,20 @@ SCHEMA = pa.schema(
         "aligned": pa.bool_(),
         "harmful": pa.int8(),
         "pair": pa.int64(),
-        "spelling": pa.int8(),
+        "format": pa.int8(),
+        "label_spelling": pa.int8(),
+        "harmful_spelling": pa.int8(),
+        "notes": pa.int16(),
         "prompt_text": pa.binary(16),
         "prompt_key": pa.binary(16),
         "response_key": pa.binary(16),
     }
 )
-"""Columns of a shard. ``harmful``: 1, 0, or -1 for no label; ``pair``: digest of the pair's name, or -1 for no pair."""
+"""Columns of a shard.
+
+``harmful``: 1, 0, or -1 for no label; ``pair``: digest of the pair's name, or -1 for no pair; ``format`` and the
+spellings: positions in FORMATS and SPELLINGS; ``notes``: a Note.
+"""
 
 INDEX_COLUMNS = [name for name in SCHEMA.names if not name.endswith("_ids")]
 
@@ -102,7 +105,7 @@ class OpenSource:
 
     def __init__(self, source: Source, data: DataConfig, batch: BatchConfig, chat: Chat) -> None:
         self.source = source
-        self.reader = record_reader(source, data.columns or {})
+        self.reader = record_reader(source, data)
         self.files = files_of(source)
         self.lengths = (batch.max_prompt_length, batch.max_length)
         content = [
@@ -110,6 +113,8 @@ class OpenSource:
             [(file.kind, file.digest) for file in self.files],
             self.reader.columns,
             self.reader.constants,
+            self.reader.ignore,
+            self.reader.prefer,
         ]
         self.folder = shared_dir("prepared", digest(content, chat.fingerprint, self.lengths))
 
@@ -147,12 +152,16 @@ class OpenSource:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """``columns`` [n]: INDEX_COLUMNS, and ``row``, the row number in ``shards``. ``bad``: the rows left out."""
+    """``columns`` [n]: INDEX_COLUMNS, and ``row``, the row number in ``shards``.
+
+    ``bad``: the rows left out; ``unread``: the columns of the source that no example was made of.
+    """
 
     opened: OpenSource
     shards: TokenShards
     columns: dict[str, np.ndarray]
     bad: RowNotes
+    unread: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.columns["file"])
@@ -160,6 +169,40 @@ class Index:
     def where(self, row: int) -> str:
         """``FILE:LINE`` of an example."""
         return self.opened.where(int(self.columns["file"][row]), int(self.columns["position"][row]))
+
+    def noted(self, note: Note) -> RowNotes:
+        """The rows with a note."""
+        rows = _records(self, (self.columns["notes"] & note) > 0)
+        return RowNotes.locate(self.opened.files, [(*row, NOTE_TEXTS[note]) for row in rows])
+
+    def formats(self) -> dict[str, list[str]]:
+        """For each format the places of its rows, as ``FILE:LINE`` or ``FILE:FIRST-LAST``."""
+        form, file, position = (self.columns[name] for name in ("format", "file", "position"))
+        starts = np.flatnonzero((np.diff(form, prepend=-1) != 0) | (np.diff(file, prepend=-1) != 0))
+        last_rows = np.append(starts[1:], len(self))[: len(starts)] - 1
+        ends = [(int(file[row]), int(position[row]), "") for run in zip(starts, last_rows, strict=True) for row in run]
+        places = RowNotes.locate(self.opened.files, ends).places
+        found: dict[str, list[str]] = {}
+        for start, (name, first), (_, last) in zip(starts, places[::2], places[1::2], strict=True):
+            lines = str(first) if first == last else f"{first}-{last}"
+            found.setdefault(FORMATS[int(form[start])].name, []).append(f"{name}:{lines}")
+        return found
+
+    def spelling(self, name: str) -> np.ndarray:
+        """How each example's record spells the label ``name`` (see SPELLINGS); 0 where its format has another."""
+        kind = LABELS[name]
+        forms = [number for number, form in enumerate(FORMATS) if getattr(form, kind) == name]
+        return np.where(np.isin(self.columns["format"], forms), self.columns[f"{kind}_spelling"], 0)
+
+    def spellings(self) -> dict[str, str]:
+        """How labels are spelled, by column, if not as true and false."""
+        codes = {name: int(self.spelling(name).max(initial=0)) for name in LABELS}
+        return {name: SPELLINGS[code] for name, code in codes.items() if SPELLINGS[code] not in ("", "true/false")}
+
+    def rendered_error(self) -> str | None:
+        """A message where most prompts are rendered already: the template would wrap each of them once more."""
+        rendered = int((self.columns["notes"] & Note.RENDERED > 0).sum())
+        return rendered_error(self.opened.source.path, rendered, len(self))
 
     def truncated(self) -> RowNotes:
         """The rows with a truncated prompt or response, and the number of tokens cut."""
@@ -174,6 +217,16 @@ class Index:
         return RowNotes.locate(self.opened.files, dict.fromkeys(notes))
 
 
+def rendered_error(source: str, rendered: int, examples: int) -> str | None:
+    """A message where most of a source's prompts are rendered already."""
+    if 2 * rendered <= examples:
+        return None
+    return (
+        f"{source}: {rendered} of {examples} examples have prompts that are rendered already, as they begin like the "
+        "chat template or with a control token; set data.template=none to take them as they are"
+    )
+
+
 class IndexWriter:
     """Writes a source's index, shard by shard; the file appears in the folder when the block ends without an error."""
 
@@ -184,19 +237,22 @@ class IndexWriter:
         self._writer = pq.ParquetWriter(self._path, pa.schema([SCHEMA.field(name) for name in INDEX_COLUMNS]))
         self._shards: list[tuple[str, int]] = []
         self._bad: list[tuple[int, int, str]] = []
+        self._unread: set[str] = set()
 
     def __enter__(self) -> IndexWriter:
         return self
 
-    def add(self, shard: str, table: pa.Table, bad: Iterable[tuple[int, int, str]]) -> None:
-        """Add the next shard: its name, its INDEX_COLUMNS, and (file, position, reason) of its bad rows."""
+    def add(self, shard: str, table: pa.Table, bad: Iterable[tuple[int, int, str]], unread: Iterable[str] = ()) -> None:
+        """Add the next shard: its name and INDEX_COLUMNS, (file, position, reason) of its bad rows, unread columns."""
         self._writer.write_table(table)
         self._shards.append((shard, len(table)))
         self._bad += bad
+        self._unread.update(unread)
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         with self._temporary:
-            self._writer.add_key_value_metadata({"raydiv": json.dumps({"shards": self._shards, "bad": self._bad})})
+            content = {"shards": self._shards, "bad": self._bad, "unread": sorted(self._unread)}
+            self._writer.add_key_value_metadata({"raydiv": json.dumps(content)})
             self._writer.close()
             if kind is None:
                 with pa.memory_map(str(self._path)) as content:
@@ -213,26 +269,37 @@ def read_index(opened: OpenSource) -> Index:
     starts = np.cumsum([0, *(rows for _, rows in metadata["shards"])], dtype=np.int64)
     shards = TokenShards(tuple(opened.folder.uri_of(name) for name, _ in metadata["shards"]), starts)
     bad = RowNotes.locate(opened.files, map(tuple, metadata["bad"]))
-    return _with_one_spelling(Index(opened, shards, columns, bad))
+    index = Index(opened, shards, columns, bad, tuple(metadata["unread"]))
+    for name in LABELS:
+        index = _with_one_spelling(index, name)
+    return index
 
 
-def _with_one_spelling(index: Index) -> Index:
-    """The index without rows whose label is spelled differently from most: 0 in one may mean 1 in the other."""
-    spelling = index.columns["spelling"]
-    kinds = np.unique(spelling[spelling > 0])
-    if len(kinds) < 2:
+LABELS = {name: kind for kind in ("label", "harmful") for form in FORMATS if (name := getattr(form, kind)) is not None}
+"""The columns that are labels, and which of ``label_spelling`` and ``harmful_spelling`` says how each is spelled."""
+
+
+def _with_one_spelling(index: Index, name: str) -> Index:
+    """The index without rows whose label ``name`` is spelled differently from most: 0 in one may mean 1 in the other.
+
+    Rows of 1 and 0 are left out as well where the column has other numbers: it is a rating.
+    """
+    spelling = index.spelling(name)
+    records = {kind: _records(index, spelling == kind) for kind in np.unique(spelling[spelling > 0]).tolist()}
+    if not records:
         return index
-    records = {kind: _records(index, spelling == kind) for kind in kinds.tolist()}
     most = max(records, key=lambda kind: len(records[kind]))
-    minority = (spelling > 0) & (spelling != most)
-    notes = [
-        (file, position, f"safety is spelled {SPELLING_LABELS[kind]} here, and {SPELLING_LABELS[most]} in most rows")
-        for kind in records.keys() - {most}
-        for file, position in records[kind]
-    ]
-    columns = {name: column[~minority] for name, column in index.columns.items()}
-    bad = index.bad + RowNotes.locate(index.opened.files, sorted(notes))
-    return Index(index.opened, index.shards, columns, bad)
+    reasons = {
+        kind: f"{name} is spelled {SPELLINGS[kind]} here, and {SPELLINGS[most]} in most rows"
+        for kind in records
+        if kind != most
+    }
+    if any(reason.startswith(f"{name} {NOT_A_LABEL}") for reason in index.bad.reasons):
+        reasons[SPELLINGS.index("1/0")] = f"{name} is 1 or 0 here and no label in other rows: a rating"
+    left_out = np.isin(spelling, list(reasons))
+    notes = [(*place, reasons[kind]) for kind in records.keys() & reasons.keys() for place in records[kind]]
+    columns = {column: values[~left_out] for column, values in index.columns.items()}
+    return replace(index, columns=columns, bad=index.bad + RowNotes.locate(index.opened.files, sorted(notes)))
 
 
 def _records(index: Index, members: np.ndarray) -> list[tuple[int, int]]:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from raydiv.config import Recipe
-from raydiv.data.formats import BadRow, RecordReader
+from raydiv.data.fields import BadRow
+from raydiv.data.formats import RecordReader
 from raydiv.data.index import OpenSource, RowNotes
 from raydiv.data.prompt_sets import Prompt
 from raydiv.data.readers import parse_record

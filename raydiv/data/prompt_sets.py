@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from raydiv.config import Recipe, parse_source
 from raydiv.config.source import Source
-from raydiv.data.formats import BadRow, Record, bool_field, prompt_field
+from raydiv.data.fields import BadRow, Record, bool_field, prompt_field
 from raydiv.data.published import alternative_hint, as_published
 from raydiv.data.readers import iterate_records
 from raydiv.model.chat import ChatPrompt

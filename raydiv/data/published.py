@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from raydiv.config.source import Source
-from raydiv.data.formats import BadRow, Record, describe
+from raydiv.data.fields import BadRow, Record, describe
 from raydiv.utils.errors import UserError
 
 RecordParser = Callable[[Record], Record]

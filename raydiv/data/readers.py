@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from raydiv.config.data import DataConfig
 from raydiv.config.source import Source
-from raydiv.data.formats import CANONICAL, BadRow, Example, Record, RecordReader, TextRecord, describe
+from raydiv.data.fields import BadRow, Record, describe
+from raydiv.data.formats import Example, RecordReader, convert
 from raydiv.data.sources import File, files_of, require_unchanged
 from raydiv.utils.errors import UserError, one_line
 from raydiv.utils.storage import file_system, open_input
@@ -105,14 +107,16 @@ def line_numbers(file: File, positions: Iterable[int]) -> dict[int, int]:
     return lines
 
 
-def record_reader(source: Source, columns: Mapping[str, str]) -> RecordReader:
-    """The reader of a source's records; ``columns`` applies if the source names no columns itself."""
-    return RecordReader(columns if source.columns is None else source.columns, source.constants)
+def record_reader(source: Source, data: DataConfig | None = None) -> RecordReader:
+    """The reader of a source's records; the columns of ``data`` apply if the source names none itself."""
+    if data is None:
+        return RecordReader(source.columns or {}, source.constants)
+    return RecordReader(data.columns_of(source), source.constants, tuple(data.ignore), data.prefer)
 
 
-def iterate_records(source: Source, columns: Mapping[str, str] | None = None) -> Iterator[tuple[str, Record]]:
+def iterate_records(source: Source, data: DataConfig | None = None) -> Iterator[tuple[str, Record]]:
     """(``FILE:LINE``, record) for a whole source that fits into memory. Raises UserError at the first bad row."""
-    reader = record_reader(source, columns or {})
+    reader = record_reader(source, data)
     for file in files_of(source):
         records = [record for chunk in file_chunks(file) for record in read_chunk(chunk)]
         lines = line_numbers(file, (position for position, _ in records))
@@ -125,16 +129,16 @@ def iterate_records(source: Source, columns: Mapping[str, str] | None = None) ->
                 raise UserError(f"{where}: {error}") from None
 
 
-def read_examples(source: Source, columns: Mapping[str, str] | None = None) -> list[Example]:
-    """All examples of a source that fits into this process, in order; ``columns`` as in ``record_reader``.
+def read_examples(source: Source, data: DataConfig | None = None) -> list[Example]:
+    """All examples of a source that fits into this process, in order; ``data`` as in ``record_reader``.
 
     Raises UserError, naming file and line, for a source that does not exist or holds no example, for unknown columns,
     and for a missing, empty or ill-typed field.
     """
     examples: list[Example] = []
-    for where, record in iterate_records(source, columns):
+    for where, record in iterate_records(source, data):
         try:
-            examples += CANONICAL.examples(record, where)
+            examples += convert(record, where).examples
         except BadRow as error:
             raise UserError(f"{where}: {error}") from None
     if not examples:
@@ -238,7 +242,7 @@ def _read_csv(chunk: FileChunk) -> Iterator[RawRecord]:
             delimiter = "\t" if chunk.file.kind == ".tsv" else next((d for d in ",;\t" if d in header), ",")
             rows = csv.DictReader(itertools.chain([header], lines), delimiter=delimiter, restkey="\0", strict=True)
             for number, row in enumerate(rows, start=1):
-                record = TextRecord({str(key): value or None for key, value in row.items()})
+                record = {str(key): value or None for key, value in row.items()}
                 yield number, BadRow("has more fields than the header") if "\0" in row else record
         except csv.Error as error:
             raise UserError(f"{chunk.file.name}: not CSV: {error}, in line {rows.line_num}") from None

@@ -54,13 +54,15 @@ class Splits:
 def make_splits(recipe: Recipe, train: Sequence[Index], held_out: Sequence[Index]) -> Splits:
     """The recipe's training and held-out set, from its prepared sources.
 
-    Raises UserError for a source without a good row, a set without a class that the loss needs, invalid pairs, unpaired
-    examples under a paired loss, or a split that leaves one set empty.
+    Raises UserError for a source without a good row, a set without a class that the loss needs, invalid pairs,
+    prompts that are rendered already, unpaired examples under a paired loss, or a split that leaves one set empty.
     """
     for index in (*train, *held_out):
         if not len(index):
             path = index.opened.source.path
             raise UserError(f"{path}: every row is bad; raydiv data check {path} lists them")
+        if message := index.rendered_error():
+            raise UserError(message)
     mixtures = [_Mixture.of(train)]
     if held_out:
         mixtures.append(_Mixture.of(held_out))

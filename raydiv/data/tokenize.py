@@ -21,8 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydiv.config.cluster import ClusterConfig
-from raydiv.data.formats import BadRow, Example, RecordReader
-from raydiv.data.index import INDEX_COLUMNS, SCHEMA, SPELLINGS, Index, IndexWriter, OpenSource, RowNotes, read_index
+from raydiv.data.fields import SPELLINGS, BadRow
+from raydiv.data.formats import FORMATS, ConvertedRecord, Example, RecordReader
+from raydiv.data.index import INDEX_COLUMNS, SCHEMA, Index, IndexWriter, OpenSource, RowNotes, read_index
+from raydiv.data.notes import Note
 from raydiv.data.readers import FileChunk, RawRecord, file_chunks, parse_record, read_chunk
 from raydiv.data.sources import require_unchanged
 from raydiv.data.tokens import ROW_GROUP_SIZE, content_key
@@ -124,24 +126,25 @@ def _write_indices(
                 bad = [(shard.file, position, reason) for position, reason in shard.bad]
                 if bad and not quarantine:
                     raise _bad_rows_error(sources[number], RowNotes.locate(sources[number].files, bad))
-                index.add(shard.name, shard.table, bad)
+                index.add(shard.name, shard.table, bad, shard.unread)
                 rows += len(shard.table)
                 progress(rows, None)
 
 
 @dataclass(frozen=True, slots=True)
 class TokenShard:
-    """A written shard as the driver receives it: its INDEX_COLUMNS, and the positions and reasons of its bad rows."""
+    """A written shard as the driver receives it: INDEX_COLUMNS, positions and reasons of bad rows, unread columns."""
 
     source: int
     file: int
     name: str
     table: pa.Table
     bad: list[tuple[int, str]]
+    unread: list[str]
 
 
-Records = list[tuple[int, list[Example]]]
-"""Positions of records, and the examples of each."""
+Records = list[tuple[int, ConvertedRecord]]
+"""Positions of records, and their content."""
 
 
 class Tokenizer:
@@ -167,8 +170,9 @@ class Tokenizer:
             pq.write_table(shard, buffer, row_group_size=ROW_GROUP_SIZE, compression="lz4", use_dictionary=False)
             folder.write(chunk.name, buffer.getvalue())
             table = shard.select(INDEX_COLUMNS)
-        bad = [(int(position), reason) for position, reason in json.loads(table.schema.metadata[b"bad"])]
-        return TokenShard(chunk.source, chunk.file, chunk.name, table.replace_schema_metadata(), bad)
+        told = json.loads(table.schema.metadata[b"raydiv"])
+        bad = [(int(position), reason) for position, reason in told["bad"]]
+        return TokenShard(chunk.source, chunk.file, chunk.name, table.replace_schema_metadata(), bad, told["unread"])
 
     def _table(self, chunk: RecordChunk) -> pa.Table:
         _, reader, lengths = self._targets[chunk.source]
@@ -176,7 +180,7 @@ class Tokenizer:
         bad: list[tuple[int, str]] = []
         for position, content in chunk.records:
             try:
-                records.append((position, reader.examples(parse_record(content), f"@{chunk.file}:{position}")))
+                records.append((position, reader.convert(parse_record(content), f"@{chunk.file}:{position}")))
             except BadRow as error:
                 bad.append((position, str(error)))
         try:
@@ -184,11 +188,13 @@ class Tokenizer:
         except ValueError:  # the template fails on one of the prompts: find out on which
             records, bad = self._without_failing(records, bad, lengths)
             tokens = self._tokens(records, lengths)
-        metadata = {b"bad": json.dumps(bad).encode()}
-        return pa.table(_columns(chunk.file, records, tokens), schema=SCHEMA.with_metadata(metadata))
+        unread = sorted({column for _, record in records for column in record.unread})
+        metadata = {b"raydiv": json.dumps({"bad": bad, "unread": unread}).encode()}
+        notes = _notes(self._chat, [example for _, record in records for example in record.examples], tokens)
+        return pa.table(_columns(chunk.file, records, tokens, notes), schema=SCHEMA.with_metadata(metadata))
 
     def _tokens(self, records: Records, lengths: tuple[int, int]) -> list[TokenizedExample]:
-        examples = [example for _, record in records for example in record]
+        examples = [example for _, record in records for example in record.examples]
         return self._chat.tokenize([e.prompt for e in examples], [e.response for e in examples], *lengths, trained=True)
 
     def _without_failing(
@@ -205,16 +211,52 @@ class Tokenizer:
         return good, sorted(bad)
 
 
-def _columns(file: int, records: Records, tokens: list[TokenizedExample]) -> dict[str, Any]:
+def _notes(chat: Chat, examples: Sequence[Example], tokens: Sequence[TokenizedExample]) -> list[int]:
+    """The notes on each example. The examples of a pair are compared if both are in the shard."""
+    notes = [example.notes | chat_notes(chat, example) for example in examples]
+    partners: dict[str, int] = {}
+    for number, example in enumerate(examples):
+        if example.pair is None:
+            continue
+        other = partners.setdefault(example.pair, number)
+        if other != number:
+            note = _pair_note(tokens[other], tokens[number])
+            notes[other], notes[number] = notes[other] | note, notes[number] | note
+    return [int(note) for note in notes]
+
+
+def chat_notes(chat: Chat, example: Example) -> Note:
+    """What an example's texts hold that belongs to a chat template."""
+    if not chat.template.renders:
+        return Note.NONE
+    note = Note.RENDERED if chat.is_rendered(example.prompt) else Note.NONE
+    held = chat.control_tokens_in(example.response)
+    if chat.end_of_turn.token in held or chat.tokenizer.eos_token in held:
+        note |= Note.END_IN_RESPONSE
+    return note | (Note.CONTROL_TOKENS if held or chat.control_tokens_in(example.prompt) else Note.NONE)
+
+
+def _pair_note(first: TokenizedExample, second: TokenizedExample) -> Note:
+    """How the two responses of a pair are alike, the token that ends each of them aside."""
+    whole = not first.response_cut and not second.response_cut
+    if first.response == second.response:
+        return Note.EQUAL_SIDES if whole else Note.EQUAL_WHEN_CUT
+    short, long = sorted((first.response, second.response), key=len)
+    begins = whole and long[: len(short) - 1] == short[:-1]
+    return Note.SIDE_BEGINS_OTHER if begins else Note.NONE
+
+
+def _columns(file: int, records: Records, tokens: list[TokenizedExample], notes: list[int]) -> dict[str, Any]:
     """A shard's columns (see index.SCHEMA)."""
-    examples = [example for _, record in records for example in record]
+    examples = [example for _, record in records for example in record.examples]
+    origins = [record for _, record in records for _ in record.examples]
     # the examples of one prompt share its list of ids
     prompt_keys = {id(t.prompt): content_key(t.prompt) for t in tokens}
     return {
         "prompt_ids": _list_array([t.prompt for t in tokens]),
         "response_ids": _list_array([t.response for t in tokens]),
         "file": np.full(len(tokens), file, np.int32),
-        "position": np.repeat([p for p, _ in records], [len(record) for _, record in records]).astype(np.int64),
+        "position": [position for position, record in records for _ in record.examples],
         "prompt_length": [len(t.prompt) for t in tokens],
         "response_length": [len(t.response) for t in tokens],
         "prompt_cut": [t.prompt_cut for t in tokens],
@@ -222,7 +264,10 @@ def _columns(file: int, records: Records, tokens: list[TokenizedExample]) -> dic
         "aligned": [example.aligned for example in examples],
         "harmful": [-1 if example.harmful is None else int(example.harmful) for example in examples],
         "pair": [-1 if example.pair is None else _pair_number(example.pair) for example in examples],
-        "spelling": [SPELLINGS.index(example.spelling) for example in examples],
+        "format": [FORMATS.index(record.format) for record in origins],
+        "label_spelling": [SPELLINGS.index(record.label_spelling) for record in origins],
+        "harmful_spelling": [SPELLINGS.index(record.harmful_spelling) for record in origins],
+        "notes": notes,
         "prompt_text": [_text_key(example.prompt) for example in examples],
         "prompt_key": [prompt_keys[id(t.prompt)] for t in tokens],
         "response_key": [content_key(t.response) for t in tokens],

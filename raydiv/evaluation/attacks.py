@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from raydiv.config.cluster import ClusterConfig
 from raydiv.config.evaluate import AttackConfig
-from raydiv.data.formats import BadRow, text_field
+from raydiv.data.fields import BadRow, text_field
 from raydiv.data.prompt_sets import Prompt
 from raydiv.data.readers import iterate_records
 from raydiv.evaluation.generate import Request

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from raydiv.config.source import Source
-from raydiv.data.formats import text_field
+from raydiv.data.fields import text_field
 from raydiv.data.readers import iterate_records
 from raydiv.model.chat import Chat
 

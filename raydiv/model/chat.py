@@ -129,6 +129,22 @@ class Chat:
         except ValueError as error:
             raise UserError(f"data.template: {error}") from None
 
+    def is_rendered(self, prompt: ChatPrompt) -> bool:
+        """Whether a user's text begins with a control token, or as the template begins: it is rendered already."""
+        messages = as_messages(prompt)
+        if len(messages) > 1:
+            return False
+        text = str(messages[0]["content"]).lstrip()
+        bos = self.tokenizer.bos_token or ""
+        opening = self.template.opening.removeprefix(bos).strip()
+        return self.control_tokens.begin(text) or (bool(opening) and text.startswith(opening))
+
+    def control_tokens_in(self, text: ChatPrompt | Response) -> set[str]:
+        """The control tokens in the texts of a prompt, or in a response without the token that ends it."""
+        if isinstance(text, Conversation):
+            return set(self.control_tokens.find([text.messages, text.tools]))
+        return set(self.control_tokens.find(self._without_end(text) if isinstance(text, str) else text))
+
     def tokenize(
         self,
         prompts: Sequence[ChatPrompt],

@@ -43,6 +43,10 @@ class ControlTokens:
         items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
         return [token for item in items for token in self.find(item)]
 
+    def begin(self, text: str) -> bool:
+        """Whether a text begins with a control token."""
+        return self._pattern.match(text) is not None
+
     def mark(self, value: Any) -> Any:
         """``value`` with all control tokens in its texts marked; marks that it has already are removed."""
         if isinstance(value, str):

@@ -117,7 +117,7 @@ BAD: list[tuple[Any, str]] = [
     (json.dumps([PLANTED]).encode(), "a record is a mapping of columns, found list of length 1"),
     ({"prompt": PLANTED, "response": PLANTED}, "unknown format: columns prompt, response "),
     (RAYDIV | {"response": None}, "response must be non-empty text, found None"),
-    (RAYDIV | {"aligned": PLANTED}, "aligned must be true or false, found str of length 12"),
+    (RAYDIV | {"aligned": PLANTED}, "aligned must be true or false"),
     (RAYDIV | {"prompt": {"text": PLANTED}}, "prompt must be non-empty text, found dict of length 1"),
     (RAYDIV | {"response": " \n"}, "response must be non-empty text, found str of length 2"),
     (RAYDIV | {"prompt": f"{PLANTED}\0"}, "prompt holds a NUL character"),
@@ -536,7 +536,7 @@ def after(**turn: str) -> Row:
 BAD_FIELDS: dict[str, Row] = {
     "NUL in a message": GOOD | {"response": [{"role": "assistant", "content": "x\0"}]},
     "lone surrogate in a rejected response": {"prompt": "p", "chosen": "c", "rejected": "\ud800"},
-    "label as text": {"prompt": "p", "completion": "c", "label": "true"},
+    "label as other text": {"prompt": "p", "completion": "c", "label": "yes"},
     "NUL in one of several responses": AUTHORS | {"rej_responses": ["no", "\0"]},
     "conversations without a response": {"chosen": [ASKED], "rejected": [ASKED]},
     "lone surrogate in a system turn": after(content=f"{PLANTED} \ud800"),

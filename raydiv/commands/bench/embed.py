@@ -55,7 +55,7 @@ def bench_embed(
 
 def _prompts(recipe: Recipe, rows: int) -> list[Prompt]:
     """``rows`` training prompts, without duplicates as far as the data have enough."""
-    examples = [example for source in recipe.data.train for example in read_examples(source, recipe.data.columns)]
+    examples = [example for source in recipe.data.train for example in read_examples(source, recipe.data)]
     distinct = list({str(example.prompt): example.prompt for example in examples}.values())
     return [Prompt(distinct[n % len(distinct)], False, "any", str(n)) for n in range(rows)]
 

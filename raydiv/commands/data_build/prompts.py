@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from raydiv.config.source import Source
-from raydiv.data.formats import CANONICAL, FORMATS, BadRow, Example, Record, converter_of, text_field
+from raydiv.data.fields import BadRow, Record, text_field
+from raydiv.data.formats import Example, convert, format_of
 from raydiv.data.readers import iterate_records
 from raydiv.model.chat import ChatPrompt, Conversation
 from raydiv.utils.cache import digest
@@ -61,8 +62,7 @@ def collect(source: Source, harmful: bool) -> CollectedPrompts:
 
 def _examples(record: Record, where: str, harmful: bool) -> list[Example]:
     """The examples of a record of a known format, or of one without labels. Raises BadRow."""
-    known = any(columns <= record.keys() for columns, _ in FORMATS)
-    examples = CANONICAL.examples(record if known else _labelled(record, harmful), where)
+    examples = convert(_labelled(record, harmful), where).examples
     if isinstance(examples[0].prompt, Conversation) or not all(isinstance(e.response, str) for e in examples):
         raise BadRow(
             "has tools, chat_template_kwargs, reasoning_content or tool_calls, which data build does not write"
@@ -74,12 +74,14 @@ def _examples(record: Record, where: str, harmful: bool) -> list[Example]:
 
 
 def _labelled(record: Record, harmful: bool) -> Record:
-    """A record of a prompt and one response, or of Alpaca's columns, in raydiv's schema. Raises BadRow for others."""
+    """A record of a known format, or of a prompt and one response or Alpaca's columns in raydiv's. Raises BadRow."""
+    if format_of(record) is not None:
+        return record
     if {"instruction", "output"} <= record.keys():
         record = {**record, "prompt": _alpaca_prompt(record), "response": record["output"]}
     if not {"prompt", "response"} <= record.keys():
         try:
-            converter_of(record)
+            convert(record, "")
         except BadRow as error:
             raise BadRow(f"{error}; known here also: prompt, response, or instruction, input, output") from None
     return {name: record.get(name) for name in ("prompt", "response", "harmful")} | {"aligned": not harmful}

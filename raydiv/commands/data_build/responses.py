@@ -10,7 +10,7 @@ from typing import Any
 from raydiv.commands.data_build.options import BuildOptions
 from raydiv.commands.data_build.prompts import AnsweredPrompt
 from raydiv.config.cluster import ClusterConfig
-from raydiv.data.formats import BadRow, Record, text_field
+from raydiv.data.fields import BadRow, Record, text_field
 from raydiv.data.readers import iterate_records
 from raydiv.evaluation.coherence import is_degenerate
 from raydiv.evaluation.refusal import is_refusal

@@ -20,7 +20,8 @@ from raydiv.commands.plan.layout import WorkerBudget, largest_budget
 from raydiv.config import Recipe
 from raydiv.config.source import Source
 from raydiv.data.batching import EpochPlan
-from raydiv.data.formats import BadRow, Example
+from raydiv.data.fields import BadRow
+from raydiv.data.formats import Example
 from raydiv.data.index import OpenSource, read_index
 from raydiv.data.prompt_sets import prompt_sets, read_prompts
 from raydiv.data.readers import file_chunks, line_numbers, parse_record, read_chunk, record_reader
@@ -152,7 +153,7 @@ def _records(source: Source) -> Iterator[tuple[File, tuple[int, Any]]]:
 
 def _examples(source: Source, recipe: Recipe, stride: int) -> Iterator[list[Example]]:
     """Examples of one record in ``stride``. Raises UserError for a bad row unless ``data.on_bad_row`` leaves it out."""
-    reader = record_reader(source, recipe.data.columns or {})
+    reader = record_reader(source, recipe.data)
     for file, (position, raw) in itertools.islice(_records(source), 0, None, stride):
         try:
             yield reader.examples(parse_record(raw), f"{file.name}@{position}")
