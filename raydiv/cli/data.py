@@ -36,7 +36,8 @@ def add_data_commands(commands: Any) -> None:
         metavar="N",
         help="maximum number of bad rows to print (default: 20; --json prints all)",
     )
-    add_reports(check)
+    add_reports(check, shows_text=True)
+    check.add_argument("--html", type=Path, metavar="PAGE", help="write a page with examples and their tokens")
 
     build = add_command(
         data, "build", _build, "build a compliance-refusal or preference set from harmful and harmless prompts"
@@ -72,14 +73,19 @@ def add_data_commands(commands: Any) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from raydiv.commands.data_check import check_data
+    from raydiv.commands.data_check import check_data, write_page
     from raydiv.config import load_recipe, parse_source
     from raydiv.data.bundled import QUICKSTART
 
     overrides = options.overrides
     if options.recipe is None and any(override.startswith("model.id=") for override in overrides):
         overrides = ["data.template=null", *overrides]  # the quickstart's template belongs to its own model
-    (report,) = check_data(load_recipe(options.recipe or QUICKSTART, overrides), [parse_source(options.source)])
+    recipe, source = load_recipe(options.recipe or QUICKSTART, overrides), parse_source(options.source)
+    (report,) = check_data(recipe, [source], show_text=options.show_text or options.html is not None)
+    if options.html is not None:
+        write_page(options.html, report.facts)
+    if not options.show_text:
+        report.facts.pop("shown", None)
     print_report(options, report.facts, lambda: _show_data(report.facts, options.rows))
     return 0 if report.valid else 2
 
@@ -146,16 +152,42 @@ def _show_data(facts: dict[str, Any], max_rows: int) -> None:
     bad = facts["bad_rows"]["count"]
     if bad > max_rows:
         print(f"and {bad - max_rows} more bad rows (print them with --rows {bad} or --json)")
+    if "shown" in facts:
+        _show_examples(facts)
+
+
+def _show_examples(facts: dict[str, Any]) -> None:
+    """Examples with their tokens, a line for each part, with a dot between tokens."""
+    from rich.console import Console
+
+    styles = {"template": "dim", "text": "none", "trained": "bold", "end of turn": "bold reverse"}
+    console = Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
+    for example in facts["shown"]:
+        lengths = {part: sum(len(run["tokens"]) for run in example["parts"] if run["part"] == part) for part in styles}
+        trained = lengths["trained"] + lengths["end of turn"]
+        console.print(f"\n{example['class']}, {example['place']}: {sum(lengths.values())} tokens, {trained} trained")
+        for run in example["parts"]:
+            tokens = "\N{MIDDLE DOT}".join(
+                token.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}") for token in run["tokens"]
+            )
+            console.print(f"  {run['part']:<11} {tokens}", style=styles[run["part"]])
+        for side in ("prompt", "response"):
+            if example[f"{side}_cut"]:
+                console.print(f"  the {side} is cut by {example[f'{side}_cut']} tokens")
 
 
 def _show_columns(facts: dict[str, Any]) -> None:
-    """How the columns of a source were read."""
+    """The chat template, and how the columns of a source were read."""
+    from raydiv.model.chat import chat_table
+
+    for name, fact in chat_table(facts["chat"]).items():
+        print(f"{name}: {fact}")
     for name, places in facts["formats"].items():
-        print(f"format   {name}" + (f" in {_first_of(places, 5)}" if len(facts["formats"]) > 1 else ""))
+        print(f"format: {name}" + (f" in {_first_of(places, 5)}" if len(facts["formats"]) > 1 else ""))
     for column, spelling in facts["labels"].items():
-        print(f"label    {column} is {spelling}")
+        print(f"label: {column} is {spelling}")
     if facts["ignored"]:
-        print(f"ignored  {', '.join(facts['ignored'])}")
+        print(f"ignored: {', '.join(facts['ignored'])}")
 
 
 def _first_of(places: list[str], count: int) -> str:

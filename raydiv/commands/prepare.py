@@ -16,7 +16,7 @@ from raydiv.data.reference_scorer import reference_logps
 from raydiv.data.splits import Splits, make_splits
 from raydiv.data.tokenize import tokenize
 from raydiv.data.tokens import KEY, StoredExamples, content_key, mismatched
-from raydiv.model.chat import Chat
+from raydiv.model.chat import Chat, chat_table
 from raydiv.model.load import ModelSource, require_quantizer
 from raydiv.model.resolve import fingerprint, model_directory, require_base_model
 from raydiv.runs.events import ExamplePlace
@@ -57,6 +57,8 @@ class PreparedData:
     reference_misses: int
     trained_on: dict[str, int]
     """Number of prompts in each evaluation and separation set that are training prompts, token for token."""
+    chat: dict[str, str]
+    """What is to be known of the chat template (see chat_table)."""
 
     def steps(self, recipe: Recipe) -> int:
         """Optimizer updates of the run."""
@@ -78,6 +80,7 @@ class PreparedData:
             "evaluation_prompts_trained_on": self.trained_on,
             "fingerprint": fingerprints["data"],
             "model_fingerprint": fingerprints["model"],
+            "chat": self.chat,
             "reference": {"hits": self.reference_hits, "misses": self.reference_misses},
         }
 
@@ -139,7 +142,7 @@ def prepare_data(recipe: Recipe, inputs: LoadedInputs, display: ProgressDisplay)
                 f"prompts of {name} in the training data: {count}; its metrics will be too good (raydiv data check "
                 "lists them)"
             )
-    return _with_reference(recipe, inputs.model_directory, data, trained_on, display)
+    return _with_reference(recipe, inputs, data, trained_on, display)
 
 
 def _count_trained_on(recipe: Recipe, inputs: LoadedInputs, data: Splits) -> dict[str, int]:
@@ -153,7 +156,7 @@ def _count_trained_on(recipe: Recipe, inputs: LoadedInputs, data: Splits) -> dic
 
 
 def _with_reference(
-    recipe: Recipe, directory: Path, data: Splits, trained_on: dict[str, int], display: ProgressDisplay
+    recipe: Recipe, inputs: LoadedInputs, data: Splits, trained_on: dict[str, int], display: ProgressDisplay
 ) -> PreparedData:
     """The data with the reference log-probs that the loss needs, also of KTO's mismatched examples."""
     splits = [data.train.examples, *([data.eval.examples] if data.eval else [])]
@@ -170,14 +173,15 @@ def _with_reference(
     else:
         scored = [*splits, *(mismatches for mismatches in derangements if mismatches is not None)]
         with display.phase("reference log-probs") as update:
-            lookup = reference_logps(recipe, directory, scored, update)
+            lookup = reference_logps(recipe, inputs.model_directory, scored, update)
         hits, misses = lookup.hits, lookup.misses
         of_splits, of_mismatches = lookup.logps[: len(splits)], iter(lookup.logps[len(splits) :])
         sets = [
             ExampleSet(examples, logps, mismatches, None if mismatches is None else next(of_mismatches))
             for examples, logps, mismatches in zip(splits, of_splits, derangements, strict=True)
         ]
-    return PreparedData(directory, data, sets[0], sets[1] if data.eval else None, hits, misses, trained_on)
+    held_out, facts = sets[1] if data.eval else None, chat_table(inputs.chat.facts())
+    return PreparedData(inputs.model_directory, data, sets[0], held_out, hits, misses, trained_on, facts)
 
 
 def _derangement(recipe: Recipe, examples: StoredExamples) -> StoredExamples | None:

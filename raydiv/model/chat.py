@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -96,7 +96,7 @@ class Chat:
         return digest(rules, template, response, tokenizer.eos_token_id, tokenizer.bos_token_id)
 
     def facts(self) -> dict[str, Any]:
-        """What a user should know of the template, for ``raydiv plan``."""
+        """What a user should know of the template; ``chat_table`` writes it out."""
         template, end = self.template, self.end_of_turn
         prompt = self._render_prompt("?") if template.renders else None
         markers = template.thought_markers
@@ -113,10 +113,17 @@ class Chat:
             "end_of_turn_from": end.source,
             "note": end.note,
             "opening": template.opening,
-            "bos": self.tokenizer.bos_token if self._adds_bos else None,
+            "bos": self._bos_of_prompts(),
             "thinking": thinking,
             "date": str(template.date) if template.date else None,
         }
+
+    def _bos_of_prompts(self) -> str | None:
+        """The BOS with which prompts begin, and what writes it; None where they begin with none."""
+        bos = self.tokenizer.bos_token
+        if bos and self.template.opening.startswith(bos):
+            return f"{bos} (the template)"
+        return f"{bos} (the tokenizer)" if self._adds_bos else None
 
     def prompt_ids(self, prompt: ChatPrompt, generation: bool = True) -> list[int]:
         """Ids of the templated conversation, with the generation prompt or up to the end of the user's turn.
@@ -324,6 +331,20 @@ class Chat:
 
     def decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def chat_table(facts: Mapping[str, Any]) -> dict[str, str]:
+    """The facts of a chat (see Chat.facts) in words, by name."""
+    table = {
+        "chat template": facts["template"],
+        "a response ends with": f"{facts['end_of_turn']} ({facts['end_of_turn_from']})",
+        "note": facts["note"],
+        "every prompt begins with": repr(facts["opening"]) if facts["opening"] else None,
+        "BOS": facts["bos"],
+        "thinking block": facts["thinking"],
+        "date in the template": f"{facts['date']} (data.template_date)" if facts["date"] else None,
+    }
+    return {name: fact for name, fact in table.items() if fact}
 
 
 def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:

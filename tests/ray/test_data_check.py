@@ -216,7 +216,7 @@ def test_data_with_bad_rows_or_invalid_pairs_is_not_valid(report: DataReport) ->
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs everything in this process, with an empty cache."""
     monkeypatch.setenv("RAYDIV_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("raydiv.commands.data_check.ray_session", lambda cluster: nullcontext())
+    monkeypatch.setattr("raydiv.commands.data_check.check.ray_session", lambda cluster: nullcontext())
     for module in ("raydiv.data.tokenize", "raydiv.data.overlap"):
         monkeypatch.setattr(f"{module}.map_stream", stream_here)
 
@@ -297,7 +297,7 @@ def test_missing_file_exits_with_2_before_the_model_is_loaded(
     def load(*_: Any) -> Path:
         raise AssertionError("the model was loaded before the files were checked")
 
-    monkeypatch.setattr("raydiv.commands.data_check.model_directory", load)
+    monkeypatch.setattr("raydiv.commands.data_check.check.model_directory", load)
     gone, good = tmp_path / "gone.jsonl", write(tmp_path / "good.jsonl", GOOD)
     data, section = (gone, {}) if missing == "source" else (good, {"eval": str(gone)})
     assert main(["data", "check", str(data), "--recipe", str(recipe(**section)), "--json"]) == 2
@@ -397,3 +397,31 @@ def test_fraction_for_evaluation_is_not_an_evaluation_set(
     status, printed = check(capsys, write(tmp_path / "d.jsonl", GOOD), "--recipe", recipe(eval=0.5), "--json")
     assert status == 0
     assert json.loads(printed)["overlap"] == {}
+
+
+def test_show_text_and_html_show_examples(
+    here: None, recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, page = write(tmp_path / "good.jsonl", GOOD), tmp_path / "page.html"
+    arguments = (data, "--recipe", recipe())
+    assert "end of turn" not in check(capsys, *arguments)[1]
+    status, printed = check(capsys, *arguments, "--html", page)
+    assert status == 0
+    assert "shown" not in json.loads(check(capsys, *arguments, "--html", page, "--json")[1])
+    assert 'class="end-of-turn"' in page.read_text()
+    assert f"aligned, {data}:1" in page.read_text()
+    printed = check(capsys, *arguments, "--show-text")[1]
+    assert f"unaligned, {data}:2: " in printed
+    assert len(re.findall("end of turn +", printed)) == 2
+    shown = json.loads(check(capsys, *arguments, "--show-text", "--json")[1])["shown"]
+    assert "".join(token for run in shown[0]["parts"] for token in run["tokens"]).count(PLANTED) == 2
+
+
+def test_a_model_of_ones_own_keeps_its_template(
+    here: None, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "good.jsonl", GOOD)
+    without = ("data.eval=null", "evaluate.every=null", "evaluate.prompts=null")
+    for template, source in ((), "tokenizer"), (("data.template='{{ messages[0].content }}'",), "data.template"):
+        printed = check(capsys, data, f"model.id={tiny_model}", *without, *template, "--json")[1]
+        assert json.loads(printed)["chat"]["template"] == source

@@ -10,9 +10,8 @@ import pytest
 
 import raydiv
 from helpers.templates import CHATML, FAMILIES, Family, make_family_tokenizer
-from raydiv.commands.plan.forecast import chat_lines
 from raydiv.config.data import ChatConfig
-from raydiv.model.chat import Chat, Conversation
+from raydiv.model.chat import Chat, Conversation, chat_table
 from raydiv.model.control_tokens import ControlTokens
 from raydiv.utils.errors import UserError
 
@@ -286,18 +285,17 @@ def test_one_of_several_templates_is_chosen_by_name(tmp_path: Path) -> None:
         Chat(directory, ChatConfig(template="long"))
 
 
-def test_the_plan_says_what_a_template_does(directories: dict[str, Path]) -> None:
-    lines = {
-        name: list(chat_lines(Chat(directory, config_of(name)).facts())) for name, directory in directories.items()
-    }
-    assert lines["ChatML"][0].endswith("ends with <|im_end|> (the template)")
-    assert lines["Falcon"][0].endswith("ends with <|endoftext|> (the EOS)")
-    assert any("shape of Qwen" in line for line in lines["Qwen 2.5"])
-    assert any("2026-01-31" in line for line in lines["Llama 3"])
-    assert any("every prompt opens it (<think>)" in line for line in lines["R1"])
-    assert any("the model writes it (<think>)" in line for line in lines["Qwen 3"])
+def test_what_a_template_does_is_said(directories: dict[str, Path]) -> None:
+    tables = {name: chat_table(Chat(directory, config_of(name)).facts()) for name, directory in directories.items()}
+    assert tables["ChatML"]["a response ends with"] == "<|im_end|> (the template)"
+    assert tables["Falcon"]["a response ends with"] == "<|endoftext|> (the EOS)"
+    assert "shape of Qwen" in tables["Qwen 2.5"]["every prompt begins with"]
+    assert "2026-01-31" in tables["Llama 3"]["date in the template"]
+    assert "every prompt opens it (<think>)" in tables["R1"]["thinking block"]
+    assert "the model writes it (<think>)" in tables["Qwen 3"]["thinking block"]
+    assert (tables["Mistral"]["BOS"], "BOS" in tables["ChatML"]) == ("<s> (the template)", False)
     closed = Chat(directories["Qwen 3"], ChatConfig(template_options={"enable_thinking": False}))
-    assert any("an empty one" in line for line in chat_lines(closed.facts()))
+    assert "an empty one" in chat_table(closed.facts())["thinking block"]
     assert Chat(directories["ChatML"], ChatConfig(template="none")).facts()["opening"] == ""
 
 

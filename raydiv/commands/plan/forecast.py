@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from raydiv.commands.plan.traffic import Traffic, step_traffic
 from raydiv.config import Recipe
 from raydiv.config.cluster import ClusterConfig
 from raydiv.losses import widest_scope
-from raydiv.model.chat import Chat
+from raydiv.model.chat import Chat, chat_table
 from raydiv.model.silence import silence_libraries
 from raydiv.runs.directory import RunDirectory
 from raydiv.runtime.resources import HOST_MEMORY_FRACTION
@@ -93,7 +93,7 @@ class Forecast:
             f"weights {_gib(sent['weights'])}; {sent['micro_batches']} micro-batches)"
         )
         if facts["chat"] is not None:
-            yield from chat_lines(facts["chat"])
+            yield from (f"{name}: {fact}" for name, fact in chat_table(facts["chat"]).items())
         yield from (f"not checked, not on this machine: {name}" for name in facts["unchecked"])
         yield from (f"not covered by the tests: {words}" for words in facts["untested"])
         if self.fits:
@@ -109,20 +109,6 @@ class Forecast:
         if seconds is None:
             return "time unknown"
         return f"{seconds / 3600:.1f} hours at {speed['tokens_per_second']:,.0f} tokens/s ({speed['from']})"
-
-
-def chat_lines(facts: Mapping[str, Any]) -> Iterator[str]:
-    """What the chat template does, a line each (see Chat.facts)."""
-    end = f"{facts['end_of_turn']} ({facts['end_of_turn_from']})"
-    yield f"chat template from {facts['template']}; a response ends with {end}"
-    if facts["note"]:
-        yield f"note: {facts['note']}"
-    if facts["opening"]:
-        yield f"every prompt begins with {facts['opening']!r}"
-    if facts["thinking"]:
-        yield f"thinking block: {facts['thinking']}"
-    if facts["date"]:
-        yield f"the template prints the date: {facts['date']} (data.template_date)"
 
 
 def plan(recipe: Recipe, *, tokens_per_second: float | None = None, memory_gb: float | None = None) -> Forecast:

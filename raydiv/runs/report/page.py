@@ -70,6 +70,7 @@ def page(run: RunDirectory, by_section: Mapping[str, Sequence[Picture]]) -> str:
         answers=_answers_rows(run),
         versions=list(result["versions"].items()),
         layout=_pairs(result["layout"]),
+        chat=list(data.get("chat", {}).items()),
         sets=list(sets),
         counts=[(_words(key), *(counts[key] for counts in sets.values())) for key in data["train"]],
         data=_pairs(

@@ -1,4 +1,4 @@
-"""``raydiv data check``: the content of a data set, its errors, and its overlap with evaluation prompts."""
+"""The content of a data set, its errors, and its overlap with evaluation prompts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from raydiv.commands.data_check.examples import shown_examples
 from raydiv.config import Recipe
 from raydiv.config.source import Source
 from raydiv.data.index import Index, OpenSource
@@ -43,12 +44,17 @@ class DataReport:
 
 
 def check_data(
-    recipe: Recipe, sources: Sequence[Source] | None = None, display: ProgressDisplay | None = None
+    recipe: Recipe,
+    sources: Sequence[Source] | None = None,
+    display: ProgressDisplay | None = None,
+    show_text: bool = False,
 ) -> list[DataReport]:
     """A report on each source, by default of ``recipe.data.train``, at the recipe's tokenizer, template and lengths.
 
     Evaluation prompts are those of ``data.eval``, ``evaluate.prompts`` and ``separation.prompts``. Bad rows are
-    reported, not raised. Raises UserError for a source that cannot be read.
+    reported, not raised. ``show_text`` adds examples with their tokens.
+
+    Raises UserError for a source that cannot be read.
     """
     display, sources = display or ProgressDisplay(), sources or recipe.data.train
     for source in sources:
@@ -64,7 +70,10 @@ def check_data(
         for index in indices:
             with display.phase("overlap with evaluation prompts"):
                 overlaps = list(find_overlaps(index.opened, evaluation_sets, recipe))
-            reports.append(DataReport(_facts(index, overlaps, recipe)))
+            facts = _facts(index, overlaps, recipe) | {"chat": chat.facts()}
+            if show_text:
+                facts["shown"] = [example.as_json() for example in shown_examples(index, chat)]
+            reports.append(DataReport(facts))
     return reports
 
 
