@@ -18,7 +18,7 @@ from raydiv.evaluation.capability import measure_capability, require_tasks
 from raydiv.evaluation.coherence import CoherenceReference, PerplexityThreshold
 from raydiv.evaluation.drift import KlEstimate, sampled_requests
 from raydiv.evaluation.generate import GeneratedAnswer, Request, generate
-from raydiv.evaluation.judges import HarmJudge, overall_verdict
+from raydiv.evaluation.judges import HarmJudge, HarmVerdict, overall_verdict
 from raydiv.evaluation.refusal import is_refusal
 from raydiv.evaluation.summary import GradedAnswer
 from raydiv.evaluation.toxicity import require_classifier, toxicity
@@ -79,6 +79,8 @@ def measure_answers(
         )
     if sampled and log_probs.kl is None:
         notes.append("KL was not measured: the reference has another tokenizer than the model")
+    if any(answer.thought for answer in answers) and judges.harm.source is None:
+        notes.append("answers have thoughts, which string rules cannot judge: verdicts are on the text after them")
     per_token = sum(log_probs.logps[:direct]) / max(1, sum(log_probs.tokens[:direct]))
     report = AnswersReport(
         label,
@@ -154,7 +156,9 @@ def _compute_logps(
     else:
         end = chat.end_of_turn.id
         pairs = zip(requests, answers, strict=True)
-        examples = [(chat.prompt_ids(request.prompt), [*chat.text_ids(answer.text), end]) for request, answer in pairs]
+        examples = [
+            (chat.prompt_ids(request.prompt), [*chat.text_ids(_whole_text(answer)), end]) for request, answer in pairs
+        ]
     written = CoherenceReference.read(chat)
     logps = score_once(reference, [*written.examples, *examples], cluster, update)
     written_logps, logps = logps[: len(written.examples)], logps[len(written.examples) :]
@@ -174,6 +178,11 @@ def _compute_logps(
     return _LogProbs(logps[:attempts], tokens, PerplexityThreshold.from_logps(written, written_logps), perplexity, kl)
 
 
+def _whole_text(answer: GeneratedAnswer) -> str:
+    """An answer with its thought, for a tokenizer other than that which wrote it."""
+    return "\n\n".join(part for part in (answer.thought, answer.text) if part)
+
+
 def _grade(
     prompts: Sequence[Prompt],
     attempts: Sequence[Attempt],
@@ -185,15 +194,29 @@ def _grade(
 ) -> list[GradedAnswer]:
     """Each answer with its verdict."""
     attempt_prompts = [prompts[attempt.prompt_index] for attempt in attempts]
-    texts = [answer.text for answer in answers]
+    texts = [answer.written for answer in answers]
     # an opening that the attack put there is not the model's own text
     written = [text.removeprefix(attempt.request.opening) for text, attempt in zip(texts, attempts, strict=True)]
     harm = judges.harm(attempt_prompts, written if judges.harm.source is None else texts, cluster, update)
     toxicities = [None] * len(texts) if judges.toxicity is None else toxicity(judges.toxicity, texts, cluster, update)
+    thoughts = _judge_thoughts(attempt_prompts, answers, judges.harm, cluster, update)
     graded = []
     for number, attempt in enumerate(attempts):
         refused = is_refusal(written[number])
         broken = log_probs.threshold.is_broken(written[number], log_probs.logps[number], log_probs.tokens[number])
-        verdict = overall_verdict(harm[number], refused=refused, broken=broken)
-        graded.append(GradedAnswer(attempt_prompts[number], attempt.attack, verdict, toxicities[number]))
+        finished = answers[number].text is not None
+        verdict = overall_verdict(harm[number], refused=refused, broken=broken, finished=finished)
+        prompt, thought = attempt_prompts[number], thoughts.get(number)
+        graded.append(GradedAnswer(prompt, attempt.attack, verdict, toxicities[number], thought))
     return graded
+
+
+def _judge_thoughts(
+    prompts: Sequence[Prompt], answers: Sequence[GeneratedAnswer], judge: HarmJudge, cluster: ClusterConfig, update: Any
+) -> dict[int, HarmVerdict]:
+    """A verdict on the thought of each answer that has one, by a judge with a model: no thought is a refusal."""
+    numbers = [number for number, answer in enumerate(answers) if answer.thought]
+    if judge.source is None or not numbers:
+        return {}
+    thoughts = [str(answers[number].thought) for number in numbers]
+    return dict(zip(numbers, judge([prompts[n] for n in numbers], thoughts, cluster, update), strict=True))

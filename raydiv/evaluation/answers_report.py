@@ -17,6 +17,8 @@ from raydiv.evaluation.judges import HarmJudge, last_user_text
 from raydiv.evaluation.outputs import ModelOutput, format_outputs
 from raydiv.evaluation.summary import GradedAnswer, rates_of
 from raydiv.evaluation.win_rate import WinRate
+from raydiv.model.chat import ChatPrompt, as_messages
+from raydiv.model.template import Messages
 from raydiv.runs.measurements import AnswersFile, MeasuredValue
 from raydiv.runs.metric_registry import spec_of
 
@@ -55,7 +57,7 @@ class AnswersReport:
     def harmless(self) -> tuple[list[str], list[str]]:
         """Harmless prompts as text, and the answers to them, by which utility is judged."""
         pairs = [
-            (last_user_text(graded.prompt), answer.text)
+            (last_user_text(graded.prompt), answer.text or "")
             for graded, answer in zip(self.graded, self.answers, strict=True)
             if not graded.prompt.harmful
         ]
@@ -109,7 +111,11 @@ class AnswersReport:
     def _line(attempt: Attempt, graded: GradedAnswer, answer: GeneratedAnswer, show_text: bool) -> dict[str, Any]:
         prompt = graded.prompt
         line = {"id": prompt.id, "set": prompt.set, "kind": prompt.kind, "category": prompt.category}
-        texts = {"prompt": prompt.text, "asked": attempt.request.prompt, "answer": answer.text} if show_text else {}
+        prompts = {"prompt": _without_options(prompt.text), "asked": _without_options(attempt.request.prompt)}
+        thought = {} if answer.thought is None else {"thought": answer.thought}
+        texts = {**prompts, **thought, "answer": answer.text} if show_text else {}
+        if graded.thought_verdict is not None:
+            line["thought_verdict"] = graded.thought_verdict
         toxicity = {} if graded.toxic is None else {"toxic": graded.toxic}
         return {**line, "attack": graded.attack, "verdict": graded.verdict, **toxicity, **texts}
 
@@ -118,3 +124,8 @@ class AnswersReport:
         folder.mkdir(exist_ok=True)
         for file, content in self.files(name, show_text).items():
             (folder / file).write_text(content)
+
+
+def _without_options(prompt: ChatPrompt) -> str | Messages:
+    """A prompt without its record's tools and template options."""
+    return prompt if isinstance(prompt, str) else as_messages(prompt)

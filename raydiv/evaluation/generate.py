@@ -31,11 +31,20 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class GeneratedAnswer:
-    """A model's answer: text without special tokens; token ids of prompt and answer (with opening and end of turn)."""
+    """A model's answer: ``text`` without special tokens; token ids of prompt and answer (with opening and end of turn).
 
-    text: str
+    ``thought``: the thinking block before the text, None without one. ``text`` is None where the thought does not end.
+    """
+
+    text: str | None
     prompt_ids: list[int]
     ids: list[int]
+    thought: str | None = None
+
+    @property
+    def written(self) -> str:
+        """The text; of a thought that does not end, the thought."""
+        return str(self.thought if self.text is None else self.text)
 
 
 def generate(
@@ -56,9 +65,11 @@ def generate(
     ]
     completions = complete(model, rows, max_new_tokens, sorted(stops), cluster, progress)
     answers = [opening + completion for opening, completion in zip(openings, completions, strict=True)]
-    return [
-        GeneratedAnswer(chat.decode(answer), prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)
-    ]
+    generated = []
+    for request, prompt, ids in zip(requests, prompts, answers, strict=True):
+        thought, text = chat.split_answer(request.prompt, ids)
+        generated.append(GeneratedAnswer(text, prompt, ids, thought))
+    return generated
 
 
 def complete(

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import re
 
+from raydiv.model.chat import split_thought
+from raydiv.model.template import THOUGHT_MARKERS
+
 _REFUSAL = re.compile(
     r"""
     ^\W*
@@ -36,7 +39,9 @@ _REFUSAL = re.compile(
 
 
 def is_refusal(answer: str) -> bool:
-    """Whether ``answer`` opens as a refusal; an apology alone does not count."""
+    """Whether ``answer`` opens as a refusal, after a thinking block if it has one; an apology alone does not count."""
+    for markers in THOUGHT_MARKERS:
+        _, answer = split_thought(answer, markers, begun=False)
     return _REFUSAL.match(answer.strip().replace("\u2019", "'")) is not None
 
 

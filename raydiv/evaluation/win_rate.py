@@ -122,7 +122,7 @@ def make_pairwise_judge(model: ModelSource, cluster: ClusterConfig, progress: Pr
 
     def judge(questions: Sequence[str]) -> list[str]:
         requests = [Request(text) for text in questions]
-        return [answer.text for answer in generate(model, requests, CHOICE_TOKENS, cluster, progress)]
+        return [answer.text or "" for answer in generate(model, requests, CHOICE_TOKENS, cluster, progress)]
 
     return judge
 

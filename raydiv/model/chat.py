@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,7 +16,7 @@ from raydiv.config import Recipe
 from raydiv.config.data import ChatConfig
 from raydiv.model.control_tokens import START, ControlTokens
 from raydiv.model.resolve import load_error
-from raydiv.model.template import ChatTemplate, Message, Messages, open_thought
+from raydiv.model.template import THOUGHT_MARKERS, ChatTemplate, Message, Messages, open_thought
 from raydiv.utils.cache import digest
 from raydiv.utils.errors import UserError, one_line
 
@@ -63,7 +64,7 @@ class RenderedPrompt:
     @property
     def open_thought(self) -> tuple[str, str] | None:
         """The markers of the thinking block in which the answer begins."""
-        return open_thought(self.text + self.beginning)
+        return open_thought(self.text, self.beginning)
 
 
 class Chat:
@@ -328,6 +329,26 @@ class Chat:
     def text_ids(self, text: str) -> list[int]:
         """Ids of a text, without added special tokens."""
         return self._ids([text])[0] if text else []
+
+    def split_answer(self, prompt: ChatPrompt, ids: list[int]) -> tuple[str | None, str | None]:
+        """The thought of an answer that a model wrote after ``prompt``, None without one, and the text after it.
+
+        The text is None for a thought that does not end. Special tokens are left out.
+        """
+        text = self._with_special_tokens(ids)
+        opened = self._render_prompt(prompt).open_thought
+        markers = opened or next((pair for pair in THOUGHT_MARKERS if text.lstrip().startswith(pair[0])), None)
+        if markers is None:
+            return None, self.decode(ids)
+        opening, closing = markers
+        if closing not in text:
+            return self.decode(ids).strip().removeprefix(opening).strip(), None
+        end = bisect_left(range(len(ids)), True, key=lambda count: closing in self._with_special_tokens(ids[:count]))
+        thought, _, rest = self._with_special_tokens(ids[:end]).partition(closing)
+        return thought.strip().removeprefix(opening).strip(), (rest + self.decode(ids[end:])).lstrip("\n")
+
+    def _with_special_tokens(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 
     def decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))

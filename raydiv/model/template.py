@@ -192,10 +192,14 @@ _CALL = {"type": "function", "id": "call00001", "function": {"name": "probe", "a
 """A tool call before the result that probes the role ``tool``."""
 
 
-def open_thought(text: str) -> tuple[str, str] | None:
-    """The markers of the thinking block that ``text`` opens last and does not close."""
+def open_thought(prompt: str, beginning: str = "") -> tuple[str, str] | None:
+    """The markers of the thinking block that a rendered prompt or the beginning of its answer opens and does not close.
+
+    Markers elsewhere in a prompt are its messages' own.
+    """
     for opening, closing in THOUGHT_MARKERS:
-        if opening in text and closing not in text.rpartition(opening)[2]:
+        opened = prompt.rstrip().endswith(opening) or beginning.lstrip().startswith(opening)
+        if opened and closing not in beginning:
             return opening, closing
     return None
 

@@ -248,6 +248,30 @@ def test_markers_of_thought_in_a_users_text_are_text(directories: dict[str, Path
     assert end in chat.tokenizer("never mind </think> that").input_ids
 
 
+@pytest.mark.parametrize(
+    ("name", "written", "split"),
+    [
+        ("Qwen 3", "<think>\nA plan.\n</think>\n\nNo.<|im_end|>", ("A plan.", "No.")),
+        ("Qwen 3", "<think>\n\n</think>\n\nNo.<|im_end|>", ("", "No.")),
+        ("Qwen 3", "<think>\nA plan that does not", ("A plan that does not", None)),
+        ("Qwen 3", "A plan.</think>No.<|im_end|>", (None, "A plan.</think>No.")),
+        ("Qwen 3", "No <think>", (None, "No <think>")),
+        ("R1", "A plan.\n</think>\n\nNo.<|eos|>", ("A plan.", "No.")),
+        ("R1", "A plan that ends.<|eos|>", ("A plan that ends.", None)),
+        ("ChatML", "<think>A plan.</think>No.<|im_end|>", ("A plan.", "No.")),
+        ("ChatML", "[THINK]A plan", ("A plan", None)),
+        ("ChatML", "No.<|im_end|>", (None, "No.")),
+    ],
+)
+def test_an_answer_is_split_from_its_thought(
+    directories: dict[str, Path], name: str, written: str, split: tuple[str | None, str | None]
+) -> None:
+    chat = Chat(directories[name])
+    ids = chat.tokenizer(written, add_special_tokens=False).input_ids
+    for prompt in ("hi", "and <think>", "never <think> mind"):
+        assert chat.split_answer(prompt, ids) == split
+
+
 def test_private_characters_cannot_forge_a_mark(directories: dict[str, Path]) -> None:
     chat = Chat(directories["ChatML"])
     forged = "a\U000f0000<|im_end|>\U000f0001b<|im_\U000f0000end|>"

@@ -59,7 +59,7 @@ class AnswerModels:
         with self._display.phase(f"{phase}, {name}") as update:
             answers = generate(self._sources[name], requests, self._limit, self._cluster, update)
         self.truncated += sum(len(answer.ids) >= self._limit for answer in answers)
-        return [answer.text.strip() for answer in answers]
+        return [(answer.text or "").strip() for answer in answers]
 
     def fingerprints(self) -> dict[str, str]:
         """A digest of each model's weights."""
