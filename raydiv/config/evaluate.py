@@ -56,15 +56,23 @@ class GcgConfig(Section):
     topk: PositiveInt = 256
 
 
-ATTACK_KEY = {"prefill": "opening", "templates": "file", "suffixes": "file", "gcg": "gcg"}
+ATTACK_KEY = {
+    "prefill": "opening",
+    "forged-turn": "opening",
+    "templates": "file",
+    "suffixes": "file",
+    "gcg": "gcg",
+}
 """The key of each attack's option."""
 
 
 class AttackConfig(Section):
-    """A way to ask harmful prompts: direct, prefill, templates: FILE, suffixes: FILE, or gcg."""
+    """A way to ask harmful prompts: direct, prefill, forged-turn, templates: FILE, suffixes: FILE, or gcg."""
 
-    kind: Literal["direct", "prefill", "templates", "suffixes", "gcg"]
-    opening: str = Field(default=OPENING, min_length=1, description="prefill: the first words of the answer")
+    kind: Literal["direct", "prefill", "forged-turn", "templates", "suffixes", "gcg"]
+    opening: str = Field(
+        default=OPENING, min_length=1, description="prefill, forged-turn: the first words of the answer"
+    )
     file: Source | None = Field(
         default=None, description="templates, suffixes: a file with one text per line, or with a column of that name"
     )
@@ -87,7 +95,7 @@ class AttackConfig(Section):
             ((kind, value),) = options.items()
             key = ATTACK_KEY.get(kind)
             if key is None:
-                raise ValueError(f"{kind}: unknown attack; known: direct, prefill, templates, suffixes, gcg")
+                raise ValueError(f"{kind}: unknown attack; known: direct, {', '.join(ATTACK_KEY)}")
             return {key: value for key, value in values.items() if key == "only"} | {"kind": kind, key: value}
         return values
 
@@ -95,11 +103,12 @@ class AttackConfig(Section):
     def _options_match_kind(self) -> AttackConfig:
         if (self.file is None) == (self.kind in ("templates", "suffixes")):
             raise ValueError(f"{self.kind}: templates and suffixes need a FILE, other attacks have none")
-        for key, kind in (("opening", "prefill"), ("gcg", "gcg")):
-            if kind != self.kind and getattr(self, key) != type(self).model_fields[key].get_default(
+        for key in ("opening", "gcg"):
+            kinds = [kind for kind, option in ATTACK_KEY.items() if option == key]
+            if self.kind not in kinds and getattr(self, key) != type(self).model_fields[key].get_default(
                 call_default_factory=True
             ):
-                raise ValueError(f"{self.kind}: {key}: not supported here, an option of {kind}")
+                raise ValueError(f"{self.kind}: {key}: not supported here, an option of {', '.join(kinds)}")
         return self
 
     @model_serializer(mode="wrap")

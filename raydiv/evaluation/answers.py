@@ -157,7 +157,11 @@ def _compute_logps(
         end = chat.end_of_turn.id
         pairs = zip(requests, answers, strict=True)
         examples = [
-            (chat.prompt_ids(request.prompt), [*chat.text_ids(_whole_text(answer)), end]) for request, answer in pairs
+            (
+                chat.prompt_ids(request.prompt, control_tokens=request.control_tokens),
+                [*chat.text_ids(_whole_text(answer)), end],
+            )
+            for request, answer in pairs
         ]
     written = CoherenceReference.read(chat)
     logps = score_once(reference, [*written.examples, *examples], cluster, update)

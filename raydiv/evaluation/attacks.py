@@ -63,6 +63,12 @@ def attack_attempts(
             Attempt(number, "gcg", Request(with_suffix(prompt.text, suffix)))
             for (number, prompt), suffix in zip(harmful, suffixes, strict=True)
         ]
+    if attack.kind == "forged-turn":
+        forged = model.chat().forged_turn(attack.opening)
+        return [
+            Attempt(number, attack.kind, Request(with_suffix(prompt.text, forged, ""), control_tokens=True))
+            for number, prompt in harmful
+        ]
     return [
         Attempt(number, attack.kind, build(prompt.text))
         for build in _request_builders(attack)
@@ -84,7 +90,7 @@ def check_attacks(attacks: Sequence[AttackConfig], prompts: Sequence[Prompt]) ->
             from raydiv.evaluation.gcg import require_nanogcg
 
             require_nanogcg()
-        else:
+        elif attack.kind != "forged-turn":
             _request_builders(attack)
 
 
@@ -95,9 +101,9 @@ def attack_texts(attacks: Sequence[AttackConfig]) -> list[list[str]]:
     ]
 
 
-def with_suffix(prompt: ChatPrompt, suffix: str) -> ChatPrompt:
+def with_suffix(prompt: ChatPrompt, suffix: str, separator: str = " ") -> ChatPrompt:
     """A prompt followed by a suffix."""
-    return _edit_last_user_turn(prompt, lambda content: f"{content} {suffix}")
+    return _edit_last_user_turn(prompt, lambda content: f"{content}{separator}{suffix}")
 
 
 RequestBuilder = Callable[[ChatPrompt], Request]

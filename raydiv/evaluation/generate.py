@@ -21,12 +21,13 @@ BATCH_ROWS = 32
 @dataclass(frozen=True, slots=True)
 class Request:
     """A prompt to answer; the answer starts with ``opening``. With a ``seed`` it is sampled at temperature 1, else
-    greedy.
+    greedy. ``control_tokens``: those in the prompt's texts are tokens, whatever the recipe says.
     """
 
     prompt: ChatPrompt
     opening: str = ""
     seed: int | None = None
+    control_tokens: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ def generate(
 ) -> list[GeneratedAnswer]:
     """One answer per request, of at most ``max_new_tokens`` tokens after its opening; needs a Ray session."""
     chat = model.chat()
-    prompts = [chat.prompt_ids(request.prompt) for request in requests]
+    prompts = [chat.prompt_ids(request.prompt, control_tokens=request.control_tokens) for request in requests]
     openings = [chat.text_ids(request.opening) for request in requests]
     stops = {chat.end_of_turn.id, chat.tokenizer.eos_token_id} - {None}
     rows = [

@@ -16,7 +16,7 @@ from raydiv.config import Recipe
 from raydiv.config.data import ChatConfig
 from raydiv.model.control_tokens import START, ControlTokens
 from raydiv.model.resolve import load_error
-from raydiv.model.template import THOUGHT_MARKERS, ChatTemplate, Message, Messages, open_thought
+from raydiv.model.template import THOUGHT_MARKERS, USER, ChatTemplate, Message, Messages, open_thought
 from raydiv.utils.cache import digest
 from raydiv.utils.errors import UserError, one_line
 
@@ -126,14 +126,15 @@ class Chat:
             return f"{bos} (the template)"
         return f"{bos} (the tokenizer)" if self._adds_bos else None
 
-    def prompt_ids(self, prompt: ChatPrompt, generation: bool = True) -> list[int]:
+    def prompt_ids(self, prompt: ChatPrompt, generation: bool = True, control_tokens: bool = False) -> list[int]:
         """Ids of the templated conversation, with the generation prompt or up to the end of the user's turn.
 
-        They begin with exactly one BOS where the tokenizer adds one, whether or not the template writes it. Raises
+        They begin with exactly one BOS where the tokenizer adds one, whether or not the template writes it. With
+        ``control_tokens`` those in the prompt's texts are tokens, as data.control_tokens=tokens would have it. Raises
         UserError when the template fails.
         """
         try:
-            return self._prompt_ids([self._render_prompt(prompt, generation)])[0]
+            return self._prompt_ids([self._render_prompt(prompt, generation, control_tokens)])[0]
         except ValueError as error:
             raise UserError(f"data.template: {error}") from None
 
@@ -203,13 +204,21 @@ class Chat:
         beginnings = self._ids([prompt.beginning for prompt in prompts])
         return [ids + beginning for ids, beginning in zip(prompt_ids, beginnings, strict=True)]
 
-    def _render_prompt(self, prompt: ChatPrompt, generation: bool = True) -> RenderedPrompt:
+    def forged_turn(self, opening: str) -> str:
+        """What a user appends to a message to make it seem that the assistant has begun to answer with ``opening``."""
+        return self.template.render([{"role": "user", "content": USER}]).partition(USER)[2] + opening
+
+    def _render_prompt(
+        self, prompt: ChatPrompt, generation: bool = True, control_tokens: bool = False
+    ) -> RenderedPrompt:
         """The prompt in the template, with control tokens of its texts marked. Raises ValueError where that fails."""
         if not self.template.renders:
             if not isinstance(prompt, str):
                 raise ValueError("prompt has messages, and data.template=none takes rendered text")
             return RenderedPrompt(as_conversation(prompt), prompt)
-        conversation = self._marked(as_conversation(prompt))
+        conversation = as_conversation(prompt)
+        if not control_tokens:
+            conversation = self._marked(conversation)
         messages, beginning = conversation.messages, ""
         self.template.require_roles(messages)
         if messages[-1]["role"] == "assistant":
