@@ -152,21 +152,39 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
 
 
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts a command in the background, which is killed at the latest when the test ends."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(words: list[str], **more: str) -> subprocess.Popen[str]:
+        started.append(subprocess.Popen(words, env=environment() | more, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.long
 def test_a_run_that_loses_all_workers_and_then_its_driver_resumes_where_it_was(
-    whole: Result, named: Callable[..., Recipe], tmp_path: Path
+    whole: Result, named: Callable[..., Recipe], start: Start, tmp_path: Path
 ) -> None:
     recipe = named("killed")
     run = RunDirectory.of(recipe)
     words = command(recipe, tmp_path / "recipe.yaml")
-    process = subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True)
+    process = start(words)
     wait_for_step(run, 3)
     for worker in workers(process.pid):
         worker.kill()
     assert "raydiv: the run failed: training" in process.communicate(timeout=120)[1]
     assert process.returncode == 1
     first = json.loads(run.mlflow.read_text())
-    process = subprocess.Popen([*words, "--resume"], env=environment(), stderr=subprocess.DEVNULL)
+    process = start([*words, "--resume"])
     wait_for_step(run, 6)
     process.kill()
     process.wait()
@@ -179,13 +197,11 @@ def test_a_run_that_loses_all_workers_and_then_its_driver_resumes_where_it_was(
 
 @pytest.mark.long
 def test_sigterm_leaves_a_checkpoint_of_the_last_step(
-    whole: Result, named: Callable[..., Recipe], tmp_path: Path
+    whole: Result, named: Callable[..., Recipe], start: Start, tmp_path: Path
 ) -> None:
     recipe = named("term", "checkpoint.every=null")
     run = RunDirectory.of(recipe)
-    process = subprocess.Popen(
-        command(recipe, tmp_path / "recipe.yaml"), env=environment() | PLANTED, stderr=subprocess.PIPE, text=True
-    )
+    process = start(command(recipe, tmp_path / "recipe.yaml"), **PLANTED)
     wait_for_step(run, 3)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=120)[1]
@@ -205,15 +221,15 @@ def test_sigterm_leaves_a_checkpoint_of_the_last_step(
 
 
 @pytest.mark.long
-def test_ctrl_c_exits_with_130_and_ends_the_mlflow_run(named: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_ctrl_c_exits_with_130_and_ends_the_mlflow_run(
+    named: Callable[..., Recipe], start: Start, tmp_path: Path
+) -> None:
     from mlflow import MlflowClient
 
     alone = ("cluster.num_workers=1", "engine.zero_stage=0")
     recipe = named("interrupted", "optim.steps=100000", "evaluate.every=null", "checkpoint.every=2", *alone)
     run = RunDirectory.of(recipe)
-    process = subprocess.Popen(
-        command(recipe, tmp_path / "recipe.yaml"), env=environment(), stderr=subprocess.PIPE, text=True
-    )
+    process = start(command(recipe, tmp_path / "recipe.yaml"))
     wait_for_step(run, 3)
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=120)[1]
