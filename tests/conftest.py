@@ -25,7 +25,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> object:
 
 @pytest.fixture(scope="session", autouse=True)
 def _interruptible() -> None:
-    """Commands that tests start end at Ctrl-C, also where pytest runs in the background of a shell, which ignores it."""
+    """Commands that tests start end at Ctrl-C, also where a shell runs pytest in the background, which ignores it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
