@@ -48,6 +48,10 @@ def add_run_commands(commands: Any) -> None:
     export.add_argument("run", metavar="RUN", type=Path, help="a run directory")
     export.add_argument("destination", metavar="DEST", type=Path, help="a new or empty folder")
     export.add_argument("--adapter", action="store_true", help="export the LoRA adapter alone, not merged")
+    export.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="dtype of the weights (default: the base's)")
+    export.add_argument(
+        "--push-to", metavar="ORG/NAME", help="upload it to this repository of the hub, a private one if it is new"
+    )
     add_reports(export)
 
 
@@ -122,8 +126,13 @@ def _prepare(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from raydiv.commands.export import export
 
-    directory = export(options.run, options.destination, options.adapter)
-    print_report(options, {"model": str(directory)}, lambda: print(directory))
+    directory = export(options.run, options.destination, options.adapter, options.dtype)
+    written = {"model": str(directory)}
+    if options.push_to:
+        from raydiv.model.export import push
+
+        written["hub"] = push(directory, options.push_to)
+    print_report(options, written, lambda: print("\n".join(written.values())))
     return 0
 
 

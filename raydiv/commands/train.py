@@ -14,6 +14,7 @@ from raydiv.commands.prepare import LoadedInputs, PreparedData, load_inputs, loc
 from raydiv.config import Recipe
 from raydiv.config.cluster import ClusterConfig
 from raydiv.evaluation.before_after import BeforeAfterEvaluation
+from raydiv.model.load import ModelSource
 from raydiv.runs.directory import RunDirectory
 from raydiv.runs.heartbeat import diagnose_hang
 from raydiv.runs.metrics_log import Metrics, last_values
@@ -268,6 +269,7 @@ def _conclude(
         },
         "metrics": metrics,
         "data": prepared.summary(),
+        "base_dtype": ModelSource.from_recipe(recipe, prepared.model_directory).stored_dtype(),
         "versions": versions(),
         "layout": {
             "zero_stage": recipe.engine.zero_stage,

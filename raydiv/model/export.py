@@ -1,7 +1,9 @@
-"""Writing trained models: Hugging Face directories with tokenizer, chat template and model card."""
+"""Writing trained models: Hugging Face directories that transformers, peft and vLLM read."""
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,12 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from raydiv.config import Recipe
-from raydiv.model.chat import Chat
+from raydiv.config.source import Source
+from raydiv.model.chat import Chat, chat_table
 from raydiv.model.load import ModelSource
+from raydiv.utils.compat import make_readable_by_transformers_4
+from raydiv.utils.errors import UserError, one_line
 from raydiv.utils.storage import atomic
 
 CHECKED_TOKENS, TOLERANCE = 32, 1e-3
 """Tokens that a written model is checked on, and the tolerance of its logits."""
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "merges.txt", "spiece.model", "tekken.json", "chat_template.jinja", "chat_template.json"),
+)
+"""Files of a tokenizer. A base's own are copied: those that transformers 5 writes are not read by older versions."""
 
 
 def write_model(
@@ -34,33 +45,69 @@ def write_model(
         )
     shutil.rmtree(target, ignore_errors=True)  # of an attempt that was killed after writing it
     with atomic(target) as temporary:
-        if recipe.model.lora is not None:
-            for adapter in model.peft_config.values():
-                adapter.base_model_name_or_path = str(base)
         chat = Chat.from_recipe(recipe, base)
         _stop_at_end_of_turn(model, chat)
         model.save_pretrained(temporary, state_dict=state)
-        _write_tokenizer_and_card(temporary, chat, recipe, adapter=recipe.model.lora is not None)
+        if recipe.model.lora is not None:
+            _name_base(temporary / "adapter_config.json", recipe, base)
+        _write_other_files(temporary, base, chat, recipe, adapter=recipe.model.lora is not None)
         check(temporary)
 
 
-def write_merged(recipe: Recipe, adapters: Path, directory: Path) -> None:
-    """Merge the adapters of ``adapters`` into their base and write the whole model to ``directory``.
+def write_whole(recipe: Recipe, trained: Path, directory: Path, dtype: str | None) -> None:
+    """Write the trained model of a run as a whole model: adapters are merged into their base.
 
-    The written model is loaded again. Raises RuntimeError where its logits are not those of the merged model.
+    ``dtype``: torch's name of the dtype of the written weights; by default that of the base, or of ``trained`` itself.
+    The written model is loaded again. Raises RuntimeError where its logits are not those of the trained one in this
+    dtype.
     """
-    source = replace(ModelSource.from_recipe(recipe, adapters), precision="fp32", quantization=None)
-    model = source.load()
-    merged, chat = _logits(model), Chat.from_recipe(recipe, adapters)
+    import torch
+
+    source = replace(ModelSource.from_recipe(recipe, trained), precision="fp32", quantization=None)
+    base = source.base_directory() or trained
+    chosen = getattr(torch, dtype or replace(source, directory=base).stored_dtype())
+    model = source.load().to(chosen)
+    logits, chat = _logits(model), Chat.from_recipe(recipe, trained)
     _stop_at_end_of_turn(model, chat)
     model.save_pretrained(directory)
     del model  # memory may not hold two
-    _write_tokenizer_and_card(directory, chat, recipe, adapter=False)
-    difference = float((_logits(replace(source, directory=directory).load()) - merged).abs().max())
+    _write_other_files(directory, base, chat, recipe, adapter=False)
+    difference = float((_logits(replace(source, directory=directory).load().to(chosen)) - logits).abs().max())
     if not difference <= TOLERANCE:  # nan fails too
         raise RuntimeError(
-            f"the written model is not the merged one: its logits differ by up to {difference:.3g}; it was removed"
+            f"the written model is not the trained one: its logits differ by up to {difference:.3g}; it was removed"
         )
+
+
+def push(directory: Path, repository: str) -> str:
+    """Upload a model's directory to a repository of the hub, which is created as a private one; returns its address.
+
+    Raises UserError where the hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        address = api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=directory, commit_message="Model exported by raydiv")
+    except Exception as error:  # the hub client raises many unrelated types
+        raise UserError(
+            f"--push-to {repository}: the hub refuses ({type(error).__name__}: {one_line(error, 200)}); {directory} is "
+            "written, and this machine needs a token that may write there (hf auth login, or HF_TOKEN)"
+        ) from None
+    return str(address)
+
+
+def _name_base(path: Path, recipe: Recipe, base: Path) -> None:
+    """Let an adapter's config name its base: the hub's id and commit, a bundled model's id, or else the directory.
+
+    Written into the file, since peft would ask the hub for a base that its own config names by id.
+    """
+    name, revision = (recipe.model.id if recipe.model.id.startswith("bundled:") else str(base)), None
+    if base.parent.name == "snapshots" and base.parents[1].name.startswith("models--"):
+        name, revision = base.parents[1].name.removeprefix("models--").replace("--", "/"), base.name
+    config = json.loads(path.read_text()) | {"base_model_name_or_path": name, "revision": revision}
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _logits(model: Any) -> Any:
@@ -81,29 +128,84 @@ def _stop_at_end_of_turn(model: Any, chat: Chat) -> None:
         config.eos_token_id = [chat.end_of_turn.id, *(stop for stop in stops if stop is not None)]
 
 
-def _write_tokenizer_and_card(directory: Path, chat: Chat, recipe: Recipe, adapter: bool) -> None:
-    """Write tokenizer, chat template and card into a model's directory."""
-    chat.tokenizer.save_pretrained(directory)
-    (directory / "README.md").write_text(_model_card(recipe, adapter))
+def _write_other_files(directory: Path, base: Path, chat: Chat, recipe: Recipe, adapter: bool) -> None:
+    """Write what a model's directory has beside its weights: the tokenizer of its base, template, config and card."""
+    _write_tokenizer(directory, base, chat)
+    if not adapter:
+        _keep_config_of_base(directory, base)
+    make_readable_by_transformers_4(directory)
+    (directory / "README.md").write_text(_model_card(recipe, chat, adapter))
 
 
-def _model_card(recipe: Recipe, adapter: bool) -> str:
+def _write_tokenizer(directory: Path, base: Path, chat: Chat) -> None:
+    """Copy the base's tokenizer, with the chat template that was trained with."""
+    copied = [name for name in TOKENIZER_FILES if (base / name).is_file()]
+    if "tokenizer_config.json" not in copied:
+        chat.tokenizer.save_pretrained(directory)
+        return
+    for name in (*copied, *(path.name for path in base.glob("tokenization_*.py"))):
+        shutil.copyfile(base / name, directory / name)
+    template = chat.tokenizer.chat_template
+    if chat.config.template is None or not isinstance(template, str):
+        return
+    (directory / "chat_template.jinja").write_text(template)
+    (directory / "chat_template.json").unlink(missing_ok=True)
+    path = directory / "tokenizer_config.json"
+    content = json.loads(path.read_text())
+    if "chat_template" in content:
+        path.write_text(json.dumps(content | {"chat_template": template}, indent=2) + "\n")
+
+
+def _keep_config_of_base(directory: Path, base: Path) -> None:
+    """Give the config the keys and values of the base's where they mean the same: training changes the dtype alone."""
+    written, own = (json.loads((folder / "config.json").read_text()) for folder in (directory, base))
+    dtype = written.get("dtype", written.get("torch_dtype"))
+    for config in (own, own.get("text_config")):
+        for name in ("dtype", "torch_dtype"):
+            if isinstance(config, dict) and name in config:
+                config[name] = dtype
+    if not {"dtype", "torch_dtype"} & own.keys():
+        own["torch_dtype"] = dtype
+    own.pop("quantization_config", None)
+    (directory / "config.json").write_text(json.dumps(own, indent=2) + "\n")
+
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def _model_card(recipe: Recipe, chat: Chat, adapter: bool) -> str:
+    """The model card; its metadata are those that the hub accepts, so that a model that is not there is not named."""
+    from huggingface_hub import ModelCardData
+
     terms = [f"{term.weight:g} x {term.name} {term.options}" for term in recipe.loss.terms]
     length = recipe.optim.steps or f"{recipe.optim.epochs:g} epochs"
     method = "full fine-tune" if recipe.model.lora is None else f"LoRA, r {recipe.model.lora.r}"
+    on_hub = HUB_ID.fullmatch(recipe.model.id) and not Path(recipe.model.id).exists()
+    data = ModelCardData(
+        base_model=recipe.model.id if on_hub else None,
+        datasets=_hub_sets(recipe.data.train) or None,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=["raydiv", "safety-alignment", *(term.name for term in recipe.loss.terms)],
+    )
+    options = recipe.data.template_options
+    lines = [f"- {name}: `{fact}`" for name, fact in chat_table(chat.facts()).items()]
+    lines += [f"- options of the template, in training: `{json.dumps(options)}`"] if options else []
     return f"""---
-base_model: {recipe.model.id}
-library_name: {"peft" if adapter else "transformers"}
-tags: [raydiv, safety-alignment]
+{data.to_yaml()}
 ---
 # {recipe.name}
 
 {recipe.model.id} aligned for safety by raydiv ({method}).
 
 - objective: {" + ".join(terms)}
-- data: {recipe.data.train}
+- data: {", ".join(source.path for source in recipe.data.train)}
 - updates: {length} of {recipe.batch.examples} examples, peak rate {recipe.optim.lr:g}
-- prompts use the tokenizer's chat template, as in training
+{chr(10).join(lines)}
 
 A model that refuses more is not thereby safe: see the run's report for attack success, over-refusal and coherence.
 """
+
+
+def _hub_sets(sources: list[Source]) -> list[str]:
+    return [source.path.removeprefix("hf://") for source in sources if source.path.startswith("hf://")]

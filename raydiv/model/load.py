@@ -74,6 +74,10 @@ class ModelSource:
             raise load_error(directory, error, one_line(error, 300)) from None
         return config.get_text_config()
 
+    def stored_dtype(self) -> str:
+        """Torch's name of the dtype of the weights by the config, else float32."""
+        return str(self.config().dtype or torch.float32).removeprefix("torch.")
+
     def base_directory(self) -> Path | None:
         """The directory of an adapter's base model; None where this is no adapter."""
         directory = self._local_directory()
@@ -82,7 +86,8 @@ class ModelSource:
         with peft_without_quantizer():
             from peft import PeftConfig
 
-            return model_directory(PeftConfig.from_pretrained(str(directory)).base_model_name_or_path or "")
+            config = PeftConfig.from_pretrained(str(directory))
+            return model_directory(config.base_model_name_or_path or "", config.revision)
 
     def _local_directory(self) -> Path:
         """The directory on this node: a bundled or downloaded model that was resolved on another node may be missing

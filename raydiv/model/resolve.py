@@ -10,7 +10,7 @@ from typing import Any
 
 from raydiv.model.w1 import W1, w1_model
 from raydiv.utils.cache import cache_dir, digest, file_digest
-from raydiv.utils.compat import is_custom_code_refusal
+from raydiv.utils.compat import is_custom_code_refusal, make_readable_by_transformers_4
 from raydiv.utils.errors import UserError, one_line
 from raydiv.utils.storage import atomic
 
@@ -182,3 +182,4 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(**gguf_source)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
     tokenizer.save_pretrained(target)
+    make_readable_by_transformers_4(target)

@@ -6,9 +6,11 @@ changed.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
@@ -251,3 +253,37 @@ def patched_nanogcg(forbidden_tokens: Any) -> Iterator[None]:
 
     with patch.object(gcg, "get_nonascii_toks", forbidden_tokens), patch.object(gcg, "tqdm", lambda steps, **_: steps):
         yield
+
+
+def make_readable_by_transformers_4(directory: Path) -> None:
+    """Let transformers 4.57, and servers that use it, read a config and a tokenizer that transformers 5 wrote.
+
+    Checked with transformers 5.23 and 4.57.6. The latter knows no class TokenizersBackend, refuses a list of
+    ``extra_special_tokens``, and reads ``rope_theta`` alone: without it, it computes other logits, without a word.
+    """
+    for name, change in (("config.json", _add_rope_theta), ("tokenizer_config.json", _rename_tokenizer_class)):
+        path = directory / name
+        if path.is_file():
+            content = json.loads(path.read_text())
+            changed = change(content)
+            if changed != content:
+                path.write_text(json.dumps(changed, indent=2) + "\n")
+
+
+def _add_rope_theta(config: dict[str, Any]) -> dict[str, Any]:
+    config = {name: _add_rope_theta(value) if isinstance(value, dict) else value for name, value in config.items()}
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope and "rope_theta" not in config:
+        config["rope_theta"] = rope["rope_theta"]
+        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+        config["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    return config
+
+
+def _rename_tokenizer_class(config: dict[str, Any]) -> dict[str, Any]:
+    config = dict(config)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    return config
