@@ -116,6 +116,13 @@ class DataConfig(ChatConfig):
         """Sources of held-out examples; empty if ``eval`` is a fraction of the training prompts."""
         return self.eval if isinstance(self.eval, list) else []
 
+    @property
+    def held_out_names(self) -> list[str]:
+        """The name of each source of held-out examples, in their order; empty where all have one name."""
+        sources = self.train if isinstance(self.eval, float) else self.eval_sources
+        names = [source.short_name for source in sources]
+        return names if len(set(names)) > 1 else []
+
     def columns_of(self, source: Source) -> dict[str, str]:
         """The column names of a source by the names of its format."""
         return (self.columns if source.columns is None else source.columns) or {}

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from raydiv.config import Recipe
 from raydiv.data.batching import SequentialPlan
+from raydiv.losses import Batch
 from raydiv.runs.directory import RunDirectory
 from raydiv.training.coefficients import NotFiniteError, evaluate_objective
 from raydiv.training.dataloader import ExampleSet, RankShard, StepLoader, read_steps
 from raydiv.training.metrics import log_metrics, rewards
 from raydiv.training.schedule import is_due
 from raydiv.training.state import TrainState
-from raydiv.training.step import Stepper, concatenate_batches
+from raydiv.training.step import Stepper, concatenate_batches, select_examples
 from raydiv.utils import distributed as dist
 from raydiv.utils.storage import write_json
 
@@ -32,8 +35,8 @@ class HeldOutEvaluation:
     def evaluate(self, step: int) -> dict[str, float]:
         """Log and return loss, divergence and rewards as ``eval/*``, which leaves the running states as they were.
 
-        Where there is a reference, each example's reward is written into the run. Values that are not finite make an
-        event in place of metrics.
+        Where the examples are of several sources, ``eval/SOURCE/*`` are those of each. Where there is a reference, each
+        example's reward is written into the run. Values that are not finite make an event in place of metrics.
         """
         if self.examples is None:
             return {}
@@ -43,19 +46,30 @@ class HeldOutEvaluation:
         plan = SequentialPlan(stored.lengths, PART_EXAMPLES)
         steps = read_steps(StepLoader(self.examples, plan, shard), 0, plan.steps)
         batch = concatenate_batches([self.stepper.score(part) for part in steps], plan.order, stored.units)
-        try:
-            values = evaluate_objective(self.stepper.terms, self.stepper.states, batch).metrics
-        except NotFiniteError as error:
-            if dist.rank() == 0:
-                self.run.events.log(f"step {step}: no eval/* metrics of the held-out examples: {error}")
+        values = self._values(batch, "eval", step)
+        if not values:
             return {}
+        names = np.array(self.recipe.data.held_out_names)
+        for name in dict.fromkeys(names.tolist()):
+            rows = np.flatnonzero(names[stored.source] == name)
+            values |= self._values(select_examples(batch, rows), f"eval/{name}", step)
         if dist.rank() == 0 and self.recipe.loss.needs_reference:
             reward = rewards(batch, self.stepper.terms[0].reward_scale)
             classes = {"aligned": batch.aligned, "unaligned": ~batch.aligned}
             write_json(self.run.rewards, {name: reward[mask].tolist() for name, mask in classes.items()})
-        metrics = {"step": step} | {f"eval/{name}": value for name, value in values.items()}
+        metrics = {"step": step} | values
         log_metrics(self.run, metrics)
         return metrics
+
+    def _values(self, batch: Batch, prefix: str, step: int) -> dict[str, float]:
+        """The metrics of a batch, by name after ``prefix``; none where they are not finite."""
+        try:
+            values = evaluate_objective(self.stepper.terms, self.stepper.states, batch).metrics
+        except NotFiniteError as error:
+            if dist.rank() == 0:
+                self.run.events.log(f"step {step}: no {prefix}/* metrics of the held-out examples: {error}")
+            return {}
+        return {f"{prefix}/{name}": value for name, value in values.items()}
 
     def after_step(self, step: int, state: TrainState) -> dict[str, float]:
         """The metrics of an evaluation that is due after ``step``, or at the end of training; empty otherwise.

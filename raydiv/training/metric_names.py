@@ -21,8 +21,12 @@ def step_metrics(recipe: Recipe) -> set[str]:
 
 
 def held_out_metrics(recipe: Recipe) -> set[str]:
-    """Metrics of an evaluation on ``data.eval``; empty without it."""
-    return set() if recipe.data.eval is None else {f"eval/{name}" for name in _evaluate_example(recipe).metrics}
+    """Metrics of an evaluation on ``data.eval``, and on each of its sources; empty without it."""
+    if recipe.data.eval is None:
+        return set()
+    names = _evaluate_example(recipe).metrics
+    prefixes = ["eval", *(f"eval/{source}" for source in recipe.data.held_out_names)]
+    return {f"{prefix}/{name}" for prefix in prefixes for name in names}
 
 
 def training_metrics(recipe: Recipe) -> set[str]:

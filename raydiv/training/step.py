@@ -302,6 +302,23 @@ def concatenate_batches(batches: Sequence[Batch], order: np.ndarray, units: np.n
     return Batch(**joined, pairs=pairs, mismatched_log_ratios=mismatched[in_order] if len(mismatched) else mismatched)
 
 
+def select_examples(batch: Batch, rows: np.ndarray) -> Batch:
+    """The examples of a batch at ``rows`` [m], in this order, with the pairs that are complete among them."""
+    chosen = torch.from_numpy(rows)
+    positions = torch.full((len(batch.logps),), -1)
+    positions[chosen] = torch.arange(len(chosen))
+    pairs = positions[batch.pairs]
+    mismatched = batch.mismatched_log_ratios
+    return Batch(
+        logps=batch.logps[chosen],
+        reference_logps=batch.reference_logps[chosen],
+        aligned=batch.aligned[chosen],
+        tokens=batch.tokens[chosen],
+        pairs=pairs[(pairs >= 0).all(1)],
+        mismatched_log_ratios=mismatched[chosen] if len(mismatched) else mismatched,
+    )
+
+
 def _slice(coefficients: Tensor, part: slice, _: Tensor) -> Tensor:
     return coefficients[part]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from raydiv.config import Recipe, load_recipe
+from raydiv.config.data import DataConfig
 from raydiv.losses import OBJECTIVES, Batch, Term, Value
 from raydiv.runs.directory import RunDirectory
 from raydiv.training import held_out as held_out_module
@@ -20,10 +22,12 @@ from raydiv.training import separation_probe
 from raydiv.training.coefficients import evaluate_objective
 from raydiv.training.held_out import HeldOutEvaluation
 from raydiv.training.loop import TrainingLoop, Updates
+from raydiv.training.metric_names import held_out_metrics
 from raydiv.training.metrics import RunningMeans, finite, log_metrics
 from raydiv.training.schedule import is_due
 from raydiv.training.separation_probe import SeparationMeasurement
 from raydiv.training.state import TrainState
+from raydiv.training.step import select_examples
 from raydiv.training.step_timer import StepTimer
 
 ALL_DONE = "all steps are done"
@@ -231,6 +235,33 @@ def test_an_evaluation_of_one_class_leaves_the_other_out(
     assert not {f"eval/reward/{absent}", f"eval/logp/{absent}", "eval/reward/margin"} & metrics.keys()
     assert run.metrics.read() == [metrics]
     assert json.loads(run.rewards.read_text())[absent] == []
+
+
+def test_each_held_out_source_has_metrics_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = batch_of([True, False, True, False, True, False])
+    batch = replace(batch, logps=torch.arange(6.0) - 9, pairs=torch.tensor([[0, 1], [2, 3], [4, 5]]))
+    evaluation = held_out_evaluation(tmp_path, monkeypatch, batch)
+    stored = SimpleNamespace(lengths=np.ones(6), units=np.zeros((6, 2)), source=np.array([0, 0, 1, 1, 2, 2], np.int16))
+    evaluation.examples.examples = stored  # type: ignore[union-attr, misc]
+    sources = [{"path": "a/refusals.jsonl"}, {"path": "prefs.csv"}, {"path": "b/refusals.jsonl"}]
+    recipe = evaluation.recipe.model_copy(update={"data": DataConfig.model_validate({"eval": sources})})
+    metrics = replace(evaluation, recipe=recipe).evaluate(step=2)
+    stepper = evaluation.stepper
+    for prefix, rows in (("eval", range(6)), ("eval/prefs", [2, 3]), ("eval/refusals", [0, 1, 4, 5])):
+        part = select_examples(batch, np.array(rows))
+        expected = evaluate_objective(stepper.terms, stepper.states, part).metrics
+        assert {name: metrics[f"{prefix}/{name}"] for name in expected} == expected
+    assert held_out_metrics(recipe) == metrics.keys() - {"step"}
+    assert len({metrics[f"{prefix}/loss"] for prefix in ("eval", "eval/prefs", "eval/refusals")}) == 3
+
+
+def test_the_pairs_of_selected_examples_are_those_that_are_complete() -> None:
+    batch = replace(batch_of([True, False, True, False]), pairs=torch.tensor([[0, 1], [2, 3]]), logps=torch.arange(4.0))
+    part = select_examples(batch, np.array([3, 0, 2]))
+    assert part.logps.tolist() == [3, 0, 2]
+    assert part.pairs.tolist() == [[2, 0]]
+    mismatched = replace(batch, mismatched_log_ratios=torch.arange(4.0) + 10)
+    assert select_examples(mismatched, np.array([1, 2])).mismatched_log_ratios.tolist() == [11, 12]
 
 
 def test_reason_to_end_is_the_last_step_or_the_target_margin(tmp_path: Path) -> None:
