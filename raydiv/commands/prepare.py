@@ -10,6 +10,7 @@ import numpy as np
 
 from raydiv.commands.preflight import CACHE, require_nodes
 from raydiv.config import Recipe
+from raydiv.config.recipe import ModelConfig, adapter_directory
 from raydiv.data.index import OpenSource
 from raydiv.data.prompt_sets import PromptSets
 from raydiv.data.reference_scorer import reference_logps
@@ -67,7 +68,7 @@ class PreparedData:
     @property
     def fingerprints(self) -> dict[str, str]:
         """Fingerprints of the training ``data`` and of the base ``model``."""
-        return {"data": self.train.examples.fingerprint, "model": fingerprint(self.model_directory)}
+        return {"data": self.train.examples.fingerprint, "model": ModelSource(self.model_directory).fingerprint()}
 
     def summary(self) -> dict[str, Any]:
         """Counts and fingerprints, for ``raydiv prepare`` and result.json."""
@@ -105,6 +106,7 @@ def load_inputs(recipe: Recipe, display: ProgressDisplay) -> LoadedInputs:
     with display.phase("model and data"):
         directory = model_directory(recipe.model.id, recipe.model.revision)
         require_base_model(recipe.model.id, directory)
+        start = directory if recipe.model.adapter is None else _adapter(recipe.model, directory)
         ModelSource.from_recipe(recipe, directory).config()  # fails here rather than in a worker
         prompts = PromptSets.of(recipe)
         chat = Chat.from_recipe(recipe, directory)
@@ -114,7 +116,16 @@ def load_inputs(recipe: Recipe, display: ProgressDisplay) -> LoadedInputs:
         )
         for source in (*train, *held_out):
             source.require_example(quarantine=recipe.data.on_bad_row == "quarantine")
-        return LoadedInputs(directory, chat, train, held_out, prompts)
+        return LoadedInputs(start, chat, train, held_out, prompts)
+
+
+def _adapter(model: ModelConfig, base: Path) -> Path:
+    """The directory of the adapter that training starts from. Raises UserError where it is one of another base."""
+    directory = model_directory(str(adapter_directory(str(model.adapter))))
+    own = ModelSource(directory).base_directory()
+    if own is None or fingerprint(own) != fingerprint(base):
+        raise UserError(f"model.adapter: {model.adapter}: an adapter of {own}, which is not the model.id {model.id}")
+    return directory
 
 
 def local_files(inputs: LoadedInputs) -> dict[str, int]:

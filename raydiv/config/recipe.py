@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,12 +32,42 @@ LOSSES_WITH_REFERENCE = objective_names(lambda objective: objective.needs_refere
 
 
 class LoraConfig(Section):
-    """Low-rank adapters instead of a full fine-tune."""
+    """Low-rank adapters instead of a full fine-tune. Modules are named as PEFT does it."""
 
     r: PositiveInt = 16
     alpha: PositiveFloat = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: str | list[str] = "all-linear"
+    target_modules: str | list[str] = Field(
+        default="all-linear",
+        description="all-linear, endings of module names, or a regular expression of whole names",
+    )
+    exclude_modules: str | list[str] | None = Field(
+        default=None, description="modules without an adapter: endings of names, or a regular expression"
+    )
+    use_rslora: bool = Field(default=False, description="scale by alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)")
+    use_dora: bool = Field(default=False, description="train magnitude and direction apart (DoRA, arXiv 2402.09353)")
+
+
+LORA_KEYS = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
+"""PEFT's names of the keys of ``model.lora``, where they differ."""
+
+
+def adapter_directory(adapter: str) -> Path:
+    """The directory of an adapter that is given as itself or as its run."""
+    path = Path(adapter).expanduser()
+    return path / "model" if (path / "model" / "adapter_config.json").is_file() else path
+
+
+def _lora_of(adapter: str) -> dict[str, Any] | None:
+    """The section ``model.lora`` of an adapter; None where its directory is not here. Raises ValueError."""
+    path = adapter_directory(adapter) / "adapter_config.json"
+    if not path.is_file():
+        return None
+    config = json.loads(path.read_text())
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"adapter: {adapter} is of type {config.get('peft_type')}; only LORA is supported")
+    names = {key: LORA_KEYS.get(key, key) for key in LoraConfig.model_fields}
+    return {key: config[name] for key, name in names.items() if config.get(name) is not None}
 
 
 class ModelConfig(Section):
@@ -45,6 +76,11 @@ class ModelConfig(Section):
     id: str = Field(description="a Hugging Face directory, a hub id, or bundled:smollm2-135m-instruct")
     revision: str | None = None
     lora: LoraConfig | None = None
+    adapter: str | None = Field(
+        default=None,
+        description="a run with adapters, or their directory: training goes on from them, the reference is the model "
+        "with them, and model.lora is theirs",
+    )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         default="auto", description="auto: sdpa if the architecture supports it, else eager (such as Gemma 2)"
     )
@@ -56,6 +92,30 @@ class ModelConfig(Section):
         default="store",
         description="log-probs from the reference store, or from the policy with its adapters off at each step",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lora_is_that_of_the_adapter(cls, values: Any) -> Any:
+        adapter = values.get("adapter") if isinstance(values, dict) else None
+        if not isinstance(adapter, str):
+            return values
+        own, given = _lora_of(adapter), values.get("lora") or {}
+        if own is None:
+            if given:  # a finished run's recipe is read without the adapter that it started from
+                return values
+            raise ValueError(f"adapter: no adapter in {adapter} (adapter_config.json, there or in its folder model)")
+        for key, value in given.items() if isinstance(given, dict) else ():
+            found = own.get(key, LoraConfig.model_fields[key].default if key in LoraConfig.model_fields else value)
+            same = sorted(value) == sorted(found) if isinstance(value, list) else value == found
+            if not same and value != "all-linear":
+                raise ValueError(f"adapter: its lora.{key} is {found}, and the recipe has {value}; remove model.lora")
+        return values | {"lora": own}
+
+    @model_validator(mode="after")
+    def _adapter_is_the_reference(self) -> ModelConfig:
+        if self.adapter is not None and self.reference == "adapter-off":
+            raise ValueError("reference: adapter-off would be the base, and not the adapter that training starts from")
+        return self
 
     @model_validator(mode="after")
     def _adapter_off_needs_lora(self) -> ModelConfig:

@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raydiv.model.load import ModelSource
-from raydiv.model.resolve import fingerprint
 from raydiv.utils.cache import digest, shared_dir
 from raydiv.utils.storage import open_input
 
@@ -32,11 +31,8 @@ class ReferenceStore:
 
     @classmethod
     def of(cls, model: ModelSource) -> ReferenceStore:
-        """The store of a model. For an adapter, the base model's weights are part of the key too."""
-        weights, base = fingerprint(model.directory), model.base_directory()
-        if base is not None:
-            weights = digest(weights, fingerprint(base))
-        return cls(weights, model.precision, model.quantization)
+        """The store of a model."""
+        return cls(model.fingerprint(), model.precision, model.quantization)
 
     def look_up(self, keys: pa.Array) -> np.ndarray:
         """Log-probs [n] of ``keys`` (see StoredExamples.keys), NaN where the store has none."""

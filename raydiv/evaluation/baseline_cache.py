@@ -81,7 +81,7 @@ class BaselineCache:
 
 def _model_key(source: ModelSource) -> list[Any]:
     settings = (source.precision, source.quantization, source.attention)
-    return [fingerprint(source.directory), source.chat().fingerprint, *settings]
+    return [source.fingerprint(), source.chat().fingerprint, *settings]
 
 
 def _prompt_keys(prompts: Sequence[Prompt]) -> list[Any]:

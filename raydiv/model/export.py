@@ -43,6 +43,7 @@ def write_model(
             f"{len(missing)} gathered weights are empty or missing, {missing[0] if missing else 'all'} first; "
             "nothing was written"
         )
+    base = ModelSource(base).base_directory() or base  # training may have started from an adapter
     shutil.rmtree(target, ignore_errors=True)  # of an attempt that was killed after writing it
     with atomic(target) as temporary:
         chat = Chat.from_recipe(recipe, base)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +15,9 @@ from raydiv.config import Recipe
 from raydiv.config.data import ChatConfig
 from raydiv.config.recipe import LoraConfig, ModelConfig
 from raydiv.model.chat import Chat
-from raydiv.model.resolve import load_error, model_directory
+from raydiv.model.resolve import fingerprint, load_error, model_directory
 from raydiv.model.silence import silence_libraries
+from raydiv.utils.cache import digest
 from raydiv.utils.compat import peft_without_quantizer
 from raydiv.utils.errors import UserError, one_line
 
@@ -47,7 +49,16 @@ class ModelSource:
         )
 
     def chat(self) -> Chat:
-        return Chat(self.directory, self.chat_config, self.trust_remote_code)
+        """The tokenizer and template; an adapter without its own has those of its base."""
+        directory = self.directory
+        if not (directory / "tokenizer_config.json").is_file():
+            directory = self.base_directory() or directory
+        return Chat(directory, self.chat_config, self.trust_remote_code)
+
+    def fingerprint(self) -> str:
+        """Digest of the weights and the config; of an adapter with those of its base."""
+        directory, base = self._local_directory(), self.base_directory()
+        return fingerprint(directory) if base is None else digest(fingerprint(directory), fingerprint(base))
 
     def load(self) -> Any:
         """The causal model, for scoring or generation; an adapter is merged into its base, unless the base is in 4
@@ -107,10 +118,18 @@ class ModelSource:
 
 
 def build_policy(directory: Path, section: ModelConfig, dtype: Any) -> Any:
-    """The model to train, with adapters where ``section.lora`` is set. Raises UserError for target modules that it
-    lacks.
+    """The model to train, with adapters where ``section.lora`` is set: new ones, or those of ``directory``.
+
+    Raises UserError for target modules that the model lacks.
     """
-    model = _from_pretrained(directory, dtype, section.attention, section.trust_remote_code, section.quantization)
+    base = ModelSource(directory).base_directory()
+    load = partial(_from_pretrained, dtype=dtype, attention=section.attention)
+    model = load(base or directory, trust_remote_code=section.trust_remote_code, quantization=section.quantization)
+    if base is not None:
+        with _peft_import(section.quantization):
+            from peft import PeftModel
+
+            return PeftModel.from_pretrained(model, str(directory), is_trainable=True, torch_device="cpu")
     if section.lora is None:
         return model
     try:
@@ -142,6 +161,9 @@ def lora_config(lora: LoraConfig) -> Any:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
+        exclude_modules=lora.exclude_modules,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
     )
 
 

@@ -83,7 +83,9 @@ def page(run: RunDirectory, by_section: Mapping[str, Sequence[Picture]]) -> str:
 def _facts(result: Mapping[str, Any], recipe: Recipe) -> dict[str, str]:
     mixed = [f"{term.weight:g} {term.name}" for term in recipe.loss.terms[1:]]
     return {
-        "Model": recipe.model.id + (f", LoRA r {recipe.model.lora.r}" if recipe.model.lora else ""),
+        "Model": recipe.model.id
+        + (f", LoRA r {recipe.model.lora.r}" if recipe.model.lora else "")
+        + (f", from {recipe.model.adapter}" if recipe.model.adapter else ""),
         "Objective": " + ".join([recipe.loss.type, *mixed]),
         "Estimates": result["metrics"].get("divergence/name", "no divergence"),
         "Updates": f"{result['steps']['taken']} of {result['steps']['planned']}",
