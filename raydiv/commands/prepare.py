@@ -18,6 +18,7 @@ from raydiv.data.splits import Splits, make_splits
 from raydiv.data.tokenize import tokenize
 from raydiv.data.tokens import KEY, StoredExamples, content_key, mismatched
 from raydiv.model.chat import Chat, chat_table
+from raydiv.model.limits import limit_notes, require_limits
 from raydiv.model.load import ModelSource, require_quantizer
 from raydiv.model.resolve import fingerprint, model_directory, require_base_model
 from raydiv.runs.events import ExamplePlace
@@ -107,9 +108,12 @@ def load_inputs(recipe: Recipe, display: ProgressDisplay) -> LoadedInputs:
         directory = model_directory(recipe.model.id, recipe.model.revision)
         require_base_model(recipe.model.id, directory)
         start = directory if recipe.model.adapter is None else _adapter(recipe.model, directory)
-        ModelSource.from_recipe(recipe, directory).config()  # fails here rather than in a worker
+        config = ModelSource.from_recipe(recipe, directory).config()  # fails here rather than in a worker
         prompts = PromptSets.of(recipe)
         chat = Chat.from_recipe(recipe, directory)
+        require_limits(recipe, config, chat)
+        for note in limit_notes(recipe, config, chat, directory):
+            display.print(f"note: {note}")
         train, held_out = (
             [OpenSource(source, recipe.data, recipe.batch, chat) for source in sources]
             for sources in (recipe.data.train, recipe.data.eval_sources)
@@ -139,6 +143,9 @@ def prepare_data(recipe: Recipe, inputs: LoadedInputs, display: ProgressDisplay)
     with display.phase("tokens") as update:
         sources, quarantine = [*inputs.train, *inputs.eval], recipe.data.on_bad_row == "quarantine"
         indices = tokenize(sources, inputs.chat, recipe.cluster, quarantine=quarantine, progress=update)
+    rows = ModelSource.from_recipe(recipe, inputs.model_directory).config().vocab_size
+    for index in indices:
+        index.require_rows(rows)
     data = make_splits(recipe, indices[: len(inputs.train)], indices[len(inputs.train) :])
     if data.bad:
         display.print(f"invalid rows dropped: {len(data.bad)} (raydiv data check lists them)")

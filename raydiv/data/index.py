@@ -46,6 +46,7 @@ SCHEMA = pa.schema(
         "response_length": pa.int32(),
         "prompt_cut": pa.int32(),
         "response_cut": pa.int32(),
+        "largest_id": pa.int32(),
         "aligned": pa.bool_(),
         "harmful": pa.int8(),
         "pair": pa.int64(),
@@ -61,7 +62,7 @@ SCHEMA = pa.schema(
 """Columns of a shard.
 
 ``harmful``: 1, 0, or -1 for no label; ``pair``: digest of the pair's name, or -1 for no pair; ``format`` and the
-spellings: positions in FORMATS and SPELLINGS; ``notes``: a Note.
+spellings: positions in FORMATS and SPELLINGS; ``notes``: a Note; ``largest_id``: of the tokens.
 """
 
 INDEX_COLUMNS = [name for name in SCHEMA.names if not name.endswith("_ids")]
@@ -198,6 +199,17 @@ class Index:
         """How labels are spelled, by column, if not as true and false."""
         codes = {name: int(self.spelling(name).max(initial=0)) for name in LABELS}
         return {name: SPELLINGS[code] for name, code in codes.items() if SPELLINGS[code] not in ("", "true/false")}
+
+    def require_rows(self, rows: int) -> None:
+        """Raise UserError for an example with a token that an embedding of ``rows`` rows does not have."""
+        beyond = np.flatnonzero(self.columns["largest_id"] >= rows)
+        if len(beyond):
+            first = int(beyond[0])
+            raise UserError(
+                f"{self.where(first)}: holds the token id {self.columns['largest_id'][first]}, and the embedding "
+                f"has {rows:,} rows ({len(beyond) - 1} more examples): the tokenizer is that of another model, or the "
+                "embedding was not resized for it"
+            )
 
     def rendered_error(self) -> str | None:
         """A message where most prompts are rendered already: the template would wrap each of them once more."""

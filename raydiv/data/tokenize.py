@@ -251,7 +251,9 @@ def _columns(file: int, records: Records, tokens: list[TokenizedExample], notes:
     examples = [example for _, record in records for example in record.examples]
     origins = [record for _, record in records for _ in record.examples]
     # the examples of one prompt share its list of ids
-    prompt_keys = {id(t.prompt): content_key(t.prompt) for t in tokens}
+    prompts = {id(t.prompt): t.prompt for t in tokens}
+    prompt_keys = {key: content_key(ids) for key, ids in prompts.items()}
+    largest = {key: max(ids, default=0) for key, ids in prompts.items()}
     return {
         "prompt_ids": _list_array([t.prompt for t in tokens]),
         "response_ids": _list_array([t.response for t in tokens]),
@@ -261,6 +263,7 @@ def _columns(file: int, records: Records, tokens: list[TokenizedExample], notes:
         "response_length": [len(t.response) for t in tokens],
         "prompt_cut": [t.prompt_cut for t in tokens],
         "response_cut": [t.response_cut for t in tokens],
+        "largest_id": [max(largest[id(t.prompt)], *t.response, 0) for t in tokens],
         "aligned": [example.aligned for example in examples],
         "harmful": [-1 if example.harmful is None else int(example.harmful) for example in examples],
         "pair": [-1 if example.pair is None else _pair_number(example.pair) for example in examples],

@@ -47,11 +47,13 @@ def write_model(
     shutil.rmtree(target, ignore_errors=True)  # of an attempt that was killed after writing it
     with atomic(target) as temporary:
         chat = Chat.from_recipe(recipe, base)
-        _stop_at_end_of_turn(model, chat)
+        generation = None
+        if recipe.model.lora is None:
+            generation = _take_generation_config(model, base, chat)
         model.save_pretrained(temporary, state_dict=state)
-        if recipe.model.lora is not None:
+        if generation is None:
             _name_base(temporary / "adapter_config.json", recipe, base)
-        _write_other_files(temporary, base, chat, recipe, adapter=recipe.model.lora is not None)
+        _write_other_files(temporary, base, chat, recipe, generation)
         check(temporary)
 
 
@@ -69,10 +71,10 @@ def write_whole(recipe: Recipe, trained: Path, directory: Path, dtype: str | Non
     chosen = getattr(torch, dtype or replace(source, directory=base).stored_dtype())
     model = source.load().to(chosen)
     logits, chat = _logits(model), Chat.from_recipe(recipe, trained)
-    _stop_at_end_of_turn(model, chat)
+    generation = _take_generation_config(model, base, chat)
     model.save_pretrained(directory)
     del model  # memory may not hold two
-    _write_other_files(directory, base, chat, recipe, adapter=False)
+    _write_other_files(directory, base, chat, recipe, generation)
     difference = float((_logits(replace(source, directory=directory).load().to(chosen)) - logits).abs().max())
     if not difference <= TOLERANCE:  # nan fails too
         raise RuntimeError(
@@ -121,21 +123,37 @@ def _logits(model: Any) -> Any:
         ).logits.float()
 
 
-def _stop_at_end_of_turn(model: Any, chat: Chat) -> None:
-    """Let the written ``generation_config.json`` stop at the token that responses were trained to end with."""
-    config = model.generation_config
-    stops = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+def _take_generation_config(model: Any, base: Path, chat: Chat) -> dict[str, Any]:
+    """The generation config of the base, which stops also at the token that responses were trained to end with.
+
+    It is taken away from ``model``: transformers refuses to save one whose flags do not fit together.
+    """
+    from transformers import GenerationConfig
+
+    path, own = base / "generation_config.json", model.generation_config
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    config = json.loads(path.read_text()) if path.is_file() else {name: getattr(own, name) for name in names}
+    model.generation_config = GenerationConfig()
+    stops = config.get("eos_token_id")
+    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
     if chat.end_of_turn.id not in stops:
-        config.eos_token_id = [chat.end_of_turn.id, *(stop for stop in stops if stop is not None)]
+        config["eos_token_id"] = [chat.end_of_turn.id, *stops]
+    return {name: value for name, value in config.items() if value is not None}
 
 
-def _write_other_files(directory: Path, base: Path, chat: Chat, recipe: Recipe, adapter: bool) -> None:
-    """Write what a model's directory has beside its weights: the tokenizer of its base, template, config and card."""
+def _write_other_files(
+    directory: Path, base: Path, chat: Chat, recipe: Recipe, generation: dict[str, Any] | None
+) -> None:
+    """Write what a model's directory has beside its weights: the tokenizer of its base, template, configs and card.
+
+    ``generation``: the generation config of a whole model; None for an adapter.
+    """
     _write_tokenizer(directory, base, chat)
-    if not adapter:
+    if generation is not None:
         _keep_config_of_base(directory, base)
+        (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     make_readable_by_transformers_4(directory)
-    (directory / "README.md").write_text(_model_card(recipe, chat, adapter))
+    (directory / "README.md").write_text(_model_card(recipe, chat, adapter=generation is None))
 
 
 def _write_tokenizer(directory: Path, base: Path, chat: Chat) -> None:

@@ -59,10 +59,10 @@ def _require_weights(model_id: str, directory: Path) -> None:
     adapter, present = (directory / "adapter_config.json").is_file(), {file.name for file in weight_files(directory)}
     wanted = {"adapter_model.safetensors"} if adapter else set()
     for index in () if adapter else directory.glob("*.safetensors.index.json"):
-        try:
-            wanted |= set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"model.id: {model_id}: {index.name} is not a valid index of weights") from None
+        files = _indexed_files(index)
+        if not files:
+            raise UserError(f"model.id: {model_id}: {index.name} is not a valid index of weights")
+        wanted |= files
     if present and wanted <= present:
         return
     missing = sorted(map(str, wanted - present))[0] if wanted - present else "*.safetensors"
@@ -88,7 +88,22 @@ def load_error(directory: Path | str, error: Exception, otherwise: str) -> UserE
 
 
 def weight_files(path: Path) -> list[Path]:
-    return sorted(path.glob("*.safetensors"))
+    """The files of weights that are loaded: those of the index or the one file that transformers reads, else all.
+
+    Other files beside them are copies in another layout, such as ``consolidated.safetensors``.
+    """
+    present = sorted(path.glob("*.safetensors"))
+    indexed = {name for index in path.glob("*.safetensors.index.json") for name in _indexed_files(index)}
+    loaded = indexed or {"model.safetensors", "adapter_model.safetensors"}
+    return [file for file in present if file.name in loaded] or present
+
+
+def _indexed_files(index: Path) -> set[str]:
+    """The files of an index of weights; none where it is damaged."""
+    try:
+        return {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return set()
 
 
 def fingerprint(path: Path) -> str:
@@ -111,9 +126,13 @@ def _from_hub(model_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     # *.py too: downloaded code is not run, unless the recipe trusts it
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+    options: dict[str, Any] = {"revision": revision, "ignore_patterns": ["original/*", "*/*.safetensors"]}
     try:
-        return Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns))
+        path = Path(snapshot_download(model_id, allow_patterns=patterns, **options))
+        indexed = sorted({name for index in path.glob("*.safetensors.index.json") for name in _indexed_files(index)})
+        weights = indexed or ["*.safetensors"]
+        return Path(snapshot_download(model_id, allow_patterns=[*patterns, *weights], **options))
     except Exception as error:  # the hub client raises many unrelated types
         reason = HUB_ERRORS.get(type(error).__name__) or one_line(error, 200)
         raise UserError(

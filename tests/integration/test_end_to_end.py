@@ -226,6 +226,25 @@ def test_lora_with_adapters_off_is_the_stored_reference(
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("variant", ["model.lora.use_dora=false", "model.lora.use_dora=true"])
+def test_training_goes_on_from_the_adapters_of_a_run(
+    variant: str, ray: None, tiny_model: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    """The policy starts as its reference, which is the model with the first run's adapters, under ZeRO-3."""
+    changes = ("engine.zero_stage=3", "evaluate.every=null", "data.eval=null")
+    first = recipe_of(tiny_model, files, tmp_path, "first", *changes, "model.lora.r=4", variant)
+    first_run = train(first, ProgressDisplay(quiet=True)).run
+    second = recipe_of(tiny_model, files, tmp_path, "second", *changes, f"model.adapter={first_run.path}")
+    result = train(second, ProgressDisplay(quiet=True))
+    steps = [record for record in records(result.run.path) if "loss" in record]
+    assert abs(steps[0]["log_ratio/max"]) < 1e-4 < abs(steps[-1]["log_ratio/max"])
+    assert result.report["data"]["reference"] == {"hits": 0, "misses": 24}
+    again = prepare(second.model_copy(update={"name": "again"}), ProgressDisplay(quiet=True))
+    assert (again.reference_hits, again.reference_misses) == (24, 0)
+    assert main(["export", str(result.run.path), str(tmp_path / "merged")]) == 0
+
+
+@pytest.mark.long
 def test_target_margin_stops_early_and_says_so(
     ray: None, tiny_model: Path, files: dict[str, str], tmp_path: Path
 ) -> None:

@@ -76,6 +76,14 @@ def test_tokenizer_and_config_are_those_of_the_base(base: Path, tmp_path: Path) 
     assert written == own
 
 
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_generation_config_that_does_not_fit_together_stops_no_export(lora: bool, base: Path, tmp_path: Path) -> None:
+    own = {"do_sample": False, "temperature": 0.3, "eos_token_id": [2, 7]}
+    (base / "generation_config.json").write_text(json.dumps(own))
+    exported = export(trained(base, tmp_path / "run", lora, end_of_turn="<|user|>"), tmp_path / "out")
+    assert json.loads((exported / "generation_config.json").read_text()) == own | {"eos_token_id": [3, 2, 7]}
+
+
 def test_a_template_of_the_recipe_replaces_that_of_the_base(base: Path, tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
     exported = export(trained(base, tmp_path / "run", template=template), tmp_path / "out")

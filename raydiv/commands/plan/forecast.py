@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 
 from raydiv.commands.plan.amounts import DataAmounts, measure_data
-from raydiv.commands.plan.architecture import Architecture, architecture_of, local_model_directory
+from raydiv.commands.plan.architecture import Architecture, architecture_of, config_of, local_model_directory
 from raydiv.commands.plan.layout import (
     MARGIN,
     LayoutFit,
@@ -27,6 +27,7 @@ from raydiv.config import Recipe
 from raydiv.config.cluster import ClusterConfig
 from raydiv.losses import widest_scope
 from raydiv.model.chat import Chat, chat_table
+from raydiv.model.limits import limit_notes, require_limits
 from raydiv.model.silence import silence_libraries
 from raydiv.runs.directory import RunDirectory
 from raydiv.runtime.resources import HOST_MEMORY_FRACTION
@@ -94,6 +95,7 @@ class Forecast:
         )
         if facts["chat"] is not None:
             yield from (f"{name}: {fact}" for name, fact in chat_table(facts["chat"]).items())
+        yield from (f"note: {note}" for note in facts["limits"])
         yield from (f"not checked, not on this machine: {name}" for name in facts["unchecked"])
         yield from (f"not covered by the tests: {words}" for words in facts["untested"])
         if self.fits:
@@ -124,6 +126,7 @@ def plan(recipe: Recipe, *, tokens_per_second: float | None = None, memory_gb: f
         )
     silence_libraries()
     architecture, chat = architecture_of(recipe), _chat(recipe)
+    limits = [] if chat is None else _limits(recipe, chat)
     amounts = measure_data(recipe, chat)
     memory, memory_from = _worker_memory(recipe.cluster)
     fits = list(stage_layouts(architecture, recipe, amounts.budget, memory))
@@ -159,11 +162,19 @@ def plan(recipe: Recipe, *, tokens_per_second: float | None = None, memory_gb: f
             "sizes": sizes_on_disk(architecture, recipe),
             "traffic": _traffic(architecture, recipe, fit, amounts).rows(),
             "chat": None if chat is None else chat.facts(),
+            "limits": limits,
             "unchecked": [*([] if chat else [f"the tokenizer of {recipe.model.id}"]), *amounts.unavailable],
             "untested": list(untested_combinations(resolved)),
             "changes": [] if fit.fits else fitting_changes(recipe, amounts.budget, memory),
         }
     )
+
+
+def _limits(recipe: Recipe, chat: Chat) -> list[str]:
+    """Notes on the model's limits. Raises UserError where the recipe or the tokenizer exceeds them."""
+    config, directory = config_of(recipe.model).get_text_config(), local_model_directory(recipe.model)
+    require_limits(recipe, config, chat)
+    return list(limit_notes(recipe, config, chat, directory)) if directory else []
 
 
 def _chat(recipe: Recipe) -> Chat | None:
