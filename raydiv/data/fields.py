@@ -35,14 +35,18 @@ def _text(value: Any, field: str) -> str:
 SPELLINGS = ("", "true/false", "1/0", "safe/unsafe")
 """How a column may spell a label. The same spelling in all rows of a source is needed: 1 beside 2 is a rating."""
 
+_SPELLING_OF = {
+    **dict.fromkeys(("true", "false"), "true/false"),
+    **dict.fromkeys(("1", "0", "1.0", "0.0"), "1/0"),
+    **dict.fromkeys(("safe", "unsafe"), "safe/unsafe"),
+}
+
 NOT_A_LABEL = "must be true or false"
 
 
 def spelling_of(value: Any) -> str:
     """Which of SPELLINGS a value belongs to; "" for none."""
-    text = str(value).strip().lower()
-    values = {"true/false": ("true", "false"), "1/0": ("1", "0", "1.0", "0.0"), "safe/unsafe": ("safe", "unsafe")}
-    return next((spelling for spelling, labels in values.items() if text in labels), "")
+    return "" if value is None else _SPELLING_OF.get(str(value).strip().lower(), "")
 
 
 def bool_field(record: Record, field: str) -> bool:

@@ -28,7 +28,7 @@ from raydiv.data.notes import Note
 from raydiv.data.readers import FileChunk, RawRecord, file_chunks, parse_record, read_chunk
 from raydiv.data.sources import require_unchanged
 from raydiv.data.tokens import ROW_GROUP_SIZE, content_key
-from raydiv.model.chat import Chat, TokenizedExample, prompt_key
+from raydiv.model.chat import Chat, ChatPrompt, Response, TokenizedExample, prompt_key
 from raydiv.runtime.actor_pool import Progress, map_stream, no_progress
 from raydiv.utils.errors import UserError
 from raydiv.utils.storage import Folder, open_input
@@ -213,7 +213,12 @@ class Tokenizer:
 
 def _notes(chat: Chat, examples: Sequence[Example], tokens: Sequence[TokenizedExample]) -> list[int]:
     """The notes on each example. The examples of a pair are compared if both are in the shard."""
-    notes = [example.notes | chat_notes(chat, example) for example in examples]
+    prompts = {id(example.prompt): example.prompt for example in examples}
+    of_prompts = {key: _prompt_notes(chat, prompt) for key, prompt in prompts.items()}
+    notes = [
+        int(example.notes) | of_prompts[id(example.prompt)] | _response_notes(chat, example.response)
+        for example in examples
+    ]
     partners: dict[str, int] = {}
     for number, example in enumerate(examples):
         if example.pair is None:
@@ -222,28 +227,33 @@ def _notes(chat: Chat, examples: Sequence[Example], tokens: Sequence[TokenizedEx
         if other != number:
             note = _pair_note(tokens[other], tokens[number])
             notes[other], notes[number] = notes[other] | note, notes[number] | note
-    return [int(note) for note in notes]
+    return notes
 
 
-def chat_notes(chat: Chat, example: Example) -> Note:
-    """What an example's texts hold that belongs to a chat template."""
+def _prompt_notes(chat: Chat, prompt: ChatPrompt) -> int:
+    """The notes on control tokens of a template in a prompt."""
     if not chat.template.renders:
-        return Note.NONE
-    note = Note.RENDERED if chat.is_rendered(example.prompt) else Note.NONE
-    held = chat.control_tokens_in(example.response)
-    if chat.end_of_turn.token in held or chat.tokenizer.eos_token in held:
-        note |= Note.END_IN_RESPONSE
-    return note | (Note.CONTROL_TOKENS if held or chat.control_tokens_in(example.prompt) else Note.NONE)
+        return 0
+    held = Note.CONTROL_TOKENS if chat.control_tokens_in(prompt) else 0
+    return int(held) | int(Note.RENDERED if chat.is_rendered(prompt) else 0)
 
 
-def _pair_note(first: TokenizedExample, second: TokenizedExample) -> Note:
+def _response_notes(chat: Chat, response: Response) -> int:
+    """The notes on control tokens of a template in a response."""
+    held = chat.control_tokens_in(response) if chat.template.renders else None
+    if not held:
+        return 0
+    return int(Note.CONTROL_TOKENS) | int(Note.END_IN_RESPONSE if held.intersection(chat.ends) else 0)
+
+
+def _pair_note(first: TokenizedExample, second: TokenizedExample) -> int:
     """How the two responses of a pair are alike, the token that ends each of them aside."""
     whole = not first.response_cut and not second.response_cut
     if first.response == second.response:
-        return Note.EQUAL_SIDES if whole else Note.EQUAL_WHEN_CUT
+        return int(Note.EQUAL_SIDES if whole else Note.EQUAL_WHEN_CUT)
     short, long = sorted((first.response, second.response), key=len)
     begins = whole and long[: len(short) - 1] == short[:-1]
-    return Note.SIDE_BEGINS_OTHER if begins else Note.NONE
+    return int(Note.SIDE_BEGINS_OTHER if begins else 0)
 
 
 def _columns(file: int, records: Records, tokens: list[TokenizedExample], notes: list[int]) -> dict[str, Any]:

@@ -81,6 +81,9 @@ class Chat:
         self.template = ChatTemplate(self.tokenizer, self.config, directory)
         self.control_tokens = ControlTokens(self.tokenizer, self.template.text)
         self.end_of_turn = self.template.end_of_turn
+        eos = self.tokenizer.eos_token
+        self.ends = tuple(dict.fromkeys(token for token in (self.end_of_turn.token, eos) if token))
+        """The tokens that a text may end with for the end of a turn."""
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, directory: Path) -> Chat:
@@ -144,9 +147,12 @@ class Chat:
         if len(messages) > 1:
             return False
         text = str(messages[0]["content"]).lstrip()
-        bos = self.tokenizer.bos_token or ""
-        opening = self.template.opening.removeprefix(bos).strip()
-        return self.control_tokens.begin(text) or (bool(opening) and text.startswith(opening))
+        return self.control_tokens.begin(text) or (bool(self._opening) and text.startswith(self._opening))
+
+    @cached_property
+    def _opening(self) -> str:
+        """What the template writes before a user's text, without BOS and white space."""
+        return self.template.opening.removeprefix(self.tokenizer.bos_token or "").strip()
 
     def control_tokens_in(self, text: ChatPrompt | Response) -> set[str]:
         """The control tokens in the texts of a prompt, or in a response without the token that ends it."""
@@ -274,10 +280,7 @@ class Chat:
 
     def _without_end(self, answer: str) -> str:
         """An answer without the token that ends a turn, which some data have at the end of their texts."""
-        for token in (self.end_of_turn.token, self.tokenizer.eos_token):
-            if token and answer.endswith(token):
-                return answer.removesuffix(token)
-        return answer
+        return next((answer.removesuffix(token) for token in self.ends if answer.endswith(token)), answer)
 
     def _with_thought(self, rendered: RenderedPrompt, message: Message) -> str:
         """An answer with its thought, as the template writes them, else in the template's thinking block."""

@@ -33,6 +33,8 @@ THOUGHT_MARKERS = (
 )
 """Markers of the beginning and the end of a thinking block."""
 
+_LAST_OF_OPENINGS = {opening[-1] for opening, _ in THOUGHT_MARKERS}
+
 
 @dataclass(frozen=True, slots=True)
 class EndOfTurn:
@@ -197,6 +199,8 @@ def open_thought(prompt: str, beginning: str = "") -> tuple[str, str] | None:
 
     Markers elsewhere in a prompt are its messages' own.
     """
+    if not beginning and prompt.rstrip()[-1:] not in _LAST_OF_OPENINGS:
+        return None
     for opening, closing in THOUGHT_MARKERS:
         opened = prompt.rstrip().endswith(opening) or beginning.lstrip().startswith(opening)
         if opened and closing not in beginning:
