@@ -284,3 +284,25 @@ def test_task_that_cannot_run_is_refused_before_a_model_is_loaded(
     (tmp_path / "task.yaml").write_text(text)
     with pytest.raises(UserError, match=rf"task choosing: .*{reason}"):
         TaskHarness(ModelSource(tmp_path / "no model"), own(tmp_path), None, False)([{"task": "choosing"}])
+
+
+@pytest.mark.parametrize("template_writes_it", [True, False])
+def test_a_chat_document_begins_with_one_bos(template_writes_it: bool, tmp_path: Path) -> None:
+    """Where the tokenizer adds one, and the template writes one too."""
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    folder = make_model(tmp_path / "model")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    if template_writes_it:
+        template = folder / "chat_template.jinja"
+        template.write_text("{{ bos_token }}" + template.read_text())
+    model = TaskHarness(ModelSource(folder), None, None, True)._model
+    text = model.apply_chat_template([{"role": "user", "content": "hi"}])
+    assert text.startswith("<s>") == template_writes_it
+    expected = ModelSource(folder).chat().prompt_ids("hi")
+    assert expected.count(1) == 1
+    assert model.tok_encode(text) == expected
+    assert model.tok_batch_encode([text])[0].tolist() == [expected]

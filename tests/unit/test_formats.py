@@ -13,6 +13,7 @@ import pytest
 
 from helpers.stored import indices_of, opened, recipe_of
 from helpers.templates import FAMILIES, make_family_tokenizer
+from raydiv.commands.plan.amounts import measure_data
 from raydiv.config.source import Source
 from raydiv.data.fields import BadRow
 from raydiv.data.formats import CANONICAL, HONOURED_ELSEWHERE, Example, RecordReader
@@ -251,8 +252,10 @@ def test_most_prompts_rendered_already_is_an_error_that_names_the_key(chatml: Pa
     recipe, chat = recipe_of(chatml, str(write_jsonl(*rendered, PAIR))), Chat(chatml)
     indices = indices_of(opened(recipe, chat)[0], recipe, chat)
     assert noted(indices[0])[Note.RENDERED] == [1, 2, 3]
-    with pytest.raises(UserError, match=r"6 of 8 .*data\.template=none"):
-        make_splits(recipe, indices, [])
+    sampled = recipe_of(chatml, str(write_jsonl(*rendered, PAIR, name="sampled.jsonl")))
+    for check in (lambda: make_splits(recipe, indices, []), lambda: measure_data(sampled, chat)):
+        with pytest.raises(UserError, match=r"6 of 8 .*data\.template=none"):
+            check()
     few = index_of(chatml, write_jsonl(*rendered[:1], PAIR, PAIR | {"prompt": "b"}, name="few.jsonl"))
     assert few.rendered_error() is None
 

@@ -22,7 +22,7 @@ from raydiv.config.source import Source
 from raydiv.data.batching import EpochPlan
 from raydiv.data.fields import BadRow
 from raydiv.data.formats import Example
-from raydiv.data.index import OpenSource, read_index
+from raydiv.data.index import OpenSource, read_index, rendered_error
 from raydiv.data.prompt_sets import prompt_sets, read_prompts
 from raydiv.data.readers import file_chunks, line_numbers, parse_record, read_chunk, record_reader
 from raydiv.data.sources import File, files_of
@@ -166,8 +166,11 @@ def _from_sample(recipe: Recipe, sample: _Sample, chat: Chat, unavailable: list[
     """Sizes from the tokenized sample."""
     batch = recipe.batch
     lengths = []
-    for source in sample.records:
-        examples = [example for record in source for example in record]
+    for source, records in zip(recipe.data.train, sample.records, strict=True):
+        examples = [example for record in records for example in record]
+        rendered = sum(chat.is_rendered(example.prompt) for example in examples) if chat.template.renders else 0
+        if message := rendered_error(source.path, rendered, len(examples)):
+            raise UserError(message)
         try:
             tokens = chat.tokenize(
                 [example.prompt for example in examples],
