@@ -22,8 +22,14 @@ class BadRow(ValueError):  # noqa: N818 - a row, not an error of the program
 
 
 def text_field(record: Record, field: str) -> str:
-    """The text of a field. Raises BadRow if it is missing, empty or not text."""
-    return _text(record.get(field), field)
+    """The text of a field. Raises BadRow if it is missing, empty or not text, or messages that are written as text."""
+    text = _text(record.get(field), field)
+    if text.lstrip().startswith("[{") and MESSAGES_AS_TEXT.match(text):
+        raise BadRow(f"{field} is a list of messages written as text, as in a CSV file; write the data as JSON Lines")
+    return text
+
+
+MESSAGES_AS_TEXT = re.compile(r"""\s*\[\{\s*['"](role|content|from|value)['"]\s*:""")
 
 
 def _text(value: Any, field: str) -> str:
@@ -41,7 +47,8 @@ _SPELLING_OF = {
     **dict.fromkeys(("safe", "unsafe"), "safe/unsafe"),
 }
 
-NOT_A_LABEL = "must be true or false"
+A_RATING = "must be 1 or 0 in all rows"
+"""What is wrong with a label that is another number."""
 
 
 def spelling_of(value: Any) -> str:
@@ -53,7 +60,8 @@ def bool_field(record: Record, field: str) -> bool:
     """The value of a field that is true or false, or 1 or 0, as a value or as text. Raises BadRow for others."""
     value = record.get(field)
     if spelling_of(value) not in ("true/false", "1/0"):
-        raise BadRow(f"{field} {NOT_A_LABEL} (or 1 or 0 in all rows), found {describe(value)}")
+        number = re.fullmatch(r"-?\d+(\.\d+)?", str(value).strip())
+        raise BadRow(f"{field} {A_RATING if number else 'must be true or false'}, found {describe(value)}")
     return str(value).strip().lower() in ("true", "1", "1.0")
 
 
@@ -66,14 +74,17 @@ def prompt_field(record: Record) -> ChatPrompt:
     if isinstance(record.get("prompt"), list):
         prompt = conversation(record["prompt"], "prompt")
     else:
-        text = text_field(record, "prompt")
-        turns = human_turns(text)
-        # "Human: ...\n\nAssistant:", for the answer that follows
-        prompt = turns[:-1] if turns[-1:] == [{"role": "assistant", "content": ""}] else text
+        prompt = text_field(record, "prompt")
     return _in_context(record, prompt)
 
 
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+
+
+def asked_turns(prompt: str) -> Messages:
+    """The messages of a prompt that ends with ``Assistant:``, for the answer that follows; none for another text."""
+    turns = human_turns(prompt) if prompt.lstrip().startswith("Human:") else []
+    return turns[:-1] if turns[-1:] == [{"role": "assistant", "content": ""}] else []
 
 
 def human_turns(text: str) -> Messages:
@@ -145,7 +156,7 @@ SHAREGPT_ROLES = {
 def _message(turn: Any, field: str) -> Message:
     """A message of role and content, or of from and value; keys of no value are left out. Raises BadRow."""
     if isinstance(turn, Mapping) and {"from", "value"} <= turn.keys():
-        if turn["from"] not in SHAREGPT_ROLES:
+        if not isinstance(turn["from"], str) or turn["from"] not in SHAREGPT_ROLES:
             known = ", ".join(SHAREGPT_ROLES)
             raise BadRow(f"{field}.from is none of {known}; write the message with role and content")
         others = {name: value for name, value in turn.items() if name not in ("from", "value")}
@@ -156,6 +167,8 @@ def _message(turn: Any, field: str) -> Message:
     message["role"] = valid_text(turn["role"], f"{field}.role")
     content = _joined_parts(turn.get("content"), f"{field}.content")
     if message.get("tool_calls"):
+        if not isinstance(message["tool_calls"], list):
+            raise BadRow(f"{field}.tool_calls must be a list, found {describe(message['tool_calls'])}")
         message["tool_calls"] = [_tool_call(_without_nulls(call), field) for call in message["tool_calls"]]
         content = content or ""
     if not isinstance(content, str):
@@ -174,7 +187,8 @@ def _joined_parts(content: Any, field: str) -> Any:
         return content
     for number, part in enumerate(content):
         if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, Mapping) else describe(part)
+            kind = str(part.get("type")) if isinstance(part, Mapping) else describe(part)
+            kind = kind if kind.isidentifier() and len(kind) <= 30 else "another kind"  # not a row's text
             raise BadRow(f"{field}.{number} is a part of type {kind}; only text is supported")
     return "".join(part["text"] for part in content)
 

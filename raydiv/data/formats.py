@@ -5,13 +5,14 @@ To add a format, add it to ``FORMATS`` with the function that converts a record 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from raydiv.data.fields import (
     BadRow,
     Record,
+    asked_turns,
     bool_field,
     conversation,
     describe,
@@ -94,12 +95,14 @@ class RecordReader:
     """How a source's records are read: its names for a format's columns, and the values of columns that it lacks.
 
     ``ignore``: columns that are left out. ``prefer``: by which of its columns PKU-SafeRLHF's response is preferred.
+    ``rendered``: prompts are taken as they are.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
     ignore: tuple[str, ...] = ()
     prefer: str = "safer"
+    rendered: bool = False
 
     def examples(self, record: Any, where: str) -> list[Example]:
         """The examples of a record. Raises BadRow."""
@@ -119,6 +122,9 @@ class RecordReader:
         left_out = {*self.columns.values(), *self.ignore}
         unmapped = {name: value for name, value in record.items() if name not in left_out}
         renamed = {**self.constants, **unmapped, **{name: record[theirs] for name, theirs in self.columns.items()}}
+        prompt = renamed.get("prompt")
+        if isinstance(prompt, str) and not self.rendered:
+            renamed["prompt"] = asked_turns(prompt) or prompt
         preference = f"{self.prefer}_response_id"
         if preference in renamed and "response_0" in renamed:
             renamed.setdefault(PREFERRED, renamed.pop(preference))
@@ -181,24 +187,34 @@ def _from_raydiv(record: Record, where: str) -> list[Example]:
 
 
 def _from_preference(record: Record, where: str) -> list[Example]:
-    """TRL's prompt/chosen/rejected; ``harmful`` is optional. Both sides may be whole conversations."""
-    record = _without_repeated_prompt(record)
+    """TRL's prompt/chosen/rejected; ``harmful`` is optional. Both sides may be whole conversations (UltraFeedback)."""
+    conversations = [_repeated_conversation(record[field]) for field in ("chosen", "rejected")]
+    if all(conversations):
+        _require_repeated_prompt(record["prompt"], conversations)
+        whole = {"chosen": conversations[0], "rejected": conversations[1]}
+        return _from_implicit_preference({**record, **whole}, where)
     sides = response_field(record, "chosen"), response_field(record, "rejected")
     return _pair(prompt_field(record), sides, record, where)
 
 
-def _without_repeated_prompt(record: Record) -> Record:
-    """The record with answers alone, where both sides are conversations that begin with the prompt (UltraFeedback)."""
-    sides = [record["chosen"], record["rejected"]]
-    if not all(isinstance(side, list) and len(side) > 1 for side in sides):
-        return record
-    chosen, rejected = (conversation(side, field) for side, field in zip(sides, ("chosen", "rejected"), strict=True))
-    asked = record["prompt"]
-    prompt = conversation(asked, "prompt") if isinstance(asked, list) else as_messages(text_field(record, "prompt"))
-    context = chosen[:-1]
-    if context != rejected[:-1] or context[-len(prompt) :] != prompt:
-        raise BadRow("chosen and rejected are conversations that do not begin with the prompt alike")
-    return {**record, "prompt": context, "chosen": chosen[-1:], "rejected": rejected[-1:]}
+def _repeated_conversation(side: Any) -> list[Any]:
+    """A side that is a conversation and not an answer alone: several messages, or text of turns after Human:."""
+    turns = human_turns(side) if isinstance(side, str) and side.lstrip().startswith("Human:") else side
+    return turns if isinstance(turns, list) and len(turns) > 1 else []
+
+
+def _require_repeated_prompt(asked: Any, conversations: Sequence[Any]) -> None:
+    """Raise BadRow unless both conversations have the prompt at their beginning, or before their last answer."""
+    prompt = (
+        conversation(asked, "prompt")
+        if isinstance(asked, list)
+        else as_messages(text_field({"prompt": asked}, "prompt"))
+    )
+    for side, name in zip(conversations, ("chosen", "rejected"), strict=True):
+        context = conversation(side, name)[:-1]
+        first = int(context[0]["role"] == "system" and prompt[0]["role"] != "system")
+        if prompt not in (context[first : first + len(prompt)], context[-len(prompt) :]):
+            raise BadRow(f"{name} is a conversation that does not have the prompt in it")
 
 
 def _from_implicit_preference(record: Record, where: str) -> list[Example]:
@@ -208,8 +224,9 @@ def _from_implicit_preference(record: Record, where: str) -> list[Example]:
     """
     chosen, rejected = (_whole_conversation(record[field], field) for field in ("chosen", "rejected"))
     if chosen[:-1] == rejected[:-1]:
-        explicit = {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
-        return _from_preference({**record, **explicit}, where)
+        explicit = {**record, "prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
+        sides = response_field(explicit, "chosen"), response_field(explicit, "rejected")
+        return _pair(prompt_field(explicit), sides, record, where)
     examples = []
     for field_name, side, aligned in (("chosen", chosen, True), ("rejected", rejected, False)):
         last = {**record, "prompt": side[:-1], field_name: side[-1:]}

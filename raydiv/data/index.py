@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from raydiv.config.data import DataConfig
 from raydiv.config.recipe import BatchConfig
 from raydiv.config.source import Source
-from raydiv.data.fields import NOT_A_LABEL, SPELLINGS, BadRow
+from raydiv.data.fields import A_RATING, SPELLINGS, BadRow
 from raydiv.data.formats import FORMATS
 from raydiv.data.notes import NOTE_TEXTS, Note
 from raydiv.data.readers import file_chunks, line_numbers, parse_record, read_chunk, record_reader
@@ -116,6 +116,7 @@ class OpenSource:
             self.reader.constants,
             self.reader.ignore,
             self.reader.prefer,
+            self.reader.rendered,
         ]
         self.folder = shared_dir("prepared", digest(content, chat.fingerprint, self.lengths))
 
@@ -306,7 +307,7 @@ def _with_one_spelling(index: Index, name: str) -> Index:
         for kind in records
         if kind != most
     }
-    if any(reason.startswith(f"{name} {NOT_A_LABEL}") for reason in index.bad.reasons):
+    if any(reason.startswith(f"{name} {A_RATING}") for reason in index.bad.reasons):
         reasons[SPELLINGS.index("1/0")] = f"{name} is 1 or 0 here and no label in other rows: a rating"
     left_out = np.isin(spelling, list(reasons))
     notes = [(*place, reasons[kind]) for kind in records.keys() & reasons.keys() for place in records[kind]]

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raydiv.config.data import DataConfig
+from raydiv.config.data import NO_TEMPLATE, DataConfig
 from raydiv.config.source import Source
 from raydiv.data.fields import BadRow, Record, describe
-from raydiv.data.formats import Example, RecordReader, convert
+from raydiv.data.formats import Example, RecordReader, convert, format_of
 from raydiv.data.sources import File, files_of, require_unchanged
 from raydiv.utils.errors import UserError, one_line
 from raydiv.utils.storage import file_system, open_input
@@ -111,7 +111,9 @@ def record_reader(source: Source, data: DataConfig | None = None) -> RecordReade
     """The reader of a source's records; the columns of ``data`` apply if the source names none itself."""
     if data is None:
         return RecordReader(source.columns or {}, source.constants)
-    return RecordReader(data.columns_of(source), source.constants, tuple(data.ignore), data.prefer)
+    return RecordReader(
+        data.columns_of(source), source.constants, tuple(data.ignore), data.prefer, data.template == NO_TEMPLATE
+    )
 
 
 def iterate_records(source: Source, data: DataConfig | None = None) -> Iterator[tuple[str, Record]]:
@@ -227,6 +229,8 @@ def _is_json_lines(text: str) -> bool:
 
 def _wrapped_records(content: Mapping[str, Any]) -> list[Any]:
     """The one list of mappings in a mapping, such as ``data``; without one, or with messages, the mapping itself."""
+    if format_of(content) is not None:
+        return [content]
     lists = [v for v in content.values() if isinstance(v, list) and v and isinstance(v[0], Mapping)]
     return lists[0] if len(lists) == 1 and not {"role", "from"} & lists[0][0].keys() else [content]
 

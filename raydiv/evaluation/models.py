@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from raydiv.config.data import template_text
+from raydiv.config.recipe import adapter_directory
 from raydiv.model.load import ModelSource
 from raydiv.model.resolve import model_directory
 from raydiv.runs.directory import RunDirectory
@@ -41,6 +42,8 @@ def initial_model(model: str) -> ModelSource | None:
     if not run.holds_a_run:
         return None
     recipe = run.read_recipe()
+    if recipe.model.adapter is not None:
+        return ModelSource.from_recipe(recipe, model_directory(str(adapter_directory(recipe.model.adapter))))
     return ModelSource.from_recipe(recipe, model_directory(recipe.model.id, recipe.model.revision))
 
 

@@ -276,7 +276,8 @@ class Chat:
                 "as thought; give its thought as reasoning_content, set an option of the template (such as "
                 "data.template_options.enable_thinking=false), or set data.thinking to closed or open"
             )
-        return f"{answer}{self.end_of_turn.text}"
+        prefix = self.template.answer_prefix if self.template.renders and not rendered.beginning else ""
+        return f"{prefix}{answer}{self.end_of_turn.text}"
 
     def _without_end(self, answer: str) -> str:
         """An answer without the token that ends a turn, which some data have at the end of their texts."""
@@ -348,6 +349,9 @@ class Chat:
         The text is None for a thought that does not end. Special tokens are left out.
         """
         text = self._with_special_tokens(ids)
+        prefix = self.template.answer_prefix if self.template.renders else ""
+        if prefix and self.control_tokens.begin(text):
+            return self._split_at_prefix(ids, prefix)
         opened = self._render_prompt(prompt).open_thought
         markers = opened or next((pair for pair in THOUGHT_MARKERS if text.lstrip().startswith(pair[0])), None)
         if markers is None:
@@ -358,6 +362,14 @@ class Chat:
         end = bisect_left(range(len(ids)), True, key=lambda count: closing in self._with_special_tokens(ids[:count]))
         thought, _, rest = self._with_special_tokens(ids[:end]).partition(closing)
         return thought.strip().removeprefix(opening).strip(), (rest + self.decode(ids[end:])).lstrip("\n")
+
+    def _split_at_prefix(self, ids: list[int], prefix: str) -> tuple[str | None, str | None]:
+        """As ``split_answer``, for a template that writes ``prefix`` before an answer and not before a thought."""
+        before, found, _ = self._with_special_tokens(ids).partition(prefix)
+        if not found:
+            return self.decode(ids).strip(), None
+        end = bisect_left(range(len(ids)), True, key=lambda count: prefix in self._with_special_tokens(ids[:count]))
+        return self.control_tokens.without(before).strip() or None, self.decode(ids[end:])
 
     def _with_special_tokens(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))

@@ -47,6 +47,10 @@ class ControlTokens:
         """Whether a text begins with a control token."""
         return self._pattern.match(text) is not None
 
+    def without(self, text: str) -> str:
+        """A text with spaces in place of its control tokens."""
+        return self._pattern.sub(" ", text)
+
     def mark(self, value: Any) -> Any:
         """``value`` with all control tokens in its texts marked; marks that it has already are removed."""
         if isinstance(value, str):

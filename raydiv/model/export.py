@@ -27,6 +27,9 @@ TOKENIZER_FILES = (
 )
 """Files of a tokenizer. A base's own are copied: those that transformers 5 writes are not read by older versions."""
 
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""Files of a base that takes images too, which its exported class needs."""
+
 
 def write_model(
     model: Any, state: dict[str, Any], base: Path, recipe: Recipe, target: Path, check: Callable[[Path], None]
@@ -162,7 +165,9 @@ def _write_tokenizer(directory: Path, base: Path, chat: Chat) -> None:
     if "tokenizer_config.json" not in copied:
         chat.tokenizer.save_pretrained(directory)
         return
-    for name in (*copied, *(path.name for path in base.glob("tokenization_*.py"))):
+    vocabulary = [name for name in getattr(chat.tokenizer, "vocab_files_names", {}).values() if (base / name).is_file()]
+    # custom code too: configs and tokenizers name its files
+    for name in dict.fromkeys([*copied, *vocabulary, *(path.name for path in base.glob("*.py"))]):
         shutil.copyfile(base / name, directory / name)
     template = chat.tokenizer.chat_template
     if chat.config.template is None or not isinstance(template, str):
@@ -176,8 +181,16 @@ def _write_tokenizer(directory: Path, base: Path, chat: Chat) -> None:
 
 
 def _keep_config_of_base(directory: Path, base: Path) -> None:
-    """Give the config the keys and values of the base's where they mean the same: training changes the dtype alone."""
+    """Give the config the keys and values of the base's: training changes the dtype alone.
+
+    Where only a part of the base was loaded, such as the language model of one for images, the config is that part's.
+    """
     written, own = (json.loads((folder / "config.json").read_text()) for folder in (directory, base))
+    if any(written.get(key) != own.get(key) for key in ("model_type", "architectures")):
+        return
+    for name in PROCESSOR_FILES:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, directory / name)
     dtype = written.get("dtype", written.get("torch_dtype"))
     for config in (own, own.get("text_config")):
         for name in ("dtype", "torch_dtype"):

@@ -15,10 +15,10 @@ from raydiv.utils.errors import UserError, one_line
 def require_limits(recipe: Recipe, config: Any, chat: Chat) -> None:
     """Raise UserError for lengths or tokens that a model with the config ``config`` has no position or row for."""
     positions = maximum_positions(config)
-    if positions is not None and recipe.batch.max_length > positions and not is_rotary(config):
+    if positions is not None and recipe.batch.max_length > positions and config.model_type in LEARNED:
         raise UserError(
-            f"batch.max_length: {recipe.batch.max_length:,}, and the model has learned positions up to "
-            f"max_position_embeddings {positions:,}; set batch.max_length={positions}"
+            f"batch.max_length: {recipe.batch.max_length:,}, and the model has no position beyond "
+            f"{positions:,}; set batch.max_length={positions}"
         )
     rows, end = config.vocab_size, chat.end_of_turn
     for key, token, number in (
@@ -36,7 +36,7 @@ def require_limits(recipe: Recipe, config: Any, chat: Chat) -> None:
 def limit_notes(recipe: Recipe, config: Any, chat: Chat, directory: Path) -> Iterator[str]:
     """What is unusual and may be meant: longer examples than positions, unused tokens, an inconsistent config."""
     positions = maximum_positions(config)
-    if positions is not None and recipe.batch.max_length > positions and is_rotary(config):
+    if positions is not None and recipe.batch.max_length > positions:
         yield (
             f"batch.max_length {recipe.batch.max_length:,} exceeds max_position_embeddings {positions:,}: the model "
             "was not trained at such positions"
@@ -52,18 +52,17 @@ def limit_notes(recipe: Recipe, config: Any, chat: Chat, directory: Path) -> Ite
         yield f"generation_config.json is inconsistent, and other tools may refuse it: {problem}"
 
 
+LEARNED = ("biogpt", "ctrl", "gpt2", "gpt_bigcode", "gpt_neo", "openai-gpt", "opt", "mpt")
+"""Types of models whose positions are rows of a table (mpt: of biases), so that there are no others."""
+
+
 def maximum_positions(config: Any) -> int | None:
-    """The number of positions by a text config; None where there is no limit, as under ALiBi."""
+    """The number of positions by a text config; None where it names none, or has no positions, as under ALiBi."""
     if getattr(config, "alibi", False):
         return None
-    positions = getattr(config, "max_position_embeddings", None)
+    name = "max_seq_len" if config.model_type == "mpt" else "max_position_embeddings"
+    positions = getattr(config, name, None)
     return positions if isinstance(positions, int) and positions > 0 else None
-
-
-def is_rotary(config: Any) -> bool:
-    """Whether positions are rotations, which exist beyond the maximum, and not rows of a table."""
-    names = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_dim", "rotary_pct", "rotary_emb_base")
-    return any(getattr(config, name, None) is not None for name in names)
 
 
 def generation_config_problem(directory: Path) -> str | None:

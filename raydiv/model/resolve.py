@@ -58,7 +58,7 @@ def _require_weights(model_id: str, directory: Path) -> None:
     """
     adapter, present = (directory / "adapter_config.json").is_file(), {file.name for file in weight_files(directory)}
     wanted = {"adapter_model.safetensors"} if adapter else set()
-    for index in () if adapter else directory.glob("*.safetensors.index.json"):
+    for index in () if adapter else _indices(directory):
         files = _indexed_files(index)
         if not files:
             raise UserError(f"model.id: {model_id}: {index.name} is not a valid index of weights")
@@ -93,9 +93,15 @@ def weight_files(path: Path) -> list[Path]:
     Other files beside them are copies in another layout, such as ``consolidated.safetensors``.
     """
     present = sorted(path.glob("*.safetensors"))
-    indexed = {name for index in path.glob("*.safetensors.index.json") for name in _indexed_files(index)}
+    indexed = {name for index in _indices(path) for name in _indexed_files(index)}
     loaded = indexed or {"model.safetensors", "adapter_model.safetensors"}
     return [file for file in present if file.name in loaded] or present
+
+
+def _indices(path: Path) -> list[Path]:
+    """The index of a model's weights, in a list: that which transformers reads, else whichever there is."""
+    own = path / "model.safetensors.index.json"
+    return [own] if own.is_file() else sorted(path.glob("*.safetensors.index.json"))
 
 
 def _indexed_files(index: Path) -> set[str]:
@@ -126,11 +132,11 @@ def _from_hub(model_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     # *.py too: downloaded code is not run, unless the recipe trusts it
-    patterns = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+    patterns = ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py"]
     options: dict[str, Any] = {"revision": revision, "ignore_patterns": ["original/*", "*/*.safetensors"]}
     try:
         path = Path(snapshot_download(model_id, allow_patterns=patterns, **options))
-        indexed = sorted({name for index in path.glob("*.safetensors.index.json") for name in _indexed_files(index)})
+        indexed = sorted({name for index in _indices(path) for name in _indexed_files(index)})
         weights = indexed or ["*.safetensors"]
         return Path(snapshot_download(model_id, allow_patterns=[*patterns, *weights], **options))
     except Exception as error:  # the hub client raises many unrelated types

@@ -155,6 +155,23 @@ class ChatTemplate:
         return EndOfTurn("", token, number, "the EOS", reason if self.renders else "")
 
     @cached_property
+    def answer_prefix(self) -> str:
+        """What the template writes after the generation prompt and before an answer, such as gpt-oss's final channel.
+
+        White space and thinking blocks do not count: whether there is a thought is the data's matter.
+        """
+        user: Message = {"role": "user", "content": USER}
+        try:
+            prompt = self.render([user])
+            whole = self.render([user, {"role": "assistant", "content": ANSWER}], generation=False)
+        except ValueError:
+            return ""
+        written, found, _ = whole.removeprefix(prompt).partition(ANSWER)
+        if not found or not whole.startswith(prompt) or not written.strip() or prompt == self.render([user], False):
+            return ""
+        return "" if any(marker in written for pair in THOUGHT_MARKERS for marker in pair) else written
+
+    @cached_property
     def thought_markers(self) -> tuple[str, str] | None:
         """The markers of a thinking block that the template mentions."""
         return next((pair for pair in THOUGHT_MARKERS if pair[0] in self.text or pair[1] in self.text), None)

@@ -52,7 +52,8 @@ class HeldOutEvaluation:
         names = np.array(self.recipe.data.held_out_names)
         for name in dict.fromkeys(names.tolist()):
             rows = np.flatnonzero(names[stored.source] == name)
-            values |= self._values(select_examples(batch, rows), f"eval/{name}", step)
+            if len(rows):  # a fraction of the prompts may leave a small source out
+                values |= self._values(select_examples(batch, rows), f"eval/{name}", step)
         if dist.rank() == 0 and self.recipe.loss.needs_reference:
             reward = rewards(batch, self.stepper.terms[0].reward_scale)
             classes = {"aligned": batch.aligned, "unaligned": ~batch.aligned}

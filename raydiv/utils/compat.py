@@ -273,10 +273,21 @@ def make_readable_by_transformers_4(directory: Path) -> None:
 def _add_rope_theta(config: dict[str, Any]) -> dict[str, Any]:
     config = {name: _add_rope_theta(value) if isinstance(value, dict) else value for name, value in config.items()}
     rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope and "rope_theta" not in config:
-        config["rope_theta"] = rope["rope_theta"]
-        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
-        config["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    if not isinstance(rope, dict) or "rope_theta" in config or "rotary_emb_base" in config:
+        return config
+    # Gemma 3 has one set for each kind of attention
+    local, rope = rope.get("sliding_attention"), rope.get("full_attention", rope)
+    if local is not None:
+        config["rope_local_base_freq"] = local["rope_theta"]
+    if "rope_theta" not in rope:
+        return config
+    scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
+    if config.get("model_type") == "gpt_neox":
+        config |= {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope.get("partial_rotary_factor", 1.0)}
+    elif "partial_rotary_factor" in rope:
+        config["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    config["rope_theta"] = rope["rope_theta"]
+    config["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
     return config
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from helpers.models import make_model
 from raydiv.commands.export import export
 from raydiv.config import Recipe, load_recipe, save_recipe
-from raydiv.model.export import push, write_model
+from raydiv.model.export import _keep_config_of_base, push, write_model
 from raydiv.model.load import ModelSource, build_policy
 from raydiv.runs.directory import RunDirectory
 from raydiv.utils.compat import make_readable_by_transformers_4
@@ -161,6 +161,51 @@ def test_an_export_is_pushed_to_a_private_repository(tmp_path: Path, monkeypatch
     assert hub.calls == [("create", "org/aligned", True), ("upload", "org/aligned", ["model.safetensors"])]
     with pytest.raises(UserError, match=r"--push-to other/x: .*403 Forbidden.*HF_TOKEN"):
         push(tmp_path, "other/x")
+
+
+def test_the_config_of_a_part_of_the_base_is_that_part_s(base: Path, tmp_path: Path) -> None:
+    whole = {"model_type": "two_parts", "architectures": ["TwoParts"], "text_config": {}}
+    part = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    for name, written in (("whole", whole), ("part", part)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(written))
+    (tmp_path / "whole" / "preprocessor_config.json").write_text("{}")
+    _keep_config_of_base(tmp_path / "part", tmp_path / "whole")
+    assert json.loads((tmp_path / "part" / "config.json").read_text()) == part
+    (tmp_path / "part" / "config.json").write_text(json.dumps(whole | {"dtype": "float32"}))
+    _keep_config_of_base(tmp_path / "part", tmp_path / "whole")
+    assert json.loads((tmp_path / "part" / "config.json").read_text()) == whole | {"torch_dtype": "float32"}
+    assert (tmp_path / "part" / "preprocessor_config.json").is_file()
+
+
+def test_custom_code_of_the_base_goes_with_the_export(base: Path, tmp_path: Path) -> None:
+    (base / "configuration_own.py").write_text("# code")
+    assert (export(trained(base, tmp_path / "run"), tmp_path / "out") / "configuration_own.py").is_file()
+
+
+def test_rope_of_other_families_is_converted(tmp_path: Path) -> None:
+    kinds: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "phi": (
+            {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.4},
+            {"rope_theta": 1e4, "rope_scaling": None, "partial_rotary_factor": 0.4},
+        ),
+        "gpt_neox": (
+            {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 1.0},
+            {"rope_theta": 1e4, "rope_scaling": None, "rotary_emb_base": 1e4, "rotary_pct": 1.0},
+        ),
+        "gemma3_text": (
+            {
+                "full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},
+                "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+            },
+            {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        ),
+    }
+    for kind, (rope, expected) in kinds.items():
+        config = {"model_type": kind, "rope_parameters": rope}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        make_readable_by_transformers_4(tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text()) == config | expected
 
 
 def test_files_of_transformers_5_are_made_readable_by_4(tmp_path: Path) -> None:

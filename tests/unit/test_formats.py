@@ -116,6 +116,39 @@ def test_a_prompt_of_turns_goes_to_the_assistant() -> None:
         assert sides(PAIR | {"prompt": ordinary})[0][0] == ordinary
 
 
+SYSTEM = {"role": "system", "content": "Be brief."}
+FOLLOWED = [USER, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "When?"}]
+
+
+@pytest.mark.parametrize("prompt", [ASKED, "When?", [USER], FOLLOWED, [SYSTEM, *FOLLOWED]])
+def test_a_prompt_that_both_sides_repeat_is_their_first_or_their_last_turn(prompt: Any) -> None:
+    whole = [SYSTEM, *FOLLOWED]
+    record = {"prompt": prompt, "chosen": [*whole, said(GOOD)], "rejected": [*whole, said(BAD)]}
+    assert sides(record) == [(whole, GOOD, True), (whole, BAD, False)]
+    other = record | {"rejected": [{"role": "user", "content": "x"}, said(BAD)]}
+    assert "rejected is a conversation that does not have the prompt" in refusal(other)
+
+
+def said(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def test_text_sides_that_repeat_the_prompt_are_conversations() -> None:
+    record = {"prompt": spoken(ASKED) + "\n\nAssistant:", "chosen": spoken(ASKED, GOOD), "rejected": spoken(ASKED, BAD)}
+    assert sides(record) == [([USER], GOOD, True), ([USER], BAD, False)]
+
+
+def test_rendered_prompts_of_turns_stay_text() -> None:
+    text = spoken(ASKED) + "\n\nAssistant:"
+    assert sides(PAIR | {"prompt": text}, rendered=True)[0][0] == text
+
+
+@pytest.mark.parametrize("text", ["[{'role': 'user', 'content': 'x'}]", '[{"from": "human", "value": "x"}]'])
+@pytest.mark.parametrize("column", ["prompt", "chosen"])
+def test_messages_written_as_text_are_refused(column: str, text: str) -> None:
+    assert f"{column} is a list of messages written as text" in refusal(PAIR | {column: text})
+
+
 @pytest.mark.parametrize(
     ("chosen", "named"),
     [
@@ -188,11 +221,17 @@ def test_the_spelling_of_a_converted_label_is_told(chatml: Path, write_jsonl: Wr
 
 def test_a_rating_is_no_label(chatml: Path, write_jsonl: Writer) -> None:
     path = write_jsonl(*labelled(1, 0, 2, 5))
-    with pytest.raises(UserError, match=r"data\.jsonl:3: label must be true or false"):
+    with pytest.raises(UserError, match=r"data\.jsonl:3: label must be 1 or 0 in all rows, found 2"):
         index_of(chatml, path)
     index = index_of(chatml, path, on_bad_row="quarantine")
     assert (len(index), sorted(line for _, line in index.bad.places)) == (0, [1, 2, 3, 4])
     assert any("a rating" in reason for reason in index.bad.reasons)
+
+
+@pytest.mark.parametrize("odd", [None, "unknown", ""])
+def test_a_missing_label_leaves_the_others_as_they_are(odd: Any, chatml: Path, write_jsonl: Writer) -> None:
+    index = index_of(chatml, write_jsonl(*labelled(1, 0, odd, 1)), on_bad_row="quarantine")
+    assert ([line for _, line in index.bad.places], len(index)) == ([3], 3)
 
 
 def test_rows_of_the_rarer_spelling_of_a_label_are_bad(chatml: Path, write_jsonl: Writer) -> None:
@@ -300,6 +339,11 @@ def test_parquet_with_large_strings_structs_and_a_column_that_is_null_for_long(t
     assert examples[-1].harmful is True
     assert examples[-3].prompt.tools == [{"type": "function", "a": {}, "b": "name"}]
     assert len(index_of(chatml, tmp_path / "data.parquet", on_bad_row="quarantine")) == 6000
+
+
+def test_a_record_with_a_list_of_tools_is_a_record(tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text(json.dumps(PAIR | {"tools": [{"type": "function"}]}))
+    assert [e.response for e in read_examples(Source(path=str(tmp_path / "data.json")))] == [GOOD, BAD]
 
 
 def test_a_wrapped_list_in_json_keeps_the_numbers_of_its_records(tmp_path: Path) -> None:

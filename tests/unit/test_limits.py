@@ -18,7 +18,7 @@ from raydiv.commands.prepare import load_inputs
 from raydiv.config import Recipe
 from raydiv.model import resolve
 from raydiv.model.chat import Chat
-from raydiv.model.limits import generation_config_problem, is_rotary, maximum_positions
+from raydiv.model.limits import LEARNED, generation_config_problem, maximum_positions
 from raydiv.model.resolve import model_directory, weight_files
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.utils.errors import UserError
@@ -80,27 +80,31 @@ def test_examples_longer_than_rotary_positions_are_noted(model: Path, recipe: Ca
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "positions", "rotary"),
+    ("kind", "options", "positions", "learned"),
     [
-        ("llama", {}, 2048, True),
-        ("gemma3_text", {}, 131072, True),
-        ("gpt_neox", {}, 2048, True),
-        ("gptj", {}, 2048, True),
-        ("falcon", {"alibi": True}, None, True),
-        ("gpt2", {}, 1024, False),
-        ("opt", {}, 2048, False),
+        ("llama", {}, 2048, False),
+        ("gemma3_text", {}, 131072, False),
+        ("gpt_neox", {}, 2048, False),
+        ("nemotron_h", {}, 4096, False),
+        ("falcon", {"alibi": True}, None, False),
+        ("bloom", {}, None, False),
+        ("gpt2", {}, 1024, True),
+        ("opt", {}, 2048, True),
+        ("mpt", {"max_seq_len": 32}, 32, True),
     ],
 )
-def test_positions_by_the_config(kind: str, options: dict[str, Any], positions: int | None, rotary: bool) -> None:
+def test_positions_by_the_config(kind: str, options: dict[str, Any], positions: int | None, learned: bool) -> None:
     config = AutoConfig.for_model(kind, **options)
     assert maximum_positions(config) == positions
-    assert is_rotary(config) == rotary
+    assert (kind in LEARNED) == learned
 
 
 def test_control_tokens_beyond_the_embedding_are_refused(model: Path, recipe: Callable[..., Recipe]) -> None:
     chat = Chat(model)
     edit(model / "config.json", vocab_size=chat.end_of_turn.id)
-    with pytest.raises(UserError, match=r"data\.end_of_turn: .* the embedding|embedding has"):
+    with pytest.raises(
+        UserError, match=r"data\.end_of_turn: the token </s> has the id 2, and the model's embedding has 2 rows"
+    ):
         load(recipe(model))
 
 
@@ -135,6 +139,10 @@ def test_only_the_files_of_the_index_are_weights(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert [file.name for file in weight_files(tmp_path)] == ["model-1.safetensors", "model-2.safetensors"]
+    other = {"weight_map": {"a": "consolidated.safetensors"}}
+    (tmp_path / "consolidated.safetensors.index.json").write_text(json.dumps(other))
+    assert [file.name for file in weight_files(tmp_path)] == ["model-1.safetensors", "model-2.safetensors"]
+    (tmp_path / "consolidated.safetensors.index.json").unlink()
     (tmp_path / "model.safetensors.index.json").unlink()
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert [file.name for file in weight_files(tmp_path)] == ["model.safetensors"]

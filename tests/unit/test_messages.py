@@ -102,3 +102,15 @@ def test_both_sides_without_a_prompt_column_keep_the_other_columns() -> None:
     sides = {"chosen": [USER, *assistant(content="In spring.")], "rejected": [USER, *assistant(content="Trees.")]}
     system = {"role": "system", "content": "Be brief."}
     assert examples_of({**sides, "system": "Be brief."})[0].prompt == [system, USER]
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"from": ["human"], "value": "x"},
+        {"role": "assistant", "content": "x", "tool_calls": 5},
+        {"role": "user", "content": [{"type": "PLANTED text of a row"}]},
+    ],
+)
+def test_messages_of_other_shapes_are_bad_rows_without_their_text(turn: dict[str, Any]) -> None:
+    assert "PLANTED" not in refusal(PAIR | {"prompt": [turn]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,3 +90,37 @@ def test_what_is_cut_is_told(family: Path, write_jsonl: Writer) -> None:
 def test_a_rendered_prompt_is_text(family: Path, write_jsonl: Writer) -> None:
     example = shown(family, write_jsonl(PAIR), template="none")[0]
     assert text_of(example, "text").endswith(PAIR["prompt"])
+
+
+def test_a_character_of_several_byte_tokens_is_shown_once(tmp_path: Path, write_jsonl: Writer) -> None:
+    """As in SentencePiece vocabularies, which fall back to bytes for characters that they lack."""
+    directory = make_family_tokenizer(tmp_path / "family", FAMILIES["Mistral"])
+    rules = json.loads((directory / "tokenizer.json").read_text())
+    pieces = [
+        "<s>",
+        "</s>",
+        "[INST]",
+        "[/INST]",
+        "\u2581",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *map(chr, range(33, 127)),
+    ]
+    rules["model"] = {
+        "type": "BPE",
+        "vocab": {piece: number for number, piece in enumerate(dict.fromkeys(pieces))},
+        "merges": [],
+        "byte_fallback": True,
+        "unk_token": None,
+    }
+    rules["pre_tokenizer"] = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "never", "split": False}
+    steps = [
+        {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    rules["decoder"] = {"type": "Sequence", "decoders": steps}
+    (directory / "tokenizer.json").write_text(json.dumps(rules))
+    row = PAIR | {"prompt": "so \U0001f642 now", "chosen": "\U0001f642\U0001f642 yes of course"}
+    example = shown(directory, write_jsonl(row))[0]
+    assert text_of(example, "text") == row["prompt"]
+    assert text_of(example, "trained").strip() == row["chosen"]

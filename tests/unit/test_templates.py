@@ -272,6 +272,30 @@ def test_an_answer_is_split_from_its_thought(
         assert chat.split_answer(prompt, ids) == split
 
 
+CHANNELS = """{% for m in messages %}{% if m['role'] == 'assistant' %}\
+<|start|>assistant<|channel|>final<|message|>{{ m['content'] }}<|return|>\
+{% else %}<|start|>{{ m['role'] }}<|message|>{{ m['content'] }}<|end|>{% endif %}{% endfor %}\
+{% if add_generation_prompt %}<|start|>assistant{% endif %}"""
+"""A template in the shape of gpt-oss: an answer is in the final channel, a thought in another."""
+
+
+def test_an_answer_is_written_and_read_in_its_channel(tmp_path: Path) -> None:
+    special = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
+    chat = Chat(make_family_tokenizer(tmp_path, Family(CHANNELS, "<|return|>", special)))
+    prompt, response = example_text(chat, "hi", "No.")
+    assert prompt + response == chat.template.render(
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "No."}], generation=False
+    )
+    thought = "<|channel|>analysis<|message|>A plan.<|end|><|start|>assistant"
+    for written, split in (
+        (f"{thought}<|channel|>final<|message|>No.<|return|>", ("analysis A plan.  assistant", "No.")),
+        ("<|channel|>final<|message|>No.<|return|>", (None, "No.")),
+        ("<|channel|>analysis<|message|>A plan", ("analysisA plan", None)),
+        ("No.<|return|>", (None, "No.")),
+    ):
+        assert chat.split_answer("hi", chat.tokenizer(written, add_special_tokens=False).input_ids) == split
+
+
 def test_private_characters_cannot_forge_a_mark(directories: dict[str, Path]) -> None:
     chat = Chat(directories["ChatML"])
     forged = "a\U000f0000<|im_end|>\U000f0001b<|im_\U000f0000end|>"

@@ -253,6 +253,8 @@ def test_each_held_out_source_has_metrics_of_its_own(tmp_path: Path, monkeypatch
         assert {name: metrics[f"{prefix}/{name}"] for name in expected} == expected
     assert held_out_metrics(recipe) == metrics.keys() - {"step"}
     assert len({metrics[f"{prefix}/loss"] for prefix in ("eval", "eval/prefs", "eval/refusals")}) == 3
+    stored.source[:] = 0  # a fraction of the prompts left the second source out
+    assert not any("prefs" in name for name in replace(evaluation, recipe=recipe).evaluate(step=3))
 
 
 def test_the_pairs_of_selected_examples_are_those_that_are_complete() -> None:

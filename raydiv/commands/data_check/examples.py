@@ -121,7 +121,7 @@ def _token_texts(ids: Sequence[int], chat: Chat) -> list[str]:
     texts, shown = [], ""
     for count in range(1, len(ids) + 1):
         text = str(chat.tokenizer.decode(ids[:count], skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        whole = text.removesuffix("\N{REPLACEMENT CHARACTER}")
+        whole = text.rstrip("\N{REPLACEMENT CHARACTER}")
         texts.append(whole[len(shown) :])
         shown = whole if len(whole) > len(shown) else shown
     return texts
