@@ -81,7 +81,7 @@ FILE_SECTIONS = ("model", "data", "separation", "evaluate", "sweep", "study")
 INCLUDE_PREFIX = "study.include."
 """Keys that name folders of finished runs, which are not uploaded."""
 
-CHOICE_OPTIONS = ("--part", "--against", "--kind", "--pooling", "--intervals", "--precision")
+CHOICE_OPTIONS = ("--part", "--against", "--kind", "--pooling", "--intervals", "--precision", "--dtype")
 """Options whose values are choices, never paths."""
 
 MODEL_PREFIXES = ("model", *JUDGES)
