@@ -18,7 +18,7 @@ from raydiv.data.splits import Splits, make_splits
 from raydiv.data.tokenize import tokenize
 from raydiv.data.tokens import KEY, StoredExamples, content_key, mismatched
 from raydiv.model.chat import Chat, chat_table
-from raydiv.model.limits import limit_notes, require_limits
+from raydiv.model.limits import limit_notes, require_limits, require_room_for_answers
 from raydiv.model.load import ModelSource, require_quantizer
 from raydiv.model.resolve import fingerprint, model_directory, require_base_model
 from raydiv.runs.events import ExamplePlace
@@ -112,6 +112,8 @@ def load_inputs(recipe: Recipe, display: ProgressDisplay) -> LoadedInputs:
         prompts = PromptSets.of(recipe)
         chat = Chat.from_recipe(recipe, directory)
         require_limits(recipe, config, chat)
+        asked = [prompt.text for prompt in prompts.evaluate]
+        require_room_for_answers(recipe.evaluate.max_new_tokens, config, chat, asked)
         for note in limit_notes(recipe, config, chat, directory):
             display.print(f"note: {note}")
         train, held_out = (

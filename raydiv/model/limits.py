@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from raydiv.config import Recipe
-from raydiv.model.chat import Chat
+from raydiv.model.chat import Chat, ChatPrompt
 from raydiv.utils.errors import UserError, one_line
 
 
@@ -31,6 +31,19 @@ def require_limits(recipe: Recipe, config: Any, chat: Chat) -> None:
                 f"{key}: the token {token} has the id {number}, and the model's embedding has {rows:,} rows: the "
                 "tokenizer is that of another model, or the embedding was not resized for it"
             )
+
+
+def require_room_for_answers(max_new_tokens: int, config: Any, chat: Chat, prompts: Sequence[ChatPrompt]) -> None:
+    """Raise UserError where a model has no positions for the longest of ``prompts`` and its answer."""
+    positions = maximum_positions(config)
+    if positions is None or config.model_type not in LEARNED or not prompts:
+        return
+    longest = max(len(chat.prompt_ids(prompt)) for prompt in prompts)
+    if longest + max_new_tokens > positions:
+        raise UserError(
+            f"evaluate.max_new_tokens: {max_new_tokens} after a prompt of {longest:,} tokens exceed the model's "
+            f"{positions:,} positions"
+        )
 
 
 def limit_notes(recipe: Recipe, config: Any, chat: Chat, directory: Path) -> Iterator[str]:

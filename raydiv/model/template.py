@@ -30,6 +30,8 @@ THOUGHT_MARKERS = (
     ("<thought>", "</thought>"),
     ("<reasoning>", "</reasoning>"),
     ("<seed:think>", "</seed:think>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("\u25c1think\u25b7", "\u25c1/think\u25b7"),
 )
 """Markers of the beginning and the end of a thinking block."""
 

@@ -18,7 +18,7 @@ from raydiv.commands.prepare import load_inputs
 from raydiv.config import Recipe
 from raydiv.model import resolve
 from raydiv.model.chat import Chat
-from raydiv.model.limits import LEARNED, generation_config_problem, maximum_positions
+from raydiv.model.limits import LEARNED, generation_config_problem, maximum_positions, require_room_for_answers
 from raydiv.model.resolve import model_directory, weight_files
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.utils.errors import UserError
@@ -70,6 +70,15 @@ def test_examples_longer_than_learned_positions_are_refused(gpt2: Path, recipe: 
     for check in (load, plan):
         with pytest.raises(UserError, match=r"batch\.max_length: 65, .* 64; set batch\.max_length=64"):
             check(recipe(gpt2, 65))
+
+
+def test_answers_longer_than_learned_positions_are_refused(gpt2: Path, model: Path) -> None:
+    chat, config = Chat(gpt2), AutoConfig.from_pretrained(gpt2)
+    room = 64 - len(chat.prompt_ids("How?"))
+    require_room_for_answers(room, config, chat, ["How?", "Why"])
+    require_room_for_answers(10**6, AutoConfig.from_pretrained(model), Chat(model), ["How?"])
+    with pytest.raises(UserError, match=rf"evaluate\.max_new_tokens: {room + 1} after a prompt of {64 - room} tokens"):
+        require_room_for_answers(room + 1, config, chat, ["How?"])
 
 
 def test_examples_longer_than_rotary_positions_are_noted(model: Path, recipe: Callable[..., Recipe]) -> None:

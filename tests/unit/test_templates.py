@@ -260,6 +260,8 @@ def test_markers_of_thought_in_a_users_text_are_text(directories: dict[str, Path
         ("R1", "A plan that ends.<|eos|>", ("A plan that ends.", None)),
         ("ChatML", "<think>A plan.</think>No.<|im_end|>", ("A plan.", "No.")),
         ("ChatML", "[THINK]A plan", ("A plan", None)),
+        ("ChatML", "\u25c1think\u25b7A plan.\u25c1/think\u25b7No.<|im_end|>", ("A plan.", "No.")),
+        ("ChatML", "<|START_THINKING|>A plan.<|END_THINKING|>No.<|im_end|>", ("A plan.", "No.")),
         ("ChatML", "No.<|im_end|>", (None, "No.")),
     ],
 )
