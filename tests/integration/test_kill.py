@@ -270,7 +270,8 @@ def test_a_lost_node_is_replaced_by_another(whole: Result, named: Callable[..., 
 
     with meanwhile(lose):
         train(recipe, ProgressDisplay(quiet=True))
-    assert re.search("training resumes after step [46]", run.events.path.read_text())
+    # a lost node is noticed after a second, in which all steps may be taken
+    assert re.search("training resumes after step [468]", run.events.path.read_text())
     assert_same_run(run, whole.run)
 
 
