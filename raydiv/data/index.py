@@ -255,7 +255,7 @@ class IndexWriter:
     def __enter__(self) -> IndexWriter:
         return self
 
-    def add(self, shard: str, table: pa.Table, bad: Iterable[tuple[int, int, str]], unread: Iterable[str] = ()) -> None:
+    def add(self, shard: str, table: pa.Table, bad: Iterable[tuple[int, int, str]], unread: Iterable[str]) -> None:
         """Add the next shard: its name and INDEX_COLUMNS, (file, position, reason) of its bad rows, unread columns."""
         self._writer.write_table(table)
         self._shards.append((shard, len(table)))
@@ -264,8 +264,8 @@ class IndexWriter:
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         with self._temporary:
-            content = {"shards": self._shards, "bad": self._bad, "unread": sorted(self._unread)}
-            self._writer.add_key_value_metadata({"raydiv": json.dumps(content)})
+            told = {"shards": self._shards, "bad": self._bad, "unread": sorted(self._unread)}
+            self._writer.add_key_value_metadata({"raydiv": json.dumps(told)})
             self._writer.close()
             if kind is None:
                 with pa.memory_map(str(self._path)) as content:

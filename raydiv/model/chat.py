@@ -357,19 +357,25 @@ class Chat:
         if markers is None:
             return None, self.decode(ids)
         opening, closing = markers
-        if closing not in text:
+        parts = self._part(ids, closing)
+        if parts is None:
             return self.decode(ids).strip().removeprefix(opening).strip(), None
-        end = bisect_left(range(len(ids)), True, key=lambda count: closing in self._with_special_tokens(ids[:count]))
-        thought, _, rest = self._with_special_tokens(ids[:end]).partition(closing)
-        return thought.strip().removeprefix(opening).strip(), (rest + self.decode(ids[end:])).lstrip("\n")
+        return parts[0].strip().removeprefix(opening).strip(), parts[1].lstrip("\n")
 
     def _split_at_prefix(self, ids: list[int], prefix: str) -> tuple[str | None, str | None]:
         """As ``split_answer``, for a template that writes ``prefix`` before an answer and not before a thought."""
-        before, found, _ = self._with_special_tokens(ids).partition(prefix)
-        if not found:
+        parts = self._part(ids, prefix)
+        if parts is None:
             return self.decode(ids).strip(), None
-        end = bisect_left(range(len(ids)), True, key=lambda count: prefix in self._with_special_tokens(ids[:count]))
-        return self.control_tokens.without(before).strip() or None, self.decode(ids[end:])
+        return self.control_tokens.without(parts[0]).strip() or None, parts[1]
+
+    def _part(self, ids: list[int], separator: str) -> tuple[str, str] | None:
+        """What an answer has before a text, special tokens included, and after it, without them; None without it."""
+        if separator not in self._with_special_tokens(ids):
+            return None
+        end = bisect_left(range(len(ids)), True, key=lambda count: separator in self._with_special_tokens(ids[:count]))
+        before, _, rest = self._with_special_tokens(ids[:end]).partition(separator)
+        return before, rest + self.decode(ids[end:])
 
     def _with_special_tokens(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))

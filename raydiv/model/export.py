@@ -14,6 +14,7 @@ from raydiv.config import Recipe
 from raydiv.config.source import Source
 from raydiv.model.chat import Chat, chat_table
 from raydiv.model.load import ModelSource
+from raydiv.model.resolve import hub_origin
 from raydiv.utils.compat import make_readable_by_transformers_4
 from raydiv.utils.errors import UserError, one_line
 from raydiv.utils.storage import atomic
@@ -109,9 +110,8 @@ def _name_base(path: Path, recipe: Recipe, base: Path) -> None:
 
     Written into the file, since peft would ask the hub for a base that its own config names by id.
     """
-    name, revision = (recipe.model.id if recipe.model.id.startswith("bundled:") else str(base)), None
-    if base.parent.name == "snapshots" and base.parents[1].name.startswith("models--"):
-        name, revision = base.parents[1].name.removeprefix("models--").replace("--", "/"), base.name
+    here = recipe.model.id if recipe.model.id.startswith("bundled:") else str(base)
+    name, revision = hub_origin(base) or (here, None)
     config = json.loads(path.read_text()) | {"base_model_name_or_path": name, "revision": revision}
     path.write_text(json.dumps(config, indent=2) + "\n")
 

@@ -147,14 +147,22 @@ def _from_hub(model_id: str, revision: str | None) -> Path:
         ) from None
 
 
+def hub_origin(path: Path) -> tuple[str, str] | None:
+    """The hub id and the commit of a directory in the hub's cache; None for another directory."""
+    if path.parent.name != "snapshots" or not path.parents[1].name.startswith("models--"):
+        return None
+    return path.parents[1].name.removeprefix("models--").replace("--", "/"), path.name
+
+
 def _from_another_node(path: Path) -> Path | None:
     """The directory on this node of a model that was resolved on another; None where ``path`` may be a hub id.
 
     A bundled model is made here, and a downloaded one is downloaded at the same commit; workers of a node wait for one
     download. Raises UserError for an absolute path that is neither.
     """
-    if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):
-        return _from_hub(path.parents[1].name.removeprefix("models--").replace("--", "/"), path.name)
+    downloaded = hub_origin(path)
+    if downloaded is not None:
+        return _from_hub(*downloaded)
     for bundled in (*BUNDLED, W1):
         kind = bundled.removeprefix("bundled:")
         if path.parent.name == "models" and path.name.startswith(kind):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -18,22 +19,22 @@ TIMED = {"tokens_per_second", *OF_PHASES, "peak_memory_bytes"}
 
 
 def wait_for_step(run: RunDirectory, step: int, seconds: float = 300) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if run.metrics.path.exists() and run.metrics.steps_taken() >= step:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"step {step} was not reached in {seconds} s")
+    _wait(lambda: run.metrics.path.exists() and run.metrics.steps_taken() >= step, f"step {step}", seconds)
 
 
 def wait_for_checkpoint(run: RunDirectory, recipe: Recipe, step: int, seconds: float = 300) -> None:
     """Wait for a checkpoint of ``step`` or a later one. It is committed some steps after the one that it holds."""
+    store = CheckpointStore(run.checkpoints(recipe))
+    _wait(lambda: any(committed >= step for committed in store.steps()), f"a checkpoint of step {step}", seconds)
+
+
+def _wait(reached: Callable[[], bool], what: str, seconds: float) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if any(committed >= step for committed in CheckpointStore(run.checkpoints(recipe)).steps()):
+        if reached():
             return
         time.sleep(0.05)
-    raise AssertionError(f"no checkpoint of step {step} in {seconds} s")
+    raise AssertionError(f"{what} was not reached in {seconds} s")
 
 
 def weights(run: RunDirectory) -> dict[str, np.ndarray]:

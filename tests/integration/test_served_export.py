@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from helpers.models import make_model
+from helpers.policies import write_run
 from raydiv.commands.export import export
-from raydiv.config import load_recipe, save_recipe
-from raydiv.model.export import write_model
-from raydiv.model.load import ModelSource, build_policy
-from raydiv.runs.directory import RunDirectory
+from raydiv.config import load_recipe
+from raydiv.model.load import ModelSource
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
@@ -58,13 +57,7 @@ def test_an_older_transformers_reads_the_export(lora: bool, older: Path, tmp_pat
     model = {"id": str(base), **({"lora": {"r": 3}} if lora else {})}
     data = {"end_of_turn": "<|user|>"}
     recipe = load_recipe({"model": model, "loss": {"type": "dpo"}, "optim": {"steps": 1}, "data": data})
-    run = RunDirectory(tmp_path / "run")
-    run.path.mkdir()
-    save_recipe(recipe, run.recipe)
-    policy = build_policy(base, recipe.model, torch.float32).eval()
-    torch.manual_seed(0)
-    state = {n: w.detach() + 0.1 * torch.randn_like(w) for n, w in policy.named_parameters() if w.requires_grad}
-    write_model(policy, state, base, recipe, run.model, lambda _: None)
+    run = write_run(base, recipe, tmp_path / "run")
     exported = export(run.path, tmp_path / "exported", dtype="bf16")
 
     environment = {**os.environ, "PYTHONPATH": str(older)}

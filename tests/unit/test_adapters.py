@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from helpers.models import make_model
+from helpers.policies import changed_policy, write_policy, write_run
 from raydiv.commands.prepare import load_inputs
 from raydiv.config import Recipe, load_recipe, save_recipe
-from raydiv.model.export import write_model
 from raydiv.model.load import ModelSource, build_policy
-from raydiv.runs.directory import RunDirectory
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.training.export_check import logps_of
 from raydiv.utils.errors import UserError
@@ -28,37 +27,16 @@ def recipe_of(model: Path, **section: Any) -> Recipe:
     return load_recipe(content | {"data": {"train": "bundled:preference"}})
 
 
-def changed_policy(start: Path, recipe: Recipe) -> Any:
-    """The model that is trained from ``start``, with changed weights."""
-    torch.manual_seed(0)
-    policy = build_policy(start, recipe.model, torch.float32).eval()
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            if parameter.requires_grad:
-                parameter += 0.05 * torch.randn_like(parameter)
-    return policy
-
-
 def logits_of(policy: Any) -> torch.Tensor:
     with torch.inference_mode():
         return policy(input_ids=torch.tensor([[5, 6, 7, 8]])).logits  # type: ignore[no-any-return]
-
-
-def write(policy: Any, start: Path, recipe: Recipe, target: Path) -> Path:
-    state = {name: weight.detach().clone() for name, weight in policy.named_parameters() if weight.requires_grad}
-    write_model(policy, state, start, recipe, target, lambda _: None)
-    return target
 
 
 @pytest.fixture
 def run(tiny_model: Path, tmp_path: Path) -> Path:
     """A run with trained adapters."""
     recipe = recipe_of(tiny_model, lora={"r": 3, "alpha": 5, "target_modules": ["q_proj", "down_proj"]})
-    directory = RunDirectory(tmp_path / "sft")
-    directory.path.mkdir()
-    save_recipe(recipe, directory.recipe)
-    write(changed_policy(tiny_model, recipe), tiny_model, recipe, directory.model)
-    return directory.path
+    return write_run(tiny_model, recipe, tmp_path / "sft").path
 
 
 @pytest.mark.parametrize("named", ["sft", "sft/model"])
@@ -79,7 +57,7 @@ def test_training_starts_from_the_adapter_and_is_written_as_one_of_its_base(
     torch.testing.assert_close(logits_of(policy), logits_of(merged.load().eval()), rtol=0, atol=1e-5)
 
     second = changed_policy(start, recipe)
-    written = write(second, start, recipe, tmp_path / "kldo")
+    written = write_policy(second, start, recipe, tmp_path / "kldo")
     assert json.loads((written / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_model)
     torch.testing.assert_close(logits_of(second), logits_of(ModelSource(written).load().eval()), rtol=0, atol=1e-5)
     assert ModelSource(written).fingerprint() != merged.fingerprint() != ModelSource(tiny_model).fingerprint()
@@ -137,7 +115,7 @@ def test_modules_are_chosen_as_peft_does(lora: dict[str, Any], adapted: set[str]
 def test_variants_are_written_as_they_were_trained(option: str, tiny_model: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tiny_model, lora={"r": 4, "alpha": 8, option: True})
     policy = changed_policy(tiny_model, recipe)
-    written = write(policy, tiny_model, recipe, tmp_path / "model")
+    written = write_policy(policy, tiny_model, recipe, tmp_path / "model")
     assert json.loads((written / "adapter_config.json").read_text())[option] is True
     torch.testing.assert_close(logits_of(policy), logits_of(ModelSource(written).load().eval()), rtol=0, atol=1e-5)
     scale = 8 / 4**0.5 if option == "use_rslora" else 8 / 4

@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from helpers.policies import changed_policy, gathered_weights
 from raydiv.commands.export import export
 from raydiv.config import Recipe, load_recipe, save_recipe
 from raydiv.model.export import write_model
-from raydiv.model.load import ModelSource, build_policy
+from raydiv.model.load import ModelSource
 from raydiv.runs.directory import RunDirectory
 from raydiv.training.export_check import ExportVerification, logps_of
 
@@ -23,17 +24,6 @@ EXAMPLES = [([7, 8, 9, 10], [11, 12, 2]), ([20, 21], [22, 23, 24, 25, 2])]
 def recipe_of(model: Path, lora: bool) -> Recipe:
     section = {"id": str(model), **({"lora": {"r": 3}} if lora else {})}
     return load_recipe({"model": section, "loss": {"type": "dpo"}, "optim": {"steps": 1}})
-
-
-def trained_policy(model: Path, recipe: Recipe) -> Any:
-    """The model with changed weights."""
-    torch.manual_seed(0)
-    policy = build_policy(model, recipe.model, torch.float32).eval()
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            if parameter.requires_grad:
-                parameter += 0.05 * torch.randn_like(parameter)
-    return policy
 
 
 def logps_under(policy: Any) -> torch.Tensor:
@@ -46,14 +36,9 @@ def logps_under(policy: Any) -> torch.Tensor:
     return torch.stack(logps).detach()
 
 
-def gathered_weights(policy: Any) -> dict[str, torch.Tensor]:
-    """The trained weights: all, or the adapters."""
-    return {name: weight.detach().clone() for name, weight in policy.named_parameters() if weight.requires_grad}
-
-
 def test_the_written_model_stops_where_its_responses_end(tiny_model: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tiny_model, lora=False)
-    policy = trained_policy(tiny_model, recipe)
+    policy = changed_policy(tiny_model, recipe)
     changes = recipe.data.model_copy(update={"end_of_turn": "<|user|>"})
     recipe = recipe.model_copy(update={"data": changes})
     write_model(policy, gathered_weights(policy), tiny_model, recipe, tmp_path / "model", lambda _: None)
@@ -63,7 +48,7 @@ def test_the_written_model_stops_where_its_responses_end(tiny_model: Path, tmp_p
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_trained_model_is_written(lora: bool, tiny_model: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tiny_model, lora)
-    policy = trained_policy(tiny_model, recipe)
+    policy = changed_policy(tiny_model, recipe)
     verification = ExportVerification(EXAMPLES, logps_under(policy))
     write_model(policy, gathered_weights(policy), tiny_model, recipe, tmp_path / "model", verification.check(recipe))
     logps = logps_of(ModelSource.from_recipe(recipe, tmp_path / "model"), EXAMPLES)
@@ -77,7 +62,7 @@ def test_the_trained_model_is_written(lora: bool, tiny_model: Path, tmp_path: Pa
 @pytest.mark.parametrize("damage", ["another", "nan"])
 def test_a_model_that_differs_is_removed(lora: bool, damage: str, tiny_model: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tiny_model, lora)
-    policy = trained_policy(tiny_model, recipe)
+    policy = changed_policy(tiny_model, recipe)
     verification, state = ExportVerification(EXAMPLES, logps_under(policy)), gathered_weights(policy)
     name = next(name for name in state if "lora_B" in name or "mlp" in name)
     state[name] = state[name] + (float("nan") if damage == "nan" else 0.3)
@@ -91,7 +76,7 @@ def test_a_merged_model_that_differs_is_removed(
     damage: float, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_of(tiny_model, lora=True)
-    policy = trained_policy(tiny_model, recipe)
+    policy = changed_policy(tiny_model, recipe)
     verification, run = logps_under(policy), RunDirectory(tmp_path / "run")
     run.path.mkdir()
     save_recipe(recipe, run.recipe)
@@ -117,7 +102,7 @@ def test_a_merged_model_that_differs_is_removed(
 @pytest.mark.parametrize("lora", [False, True])
 def test_missing_or_empty_weights_are_refused(lora: bool, tiny_model: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tiny_model, lora)
-    policy = trained_policy(tiny_model, recipe)
+    policy = changed_policy(tiny_model, recipe)
     state = gathered_weights(policy)
     name = sorted(state)[1]
     for partial in (

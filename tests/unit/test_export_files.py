@@ -12,10 +12,11 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from helpers.models import make_model
+from helpers.policies import write_run
 from raydiv.commands.export import export
 from raydiv.config import Recipe, load_recipe, save_recipe
-from raydiv.model.export import _keep_config_of_base, push, write_model
-from raydiv.model.load import ModelSource, build_policy
+from raydiv.model.export import _keep_config_of_base, push
+from raydiv.model.load import ModelSource
 from raydiv.runs.directory import RunDirectory
 from raydiv.utils.compat import make_readable_by_transformers_4
 from raydiv.utils.errors import UserError
@@ -53,17 +54,7 @@ def trained(base: Path, folder: Path, lora: bool = True, **data: Any) -> Path:
     model = {"id": str(base), **({"lora": {"r": 3}} if lora else {})}
     sections = {"model": model, "loss": {"type": "dpo"}, "optim": {"steps": 1}, "data": data}
     recipe: Recipe = load_recipe(sections)
-    run = RunDirectory(folder)
-    run.path.mkdir()
-    save_recipe(recipe, run.recipe)
-    torch.manual_seed(0)
-    policy = build_policy(base, recipe.model, torch.float32).eval()
-    state = {
-        name: weight.detach() + 0.05 * torch.randn_like(weight)
-        for name, weight in policy.named_parameters()
-        if weight.requires_grad
-    }
-    write_model(policy, state, base, recipe, run.model, lambda _: None)
+    run = write_run(base, recipe, folder)
     run.result.write_text(json.dumps({"base_dtype": ModelSource(base).stored_dtype()}))
     return run.path
 
