@@ -45,7 +45,9 @@ class ChatConfig(Section):
         default_factory=dict, description="variables of the chat template, such as {enable_thinking: false}"
     )
     template_date: date | None = Field(
-        default=None, description="today's date for a template that prints it; by default the date of the run's start"
+        default=None,
+        description="today's date for a template that prints it; by default the date of the start of the run, sweep or "
+        "study; templates that print no date do not use it",
     )
     thinking: Literal["open", "closed"] | None = Field(
         default=None,

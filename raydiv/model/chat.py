@@ -120,6 +120,7 @@ class Chat:
             "bos": self._bos_of_prompts(),
             "thinking": thinking,
             "date": str(template.date) if template.date else None,
+            "unused_date": str(self.config.template_date) if self.config.template_date and not template.date else None,
         }
 
     def _bos_of_prompts(self) -> str | None:
@@ -394,6 +395,8 @@ def chat_table(facts: Mapping[str, Any]) -> dict[str, str]:
         "BOS": facts["bos"],
         "thinking block": facts["thinking"],
         "date in the template": f"{facts['date']} (data.template_date)" if facts["date"] else None,
+        # not in the facts of a run that an earlier version wrote
+        "data.template_date": "not used: the chat template prints no date" if facts.get("unused_date") else None,
     }
     return {name: fact for name, fact in table.items() if fact}
 

@@ -74,8 +74,6 @@ class ChatTemplate:
         if "strftime_now" in self.text:
             self.date = config.template_date or date.today()
             self.text = _with_date(self.text, self.date)
-        elif config.template_date is not None:
-            raise UserError("data.template_date: the chat template prints no date; remove the key")
         self.opening = ""
         """What the template writes before a conversation's first user turn, such as a default system turn."""
         self._roles: dict[str, bool] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import date
 from typing import Any
 
 from raydiv.config import Recipe
@@ -23,6 +24,9 @@ LAYOUT_KEYS = (
 )
 """Keys that may differ, since they change how an update is computed and not the update."""
 
+RESOLVED_KEYS = ("data.template_date",)
+"""Keys without a value in a recipe as written, and with one in a run's."""
+
 MACHINE_KEYS = ("num_workers", "min_workers", "use_gpu", "worker_memory_gb", "cpus", "cpus_per_worker")
 """Keys of ``cluster``: while they are unchanged, ``auto`` keys keep the values that they were resolved to."""
 
@@ -33,9 +37,7 @@ def recipe_to_resume(run: RunDirectory, recipe: Recipe) -> Recipe:
     Raises UserError, with the differences, when the run was started with another recipe.
     """
     started = run.read_recipe()
-    if recipe.data.template_date is None:
-        data = recipe.data.model_copy(update={"template_date": started.data.template_date})
-        recipe = recipe.model_copy(update={"data": data})
+    recipe = with_template_date(recipe, started)
     changes = differences(comparable(started), comparable(recipe))
     if changes:
         lines = "\n".join(f"  {key}: {before} then, {now} now" for key, (before, now) in changes.items())
@@ -50,6 +52,14 @@ def recipe_to_resume(run: RunDirectory, recipe: Recipe) -> Recipe:
         for section in ("batch", "engine")
     }
     return recipe.model_copy(update=resolved)
+
+
+def with_template_date(recipe: Recipe, started: Recipe | None) -> Recipe:
+    """The recipe with the date that chat templates print: its own, else that of an earlier attempt, else today's."""
+    if recipe.data.template_date is not None:
+        return recipe
+    day = date.today() if started is None else started.data.template_date
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"template_date": day})})
 
 
 def resumes(run: RunDirectory, recipe: Recipe) -> bool:
@@ -77,9 +87,16 @@ def comparable(recipe: Recipe) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The keys, in order, whose values in two results of ``comparable`` differ, with both values."""
+    """The keys, in order, whose values in two results of ``comparable`` differ, with both values.
+
+    A key that one of them leaves to raydiv does not differ.
+    """
     pairs = {key: (before.get(key, "absent"), now.get(key, "absent")) for key in sorted(before.keys() | now.keys())}
-    return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
+    return {
+        key: (old, new)
+        for key, (old, new) in pairs.items()
+        if old != new and not (key in RESOLVED_KEYS and None in (old, new))
+    }
 
 
 def require_same_content(run: RunDirectory, fingerprints: Mapping[str, str]) -> None:

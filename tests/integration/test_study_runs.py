@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -364,8 +365,28 @@ def test_a_study_killed_at_its_start_can_be_resumed(tmp_path: Path, monkeypatch:
         study(recipe, resume=True)  # without an earlier study, resume starts one
     with pytest.raises(UserError, match=r"holds a study already.*--resume"):
         study(recipe)
+    started = StudyDirectory.of(recipe).read_recipe()
+    assert started.data.template_date == date.today()
+    # all cells have the date of its start, also those that a later day starts
+    monkeypatch.setattr("raydiv.runs.resume.date", SimpleNamespace(today=lambda: date(2126, 1, 31)))
     with pytest.raises(KeyboardInterrupt):
         study(recipe, resume=True)
+    assert StudyDirectory.of(recipe).read_recipe() == started
+    (cell,) = StudyGrid.of(started).cells
+    assert cell.recipe.data.template_date == started.data.template_date
+
+
+def test_a_finished_cell_has_the_date_that_its_recipe_leaves_open(tmp_path: Path) -> None:
+    (cell,) = cells_of({"losses": ["kldo"]})
+    dated = load_recipe(cell.recipe.model_dump(by_alias=True), ["data.template_date=2026-01-31"])
+    run = finished_run(tmp_path / "runs" / "dated", dated)
+    require_same_recipe(cell.recipe, run)
+    recipe = recipe_with({"losses": ["kldo"], "include": [str(tmp_path / "runs")]})
+    (included,) = included_cells(recipe).values()
+    assert (included.data, included.loss) == (cell.data, cell.loss)
+    other = load_recipe(cell.recipe.model_dump(by_alias=True), ["data.template_date=2026-02-01"])
+    with pytest.raises(UserError, match=r"data\.template_date"):
+        require_same_recipe(other, run)
 
 
 @pytest.mark.slow

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import date, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ import yaml
 
 from helpers.small_run import recipe_of, write_files
 from raydiv.cli import main
-from raydiv.config import Recipe, save_recipe
+from raydiv.config import Recipe, load_recipe, save_recipe
 from raydiv.config.cluster import ClusterConfig
 from raydiv.experiments.sweep.record import TrialRecord
 from raydiv.experiments.sweep.sweep import SweepResult, sweep
@@ -29,6 +31,14 @@ pytestmark = pytest.mark.slow
 
 FATAL = 1e20
 """A learning rate after whose first update no loss is finite."""
+
+
+YESTERDAY = date.today() - timedelta(days=1)
+
+DATED_TEMPLATE = """{{ strftime_now('%d %b %Y') }}{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
 
 
 MAXIMIZE_MARGIN = {"metric": "eval/reward/margin", "direction": "maximize"}
@@ -59,7 +69,7 @@ def grid(
 ) -> tuple[Recipe, SweepResult]:
     """Three trials of one worker each, as many at once as there is room for; one of them fails.
 
-    The paths of its data are relative to the working directory.
+    The paths of its data are relative to the working directory. It began yesterday, and its template prints the date.
     """
     space = {"optim.lr": [1e-3, FATAL], "loss.beta": {"in": [0.1, 0.3], "when": {"optim.lr": 1e-3}}}
     section = {
@@ -71,7 +81,9 @@ def grid(
     output = tmp_path_factory.mktemp("sweeps")
     more = ["cluster.num_workers=1", "optim.steps=3", "data.train=train.jsonl", "data.eval=eval.jsonl"]
     recipe = sweep_of(tiny_model, files, output, "grid", section, *more)
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"template": DATED_TEMPLATE})})
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("raydiv.runs.resume.date", SimpleNamespace(today=lambda: YESTERDAY))
         patch.chdir(Path(files["train"]).parent)
         return recipe, sweep(recipe, display=ProgressDisplay(quiet=True))
 
@@ -94,6 +106,13 @@ def test_trials_share_data_and_reference(grid: tuple[Recipe, SweepResult]) -> No
     results = [json.loads(path.read_text()) for path in result.directory.trials.glob("*/result.json")]
     assert [content["data"]["reference"]["misses"] for content in results] == [0, 0]
     assert len({content["data"]["fingerprint"] for content in results}) == 1
+
+
+def test_all_trials_have_the_date_on_which_the_sweep_began(grid: tuple[Recipe, SweepResult]) -> None:
+    _, result = grid
+    recipes = [load_recipe(path) for path in result.directory.trials.glob("*/recipe.yaml")]
+    assert {recipe.data.template_date for recipe in recipes} == {YESTERDAY}
+    assert result.directory.read_recipe().data.template_date == YESTERDAY
 
 
 def test_only_the_best_trial_keeps_its_weights(grid: tuple[Recipe, SweepResult]) -> None:

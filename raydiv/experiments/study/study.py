@@ -21,6 +21,7 @@ from raydiv.experiments.study.tables import tables_of
 from raydiv.runs.directory import RunDirectory
 from raydiv.runs.output_directory import OutputDirectory
 from raydiv.runs.progress import ProgressDisplay
+from raydiv.runs.resume import with_template_date
 from raydiv.runs.tracker import MlflowTracker, forwarded_uri
 from raydiv.runtime.resources import concurrent_runs
 from raydiv.runtime.session import ray_session, require_dashboard
@@ -98,8 +99,10 @@ def study(recipe: Recipe, *, resume: bool = False, display: ProgressDisplay | No
     display = display or ProgressDisplay()
     if recipe.study is None:
         raise UserError("study: missing section; set the models, data and losses to compare")
-    grid, included = StudyGrid.of(recipe), included_cells(recipe)
     directory = StudyDirectory.of(recipe)
+    # one date for all cells, also of a study that lasts over midnight
+    recipe = with_template_date(recipe, directory.read_recipe() if directory.has_started(resume=resume) else None)
+    grid, included = StudyGrid.of(recipe), included_cells(recipe)
     for cell in grid.cells:
         if resume and directory.is_finished(cell):
             require_same_recipe(cell.recipe, directory.run(cell))

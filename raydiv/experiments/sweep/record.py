@@ -18,6 +18,7 @@ from raydiv.experiments.sweep.space import Values
 from raydiv.runs.directory import RunDirectory
 from raydiv.runs.metrics_log import numbers
 from raydiv.runs.output_directory import OutputDirectory
+from raydiv.runs.resume import with_template_date
 from raydiv.utils.errors import UserError
 from raydiv.utils.storage import read_json, write_json
 
@@ -85,7 +86,8 @@ class SweepDirectory(OutputDirectory):
         """Whether this sweep has started here. Raises UserError if it may not be resumed or has another recipe."""
         started = self.has_started(resume=resume)
         if started:
-            _require_same(self.read_recipe(), recipe, self.path)
+            earlier = self.read_recipe()
+            _require_same(earlier, with_template_date(recipe, earlier), self.path)
         return started
 
     def create(self, recipe: Recipe) -> None:

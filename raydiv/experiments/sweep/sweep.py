@@ -20,6 +20,7 @@ from raydiv.experiments.sweep.searchers import ListSearcher, OptunaSearcher
 from raydiv.experiments.sweep.space import Values, representatives, trial_recipes
 from raydiv.experiments.sweep.trial import TrialTask, run_trial
 from raydiv.runs.progress import ProgressDisplay
+from raydiv.runs.resume import with_template_date
 from raydiv.runs.tracker import MlflowTracker, forwarded_uri
 from raydiv.runtime.resources import concurrent_runs
 from raydiv.runtime.session import ray_session, require_dashboard
@@ -51,17 +52,20 @@ def sweep(recipe: Recipe, *, resume: bool = False, display: ProgressDisplay | No
     every trial fails.
     """
     display = display or ProgressDisplay()
-    if recipe.sweep is None:
+    section = recipe.sweep
+    if section is None:
         raise UserError("the recipe has no section sweep, with the keys to search and the objectives")
-    candidates = representatives(recipe)
-    variants = distinct_preparations(trial_recipes(recipe, candidates))
     directory = SweepDirectory.of(recipe)
     resumes = directory.can_resume(recipe, resume)
+    # one date for all trials, also of a search that lasts over midnight
+    recipe = with_template_date(recipe, directory.read_recipe() if resumes else None)
+    candidates = representatives(recipe)
+    variants = distinct_preparations(trial_recipes(recipe, candidates))
     record = SweepRecord.read(directory, recipe) if resumes else SweepRecord.of(directory, recipe)
     started = time.monotonic()
     # Ray Train frees a stopped trial's workers once the dashboard confirms that the trial's controller is gone
     with ray_session(recipe.cluster, dashboard=True):
-        if recipe.sweep.scheduler != "none":
+        if section.scheduler != "none":
             require_dashboard("sweep.scheduler: asha")
         steps, base_metrics = prepare_all(variants, display)
         names = full_metric_names(recipe, variants, base_metrics)
@@ -72,12 +76,12 @@ def sweep(recipe: Recipe, *, resume: bool = False, display: ProgressDisplay | No
         tracker = MlflowTracker(recipe, tags, display.print, record.mlflow)
         with tracker.end_on_error():
             record.mlflow, record.versions = {"uri": tracker.uri, "run_id": tracker.run_id}, versions()
-            objective = recipe.sweep.asha_objective
+            objective = section.asha_objective
             objective = objective.model_copy(update={"metric": names[objective.metric]})
-            _run_trials(recipe, record, candidates, _scheduler(recipe.sweep, objective, steps), display)
+            _run_trials(recipe, record, candidates, _scheduler(section, objective, steps), display)
             record.seconds = round(time.monotonic() - started, 1)
             # a stopped trial may have written files after its weights were removed
-            record.remove_weights(recipe.sweep.keep)
+            record.remove_weights(section.keep)
             _write_results(record, tracker)
         tracker.finish()
     return SweepResult(directory, record)
