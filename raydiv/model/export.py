@@ -37,8 +37,8 @@ def write_model(
 ) -> None:
     """Write ``state`` (full weights by parameter name) as ``model``'s directory, or its adapters where it has them.
 
-    Raises RuntimeError when a weight is empty or missing, and whatever ``check`` raises of the directory. Then nothing
-    is left at ``target``.
+    Raises RuntimeError when a weight is empty or missing, and when ``check`` raises it of the directory, which is then
+    kept as ``NAME.rejected``. Nothing is left at ``target``.
     """
     expected = {name for name, weight in model.named_parameters() if weight.requires_grad or recipe.model.lora is None}
     missing = sorted(name for name in expected if name not in state or state[name].numel() == 0)
@@ -58,7 +58,15 @@ def write_model(
         if generation is None:
             _name_base(temporary / "adapter_config.json", recipe, base)
         _write_other_files(temporary, base, chat, recipe, generation)
-        check(temporary)
+        try:
+            check(temporary)
+        except RuntimeError as error:
+            rejected = target.with_name(f"{target.name}.rejected")
+            shutil.rmtree(rejected, ignore_errors=True)
+            temporary.rename(rejected)
+            raise RuntimeError(
+                f"{error}. It is kept as {rejected}; the newest checkpoint holds the trained weights"
+            ) from error
 
 
 def write_whole(recipe: Recipe, trained: Path, directory: Path, dtype: str | None) -> None:

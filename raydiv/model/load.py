@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,19 +59,27 @@ class ModelSource:
         directory, base = self._local_directory(), self.base_directory()
         return fingerprint(directory) if base is None else digest(fingerprint(directory), fingerprint(base))
 
-    def load(self) -> Any:
+    def load(self, device: str = "cpu") -> Any:
         """The causal model, for scoring or generation; an adapter is merged into its base, unless the base is in 4
         bits.
         """
-        directory, base = self._local_directory(), self.base_directory()
-        if base is None:
-            return self._pretrained(directory)
-        base_model = self._pretrained(base)
-        with _peft_import(self.quantization):
-            from peft import PeftModel
+        model = self.load_unmerged(device)
+        if self.base_directory() is None:
+            return model
+        return model.merge_and_unload() if self.quantization is None else model.get_base_model()
 
-            model = PeftModel.from_pretrained(base_model, str(directory))
-            return model.merge_and_unload() if self.quantization is None else model.get_base_model()
+    def load_unmerged(self, device: str = "cpu") -> Any:
+        """The causal model; of an adapter, peft's model."""
+        directory, base = self._local_directory(), self.base_directory()
+        model = _from_pretrained(
+            base or directory,
+            DTYPES[self.precision],
+            self.attention,
+            self.trust_remote_code,
+            self.quantization,
+            device,
+        )
+        return model if base is None else _with_adapter(model, directory, self.quantization)
 
     def config(self) -> Any:
         """The config of the language model. Raises UserError when it cannot be read."""
@@ -106,15 +113,10 @@ class ModelSource:
         """
         return self.directory if self.directory.is_dir() else model_directory(str(self.directory))
 
-    def _pretrained(self, directory: Path) -> Any:
-        return _from_pretrained(
-            directory, DTYPES[self.precision], self.attention, self.trust_remote_code, self.quantization
-        )
-
     def load_for_inference(self) -> Any:
         """The model for an actor of a pool: on its device, in evaluation mode. Silences libraries in this process."""
         silence_libraries()
-        return self.load().to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        return self.load("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def build_policy(directory: Path, section: ModelConfig, dtype: Any) -> Any:
@@ -122,24 +124,45 @@ def build_policy(directory: Path, section: ModelConfig, dtype: Any) -> Any:
 
     Raises UserError for target modules that the model lacks.
     """
-    base = ModelSource(directory).base_directory()
-    load = partial(_from_pretrained, dtype=dtype, attention=section.attention)
-    model = load(base or directory, trust_remote_code=section.trust_remote_code, quantization=section.quantization)
-    if base is not None:
-        with _peft_import(section.quantization):
-            from peft import PeftModel
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
-            return PeftModel.from_pretrained(model, str(directory), is_trainable=True, torch_device="cpu")
+    base = ModelSource(directory).base_directory()
+    # ZeRO-3 partitions weights while they are read; below it they go to the device one by one, without a whole copy in
+    # the memory of the host for each worker of a node
+    device = "cuda" if torch.cuda.is_available() and not is_deepspeed_zero3_enabled() else "cpu"
+    model = _from_pretrained(
+        base or directory, dtype, section.attention, section.trust_remote_code, section.quantization, device
+    )
+    if base is not None:
+        return _with_adapter(model, directory, section.quantization, is_trainable=True)
     if section.lora is None:
         return model
     try:
         with _peft_import(section.quantization):
             from peft import get_peft_model
 
-            return get_peft_model(model, lora_config(section.lora))
+            return get_peft_model(model, lora_config(section.lora), autocast_adapter_dtype=False)
     except ValueError as error:
         reason = one_line(error, 200)
         raise UserError(f"model.lora.target_modules: {section.lora.target_modules}: {reason}") from None
+
+
+def _with_adapter(model: Any, directory: Path, quantization: str | None, is_trainable: bool = False) -> Any:
+    """A base with the adapter of a directory, in the base's dtype on its device.
+
+    By default peft keeps adapters in fp32. ZeRO below stage 3 would cast them to the model's dtype all the same, and
+    at stage 3 each would multiply a copy of its input in fp32; DeepSpeed holds the fp32 weights that are updated.
+    """
+    with _peft_import(quantization):
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(
+            model,
+            str(directory),
+            is_trainable=is_trainable,
+            torch_device=str(model.device),
+            autocast_adapter_dtype=False,
+        )
 
 
 def _peft_import(quantization: str | None) -> AbstractContextManager[None]:
@@ -168,7 +191,7 @@ def lora_config(lora: LoraConfig) -> Any:
 
 
 def _from_pretrained(
-    directory: Path, dtype: Any, attention: str, trust_remote_code: bool, quantization: str | None
+    directory: Path, dtype: Any, attention: str, trust_remote_code: bool, quantization: str | None, device: str
 ) -> Any:
     from transformers import AutoModelForCausalLM
 
@@ -179,22 +202,19 @@ def _from_pretrained(
             attn_implementation=attn_implementation(attention),
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
-            **(_quantization_arguments(quantization, dtype) if quantization else {}),
+            **({} if device == "cpu" else {"device_map": {"": device}}),
+            **({"quantization_config": _quantization_config(quantization, dtype)} if quantization else {}),
         )
     except (OSError, ValueError) as error:
         raise load_error(directory, error, f"cannot be loaded: {one_line(error, 300)}") from None
 
 
-def _quantization_arguments(quantization: str, dtype: Any) -> dict[str, Any]:
-    """Arguments that load all linear layers except the head in 4 bits (QLoRA, arXiv 2305.14314), computing in
-    ``dtype``.
-    """
+def _quantization_config(quantization: str, dtype: Any) -> Any:
+    """All linear layers except the head in 4 bits (QLoRA, arXiv 2305.14314), computing in ``dtype``."""
     from transformers import BitsAndBytesConfig
 
     require_quantizer()
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quantization, bnb_4bit_compute_dtype=dtype)
-    device_map = {"device_map": {"": torch.cuda.current_device()}} if torch.cuda.is_available() else {}
-    return {"quantization_config": config, **device_map}
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quantization, bnb_4bit_compute_dtype=dtype)
 
 
 def require_quantizer() -> None:

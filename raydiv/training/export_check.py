@@ -3,71 +3,105 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from raydiv.config import Recipe
-from raydiv.data.batching import SequentialPlan
+from raydiv.data.tokens import StoredExamples
 from raydiv.model.chat import Ids
 from raydiv.model.collate import collate
 from raydiv.model.head import LogProbHead
 from raydiv.model.load import ModelSource
-from raydiv.training.dataloader import ExampleSet, RankShard, StepLoader
 from raydiv.training.step import Stepper
-from raydiv.utils import distributed as dist
 
-VERIFIED_EXAMPLES = 4
+VERIFIED_TOKENS = 256
+"""Response tokens that are compared, in as few examples as have them, the shortest first."""
 
-TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
-"""Nats a token: the written model is read on a CPU, whose kernels round differently."""
+EXACT = 1e-3
+"""Nats a token (root mean square) that two computations in fp32 may differ by, such as those of two devices."""
+
+MOST_ROUNDING = 3.0
+"""How far the trained and the written model may differ, in units of what rounding changes in the written one.
+
+Both round independently where their kernels differ, so that their difference is about the square root of 2.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class ExportVerification:
-    """Examples as token ids, and the log-prob [n] that the trained engine gives each."""
+    """Examples as token ids, and the log-probs [t] that the trained engine gives their response tokens in turn."""
 
     examples: Sequence[tuple[Ids, Ids]]
     logps: Tensor
 
-    def check(self, recipe: Recipe) -> Callable[[Path], None]:
-        """A check of a model directory, which raises RuntimeError where it holds another model."""
+    def check(self, recipe: Recipe, device: str = "cpu") -> Callable[[Path], None]:
+        """A check of a model directory on a ``device``, which raises RuntimeError where it holds another model.
+
+        In fp32 the log-probs must be equal. In bf16 and in 4 bits, their difference is measured in units of what
+        rounding changes: the difference of the written model to itself in fp32. Adapters must give the same log-probs
+        in fp32 before and after they are merged into the base.
+        """
 
         def check_directory(directory: Path) -> None:
-            logps = logps_of(ModelSource.from_recipe(recipe, directory), self.examples)
-            tokens = torch.tensor([len(response) for _, response in self.examples])
-            difference = ((logps - self.logps).abs() / tokens).max()
-            exact = recipe.engine.precision == "fp32" and recipe.model.quantization is None
-            if not difference <= TOLERANCE["fp32" if exact else "bf16"]:  # also where it is NaN
+            source = ModelSource.from_recipe(recipe, directory)
+            exact_source = replace(source, precision="fp32")
+            written, rounding = self._logps_of(source.load_unmerged(device)), 0.0
+            if source.quantization is not None or source != exact_source:
+                rounding = _rms(written - self._logps_of(exact_source.load_unmerged(device)))
+            difference, limit = _rms(written - self.logps), max(EXACT, MOST_ROUNDING * rounding)
+            if not difference <= limit:  # also where it is NaN
                 raise RuntimeError(
-                    f"the written model is not the trained one: its log-probs differ by up to {float(difference):.3g} "
-                    "nats a token. It was removed; the newest checkpoint holds the trained weights"
+                    f"the written model is not the trained one: the log-probs of {len(written)} tokens differ by "
+                    f"{difference:.3g} nats (root mean square), and rounding explains at most {limit:.3g}"
                 )
+            if recipe.model.lora is not None and source.quantization is None:
+                self._check_merge(exact_source, device)
 
         return check_directory
 
+    def _check_merge(self, source: ModelSource, device: str) -> None:
+        model = source.load_unmerged(device)
+        adapted = self._logps_of(model)
+        difference = _rms(self._logps_of(model.merge_and_unload()) - adapted)
+        if not difference <= EXACT:
+            raise RuntimeError(
+                "adapters that are merged into the base are not the trained ones: their log-probs differ by "
+                f"{difference:.3g} nats a token"
+            )
 
-def make_export_verification(stepper: Stepper, train: ExampleSet) -> ExportVerification:
+    def _logps_of(self, model: Any) -> Tensor:
+        """Log-probs [t] under a model, in fp32 on the CPU."""
+        head, logps = LogProbHead(model.eval()), []
+        with torch.inference_mode():
+            for example in self.examples:
+                inputs = collate([example]).to(model.device)
+                head.set_targets(inputs.rows, inputs.columns, inputs.targets)
+                logps.append(model(**inputs.forward_kwargs()).logits.float().cpu())
+        head.remove()
+        return torch.cat(logps)
+
+
+def make_export_verification(stepper: Stepper, examples: StoredExamples) -> ExportVerification:
     """The engine's log-probs of the shortest training examples. All ranks must call it."""
-    shortest = train.examples.select(np.argsort(train.examples.lengths, kind="stable")[:VERIFIED_EXAMPLES])
-    plan = SequentialPlan(shortest.lengths, len(shortest))
-    shard = RankShard(stepper.layout, dist.rank(), trains=False, scores=True)
-    # the log-probs alone are used, so any reference does
-    loader = StepLoader(ExampleSet(shortest, np.zeros(len(shortest), np.float32)), plan, shard)
-    return ExportVerification(shortest.ids(plan.order), stepper.score(loader.read(0)).logps)
+    shortest = np.argsort(examples.lengths, kind="stable")
+    count = int(np.searchsorted(np.cumsum(examples.response_lengths[shortest]), VERIFIED_TOKENS)) + 1
+    verified = examples.ids(shortest[:count])
+    return ExportVerification(verified, stepper.token_logps(verified))
 
 
-def logps_of(source: ModelSource, examples: Sequence[tuple[Ids, Ids]]) -> Tensor:
-    """Log-probs [n] under a model that is loaded from its files, on the CPU."""
-    model = source.load().eval()
-    head = LogProbHead(model)
-    logps = []
-    with torch.inference_mode():
-        for example in examples:
-            inputs = collate([example])
-            head.set_targets(inputs.rows, inputs.columns, inputs.targets)
-            logps.append(inputs.sum_per_example(model(**inputs.forward_kwargs()).logits, 1))
-    return torch.cat(logps).float()
+def verification_device(model: Any) -> str:
+    """Where a written ``model`` is read in fp32: the GPU where it fits beside what the worker holds, else the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    torch.cuda.empty_cache()
+    needed = 4 * sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+    return "cuda" if torch.cuda.mem_get_info()[0] > 1.25 * needed + 2**30 else "cpu"
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())

@@ -26,6 +26,7 @@ from torch import Tensor
 from raydiv.data.batching import BatchLayout, MicroBatch, StepPlan
 from raydiv.data.tokens import TokenizedExamples
 from raydiv.losses import Batch, State, Term, widest_scope
+from raydiv.model.chat import Ids
 from raydiv.model.collate import ModelInputs, collate
 from raydiv.model.head import CoefficientFn, LogProbHead
 from raydiv.model.packing import Packing
@@ -142,6 +143,24 @@ class Stepper:
         """The global batch's log-probs, without gradient or dropout."""
         self.engine.model.eval()
         return replace(self._reference_batch(step), logps=self._score_all(step, step.examples, step.layout.scoring))
+
+    def token_logps(self, examples: Sequence[tuple[Ids, Ids]]) -> Tensor:
+        """Log-probs [t] of the response tokens of examples, in turn, without gradient or dropout, on the CPU.
+
+        Each rank scores all of them, and all ranks must call it together.
+        """
+        self.engine.model.eval()
+        (batches,) = replace(self.layout, ranks=1).scoring(
+            [len(prompt) + len(response) for prompt, response in examples]
+        )
+        by_example: dict[int, Tensor] = {}
+        for batch in batches:
+            inputs = collate([examples[position] for position in batch], self.packing).to(self.engine.device)
+            with torch.no_grad():
+                logps = self._forward(0, batch, inputs).float().cpu()
+            responses = [len(examples[position][1]) for position in batch]
+            by_example |= zip(batch, torch.split(logps, responses), strict=True)
+        return torch.cat([by_example[position] for position in range(len(examples))])
 
     def _reference_batch(self, step: RankStep) -> Batch:
         """The batch of the step with the reference's log-probs in place of the policy's, which are not known yet."""

@@ -19,7 +19,7 @@ from raydiv.model.resolve import model_directory
 from raydiv.runs.directory import RunDirectory
 from raydiv.training.checkpoint.manager import CheckpointManager
 from raydiv.training.dataloader import ExampleSet, RankShard, StepLoader, stream_steps
-from raydiv.training.export_check import make_export_verification
+from raydiv.training.export_check import make_export_verification, verification_device
 from raydiv.training.held_out import HeldOutEvaluation
 from raydiv.training.loop import TrainingLoop, Updates
 from raydiv.training.profiler import StepProfiler
@@ -181,13 +181,14 @@ def _resume(checkpoints: CheckpointManager, stepper: Stepper, run: RunDirectory)
 
 def _save(stepper: Stepper, task: TrainTask, run: RunDirectory) -> None:
     """Gather the trained weights, and write them as a Hugging Face directory: the whole model, or the adapters."""
-    verification = make_export_verification(stepper, task.train)
+    verification = make_export_verification(stepper, task.train.examples)
     stepper.head.remove()
     weights: dict[str, torch.Tensor] = {}
     for name, weight in stepper.engine.weights(trainable_only=task.recipe.model.lora is not None):
         if dist.rank() == 0:
             weights[name] = weight
     if dist.rank() == 0:
-        check = verification.check(task.recipe)
-        write_model(stepper.engine.model, weights, task.model_directory, task.recipe, run.model, check)
+        model = stepper.engine.model
+        check = verification.check(task.recipe, verification_device(model))
+        write_model(model, weights, task.model_directory, task.recipe, run.model, check)
     dist.barrier()

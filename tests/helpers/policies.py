@@ -9,14 +9,14 @@ import torch
 
 from raydiv.config import Recipe, save_recipe
 from raydiv.model.export import write_model
-from raydiv.model.load import build_policy
+from raydiv.model.load import DTYPES, build_policy
 from raydiv.runs.directory import RunDirectory
 
 
 def changed_policy(start: Path, recipe: Recipe) -> Any:
     """The model that is trained from ``start``, with changed weights."""
     torch.manual_seed(0)
-    policy = build_policy(start, recipe.model, torch.float32).eval()
+    policy = build_policy(start, recipe.model, DTYPES[recipe.engine.precision]).eval()
     with torch.no_grad():
         for parameter in policy.parameters():
             if parameter.requires_grad:
