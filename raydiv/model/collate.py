@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from raydiv.model.chat import Ids
-from raydiv.model.packing import BlockDiagonalMask, Packing
+from raydiv.model.packing import BlockDiagonalMask, Packing, boundaries_of
+from raydiv.utils.devices import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,8 @@ class ModelInputs:
 
     ``ids``, ``mask`` and ``positions`` are the model's inputs: padded [m, length], or packed [1, total]. Position
     ``(rows[t], columns[t])`` of ``ids`` predicts token ``targets[t]`` of the response of example ``examples[t]``.
+    ``boundaries`` [m + 1] and ``longest``, the tokens of the longest example, are arguments of FlashAttention.
+    ``ends`` [m] are the scored positions before the end of each example, on the host.
     """
 
     ids: Tensor
@@ -29,16 +32,26 @@ class ModelInputs:
     columns: Tensor
     targets: Tensor
     examples: Tensor
+    boundaries: Tensor | None = None
+    longest: int = 0
+    ends: Sequence[int] = ()
 
     def to(self, device: torch.device) -> ModelInputs:
         tensors = {name: getattr(self, name) for name in self.__slots__}
-        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors.items() if type(tensor) is Tensor}
+        moved: dict[str, Any] = {
+            name: to_device(tensor, device) for name, tensor in tensors.items() if type(tensor) is Tensor
+        }
         return replace(self, **moved)
 
     def forward_kwargs(self) -> dict[str, Any]:
         """Keyword arguments of the model's forward."""
         tensors = {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": self.positions}
-        return {name: tensor for name, tensor in tensors.items() if tensor is not None} | {"use_cache": False}
+        kwargs: dict[str, Any] = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        kwargs["use_cache"] = False
+        if self.boundaries is not None:
+            kwargs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), self.boundaries)
+            kwargs |= dict.fromkeys(("max_length_q", "max_length_k"), self.longest)
+        return kwargs
 
     def sum_per_example(self, logps: Tensor, examples: int) -> Tensor:
         """Sum token log-probs [t] to sequence log-probs [examples]."""
@@ -73,6 +86,9 @@ def collate(examples: Sequence[tuple[Ids, Ids]], packing: Packing = "none") -> M
         columns=torch.from_numpy(np.concatenate(columns)),
         targets=torch.from_numpy(np.concatenate(targets)),
         examples=indices,
+        boundaries=boundaries_of(lengths) if packing == "boundaries" else None,
+        longest=max(lengths),
+        ends=np.cumsum(responses).tolist(),
     )
 
 

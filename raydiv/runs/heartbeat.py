@@ -15,6 +15,9 @@ from raydiv.utils.storage import read_json, write_json
 NAMED_SUSPECTS = 4
 """Ranks that the diagnosis names; it counts the rest."""
 
+CONNECT = "connect"
+"""The phase of a worker's first collective."""
+
 MISSED_BEATS = 3
 """Missed heartbeats in a row after which a worker counts as silent."""
 
@@ -63,7 +66,8 @@ class HeartbeatFolder:
     def clear(self) -> None:
         """Make the folder, without the heartbeats of an earlier start."""
         shutil.rmtree(self._path, ignore_errors=True)
-        self._path.mkdir(parents=True)
+        # another rank may have written its first one into it again
+        self._path.mkdir(parents=True, exist_ok=True)
 
     def write(self, beat: Heartbeat) -> None:
         write_json(self._path / f"{beat.rank}.json", asdict(beat))
@@ -111,4 +115,9 @@ def diagnose_hang(beats: Sequence[Heartbeat], timeout: float) -> str | None:
     if waiting:
         ranks = f"{len(waiting)} rank{'s' * (len(waiting) > 1)}"
         message += f". Waiting in a collective: {ranks}, in {waiting[0].phase} of step {waiting[0].step}"
+    if any(beat.phase == CONNECT for beat in beats):
+        message += (
+            ". Workers have not reached each other: set NCCL_SOCKET_IFNAME (on CPUs GLOO_SOCKET_IFNAME) in cluster.env "
+            "to the interface that joins the nodes; NCCL_DEBUG: INFO shows what NCCL tries"
+        )
     return message

@@ -71,13 +71,17 @@ def worker_resources(cluster: ClusterConfig) -> dict[str, float]:
 
 
 def worker_memory(cluster: ClusterConfig) -> int:
-    """Bytes of a training worker: ``cluster.worker_memory_gb``, else its GPU's or its share of a node's memory."""
+    """Bytes of a training worker: ``cluster.worker_memory_gb``, else what is free on a GPU of the kind that it gets, or
+    its share of a node's memory.
+    """
     import ray
 
     if cluster.worker_memory_gb is not None:
         return round(cluster.worker_memory_gb * GIB)
     if cluster.use_gpu:
-        return int(ray.get(ray.remote(num_gpus=1)(_gpu_memory).remote()))
+        section = cluster.train
+        options = {"num_gpus": 1, "resources": section.custom, "accelerator_type": section.accelerator}
+        return int(ray.get(ray.remote(**options)(free_gpu_memory).remote()))
     nodes = [node for node in _nodes() if node.get("CPU")]
     workers_per_node = -(-cluster.num_workers // max(1, len(nodes)))
     return round(HOST_MEMORY_FRACTION * min(_host_memory(node) for node in nodes) / workers_per_node)
@@ -88,10 +92,11 @@ def _host_memory(node: Resources) -> float:
     return node.get("memory", 0.0) + node.get("object_store_memory", 0.0)
 
 
-def _gpu_memory() -> int:
+def free_gpu_memory() -> int:
+    """Bytes of the first GPU that neither this process's CUDA context nor another process holds."""
     import torch
 
-    return int(torch.cuda.get_device_properties(0).total_memory)
+    return int(torch.cuda.mem_get_info(0)[0])
 
 
 def concurrent_runs(cluster: ClusterConfig, limit: int | None) -> tuple[int, ClusterConfig]:

@@ -141,9 +141,19 @@ def _core_log_silenced() -> Iterator[None]:
         os.close(devnull)
 
 
+GPU_SETTINGS = {
+    # cuDNN's attention makes a plan for each new shape, of tens of milliseconds, and keeps all of them: lengths of
+    # examples and answers differ at each step, so that training would spend most of its time on plans
+    "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
+    # micro-batches differ in size, which fragments the default allocator's blocks
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+}
+"""Settings of torch in every process on GPUs; ``cluster.env`` overrides them."""
+
+
 def worker_environment(cluster: ClusterConfig) -> dict[str, str]:
-    """Environment variables of every process of the session: library settings, DeepSpeed's device, ``cluster.env``."""
-    device = {} if cluster.use_gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    """Environment variables of every process of the session: library and device settings, and ``cluster.env``."""
+    device = GPU_SETTINGS if cluster.use_gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     return {"TOKENIZERS_PARALLELISM": "false", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", **device, **cluster.env}
 
 

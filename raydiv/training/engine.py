@@ -40,7 +40,8 @@ class DeepSpeedEngine:
             import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
 
-        skip_shared_memory_op()
+        if not recipe.cluster.use_gpu:  # on GPUs the look at DeepSpeed's kernels takes seconds in every worker
+            skip_shared_memory_op()
         stage = recipe.engine.zero_stage
         assert stage != "auto", "engine.zero_stage is resolved before workers start (raydiv.commands.plan)"
         self._stage = int(stage)
@@ -58,7 +59,7 @@ class DeepSpeedEngine:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         trainable = [p for p in model.parameters() if p.requires_grad]
         self._deepspeed, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=config)
-        if self._stage == 0 and dist.world_size() == 1:
+        if dist.world_size() == 1 and (self._stage == 0 or self._sums_in_fp32_on_every_rank):
             # DeepSpeed would all-reduce with no other rank, in a copy of all gradients
             self._deepspeed.enable_backward_allreduce = False
         self.model = model
@@ -113,12 +114,17 @@ class DeepSpeedEngine:
         if self._stage == 0:
             for parameter in self.model.parameters():
                 parameter.grad = None
-        elif hasattr(optimizer, "clear_hp_grads"):  # DeepSpeed's optimizer of bf16 under stage 1
+        elif self._sums_in_fp32_on_every_rank:
             optimizer.clear_hp_grads()
             optimizer.clear_lp_grads()
         else:
             with infinite_gradient_norm(optimizer, self._stage, self.device):
                 self._deepspeed.step()
+
+    @property
+    def _sums_in_fp32_on_every_rank(self) -> bool:
+        """Whether DeepSpeed took its BF16_Optimizer, as it does at stage 1 in bf16 without offload."""
+        return hasattr(self._deepspeed.optimizer, "clear_hp_grads")
 
     def _total_norm(self) -> float:
         """Norm of the gradients, which every rank has whole once the last backward has summed them."""

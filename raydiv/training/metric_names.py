@@ -7,7 +7,7 @@ import torch
 from raydiv.config import Recipe
 from raydiv.losses import Batch
 from raydiv.training.coefficients import LossOutput, evaluate_objective, initial_states
-from raydiv.training.metrics import AVERAGED, MFU, STEP_COSTS, state_metrics
+from raydiv.training.metrics import AVERAGED, MFU, RESERVED, STEP_COSTS, state_metrics
 from raydiv.utils.errors import UserError
 from raydiv.utils.nearest import nearest
 
@@ -16,7 +16,7 @@ def step_metrics(recipe: Recipe) -> set[str]:
     """Numeric metrics of every step: those of the loss, evaluated on two made-up pairs, and the costs of the step."""
     output = _evaluate_example(recipe)
     means = {f"{name}/ema" for name in AVERAGED if name in output.metrics}
-    on_gpus = {MFU} if recipe.cluster.use_gpu else set()
+    on_gpus = {MFU, RESERVED} if recipe.cluster.use_gpu else set()
     return {*output.metrics, *means, *state_metrics(recipe.loss.terms, output.states), *STEP_COSTS, *on_gpus}
 
 

@@ -38,14 +38,18 @@ def step_record(
     - ``checkpoint_seconds``, not part of it: how long training paused for a checkpoint since the previous step.
     - ``skew_seconds``: how long the rank that first finished scoring waited for the last one.
     - ``peak_memory_bytes``: of the worker with the largest.
+    - ``peak_reserved_bytes``, on GPUs: what torch's allocator took of that worker's GPU, fragmentation included.
     - ``mfu``, on GPUs: the model FLOPs utilisation of all workers.
+
+    On GPUs a phase ends when its kernels are launched; ``step_seconds`` is right, since the step waits for its norm.
 
     All ranks must call it.
     """
     by_phase = timer.take_seconds()
     phases = {f"{phase}_seconds": by_phase.get(phase, 0.0) for phase in STEP_PHASES}
     seconds = sum(phases.values())
-    memory, arrivals = zip(*dist.all_gather_object((peak_memory(), timer.seconds_to_judge)), strict=True)
+    of_ranks = dist.all_gather_object((peak_memory(), peak_reserved(), timer.seconds_to_judge))
+    memory, reserved, arrivals = zip(*of_ranks, strict=True)
     return {
         "step": plan.step + 1,
         "epoch": plan.epoch,
@@ -59,13 +63,14 @@ def step_record(
         "checkpoint_seconds": by_phase.get("checkpoint", 0.0),
         "skew_seconds": max(arrivals) - min(arrivals),
         "peak_memory_bytes": max(memory),
+        **({RESERVED: max(reserved)} if max(reserved) else {}),
     }
 
 
-MFU = "mfu"
+MFU, RESERVED = "mfu", "peak_reserved_bytes"
 TIMED = ("step_seconds", *(f"{phase}_seconds" for phase in STEP_PHASES), "checkpoint_seconds", "skew_seconds")
 STEP_COSTS = ("grad_norm", "lr", "tokens", "tokens_per_second", *TIMED, "peak_memory_bytes")
-"""What ``step_record`` has besides step, epoch and the metrics of the loss; on GPUs, also MFU."""
+"""What ``step_record`` has besides step, epoch and the metrics of the loss; on GPUs, also MFU and RESERVED."""
 
 AVERAGED = ("divergence", "reward/margin")
 """Step metrics that are also logged as running means, as ``NAME/ema``, since one step has few examples."""
@@ -149,7 +154,7 @@ def reward_metrics(batch: Batch, scale: float) -> dict[str, float]:
 
 
 def peak_memory() -> float:
-    """Peak memory of this process in bytes: the accelerator's where there is one, else resident."""
+    """Peak memory of this process in bytes: allocated on the GPU where there is one, else resident."""
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated())
     import resource
@@ -158,3 +163,8 @@ def peak_memory() -> float:
     # ru_maxrss of a child starts at its parent's value at the fork
     peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
     return 1024.0 * float(peak[1] if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def peak_reserved() -> float:
+    """Bytes that torch's allocator took of the GPU at its peak; 0 without a GPU."""
+    return float(torch.cuda.max_memory_reserved()) if torch.cuda.is_available() else 0.0

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -40,6 +41,7 @@ from raydiv.training.coefficients import (
 from raydiv.training.metrics import state_metrics
 from raydiv.training.step_timer import StepTimer
 from raydiv.utils import distributed as dist
+from raydiv.utils.devices import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +216,7 @@ class Stepper:
         if not micro_batch:
             return torch.zeros_like(token_logps)
         examples = inputs.examples[part]
-        first, last = int(examples[0]), int(examples[-1])
+        first, last = bisect_right(inputs.ends, part.start), bisect_right(inputs.ends, part.stop - 1)
         sums = token_logps.new_zeros(last + 1 - first).index_add(0, examples - first, token_logps)
         batch.logps[micro_batch[first : last + 1]] = sums.float().cpu()
         coefficients = known_coefficients(self.terms, self.states, batch)
@@ -241,7 +243,7 @@ class Stepper:
 
     def _select(self, coefficients: Tensor, micro_batch: MicroBatch) -> Tensor:
         """Coefficients [m] of a micro-batch's examples; a zero for a dummy."""
-        return (coefficients[micro_batch] if micro_batch else torch.zeros(1)).to(self.engine.device)
+        return to_device(coefficients[micro_batch] if micro_batch else torch.zeros(1), self.engine.device)
 
     def _inputs(self, examples: TokenizedExamples, micro_batch: MicroBatch) -> ModelInputs:
         return collate([examples[position] for position in micro_batch], self.packing).to(self.engine.device)
@@ -304,7 +306,7 @@ def gather_examples(
     gathered = torch.zeros((count, *values[0].shape[1:]), device=device)
     for micro_batch, value in zip(micro_batches, values, strict=True):
         if micro_batch:
-            gathered[micro_batch] = value.detach().float()
+            gathered[to_device(torch.tensor(micro_batch), device)] = value.detach().float()
     return dist.sum_over_ranks(gathered).cpu()
 
 

@@ -17,6 +17,7 @@ from raydiv.config import Recipe
 from raydiv.model.export import write_model
 from raydiv.model.resolve import model_directory
 from raydiv.runs.directory import RunDirectory
+from raydiv.runs.heartbeat import CONNECT
 from raydiv.training.checkpoint.manager import CheckpointManager
 from raydiv.training.dataloader import ExampleSet, RankShard, StepLoader, stream_steps
 from raydiv.training.export_check import make_export_verification, verification_device
@@ -69,8 +70,11 @@ def run_worker(task: TrainTask, task_ref: Any) -> None:
     run, timer = RunDirectory(task.run_directory), StepTimer()
     if dist.rank() == 0:
         run.heartbeats.clear()
-    dist.barrier()
+    # before the first collective, which hangs where the network between nodes is not set up
     with Watchdog(run, timer, task.recipe.cluster.timeout_s):
+        timer.enter(CONNECT)
+        dist.barrier()
+        timer.enter("start")
         local = model_directory(str(task.model_directory))
         _run(replace(task, model_directory=local), task_ref, run, timer)
 

@@ -223,6 +223,14 @@ def attention_implementation(config: Any) -> str:
     return str(config._attn_implementation)
 
 
+def passes_windows_to_attention(model: Any) -> bool:
+    """Whether a transformers model calls the registry of attention functions, with the window of each layer.
+
+    Checked with transformers 5.23: ``PreTrainedModel._supports_attention_backend``.
+    """
+    return bool(getattr(model, "_supports_attention_backend", False))
+
+
 def is_custom_code_refusal(error: Exception) -> bool:
     """Whether transformers refused a model because its code is not trusted: it raises a bare ValueError with this text.
 

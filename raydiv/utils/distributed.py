@@ -70,4 +70,5 @@ def bandwidth(device: torch.device) -> float:
 
 def barrier() -> None:
     if world_size() > 1:
-        dist.barrier()
+        # without a device NCCL takes that of the rank's number, and makes a context on a GPU of another worker
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)

@@ -38,6 +38,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2Config", LLAMA),
     # a cap near the logits' size, so that it bends them
     "gemma2": ("Gemma2Config", {**LLAMA, "head_dim": 8, "final_logit_softcapping": 1.5}),
+    "gemma3": ("Gemma3TextConfig", {**LLAMA, "head_dim": 8}),
+    "phi3": ("Phi3Config", LLAMA),
+    "cohere2": ("Cohere2Config", {**LLAMA, "logit_scale": 0.25}),
+    "olmo3": ("Olmo3Config", LLAMA),
     "granite": ("GraniteConfig", {**LLAMA, "logits_scaling": 3.0}),
     "cohere": ("CohereConfig", {**LLAMA, "logit_scale": 0.25}),
     "gpt-neox": ("GPTNeoXConfig", {**SIZES, "intermediate_size": 64}),
@@ -59,8 +63,8 @@ Build = Callable[..., Any]
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """11 scored positions make chunks of 4, 4 and 3, or 8 that may be kept for a backward and 3 before them."""
-    monkeypatch.setattr(head_module, "chunk_tokens", lambda vocabulary: 4)
-    monkeypatch.setattr(head_module, "KEPT_CHUNKS", 2)
+    monkeypatch.setattr(head_module, "chunk_tokens", lambda vocabulary, device: 4)
+    monkeypatch.setattr(head_module, "KEPT_CHUNKS", {"cpu": 2})
 
 
 def build(architecture: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
@@ -142,7 +146,7 @@ def on_ranks(models: Path, stage: int, push: bool) -> dict[str, dict[str, np.nda
     from raydiv.model.load import build_policy
     from raydiv.utils import distributed as dist
 
-    head_module.chunk_tokens = lambda vocabulary: 4
+    head_module.chunk_tokens = lambda vocabulary, device: 4
     engine_module.PERSISTENT_ELEMENTS = 0  # everything is partitioned, however small
     recipe = load_recipe(
         {
@@ -224,7 +228,7 @@ def test_chunks_change_nothing(architecture: str, monkeypatch: pytest.MonkeyPatc
     weights = coefficients(len(inputs.targets))
     total = run_head(model, inputs, weights, push=True)
     in_chunks = gradients(model)
-    monkeypatch.setattr(head_module, "chunk_tokens", lambda vocabulary: 256)
+    monkeypatch.setattr(head_module, "chunk_tokens", lambda vocabulary, device: 256)
     torch.testing.assert_close(run_head(model, inputs, weights, push=True), total, rtol=0, atol=1e-5)
     assert_same_gradients(in_chunks, gradients(model))
 
@@ -405,12 +409,122 @@ PACKED = [name for name in ARCHITECTURES if name != "gemma2"]
 
 
 @pytest.mark.usefixtures("own_cache")
-def test_sliding_windows_are_packed_up_to_their_length() -> None:
+def test_windows_and_chunks_that_packing_does_not_see_are_padded() -> None:
     model = build("mistral", sliding_window=16)
-    assert probe(model).packing(max_length=16) == ("mask", "")
-    packing, why = probe(model).packing(max_length=17)
+    assert probe(model).packing(max_length=17) == ("mask", "")
+    # of a model with attention code of its own
+    model._supports_attention_backend = False
+    assert packing_module.packing_of(model, 16) == ("mask", "")
+    packing, why = packing_module.packing_of(model, 17)
     assert packing == "none"
     assert "window of 16 tokens" in why
+    chunked = build("llama", attention_chunk_size=16)
+    assert packing_module.packing_of(chunked, 16) == ("mask", "")
+    packing, why = packing_module.packing_of(chunked, 17)
+    assert packing == "none"
+    assert "chunks of 16 tokens" in why
+
+
+WINDOWED = {
+    "mistral": {"sliding_window": 3},
+    "qwen2": {"sliding_window": 3, "use_sliding_window": True, "max_window_layers": 1},
+    "gemma3": {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": {"sliding_window": 3},
+    "cohere2": {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]},
+    "olmo3": {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]},
+}
+
+
+@pytest.mark.parametrize("architecture", WINDOWED)
+def test_windows_shorter_than_examples_are_kept_in_packed_rows(architecture: str) -> None:
+    model = build(architecture, **WINDOWED[architecture])
+    assert packing_module.packing_of(model, 100) == ("mask", "")
+    whole = build(architecture, **WINDOWED[architecture] | {"sliding_window": 64})
+    padded, packed = collate(EXAMPLES), collate(EXAMPLES, "mask")
+    logps = expected_logps(model, padded)
+    torch.testing.assert_close(expected_logps(model, packed), logps, rtol=0, atol=1e-4)
+    assert not torch.allclose(expected_logps(whole, padded), logps, atol=1e-3), "the window matters here"
+
+
+def varlen_by_definition(
+    query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **options: Any
+) -> Tensor:
+    """``torch.nn.attention.varlen.varlen_attn`` by its documentation; the kernel itself runs on CUDA alone."""
+    assert cu_q is cu_k
+    assert cu_q.dtype is torch.int32
+    assert max_q == max_k == int(cu_q.diff().max())
+    before, after = options["window_size"]
+    assert after == 0
+    assert options["enable_gqa"]
+    rows = []
+    for start, stop in zip(cu_q.tolist(), cu_q.tolist()[1:], strict=False):
+        q, k, v = (tensor[start:stop].transpose(0, 1).float() for tensor in (query, key, value))
+        k, v = (tensor.repeat_interleave(len(q) // len(k), dim=0) for tensor in (k, v))
+        position = torch.arange(stop - start)
+        distance = position[:, None] - position
+        seen = (distance >= 0) & ((distance <= before) | (before < 0))
+        scale = options["scale"] if options["scale"] is not None else q.shape[-1] ** -0.5
+        scores = (scale * q @ k.transpose(1, 2)).masked_fill(~seen, -torch.inf).softmax(-1)
+        rows.append((scores @ v).transpose(0, 1).to(query.dtype))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "falcon", "granite", *WINDOWED])
+def test_one_kernel_gives_what_the_loop_gives(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's arguments, by a stand-in for it: heads that are not repeated, scales, windows and boundaries."""
+    model, packed = build(architecture, **WINDOWED.get(architecture, {})), collate(EXAMPLES, "mask")
+    by_loop = expected_logps(model, packed)
+    heads: list[tuple[int, int]] = []
+
+    def kernel(query: Tensor, key: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        heads.append((query.shape[1], key.shape[1]))
+        return varlen_by_definition(query, key, *arguments, **options)
+
+    def one_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Any, window: int | None = None, **options: Any) -> Tensor:
+        return packing_module._one_kernel(q, k, v, mask, window, options.get("scale"))
+
+    monkeypatch.setattr(packing_module, "variable_length_kernel", lambda: kernel)
+    monkeypatch.setattr(packing_module, "packed_attention", one_kernel)
+    torch.testing.assert_close(expected_logps(model, packed), by_loop, rtol=0, atol=1e-4)
+    # Falcon repeats its heads itself
+    assert set(heads) == {(4, 4)} if architecture == "falcon" else {(4, 2)}
+
+
+def test_the_kernel_of_torch_has_the_arguments_that_are_used() -> None:
+    from torch.nn.attention.varlen import varlen_attn
+
+    assert packing_module.variable_length_kernel() is varlen_attn
+    half = torch.zeros(1, 4, 8, 64, dtype=torch.bfloat16)
+    assert packing_module._kernel_supports(half, half, {})
+    assert not packing_module._kernel_supports(half, half, {"dropout_p": 0.1})
+    assert not packing_module._kernel_supports(half.float(), half.float(), {})
+    assert not packing_module._kernel_supports(half[..., :60], half[..., :60], {})
+
+
+def test_flash_attention_gets_the_boundaries_of_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AttentionInterface
+
+    model, packed, calls = build("llama"), collate(EXAMPLES, "boundaries"), []
+
+    def flash(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **arguments: Any) -> Any:
+        names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+        boundaries, same, longest, as_long = (arguments[name] for name in names)
+        assert boundaries is same
+        assert longest == as_long == int(boundaries.diff().max())
+        calls.append(boundaries.tolist())
+        k, v = (tensor.repeat_interleave(2, dim=1)[0].transpose(0, 1) for tensor in (key, value))
+        rows = varlen_by_definition(
+            query[0].transpose(0, 1), k, v, boundaries, boundaries, longest, longest,
+            window_size=(-1, 0), enable_gqa=True, scale=arguments.get("scaling"),
+        )  # fmt: skip
+        return rows[None], None
+
+    expected = expected_logps(model, collate(EXAMPLES))
+    AttentionInterface.register("stand-in/flash-attn2", flash)
+    model.config._attn_implementation = "stand-in/flash-attn2"
+    assert packing_module.packing_of(model, 100) == ("boundaries", "")
+    torch.testing.assert_close(expected_logps(model, packed), expected, rtol=0, atol=1e-4)
+    assert calls == [[0, 6, 9, 16, 23]] * 2
 
 
 @pytest.mark.usefixtures("own_cache")
@@ -423,11 +537,10 @@ def test_models_that_cannot_be_packed_say_why() -> None:
 
 @pytest.mark.usefixtures("own_cache")
 def test_probe_unmasks_examples_that_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        packing_module,
-        "_block_diagonal_attention",
-        lambda q, k, v, attn_mask, is_causal, **o: packing_module._sdpa(q, k, v, is_causal=True, **o),
-    )
+    def over_the_whole_row(q: Tensor, k: Tensor, v: Tensor, mask: Any, window: Any = None, **options: Any) -> Tensor:
+        return packing_module._sdpa(q, k, v, is_causal=True, enable_gqa=True, **options)
+
+    monkeypatch.setattr(packing_module, "packed_attention", over_the_whole_row)
     packing, why = probe(build("llama")).packing(8)
     assert packing == "none"
     assert "packed log-probs differ" in why
@@ -449,7 +562,7 @@ def test_packed_examples_are_the_padded_ones(architecture: str, push: bool) -> N
 
 
 def test_low_precision_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_module, "KEPT_CHUNKS", 1)  # for the same sums
+    monkeypatch.setattr(head_module, "KEPT_CHUNKS", {"cpu": 1})  # for the same sums
     model, inputs = build("llama", torch.bfloat16), collate(EXAMPLES)
     weights = coefficients(len(inputs.targets))
     with torch.no_grad():
@@ -511,3 +624,39 @@ def test_collate_packs_end_to_end() -> None:
     assert inputs.targets.tolist() == [13, 14, 15, 24]
     assert inputs.sum_per_example(torch.tensor([1.0, 2.0, 4.0, 8.0]), 2).tolist() == [7.0, 8.0]
     assert collate([([1], [2])], "positions").mask is None
+
+
+def test_gpus_multiply_bf16_factors_into_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in for products that CUDA alone has: logits are not rounded, nor are sums of the weight's gradient."""
+    mm, addmm, wide = torch.mm, torch.addmm, []
+
+    def wide_mm(a: Tensor, b: Tensor, *, out: Tensor, out_dtype: Any = None) -> Tensor:
+        wide.append(out_dtype)
+        return mm(a, b, out=out) if out_dtype is None else mm(a.float(), b.float(), out=out)
+
+    def wide_addmm(added: Tensor, a: Tensor, b: Tensor, *, out: Tensor, out_dtype: Any) -> Tensor:
+        wide.append(out_dtype)
+        return addmm(added, a.float(), b.float(), out=out)
+
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(11, 16, dtype=torch.bfloat16), torch.randn(40, 16, dtype=torch.bfloat16)
+    bias, targets = torch.randn(40, dtype=torch.bfloat16), torch.randint(40, (11,))
+    exact = [tensor.float().requires_grad_() for tensor in (hidden, weight, bias)]
+    expected = torch.nn.functional.linear(*exact).log_softmax(-1)[torch.arange(11), targets]
+    expected.sum().backward()
+
+    def error() -> tuple[float, float]:
+        given = [tensor.clone().requires_grad_() for tensor in (hidden, weight, bias)]
+        logps = head_module._Score.apply(*given, targets, head_module.LogitRule(), torch.empty(4, 40))
+        logps.sum().backward()
+        of_gradient = (given[1].grad.float() - exact[1].grad).abs().max() / exact[1].grad.abs().max()
+        return float((logps - expected).abs().max()), float(of_gradient)
+
+    rounded = error()
+    monkeypatch.setattr(torch, "mm", wide_mm)
+    monkeypatch.setattr(torch, "addmm", wide_addmm)
+    monkeypatch.setattr(head_module, "_multiplies_into_fp32", lambda factor: factor.dtype == torch.bfloat16)
+    unrounded = error()
+    assert torch.float32 in wide
+    assert unrounded[0] < 1e-5 < 1e-3 < rounded[0]
+    assert unrounded[1] <= rounded[1] < 0.02

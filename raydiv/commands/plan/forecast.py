@@ -30,7 +30,7 @@ from raydiv.model.chat import Chat, chat_table
 from raydiv.model.limits import limit_notes, require_limits
 from raydiv.model.silence import silence_libraries
 from raydiv.runs.directory import RunDirectory
-from raydiv.runtime.resources import HOST_MEMORY_FRACTION
+from raydiv.runtime.resources import HOST_MEMORY_FRACTION, free_gpu_memory
 from raydiv.utils.errors import UserError
 from raydiv.utils.units import GIB
 
@@ -130,7 +130,7 @@ def plan(recipe: Recipe, *, tokens_per_second: float | None = None, memory_gb: f
     amounts = measure_data(recipe, chat)
     memory, memory_from = _worker_memory(recipe.cluster)
     fits = list(stage_layouts(architecture, recipe, amounts.budget, memory))
-    fit = lowest_fitting(fits)
+    fit = lowest_fitting(recipe, fits)
     speed = _speed(recipe, tokens_per_second)
     tokens = amounts.tokens_of_run(recipe)
     resolved = with_layout(recipe, fit)
@@ -197,7 +197,7 @@ def _worker_memory(cluster: ClusterConfig) -> tuple[int, str]:
         raise UserError(
             "cluster.worker_memory_gb: missing, and this machine has no GPU; set it to the GiB of a worker's GPU"
         )
-    return int(torch.cuda.get_device_properties(0).total_memory), "this machine's GPU"
+    return free_gpu_memory(), "free on this machine's GPU"
 
 
 def _machine_memory() -> int:

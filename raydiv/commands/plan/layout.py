@@ -95,12 +95,18 @@ def with_layout(recipe: Recipe, fit: LayoutFit) -> Recipe:
 
 def best_layout(architecture: Architecture, recipe: Recipe, budget: WorkerBudget, memory: int) -> LayoutFit:
     """The layout that is chosen, whether it fits or not."""
-    return lowest_fitting(list(stage_layouts(architecture, recipe, budget, memory)))
+    return lowest_fitting(recipe, list(stage_layouts(architecture, recipe, budget, memory)))
 
 
-def lowest_fitting(fits: Sequence[LayoutFit]) -> LayoutFit:
-    """The lowest stage that fits, else the layout that needs least. ``fits`` are ordered by stage."""
-    return next((fit for fit in fits if fit.fits), min(fits, key=lambda fit: fit.least_bytes))
+def lowest_fitting(recipe: Recipe, fits: Sequence[LayoutFit]) -> LayoutFit:
+    """The lowest stage that fits, else the layout that needs least. ``fits`` are ordered by stage.
+
+    In bf16, ``auto`` does not take stage 1: DeepSpeed then sums the gradients of all weights in fp32 on every worker
+    (see raydiv.commands.plan.memory). Stage 2 sends no more, and keeps a worker's part of them.
+    """
+    skipped = {1} if recipe.engine.precision == "bf16" and recipe.engine.zero_stage == "auto" else set()
+    fitting = (fit for fit in fits if fit.fits and fit.stage not in skipped)
+    return next(fitting, min(fits, key=lambda fit: fit.least_bytes))
 
 
 def stage_layouts(architecture: Architecture, recipe: Recipe, budget: WorkerBudget, memory: int) -> Iterator[LayoutFit]:

@@ -7,7 +7,8 @@ Let P be the trainable parameters and N the workers:
 - weights: all of them below stage 3; at stage 3, 1/N and the gathered ones.
 - optimizer: AdamW's two moments in fp32, and from stage 1 on an fp32 copy of the weights, in any precision: 12 P / N
   bytes.
-- gradients: fp32; whole below stage 2, P / N from stage 2 on, and a flat copy for the update if they are not flat.
+- gradients: fp32; whole below stage 2, P / N from stage 2 on, and a flat copy for the update if they are not flat. At
+  stage 1 in bf16, DeepSpeed keeps those of the last micro-batch in bf16 beside them, and sends a whole copy in bf16.
 - buffers: the reduce bucket, the copy that is sent, and the prefetched weights; gloo makes one more copy.
 
 These are allocated bytes. On a CPU the resident size is larger, since glibc keeps freed memory (bench/README.md).
@@ -112,7 +113,8 @@ class _Worker:
         self.weight_bytes = WEIGHT_BYTES[engine.precision]
         self.half = engine.precision == "bf16"
         two_step_head = widest_scope(recipe.loss.terms) == "batch" and not accumulates and recipe.model.lora is None
-        self.logits = buffer_bytes(architecture.vocabulary, tokens, two_step_head)
+        device = "cuda" if recipe.cluster.use_gpu else "cpu"
+        self.logits = buffer_bytes(architecture.vocabulary, tokens, two_step_head, device)
         self.trainable, self.part = architecture.trainable, architecture.trainable / workers
         self.bucket_elements = int(zero["reduce_bucket_size"])
         self.prefetched = int(zero["stage3_prefetch_bucket_size"])
@@ -191,7 +193,7 @@ class _Worker:
         if self.stage == 3:
             return 0 if self.offloads_optimizer else FP32 * self.part
         if self.stage == 1 and self.half:
-            return FP32 * self.trainable
+            return (FP32 + (self.weight_bytes if self.accumulates else 0)) * self.trainable
         before = FP32 * (self.part if self.stage == 2 else self.trainable) if self.accumulates else 0
         current = (
             FP32 * self.part
@@ -204,16 +206,20 @@ class _Worker:
         """Gradients after those of the last micro-batch are summed."""
         if self.stage == 3:
             return 0 if self.offloads_optimizer else FP32 * self.part
-        if self.stage == 0 or (self.stage == 1 and self.half):
+        if self.stage == 0:
             return FP32 * self.trainable
+        if self.stage == 1 and self.half:
+            return (FP32 + self.weight_bytes) * self.trainable
         if self.stage == 1:
             return FP32 * (self.trainable + self.part)
         return FP32 * self.part * (2 if self.accumulates and not self.half else 1)
 
     def _flat_gradients(self) -> float:
         """Gradients in the optimizer's flat layout."""
-        if self.stage == 0 or (self.stage == 1 and self.half):
+        if self.stage == 0:
             return FP32 * self.trainable
+        if self.stage == 1 and self.half:
+            return (FP32 + self.weight_bytes) * self.trainable
         if self.offloads_optimizer:
             return 0
         if self.stage == 3:
@@ -253,10 +259,12 @@ class _Worker:
 
     def _send_copies(self) -> float:
         """Copies of gradients that the reduction sends."""
-        if self.stage == 0 and self.workers == 1:
+        if self.workers == 1 and (self.stage == 0 or (self.stage == 1 and self.half)):
             return 0
-        if self.stage == 0 or (self.stage == 1 and self.half):
+        if self.stage == 0:
             return FP32 * min(self.trainable, UNPARTITIONED_BUCKET)
+        if self.stage == 1 and self.half:
+            return self.weight_bytes * self.trainable
         elements = max(min(self.trainable, self.bucket_elements), self.architecture.largest)
         widened = FP32 * min(self.architecture.largest, self.part) if self.half and self.stage == 2 else 0
         # gloo scatters a copy of its input

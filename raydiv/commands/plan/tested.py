@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from raydiv.config import Recipe
+from raydiv.config.section import Section
 
 TESTED: dict[tuple[str, ...], set[tuple[object, ...]]] = {
     ("model.attention",): {("auto",), ("sdpa",), ("eager",)},
     ("model.trust_remote_code",): {(False,)},
     ("cluster.use_gpu",): {(False,)},
     ("cluster.num_workers",): {(1,), (2,), (3,), (4,)},
-    ("engine.zero_stage", "engine.precision"): {
-        *((stage, "fp32") for stage in (0, 1, 2, 3)),
-        *((stage, "bf16") for stage in (1, 2, 3)),
+    ("engine.zero_stage", "engine.precision", "model.lora"): {
+        *((stage, "fp32", kind) for stage in (0, 1, 2, 3) for kind in (None, "set")),
+        *((stage, "bf16", kind) for stage in (1, 2, 3) for kind in (None, "set")),
+    },
+    ("engine.precision", "engine.offload_optimizer"): {
+        *(("fp32", place) for place in ("none", "cpu")),
+        *(("bf16", place) for place in ("none", "cpu")),
     },
     ("engine.zero_stage", "model.quantization"): {
         *((stage, None) for stage in (0, 1, 2, 3)),
@@ -39,4 +44,4 @@ def untested_combinations(recipe: Recipe) -> Iterator[str]:
 def _value(recipe: Recipe, key: str) -> object:
     section, _, name = key.partition(".")
     value: object = getattr(getattr(recipe, section), name)
-    return value
+    return "set" if isinstance(value, Section) else value
