@@ -89,6 +89,11 @@ def train(
         require_ready(recipe, run.path, local_files(inputs), new=not resume)
         prepared = prepare_data(recipe, inputs, display)
         recipe, has_spare_memory = resolve_layout(recipe, prepared)
+        if recipe.cluster.use_gpu:
+            display.print(
+                f"layout: ZeRO stage {recipe.engine.zero_stage}, micro-batches of up to "
+                f"{recipe.batch.tokens_per_microbatch} tokens, in {recipe.engine.precision} (engine.precision)"
+            )
         if resume:
             require_same_content(run, prepared.fingerprints)
             run.start_attempt(recipe)

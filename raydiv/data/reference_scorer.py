@@ -25,6 +25,7 @@ from raydiv.model.head import LogProbHead
 from raydiv.model.load import ModelSource
 from raydiv.model.packing import Packing, packing_of
 from raydiv.runtime.actor_pool import Progress, map_rows, map_stream, no_progress
+from raydiv.runtime.resources import pool_resources
 from raydiv.utils.cache import digest
 
 TASK_EXAMPLES = 1024
@@ -87,7 +88,7 @@ def _score_missing(
     """Score the ``distinct`` examples that are ``missing`` [n]; yields the number of examples of each finished task."""
     import ray
 
-    tasks = _scoring_tasks(example_sets, distinct, missing, int(ray.cluster_resources().get("CPU", 1)))
+    tasks = _scoring_tasks(example_sets, distinct, missing, pool_resources(recipe.cluster, model=True).actors)
     # concurrent processes work on the same tasks: starting elsewhere, each finds those of the others done
     random.shuffle(tasks)
     arguments = {

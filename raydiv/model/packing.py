@@ -79,10 +79,8 @@ def packed_attention(
     """
     if query.is_cuda and _kernel_supports(query, value, options):
         return _one_kernel(query, key, value, mask, window, options.get("scale"))
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (tensor[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for tensor in (key, value))
-    examples = (torch.split(tensor, mask.lengths, dim=2) for tensor in (query, key, value))
+    whole = (query, _repeated(key, query), _repeated(value, query))
+    examples = (torch.split(tensor, mask.lengths, dim=2) for tensor in whole)
     return torch.cat([_one_example(q, k, v, window, options) for q, k, v in zip(*examples, strict=True)], dim=2)
 
 
@@ -101,24 +99,39 @@ def _one_kernel(
     """All examples by FlashAttention for sequences of different lengths; shared heads are not repeated."""
     kernel = variable_length_kernel()
     assert kernel is not None
+    shared = {"enable_gqa": True} if _shares_heads(kernel) else {}
+    if not shared:
+        key, value = _repeated(key, query), _repeated(value, query)
     boundaries, longest = mask.boundaries(query.device), max(mask.lengths)
     # FlashAttention counts the positions before a query's own
     before = -1 if window is None else window - 1
     rows = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     output: Tensor = kernel(
-        *rows, boundaries, boundaries, longest, longest, scale=scale, window_size=(before, 0), enable_gqa=True
+        *rows, boundaries, boundaries, longest, longest, scale=scale, window_size=(before, 0), **shared
     )
     return output.transpose(0, 1)[None]
 
 
+def _repeated(tensor: Tensor, query: Tensor) -> Tensor:
+    """Keys or values with a head for each of the query's, which share them in groups."""
+    groups = query.shape[1] // tensor.shape[1]
+    return tensor if groups == 1 else tensor[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2)
+
+
 @cache
 def variable_length_kernel() -> Callable[..., Any] | None:
-    """Torch's ``varlen_attn``; None where this version of torch has none with windows and shared heads."""
+    """Torch's ``varlen_attn``; None where this version of torch has none with windows."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return varlen_attn if {"window_size", "enable_gqa"} <= signature(varlen_attn).parameters.keys() else None
+    return varlen_attn if {"window_size", "scale"} <= signature(varlen_attn).parameters.keys() else None
+
+
+@cache
+def _shares_heads(kernel: Callable[..., Any]) -> bool:
+    """Whether the kernel takes fewer heads of keys and values than of queries, as from torch 2.12 on."""
+    return "enable_gqa" in signature(kernel).parameters
 
 
 def _kernel_supports(query: Tensor, value: Tensor, options: dict[str, Any]) -> bool:

@@ -27,6 +27,10 @@ DISK_FULL = (
 )
 
 
+SHARED_DEVICES = "RAY_TRAIN_ENABLE_SHARE_CUDA_VISIBLE_DEVICES"
+"""Ray Train's setting by which each worker of a node sees the GPUs of all of them; the default."""
+
+
 @contextmanager
 def ray_session(cluster: ClusterConfig, *, dashboard: bool = False) -> Iterator[None]:
     """Connect to Ray without its log output, and check that the recipe's workers fit.
@@ -39,6 +43,8 @@ def ray_session(cluster: ClusterConfig, *, dashboard: bool = False) -> Iterator[
 
     Raises UserError where the cluster cannot be joined or lacks resources, and RuntimeError where Ray's disk is full.
     """
+    if cluster.use_gpu and os.environ.get(SHARED_DEVICES, "1") == "0":
+        raise UserError(f"{SHARED_DEVICES}: must not be 0: DeepSpeed finds the GPU of a worker by its local rank")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray must neither hide an idle accelerator from workers nor warn about it
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -145,8 +151,9 @@ GPU_SETTINGS = {
     # cuDNN's attention makes a plan for each new shape, of tens of milliseconds, and keeps all of them: lengths of
     # examples and answers differ at each step, so that training would spend most of its time on plans
     "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
-    # micro-batches differ in size, which fragments the default allocator's blocks
-    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    # micro-batches differ in size, which fragments the default allocator's blocks; pinned memory of checkpoints and
+    # offload would be rounded up to a power of two
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True,pinned_max_round_threshold_mb:64",
 }
 """Settings of torch in every process on GPUs; ``cluster.env`` overrides them."""
 

@@ -140,11 +140,11 @@ class DeepSpeedEngine:
         return zero.GatheredParameters(parameters)  # type: ignore[no-any-return]
 
     def weights(self, trainable_only: bool) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole tensor on the CPU) of every parameter, one at a time. All ranks must iterate together."""
+        """(name, whole tensor) of every parameter, valid until the next one. All ranks must iterate together."""
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad or not trainable_only:
                 with self.gathered([parameter]):
-                    yield name, parameter.detach().cpu().clone()
+                    yield name, parameter.detach()
 
     def close(self) -> None:
         """Release hooks and buffers, for a process that builds another engine."""
@@ -161,10 +161,13 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optim.clip or 0.0,
         "bf16": {"enabled": bf16},
-        # gradients of micro-batches are summed in fp32 at any precision
+        # a worker sums the gradients of its micro-batches in fp32 at any precision; between workers, DeepSpeed sums
+        # them in the model's
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
             "stage": engine.zero_stage,
+            # on GPUs, gradients are reduced while the backward goes on; stage 3 does so by default
+            **({"overlap_comm": True} if engine.zero_stage == 2 and recipe.cluster.use_gpu else {}),
             # gathering small matrices for every forward costs more than the memory that it saves
             "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
             **_offload("offload_optimizer", engine.offload_optimizer, engine.nvme_path),

@@ -23,6 +23,7 @@ from raydiv.training.dataloader import ExampleSet, RankShard, StepLoader, stream
 from raydiv.training.export_check import make_export_verification, verification_device
 from raydiv.training.held_out import HeldOutEvaluation
 from raydiv.training.loop import TrainingLoop, Updates
+from raydiv.training.metrics import peak_memory, peak_reserved
 from raydiv.training.profiler import StepProfiler
 from raydiv.training.schedule import epoch_plan, total_steps
 from raydiv.training.separation_probe import SeparationMeasurement, SeparationProbe
@@ -33,6 +34,7 @@ from raydiv.training.utilisation import Utilisation
 from raydiv.training.watchdog import Watchdog
 from raydiv.utils import distributed as dist
 from raydiv.utils.storage import write_json
+from raydiv.utils.units import gib
 
 if TYPE_CHECKING:
     from raydiv.model.compatibility import CompatibilityCheck
@@ -76,7 +78,18 @@ def run_worker(task: TrainTask, task_ref: Any) -> None:
         dist.barrier()
         timer.enter("start")
         local = model_directory(str(task.model_directory))
-        _run(replace(task, model_directory=local), task_ref, run, timer)
+        try:
+            _run(replace(task, model_directory=local), task_ref, run, timer)
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(_out_of_memory(task.recipe, timer)) from error
+
+
+def _out_of_memory(recipe: Recipe, timer: StepTimer) -> str:
+    return (
+        f"out of GPU memory in {timer.phase} of step {timer.step}, with {gib(peak_memory())} allocated and "
+        f"{gib(peak_reserved())} reserved at the peak; set batch.tokens_per_microbatch below "
+        f"{recipe.batch.tokens_per_microbatch}, or engine.activation_checkpointing: true (raydiv plan has the forecast)"
+    )
 
 
 def _run(task: TrainTask, task_ref: Any, run: RunDirectory, timer: StepTimer) -> None:
@@ -190,7 +203,7 @@ def _save(stepper: Stepper, task: TrainTask, run: RunDirectory) -> None:
     weights: dict[str, torch.Tensor] = {}
     for name, weight in stepper.engine.weights(trainable_only=task.recipe.model.lora is not None):
         if dist.rank() == 0:
-            weights[name] = weight
+            weights[name] = weight.to("cpu", copy=True)
     if dist.rank() == 0:
         model = stepper.engine.model
         check = verification.check(task.recipe, verification_device(model))

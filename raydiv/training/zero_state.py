@@ -47,6 +47,7 @@ class Partitions(ABC):
 
     def __init__(self, engine: Any, named: dict[str, Any]) -> None:
         self._engine, self._named = engine, named
+        self._pinned: Snapshot = {}
 
     @property
     def updates(self) -> int:
@@ -55,12 +56,23 @@ class Partitions(ABC):
         return max((int(state.get("step", 0)) for state in states if state), default=0)
 
     def snapshot(self) -> Snapshot:
-        """A copy on the CPU of the fragments that this rank saves."""
+        """A copy on the CPU of the fragments that this rank saves.
+
+        What is on a GPU is copied into pinned memory, several times faster than into other memory, which the next
+        snapshot overwrites.
+        """
         self._create_optimizer_state()
-        return {
-            (fragment, kind): self.get(fragment, kind).detach().to("cpu", copy=True)
-            for fragment, kind in _with_kinds(self.saved_fragments())
-        }
+        snapshot = {key: self._copy(key, self.get(*key).detach()) for key in _with_kinds(self.saved_fragments())}
+        if self._pinned:
+            torch.cuda.synchronize()
+        return snapshot
+
+    def _copy(self, key: tuple[Fragment, str], values: Tensor) -> Tensor:
+        if not values.is_cuda:
+            return values.clone()
+        if key not in self._pinned:
+            self._pinned[key] = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        return self._pinned[key].copy_(values, non_blocking=True)
 
     def restore(self, read: ReadFragment, updates: int) -> None:
         """Set the state to what ``read`` returns, after ``updates`` updates. All ranks must call it together."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from helpers.layouts import CPU, Layout, make_engine, update
 from helpers.ranks import run_on_ranks
@@ -76,7 +77,9 @@ def train_and_save(model: Path, layouts: Sequence[Layout], root: Path) -> list[d
 def train_to_the_end(engine: Any) -> dict[str, np.ndarray]:
     for step in range(BEFORE, BEFORE + AFTER):
         update(engine, step)
-    weights = {name: weight.float().numpy() for name, weight in engine.weights(trainable_only=True)}
+    weights = {
+        name: weight.to(torch.float32, copy=True).numpy() for name, weight in engine.weights(trainable_only=True)
+    }
     engine.close()
     return weights
 

@@ -476,9 +476,9 @@ def test_one_kernel_gives_what_the_loop_gives(architecture: str, monkeypatch: py
     by_loop = expected_logps(model, packed)
     heads: list[tuple[int, int]] = []
 
-    def kernel(query: Tensor, key: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    def kernel(query: Tensor, key: Tensor, *arguments: Any, enable_gqa: bool, **options: Any) -> Tensor:
         heads.append((query.shape[1], key.shape[1]))
-        return varlen_by_definition(query, key, *arguments, **options)
+        return varlen_by_definition(query, key, *arguments, enable_gqa=enable_gqa, **options)
 
     def one_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Any, window: int | None = None, **options: Any) -> Tensor:
         return packing_module._one_kernel(q, k, v, mask, window, options.get("scale"))
@@ -487,7 +487,14 @@ def test_one_kernel_gives_what_the_loop_gives(architecture: str, monkeypatch: py
     monkeypatch.setattr(packing_module, "packed_attention", one_kernel)
     torch.testing.assert_close(expected_logps(model, packed), by_loop, rtol=0, atol=1e-4)
     # Falcon repeats its heads itself
-    assert set(heads) == {(4, 4)} if architecture == "falcon" else {(4, 2)}
+    assert set(heads) == ({(4, 4)} if architecture == "falcon" else {(4, 2)})
+
+    def kernel_of_torch_2_11(query: Tensor, key: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        assert query.shape[1] == key.shape[1]
+        return varlen_by_definition(query, key, *arguments, enable_gqa=True, **options)
+
+    monkeypatch.setattr(packing_module, "variable_length_kernel", lambda: kernel_of_torch_2_11)
+    torch.testing.assert_close(expected_logps(model, packed), by_loop, rtol=0, atol=1e-4)
 
 
 def test_the_kernel_of_torch_has_the_arguments_that_are_used() -> None:

@@ -64,7 +64,7 @@ def stepper_of(engine: Any, head: LogProbHead, model: str, case: Case) -> Steppe
 
 
 def trained_weights(engine: Any) -> dict[str, torch.Tensor]:
-    return dict(engine.weights(trainable_only=True))
+    return {name: weight.clone() for name, weight in engine.weights(trainable_only=True)}
 
 
 def restore_weights(engine: Any, weights: dict[str, torch.Tensor]) -> None:

@@ -31,7 +31,7 @@ def trained(model: str, case: Case, optim: dict[str, Any], precision: str) -> di
     stepper = Stepper(engine, LogProbHead(engine.model), recipe.loss.terms, case.tokens, "mask")
     for _ in range(STEPS):
         stepper.step(on_this_rank(step_examples("pairs"), stepper.layout), recipe.optim.lr)
-    weights = {name: weight.float() for name, weight in engine.weights(trainable_only=True)}
+    weights = {name: weight.to(torch.float32, copy=True) for name, weight in engine.weights(trainable_only=True)}
     engine.close()
     return weights
 
@@ -84,7 +84,7 @@ def quantized_step(model: str, stage: int, tokens: int) -> dict[str, torch.Tenso
     stepper = Stepper(engine, LogProbHead(engine.model), recipe.loss.terms, tokens, "mask")
     stepper.step(on_this_rank(step_examples("pairs"), stepper.layout), 0.01)
     assert all(torch.equal(p, packed[name]) for name, p in engine.model.named_parameters() if name in packed)
-    weights = dict(engine.weights(trainable_only=True))
+    weights = {name: weight.clone() for name, weight in engine.weights(trainable_only=True)}
     engine.close()
     return weights
 

@@ -38,7 +38,7 @@ def backward(engine: Any, factor: float) -> None:
 
 
 def weights(engine: Any) -> dict[str, np.ndarray]:
-    return {name: weight.float().numpy() for name, weight in engine.weights(trainable_only=True)}
+    return {name: weight.to(torch.float32, copy=True).numpy() for name, weight in engine.weights(trainable_only=True)}
 
 
 def train_with_refusals(model: Path, layouts: Sequence[Layout]) -> list[dict[str, Any]]:

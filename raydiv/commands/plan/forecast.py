@@ -144,6 +144,7 @@ def plan(recipe: Recipe, *, tokens_per_second: float | None = None, memory_gb: f
                 "fits": fit.fits,
                 "settles": [
                     f"engine.zero_stage {fit.stage}",
+                    f"engine.precision {recipe.engine.precision}",
                     f"micro-batches of up to {fit.tokens:,} tokens"
                     + (", a worker's whole part of the step" if _is_whole_budget(fit, amounts, architecture) else ""),
                 ],

@@ -116,6 +116,7 @@ class _Worker:
         device = "cuda" if recipe.cluster.use_gpu else "cpu"
         self.logits = buffer_bytes(architecture.vocabulary, tokens, two_step_head, device)
         self.trainable, self.part = architecture.trainable, architecture.trainable / workers
+        self.overlaps = bool(zero.get("overlap_comm", stage == 3))
         self.bucket_elements = int(zero["reduce_bucket_size"])
         self.prefetched = int(zero["stage3_prefetch_bucket_size"])
         self.live_parameters = int(zero["stage3_max_live_parameters"])
@@ -232,7 +233,9 @@ class _Worker:
             return 0
         if self.stage == 1:
             return 0 if self.trainable <= self.bucket_elements else self.weight_bytes * self.bucket_elements
-        return self.weight_bytes * (self.bucket_elements if self.on_gpu else min(self.trainable, self.bucket_elements))
+        if self.on_gpu:  # one fills while another is reduced
+            return self.weight_bytes * self.bucket_elements * (2 if self.overlaps else 1)
+        return self.weight_bytes * min(self.trainable, self.bucket_elements)
 
     def _persistent_bucket(self) -> float:
         """The reduce bucket, if it stays allocated between steps."""
