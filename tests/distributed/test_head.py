@@ -667,3 +667,19 @@ def test_gpus_multiply_bf16_factors_into_fp32(monkeypatch: pytest.MonkeyPatch) -
     assert torch.float32 in wide
     assert unrounded[0] < 1e-5 < 1e-3 < rounded[0]
     assert unrounded[1] <= rounded[1] < 0.02
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_attention_in_bf16_has_the_gradient_of_fp32_on_a_cpu(window: int | None) -> None:
+    torch.manual_seed(0)
+    lengths = [5, 1, 17]
+    inputs = [torch.randn(1, heads, sum(lengths), 8).bfloat16() for heads in (4, 2, 2)]
+    direction, gradients = torch.randn(1, 4, sum(lengths), 8), []
+    for dtype in (torch.float64, torch.bfloat16):
+        given = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+        output = packing_module.packed_attention(*given, packing_module.BlockDiagonalMask.of(lengths), window)
+        output.backward(direction.bfloat16().to(dtype))
+        gradients.append([tensor.grad for tensor in given])
+    for exact, found in zip(*gradients, strict=True):
+        assert found is not None
+        assert float((found - exact).abs().max() / exact.abs().max()) < 2**-7, "one or two roundings"  # type: ignore[union-attr, operator]
