@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from raydiv.model.export import write_whole
+from raydiv.runs.claim import claim
 from raydiv.runs.directory import RunDirectory
 from raydiv.utils.errors import UserError
 from raydiv.utils.storage import atomic, read_json, require_empty
@@ -19,12 +20,17 @@ def export(run: Path, destination: Path, adapter: bool = False, dtype: str | Non
     ``destination`` is not empty. Raises RuntimeError, and leaves nothing, when the models differ.
     """
     source = RunDirectory(run)
+    with claim(destination, print, key="DEST", remedy="wait until it has ended, or name another folder"):
+        return _export(source, destination, adapter, dtype)
+
+
+def _export(source: RunDirectory, destination: Path, adapter: bool, dtype: str | None) -> Path:
     if not source.holds_a_run or not source.model.is_dir():
-        raise UserError(f"{run}: no trained model in this directory (a trained run has recipe.yaml and model/)")
+        raise UserError(f"{source.path}: no trained model in this directory (a trained run has recipe.yaml and model/)")
     require_empty(destination)
     has_adapter = (source.model / "adapter_config.json").is_file()
     if adapter and not has_adapter:
-        raise UserError(f"{run}: has no adapter, since it is a full fine-tune; omit --adapter")
+        raise UserError(f"{source.path}: has no adapter, since it is a full fine-tune; omit --adapter")
     if adapter and dtype:
         raise UserError("--dtype: an adapter is written as it was trained; omit --dtype or --adapter")
     if destination.exists():

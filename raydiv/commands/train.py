@@ -15,6 +15,7 @@ from raydiv.config import Recipe
 from raydiv.config.cluster import ClusterConfig
 from raydiv.evaluation.before_after import BeforeAfterEvaluation
 from raydiv.model.load import ModelSource
+from raydiv.runs.claim import claim
 from raydiv.runs.directory import RunDirectory
 from raydiv.runs.heartbeat import diagnose_hang
 from raydiv.runs.metrics_log import Metrics, last_values
@@ -70,11 +71,28 @@ def train(
     continues an existing run from its newest checkpoint; for a finished run it sends to MLflow what could not be sent.
     ``watch`` is called with each new line of metrics.jsonl.
 
-    Raises UserError for what the user must change, also for an existing run without ``resume``; RuntimeError when
-    training fails; Terminated after SIGTERM.
+    Raises UserError for what the user must change, also for an existing run without ``resume`` and for one that another
+    process trains; RuntimeError when training fails; Terminated after SIGTERM.
     """
     display = display or ProgressDisplay()
     run = RunDirectory.of(recipe)
+    # a trial waits for that of an earlier attempt, which ends with its sweep
+    with claim(run.path, display.print, wait=0 if watch is None else TRIAL_WAIT_S):
+        return _train(recipe, run, display, show_text, resume, watch)
+
+
+TRIAL_WAIT_S = 30
+"""Seconds that a trial waits for another process that writes into its directory."""
+
+
+def _train(
+    recipe: Recipe,
+    run: RunDirectory,
+    display: ProgressDisplay,
+    show_text: bool,
+    resume: bool,
+    watch: Callable[[Metrics], None] | None,
+) -> Result:
     resume = run.has_started(resume=resume)
     if resume:
         recipe = recipe_to_resume(run, recipe)

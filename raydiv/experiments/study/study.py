@@ -18,6 +18,7 @@ from raydiv.experiments.study.page import write_study_report
 from raydiv.experiments.study.regression import ClaimTest, claim_table, claim_tests
 from raydiv.experiments.study.table_io import Table, write_tables
 from raydiv.experiments.study.tables import tables_of
+from raydiv.runs.claim import claim
 from raydiv.runs.directory import RunDirectory
 from raydiv.runs.output_directory import OutputDirectory
 from raydiv.runs.progress import ProgressDisplay
@@ -97,9 +98,14 @@ def study(recipe: Recipe, *, resume: bool = False, display: ProgressDisplay | No
     remains to compare.
     """
     display = display or ProgressDisplay()
+    directory = StudyDirectory.of(recipe)
+    with claim(directory.path, display.print):
+        return _study(recipe, directory, resume, display)
+
+
+def _study(recipe: Recipe, directory: StudyDirectory, resume: bool, display: ProgressDisplay) -> StudyResult:
     if recipe.study is None:
         raise UserError("study: missing section; set the models, data and losses to compare")
-    directory = StudyDirectory.of(recipe)
     # one date for all cells, also of a study that lasts over midnight
     recipe = with_template_date(recipe, directory.read_recipe() if directory.has_started(resume=resume) else None)
     grid, included = StudyGrid.of(recipe), included_cells(recipe)

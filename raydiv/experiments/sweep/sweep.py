@@ -19,6 +19,7 @@ from raydiv.experiments.sweep.record import FAILED, SweepDirectory, SweepRecord
 from raydiv.experiments.sweep.searchers import ListSearcher, OptunaSearcher
 from raydiv.experiments.sweep.space import Values, representatives, trial_recipes
 from raydiv.experiments.sweep.trial import TrialTask, run_trial
+from raydiv.runs.claim import claim
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.runs.resume import with_template_date
 from raydiv.runs.tracker import MlflowTracker, forwarded_uri
@@ -52,10 +53,15 @@ def sweep(recipe: Recipe, *, resume: bool = False, display: ProgressDisplay | No
     every trial fails.
     """
     display = display or ProgressDisplay()
+    directory = SweepDirectory.of(recipe)
+    with claim(directory.path, display.print):
+        return _sweep(recipe, directory, resume, display)
+
+
+def _sweep(recipe: Recipe, directory: SweepDirectory, resume: bool, display: ProgressDisplay) -> SweepResult:
     section = recipe.sweep
     if section is None:
         raise UserError("the recipe has no section sweep, with the keys to search and the objectives")
-    directory = SweepDirectory.of(recipe)
     resumes = directory.can_resume(recipe, resume)
     # one date for all trials, also of a search that lasts over midnight
     recipe = with_template_date(recipe, directory.read_recipe() if resumes else None)
