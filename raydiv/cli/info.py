@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raydiv.cli.output import add_command, add_reports, print_report
-from raydiv.utils.units import gib
+from raydiv.utils.units import size_text
 
 
 def add_info_commands(commands: Any, make_parser: Callable[[], argparse.ArgumentParser]) -> None:
@@ -85,11 +85,11 @@ def _env(options: argparse.Namespace) -> int:
     def show() -> None:
         devices = report["devices"]
         memory = devices["memory_bytes"]
-        gpus = [f"{gpu['name']}, {gib(gpu['memory_bytes'])}" for gpu in devices["gpus"]]
+        gpus = [f"{gpu['name']}, {size_text(gpu['memory_bytes'])}" for gpu in devices["gpus"]]
         lines = {
             **{name: version or "-" for name, version in report["versions"].items()},
             "cpus": str(devices["cpus"]),
-            "memory": gib(memory) if memory else "-",
+            "memory": size_text(memory) if memory else "-",
             "gpus": "; ".join(gpus) or "none",
             **{name: value or "not set" for name, value in report["paths"].items()},
         }

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 
 from raydiv.cli.bench import add_bench_command
@@ -15,13 +18,19 @@ from raydiv.cli.info import add_info_commands
 from raydiv.cli.output import Handler, results_alone
 from raydiv.cli.runs import add_run_commands
 from raydiv.cli.submit import add_submit_command
-from raydiv.utils.errors import UserError
+from raydiv.utils.errors import UserError, one_line
 from raydiv.utils.signals import SIGTERM_EXIT_STATUS, Terminated, on_sigterm
+from raydiv.utils.versions import versions
+
+MESSAGE_LENGTH = 2000
+"""Characters of the message of an error; its traceback has all of it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 2 the user must change something, 1 the run failed,
     130 interrupted, 143 stopped by SIGTERM (a training run writes a checkpoint first).
+
+    An error is one line; the traceback of one that is not the user's is in a file that the line names.
     """
     options = _parse(arguments)
     handler: Handler = options.handler
@@ -34,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output has closed it, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (RuntimeError, FloatingPointError, OSError) as error:
-        print(f"raydiv: the run failed: {error}", file=sys.stderr)
+    except Exception as error:
+        print(f"raydiv: the run failed: {_describe(error)} (traceback: {_write_traceback(error)})", file=sys.stderr)
         return 1
     except Terminated as stopped:
         print(f"raydiv: {stopped}", file=sys.stderr)
@@ -43,6 +52,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("raydiv: interrupted", file=sys.stderr)
         return 130
+
+
+def _describe(error: Exception) -> str:
+    """One line: the message of an error that raydiv raises, and the type and message of any other."""
+    expected = isinstance(error, RuntimeError | FloatingPointError | OSError) and str(error)
+    return one_line(error if expected else f"{type(error).__name__}: {error}", MESSAGE_LENGTH)
+
+
+def _write_traceback(error: Exception) -> str:
+    """The path of a new file, readable by its owner alone, with the traceback of an error and the versions."""
+    lines = [*traceback.format_exception(error), "\n", json.dumps(versions()), "\n"]
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="raydiv-", suffix=".log", text=True)
+        with os.fdopen(descriptor, "w") as log:
+            log.writelines(lines)
+    except OSError as problem:  # the disk is full
+        return f"not written: {problem.strerror}"
+    return path
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ from raydiv.config import Recipe
 from raydiv.utils.cache import shared_dir
 from raydiv.utils.errors import UserError, one_line
 from raydiv.utils.storage import Folder
-from raydiv.utils.units import gib
+from raydiv.utils.units import size_text
 from raydiv.utils.versions import versions
 
 NODE_TIMEOUT_S = 120
@@ -178,7 +178,7 @@ def require_disk_space(recipe: Recipe, architecture: Architecture, run: Path) ->
     free = shutil.disk_usage(folder).free
     if total > free:
         raise UserError(
-            f"output_dir: {folder} has {gib(free)} free, and this run writes up to {gib(total)} (model "
-            f"{gib(sizes['model'])}, {checkpoints} checkpoints of {gib(sizes['checkpoint'])}): free some space, "
-            "lower checkpoint.keep, or set another output_dir or checkpoint.storage"
+            f"output_dir: {folder} has {size_text(free)} free, and this run writes up to {size_text(total)} (model "
+            f"{size_text(sizes['model'])}, {checkpoints} checkpoints of {size_text(sizes['checkpoint'])}): free some "
+            "space, lower checkpoint.keep, or set another output_dir or checkpoint.storage"
         )

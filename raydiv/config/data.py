@@ -26,8 +26,11 @@ def template_text(template: str) -> str:
     """
     if "{" in template:
         return template
-    if Path(template).is_file():
-        return Path(template).read_text()
+    try:
+        if Path(template).is_file():
+            return Path(template).read_text()
+    except OSError as error:  # such as a name that is too long
+        raise ValueError(f"{template[:100]!r}: cannot be read: {error.strerror}") from None
     if re.fullmatch(r"[A-Za-z_][\w-]*", template):  # of a tokenizer with several templates; Chat looks it up
         return template
     raise ValueError(f"neither Jinja text nor a file: {template}")

@@ -9,6 +9,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from raydiv.config.bounded_yaml import parse_yaml, read_yaml
 from raydiv.config.data import FRACTION_OR_SOURCES
 from raydiv.config.loss import TYPES
 from raydiv.config.recipe import Recipe
@@ -16,6 +17,9 @@ from raydiv.config.source import Source
 from raydiv.losses import OBJECTIVES
 from raydiv.utils.errors import UserError, one_line
 from raydiv.utils.nearest import nearest
+
+MOST_PARENTS = 20
+"""Recipes that extend each other."""
 
 BUNDLED = Path(__file__).parents[1] / "data" / "bundled"
 """Folder of the recipes that ``extends: bundled:NAME`` names."""
@@ -71,12 +75,12 @@ def parse_source(text: str) -> Source:
     Raises UserError where it is neither.
     """
     try:
-        return Source.model_validate(yaml.safe_load(text) if text.lstrip().startswith("{") else text)
-    except yaml.YAMLError:
-        raise UserError(f"{text}: neither a path nor a section in YAML") from None
+        return Source.model_validate(parse_yaml(text) if text.lstrip().startswith("{") else text)
     except ValidationError as error:
         messages = ("".join(f"{key}: " for key in problem["loc"]) + problem["msg"] for problem in error.errors())
         raise UserError(f"{text}: {'; '.join(messages)}") from None
+    except ValueError:
+        raise UserError(f"{text}: neither a path nor a section in YAML") from None
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -86,16 +90,18 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     """A YAML mapping, merged over the recipe that it ``extends``."""
-    if path.resolve() in seen:
-        raise UserError(f"{path}: extends itself, through {' -> '.join(p.name for p in (*seen, path))}")
     try:
-        tree = yaml.safe_load(path.read_text())
+        if path.resolve() in seen:
+            raise UserError(f"{path}: extends itself, through {' -> '.join(p.name for p in (*seen, path))}")
+        if len(seen) > MOST_PARENTS:
+            raise UserError(f"{path}: extends more than {MOST_PARENTS} recipes, the first {seen[0].name}")
+        tree = read_yaml(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such recipe") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {one_line(error)}") from None
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise UserError(f"{str(path)!r}: cannot be read: {one_line(error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a recipe must be a mapping of sections, found {type(tree).__name__}")
     parent = tree.pop("extends", None)
@@ -121,9 +127,9 @@ def _parse_override(text: str) -> dict[str, Any]:
     if not equals or not all(key.split(".")):
         raise UserError(f"{text!r}: an override must be section.key=value")
     try:
-        tree: Any = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"{key}: {value!r} is not a YAML value") from None
+        tree: Any = parse_yaml(value)
+    except ValueError as error:
+        raise UserError(f"{key}: {value[:200]!r} is not a YAML value: {one_line(error)}") from None
     return _nested(key, tree)
 
 

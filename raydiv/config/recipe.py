@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -46,6 +47,15 @@ class LoraConfig(Section):
     )
     use_rslora: bool = Field(default=False, description="scale by alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)")
     use_dora: bool = Field(default=False, description="train magnitude and direction apart (DoRA, arXiv 2402.09353)")
+
+    @field_validator("target_modules", "exclude_modules")
+    @classmethod
+    def _is_a_regular_expression(cls, value: str | list[str] | None) -> str | list[str] | None:
+        try:
+            re.compile(value if isinstance(value, str) else "")
+        except (re.error, RecursionError) as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        return value
 
 
 LORA_KEYS = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
@@ -159,6 +169,10 @@ class OptimConfig(Section):
         return self
 
 
+MOST_TOKENS = 2**20
+"""Of an example."""
+
+
 class BatchConfig(Section):
     """Sizes: examples of the global batch, and tokens of a micro-batch (speed, memory, and dropout masks)."""
 
@@ -170,7 +184,7 @@ class BatchConfig(Section):
         default="auto",
         description="auto: several examples in a row without padding, if the model's attention can separate them",
     )
-    max_length: PositiveInt = 1024
+    max_length: Annotated[int, Field(gt=0, le=MOST_TOKENS)] = 1024
     max_prompt_length: PositiveInt = Field(
         default=512, description="tokens of a prompt, template included; half of max_length if only that is set"
     )
@@ -265,7 +279,10 @@ class EngineConfig(Section):
     @field_validator("deepspeed")
     @classmethod
     def _no_key_of_recipe(cls, value: dict[str, Any]) -> dict[str, Any]:
-        flat = {*value, *(f"zero_optimization.{key}" for key in value.get("zero_optimization") or {})}
+        zero = value.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise ValueError(f"zero_optimization: must be a mapping, found {zero!r}")
+        flat = {*value, *(f"zero_optimization.{key}" for key in zero)}
         duplicates = [
             f"{key} ({DEEPSPEED_KEYS_OF_RECIPE[key]})" for key in sorted(flat & DEEPSPEED_KEYS_OF_RECIPE.keys())
         ]

@@ -1,8 +1,12 @@
 """The base of every recipe section."""
 
+from math import inf
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
+
+LARGEST = 2**63 - 1
+"""Of a number."""
 
 
 class Section(BaseModel):
@@ -18,6 +22,9 @@ class Section(BaseModel):
         """Turn booleans into text unless the field is a boolean: pydantic would accept them as 0 or 1."""
         if not isinstance(values, dict):
             return values
+        for key, value in values.items():
+            if isinstance(value, int | float) and LARGEST < abs(value) < inf:
+                raise ValueError(f"{key}: too large; numbers are below 2**63")
         boolean_fields = {name for name, field in cls.model_fields.items() if field.annotation is bool}
         return {
             key: str(value).lower() if isinstance(value, bool) and key not in boolean_fields else value

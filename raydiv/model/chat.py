@@ -408,7 +408,7 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
     try:
         # always explicit: without a value transformers asks on the terminal, and accepts a piped "y"
         return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # files of nonsense may raise anything
         raise load_error(directory, error, f"has no usable tokenizer: {one_line(error, 200)}") from None
 
 

@@ -88,9 +88,9 @@ class ModelSource:
         directory = self.base_directory() or self.directory
         try:
             config = AutoConfig.from_pretrained(str(directory), trust_remote_code=self.trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise load_error(directory, error, one_line(error, 300)) from None
-        return config.get_text_config()
+            return config.get_text_config()
+        except Exception as error:  # a config.json of nonsense may raise anything
+            raise load_error(directory, error, f"config.json: {one_line(error, 300)}") from None
 
     def stored_dtype(self) -> str:
         """Torch's name of the dtype of the weights by the config, else float32."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from raydiv.config.data import NO_TEMPLATE, ChatConfig
 from raydiv.model.control_tokens import any_of
+from raydiv.model.template_bounds import require_bounded
 from raydiv.utils.errors import UserError, one_line
 
 Message = dict[str, Any]
@@ -79,9 +80,15 @@ class ChatTemplate:
         self._roles: dict[str, bool] = {}
         if self.renders:
             try:
+                require_bounded(self.text, self._render_first)
                 self.opening = self.render([{"role": "user", "content": USER}]).partition(USER)[0]
             except ValueError as error:
                 raise UserError(f"data.template: {error}") from None
+
+    def _render_first(self) -> None:
+        user, assistant = {"role": "user", "content": USER}, {"role": "assistant", "content": USER}
+        for messages in ([user], [user, assistant], [user, assistant, user]):
+            self.render(messages, generation=messages[-1] is user)
 
     @property
     def renders(self) -> bool:

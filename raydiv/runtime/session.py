@@ -66,7 +66,29 @@ def ray_session(cluster: ClusterConfig, *, dashboard: bool = False) -> Iterator[
 
 
 def _init_ray(cluster: ClusterConfig, dashboard: bool) -> None:
-    """Join the cluster at RAY_ADDRESS, or start a local one. Raises UserError where the cluster cannot be joined."""
+    """Join the cluster at RAY_ADDRESS, or start a local one.
+
+    Raises UserError where the cluster cannot be joined, and RuntimeError where a local one does not start.
+    """
+    import ray
+
+    for attempt in range(1, STARTS + 1):
+        try:
+            _init_ray_once(cluster, dashboard)
+            return
+        except Exception as error:  # of no type of its own
+            ray.shutdown()
+            if not compat.is_slow_start(error):
+                raise
+            print(f"Ray did not start within 30 s (attempt {attempt} of {STARTS})", file=sys.stderr)
+    raise RuntimeError(f"Ray did not start in {STARTS} attempts of 30 s: this machine is too busy")
+
+
+STARTS = 4
+"""Attempts to start a local Ray, each of which may last 30 s."""
+
+
+def _init_ray_once(cluster: ClusterConfig, dashboard: bool) -> None:
     import ray
 
     address = os.environ.get("RAY_ADDRESS")

@@ -34,7 +34,7 @@ from raydiv.training.utilisation import Utilisation
 from raydiv.training.watchdog import Watchdog
 from raydiv.utils import distributed as dist
 from raydiv.utils.storage import write_json
-from raydiv.utils.units import gib
+from raydiv.utils.units import size_text
 
 if TYPE_CHECKING:
     from raydiv.model.compatibility import CompatibilityCheck
@@ -86,8 +86,8 @@ def run_worker(task: TrainTask, task_ref: Any) -> None:
 
 def _out_of_memory(recipe: Recipe, timer: StepTimer) -> str:
     return (
-        f"out of GPU memory in {timer.phase} of step {timer.step}, with {gib(peak_memory())} allocated and "
-        f"{gib(peak_reserved())} reserved at the peak; set batch.tokens_per_microbatch below "
+        f"out of GPU memory in {timer.phase} of step {timer.step}, with {size_text(peak_memory())} allocated and "
+        f"{size_text(peak_reserved())} reserved at the peak; set batch.tokens_per_microbatch below "
         f"{recipe.batch.tokens_per_microbatch}, or engine.activation_checkpointing: true (raydiv plan has the forecast)"
     )
 

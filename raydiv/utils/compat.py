@@ -74,6 +74,14 @@ def is_version_mismatch(error: RuntimeError) -> bool:
     return str(error).lstrip().startswith("Version mismatch")
 
 
+def is_slow_start(error: Exception) -> bool:
+    """Whether a local Ray did not start in time, as on a busy machine: it raises a bare Exception with this text.
+
+    Checked with Ray 2.60: ``ray._private.node.Node``, which waits 30 s.
+    """
+    return "timed out during startup" in str(error)
+
+
 def ignore_sigint_of_trainer(trainer: Any) -> None:
     """Keep Ray Train from handling Ctrl-C: its handler exits with status 0, and stays registered after training.
 

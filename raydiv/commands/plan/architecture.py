@@ -137,7 +137,7 @@ def config_of(model: ModelConfig) -> Any:
             )
         fields = json.loads(shipped.read_text())
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a config.json of nonsense may raise anything
         reason = one_line(error, 200)
         known = ", ".join(sorted(path.stem.replace("--", "/") for path in SHIPPED.glob("*.json")))
         raise load_error(

@@ -13,7 +13,7 @@ from raydiv.commands.plan.memory import Memory, Stage, memory_of
 from raydiv.config import Recipe, load_recipe
 from raydiv.data.batching import BatchLayout, BatchPlan
 from raydiv.utils.errors import UserError
-from raydiv.utils.units import gib
+from raydiv.utils.units import size_text
 
 MARGIN = 0.1
 """Fraction of a worker's memory that stays free. It covers the error of the forecast (tests/distributed/test_plan.py)
@@ -157,9 +157,9 @@ def _too_large_message(recipe: Recipe, budget: WorkerBudget, memory: int, fit: L
     remedies = fitting_changes(recipe, budget, memory)
     advice = f"changes that fit: {', or '.join(remedies)}" if remedies else "no change that raydiv tries would fit"
     return (
-        f"memory: a worker needs {gib(fit.least_bytes)} at ZeRO stage {fit.stage} with micro-batches of {fit.tokens} "
-        f"tokens, and {gib((1 - MARGIN) * memory)} of its {gib(memory)} may be used (set cluster.worker_memory_gb if "
-        f"the worker has another amount); {advice}"
+        f"memory: a worker needs {size_text(fit.least_bytes)} at ZeRO stage {fit.stage} with micro-batches of "
+        f"{fit.tokens} tokens, and {size_text((1 - MARGIN) * memory)} of its {size_text(memory)} may be used (set "
+        f"cluster.worker_memory_gb if the worker has another amount); {advice}"
     )
 
 
@@ -194,7 +194,7 @@ def _describe_if_fits(recipe: Recipe, budget: WorkerBudget, memory: int, overrid
     if changed is None or changed == recipe:
         return None
     fit = best_layout(architecture_of(changed), changed, budget, memory)
-    return f"{' '.join(overrides)} ({gib(fit.least_bytes)})" if fit.fits else None
+    return f"{' '.join(overrides)} ({size_text(fit.least_bytes)})" if fit.fits else None
 
 
 def _shorter_examples(recipe: Recipe, budget: WorkerBudget, memory: int) -> str | None:

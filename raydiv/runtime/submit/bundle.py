@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from raydiv.config import Recipe, load_recipe
+from raydiv.config.bounded_yaml import parse_yaml
 from raydiv.config.evaluate import JUDGES
 from raydiv.config.load import load_tree
 from raydiv.config.source import file_kind
@@ -197,8 +198,8 @@ def _word_values(word: str) -> Iterator[str]:
             yield text
             continue
         try:
-            section = yaml.safe_load(text)
-        except yaml.YAMLError:  # a Jinja template, or a value that the command refuses
+            section = parse_yaml(text)
+        except ValueError:  # a Jinja template, or a value that the command refuses
             continue
         yield from (value for _, value in leaves(section) if isinstance(value, str))
 

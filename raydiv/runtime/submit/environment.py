@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from raydiv.config.bounded_yaml import read_yaml
 from raydiv.runtime.submit.bundle import JobBundle
 from raydiv.utils.errors import UserError, one_line
 from raydiv.utils.secrets import has_password, has_token, is_secret_name
@@ -59,8 +58,8 @@ def read_runtime_environment(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = read_yaml(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"--runtime-env {path}: cannot be read: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"--runtime-env {path}: not a YAML mapping")

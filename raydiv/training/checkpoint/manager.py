@@ -51,6 +51,8 @@ class CheckpointManager:
 
         Damaged ones are logged and skipped. Raises UserError where the newest belongs to another run.
         """
+        if dist.rank() == 0 and (others := self._store.other_folders()):
+            self._run.events.log(f"not checkpoints, and passed over: {', '.join(others)} in {self._store.folder.uri}")
         for step in dist.broadcast_object(self._store.steps() if dist.rank() == 0 else []):
             manifest, damage = self._verify(step)
             if not damage:

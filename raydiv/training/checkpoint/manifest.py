@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from raydiv.utils.storage import Folder, require_inside
 
 MANIFEST = "manifest.json"
 PREFIX = "step-"
+NAME = re.compile(rf"{PREFIX}([0-9]{{8,}})")
+"""The name of a checkpoint's folder, with its step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +116,12 @@ class CheckpointStore:
 
     def _all_steps(self) -> set[int]:
         """Steps of all checkpoints, complete or not."""
-        return {int(name.removeprefix(PREFIX)) for name in self.folder.folder_names() if name.startswith(PREFIX)}
+        matches = map(NAME.fullmatch, self.folder.folder_names())
+        return {int(match[1]) for match in matches if match}
+
+    def other_folders(self) -> list[str]:
+        """Names of folders beside the checkpoints that are none of them, such as a copy of one."""
+        return [name for name in self.folder.folder_names() if not NAME.fullmatch(name)]
 
 
 def assigned_shards(shards: Sequence[CheckpointShard], rank: int, world_size: int) -> Sequence[CheckpointShard]:
