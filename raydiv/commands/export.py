@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 from raydiv.model.export import write_whole
-from raydiv.runs.claim import claim
 from raydiv.runs.directory import RunDirectory
+from raydiv.utils.claim import claim
 from raydiv.utils.errors import UserError
 from raydiv.utils.storage import atomic, read_json, require_empty
 

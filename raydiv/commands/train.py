@@ -15,7 +15,6 @@ from raydiv.config import Recipe
 from raydiv.config.cluster import ClusterConfig
 from raydiv.evaluation.before_after import BeforeAfterEvaluation
 from raydiv.model.load import ModelSource
-from raydiv.runs.claim import claim
 from raydiv.runs.directory import RunDirectory
 from raydiv.runs.heartbeat import diagnose_hang
 from raydiv.runs.metrics_log import Metrics, last_values
@@ -31,6 +30,7 @@ from raydiv.training.metrics import estimate_facts
 from raydiv.training.schedule import epoch_plan
 from raydiv.training.separation_probe import SeparationProbe
 from raydiv.training.worker import TrainTask, worker_entry
+from raydiv.utils.claim import claim
 from raydiv.utils.compat import ignore_sigint_of_trainer
 from raydiv.utils.errors import find_user_error
 from raydiv.utils.signals import Terminated, on_sigterm

@@ -63,7 +63,7 @@ class RunDirectory(OutputDirectory):
         cannot be written.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             for path in (self.metrics.path, self.result, self.mlflow, self.events.path, self.rewards):
                 path.unlink(missing_ok=True)
             self._require_free_storage(recipe)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,23 @@ RUN_FILES = {"recipe.yaml", "metrics.jsonl", "result.json"}
 """The artifacts of a finished run from which a study reads its results."""
 
 Warn = Callable[[str], None]
+
+FIRST_PAUSE, LONGEST_PAUSE = 30.0, 600.0
+"""Seconds after a failed request before the next one: the first time, and at most."""
+
+END_SECONDS = 60.0
+"""Seconds in which the end of a run sends what is left; the rest is sent by ``--resume``."""
+
+BATCH_METRICS = 1000
+"""Metrics that MLflow takes in one request."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """A line of metrics.jsonl."""
+
+    values: Mapping[str, float]
+    step: int
 
 
 def tracking_uri(recipe: Recipe) -> str:
@@ -46,9 +65,9 @@ def forwarded_uri(recipe: Recipe) -> str | None:
 class MlflowTracker:
     """One MLflow run: a new one, or an ``earlier`` one (``uri`` and ``run_id``) of the same server.
 
-    A thread sends, so that nothing waits for the server or for the import of MLflow. Calls that fail are queued in
-    order and repeated before the next call, and at the end. ``state_file`` notes what was sent, so that a later process
-    continues there.
+    A thread sends, so that nothing waits for the server or for the import of MLflow. What fails stays in a queue, in
+    order, and is tried again after a pause that doubles each time, and once at the end: a server that accepts requests
+    and never answers costs a bounded time. ``state_file`` notes what was sent, so that a later process continues there.
     """
 
     def __init__(
@@ -69,7 +88,8 @@ class MlflowTracker:
         """The address without its password, for messages and files."""
         self._warn = warn
         self._warned = False
-        self._queue: list[Callable[[], object]] = []
+        self._queue: list[Callable[[], object] | _Line] = []
+        self._pause, self._next_try = FIRST_PAUSE, 0.0
         self._run_id: str | None = None
         self._system_monitor: Any = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
@@ -92,7 +112,7 @@ class MlflowTracker:
         """Log one line of metrics.jsonl."""
         step = int(record["step"])
         values = {_metric_name(name): float(value) for name, value in numbers(record).items() if name != "step"}
-        self._submit(lambda: self._send_line(values, step))
+        self._submit(_Line(values, step))
 
     def log_artifact(self, path: Path) -> None:
         self._submit(lambda: self._client.log_artifact(self._run(), str(path)))
@@ -105,9 +125,9 @@ class MlflowTracker:
         self._submit(lambda: self._tag_children(tag, tags))
 
     def finish(self, status: str = "FINISHED") -> bool:
-        """End the run with ``status``; returns whether everything was sent."""
+        """End the run with ``status``; returns whether everything was sent, in at most END_SECONDS and one request."""
         self._submit(lambda: self._end(status))
-        return self._thread.submit(lambda: not self._queue).result()
+        return self._thread.submit(self._send_last).result()
 
     @contextmanager
     def end_on_error(self) -> Iterator[None]:
@@ -182,47 +202,76 @@ class MlflowTracker:
         """The folder for artifacts beside a SQLite store; MLflow's default is the working directory."""
         return (recipe.output_path / "mlartifacts").as_uri() if self.uri.startswith("sqlite:") else None
 
-    def _send_line(self, values: Mapping[str, float], step: int) -> None:
-        # an earlier process may have been killed after it sent a line and before it noted that
-        if self._lines_sent_is_exact or not self._is_logged(next(iter(values)), step):
-            self._log_batch(values, step)
+    def _send_lines(self, lines: Sequence[_Line]) -> None:
+        # an earlier process may have been killed after it sent some lines and before it noted that
+        new = lines if self._lines_sent_is_exact else [line for line in lines if not self._is_logged(line)]
+        if new:
+            self._log_batch(new)
         self._lines_sent_is_exact = True
-        self.lines_sent += 1
+        self.lines_sent += len(lines)
         self._write_state()
 
-    def _is_logged(self, metric: str, step: int) -> bool:
-        return any(entry.step == step for entry in self._client.get_metric_history(self._run(), metric))
+    def _is_logged(self, line: _Line) -> bool:
+        history = self._client.get_metric_history(self._run(), next(iter(line.values)))
+        return any(entry.step == line.step for entry in history)
 
     def _write_state(self) -> None:
         if self._state_file is not None:
             write_json(self._state_file, {"uri": self.uri, "run_id": self._run_id, "lines": self.lines_sent})
 
-    def _log_batch(self, values: Mapping[str, float], step: int) -> None:
+    def _log_batch(self, lines: Sequence[_Line]) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        self._client.log_batch(self._run(), metrics=[Metric(name, value, now, step) for name, value in values.items()])
+        metrics = [Metric(name, value, now, line.step) for line in lines for name, value in line.values.items()]
+        self._client.log_batch(self._run(), metrics=metrics)
 
     def _run(self) -> str:
         assert self._run_id is not None
         return self._run_id
 
-    def _submit(self, call: Callable[[], object]) -> None:
-        self._thread.submit(self._call, call)
+    def _submit(self, entry: Callable[[], object] | _Line) -> None:
+        # queued here, so that the lines that come while the thread waits for the server are sent together
+        self._queue.append(entry)
+        self._thread.submit(self._send, math.inf)
 
-    def _call(self, call: Callable[[], object]) -> None:
-        self._queue.append(call)
-        while self._queue:
+    def _send_last(self) -> bool:
+        self._next_try = 0.0
+        self._send(time.monotonic() + END_SECONDS)
+        return not self._queue
+
+    def _send(self, end: float) -> None:
+        """Send the queue until ``end``, unless the last request failed a short while ago."""
+        while self._queue and self._next_try <= time.monotonic() < end:
+            lines = self._first_lines()
             try:
-                self._queue[0]()
+                if lines:
+                    self._send_lines(lines)
+                else:
+                    self._queue[0]()  # type: ignore[operator]
             except Exception as error:  # no error of the store may stop training
+                self._next_try, self._pause = time.monotonic() + self._pause, min(2 * self._pause, LONGEST_PAUSE)
                 if not self._warned:
                     self._warned = True
                     self._warn(
                         f"MLflow at {self.uri} cannot be reached ({type(error).__name__}); metrics are sent later"
                     )
                 return
-            self._queue.pop(0)
+            self._pause = FIRST_PAUSE
+            del self._queue[: max(1, len(lines))]
+
+    def _first_lines(self) -> list[_Line]:
+        """The lines of metrics at the head of the queue, as many as one request may have."""
+        lines: list[_Line] = []
+        count = 0
+        for entry in list(self._queue):
+            if not isinstance(entry, _Line):
+                break
+            count += len(entry.values)
+            if lines and count > BATCH_METRICS:
+                break
+            lines.append(entry)
+        return lines
 
 
 def _search_runs(client: Any, experiment_id: str, filter_string: str) -> Iterator[Any]:

@@ -7,10 +7,12 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 from raydiv.config import Recipe
 from raydiv.config.cluster import ClusterConfig
+from raydiv.runtime.local_session import LOOPBACK, local_session
 from raydiv.runtime.resources import require_resources
 from raydiv.utils import compat
 from raydiv.utils.errors import UserError, one_line
@@ -23,7 +25,7 @@ AUTH_HELP = (
 
 DISK_FULL = (
     "Ray's object store is full, and so is the disk that it spills to (Ray uses at most 95% of it): free space on the "
-    "disk of /tmp/ray, or set RAY_TMPDIR to another folder before Ray starts; finished parts are kept"
+    "disk of /tmp, or set RAY_TMPDIR to another folder before Ray starts; finished parts are kept"
 )
 
 
@@ -51,21 +53,29 @@ def ray_session(cluster: ClusterConfig, *, dashboard: bool = False) -> Iterator[
     warnings.filterwarnings("ignore", category=FutureWarning)
     import ray
 
-    owns_session = not ray.is_initialized()
-    if owns_session:
-        _init_ray(cluster, dashboard)
-    try:
-        _configure_ray_data()
-        require_resources(cluster)
-        yield
-    except (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError):
-        raise RuntimeError(DISK_FULL) from None
-    finally:
-        if owns_session:
+    with nullcontext() if ray.is_initialized() else _own_session(cluster, dashboard):
+        try:
+            _configure_ray_data()
+            require_resources(cluster)
+            yield
+        except (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError):
+            raise RuntimeError(DISK_FULL) from None
+
+
+@contextmanager
+def _own_session(cluster: ClusterConfig, dashboard: bool) -> Iterator[None]:
+    """Ray at RAY_ADDRESS, else a local one, until the block ends."""
+    import ray
+
+    with nullcontext() if os.environ.get("RAY_ADDRESS") else local_session() as folder:
+        try:
+            _init_ray(cluster, dashboard, folder)
+            yield
+        finally:
             ray.shutdown()
 
 
-def _init_ray(cluster: ClusterConfig, dashboard: bool) -> None:
+def _init_ray(cluster: ClusterConfig, dashboard: bool, folder: Path | None) -> None:
     """Join the cluster at RAY_ADDRESS, or start a local one.
 
     Raises UserError where the cluster cannot be joined, and RuntimeError where a local one does not start.
@@ -74,7 +84,7 @@ def _init_ray(cluster: ClusterConfig, dashboard: bool) -> None:
 
     for attempt in range(1, STARTS + 1):
         try:
-            _init_ray_once(cluster, dashboard)
+            _init_ray_once(cluster, dashboard, folder)
             return
         except Exception as error:  # of no type of its own
             ray.shutdown()
@@ -88,19 +98,21 @@ STARTS = 4
 """Attempts to start a local Ray, each of which may last 30 s."""
 
 
-def _init_ray_once(cluster: ClusterConfig, dashboard: bool) -> None:
+def _init_ray_once(cluster: ClusterConfig, dashboard: bool, folder: Path | None) -> None:
     import ray
 
     address = os.environ.get("RAY_ADDRESS")
+    local = {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1", "_temp_dir": str(folder)}
+    environment = worker_environment(cluster)
     try:
         with _core_log_silenced():
             ray.init(
                 # without an address Ray joins the newest cluster that any user started on this machine
                 address=address or "local",
-                **({} if address else {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}),
+                **({} if address else local),
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                runtime_env={"env_vars": worker_environment(cluster)},
+                runtime_env={"env_vars": environment if address else LOOPBACK | environment},
             )
     except ray.exceptions.AuthenticationError:
         raise UserError(

@@ -22,7 +22,9 @@ def cache_dir(*parts: str) -> Path:
     """
     setting = os.environ.get("RAYDIV_CACHE", "")
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raydiv"
-    folder = Path(default if not setting or "://" in setting else setting).expanduser().resolve().joinpath(*parts)
+    root = Path(default if not setting or "://" in setting else setting).expanduser().resolve()
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)  # a folder that is there keeps its mode
+    folder = root.joinpath(*parts)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -74,6 +74,23 @@ def is_version_mismatch(error: RuntimeError) -> bool:
     return str(error).lstrip().startswith("Version mismatch")
 
 
+@contextmanager
+def ray_on_loopback() -> Iterator[None]:
+    """A local Ray that starts while the block runs listens on 127.0.0.1 alone, its workers and agents included.
+
+    Otherwise all its servers listen on every interface. Checked with Ray 2.60:
+    ``ray._private.ray_constants.ENABLE_RAY_CLUSTER``, which Ray unsets on macOS and Windows, and the variable that the
+    processes of the session read it from.
+    """
+    from unittest.mock import patch
+
+    from ray._private import ray_constants
+
+    variable = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
+    with patch.dict("os.environ", variable), patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False):
+        yield
+
+
 def is_slow_start(error: Exception) -> bool:
     """Whether a local Ray did not start in time, as on a busy machine: it raises a bare Exception with this text.
 

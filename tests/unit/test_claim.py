@@ -19,14 +19,14 @@ import pytest
 from helpers.small_run import recipe_of, write_files
 from raydiv.cli import main
 from raydiv.config import save_recipe
-from raydiv.runs import claim as claim_module
-from raydiv.runs.claim import SILENT_SECONDS, claim
+from raydiv.utils import claim as claim_module
+from raydiv.utils.claim import SILENT_SECONDS, claim
 from raydiv.utils.errors import UserError
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from raydiv.runs.claim import claim
+from raydiv.utils.claim import claim
 with claim(Path(sys.argv[1]), print):
     print("held", flush=True)
     time.sleep(600)

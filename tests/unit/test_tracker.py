@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +158,52 @@ def test_an_exception_sets_the_status(error: type[BaseException], status: str, t
 
 def test_flatten_keeps_dotted_keys() -> None:
     assert flatten({"a": {"b": 1, "c": {}}, "d": [1]}) == {"a.b": 1, "a.c": {}, "d": [1]}
+
+
+def test_a_server_that_never_answers_costs_a_bounded_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three requests that time out: the first, that of the end, and one for the status after a failure."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    requests: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def accept() -> None:
+            while True:
+                try:
+                    requests.append(server.accept()[0])
+                except OSError:
+                    return
+
+        threading.Thread(target=accept, daemon=True).start()
+        silent = recipe(tmp_path)
+        silent.track.uri = f"http://127.0.0.1:{server.getsockname()[1]}"
+        tracker = MlflowTracker(silent, {}, lambda line: None)
+        for step in range(2000):
+            tracker.log_metrics({"step": step, "loss": 1.0})
+        assert not tracker.finish()
+        assert len(requests) <= 4
+    for request in requests:
+        request.close()
+
+
+def test_lines_that_wait_are_sent_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = MlflowTracker(recipe(tmp_path), {}, lambda line: None)
+    assert tracker.run_id is not None
+    send, sizes = MlflowClient.log_batch, []
+
+    def log_batch(client: Any, run: str, metrics: Any = (), **others: Any) -> None:
+        sizes.append(len(metrics))
+        send(client, run, metrics=metrics, **others)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", unreachable)
+    for step in range(700):
+        tracker.log_metrics({"step": step, "loss": 1.0, "reward/margin": float(step)})
+    assert tracker.run_id is not None
+    monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
+    assert tracker.finish()
+    assert sizes == [1000, 400]
+    history = MlflowClient(tracker.uri).get_metric_history(tracker.run_id, "reward/margin")
+    assert [metric.value for metric in sorted(history, key=lambda metric: metric.step)] == [
+        float(n) for n in range(700)
+    ]
+    assert tracker.lines_sent == 700

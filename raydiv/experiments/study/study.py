@@ -18,7 +18,6 @@ from raydiv.experiments.study.page import write_study_report
 from raydiv.experiments.study.regression import ClaimTest, claim_table, claim_tests
 from raydiv.experiments.study.table_io import Table, write_tables
 from raydiv.experiments.study.tables import tables_of
-from raydiv.runs.claim import claim
 from raydiv.runs.directory import RunDirectory
 from raydiv.runs.output_directory import OutputDirectory
 from raydiv.runs.progress import ProgressDisplay
@@ -26,6 +25,7 @@ from raydiv.runs.resume import with_template_date
 from raydiv.runs.tracker import MlflowTracker, forwarded_uri
 from raydiv.runtime.resources import concurrent_runs
 from raydiv.runtime.session import ray_session, require_dashboard
+from raydiv.utils.claim import claim
 from raydiv.utils.errors import UserError
 from raydiv.utils.storage import read_json, write_json
 from raydiv.utils.versions import versions
@@ -47,7 +47,8 @@ class StudyDirectory(OutputDirectory):
         Raises UserError if it holds a study without ``resume``, or something else.
         """
         started = self.has_started(resume=resume)
-        self.cells.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.cells.mkdir(exist_ok=True)
         if not started:
             self.write({"mlflow": {}})
         save_recipe(recipe, self.recipe)

@@ -92,7 +92,7 @@ class SweepDirectory(OutputDirectory):
 
     def create(self, recipe: Recipe) -> None:
         """Make the directory, with the recipe in it."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         save_recipe(recipe, self.recipe)
 
     def run(self, trial: TrialRecord) -> RunDirectory:

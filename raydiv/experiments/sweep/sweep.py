@@ -19,12 +19,12 @@ from raydiv.experiments.sweep.record import FAILED, SweepDirectory, SweepRecord
 from raydiv.experiments.sweep.searchers import ListSearcher, OptunaSearcher
 from raydiv.experiments.sweep.space import Values, representatives, trial_recipes
 from raydiv.experiments.sweep.trial import TrialTask, run_trial
-from raydiv.runs.claim import claim
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.runs.resume import with_template_date
 from raydiv.runs.tracker import MlflowTracker, forwarded_uri
 from raydiv.runtime.resources import concurrent_runs
 from raydiv.runtime.session import ray_session, require_dashboard
+from raydiv.utils.claim import claim
 from raydiv.utils.errors import UserError
 from raydiv.utils.versions import versions
 
