@@ -65,16 +65,20 @@ def file_chunks(file: File) -> list[FileChunk]:
 
 def read_chunk(chunk: FileChunk) -> Iterator[RawRecord]:
     """The records of a chunk, in order. Raises UserError for a file that cannot be read."""
+    import pyarrow as pa
+
+    file, position = chunk.file, 0
     try:
-        yield from READERS[chunk.file.kind](chunk)
+        for position, content in READERS[file.kind](chunk):
+            yield position, content
+    except UserError:
+        raise
     except UnicodeDecodeError as error:
-        raise UserError(f"{chunk.file.name}: not {error.encoding.upper()}, which its beginning says") from None
-    except OSError as error:
-        if not chunk.file.compression:
-            raise
-        raise UserError(
-            f"{chunk.file.name}: not {chunk.file.compression}, or cut off: {one_line(error, 100)}"
-        ) from None
+        raise UserError(f"{file.name}: not {error.encoding.upper()}, which its beginning says") from None
+    except (OSError, ValueError, OverflowError, RecursionError, pa.ArrowException) as error:
+        what = f"not {file.compression}, or cut off" if file.compression else f"damaged, or not {file.kind[1:]}"
+        unit = "byte" if file.kind == ".jsonl" else "record"
+        raise UserError(f"{file.name}: {what}, after {unit} {position}: {one_line(error, 100)}") from None
 
 
 def parse_record(content: Any) -> Any:
@@ -259,7 +263,7 @@ def _parquet_file(file: File) -> Any:
     try:
         return pq.ParquetFile(open_input(file.uri, mapped=False))
     except (pa.ArrowException, ValueError, OSError) as error:
-        raise UserError(f"{file.name}: cannot be read as Parquet: {error}") from None
+        raise UserError(f"{file.name}: cannot be read as Parquet: {one_line(error, 200)}") from None
 
 
 def _read_parquet(chunk: FileChunk) -> Iterator[RawRecord]:
@@ -277,18 +281,48 @@ def _read_arrow(chunk: FileChunk) -> Iterator[RawRecord]:
     number = 1
     with open_input(chunk.file.uri, mapped=False) as content, pa.ipc.open_stream(content) as batches:
         for batch in batches:
+            _require_valid(batch)
             yield from enumerate(_batch_records(batch), start=number)
             number += len(batch)
 
 
+def _require_valid(batch: Any) -> None:
+    """Raise ArrowInvalid where offsets lead out of a damaged batch, which could end the process.
+
+    Text that is not UTF-8 makes bad rows instead, so that columns of texts are checked as bytes.
+    """
+    import pyarrow as pa
+
+    as_bytes = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
+    for column in batch.columns:
+        column.view(as_bytes.get(column.type, column.type)).validate(full=True)
+
+
 def _batch_records(batch: Any) -> list[Any]:
-    """The records of an Arrow batch, with a BadRow for each that holds invalid UTF-8."""
+    """The records of an Arrow batch, with a BadRow for each that holds invalid UTF-8, or a value that Python lacks.
+
+    Columns of dates, times and bytes are None: no field is read from them, and some of their values cannot be read.
+    """
+    import pyarrow as pa
+
     try:
-        return batch.to_pylist()  # type: ignore[no-any-return]
-    except UnicodeDecodeError:
+        columns = {
+            name: column.to_pylist() if _may_hold_a_field(column.type) else [None] * len(batch)
+            for name, column in zip(batch.schema.names, batch.columns, strict=True)
+        }
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    except (ValueError, OverflowError, KeyError, pa.ArrowException) as error:
         if len(batch) == 1:
-            return [BadRow("a field is not UTF-8")]
+            utf_8 = isinstance(error, UnicodeDecodeError)
+            return [BadRow("a field is not UTF-8" if utf_8 else f"a field cannot be read: {one_line(error, 100)}")]
         return [record for row in range(len(batch)) for record in _batch_records(batch.slice(row, 1))]
+
+
+def _may_hold_a_field(column_type: Any) -> bool:
+    import pyarrow as pa
+
+    types = pa.types
+    return not (types.is_temporal(column_type) or types.is_binary(column_type) or types.is_large_binary(column_type))
 
 
 READERS: dict[str, Callable[[FileChunk], Iterator[RawRecord]]] = {

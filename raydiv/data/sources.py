@@ -18,7 +18,7 @@ from raydiv.model.w1 import W1
 from raydiv.utils.cache import digest, file_digest, shared_dir
 from raydiv.utils.compat import dataset_fingerprint, saved_data_files
 from raydiv.utils.errors import UserError, one_line
-from raydiv.utils.storage import Folder, file_system, open_input, sha256_of
+from raydiv.utils.storage import Folder, file_system, open_input, require_inside, sha256_of
 
 EXPORT_ROWS = 10_000
 """Rows of each Parquet file to which a hub data set is exported."""
@@ -142,7 +142,7 @@ def _directory_files(source: Source, folder: Folder) -> list[File]:
     """The Arrow files of a saved data set, otherwise every readable file of the folder."""
     path = source.path.rstrip("/")
     if folder.has("dataset_dict.json"):
-        splits = _json_content(folder.uri_of("dataset_dict.json"))["splits"]
+        splits = _splits(folder, path)
         split = source.split or "train"
         if split not in splits:
             raise UserError(f"{path}: no split {split} (known: {', '.join(splits)}); choose one with split")
@@ -161,12 +161,21 @@ def _directory_files(source: Source, folder: Folder) -> list[File]:
     return files
 
 
+def _splits(folder: Folder, path: str) -> list[str]:
+    """The names of the splits of a saved data set."""
+    try:
+        splits = _json_content(folder.uri_of("dataset_dict.json"))["splits"]
+        return [require_inside(str(name)) for name in splits]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}/dataset_dict.json: names no splits: {one_line(error, 100)}") from None
+
+
 def _saved_files(folder: Folder, path: str) -> list[File]:
     """The Arrow files of a data set written by datasets' save_to_disk."""
     try:
         names = saved_data_files(_json_content(folder.uri_of("state.json")))
-    except ValueError as error:
-        raise UserError(f"{path}/state.json: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}/state.json: {one_line(error, 100)}") from None
     system, inside = file_system(folder.uri)
     infos = system.get_file_info([f"{inside}/{name}" for name in names])
     return [_file(folder.uri_of(name), f"{path}/{name}", info) for name, info in zip(names, infos, strict=True)]

@@ -203,7 +203,6 @@ def test_lines_that_wait_are_sent_together(tmp_path: Path, monkeypatch: pytest.M
     assert tracker.finish()
     assert sizes == [1000, 400]
     history = MlflowClient(tracker.uri).get_metric_history(tracker.run_id, "reward/margin")
-    assert [metric.value for metric in sorted(history, key=lambda metric: metric.step)] == [
-        float(n) for n in range(700)
-    ]
+    by_step = sorted(history, key=lambda metric: metric.step)
+    assert [metric.value for metric in by_step] == [float(step) for step in range(700)]
     assert tracker.lines_sent == 700
