@@ -419,8 +419,13 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _quantization_below_zero_3(self) -> Recipe:
-        if self.model.quantization is not None and self.engine.zero_stage == 3:
-            raise ValueError("model.quantization needs engine.zero_stage 0, 1 or 2: 4-bit weights are not partitioned")
+        if self.model.quantization is not None:
+            if self.engine.zero_stage == 3:
+                raise ValueError(
+                    "model.quantization needs engine.zero_stage 0, 1 or 2: 4-bit weights are not partitioned"
+                )
+            if self.engine.offload_parameters != "none":
+                raise ValueError("model.quantization excludes engine.offload_parameters, which needs ZeRO stage 3")
         return self
 
     @model_validator(mode="after")

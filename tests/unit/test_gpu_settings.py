@@ -138,3 +138,12 @@ def test_workers_that_never_connect_are_told_which_interface_to_set() -> None:
     assert "NCCL_SOCKET_IFNAME" in str(diagnose_hang(beats, 600))
     later = [Heartbeat(rank, 2, f"node-{rank}", 1, 4, "score", 9 + rank, 700, 10) for rank in range(2)]
     assert "NCCL" not in str(diagnose_hang(later, 600))
+
+
+def test_changes_that_no_stage_allows_are_not_proposed() -> None:
+    recipe = load_recipe(ROOT / "configs" / "llama-3-8b-lora.yaml", ["cluster.num_workers=1", "model.quantization=nf4"])
+    facts = plan(recipe, memory_gb=10).facts
+    assert not facts["layout"]["fits"]
+    assert not any("offload_parameters" in change for change in facts["changes"])
+    with pytest.raises(UserError, match=r"excludes engine\.offload_parameters"):
+        load_recipe(recipe.model_dump(mode="json", by_alias=True), ["engine.offload_parameters=cpu"])
