@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from raydiv.utils.errors import UserError, one_line
+
 POLL_SECONDS = 0.3
 
 
@@ -21,8 +23,18 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one a line."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The JSON objects of a file, one a line, without a last line that is not complete yet.
+
+    Raises UserError for a line that is damaged.
+    """
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        try:
+            if line.endswith(b"\n"):
+                records.append(dict(json.loads(line)))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{path}:{number}: damaged, not a JSON object: {one_line(error, 100)}") from None
+    return records
 
 
 class JsonlTail:

@@ -13,11 +13,15 @@ from typing import Any
 import pytest
 import yaml
 
+from helpers.made_run import make_run
 from helpers.models import make_model
 from helpers.mutations import mutated, mutated_bytes
 from helpers.sources import ROOT
 from raydiv.cli import main
 from raydiv.config.load import load_tree
+from raydiv.runs.stage import RunStage
+from raydiv.training.checkpoint.manifest import Manifest
+from raydiv.training.checkpoint.shards import CheckpointShard
 
 LIMIT_S = 10
 """Seconds that a case may take; a slow machine has four times as many before the test gives up."""
@@ -217,3 +221,34 @@ def test_an_unexpected_error_is_one_line_and_a_file(
     assert log.stat().st_mode & 0o077 == 0
     assert phase.rpartition(".")[0] not in message
     assert "Traceback" in log.read_text()
+
+
+def test_damaged_files_of_a_run_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path)
+    run.stage.write(RunStage("a" * 32, {"data": "d", "model": "m"}))
+    for seed in range(200):
+        path = (run.path / "stage.json", run.metrics.path, run.result, run.recipe)[seed % 4]
+        original = path.read_bytes()
+        path.write_bytes(mutated_bytes(original, seed))
+        with bounded(f"seed {seed}"):
+            status = main(["status", str(run.path)])
+        path.write_bytes(original)
+        message = capsys.readouterr().err
+        assert status in (0, 2), f"{path.name}, seed {seed}: {message}"
+        assert message.count("raydiv: ") == (status == 2), f"{path.name}, seed {seed}: {message}"
+    with run.metrics.path.open("a") as lines:
+        lines.write('{"step": 7')  # a line that is being written
+    assert main(["status", str(run.path)]) == 0
+
+
+def test_a_damaged_manifest_is_found() -> None:
+    shard = CheckpointShard("rank-00000.safetensors", 5, "a" * 64, {"w": (0, 5)})
+    manifest = Manifest(3, 3, 1, {"states": [], "logged": 0}, {"run": "x"}, None, [shard])
+    for seed in range(500):
+        try:
+            read = Manifest.from_bytes(mutated_bytes(manifest.as_bytes(), seed))
+        except ValueError as error:
+            read = None
+            message = str(error)
+        # a change of the space between two keys is no damage
+        assert read == manifest or (read is None and "damaged" in message), f"seed {seed}"
