@@ -238,6 +238,8 @@ MEASURED_LONG = [
     Measured("wide", 2, tokens=256),
     Measured("deep", 3, ranks=1),
     Measured("deep", 3, overrides=LORA),
+    Measured("wide", 1, overrides=("engine.precision=bf16",)),
+    Measured("wide", 1, tokens=256, overrides=("engine.precision=bf16",)),
     Measured("wide", 2, overrides=("engine.precision=bf16",)),
     Measured("wide", 3, overrides=("engine.offload_optimizer=cpu",)),
     Measured("deep", 2, overrides=("engine.activation_checkpointing=true",)),
@@ -390,12 +392,14 @@ def falcon() -> Recipe:
     return recipe_of("tiiuae/falcon-11B", *FALCON, "cluster.num_workers=8", "engine.activation_checkpointing=true")
 
 
-def test_stage_rises_and_micro_batch_shrinks_with_the_memory(falcon: Recipe) -> None:
+@pytest.mark.parametrize(("precision", "stages"), [("bf16", {2, 3}), ("fp32", {0, 1, 2, 3})])
+def test_stage_rises_and_micro_batch_shrinks_with_the_memory(falcon: Recipe, precision: str, stages: set[int]) -> None:
+    falcon = load_recipe(falcon.model_dump(mode="json", by_alias=True), [f"engine.precision={precision}"])
     architecture = architecture_of(falcon)
     fits = [best_layout(architecture, falcon, SHARE, size * GIB) for size in range(400, 30, -3)]
     held = [one for one in fits if one.fits]
     assert [one.fits for one in fits] == [True] * len(held) + [False] * (len(fits) - len(held))
-    assert {one.stage for one in held} == {1, 2, 3}
+    assert {one.stage for one in held} == stages
     for more, less in pairwise(held):
         assert less.stage >= more.stage
         if less.stage == more.stage:
@@ -410,7 +414,8 @@ def test_lowest_stage_that_fits_is_taken_and_said(falcon: Recipe) -> None:
         found = with_layout(falcon, choose_layout(architecture, falcon, SHARE, size * GIB))
         at_each = {one.stage: one for one in stage_layouts(architecture, falcon, SHARE, size * GIB)}
         assert list(at_each) == [1, 2, 3]  # bf16 has no stage 0
-        assert found.engine.zero_stage == min(stage for stage, one in at_each.items() if one.fits)
+        # stage 1 in bf16 keeps all gradients in fp32 on every worker
+        assert found.engine.zero_stage == min(stage for stage, one in at_each.items() if one.fits and stage != 1)
         assert found.batch.tokens_per_microbatch == at_each[found.engine.zero_stage].tokens
         assert with_layout(found, choose_layout(architecture, found, SHARE, size * GIB)) == found
 
@@ -603,7 +608,8 @@ def test_combinations_that_the_tests_never_run_are_named(planned: Callable[..., 
     assert planned("cluster.worker_memory_gb=8").facts["untested"] == []
     recipe = recipe_of("m", "engine.zero_stage=3", "engine.offload_optimizer=nvme", "engine.nvme_path=/x")
     assert list(untested_combinations(recipe)) == [
-        "engine.zero_stage 3, engine.offload_optimizer nvme, engine.offload_parameters none"
+        "engine.precision fp32, engine.offload_optimizer nvme",
+        "engine.zero_stage 3, engine.offload_optimizer nvme, engine.offload_parameters none",
     ]
     assert list(untested_combinations(recipe_of("m", "engine.zero_stage=0", "cluster.num_workers=64"))) == [
         "cluster.num_workers 64"

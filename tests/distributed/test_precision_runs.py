@@ -28,10 +28,9 @@ KINDS: dict[str, tuple[str, ...]] = {
     "adapters on 4 bits": (LORA, "model.quantization=nf4"),
     "everything, offloaded": ("engine.offload_optimizer=cpu",),
 }
-CASES = [("adapters", 3, "bf16")]
-LONG_CASES = [
+CASES = [
     *(("everything", stage, "bf16") for stage in (1, 2, 3)),
-    *(("adapters", stage, "bf16") for stage in (1, 2)),
+    *(("adapters", stage, "bf16") for stage in (1, 2, 3)),
     *(("adapters on 4 bits", stage, "bf16") for stage in (1, 2)),
     *(("adapters on 4 bits", stage, "fp32") for stage in (0, 1)),
     *(("everything, offloaded", stage, "bf16") for stage in (1, 2, 3)),
@@ -65,9 +64,8 @@ def train_whole_and_in_parts(whole: bytes, in_parts: bytes) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "stage", "precision"), [*CASES, *(pytest.param(*case, marks=pytest.mark.long) for case in LONG_CASES)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("kind", "stage", "precision"), CASES)
 def test_a_run_resumes_and_exports_in_every_precision(
     kind: str, stage: int, precision: str, model: Path, tmp_path: Path
 ) -> None:

@@ -59,6 +59,7 @@ def sessions_folder(base: Path) -> Path:
     return base / f"raydiv-{os.getuid()}"
 
 
+@pytest.mark.long
 def test_a_run_listens_on_loopback_and_its_files_are_its_users(tiny_model: Path, tmp_path: Path) -> None:
     base = Path("/tmp") / f"t{os.getpid()}"  # paths of sockets are short
     recipe = recipe_of(tiny_model, write_files(tmp_path), tmp_path / "runs", "run", "optim.steps=40")

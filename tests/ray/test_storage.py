@@ -294,7 +294,7 @@ def test_prepare_reads_data_from_s3_and_writes_its_cache_there(
     assert next(first.data.bad.as_json())["line"] == 21
     cached = files(remote_cache.uri)
     assert {name.split("/")[0] for name in cached} == {"prepared", "reference"}
-    assert {path.name for path in (tmp_path / "home" / "raydiv").iterdir()} == {"digests"}
+    assert {path.name for path in (tmp_path / "home" / "raydiv").iterdir()} == {"digests", "templates"}
     assert all(uri.startswith(remote_cache.uri) for uri in first.train.examples.shards.uris)
 
     again = prepare(recipe.model_copy(update={"seed": 1}), ProgressDisplay(quiet=True))

@@ -17,19 +17,11 @@ from raydiv.utils.storage import write_json
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray")]
 
-PHASES = (
-    "load_inputs",
-    "require_ready",
-    "prepare_data",
-    "resolve_layout",
-    "MlflowTracker",
-    "_fit",
-    "after",
-    "write_report",
-)
+PHASES = ("prepare_data", "_fit", "after")
+LONG_PHASES = ("load_inputs", "require_ready", "resolve_layout", "MlflowTracker", "write_report")
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", [*PHASES, *(pytest.param(phase, marks=pytest.mark.long) for phase in LONG_PHASES)])
 def test_an_unexpected_error_in_a_phase(
     phase: str,
     tiny_model: Path,
