@@ -140,6 +140,7 @@ def test_workers_that_never_connect_are_told_which_interface_to_set() -> None:
     assert "NCCL" not in str(diagnose_hang(later, 600))
 
 
+@pytest.mark.long
 def test_changes_that_no_stage_allows_are_not_proposed() -> None:
     recipe = load_recipe(ROOT / "configs" / "llama-3-8b-lora.yaml", ["cluster.num_workers=1", "model.quantization=nf4"])
     facts = plan(recipe, memory_gb=10).facts

@@ -193,13 +193,13 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_offline")
 def test_mutated_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan_mutations(range(60), tmp_path, capsys)
+    plan_mutations(range(30), tmp_path, capsys)
 
 
 @pytest.mark.long
 @pytest.mark.usefixtures("_offline")
 def test_many_mutated_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan_mutations(range(60, 1000), tmp_path, capsys)
+    plan_mutations(range(30, 1000), tmp_path, capsys)
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), AssertionError("a\nb"), RecursionError(), MemoryError()])
