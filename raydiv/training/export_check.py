@@ -50,23 +50,25 @@ class ExportVerification:
         def check_directory(directory: Path) -> None:
             source = ModelSource.from_recipe(recipe, directory)
             exact_source = replace(source, precision="fp32")
-            written, rounding = self._logps_of(source.load_unmerged(device)), 0.0
+            model = source.load_unmerged(device)
+            exact = written = self._logps_of(model)
             if source.quantization is not None or source != exact_source:
-                rounding = _rms(written - self._logps_of(exact_source.load_unmerged(device)))
-            difference, limit = _rms(written - self.logps), max(EXACT, MOST_ROUNDING * rounding)
+                del model  # memory may not hold two
+                model = exact_source.load_unmerged(device)
+                exact = self._logps_of(model)
+            difference, limit = _rms(written - self.logps), max(EXACT, MOST_ROUNDING * _rms(written - exact))
             if not difference <= limit:  # also where it is NaN
                 raise RuntimeError(
                     f"the written model is not the trained one: the log-probs of {len(written)} tokens differ by "
                     f"{difference:.3g} nats (root mean square), and rounding explains at most {limit:.3g}"
                 )
             if recipe.model.lora is not None and source.quantization is None:
-                self._check_merge(exact_source, device)
+                self._check_merge(model, exact)
 
         return check_directory
 
-    def _check_merge(self, source: ModelSource, device: str) -> None:
-        model = source.load_unmerged(device)
-        adapted = self._logps_of(model)
+    def _check_merge(self, model: Any, adapted: Tensor) -> None:
+        """Merge the adapters of a model in fp32, whose log-probs must stay ``adapted``."""
         difference = _rms(self._logps_of(model.merge_and_unload()) - adapted)
         if not difference <= EXACT:
             raise RuntimeError(

@@ -112,6 +112,8 @@ class _Worker:
         self.nvme = "nvme" in (engine.offload_optimizer, engine.offload_parameters)
         self.weight_bytes = WEIGHT_BYTES[engine.precision]
         self.half = engine.precision == "bf16"
+        # DeepSpeed's optimizer of bf16 under stage 1 sums the gradients of all weights on every worker
+        self.sums_whole = self.half and stage == 1
         two_step_head = widest_scope(recipe.loss.terms) == "batch" and not accumulates and recipe.model.lora is None
         device = "cuda" if recipe.cluster.use_gpu else "cpu"
         self.logits = buffer_bytes(architecture.vocabulary, tokens, two_step_head, device)
@@ -193,7 +195,7 @@ class _Worker:
         """
         if self.stage == 3:
             return 0 if self.offloads_optimizer else FP32 * self.part
-        if self.stage == 1 and self.half:
+        if self.sums_whole:
             return (FP32 + (self.weight_bytes if self.accumulates else 0)) * self.trainable
         before = FP32 * (self.part if self.stage == 2 else self.trainable) if self.accumulates else 0
         current = (
@@ -209,7 +211,7 @@ class _Worker:
             return 0 if self.offloads_optimizer else FP32 * self.part
         if self.stage == 0:
             return FP32 * self.trainable
-        if self.stage == 1 and self.half:
+        if self.sums_whole:
             return (FP32 + self.weight_bytes) * self.trainable
         if self.stage == 1:
             return FP32 * (self.trainable + self.part)
@@ -219,7 +221,7 @@ class _Worker:
         """Gradients in the optimizer's flat layout."""
         if self.stage == 0:
             return FP32 * self.trainable
-        if self.stage == 1 and self.half:
+        if self.sums_whole:
             return (FP32 + self.weight_bytes) * self.trainable
         if self.offloads_optimizer:
             return 0
@@ -229,7 +231,7 @@ class _Worker:
 
     def _reduce_bucket(self) -> float:
         """The reduce bucket: a GPU allocates all of it, a CPU touches what is used."""
-        if self.stage == 0 or (self.stage == 1 and self.half):
+        if self.stage == 0 or self.sums_whole:
             return 0
         if self.stage == 1:
             return 0 if self.trainable <= self.bucket_elements else self.weight_bytes * self.bucket_elements
@@ -262,11 +264,11 @@ class _Worker:
 
     def _send_copies(self) -> float:
         """Copies of gradients that the reduction sends."""
-        if self.workers == 1 and (self.stage == 0 or (self.stage == 1 and self.half)):
+        if self.workers == 1 and (self.stage == 0 or self.sums_whole):
             return 0
         if self.stage == 0:
             return FP32 * min(self.trainable, UNPARTITIONED_BUCKET)
-        if self.stage == 1 and self.half:
+        if self.sums_whole:
             return self.weight_bytes * self.trainable
         elements = max(min(self.trainable, self.bucket_elements), self.architecture.largest)
         widened = FP32 * min(self.architecture.largest, self.part) if self.half and self.stage == 2 else 0
