@@ -105,10 +105,10 @@ def _acquire(file: Path, holder: Holder, tell: Callable[[str], None], wait: floa
     directory, end = file.with_name(file.name[1:].removesuffix(SUFFIX)), time.monotonic() + wait
     while not _create(file, holder):
         before = _holder_of(file)
-        if _is_stale(file, before):
-            if _remove_stale(file, before):
-                tell(f"{directory}: taken over from {before or 'a process'}, which has ended")
-        elif time.monotonic() >= end:
+        stale = _is_stale(file, before)
+        if stale and _remove_stale(file, before, holder):
+            tell(f"{directory}: taken over from {before or 'a process'}, which has ended")
+        elif not stale and time.monotonic() >= end and file.exists():
             raise UserError(f"{directory}: another process writes here ({before or 'not known yet'}); {remedy}")
         else:
             time.sleep(POLL_SECONDS)
@@ -163,19 +163,24 @@ def _silence(file: Path) -> float:
         clock.unlink(missing_ok=True)
 
 
-def _remove_stale(file: Path, holder: Holder | None) -> bool:
-    """Whether this process removed the claim of ``holder``; several may try at once."""
-    removed = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
-    try:
-        file.rename(removed)
-    except FileNotFoundError:
+def _remove_stale(file: Path, ended: Holder | None, by: Holder) -> bool:
+    """Whether this process removed the claim of ``ended``; several may try at once.
+
+    Only the process with a claim on the removal removes: the claim that another has taken over meanwhile stays.
+    """
+    removal = file.with_name(f"{file.name}.{ended.token if ended else 'unknown'}")
+    if not _create(removal, by):
+        before = _holder_of(removal)
+        if _is_stale(removal, before):
+            _remove_stale(removal, before, by)
         return False
-    is_it = _holder_of(removed) == holder
-    if not is_it:  # a new claim, by a process that was faster
-        with suppress(FileExistsError):
-            os.link(removed, file)
-    removed.unlink(missing_ok=True)
-    return is_it
+    try:
+        is_stale = _holder_of(file) == ended and _is_stale(file, ended)
+        if is_stale:
+            file.unlink(missing_ok=True)
+        return is_stale
+    finally:
+        removal.unlink(missing_ok=True)
 
 
 def _renew(file: Path, done: threading.Event) -> None:

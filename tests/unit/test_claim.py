@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -104,12 +104,53 @@ def test_a_claim_is_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             time.sleep(0.01)
 
 
-def try_once(directory: str, ready: Any, results: Any) -> None:
+def test_a_claim_that_was_taken_over_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that read the claim before another took it over: the new claim never leaves its place."""
+    with held(tmp_path / "run"):
+        pass
+    file, is_stale = tmp_path / ".run.claim", claim_module._is_stale
+    another = ExitStack()
+
+    def but_the_claim(method: Any) -> Any:
+        def checked(path: Path, *rest: Any, **options: Any) -> Any:
+            assert path != file, "the new claim leaves its place"
+            return method(path, *rest, **options)
+
+        return checked
+
+    def before_another(read: Path, holder: Any) -> bool:
+        stale = is_stale(read, holder)
+        monkeypatch.setattr(claim_module, "_is_stale", is_stale)
+        another.enter_context(claim(tmp_path / "run", lambda line: None))
+        for name in ("rename", "unlink"):
+            monkeypatch.setattr(Path, name, but_the_claim(getattr(Path, name)))
+        return stale
+
+    monkeypatch.setattr(claim_module, "_is_stale", before_another)
+    with pytest.raises(UserError, match=f"process {os.getpid()}"), claim(tmp_path / "run", lambda line: None):
+        raise AssertionError("not reached")
+    monkeypatch.undo()
+    another.close()
+
+
+def test_the_removal_by_a_process_that_was_killed_meanwhile_is_taken_over(tmp_path: Path) -> None:
+    with held(tmp_path / "run"):
+        pass
+    file = tmp_path / ".run.claim"
+    ended = json.loads(file.read_text())
+    removal = file.with_name(f"{file.name}.{ended['token']}")
+    removal.write_text(json.dumps(ended | {"token": "another"}))
+    with claim(tmp_path / "run", lambda line: None):
+        assert json.loads(file.read_text())["pid"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
+
+
+def try_once(directory: str, ready: Any, results: Any, all_tried: Any) -> None:
     ready.wait()
     try:
         with claim(Path(directory), lambda line: None):
             results.put(1)
-            time.sleep(1)
+            all_tried.wait()
     except UserError:
         results.put(0)
 
@@ -120,12 +161,15 @@ def test_one_of_many_processes_gets_it(stale: bool, tmp_path: Path) -> None:
     if stale:
         with held(tmp_path / "run"):
             pass
-    ready, results = context.Event(), context.Queue()
-    processes = [context.Process(target=try_once, args=(str(tmp_path / "run"), ready, results)) for _ in range(count)]
+    ready, results, all_tried = context.Event(), context.Queue(), context.Event()
+    arguments = (str(tmp_path / "run"), ready, results, all_tried)
+    processes = [context.Process(target=try_once, args=arguments) for _ in range(count)]
     for process in processes:
         process.start()
     ready.set()
-    assert sum(results.get(timeout=60) for _ in range(count)) == 1
+    held_by = sum(results.get(timeout=60) for _ in range(count))
+    all_tried.set()
+    assert held_by == 1
     for process in processes:
         process.join()
 

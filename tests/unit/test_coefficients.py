@@ -129,7 +129,7 @@ def test_states_are_logged_by_objective() -> None:
         ([term("dpo"), term("kldo"), term("sft")], "batch"),
         ([term("kldo", estimator="lagged"), term("sft")], "example"),
     ],
-    ids=str,
+    ids=["example", "pair", "batch", "lagged"],
 )
 def test_scope_of_a_mixture_is_the_widest(terms: list[Term], scope: str) -> None:
     assert widest_scope(terms) == scope
