@@ -17,7 +17,7 @@ from raydiv.model.chat import Chat
 from raydiv.model.resolve import fingerprint, load_error, model_directory
 from raydiv.model.silence import silence_libraries
 from raydiv.utils.cache import digest
-from raydiv.utils.compat import peft_without_quantizer
+from raydiv.utils.compat import keep_4bit_layout, peft_without_quantizer
 from raydiv.utils.errors import UserError, one_line
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -196,7 +196,7 @@ def _from_pretrained(
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             str(directory),
             dtype=dtype,
             attn_implementation=attn_implementation(attention),
@@ -207,6 +207,9 @@ def _from_pretrained(
         )
     except (OSError, ValueError) as error:
         raise load_error(directory, error, f"cannot be loaded: {one_line(error, 300)}") from None
+    if quantization is not None:
+        keep_4bit_layout(model)
+    return model
 
 
 def _quantization_config(quantization: str, dtype: Any) -> Any:

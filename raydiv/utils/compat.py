@@ -50,6 +50,18 @@ def peft_without_quantizer() -> Iterator[None]:
                 check.cache_clear()
 
 
+def keep_4bit_layout(model: Any) -> None:
+    """Keep the 4-bit weights of a model in the layout in which they were read.
+
+    On CPUs with AVX512-BF16 bitsandbytes repacks a layer's weights at its first evaluation, for a kernel that rounds to
+    bf16 and has no backward: training after an evaluation would have other values, and no gradient through the layer.
+    Checked with bitsandbytes 0.50: ``Linear4bit.support_avx512bf16_for_cpu`` asks for it.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def server_ray_version(client: Any) -> str:
     """Ray's version on the cluster of a ``JobSubmissionClient``, whose ``get_version`` is that of the job API.
 

@@ -1,4 +1,4 @@
-"""Whole runs in bf16 and in 4 bits: they resume, in bf16 to the bit, and export a model that passes its check."""
+"""Whole runs in bf16 and in 4 bits: they resume to the bit, and export a model that passes its check."""
 
 from __future__ import annotations
 
@@ -85,9 +85,8 @@ def test_a_run_resumes_and_exports_in_every_precision(
     assert expected.keys() == resumed.keys()
     steps = [[line["step"] for line in run.metrics.read() if "loss" in line] for run in (whole, in_parts)]
     assert steps[0] == steps[1] == [1, 2, 3, 4]
-    if kind != "adapters on 4 bits":  # whose losses differ by some percent after a resume on a CPU
-        assert untimed(in_parts) == untimed(whole)
-        assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    assert untimed(in_parts) == untimed(whole)
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
     assert {weight.dtype for weight in expected.values()} == {DTYPES[precision]}
     # lora_B is zero before training
     assert any(weight.abs().max() > 0 for name, weight in expected.items() if "lora_A" not in name)

@@ -118,3 +118,25 @@ def test_variants_are_written_as_they_were_trained(option: str, tiny_model: Path
     scale = 8 / 4**0.5 if option == "use_rslora" else 8 / 4
     scalings = [getattr(layer, "scaling", None) for layer in policy.modules()]
     assert {scaling["default"] for scaling in scalings if isinstance(scaling, dict)} == {scale}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_evaluation_changes_neither_log_probs_nor_gradients_on_4_bits(dtype: torch.dtype, tmp_path: Path) -> None:
+    """bitsandbytes repacks the weights of a CPU at the first evaluation, for a kernel without a backward."""
+    pytest.importorskip("bitsandbytes")
+    model = make_model(tmp_path / "model", hidden=64)
+    recipe = recipe_of(model, lora={"r": 3, "alpha": 5}, quantization="nf4")
+    policy = build_policy(model, recipe.model, dtype)
+    ids = torch.tensor([[5, 6, 7, 8]])
+
+    def logits_and_gradients() -> list[torch.Tensor]:
+        policy.train().zero_grad()
+        logits = policy(input_ids=ids).logits
+        logits.float().logsumexp(-1).sum().backward()
+        return [logits.detach(), *(weight.grad for weight in policy.parameters() if weight.requires_grad)]
+
+    before = logits_and_gradients()
+    assert all(gradient.abs().max() > 0 for gradient in before[2::2])  # lora_B is zero, and so is A's gradient
+    evaluated = logits_of(policy.eval())
+    for changed, expected in zip([*logits_and_gradients(), evaluated], [*before, before[0]], strict=True):
+        assert torch.equal(changed, expected)

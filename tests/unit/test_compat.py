@@ -246,3 +246,11 @@ def test_patched_nanogcg() -> None:
         assert gcg.get_nonascii_toks is forbidden
         assert list(gcg.tqdm([1, 2], disable=True)) == [1, 2]
     assert gcg.get_nonascii_toks is not forbidden
+
+
+def test_keep_4bit_layout() -> None:
+    layer = pytest.importorskip("bitsandbytes").nn.Linear4bit(64, 64)
+    assert layer.support_avx512bf16_for_cpu in (False, True)
+    layer.support_avx512bf16_for_cpu = True
+    compat.keep_4bit_layout(layer)
+    assert layer.support_avx512bf16_for_cpu is False
