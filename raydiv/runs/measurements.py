@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from raydiv.utils.storage import read_json
+from raydiv.utils.storage import intact, read_json
 
 Interval = tuple[float, float]
 """95%."""
@@ -41,8 +42,13 @@ class SeparationFile:
         if not path.exists():
             return None
         content = read_json(path)
-        d_b = MeasuredValue(content["figures"]["d_b"], _interval(content.get("d_b_interval")))
-        return cls(d_b, content["plane"], content["kinds"], content["harmful"], content.get("notes", []))
+        with intact(path):
+            d_b = MeasuredValue(float(content["figures"]["d_b"]), _interval(content.get("d_b_interval")))
+            plane = [(float(x), float(y)) for x, y in content["plane"]]
+            kinds, harmful = [str(kind) for kind in content["kinds"]], [bool(value) for value in content["harmful"]]
+            if not len(plane) == len(kinds) == len(harmful):
+                raise ValueError("plane, kinds and harmful differ in length")
+            return cls(d_b, plane, kinds, harmful, _notes(content))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +61,17 @@ class AnswersFile:
     @classmethod
     def load(cls, path: Path) -> AnswersFile | None:
         """None where the run judged no answers."""
-        return cls.of(read_json(path)) if path.exists() else None
+        if not path.exists():
+            return None
+        content = read_json(path)
+        with intact(path):
+            return cls.of(content)
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> AnswersFile:
         """From the content of the file."""
         values = {
-            name: MeasuredValue(rate["share"], _interval(rate["interval"]), rate["of"])
+            name: MeasuredValue(float(rate["share"]), _interval(rate["interval"]), int(rate["of"]))
             for name, rate in content["rates"].items()
         }
         for key, entry in content.items():
@@ -70,9 +80,22 @@ class AnswersFile:
                 interval = _interval(number.get("interval"))
                 values[f"evaluate/{key}"] = MeasuredValue(number["value"], interval, number.get("of"))
         for name, score in content.get("capability", {}).items():
-            values[name] = MeasuredValue(score["value"], _interval(score["interval"]), score["documents"])
-        return cls(values, [content["judge"]["errors"], *content.get("notes", [])])
+            values[name] = MeasuredValue(float(score["value"]), _interval(score["interval"]), int(score["documents"]))
+        return cls(values, [str(content["judge"]["errors"]), *_notes(content)])
+
+
+def rewards_by_class(path: Path) -> dict[str, list[float]]:
+    """Finite rewards of held-out examples by class, as training wrote them last; none where it measured none."""
+    if not path.exists():
+        return {}
+    content = read_json(path)
+    with intact(path):
+        return {name: [float(value) for value in content[name] if isfinite(value)] for name in ("aligned", "unaligned")}
+
+
+def _notes(content: Mapping[str, Any]) -> list[str]:
+    return [str(note) for note in content.get("notes", [])]
 
 
 def _interval(ends: Any) -> Interval | None:
-    return (ends[0], ends[1]) if ends else None
+    return (float(ends[0]), float(ends[1])) if ends else None

@@ -21,7 +21,7 @@ from raydiv.utils.dotted import flatten
 from raydiv.utils.errors import UserError, one_line
 from raydiv.utils.secrets import has_password, mask_password
 from raydiv.utils.signals import Terminated
-from raydiv.utils.storage import read_json, require_inside, write_json
+from raydiv.utils.storage import intact, read_json, require_inside, write_json
 
 RUN_FILES = {"recipe.yaml", "metrics.jsonl", "result.json"}
 """The artifacts of a finished run from which a study reads its results."""
@@ -95,10 +95,12 @@ class MlflowTracker:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
         self._state_file = state_file
         if state_file is not None and state_file.exists():
-            earlier = read_json(state_file)
+            with intact(state_file):
+                earlier = dict(read_json(state_file))
+                earlier["lines"] = int(earlier.get("lines", 0))
         state = earlier if earlier is not None and earlier.get("uri") == self.uri else {}
         run_id = state.get("run_id")
-        self.lines_sent = int(state.get("lines", 0))
+        self.lines_sent = state.get("lines", 0)
         """Lines of metrics.jsonl that the server has."""
         self._lines_sent_is_exact = run_id is None
         self._submit(lambda: self._start(recipe, tags) if run_id is None else self._resume(run_id))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from raydiv.utils.errors import UserError, one_line
+from raydiv.utils.storage import intact
 
 POLL_SECONDS = 0.3
 
@@ -25,10 +26,12 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a file, one a line, without a last line that is not complete yet.
 
-    Raises UserError for a line that is damaged.
+    Raises UserError where the file is missing, and for a line that is damaged.
     """
     records: list[dict[str, Any]] = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+    with intact(path):
+        lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
         try:
             if line.endswith(b"\n"):
                 records.append(dict(json.loads(line)))

@@ -44,7 +44,21 @@ def write_json(path: Path, content: Any, indent: int | None = None) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
+    """The content of a JSON file. Raises UserError where it is missing or damaged."""
+    with intact(path):
+        return json.loads(path.read_text())
+
+
+@contextmanager
+def intact(path: Path) -> Iterator[None]:
+    """Around what reads a file of raydiv's own: raises UserError where it is missing, or holds something else."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {one_line(error, 100)}"
+        raise UserError(f"{path}: damaged or missing, as in a partial copy ({reason})") from None
 
 
 def sha256_of(path: Path) -> str:

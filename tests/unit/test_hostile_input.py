@@ -14,14 +14,22 @@ import pytest
 import yaml
 
 from helpers.made_run import make_run
+from helpers.made_sweep import make_sweep
 from helpers.models import make_model
 from helpers.mutations import mutated, mutated_bytes
 from helpers.sources import ROOT
+from helpers.templates import CHATML, FALCON, GEMMA, LLAMA_3, MISTRAL, QWEN_3
 from raydiv.cli import main
+from raydiv.config import load_recipe
 from raydiv.config.load import load_tree
+from raydiv.experiments.study.study import StudyDirectory
+from raydiv.experiments.sweep.record import SweepDirectory, SweepRecord
+from raydiv.runs.directory import RunDirectory
+from raydiv.runs.report.page import page, write_report
 from raydiv.runs.stage import RunStage
 from raydiv.training.checkpoint.manifest import Manifest
 from raydiv.training.checkpoint.shards import CheckpointShard
+from raydiv.utils.errors import UserError
 
 LIMIT_S = 10
 """Seconds that a case may take; a slow machine has four times as many before the test gives up."""
@@ -143,6 +151,31 @@ def test_a_hostile_template_is_named(name: str, tmp_path: Path, refuse: Callable
     assert reason in refuse(*with_template(make_model(tmp_path / "model"), template))
 
 
+def render_mutations(seeds: range, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_model(folder / "model")
+    for seed in seeds:
+        template = PUBLISHED[seed % len(PUBLISHED)].encode()
+        mutation = mutated_bytes(template, seed).decode(errors="replace")
+        capsys.readouterr()
+        with bounded(f"seed {seed}"):
+            status = main(with_template(model, mutation))
+        message = capsys.readouterr().err
+        assert status in (0, 2), f"seed {seed}: {message}"
+        assert message.count("raydiv: ") == (status == 2), f"seed {seed}: {message}"
+
+
+PUBLISHED = (CHATML, LLAMA_3, QWEN_3, GEMMA, MISTRAL, FALCON)
+
+
+def test_mutated_templates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    render_mutations(range(18), tmp_path, capsys)
+
+
+@pytest.mark.long
+def test_many_mutated_templates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    render_mutations(range(18, 400), tmp_path, capsys)
+
+
 NONSENSE = [b"", b"{", b"[]", b"null", b'"x"', b"{}", b"\xff\xfe\x00", b"[" * 3000, b'{"model_type": 3}', b"0" * 20]
 
 
@@ -239,6 +272,79 @@ def test_damaged_files_of_a_run_are_named(tmp_path: Path, capsys: pytest.Capture
     with run.metrics.path.open("a") as lines:
         lines.write('{"step": 7')  # a line that is being written
     assert main(["status", str(run.path)]) == 0
+
+
+def refusal(read: Callable[[], Any]) -> str | None:
+    """Why something is refused; None where it is read."""
+    try:
+        read()
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def report_mutations(seeds: range, folder: Path, write: Callable[[RunDirectory], Any]) -> None:
+    """Damage the files of a finished run in turn, or leave one out, as in a partial copy; ``write`` its report."""
+    run = make_run(folder)
+    files = sorted(path for path in run.path.rglob("*") if path.is_file())
+    write(run)
+    for seed in seeds:
+        path = files[seed % len(files)]
+        original = path.read_bytes()
+        write_mutation(path, original, seed)
+        message = refusal(lambda: write(run))
+        path.write_bytes(original)
+        if message is not None:
+            assert "\n" not in message, f"{path.name}, seed {seed}: {message}"
+            assert str(run.path) in message, f"{path.name}, seed {seed}: {message}"
+
+
+def write_mutation(path: Path, original: bytes, seed: int) -> None:
+    """No file, a file with other bytes, or one with another JSON value."""
+    if seed % 5 == 0:
+        path.unlink()
+    elif seed % 3 == 0 and path.suffix == ".json":
+        path.write_text(json.dumps(mutated(json.loads(original), seed)))
+    else:
+        path.write_bytes(mutated_bytes(original, seed))
+
+
+NO_PICTURES: dict[str, list[Any]] = {"training": [], "separation": [], "rewards": []}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_report_of_damaged_files_names_one(tmp_path: Path) -> None:
+    report_mutations(range(400), tmp_path, lambda run: page(run, NO_PICTURES))
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_reports_of_many_damaged_files_name_one(tmp_path: Path) -> None:
+    report_mutations(range(100, 300), tmp_path, write_report)
+
+
+def test_damaged_records_of_sweeps_and_studies_are_named(tmp_path: Path) -> None:
+    space = {"sweep": {"space": {"optim.lr": [0.1, 0.2]}, "search": "grid", "goal": "maximize eval/reward/margin"}}
+    recipe = load_recipe(yaml.safe_load(BASE) | {"data": {"train": "bundled:preference"}} | space)
+    sweep, study = SweepDirectory(tmp_path / "sweep"), StudyDirectory(tmp_path / "study")
+    sweep.create(recipe)
+    make_sweep(3, directory=sweep).write()
+    study.create(recipe, resume=False)
+    study.write({"mlflow": {"uri": "file:mlruns", "run_id": "0a1b2c"}, "cells": [{"model": "m"}]})
+    for directory, read in (
+        (sweep, lambda: SweepRecord.read(sweep, recipe)),
+        (study, lambda: study.create(recipe, resume=True)),
+    ):
+        original = directory.record.read_bytes()
+        refused = 0
+        for seed in range(200):
+            write_mutation(directory.record, original, seed)
+            message = refusal(read) if directory.record.exists() else None
+            directory.record.write_bytes(original)
+            assert message is None or str(directory.record) in message, f"seed {seed}: {message}"
+            refused += message is not None
+        assert refused > 20
+        read()
 
 
 def test_a_damaged_manifest_is_found() -> None:

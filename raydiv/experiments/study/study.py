@@ -27,7 +27,7 @@ from raydiv.runtime.resources import concurrent_runs
 from raydiv.runtime.session import ray_session, require_dashboard
 from raydiv.utils.claim import claim
 from raydiv.utils.errors import UserError
-from raydiv.utils.storage import read_json, write_json
+from raydiv.utils.storage import intact, read_json, write_json
 from raydiv.utils.versions import versions
 
 
@@ -52,8 +52,9 @@ class StudyDirectory(OutputDirectory):
         if not started:
             self.write({"mlflow": {}})
         save_recipe(recipe, self.recipe)
-        record: dict[str, Any] = read_json(self.record)
-        return record
+        with intact(self.record):
+            record = dict(read_json(self.record))
+            return record | {"mlflow": dict(record["mlflow"])}
 
     def write(self, content: Mapping[str, Any]) -> None:
         """Write study.json."""

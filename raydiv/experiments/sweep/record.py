@@ -20,7 +20,7 @@ from raydiv.runs.metrics_log import numbers
 from raydiv.runs.output_directory import OutputDirectory
 from raydiv.runs.resume import with_template_date
 from raydiv.utils.errors import UserError
-from raydiv.utils.storage import read_json, write_json
+from raydiv.utils.storage import intact, read_json, write_json
 
 FINISHED, STOPPED, FAILED, RUNNING, WAITING = "finished", "stopped", "failed", "running", "waiting"
 """The statuses of a trial; the scheduler has stopped a trial that is ``stopped``."""
@@ -47,7 +47,12 @@ class TrialRecord:
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Self:
-        return cls(**{name: entry[name] for name in cls.__dataclass_fields__ if name in entry})
+        """A trial of sweep.json. Raises KeyError, TypeError or ValueError where it is none."""
+        if entry["status"] not in STATUSES:
+            raise ValueError(f"unknown status {entry['status']!r}")
+        fields = {name: entry[name] for name in cls.__dataclass_fields__ if name in entry}
+        metrics = {str(name): float(value) for name, value in entry["metrics"].items()}
+        return cls(**fields | {"number": int(entry["number"]), "values": dict(entry["values"]), "metrics": metrics})
 
     @property
     def name(self) -> str:
@@ -160,8 +165,9 @@ class SweepRecord:
     def read(cls, directory: SweepDirectory, recipe: Recipe) -> Self:
         """The record of an earlier attempt; trials that had not ended are waiting again."""
         content = read_json(directory.record)
-        record = cls.of(directory, recipe, map(TrialRecord.from_json, content["trials"]))
-        record.mlflow = content.get("mlflow")
+        with intact(directory.record):
+            record = cls.of(directory, recipe, map(TrialRecord.from_json, content["trials"]))
+            record.mlflow = None if content.get("mlflow") is None else dict(content["mlflow"])
         for trial in record.trials.values():
             # a run may have finished just before its sweep was killed
             if trial.status not in ENDED:

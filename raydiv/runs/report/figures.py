@@ -11,10 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raydiv.runs.directory import RunDirectory
-from raydiv.runs.measurements import SeparationFile
+from raydiv.runs.measurements import SeparationFile, rewards_by_class
 from raydiv.runs.metrics_log import Metrics
 from raydiv.runs.report.drawing import AMBER, BLUE, GREY, INK, RED, TEAL, Picture, legend, new_axis, styled
-from raydiv.utils.storage import read_json
 
 ALIGNED, UNALIGNED = BLUE, RED
 HARMFUL, HARMLESS = (RED, AMBER), (BLUE, TEAL, GREY)
@@ -51,7 +50,7 @@ def pictures(run: RunDirectory) -> dict[str, list[Picture]]:
         by_section = {
             "training": [draw(records) for draw in (loss, divergence, rewards, margin, *reference_pictures, gradient)],
             "separation": [*(plane(report, when) for when, report in planes.items() if report), separation(records)],
-            "rewards": [reward_distribution(read_json(run.rewards) if run.rewards.exists() else {})],
+            "rewards": [reward_distribution(rewards_by_class(run.rewards))],
         }
     return {section: [picture for picture in drawn if picture] for section, drawn in by_section.items()}
 

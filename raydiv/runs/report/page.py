@@ -16,7 +16,7 @@ from raydiv.runs.report.figures import pictures
 from raydiv.runs.report.html import render
 from raydiv.runs.report.table import WHEN, measured_rows, notes
 from raydiv.utils.jsonl import read_records
-from raydiv.utils.storage import read_json
+from raydiv.utils.storage import intact, read_json
 
 GROUPS = {
     "separation": "Separation of harmful and harmless prompts",
@@ -55,29 +55,39 @@ def write_report(run: RunDirectory) -> None:
 def page(run: RunDirectory, by_section: Mapping[str, Sequence[Picture]]) -> str:
     """The content of report.html with these pictures."""
     result, recipe = read_json(run.result), run.read_recipe()
-    rows, data = measured_rows(run), result["data"]
-    sets = {name: data[name] for name in SETS if data[name]}
+    rows = measured_rows(run)
+    with intact(run.result):
+        of_result, run_notes = _of_result(result, recipe), notes(run)
     return render(
         "runs/report/templates/run.html",
-        title=result["name"],
-        facts=_facts(result, recipe),
+        **of_result,
         groups={GROUPS.get(name, name): list(group) for name, group in groupby(rows, attrgetter("group"))},
         intervals=any(end and end.interval for row in rows for end in row.ends),
-        run_notes=notes(run),
+        run_notes=run_notes,
         pictures=by_section,
         recipe=recipe,
         recipe_text=run.recipe.read_text(),
         answers=_answers_rows(run),
-        versions=list(result["versions"].items()),
-        layout=_pairs(result["layout"]),
-        chat=list(data.get("chat", {}).items()),
-        sets=list(sets),
-        counts=[(_words(key), *(counts[key] for counts in sets.values())) for key in data["train"]],
-        data=_pairs(
+    )
+
+
+def _of_result(result: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """The template's variables that come from result.json."""
+    data = result["data"]
+    sets = {name: data[name] for name in SETS if data[name]}
+    return {
+        "title": result["name"],
+        "facts": _facts(result, recipe),
+        "versions": list(result["versions"].items()),
+        "layout": _pairs(result["layout"]),
+        "chat": list(data.get("chat", {}).items()),
+        "sets": list(sets),
+        "counts": [(_words(key), *(counts[key] for counts in sets.values())) for key in data["train"]],
+        "data": _pairs(
             {name: fact for name, fact in data.items() if name not in SETS and not isinstance(fact, Mapping)}
             | {f"reference log-probs, {name}": count for name, count in data["reference"].items()}
         ),
-    )
+    }
 
 
 def _facts(result: Mapping[str, Any], recipe: Recipe) -> dict[str, str]:
