@@ -23,6 +23,7 @@ from raydiv.runs.prometheus import PrometheusMetrics
 from raydiv.runs.report.page import write_report
 from raydiv.runs.resume import recipe_to_resume, require_same_content
 from raydiv.runs.tracker import MlflowTracker
+from raydiv.runtime.model_pool import end_pool
 from raydiv.runtime.resources import threads_per_worker, worker_memory, worker_resources
 from raydiv.runtime.session import ray_session, training_environment
 from raydiv.runtime.wait_for_nodes import report_waiting
@@ -166,6 +167,8 @@ def resolve_layout(recipe: Recipe, prepared: PreparedData) -> tuple[Recipe, bool
 
     Needs a Ray session. Raises UserError where no layout fits.
     """
+    if recipe.cluster.use_gpu:
+        end_pool()  # the free memory of a GPU is read
     epochs = epoch_plan(recipe, prepared.train.examples)
     budget = largest_budget(
         epochs, prepared.steps(recipe), prepared.train.examples.lengths, recipe.cluster.least_workers
@@ -209,6 +212,7 @@ def _fit(
         ),
     )
     ignore_sigint_of_trainer(trainer)
+    end_pool()
 
     def stop() -> None:
         display.print("SIGTERM: the run writes a checkpoint after this step and stops")

@@ -21,7 +21,7 @@ from raydiv.data.fields import A_RATING, SPELLINGS, BadRow
 from raydiv.data.formats import FORMATS
 from raydiv.data.notes import NOTE_TEXTS, Note
 from raydiv.data.readers import file_chunks, line_numbers, parse_record, read_chunk, record_reader
-from raydiv.data.sources import File, files_of
+from raydiv.data.sources import File, files_of, stored_bytes
 from raydiv.data.tokens import TokenShards
 from raydiv.model.chat import Chat
 from raydiv.utils.cache import digest, shared_dir
@@ -150,6 +150,15 @@ class OpenSource:
     def where(self, file: int, position: int) -> str:
         """``FILE:LINE`` of a record."""
         return f"{self.files[file].name}:{line_numbers(self.files[file], [position])[position]}"
+
+
+SMALL_BYTES = 8 * 2**20
+"""Size of sources that are read and tokenised in the process that was started: a pool takes longer to start."""
+
+
+def are_small(sources: Sequence[OpenSource]) -> bool:
+    """Whether the sources need no pool."""
+    return sum(stored_bytes(file) for opened in sources for file in opened.files) <= SMALL_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import numpy as np
 from raydiv.config import Recipe
 from raydiv.data.fields import BadRow
 from raydiv.data.formats import RecordReader
-from raydiv.data.index import OpenSource, RowNotes
+from raydiv.data.index import OpenSource, RowNotes, are_small
 from raydiv.data.prompt_sets import Prompt
 from raydiv.data.readers import parse_record
 from raydiv.data.tokenize import RecordChunk, record_chunks
@@ -159,7 +159,8 @@ def find_overlaps(
     if texts:
         arguments = {"texts": texts, "readers": [opened.reader]}
         readers = record_chunks([opened])
-        for matches in map_stream(readers, PromptMatcher, arguments, cluster=recipe.cluster, model=False):
+        here = are_small([opened])
+        for matches in map_stream(readers, PromptMatcher, arguments, cluster=recipe.cluster, here=here):
             for match in matches:
                 text = texts[match.number]
                 if text not in best or (match.same and not best[text].same):

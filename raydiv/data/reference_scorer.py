@@ -6,7 +6,6 @@ import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,10 @@ from raydiv.model.compatibility import CompatibilityCheck
 from raydiv.model.head import LogProbHead
 from raydiv.model.load import ModelSource
 from raydiv.model.packing import Packing, packing_of
-from raydiv.runtime.actor_pool import Progress, map_rows, map_stream, no_progress
+from raydiv.runtime.model_pool import map_rows, map_rows_unordered
 from raydiv.runtime.resources import pool_resources
 from raydiv.utils.cache import digest
+from raydiv.utils.progress import Progress, no_progress
 
 TASK_EXAMPLES = 1024
 """Maximum examples of a scoring task. A task becomes one part of the store."""
@@ -96,8 +96,8 @@ def _score_missing(
         "store": store,
         "example_sets": ray.put(list(example_sets)),
     }
-    makers = [partial(iter, tasks)]
-    yield from map_stream(makers, StoreFiller, arguments, cluster=recipe.cluster, actors=len(tasks))
+    for _, count in map_rows_unordered(tasks, StoreFiller, arguments, cluster=recipe.cluster, batch_rows=1):
+        yield count
 
 
 def _scoring_tasks(
@@ -212,6 +212,7 @@ class LogProbScorer:
         check = CompatibilityCheck(self._head, self._model, self._model, self._model.device)
         check.require_supported_logits()
         self._packs = check.packing(max_length=0)[0] != "none"
+        self._head.remove()  # other workers of this process have the same model
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows with ``prompt`` and ``response`` ids -> rows with ``logp``."""
@@ -220,6 +221,7 @@ class LogProbScorer:
         lengths = [len(row["prompt"]) + len(row["response"]) for row in rows]
         logps = torch.zeros(len(rows))
         packing: Packing = packing_of(self._model, max(lengths, default=0))[0] if self._packs else "none"
+        self._head.install()
         for micro_batch in micro_batches(lengths, TOKENS_PER_FORWARD, ranks=1, packed=packing != "none")[0]:
             examples = [(rows[i]["prompt"], rows[i]["response"]) for i in micro_batch]
             inputs = collate(examples, packing).to(self._model.device)
@@ -227,4 +229,5 @@ class LogProbScorer:
                 self._head.set_targets(inputs.rows, inputs.columns, inputs.targets)
                 output = self._model(**inputs.forward_kwargs())
                 logps[micro_batch] = inputs.sum_per_example(output.logits, len(micro_batch)).cpu()
+        self._head.remove()
         return [{"logp": float(logp)} for logp in logps]

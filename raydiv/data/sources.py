@@ -67,6 +67,14 @@ def files_of(source: Source) -> list[File]:
     return files
 
 
+def stored_bytes(file: File) -> int:
+    """The size of a file, as it is compressed."""
+    if file.version is not None:
+        return file.version[0]
+    system, inside = file_system(file.uri)
+    return int(system.get_file_info(inside).size or 0)
+
+
 def require_unchanged(file: File) -> None:
     """Raise UserError if a file has changed since it was digested: records read since then may be of either content."""
     if file.version is None:

@@ -23,14 +23,15 @@ import pyarrow.parquet as pq
 from raydiv.config.cluster import ClusterConfig
 from raydiv.data.fields import SPELLINGS, BadRow
 from raydiv.data.formats import FORMATS, ConvertedRecord, Example, RecordReader
-from raydiv.data.index import INDEX_COLUMNS, SCHEMA, Index, IndexWriter, OpenSource, RowNotes, read_index
+from raydiv.data.index import INDEX_COLUMNS, SCHEMA, Index, IndexWriter, OpenSource, RowNotes, are_small, read_index
 from raydiv.data.notes import Note
 from raydiv.data.readers import FileChunk, RawRecord, file_chunks, parse_record, read_chunk
 from raydiv.data.sources import require_unchanged
 from raydiv.data.tokens import ROW_GROUP_SIZE, content_key
 from raydiv.model.chat import Chat, ChatPrompt, Response, TokenizedExample, prompt_key
-from raydiv.runtime.actor_pool import Progress, map_stream, no_progress
+from raydiv.runtime.actor_pool import map_stream
 from raydiv.utils.errors import UserError
+from raydiv.utils.progress import Progress, no_progress
 from raydiv.utils.storage import Folder, open_input
 
 CHUNK_RECORDS = 1000
@@ -45,7 +46,7 @@ def tokenize(
     quarantine: bool,
     progress: Progress = no_progress,
 ) -> list[Index]:
-    """The index of each source; tokenises the sources that are not prepared yet. Needs a Ray session.
+    """The index of each source; tokenises the sources that are not prepared yet. Needs a Ray session if they are large.
 
     An interrupted call resumes where it stopped: existing shards are reused. Raises UserError at the first bad row,
     unless ``quarantine`` leaves bad rows out.
@@ -108,7 +109,7 @@ def _write(
     readers = record_chunks(sources)
     arguments = {"chat": chat, "targets": [(opened.folder, opened.reader, opened.lengths) for opened in sources]}
     if readers:
-        with closing(map_stream(readers, Tokenizer, arguments, cluster=cluster, model=False)) as shards:
+        with closing(map_stream(readers, Tokenizer, arguments, cluster=cluster, here=are_small(sources))) as shards:
             _write_indices(sources, shards, quarantine, progress)
     for opened in sources:
         if not opened.ready:

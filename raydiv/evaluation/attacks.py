@@ -16,8 +16,8 @@ from raydiv.data.readers import iterate_records
 from raydiv.evaluation.generate import Request
 from raydiv.model.chat import ChatPrompt, Conversation, as_messages
 from raydiv.model.load import ModelSource
-from raydiv.runtime.actor_pool import Progress, no_progress
 from raydiv.utils.errors import UserError
+from raydiv.utils.progress import Progress, no_progress
 
 DIRECT = "direct"
 

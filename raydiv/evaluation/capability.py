@@ -13,9 +13,10 @@ from typing import Any
 from raydiv.config.cluster import ClusterConfig
 from raydiv.evaluation.intervals import normal_interval
 from raydiv.model.load import ModelSource
-from raydiv.runtime.actor_pool import Progress, map_rows, no_progress
+from raydiv.runtime.model_pool import map_rows
 from raydiv.utils.errors import UserError, one_line
 from raydiv.utils.nearest import nearest
+from raydiv.utils.progress import Progress, no_progress
 
 _GENERAL = ["mmlu", "arc_challenge", "hellaswag", "winogrande", "truthfulqa_mc2"]
 _MATH = ["gsm8k", "minerva_math500"]

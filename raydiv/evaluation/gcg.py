@@ -14,9 +14,10 @@ from raydiv.config.evaluate import AttackConfig
 from raydiv.model.chat import ChatPrompt, as_messages
 from raydiv.model.load import ModelSource
 from raydiv.model.template import Messages
-from raydiv.runtime.actor_pool import Progress, map_rows, no_progress
+from raydiv.runtime.model_pool import map_rows
 from raydiv.utils.compat import patched_nanogcg
 from raydiv.utils.errors import UserError
+from raydiv.utils.progress import Progress, no_progress
 
 
 def require_nanogcg() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor
 from raydiv.config.cluster import ClusterConfig
 from raydiv.model.chat import ChatPrompt
 from raydiv.model.load import ModelSource
-from raydiv.runtime.actor_pool import Progress, map_rows, no_progress
+from raydiv.runtime.model_pool import map_rows
+from raydiv.utils.progress import Progress, no_progress
 
 BATCH_ROWS = 32
 """Prompts in a batch; changes speed and memory alone."""
@@ -107,7 +109,7 @@ class TextGenerator:
         own = model_eos if isinstance(model_eos, list) else [] if model_eos is None else [model_eos]
         self._stops = {*stops, *own}
         # the model's other settings are dropped: a repetition penalty, for example, would make answers not greedy
-        self._model.generation_config = GenerationConfig(
+        self._config = GenerationConfig(
             do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(self._stops), pad_token_id=stops[0]
         )
 
@@ -120,13 +122,23 @@ class TextGenerator:
             ids[number, length - len(row["ids"]) :] = torch.as_tensor(row["ids"])
             mask[number, length - len(row["ids"]) :] = 1
         seeds = [row.get("seed") for row in rows]
-        with torch.inference_mode():
+        with torch.inference_mode(), self._only_these_settings():
             output = self._model.generate(
                 input_ids=ids.to(self._model.device),
                 attention_mask=mask.to(self._model.device),
                 logits_processor=[] if seeds == [None] * len(rows) else [_GumbelNoise(seeds)],
             )
         return [{"answer": self._until_stop(answer)} for answer in output[:, length:].tolist()]
+
+    @contextmanager
+    def _only_these_settings(self) -> Iterator[None]:
+        """``generate`` takes settings that it is not given from the model, whose own other workers need again."""
+        own = self._model.generation_config
+        self._model.generation_config = self._config
+        try:
+            yield
+        finally:
+            self._model.generation_config = own
 
     def _until_stop(self, answer: list[int]) -> list[int]:
         ends = [position for position, token in enumerate(answer) if token in self._stops]

@@ -19,8 +19,8 @@ from raydiv.evaluation.refusal import STRING_RULE_ERRORS, is_refusal
 from raydiv.model.chat import as_messages, load_tokenizer
 from raydiv.model.load import ModelSource
 from raydiv.model.resolve import model_directory
-from raydiv.runtime.actor_pool import Progress, no_progress
 from raydiv.utils.errors import UserError
+from raydiv.utils.progress import Progress, no_progress
 
 HarmVerdict = Literal["safe", "unsafe", "unparsable"]
 

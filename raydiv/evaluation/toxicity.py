@@ -11,9 +11,10 @@ from raydiv.config.cluster import ClusterConfig
 from raydiv.model.chat import load_tokenizer
 from raydiv.model.resolve import model_directory
 from raydiv.model.silence import silence_libraries
-from raydiv.runtime.actor_pool import Progress, map_rows, no_progress
+from raydiv.runtime.model_pool import map_rows
 from raydiv.utils.compat import is_custom_code_refusal
 from raydiv.utils.errors import UserError, one_line
+from raydiv.utils.progress import Progress, no_progress
 
 TOXIC_LABELS = ("toxic", "toxicity", "hate", "hateful", "offensive", "abusive", "unsafe", "harmful")
 """Names of the toxic label, in order of preference."""

@@ -12,7 +12,7 @@ from raydiv.evaluation.generate import Request, generate
 from raydiv.evaluation.intervals import tango_interval
 from raydiv.evaluation.judges import judge_model
 from raydiv.model.load import ModelSource
-from raydiv.runtime.actor_pool import Progress, no_progress
+from raydiv.utils.progress import Progress, no_progress
 
 PairwiseJudge = Callable[[Sequence[str]], list[str]]
 """From questions, each about one pair in one order, to the judge's answers."""

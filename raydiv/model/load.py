@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -114,9 +115,21 @@ class ModelSource:
         return self.directory if self.directory.is_dir() else model_directory(str(self.directory))
 
     def load_for_inference(self) -> Any:
-        """The model for an actor of a pool: on its device, in evaluation mode. Silences libraries in this process."""
+        """The model for an actor of a pool: on its device, in evaluation mode. Silences libraries in this process.
+
+        This process keeps it for its next measurement, until another model is loaded. So whoever gets it leaves it as
+        it was.
+        """
         silence_libraries()
-        return self.load("cuda" if torch.cuda.is_available() else "cpu").eval()
+        if not _kept or _kept[0][0] != self:
+            _kept.clear()  # its memory is needed for the next one
+            gc.collect()
+            _kept.append((self, self.load("cuda" if torch.cuda.is_available() else "cpu").eval()))
+        return _kept[0][1]
+
+
+_kept: list[tuple[ModelSource, Any]] = []
+"""The last model that was loaded for inference in this process."""
 
 
 def build_policy(directory: Path, section: ModelConfig, dtype: Any) -> Any:

@@ -19,59 +19,15 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasource, Execut
 from ray.data.block import BlockMetadata
 
 from raydiv.config.cluster import ClusterConfig
+from raydiv.runtime.model_pool import end_pool
 from raydiv.runtime.resources import Pool, pool_resources
 from raydiv.utils.errors import UserError
 
-Row = dict[str, Any]
 Reader = Callable[[], Iterable[Any]]
 """Returns rows; called in a task."""
 
-Progress = Callable[[int, int | None], None]
-"""Called with the number of finished rows and the number of all rows (None: not known)."""
-
 BUFFER_BYTES = 256 * 2**20
 """Limit of a pipeline's rows in the object store: its memory does not grow with the data."""
-
-
-def no_progress(done: int, total: int | None) -> None:
-    """A Progress that does nothing."""
-
-
-def map_rows(
-    rows: Sequence[Row], worker: type, arguments: dict[str, Any], *, progress: Progress = no_progress, **options: Any
-) -> list[Row]:
-    """The results of ``map_rows_unordered``, in the order of ``rows``."""
-    results: dict[int, Row] = {}
-    for position, result in map_rows_unordered(rows, worker, arguments, **options):
-        results[position] = result
-        progress(len(results), len(rows))
-    return [results[position] for position in range(len(rows))]
-
-
-def map_rows_unordered(
-    rows: Sequence[Row],
-    worker: type,
-    arguments: dict[str, Any],
-    *,
-    cluster: ClusterConfig,
-    batch_rows: int,
-    model: bool = True,
-    length: Callable[[Row], int] = lambda row: 0,
-) -> Iterator[tuple[int, Row]]:
-    """Map ``rows`` over a pool of ``worker`` actors; yields the position and the result of each row as it is finished.
-
-    Batches hold ``batch_rows`` rows, shortest first by ``length``, so that they need little padding.
-
-    ``worker(**arguments)`` is built once per actor; it is called with a list of rows and returns as many. There is one
-    actor a CPU, or a GPU where the recipe uses GPUs and the worker holds a ``model``. ``cluster.pool_actors`` and the
-    number of batches limit them.
-    """
-    batches = -(-len(rows) // batch_rows)
-    order = sorted(range(len(rows)), key=lambda position: length(rows[position]))
-    table = _to_table((position, rows[position]) for position in order)
-    dataset = ray.data.from_arrow(table, override_num_blocks=max(1, batches))
-    positioned = {"worker": worker, "arguments": arguments}
-    return _map_batches(dataset, _PositionedWorker, positioned, pool_resources(cluster, model), batch_rows, batches)
 
 
 def map_stream(
@@ -80,17 +36,29 @@ def map_stream(
     arguments: dict[str, Any],
     *,
     cluster: ClusterConfig,
-    model: bool = True,
-    actors: int | None = None,
+    here: bool = False,
 ) -> Generator[Any, None, None]:
     """Map the rows of ``readers`` over a pool of ``worker`` actors, in order; memory does not grow with the rows.
 
-    Several readers run at a time, in tasks. ``worker(**arguments)`` is called with a list of one row.
+    Several readers run at a time, in tasks. ``worker(**arguments)`` is called with a list of one row. There is one
+    actor a CPU. The pool of models ends, since its CPUs are needed.
+
+    ``here``: in this process and without Ray, for work that takes less time than the pool takes to start.
     """
-    pool = pool_resources(cluster, model)
+    if here:
+        return _map_here(readers, worker, arguments)
+    end_pool()
+    pool = pool_resources(cluster, model=False)
     dataset = _read_dataset(readers, concurrency=2 + pool.devices)
     dataset.context.execution_options.resource_limits = ExecutionResources(object_store_memory=BUFFER_BYTES)
-    return _map_batches(dataset, worker, arguments, pool, 1, actors or len(readers))
+    return _map_batches(dataset, worker, arguments, pool, len(readers))
+
+
+def _map_here(readers: Sequence[Reader], worker: type, arguments: dict[str, Any]) -> Generator[Any, None, None]:
+    call = worker(**arguments)
+    for reader in readers:
+        for row in reader():
+            yield from call([row])
 
 
 class PrefetchedStream:
@@ -128,12 +96,12 @@ def _from_table(table: pa.Table) -> list[Any]:
 
 
 def _map_batches(
-    dataset: Dataset, worker: type, arguments: dict[str, Any], pool: Pool, batch_rows: int, actors: int
+    dataset: Dataset, worker: type, arguments: dict[str, Any], pool: Pool, actors: int
 ) -> Generator[Any, None, None]:
     mapped = dataset.map_batches(
         _PoolWorker,
         fn_constructor_args=(worker, arguments),
-        batch_size=batch_rows,
+        batch_size=1,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=max(1, min(actors, pool.actors))),
         num_cpus=pool.cpus,
@@ -227,14 +195,3 @@ class _PoolWorker:
             return _to_table(self._worker(rows))
         except UserError as raised:
             return _to_table([raised])
-
-
-class _PositionedWorker:
-    """A worker of rows with their positions."""
-
-    def __init__(self, worker: type, arguments: dict[str, Any]) -> None:
-        self._worker = worker(**arguments)
-
-    def __call__(self, rows: list[tuple[int, Row]]) -> list[tuple[int, Row]]:
-        results = self._worker([row for _, row in rows])
-        return [(position, result) for (position, _), result in zip(rows, results, strict=True)]

@@ -53,6 +53,8 @@ def ray_session(cluster: ClusterConfig, *, dashboard: bool = False) -> Iterator[
     warnings.filterwarnings("ignore", category=FutureWarning)
     import ray
 
+    from raydiv.runtime.model_pool import end_pool
+
     with nullcontext() if ray.is_initialized() else _own_session(cluster, dashboard):
         try:
             _configure_ray_data()
@@ -60,6 +62,8 @@ def ray_session(cluster: ClusterConfig, *, dashboard: bool = False) -> Iterator[
             yield
         except (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError):
             raise RuntimeError(DISK_FULL) from None
+        finally:
+            end_pool()
 
 
 @contextmanager

@@ -19,8 +19,8 @@ from raydiv.data import tokenize as module
 from raydiv.data.index import Index, OpenSource
 from raydiv.data.tokens import KEY, ROW_GROUP_SIZE, StoredExamples, TokenShards, content_key
 from raydiv.model.chat import Chat, Ids
-from raydiv.runtime.actor_pool import Progress, no_progress
 from raydiv.utils.errors import UserError
+from raydiv.utils.progress import Progress, no_progress
 
 PLANTED = "PLANTED-TEXT"
 """Text of rows, which must not occur in any message."""
@@ -101,6 +101,13 @@ def stream_here(
     for reader in readers:
         for row in pickle.loads(pickle.dumps(reader))():
             yield from pickle.loads(pickle.dumps(actor(pickle.loads(pickle.dumps([row])))))
+
+
+def rows_here(rows: Sequence[Any], worker: type, arguments: dict[str, Any], **_: Any) -> Iterator[tuple[int, Any]]:
+    """``model_pool.map_rows_unordered`` with one worker, in this process; all is pickled nevertheless."""
+    actor = worker(**pickle.loads(pickle.dumps(arguments)))
+    for position, row in enumerate(rows):
+        yield position, *pickle.loads(pickle.dumps(actor(pickle.loads(pickle.dumps([row])))))
 
 
 def refusal_of(prepare: Callable[[Recipe, Chat], object], recipe: Recipe, chat: Chat) -> str:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
 from raydiv.config.cluster import ClusterConfig
-from raydiv.runtime.actor_pool import PrefetchedStream, map_rows, map_stream
+from raydiv.runtime.actor_pool import PrefetchedStream, map_stream
+from raydiv.runtime.model_pool import end_pool, map_rows
 from raydiv.runtime.session import ray_session
 from raydiv.utils.errors import UserError
 
@@ -60,7 +64,7 @@ def readers(wrong: int | None = None) -> list[Any]:
 
 
 def test_rows_keep_the_order_of_their_readers() -> None:
-    rows = map_stream(readers(), Doubles, {}, cluster=ClusterConfig(), model=False)
+    rows = map_stream(readers(), Doubles, {}, cluster=ClusterConfig())
     assert list(rows) == [2 * number for number in range(20)]
     assert list(PrefetchedStream(readers(), prefetch=3)) == list(range(20))
 
@@ -74,7 +78,6 @@ def test_results_have_the_order_of_the_rows_whatever_their_length() -> None:
         {},
         cluster=ClusterConfig(),
         batch_rows=2,
-        model=False,
         length=lambda row: int(row["n"]),
         progress=lambda done, total, note="": reported.append((done, total)),
     )
@@ -89,9 +92,9 @@ def test_a_user_error_arrives_unchanged_and_without_a_traceback(where: str, capf
 
     def work() -> None:
         if where == "map":
-            map_rows([{"n": 7}], Doubles, arguments, cluster=ClusterConfig(), batch_rows=1, model=False)
+            map_rows([{"n": 7}], Doubles, arguments, cluster=ClusterConfig(), batch_rows=1)
         else:
-            list(map_stream(stream, Doubles, arguments, cluster=ClusterConfig(), model=False))
+            list(map_stream(stream, Doubles, arguments, cluster=ClusterConfig()))
 
     with pytest.raises(UserError) as caught:
         work()
@@ -101,4 +104,67 @@ def test_a_user_error_arrives_unchanged_and_without_a_traceback(where: str, capf
 
 def test_other_failures_name_their_worker() -> None:
     with pytest.raises(RuntimeError, match=r"^Breaks: (.|\n)*a bug"):
-        list(map_stream(readers(), Breaks, {}, cluster=ClusterConfig(), model=False))
+        list(map_stream(readers(), Breaks, {}, cluster=ClusterConfig()))
+
+
+class Process:
+    """Tells its process. At the row ``dies`` it ends once, the first time that the ``marker`` file is missing."""
+
+    def __init__(self, name: str, dies: int | None = None, marker: str = "") -> None:
+        self._name, self._dies, self._marker = name, dies, Path(marker)
+
+    def __call__(self, rows: list[int]) -> list[tuple[str, int]]:
+        if self._dies in rows and not self._marker.exists():
+            self._marker.touch()
+            os._exit(1)
+        return [(self._name, os.getpid()) for _ in rows]
+
+
+def processes(rows: int, name: str = "any", **arguments: Any) -> list[int]:
+    cluster = ClusterConfig(pool_actors=2)
+    results = map_rows(list(range(rows)), Process, {"name": name, **arguments}, cluster=cluster, batch_rows=1)
+    assert [told for told, _ in results] == [name] * rows
+    return [process for _, process in results]
+
+
+def test_maps_share_actors_until_the_pool_ends() -> None:
+    end_pool()
+    first = set(processes(1))
+    assert len(first) == 1
+    second = set(processes(8, "another"))
+    end = time.monotonic() + 60
+    while len(second) == 1 and time.monotonic() < end:  # the second actor is starting
+        second |= set(processes(8))
+    assert first < second
+    assert len(second) == 2
+    assert set(processes(8)) <= second
+    list(map_stream(readers(), Doubles, {}, cluster=ClusterConfig()))  # takes the CPUs of the pool
+    assert not second & set(processes(8))
+    end_pool()
+    for _ in range(100):
+        if ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]:
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("the pool's CPUs are not free")
+
+
+def test_the_call_of_an_actor_that_dies_is_repeated(tmp_path: Path) -> None:
+    assert len(processes(9, dies=5, marker=str(tmp_path / "died"))) == 9
+    assert (tmp_path / "died").exists()
+
+
+def test_an_actor_that_waits_for_resources_gets_no_rows() -> None:
+    end_pool()
+    holder = ray.remote(num_cpus=ray.cluster_resources()["CPU"] - 1)(Process).remote("holder")
+    ray.get(holder.__call__.remote([1]))
+    try:
+        assert len(set(processes(8))) == 1
+    finally:
+        ray.kill(holder)
+
+
+def test_an_error_ends_the_calls_that_nobody_waits_for() -> None:
+    with pytest.raises(RuntimeError, match=r"^Breaks: KeyError: 'a bug'"):
+        map_rows(list(range(20)), Breaks, {}, cluster=ClusterConfig(), batch_rows=1)
+    assert len(processes(4)) == 4

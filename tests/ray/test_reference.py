@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from helpers.models import TEMPLATE, make_model
-from helpers.stored import stream_here
+from helpers.stored import rows_here, stream_here
 from raydiv.commands.prepare import PreparedData, prepare
 from raydiv.config import Recipe, load_recipe
 from raydiv.config.cluster import ClusterConfig
@@ -127,8 +127,8 @@ def copied_cache(first: PreparedData, cache: Path, tmp_path: Path, monkeypatch: 
     copy = tmp_path / "cache"
     shutil.copytree(cache, copy)
     monkeypatch.setenv("RAYDIV_CACHE", str(copy))
-    for module in ("raydiv.data.tokenize", "raydiv.data.reference_scorer"):
-        monkeypatch.setattr(f"{module}.map_stream", stream_here)
+    monkeypatch.setattr("raydiv.data.tokenize.map_stream", stream_here)
+    monkeypatch.setattr("raydiv.data.reference_scorer.map_rows_unordered", rows_here)
     return copy
 
 
@@ -139,7 +139,7 @@ def no_scoring(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **__: Any) -> Any:
         raise AssertionError("a model was loaded to score what is in the store")
 
-    monkeypatch.setattr(reference_scorer, "map_stream", load)
+    monkeypatch.setattr(reference_scorer, "map_rows_unordered", load)
     monkeypatch.setattr(reference_scorer.LogProbScorer, "__init__", load)
 
 

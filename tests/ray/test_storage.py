@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
-from helpers.stored import stream_here
+from helpers.stored import rows_here, stream_here
 from raydiv.commands.prepare import PreparedData, prepare
 from raydiv.config import Recipe, load_recipe
 from raydiv.config.cluster import ClusterConfig
@@ -302,8 +302,8 @@ def test_prepare_reads_data_from_s3_and_writes_its_cache_there(
     assert files(remote_cache.uri) == cached
 
     monkeypatch.setenv("RAYDIV_CACHE", str(tmp_path / "local"))
-    for module in ("raydiv.data.tokenize", "raydiv.data.reference_scorer"):
-        monkeypatch.setattr(f"{module}.map_stream", stream_here)
+    monkeypatch.setattr("raydiv.data.tokenize.map_stream", stream_here)
+    monkeypatch.setattr("raydiv.data.reference_scorer.map_rows_unordered", rows_here)
     (tmp_path / "rows.jsonl").write_bytes(jsonl(ROWS))
     local = prepare(s3_recipe(tiny_model, str(tmp_path / "rows.jsonl")), ProgressDisplay(quiet=True))
     for other in (first, again):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from raydiv.commands.data_check.examples import shown_examples
 from raydiv.config import Recipe
 from raydiv.config.source import Source
-from raydiv.data.index import Index, OpenSource
+from raydiv.data.index import Index, OpenSource, are_small
 from raydiv.data.notes import NOTE_TEXTS
 from raydiv.data.overlap import EvaluationPrompts, Overlap, find_overlaps
 from raydiv.data.prompt_sets import PromptSets
@@ -63,7 +64,8 @@ def check_data(
     directory = model_directory(recipe.model.id, recipe.model.revision)
     chat = Chat.from_recipe(recipe, directory)
     opened = [OpenSource(source, recipe.data, recipe.batch, chat) for source in sources]
-    with ray_session(recipe.cluster.model_copy(update={"num_workers": 1})):  # nothing is trained
+    cluster = recipe.cluster.model_copy(update={"num_workers": 1})  # nothing is trained
+    with nullcontext() if all(are_small([source]) for source in opened) else ray_session(cluster):
         with display.phase("tokens") as update:
             indices = tokenize(opened, chat, recipe.cluster, quarantine=True, progress=update)
         reports = []

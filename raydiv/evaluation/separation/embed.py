@@ -19,7 +19,7 @@ from raydiv.model.collate import ModelInputs, collate
 from raydiv.model.compatibility import PROBE_EXAMPLES
 from raydiv.model.load import ModelSource
 from raydiv.model.packing import Packing, packing_of
-from raydiv.runtime.actor_pool import map_rows_unordered
+from raydiv.runtime.model_pool import map_rows_unordered
 from raydiv.utils.errors import UserError
 
 TOKENS_PER_FORWARD = 4096

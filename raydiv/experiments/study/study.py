@@ -23,6 +23,7 @@ from raydiv.runs.output_directory import OutputDirectory
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.runs.resume import with_template_date
 from raydiv.runs.tracker import MlflowTracker, forwarded_uri
+from raydiv.runtime.model_pool import end_pool
 from raydiv.runtime.resources import concurrent_runs
 from raydiv.runtime.session import ray_session, require_dashboard
 from raydiv.utils.claim import claim
@@ -148,6 +149,7 @@ def _run(
         if not unfinished:
             return base_cells, {}
         prepare_all(distinct_preparations([cell.recipe for cell in unfinished]), display)
+        end_pool()  # the cells have pools of their own
         runs, cluster = concurrent_runs(recipe.cluster, recipe.study.max_concurrent)
         group = RunGroup(directory.cells, cluster, forwarded_uri(recipe), mlflow_run)
         jobs = [_cell_job(cell, directory, group) for cell in unfinished]

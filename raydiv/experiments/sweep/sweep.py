@@ -22,6 +22,7 @@ from raydiv.experiments.sweep.trial import TrialTask, run_trial
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.runs.resume import with_template_date
 from raydiv.runs.tracker import MlflowTracker, forwarded_uri
+from raydiv.runtime.model_pool import end_pool
 from raydiv.runtime.resources import concurrent_runs
 from raydiv.runtime.session import ray_session, require_dashboard
 from raydiv.utils.claim import claim
@@ -122,6 +123,7 @@ def _run_trials(
     section = recipe.sweep
     assert section is not None
     assert record.mlflow is not None
+    end_pool()  # the trials have pools of their own
     max_concurrent, cluster = concurrent_runs(recipe.cluster, section.max_concurrent)
     group = RunGroup(record.directory.trials, cluster, forwarded_uri(recipe), record.mlflow["run_id"])
     task = TrialTask(recipe, group, Path.cwd(), dict(record.trials))
