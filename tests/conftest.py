@@ -65,6 +65,14 @@ def ray() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
+def small_sources_use_ray() -> Iterator[None]:
+    """Sources of any size are tokenised by a pool."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("raydiv.data.index.SMALL_BYTES", -1)
+        yield
+
+
+@pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Paths of what a small run trains on, holds out and is asked."""
     from helpers.small_run import write_files

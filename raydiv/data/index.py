@@ -153,7 +153,10 @@ class OpenSource:
 
 
 SMALL_BYTES = 8 * 2**20
-"""Size of sources that are read and tokenised in the process that was started: a pool takes longer to start."""
+"""Size of sources that are read and tokenised in the process that was started: a pool takes longer to start.
+
+16,000 pairs of short texts of this size took one process 7 s, and a pool of two actors 16 s (2 cores of a Xeon).
+"""
 
 
 def are_small(sources: Sequence[OpenSource]) -> bool:

@@ -586,6 +586,8 @@ SMALL_STORE = """
 import sys, logging, ray
 from pathlib import Path
 from raydiv.cli import main
+import raydiv.data.index
+raydiv.data.index.SMALL_BYTES = -1
 threshold = {"local_fs_capacity_threshold": 1e-6} if sys.argv[1] == "full" else {}
 ray.init(
     address="local", num_cpus=2, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False,

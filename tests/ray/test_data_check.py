@@ -103,7 +103,7 @@ def checked(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Check
 
 
 @pytest.fixture(scope="module")
-def report(checked: Checked) -> Iterator[DataReport]:
+def report(small_sources_use_ray: None, checked: Checked) -> Iterator[DataReport]:
     """The report on ROWS, through Ray."""
     with ray_session(ClusterConfig()):
         (report,) = check_data(load_recipe(checked.recipe), display=ProgressDisplay(quiet=True))

@@ -281,6 +281,7 @@ def files(uri: str) -> dict[str, Any]:
 @pytest.mark.slow
 def test_prepare_reads_data_from_s3_and_writes_its_cache_there(
     ray: None,
+    small_sources_use_ray: None,
     remote: Folder,
     remote_cache: Folder,
     tiny_model: Path,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -37,7 +38,7 @@ BATCH = {"max_length": 96, "max_prompt_length": 48}
 
 
 @pytest.fixture(scope="module")
-def ray() -> Iterator[None]:
+def ray(small_sources_use_ray: None) -> Iterator[None]:
     with ray_session(ClusterConfig()):
         yield
 
@@ -351,6 +352,19 @@ def test_equal_content_makes_equal_bytes(kind: str, everything: Everything, toke
     for name, path in _files(second.opened).items():
         assert path != _files(first[0].opened)[name]
         assert path.read_bytes() == _files(first[0].opened)[name].read_bytes()
+
+
+def test_small_sources_need_no_ray(
+    everything: Everything, tokenizer: Path, chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raydiv.data.index.SMALL_BYTES", 2**30)
+    monkeypatch.setattr("raydiv.runtime.actor_pool.pool_resources", None)
+    source = recipe(tokenizer, everything.sources["bad"][0])
+    (index,) = module.tokenize([open_one(source, chat)], chat, source.cluster, quarantine=True)
+    expected = everything.indices["bad"][0]
+    assert index.columns.keys() == expected.columns.keys()
+    for name, column in index.columns.items():
+        np.testing.assert_array_equal(column, expected.columns[name])
 
 
 def test_equal_rows_make_equal_fingerprints_in_every_kind_of_source(everything: Everything) -> None:
