@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from raydiv.model.silence import silence_libraries
 from raydiv.utils.cache import digest
 from raydiv.utils.compat import keep_4bit_layout, peft_without_quantizer
 from raydiv.utils.errors import UserError, one_line
+from raydiv.utils.kept_model import kept_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """torch's dtype by ``engine.precision``."""
@@ -115,21 +115,12 @@ class ModelSource:
         return self.directory if self.directory.is_dir() else model_directory(str(self.directory))
 
     def load_for_inference(self) -> Any:
-        """The model for an actor of a pool: on its device, in evaluation mode. Silences libraries in this process.
+        """The model for an actor of a pool, which may keep it: on its device, in evaluation mode.
 
-        This process keeps it for its next measurement, until another model is loaded. So whoever gets it leaves it as
-        it was.
+        Silences libraries in this process.
         """
         silence_libraries()
-        if not _kept or _kept[0][0] != self:
-            _kept.clear()  # its memory is needed for the next one
-            gc.collect()
-            _kept.append((self, self.load("cuda" if torch.cuda.is_available() else "cpu").eval()))
-        return _kept[0][1]
-
-
-_kept: list[tuple[ModelSource, Any]] = []
-"""The last model that was loaded for inference in this process."""
+        return kept_model(self, lambda: self.load("cuda" if torch.cuda.is_available() else "cpu").eval())
 
 
 def build_policy(directory: Path, section: ModelConfig, dtype: Any) -> Any:

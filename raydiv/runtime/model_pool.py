@@ -17,6 +17,7 @@ import ray
 from raydiv.config.cluster import ClusterConfig
 from raydiv.runtime.resources import Pool, pool_resources
 from raydiv.utils.errors import UserError
+from raydiv.utils.kept_model import keep_model
 from raydiv.utils.progress import Progress, no_progress
 
 Row = Any
@@ -154,6 +155,7 @@ class _Actor:
     """Builds the worker of each map, and calls it. A UserError is returned: Ray would wrap it in a traceback."""
 
     def __init__(self) -> None:
+        keep_model()
         self._key = ""
         self._worker: Callable[[list[Any]], list[Any]] | None = None
         if not ray.get_gpu_ids():

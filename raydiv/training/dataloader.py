@@ -22,6 +22,9 @@ from raydiv.training.step import RankLayout, RankStep
 AHEAD = 4
 """Steps that are read before they are requested."""
 
+SHORT_RUN = 100
+"""Steps of a run that are all read in this process: tasks take longer to start than such a run waits for its data."""
+
 WINDOW = 256
 """Consecutive steps that one task reads."""
 
@@ -107,9 +110,10 @@ def stream_steps(
 ) -> Iterator[RankStep]:
     """Steps ``start`` to ``stop``, read ahead by Ray Data tasks; ``make_loader`` makes the same loader in a task.
 
-    The first few are read in this process: tasks take seconds to start, and do so meanwhile.
+    The first few are read in this process: tasks take seconds to start, and do so meanwhile. So are all steps of a
+    short run.
     """
-    streamed = min(start + AHEAD, stop)
+    streamed = stop if stop - start <= SHORT_RUN else start + AHEAD
     windows = [(first, min(first + WINDOW, stop)) for first in range(streamed, stop, WINDOW)]
     makers = [partial(_read_window, make_loader, *window) for window in windows]
     with closing(PrefetchedStream(makers, AHEAD)) as stream:

@@ -176,6 +176,7 @@ def test_steps_are_streamed_in_order_from_any_step(examples: ExampleSet, monkeyp
     monkeypatch.setattr(module, "PrefetchedStream", Here)
     monkeypatch.setattr(module, "WINDOW", 4)
     monkeypatch.setattr(module, "AHEAD", 1)
+    monkeypatch.setattr(module, "SHORT_RUN", 0)
     # the first step is read by the rank itself
     for start, stop, windows in [(0, 4, 1), (0, 9, 2), (3, 12, 2), (11, 12, 0)]:
         steps = list(stream_steps(loader, lambda: pickle.loads(pickle.dumps(loader)), start, stop))
