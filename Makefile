@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := cluster/constraints.txt
+# tests with Ray in one, those without in the other (tests/conftest.py)
+TWO_PROCESSES := -n 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: quickstart test test-all lint clean
 
@@ -11,10 +13,10 @@ quickstart: $(VENV)/.installed
 
 # everything but what takes more than a few minutes by itself
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest -m "not long" --durations=10
+	$(BIN)/python -m pytest -m "not long" --durations=10 $(TWO_PROCESSES)
 
 test-all: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest --durations=20
+	$(BIN)/python -m pytest --durations=20 $(TWO_PROCESSES)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check raydiv tests

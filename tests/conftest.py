@@ -13,6 +13,18 @@ from helpers.models import make_model, make_tokenizer
 from raydiv.model.chat import Chat
 
 
+WITH_RAY = ("ray", "integration")
+"""Folders whose tests start a Ray cluster. Two clusters at a time would starve each other on two cores."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With ``-n 2``: tests with Ray in one process, from the first on; the files of the others in the other process."""
+    for item in items:
+        folder = item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group("ray" if folder in WITH_RAY else f"{folder}/{item.path.stem}"))
+    items.sort(key=lambda item: item.path.parent.name not in WITH_RAY)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> object:
     """No test reads or writes the user's cache."""
