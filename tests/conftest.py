@@ -12,7 +12,6 @@ import pytest
 from helpers.models import make_model, make_tokenizer
 from raydiv.model.chat import Chat
 
-
 WITH_RAY = ("ray", "integration")
 """Folders whose tests start a Ray cluster. Two clusters at a time would starve each other on two cores."""
 
