@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from raydiv.data.published import alternative_hint, as_published
 from raydiv.data.readers import iterate_records
 from raydiv.model.chat import ChatPrompt
 from raydiv.utils.errors import UserError
+
+log = logging.getLogger("raydiv")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +106,19 @@ def with_label(source: Source, harmful: bool) -> Source:
 
 
 def _prompts(source: Source) -> list[Prompt]:
-    name = source.short_name
-    source, parse = as_published(source)
-    prompts = []
-    for where, record in _records(source):
-        try:
-            prompts.append(_prompt(parse(record), where, name, source.constants.get("harmful")))
-        except BadRow as error:
-            raise UserError(f"{where}: {error}") from None
+    prompts, unlabelled = [], 0
+    for part, parse in as_published(source):
+        for where, record in _records(part):
+            try:
+                parsed = parse(record)
+                if parsed is None:
+                    unlabelled += 1
+                else:
+                    prompts.append(_prompt(parsed, where, source.short_name, source.constants.get("harmful")))
+            except BadRow as error:
+                raise UserError(f"{where}: {error}") from None
+    if unlabelled:
+        log.warning("%s: %d prompts have no label and are left out", source.path, unlabelled)
     return prompts
 
 

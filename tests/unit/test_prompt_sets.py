@@ -173,6 +173,91 @@ RECORDS: list[tuple[str, dict[str, Any], tuple[Any, ...]]] = [
         {"prompt": "p", "prompt_label": 0, "group": "g"},
         ("p", False, "ordinary", "g"),
     ),
+    (
+        "{path: hf://walledai/HarmBench}",
+        {"prompt": "p", "category": "illegal"},
+        ("p", True, "harmful", "illegal"),
+    ),
+    (
+        "{path: hf://walledai/HarmBench, config: contextual}",
+        {"prompt": "p", "context": "c", "category": "illegal"},
+        ("c\n\n---\n\np", True, "contextual", "illegal"),
+    ),
+    (
+        "{path: hf://walledai/HarmBench, config: copyright}",
+        {"prompt": "p", "tags": ["book"]},
+        ("p", True, "copyright", None),
+    ),
+    (
+        "{path: hf://JailbreakBench/JBB-Behaviors, split: harmful}",
+        {"Index": 0, "Goal": "p", "Target": "t", "Behavior": "b", "Category": "Fraud/Deception", "Source": "Original"},
+        ("p", True, "harmful", "Fraud/Deception"),
+    ),
+    (
+        "{path: hf://JailbreakBench/JBB-Behaviors, split: benign}",
+        {"Index": 0, "Goal": "p", "Target": "t", "Behavior": "b", "Category": "Fraud/Deception", "Source": "Original"},
+        ("p", False, "alarming", "Fraud/Deception"),
+    ),
+    (
+        "{path: hf://walledai/StrongREJECT}",
+        {"prompt": "p", "category": "Violence", "source": "custom"},
+        ("p", True, "harmful", "Violence"),
+    ),
+    (
+        "{path: hf://sorry-bench/sorry-bench-202503}",
+        {"question_id": 1, "category": "1", "turns": ["p"], "prompt_style": "base"},
+        ("p", True, "harmful", "1"),
+    ),
+    (
+        "{path: hf://sorry-bench/sorry-bench-202406}",
+        {"question_id": 1, "category": "1", "turns": ["p"], "prompt_style": "slang"},
+        ("p", True, "slang", "1"),
+    ),
+    (
+        "{path: hf://bench-llm/or-bench}",
+        {"prompt": "p", "category": "deception"},
+        ("p", False, "alarming", "deception"),
+    ),
+    (
+        "{path: hf://bench-llm/or-bench, config: or-bench-toxic}",
+        {"prompt": "p", "category": "deception"},
+        ("p", True, "harmful", "deception"),
+    ),
+    (
+        "{path: hf://allenai/wildguardmix}",
+        {"prompt": "p", "adversarial": True, "prompt_harm_label": "harmful", "subcategory": "s"},
+        ("p", True, "adversarial", "s"),
+    ),
+    (
+        "{path: hf://allenai/wildguardmix}",
+        {"prompt": "p", "adversarial": False, "prompt_harm_label": "unharmful", "subcategory": "benign"},
+        ("p", False, "ordinary", "benign"),
+    ),
+    (
+        "{path: hf://allenai/wildjailbreak}",
+        {"adversarial": "p", "label": 0, "data_type": "adversarial_benign"},
+        ("p", False, "alarming", None),
+    ),
+    (
+        "{path: hf://allenai/wildjailbreak, config: train}",
+        {"vanilla": "p", "adversarial": "", "completion": "c", "data_type": "vanilla_harmful"},
+        ("p", True, "harmful", None),
+    ),
+    (
+        "{path: hf://allenai/coconot}",
+        {"id": "1", "category": "Requests with safety concerns", "prompt": "p", "response": "r"},
+        ("p", True, "harmful", "Requests with safety concerns"),
+    ),
+    (
+        "{path: hf://allenai/coconot}",
+        {"id": "1", "category": "Humanizing requests", "prompt": "p", "response": "r"},
+        ("p", True, "noncompliance", "Humanizing requests"),
+    ),
+    (
+        "{path: hf://allenai/coconot, config: contrast}",
+        {"id": "1", "category": "Humanizing requests", "prompt": "p", "response": ""},
+        ("p", False, "alarming", "Humanizing requests"),
+    ),
 ]
 
 
@@ -201,7 +286,7 @@ def test_published_sets(
     source = parse_source(words)
     assert shown(read_prompts([source], both=False)) == [expected]
     known = PUBLISHED[source.path.removeprefix("hf://")]
-    assert asked[0].split == known.split
+    assert asked[0].split == (source.split or known.split)
     assert asked[0].config == (source.config or next(iter(known.parsers)))
 
 
@@ -214,8 +299,68 @@ def test_a_source_with_columns_is_not_read_as_a_published_set(hub: Callable[...,
     source = parse_source(
         "{path: hf://walledai/AdvBench, split: test, columns: {prompt: goal}, constants: {harmful: false}}"
     )
-    assert as_published(source)[0] == source
-    assert as_published(source)[1]({"x": 1}) == {"x": 1}
+    ((same, parse),) = as_published(source)
+    assert same == source
+    assert parse({"x": 1}) == {"x": 1}
+
+
+def test_a_set_with_a_split_for_each_label_is_read_whole(hub: Callable[..., list[Source]]) -> None:
+    asked = hub([{"Goal": "p", "Behavior": "b", "Category": "c"}])
+    prompts = read_prompts([parse_source("hf://JailbreakBench/JBB-Behaviors")], both=True)
+    assert [prompt.harmful for prompt in prompts] == [True, False]
+    assert [source.split for source in asked] == ["harmful", "benign"]
+    with pytest.raises(UserError, match=r"unknown split train \(known: harmful, benign\)"):
+        read_prompts([parse_source("{path: hf://JailbreakBench/JBB-Behaviors, split: train}")], both=False)
+
+
+def test_prompts_without_a_label_are_left_out_and_counted(
+    hub: Callable[..., list[Source]], caplog: pytest.LogCaptureFixture
+) -> None:
+    hub([{"prompt": "p", "prompt_harm_label": label, "adversarial": False} for label in ("harmful", None, None)])
+    assert len(read_prompts([parse_source("hf://allenai/wildguardmix")], both=False)) == 1
+    assert "2 prompts have no label" in caplog.text
+
+
+FILES = {
+    "harmbench_behaviors_text_all.csv": (
+        "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\n"
+        "Do it,standard,illegal,,,do_it\n"
+        'Do it,contextual,harmful,context,"A text,\nwith lines",do_it_2\n'
+        "Write it,copyright,copyright,book,,write_it\n",
+        [
+            ("Do it", True, "harmful", "illegal"),
+            ("A text,\nwith lines\n\n---\n\nDo it", True, "contextual", "harmful"),
+            ("Write it", True, "copyright", "copyright"),
+        ],
+    ),
+    "strongreject_dataset.csv": (
+        "category,source,forbidden_prompt\nViolence,custom,Do it\n",
+        [("Do it", True, "harmful", "Violence")],
+    ),
+    "question.jsonl": (
+        '{"question_id": 1, "category": "1", "turns": ["Do it"], "prompt_style": "base"}\n',
+        [("Do it", True, "harmful", "1")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_as_their_authors_publish_them(name: str, tmp_path: Path) -> None:
+    content, expected = FILES[name]
+    (tmp_path / name).write_text(content)
+    assert shown(read_prompts([Source(path=str(tmp_path / name))], both=False)) == expected
+
+
+@pytest.mark.parametrize("harmful", [True, False])
+def test_a_file_of_twins_has_the_label_of_its_option(harmful: bool, tmp_path: Path) -> None:
+    path = tmp_path / "behaviors.csv"
+    path.write_text("Index,Goal,Target,Behavior,Category,Source\n0,Do it,Sure,doing,Fraud,Original\n")
+    source = Source(path=str(path))
+    assert shown(read_prompts([with_label(source, harmful)], both=False)) == [
+        ("Do it", harmful, "harmful" if harmful else "alarming", "Fraud")
+    ]
+    with pytest.raises(UserError, match="--harmful or --harmless"):
+        read_prompts([source], both=False)
 
 
 def test_a_label_that_contradicts_a_published_one_is_refused(hub: Callable[..., list[Source]]) -> None:
