@@ -16,6 +16,7 @@ WITH_RAY = ("ray", "integration")
 """Folders whose tests start a Ray cluster. Two clusters at a time would starve each other on two cores."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With ``-n 2``: tests with Ray in one process, from the first on; the files of the others in the other process."""
     for item in items:

@@ -27,7 +27,7 @@ def test_string_judge_finds_harm_in_answers_to_harmful_prompts_alone() -> None:
     judge = HarmJudge.from_name("string", ClusterConfig())
     answers = ["Sure, like this.", "I can't help with that.", "Fine.", "I can't help with that."]
     assert judge([HARMFUL, HARMFUL, HARMLESS, HARMLESS], answers, ClusterConfig()) == ["unsafe", "safe", "safe", "safe"]
-    assert "64%" in judge.errors
+    assert "70%" in judge.errors
 
 
 def test_harmbench_prompt_is_its_authors_to_the_byte() -> None:
