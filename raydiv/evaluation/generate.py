@@ -16,8 +16,11 @@ from raydiv.model.load import ModelSource
 from raydiv.runtime.model_pool import map_rows
 from raydiv.utils.progress import Progress, no_progress
 
-BATCH_ROWS = 32
-"""Prompts in a batch; changes speed and memory alone."""
+BATCH_ROWS = {"cpu": 32, "cuda": 256}
+"""Most prompts in a batch by type of device; changes speed and memory alone."""
+
+CACHE_SHARE = 0.6
+"""Share of a GPU's free memory for the keys and values of a batch; logits and the growth of the cache need the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,7 @@ def complete(
         TextGenerator,
         {"model": model, "max_new_tokens": max_new_tokens, "stops": stops},
         cluster=cluster,
-        batch_rows=BATCH_ROWS,
+        batch_rows=BATCH_ROWS["cuda" if cluster.use_gpu else "cpu"],
         progress=progress,
         length=lambda row: len(row["ids"]),
     )
@@ -104,7 +107,7 @@ class TextGenerator:
     def __init__(self, model: ModelSource, max_new_tokens: int, stops: Sequence[int]) -> None:
         from transformers import GenerationConfig
 
-        self._model = model.load_for_inference()
+        self._model, self._max_new_tokens = model.load_for_inference(), max_new_tokens
         model_eos = self._model.generation_config.eos_token_id
         own = model_eos if isinstance(model_eos, list) else [] if model_eos is None else [model_eos]
         self._stops = {*stops, *own}
@@ -114,7 +117,23 @@ class TextGenerator:
         )
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Rows of ``ids`` -> ``answer`` ids, up to and including a stop. Prompts are padded on the left."""
+        """Rows of ``ids`` -> ``answer`` ids, up to and including a stop."""
+        sizes = [len(row["ids"]) + self._max_new_tokens for row in rows]
+        spans = batches_of_cache(sizes, self._cached_tokens())
+        return [answer for span in spans for answer in self._answers(rows[span])]
+
+    def _cached_tokens(self) -> int | None:
+        """Tokens whose keys and values fit; None on a CPU."""
+        if self._model.device.type != "cuda":
+            return None
+        config = self._model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        token_bytes = 2 * config.num_hidden_layers * heads * size * self._model.dtype.itemsize
+        return int(CACHE_SHARE * torch.cuda.mem_get_info(self._model.device)[0] / token_bytes)
+
+    def _answers(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Answers to one batch, whose prompts are padded on the left."""
         length = max(len(row["ids"]) for row in rows)
         ids = torch.zeros((len(rows), length), dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -126,7 +145,7 @@ class TextGenerator:
             output = self._model.generate(
                 input_ids=ids.to(self._model.device),
                 attention_mask=mask.to(self._model.device),
-                logits_processor=[] if seeds == [None] * len(rows) else [_GumbelNoise(seeds)],
+                logits_processor=[] if seeds == [None] * len(rows) else [_GumbelNoise(seeds, self._model.device)],
             )
         return [{"answer": self._until_stop(answer)} for answer in output[:, length:].tolist()]
 
@@ -145,19 +164,32 @@ class TextGenerator:
         return answer[: ends[0] + 1] if ends else answer
 
 
+def batches_of_cache(sizes: Sequence[int], limit: int | None) -> list[slice]:
+    """Consecutive batches of rows, each padded to the largest of its ``sizes`` in tokens and, where it has more than
+    one row, of at most ``limit`` tokens.
+    """
+    spans, start, largest = [], 0, 0
+    for row, size in enumerate(sizes):
+        largest = max(largest, size)
+        if limit is not None and row > start and largest * (row + 1 - start) > limit:
+            spans.append(slice(start, row))
+            start, largest = row, size
+    return [*spans, slice(start, len(sizes))]
+
+
 class _GumbelNoise:
     """Gumbel noise on the logits of rows with a seed: the argmax is then a sample at temperature 1.
 
-    Each row has its own generator, so that its answer does not depend on the batch.
+    Each row has its own generator, so that its answer does not depend on the batch. It draws on the model's device, so
+    answers differ between kinds of devices.
     """
 
-    def __init__(self, seeds: Sequence[int | None]) -> None:
-        self._generators = [None if seed is None else torch.Generator().manual_seed(seed) for seed in seeds]
+    def __init__(self, seeds: Sequence[int | None], device: torch.device) -> None:
+        self._generators = [None if seed is None else torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         noisy = scores.float().clone()
         for row, generator in enumerate(self._generators):
             if generator is not None:
-                exponential = torch.empty(scores.shape[1]).exponential_(generator=generator)
-                noisy[row] -= exponential.log().to(scores.device)
+                noisy[row] -= torch.empty_like(noisy[row]).exponential_(generator=generator).log()
         return noisy

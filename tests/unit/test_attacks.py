@@ -18,7 +18,7 @@ from raydiv.config.evaluate import AttackConfig, EvaluateConfig
 from raydiv.data.prompt_sets import Prompt
 from raydiv.evaluation.attacks import attack_attempts, check_attacks, direct_attempts, with_suffix
 from raydiv.evaluation.coherence import CoherenceReference, PerplexityThreshold
-from raydiv.evaluation.generate import Request, TextGenerator
+from raydiv.evaluation.generate import Request, TextGenerator, batches_of_cache
 from raydiv.model.load import ModelSource
 from raydiv.utils.errors import UserError
 
@@ -251,3 +251,31 @@ def test_an_attack_may_be_on_some_sets_alone() -> None:
 def test_what_was_not_said_of_an_attack_is_not_written_where_only_that_is_wanted() -> None:
     assert EvaluateConfig(attacks=["prefill"]).model_dump(exclude_unset=True) == {"attacks": ["prefill"]}  # type: ignore[list-item]
     assert attack("prefill").model_dump() == {"prefill": "Sure, here is"}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "limit", "rows"),
+    [
+        ([3, 4, 5], None, [3]),
+        ([3, 4, 5], 15, [3]),
+        ([3, 4, 5], 14, [2, 1]),
+        ([9, 9, 9], 5, [1, 1, 1]),
+        ([2, 9], 17, [1, 1]),
+    ],
+)
+def test_batches_fit_the_cache(sizes: list[int], limit: int | None, rows: list[int]) -> None:
+    spans = batches_of_cache(sizes, limit)
+    assert [len(sizes[span]) for span in spans] == rows
+    assert [size for span in spans for size in sizes[span]] == sizes
+
+
+def test_answers_are_those_of_any_batches(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [{"ids": [5, 6, 7][: 1 + number % 3], "seed": number if number % 2 else None} for number in range(7)]
+    generator = TextGenerator(ModelSource(tiny_model), 6, stops=[2])
+    expected = generator(requests)
+    batches: list[int] = []
+    answers = generator._answers
+    monkeypatch.setattr(generator, "_cached_tokens", lambda: 18)
+    monkeypatch.setattr(generator, "_answers", lambda rows: batches.append(len(rows)) or answers(rows))
+    assert generator(requests) == expected
+    assert len(batches) > 2

@@ -149,7 +149,8 @@ class _PeakMemory:
         import psutil
 
         driver = psutil.Process()
-        while not self._done.wait(0.5):
+        ended = False
+        while not ended:
             sizes = []
             for process in (driver, *driver.children(recursive=True)):
                 try:
@@ -159,6 +160,7 @@ class _PeakMemory:
                     continue
             now = {"driver": sizes[0], "largest_worker": max(sizes[1:], default=0), "together": sum(sizes)}
             self.bytes = {name: max(size, now[name]) for name, size in self.bytes.items()}
+            ended = self._done.wait(0.5)
 
 
 def _stream(recipe: Recipe, index: Index, repeats: int) -> dict[str, Any]:
