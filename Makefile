@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := cluster/constraints.txt
 # tests with Ray in one, those without in the other (tests/conftest.py)
-TWO_PROCESSES := -n 2 --dist loadgroup --no-loadscope-reorder
+TWO_PROCESSES := -n 2 --no-loadscope-reorder
 
 .PHONY: quickstart test test-all lint clean
 

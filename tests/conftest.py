@@ -6,6 +6,7 @@ import json
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,12 +17,21 @@ WITH_RAY = ("ray", "integration")
 """Folders whose tests start a Ray cluster. Two clusters at a time would starve each other on two cores."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``-n 2``: tests with Ray in one process; file by file, the others in that which is free."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class WithRayInOne(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "with Ray" if Path(file).parent.name in WITH_RAY else file
+
+    return WithRayInOne(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With ``-n 2``: tests with Ray in one process, from the first on; the files of the others in the other process."""
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group("ray" if folder in WITH_RAY else f"{folder}/{item.path.stem}"))
+    """Tests with Ray begin first: they take the longest."""
     items.sort(key=lambda item: item.path.parent.name not in WITH_RAY)
 
 

@@ -30,7 +30,7 @@ from raydiv.utils.signals import Terminated
 
 pytestmark = pytest.mark.slow
 
-STEPS = 8
+STEPS = 20
 
 
 @pytest.fixture(scope="module")
