@@ -103,10 +103,10 @@ def test_a_killed_worker_is_restarted_and_nothing_is_lost(
 
     with meanwhile(kill):
         result = train(recipe)
-    assert re.search("training resumes after step [46]", capsys.readouterr().err)
+    assert re.search("training resumes after step ([468]|1[0-8])\n", capsys.readouterr().err)
     assert_same_run(run, whole.run)
     assert mlflow_steps(result, "loss") == list(range(1, STEPS + 1))
-    assert mlflow_steps(result, "eval/loss") == mlflow_steps(whole, "eval/loss") == [0, 3, 6, 8]
+    assert mlflow_steps(result, "eval/loss") == mlflow_steps(whole, "eval/loss") == [0, *range(3, STEPS, 3), STEPS]
     assert result.report["mlflow"]["sent"]
 
 
@@ -131,7 +131,7 @@ def test_a_hang_ends_the_workers_and_training_resumes(
         r"\(no heartbeat for \d+ s\)\. Waiting .*: 1 rank, in \w+ of step \d",
         output,
     ), output
-    assert re.search("training resumes after step [46]", output)
+    assert re.search("training resumes after step ([468]|1[0-8])\n", output)
     assert_same_run(run, whole.run)
     assert not stopped[0].is_running()
 
