@@ -30,7 +30,8 @@ from raydiv.utils.signals import Terminated
 
 pytestmark = pytest.mark.slow
 
-STEPS = 20
+STEPS = 60
+"""A step takes some 50 ms, and a run must last longer than a test takes to see its first steps."""
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,9 @@ def test_a_killed_worker_is_restarted_and_nothing_is_lost(
 
     with meanwhile(kill):
         result = train(recipe)
-    assert re.search("training resumes after step ([468]|1[0-8])\n", capsys.readouterr().err)
+    resumed = re.search(r"training resumes after step (\d+)", capsys.readouterr().err)
+    assert resumed is not None
+    assert 4 <= int(resumed[1]) < STEPS
     assert_same_run(run, whole.run)
     assert mlflow_steps(result, "loss") == list(range(1, STEPS + 1))
     assert mlflow_steps(result, "eval/loss") == mlflow_steps(whole, "eval/loss") == [0, *range(3, STEPS, 3), STEPS]
@@ -197,9 +200,12 @@ def test_a_run_that_loses_all_workers_and_then_its_driver_resumes_where_it_was(
 
 @pytest.mark.long
 def test_sigterm_leaves_a_checkpoint_of_the_last_step(
-    whole: Result, named: Callable[..., Recipe], start: Start, tmp_path: Path
+    named: Callable[..., Recipe], start: Start, tmp_path: Path
 ) -> None:
-    recipe = named("term", "checkpoint.every=null")
+    steps = 400
+    changes = (f"optim.steps={steps}", "checkpoint.every=null", "evaluate.every=null")
+    whole = train(named("term-whole", *changes), ProgressDisplay(quiet=True))
+    recipe = named("term", *changes)
     run = RunDirectory.of(recipe)
     process = start(command(recipe, tmp_path / "recipe.yaml"), **PLANTED)
     wait_for_step(run, 3)
@@ -208,16 +214,16 @@ def test_sigterm_leaves_a_checkpoint_of_the_last_step(
     assert process.returncode == 143, output
     stopped = run.metrics.steps_taken()
     assert f"stopped after step {stopped}; the same command with --resume" in output
-    assert stopped < STEPS
+    assert stopped < steps
     assert [int(name.removeprefix("step-")) for name in run.checkpoints(recipe).folder_names()] == [stopped]
     again: Any = train(recipe, ProgressDisplay(quiet=True), resume=True)
     assert_same_run(run, whole.run)
     written = [path.read_bytes() for path in run.path.parent.rglob("*") if path.is_file()]
     assert len(written) > 20
     assert not any(secret.encode() in content for secret in PLANTED.values() for content in [*written, output.encode()])
-    assert mlflow_steps(again, "loss") == list(range(1, STEPS + 1))
+    assert mlflow_steps(again, "loss") == list(range(1, steps + 1))
     with pytest.raises(Exception, match="another recipe"):
-        train(named("term", "loss.skew=0.25"), ProgressDisplay(quiet=True), resume=True)
+        train(named("term", *changes, "loss.skew=0.25"), ProgressDisplay(quiet=True), resume=True)
 
 
 @pytest.mark.long
