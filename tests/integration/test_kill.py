@@ -202,7 +202,7 @@ def test_a_run_that_loses_all_workers_and_then_its_driver_resumes_where_it_was(
 def test_sigterm_leaves_a_checkpoint_of_the_last_step(
     named: Callable[..., Recipe], start: Start, tmp_path: Path
 ) -> None:
-    steps = 400
+    steps = 150
     changes = (f"optim.steps={steps}", "checkpoint.every=null", "evaluate.every=null")
     whole = train(named("term-whole", *changes), ProgressDisplay(quiet=True))
     recipe = named("term", *changes)
