@@ -156,7 +156,7 @@ def test_judge_classifies_no_helpful_answer_as_a_refusal() -> None:
 
 def test_judge_finds_the_share_of_refusals_that_the_card_states() -> None:
     refusals = sum(is_refusal(row["response"]) for row in rows("helpful") if row["harmful"])
-    assert (refusals, count("helpful", harmful=True)) == (13, 20)
+    assert (refusals, count("helpful", harmful=True)) == (15, 20)
 
 
 def test_preference_differs_in_harmless_rejections_alone() -> None:
