@@ -425,3 +425,19 @@ def test_a_model_of_ones_own_keeps_its_template(
     for template, source in ((), "tokenizer"), (("data.template='{{ messages[0].content }}'",), "data.template"):
         printed = check(capsys, data, f"model.id={tiny_model}", *without, *template, "--json")[1]
         assert json.loads(printed)["chat"]["template"] == source
+
+
+def test_sources_that_are_small_only_one_by_one_have_a_session(
+    here: None, recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are tokenised together."""
+    sessions: list[Any] = []
+    files = [write(tmp_path / f"{name}.jsonl", GOOD) for name in ("a", "b")]
+    monkeypatch.setattr("raydiv.data.index.SMALL_BYTES", files[0].stat().st_size)
+    monkeypatch.setattr(
+        "raydiv.commands.data_check.check.ray_session", lambda cluster: sessions.append(cluster) or nullcontext()
+    )
+    for count in (1, 2):
+        given = load_recipe(recipe(train=[{"path": str(file)} for file in files[:count]]))
+        assert len(check_data(given, display=ProgressDisplay(quiet=True))) == count
+        assert len(sessions) == count - 1

@@ -65,7 +65,7 @@ def check_data(
     chat = Chat.from_recipe(recipe, directory)
     opened = [OpenSource(source, recipe.data, recipe.batch, chat) for source in sources]
     cluster = recipe.cluster.model_copy(update={"num_workers": 1})  # nothing is trained
-    with nullcontext() if all(are_small([source]) for source in opened) else ray_session(cluster):
+    with nullcontext() if are_small(opened) else ray_session(cluster):
         with display.phase("tokens") as update:
             indices = tokenize(opened, chat, recipe.cluster, quarantine=True, progress=update)
         reports = []
