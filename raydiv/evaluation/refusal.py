@@ -32,7 +32,7 @@ _DECLINES = r"""
     (?: (?:i|we|(?:that'?s|this\ is)\ (?:something|not\ something)\ (?:that\ )?i) \s*
         (?:simply\ |really\ |also\ |just\ |still\ |therefore\ )?
         (?: can'?t\b | cannot\b | can\ not\b | won'?t\b | will\ not\b
-          | do(?:n't|\ not|nt)\ feel\ (?:comfortable|right|able|it\ (?:is|would)) | am\ not\ able | am\ unable
+          | do(?:n't|\ not|nt)\ feel\ (?:comfortable|right|able|it\ (?:is|would))
           | (?:must|have\ to|need\ to|'ll\ have\ to|'m\ going\ to\ have\ to)\ (?:\w+\ )?(?:decline|refuse)\b
           | (?:\w+\ )?decline\b | refuse\b
           | (?:'m|m|\ ?am)\ not\ (?:able|willing|going|comfortable|allowed|permitted|programmed|designed)
@@ -55,8 +55,7 @@ _HELPS = r"""
     \W+ (?: help | assist | provid | fulfil | compl[yi] | support | answer | respond | engag | facilitat | creat | write
           | writing | generat | produc | discuss | continu | participat | offer | advis | encourag | condon | promot
           | do\ (?:that|this|it|so)\b | go\ (?:along|there) | share | give | giving | guid | teach | instruct
-              | accommodat
-          | process | proceed | role-?play | pretend | take\ part | talk\ about | explain )
+          | accommodat | process | proceed | role-?play | pretend | take\ part | talk\ about | explain )
 """
 """The verb of a refusal: what is declined is help, and not, as in "I can't believe ...", something else."""
 
@@ -68,10 +67,8 @@ _COMPLIES = r"""
 _IDIOM = r"""
     \W+(?: wait | believe | lie\b | help\ (?:but|myself|lov|feel|notic|laugh|smil) | stress | emphasi[sz]e | overstate
          | thank | imagine | complain | sugar-?coat | recommend\W+(?:\w+\W+){0,4}enough | get\ enough | say\ enough
-             | bore
-         | beat\ around | judge\ you | blame\ you | going\ to\ lie | to\ (?:lie|believe)\b | think\ of\ (?:a
-             |any)\ (?:better|easier)
-         | keep\ you | only\b | promise | guarantee )
+         | bore | beat\ around | judge\ you | blame\ you | going\ to\ lie | to\ (?:lie|believe)\b
+         | think\ of\ (?:a|any)\ (?:better|easier) | keep\ you | only\b | promise | guarantee )
 """
 """What follows "I can't" or "I won't" where nothing is declined."""
 
@@ -102,7 +99,7 @@ OTHER_LANGUAGES = {
         r"\bje (?:ne suis pas en mesure|refuse de|dois refuser)\b",
     ),
     "German": (
-        rf"(?:\bleid\b|entschuldigung|\bleider\b|bedau[e]?re){_SOON}\b(?:kann|darf|werde|m[oö]chte|k[oö]nnen)\b{_SOON}"
+        rf"(?:\bleid\b|entschuldigung|\bleider\b|bedaue?re){_SOON}\b(?:kann|darf|werde|m[oö]chte|k[oö]nnen)\b{_SOON}"
         r"\b(?:nicht|keine?\w*)\b",
         r"\bich (?:kann|darf|werde) (?:\w+ ){0,4}(?:nicht|keine?\w*) (?:\w+ ){0,4}(?:\w*helfen|unterst[uü]tzen"
         r"|bereitstellen|geben|beantworten|behilflich|nachkommen)",

@@ -15,7 +15,7 @@ from helpers.models import make_model
 from helpers.ranks import run_on_ranks
 from helpers.runs import untimed
 from helpers.small_run import recipe_of, write_files
-from helpers.worker_alone import prepared, without_tasks
+from helpers.worker_alone import prepared
 from raydiv.model.load import DTYPES, build_policy
 from raydiv.runs.directory import RunDirectory
 from raydiv.training.engine import DeepSpeedEngine
@@ -47,20 +47,19 @@ def train_whole_and_in_parts(whole: bytes, in_parts: bytes) -> None:
     """Run both tasks to their end, the second with a stop after its first step; runs on every rank."""
     from raydiv.utils import distributed as dist
 
-    with without_tasks():
-        run_worker(cloudpickle.loads(whole), None)
-        task = cloudpickle.loads(in_parts)
-        run = RunDirectory(task.run_directory)
-        if dist.rank() == 0:
-            run.request_stop()
-        dist.barrier()
-        run_worker(task, None)
-        dist.barrier()
-        assert run.metrics.steps_taken() == 1
-        if dist.rank() == 0:
-            run.start_attempt(task.recipe)
-        dist.barrier()
-        run_worker(task, None)
+    run_worker(cloudpickle.loads(whole), None)
+    task = cloudpickle.loads(in_parts)
+    run = RunDirectory(task.run_directory)
+    if dist.rank() == 0:
+        run.request_stop()
+    dist.barrier()
+    run_worker(task, None)
+    dist.barrier()
+    assert run.metrics.steps_taken() == 1
+    if dist.rank() == 0:
+        run.start_attempt(task.recipe)
+    dist.barrier()
+    run_worker(task, None)
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from helpers.ranks import run_on_ranks
 from helpers.runs import assert_same_run, untimed, weights
 from helpers.small_run import recipe_of, write_files
-from helpers.worker_alone import prepared, without_tasks
+from helpers.worker_alone import prepared
 from raydiv.runs.directory import RunDirectory
 from raydiv.training.worker import TrainTask, run_worker
 
@@ -74,7 +74,7 @@ def worker_life(pickled: bytes, death: Death | None) -> int:
         behind.append(result[0])
         return result
 
-    with without_tasks(), patch.object(worker, "_resume", record_behind):
+    with patch.object(worker, "_resume", record_behind):
         run_worker(cloudpickle.loads(pickled), None)
     return int(behind[0])
 

@@ -1,11 +1,6 @@
-"""A run's workers in plain processes: the real worker and step, without Ray Train and Ray Data's tasks."""
+"""A run's workers in plain processes: the real worker and step, without Ray Train."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from typing import Any
-from unittest.mock import patch
 
 import cloudpickle
 
@@ -14,8 +9,6 @@ from raydiv.config import Recipe
 from raydiv.runs.directory import RunDirectory
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.session import ray_session
-from raydiv.training import worker
-from raydiv.training.dataloader import read_steps
 from raydiv.training.worker import TrainTask, run_worker
 
 
@@ -30,17 +23,7 @@ def prepared(recipe: Recipe) -> TrainTask:
     return TrainTask(recipe, data.model_directory, run.path, 0, data.train, data.eval)
 
 
-def without_tasks() -> AbstractContextManager[Any]:
-    """While the block runs, steps are read in the process that makes them, without Ray Data tasks."""
-
-    def local_steps(loader: Any, make_loader: Any, start: int, stop: int) -> Iterator[Any]:
-        return read_steps(loader, start, stop)
-
-    return patch.object(worker, "stream_steps", local_steps)
-
-
 def train_each(pickled: list[bytes]) -> None:
     """Train run after run; runs on every rank."""
-    with without_tasks():
-        for task in pickled:
-            run_worker(cloudpickle.loads(task), None)
+    for task in pickled:
+        run_worker(cloudpickle.loads(task), None)

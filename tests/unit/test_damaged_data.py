@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from helpers.mutations import mutated_bytes
+from helpers.outcomes import refusal
 from raydiv.config.source import Source
 from raydiv.data.readers import read_examples
 from raydiv.utils.errors import UserError
@@ -57,15 +58,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def refusal(source: Path) -> str | None:
-    """Why a source is refused; None where it is read."""
-    try:
-        read_examples(Source(path=str(source)))
-    except UserError as error:
-        return str(error)
-    return None
-
-
 def read_mutations(source: str, seeds: range, folder: Path) -> None:
     for file in FILES[source]:
         path = folder / file if (folder / source).is_file() else folder / source / file
@@ -73,7 +65,7 @@ def read_mutations(source: str, seeds: range, folder: Path) -> None:
         try:
             for seed in seeds:
                 path.write_bytes(mutated_bytes(original, seed))
-                message = refusal(folder / source)
+                message = refusal(lambda: read_examples(Source(path=str(folder / source))))
                 if message is not None:
                     assert str(folder / source) in message, f"{file}, seed {seed}: {message}"
                     assert "\n" not in message, f"{file}, seed {seed}: {message}"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from helpers.made_run import make_run
 from helpers.made_sweep import make_sweep
 from helpers.models import make_model
 from helpers.mutations import mutated, mutated_bytes
+from helpers.outcomes import bounded, refusal
 from helpers.sources import ROOT
 from helpers.templates import CHATML, FALCON, GEMMA, LLAMA_3, MISTRAL, QWEN_3
 from raydiv.cli import main
@@ -29,26 +28,9 @@ from raydiv.runs.report.page import page, write_report
 from raydiv.runs.stage import RunStage
 from raydiv.training.checkpoint.manifest import Manifest
 from raydiv.training.checkpoint.shards import CheckpointShard
-from raydiv.utils.errors import UserError
 
-LIMIT_S = 10
-"""Seconds that a case may take; a slow machine has four times as many before the test gives up."""
-
-
-@contextmanager
-def bounded(what: object) -> Iterator[None]:
-    """Fail where the block takes far longer than a user would wait."""
-
-    def stop(*_: object) -> None:
-        raise AssertionError(f"{what}: still running after {4 * LIMIT_S} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(4 * LIMIT_S)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+LIMIT_S = 40
+"""Seconds before the test gives up: four times what a case may take."""
 
 
 @pytest.fixture
@@ -57,7 +39,7 @@ def refuse(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
     def run(*words: str) -> str:
         capsys.readouterr()  # of libraries that made a model
-        with bounded(words):
+        with bounded(words, LIMIT_S):
             assert main(list(words)) == 2
         message = capsys.readouterr().err
         assert message.startswith("raydiv: ")
@@ -157,7 +139,7 @@ def render_mutations(seeds: range, folder: Path, capsys: pytest.CaptureFixture[s
         template = PUBLISHED[seed % len(PUBLISHED)].encode()
         mutation = mutated_bytes(template, seed).decode(errors="replace")
         capsys.readouterr()
-        with bounded(f"seed {seed}"):
+        with bounded(f"seed {seed}", LIMIT_S):
             status = main(with_template(model, mutation))
         message = capsys.readouterr().err
         assert status in (0, 2), f"seed {seed}: {message}"
@@ -186,7 +168,7 @@ def test_a_model_of_nonsense_is_named(file: str, tmp_path: Path, capsys: pytest.
     recipe.write_text(BASE.replace("id: m", f"id: {model}") + "data: {train: 'bundled:preference'}\n")
     for content in [*NONSENSE, *(mutated_bytes(original, seed) for seed in range(20))]:
         (model / file).write_bytes(content)
-        with bounded(content):
+        with bounded(content, LIMIT_S):
             status = main(["plan", str(recipe)])
         message = capsys.readouterr().err
         assert status in (0, 2), (content[:200], message)
@@ -207,7 +189,7 @@ def plan_mutations(seeds: range, folder: Path, capsys: pytest.CaptureFixture[str
         except UnicodeEncodeError:
             continue
         started = time.monotonic()
-        with bounded(f"seed {seed}"):
+        with bounded(f"seed {seed}", LIMIT_S):
             status = main(["plan", str(path)])
         slowest = max(slowest, time.monotonic() - started)
         message = capsys.readouterr().err
@@ -263,7 +245,7 @@ def test_damaged_files_of_a_run_are_named(tmp_path: Path, capsys: pytest.Capture
         path = (run.path / "stage.json", run.metrics.path, run.result, run.recipe)[seed % 4]
         original = path.read_bytes()
         path.write_bytes(mutated_bytes(original, seed))
-        with bounded(f"seed {seed}"):
+        with bounded(f"seed {seed}", LIMIT_S):
             status = main(["status", str(run.path)])
         path.write_bytes(original)
         message = capsys.readouterr().err
@@ -272,15 +254,6 @@ def test_damaged_files_of_a_run_are_named(tmp_path: Path, capsys: pytest.Capture
     with run.metrics.path.open("a") as lines:
         lines.write('{"step": 7')  # a line that is being written
     assert main(["status", str(run.path)]) == 0
-
-
-def refusal(read: Callable[[], Any]) -> str | None:
-    """Why something is refused; None where it is read."""
-    try:
-        read()
-    except UserError as error:
-        return str(error)
-    return None
 
 
 def report_mutations(seeds: range, folder: Path, write: Callable[[RunDirectory], Any]) -> None:
