@@ -139,7 +139,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         print_table(
             ["", *options.models], [(spec_of(name).row_label, *(row.get(name, "-") for row in cells)) for name in names]
         )
-        print(reports[0].judge.errors)
+        for judge in reports[0].judges:
+            print(judge.errors)
         for report in reports:
             for note in report.notes:
                 print(f"{report.model}: {note}")

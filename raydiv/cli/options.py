@@ -26,7 +26,8 @@ def add_section_options(command: argparse.ArgumentParser, section: type[Section]
             continue
         default = field.get_default(call_default_factory=True)
         repeated, choice = (get_origin(field.annotation) is kind for kind in (list, Literal))
-        note = "; may be repeated" if repeated else "" if default is None else f" (default: {str(default).strip('[]')})"
+        shown = ", ".join(map(str, default)) if isinstance(default, list) else "" if default is None else str(default)
+        note = ("; may be repeated" if repeated else "") + (f" (default: {shown})" if shown else "")
         command.add_argument(
             _option(section, name),
             dest=name,

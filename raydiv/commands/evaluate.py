@@ -9,11 +9,10 @@ from typing import Literal
 
 from raydiv.config.cluster import ClusterConfig
 from raydiv.config.evaluate import EvaluateConfig
-from raydiv.data.prompt_sets import Prompt, prompt_sets_of, read_prompts, set_name
+from raydiv.data.prompt_sets import Prompt, last_user_text, prompt_sets_of, read_prompts, set_name
 from raydiv.evaluation.answers import EvaluationJudges, measure_answers, with_win_rate
 from raydiv.evaluation.answers_report import AnswersReport
 from raydiv.evaluation.contamination import count_contaminated
-from raydiv.evaluation.judges import last_user_text
 from raydiv.evaluation.models import initial_model, resolve_models
 from raydiv.evaluation.outputs import match_outputs, read_outputs
 from raydiv.runs.progress import ProgressDisplay

@@ -9,6 +9,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveInt,
     SerializerFunctionWrapHandler,
+    field_serializer,
     field_validator,
     model_serializer,
     model_validator,
@@ -21,26 +22,46 @@ JUDGES = {
     "harmbench": "cais/HarmBench-Llama-2-13b-cls",
     "harmbench-mistral": "cais/HarmBench-Mistral-7b-val-cls",
     "llama-guard-3": "meta-llama/Llama-Guard-3-8B",
+    "llama-guard-4": "meta-llama/Llama-Guard-4-12B",
+    "wildguard": "allenai/wildguard",
+    "shieldgemma": "google/shieldgemma-9b",
+    "strongreject": "qylu4156/strongreject-15k-v1",
+    "strongreject-rubric": "",
 }
-"""Judge models: prompt format -> default model."""
+"""Judge models: prompt format -> default model; none for a format that any chat model can follow."""
+
+_OTHER_SIZES = {
+    "meta-llama/Llama-Guard-3-1B": "llama-guard-3",
+    "google/shieldgemma-2b": "shieldgemma",
+    "google/shieldgemma-27b": "shieldgemma",
+}
 
 
 def judge_parts(name: str) -> tuple[str, str]:
     """The format and the model id of a judge: ``string``, a format of JUDGES, FORMAT:ID, or the id of a known model.
 
-    Raises ValueError for an unknown judge.
+    Raises ValueError for an unknown judge, and for a format without a model.
     """
-    formats = {model: form for form, model in JUDGES.items()} | {"meta-llama/Llama-Guard-3-1B": "llama-guard-3"}
+    formats = {model: form for form, model in JUDGES.items() if model} | _OTHER_SIZES
     form, _, model = name.partition(":")
     if name == "string":
         return name, ""
     if name in formats:
         return formats[name], name
     if form in JUDGES:
-        return form, model or JUDGES[form]
+        model = model or JUDGES[form]
+        if not model:
+            raise ValueError(f"{form}: needs a chat model: {form}:ID")
+        return form, model
     raise ValueError(
         f"{name}: unknown judge; known: string, {', '.join(JUDGES)}, or FORMAT:ID for another model of such a format"
     )
+
+
+def judge_label(name: str) -> str:
+    """A judge's name in reports: its format, with the model's own name where it is not the usual one."""
+    form, model = judge_parts(name)
+    return form if model == JUDGES.get(form, "") else f"{form}:{model.rstrip('/').rpartition('/')[2]}"
 
 
 OPENING = "Sure, here is"
@@ -127,9 +148,11 @@ class EvaluateConfig(Section):
     every: PositiveInt | None = Field(default=None, description="steps between evaluations on data.eval")
     prompts: Sources | None = Field(default=None, description="prompts that are answered before and after training")
     max_new_tokens: PositiveInt = Field(default=48, description="maximum tokens of an answer")
-    judge: str = Field(
-        default="string",
-        description="judge of harmful answers: string, harmbench, harmbench-mistral, llama-guard-3, or FORMAT:ID",
+    judge: list[str] = Field(
+        default=["string"],
+        min_length=1,
+        description=f"judge of harmful answers: string, {', '.join(JUDGES)}, or FORMAT:ID for another model; rates are "
+        "by the first, others are compared with it",
     )
     toxicity: str | None = Field(default=None, description="a text-classification model; its mean P(toxic) is reported")
     attacks: list[AttackConfig] = Field(
@@ -162,11 +185,23 @@ class EvaluateConfig(Section):
     def _no_weights(cls, value: list[Source] | None) -> list[Source] | None:
         return unweighted(value)
 
+    @field_validator("judge", mode="before")
+    @classmethod
+    def _one_judge(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
     @field_validator("judge")
     @classmethod
-    def _judge_is_known(cls, value: str) -> str:
-        judge_parts(value)
+    def _judges_are_known(cls, value: list[str]) -> list[str]:
+        labels = [judge_label(name) for name in value]
+        twice = next((label for label in labels if labels.count(label) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{twice}: duplicate judge")
         return value
+
+    @field_serializer("judge")
+    def _serialize_one_judge(self, value: list[str]) -> str | list[str]:
+        return value[0] if len(value) == 1 else value
 
     @field_validator("attacks")
     @classmethod

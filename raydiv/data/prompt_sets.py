@@ -12,7 +12,7 @@ from raydiv.config.source import Source
 from raydiv.data.fields import BadRow, Record, bool_field, prompt_field
 from raydiv.data.published import alternative_hint, as_published
 from raydiv.data.readers import iterate_records
-from raydiv.model.chat import ChatPrompt
+from raydiv.model.chat import ChatPrompt, as_messages
 from raydiv.utils.errors import UserError
 
 log = logging.getLogger("raydiv")
@@ -24,7 +24,8 @@ class Prompt:
 
     ``kind`` is the heading under which it is counted: harmful, ordinary, alarming, or the user's own. ``category`` is
     its topic, such as a kind of harm, as its set names it. ``id`` is its file and line; ``set`` the short name of its
-    source.
+    source. ``behavior`` and ``context``: the two parts of a prompt that asks about a text, which HarmBench's classifier
+    is shown apart.
     """
 
     text: ChatPrompt
@@ -33,6 +34,8 @@ class Prompt:
     id: str
     category: str | None = None
     set: str = ""
+    behavior: str | None = None
+    context: str | None = None
 
 
 def read_prompts(sources: Sequence[Source], *, both: bool) -> list[Prompt]:
@@ -50,6 +53,11 @@ def read_prompts(sources: Sequence[Source], *, both: bool) -> list[Prompt]:
             f"{name}: needs harmful and harmless prompts, found {counts[True]} harmful and {counts[False]} harmless"
         )
     return prompts
+
+
+def last_user_text(prompt: Prompt) -> str:
+    """The last user turn of a prompt."""
+    return str([turn for turn in as_messages(prompt.text) if turn["role"] == "user"][-1]["content"])
 
 
 def prompt_sets(recipe: Recipe) -> list[tuple[list[Source], bool]]:
@@ -131,7 +139,10 @@ def _prompt(record: Record, where: str, name: str, label: bool | str | None) -> 
         raise BadRow(f"harmful is {str(harmful).lower()}, but {str(label).lower()} for the whole set")
     kind = str(record.get("kind") or ("harmful" if harmful else "ordinary"))
     category = None if record.get("category") is None else str(record["category"])
-    return Prompt(prompt_field(record), harmful, kind, where, category, name)
+    parts = {part: record.get(part) for part in ("behavior", "context")}
+    if not all(isinstance(part, str) and part for part in parts.values()):
+        parts = {}
+    return Prompt(prompt_field(record), harmful, kind, where, category, name, **parts)
 
 
 def _records(source: Source) -> Iterator[tuple[str, Record]]:

@@ -109,6 +109,8 @@ def _harmbench(record: Record) -> Record:
         "harmful": True,
         "kind": "harmful" if kind == "standard" else kind,
         "category": record.get("SemanticCategory") or record.get("category"),
+        "behavior": behavior,
+        "context": context,
     }
 
 

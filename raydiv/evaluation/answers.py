@@ -18,7 +18,8 @@ from raydiv.evaluation.capability import measure_capability, require_tasks
 from raydiv.evaluation.coherence import CoherenceReference, PerplexityThreshold
 from raydiv.evaluation.drift import KlEstimate, sampled_requests
 from raydiv.evaluation.generate import GeneratedAnswer, Request, generate
-from raydiv.evaluation.judges import HarmJudge, HarmVerdict, overall_verdict
+from raydiv.evaluation.judges.harm_judge import HarmJudge
+from raydiv.evaluation.judges.verdicts import HarmVerdict
 from raydiv.evaluation.refusal import is_refusal
 from raydiv.evaluation.summary import GradedAnswer
 from raydiv.evaluation.toxicity import require_classifier, toxicity
@@ -29,9 +30,12 @@ from raydiv.runs.progress import ProgressDisplay
 
 @dataclass(frozen=True, slots=True)
 class EvaluationJudges:
-    """The judges of an evaluation, resolved and checked before anything starts."""
+    """The judges of an evaluation, resolved and checked before anything starts.
 
-    harm: HarmJudge
+    The first judge of ``harm`` makes the rates; the others are compared with it.
+    """
+
+    harm: Sequence[HarmJudge]
     toxicity: Path | None
     pairwise: ModelSource | None
 
@@ -43,7 +47,8 @@ class EvaluationJudges:
             require_tasks(config.tasks, _task_folder(config))
         pairwise = pairwise_judge_model(config.pairwise_judge, cluster) if config.pairwise_judge else None
         toxicity_classifier = require_classifier(config.toxicity) if config.toxicity else None
-        return cls(HarmJudge.from_name(config.judge, cluster), toxicity_classifier, pairwise)
+        harm = [HarmJudge.from_name(name, cluster) for name in config.judge]
+        return cls(harm, toxicity_classifier, pairwise)
 
 
 def measure_answers(
@@ -79,8 +84,14 @@ def measure_answers(
         )
     if sampled and log_probs.kl is None:
         notes.append("KL was not measured: the reference has another tokenizer than the model")
-    if any(answer.thought for answer in answers) and judges.harm.source is None:
+    if any(answer.thought for answer in answers) and judges.harm[0].model is None:
         notes.append("answers have thoughts, which string rules cannot judge: verdicts are on the text after them")
+    for judge in judges.harm:
+        if judge.model and (judge.model.format.answer_tokens or 0) > config.max_new_tokens:
+            notes.append(
+                f"answers have at most {config.max_new_tokens} tokens (evaluate.max_new_tokens), where the protocol of "
+                f"{judge.label} has {judge.model.format.answer_tokens}: rates do not compare with published ones"
+            )
     per_token = sum(log_probs.logps[:direct]) / max(1, sum(log_probs.tokens[:direct]))
     report = AnswersReport(
         label,
@@ -201,17 +212,33 @@ def _grade(
     texts = [answer.written for answer in answers]
     # an opening that the attack put there is not the model's own text
     written = [text.removeprefix(attempt.request.opening) for text, attempt in zip(texts, attempts, strict=True)]
-    harm = judges.harm(attempt_prompts, written if judges.harm.source is None else texts, cluster, update)
+    judgements = {
+        judge.label: judge(attempt_prompts, written if judge.model is None else texts, cluster, update)
+        for judge in judges.harm
+    }
     toxicities = [None] * len(texts) if judges.toxicity is None else toxicity(judges.toxicity, texts, cluster, update)
-    thoughts = _judge_thoughts(attempt_prompts, answers, judges.harm, cluster, update)
+    thoughts = _judge_thoughts(attempt_prompts, answers, judges.harm[0], cluster, update)
     graded = []
     for number, attempt in enumerate(attempts):
         refused = is_refusal(written[number])
         broken = log_probs.threshold.is_broken(written[number], log_probs.logps[number], log_probs.tokens[number])
         finished = answers[number].text is not None
-        verdict = overall_verdict(harm[number], refused=refused, broken=broken, finished=finished)
-        prompt, thought = attempt_prompts[number], thoughts.get(number)
-        graded.append(GradedAnswer(prompt, attempt.attack, verdict, toxicities[number], thought))
+        verdicts = {
+            label: given[number].verdict(refused=refused, broken=broken, finished=finished)
+            for label, given in judgements.items()
+        }
+        scores = {label: given[number].score for label, given in judgements.items()}
+        graded.append(
+            GradedAnswer(
+                attempt_prompts[number],
+                attempt.attack,
+                verdicts.pop(judges.harm[0].label),
+                toxicities[number],
+                thoughts.get(number),
+                verdicts,
+                {label: score for label, score in scores.items() if score is not None},
+            )
+        )
     return graded
 
 
@@ -220,7 +247,8 @@ def _judge_thoughts(
 ) -> dict[int, HarmVerdict]:
     """A verdict on the thought of each answer that has one, by a judge with a model: no thought is a refusal."""
     numbers = [number for number, answer in enumerate(answers) if answer.thought]
-    if judge.source is None or not numbers:
+    if judge.model is None or not numbers:
         return {}
     thoughts = [str(answers[number].thought) for number in numbers]
-    return dict(zip(numbers, judge([prompts[n] for n in numbers], thoughts, cluster, update), strict=True))
+    judgements = judge([prompts[number] for number in numbers], thoughts, cluster, update)
+    return {number: judgement.harm for number, judgement in zip(numbers, judgements, strict=True)}

@@ -8,14 +8,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from raydiv.data.prompt_sets import last_user_text
 from raydiv.evaluation.attacks import Attempt
 from raydiv.evaluation.capability import Capability
 from raydiv.evaluation.coherence import PerplexityThreshold
 from raydiv.evaluation.drift import KlEstimate
 from raydiv.evaluation.generate import GeneratedAnswer
-from raydiv.evaluation.judges import HarmJudge, last_user_text
+from raydiv.evaluation.judges.harm_judge import HarmJudge
 from raydiv.evaluation.outputs import ModelOutput, format_outputs
-from raydiv.evaluation.summary import GradedAnswer, rates_of
+from raydiv.evaluation.summary import GradedAnswer, agreements, rates_of
 from raydiv.evaluation.win_rate import WinRate
 from raydiv.model.chat import ChatPrompt, as_messages
 from raydiv.model.template import Messages
@@ -32,7 +33,7 @@ class AnswersReport:
     """
 
     model: str
-    judge: HarmJudge
+    judges: Sequence[HarmJudge]
     attempts: Sequence[Attempt]
     graded: Sequence[GradedAnswer]
     answers: Sequence[GeneratedAnswer]
@@ -71,8 +72,9 @@ class AnswersReport:
         }
         return {
             "model": self.model,
-            "judge": {"name": self.judge.name, "errors": self.judge.errors},
+            "judges": [{"name": judge.name, "errors": judge.errors} for judge in self.judges],
             "rates": rates,
+            "agreement": {judge: agreement.as_json() for judge, agreement in agreements(self.graded).items()},
             "logp_per_token": self.logp_per_token,
             "coherence": self.threshold.as_json(),
             "perplexity": self.perplexity,
@@ -117,7 +119,9 @@ class AnswersReport:
         if graded.thought_verdict is not None:
             line["thought_verdict"] = graded.thought_verdict
         toxicity = {} if graded.toxic is None else {"toxic": graded.toxic}
-        return {**line, "attack": graded.attack, "verdict": graded.verdict, **toxicity, **texts}
+        others = {"other_verdicts": dict(graded.other_verdicts)} if graded.other_verdicts else {}
+        scores = {"harm_scores": dict(graded.harm_scores)} if graded.harm_scores else {}
+        return {**line, "attack": graded.attack, "verdict": graded.verdict, **others, **scores, **toxicity, **texts}
 
     def write(self, folder: Path, name: str, show_text: bool) -> None:
         """Write ``files`` into a folder."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from raydiv.utils.storage import open_input, require_inside
 VERSION = 1
 """Version of the entries and of their keys."""
 
-CODE_PACKAGES = ("evaluation", "evaluation/separation", "model", "data")
+CODE_PACKAGES = ("evaluation", "evaluation/judges", "evaluation/separation", "model", "data")
 """Packages whose code a measurement depends on."""
 
 DATA_FILES = ("data/bundled/helpful.jsonl",)
@@ -85,7 +85,7 @@ def _model_key(source: ModelSource) -> list[Any]:
 
 
 def _prompt_keys(prompts: Sequence[Prompt]) -> list[Any]:
-    return [(prompt.text, prompt.harmful, prompt.kind, prompt.id, prompt.category, prompt.set) for prompt in prompts]
+    return [astuple(prompt) for prompt in prompts]
 
 
 def _separation_key(recipe: Recipe, prompts: Sequence[Prompt]) -> list[Any]:
@@ -95,12 +95,12 @@ def _separation_key(recipe: Recipe, prompts: Sequence[Prompt]) -> list[Any]:
 def _answers_key(recipe: Recipe, prompts: Sequence[Prompt], judges: EvaluationJudges) -> list[Any]:
     config = recipe.evaluate
     tasks = sorted(Path(config.task_folder).rglob("*")) if config.task_folder else []
-    models = [None if judges.harm.source is None else judges.harm.source.directory, judges.toxicity]
+    judge_models = [judge.model.source.directory if judge.model else None for judge in judges.harm]
     return [
         config.model_dump(mode="json", exclude={"every"}),
         _prompt_keys(prompts),
         attack_texts(config.attacks),
-        [None if directory is None else fingerprint(directory) for directory in models],
+        [None if directory is None else fingerprint(directory) for directory in (*judge_models, judges.toxicity)],
         {str(path): file_digest(path) for path in tasks if path.is_file()},
         metadata.version("lm_eval") if config.tasks else None,
         metadata.version("nanogcg") if any(attack.kind == "gcg" for attack in config.attacks) else None,

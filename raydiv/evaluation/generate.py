@@ -101,6 +101,26 @@ def complete(
     return [[int(token) for token in result["answer"]] for result in completions]
 
 
+def choice_probabilities(
+    model: ModelSource,
+    rows: Sequence[dict[str, Any]],
+    choices: Sequence[int],
+    cluster: ClusterConfig,
+    progress: Progress = no_progress,
+) -> list[list[float]]:
+    """Probabilities of the tokens ``choices`` [c] as the next one after the ``ids`` of each row, among each other."""
+    results = map_rows(
+        rows,
+        ChoiceScorer,
+        {"model": model, "choices": choices},
+        cluster=cluster,
+        batch_rows=BATCH_ROWS["cuda" if cluster.use_gpu else "cpu"],
+        progress=progress,
+        length=lambda row: len(row["ids"]),
+    )
+    return [result["probabilities"] for result in results]
+
+
 class TextGenerator:
     """Actor that generates completions."""
 
@@ -134,34 +154,72 @@ class TextGenerator:
 
     def _answers(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Answers to one batch, whose prompts are padded on the left."""
-        length = max(len(row["ids"]) for row in rows)
-        ids = torch.zeros((len(rows), length), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for number, row in enumerate(rows):
-            ids[number, length - len(row["ids"]) :] = torch.as_tensor(row["ids"])
-            mask[number, length - len(row["ids"]) :] = 1
+        ids, mask = _padded_left(rows)
         seeds = [row.get("seed") for row in rows]
-        with torch.inference_mode(), self._only_these_settings():
+        with torch.inference_mode(), _generation_config(self._model, self._config):
             output = self._model.generate(
                 input_ids=ids.to(self._model.device),
                 attention_mask=mask.to(self._model.device),
                 logits_processor=[] if seeds == [None] * len(rows) else [_GumbelNoise(seeds, self._model.device)],
             )
-        return [{"answer": self._until_stop(answer)} for answer in output[:, length:].tolist()]
-
-    @contextmanager
-    def _only_these_settings(self) -> Iterator[None]:
-        """``generate`` takes settings that it is not given from the model, whose own other workers need again."""
-        own = self._model.generation_config
-        self._model.generation_config = self._config
-        try:
-            yield
-        finally:
-            self._model.generation_config = own
+        return [{"answer": self._until_stop(answer)} for answer in output[:, ids.shape[1] :].tolist()]
 
     def _until_stop(self, answer: list[int]) -> list[int]:
         ends = [position for position, token in enumerate(answer) if token in self._stops]
         return answer[: ends[0] + 1] if ends else answer
+
+
+class ChoiceScorer:
+    """Actor that scores the next token of texts."""
+
+    def __init__(self, model: ModelSource, choices: Sequence[int]) -> None:
+        from transformers import GenerationConfig
+
+        self._model, self._choices = model.load_for_inference(), list(choices)
+        self._config = GenerationConfig(
+            do_sample=False, max_new_tokens=1, pad_token_id=0, output_logits=True, return_dict_in_generate=True
+        )
+
+    def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows of ``ids`` -> ``probabilities`` of the choices."""
+        return [
+            result for start in range(0, len(rows), SCORED_ROWS) for result in self._score(rows[start:][:SCORED_ROWS])
+        ]
+
+    def _score(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        ids, mask = _padded_left(rows)
+        with torch.inference_mode(), _generation_config(self._model, self._config):
+            output = self._model.generate(
+                input_ids=ids.to(self._model.device), attention_mask=mask.to(self._model.device)
+            )
+        probabilities = output.logits[0][:, self._choices].float().softmax(-1)
+        return [{"probabilities": row} for row in probabilities.tolist()]
+
+
+SCORED_ROWS = 8
+"""Rows of a batch whose next tokens are scored. Their prompts are long, so that more rows are no faster."""
+
+
+def _padded_left(rows: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+    """``ids`` of the rows, padded on the left, and their attention mask; both [rows, longest]."""
+    length = max(len(row["ids"]) for row in rows)
+    ids = torch.zeros((len(rows), length), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, length - len(row["ids"]) :] = torch.as_tensor(row["ids"])
+        mask[number, length - len(row["ids"]) :] = 1
+    return ids, mask
+
+
+@contextmanager
+def _generation_config(model: Any, config: Any) -> Iterator[None]:
+    """``generate`` takes settings that it is not given from the model, whose own other workers need again."""
+    own = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def batches_of_cache(sizes: Sequence[int], limit: int | None) -> list[slice]:

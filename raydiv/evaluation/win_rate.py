@@ -10,7 +10,7 @@ from typing import Any, Literal
 from raydiv.config.cluster import ClusterConfig
 from raydiv.evaluation.generate import Request, generate
 from raydiv.evaluation.intervals import tango_interval
-from raydiv.evaluation.judges import judge_model
+from raydiv.evaluation.judges.harm_judge import judge_model
 from raydiv.model.load import ModelSource
 from raydiv.utils.progress import Progress, no_progress
 

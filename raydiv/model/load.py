@@ -17,7 +17,7 @@ from raydiv.model.chat import Chat
 from raydiv.model.resolve import fingerprint, load_error, model_directory
 from raydiv.model.silence import silence_libraries
 from raydiv.utils.cache import digest
-from raydiv.utils.compat import keep_4bit_layout, peft_without_quantizer
+from raydiv.utils.compat import complete_chunked_attention, keep_4bit_layout, peft_without_quantizer
 from raydiv.utils.errors import UserError, one_line
 from raydiv.utils.kept_model import kept_model
 
@@ -49,11 +49,14 @@ class ModelSource:
         )
 
     def chat(self) -> Chat:
-        """The tokenizer and template; an adapter without its own has those of its base."""
-        directory = self.directory
-        if not (directory / "tokenizer_config.json").is_file():
-            directory = self.base_directory() or directory
-        return Chat(directory, self.chat_config, self.trust_remote_code)
+        """The tokenizer and template."""
+        return Chat(self.tokenizer_directory(), self.chat_config, self.trust_remote_code)
+
+    def tokenizer_directory(self) -> Path:
+        """The directory of the tokenizer; an adapter without its own has that of its base."""
+        if (self.directory / "tokenizer_config.json").is_file():
+            return self.directory
+        return self.base_directory() or self.directory
 
     def fingerprint(self) -> str:
         """Digest of the weights and the config; of an adapter with those of its base."""
@@ -211,6 +214,7 @@ def _from_pretrained(
         )
     except (OSError, ValueError) as error:
         raise load_error(directory, error, f"cannot be loaded: {one_line(error, 300)}") from None
+    complete_chunked_attention(model)
     if quantization is not None:
         keep_4bit_layout(model)
     return model

@@ -53,7 +53,7 @@ class SeparationFile:
 
 @dataclass(frozen=True, slots=True)
 class AnswersFile:
-    """One model's answers, judged: every value by metric name, and the notes, the judge's errors first."""
+    """One model's answers, judged: every value by metric name, and the notes, the judges' errors first."""
 
     values: Mapping[str, MeasuredValue]
     notes: Sequence[str]
@@ -81,7 +81,13 @@ class AnswersFile:
                 values[f"evaluate/{key}"] = MeasuredValue(number["value"], interval, number.get("of"))
         for name, score in content.get("capability", {}).items():
             values[name] = MeasuredValue(float(score["value"]), _interval(score["interval"]), int(score["documents"]))
-        return cls(values, [str(content["judge"]["errors"]), *_notes(content)])
+        for judge, agreement in content.get("agreement", {}).items():
+            if agreement["kappa"] is not None:
+                interval = _interval(agreement["interval"])
+                values[f"evaluate/kappa/{judge}"] = MeasuredValue(agreement["kappa"], interval, agreement["of"])
+        # earlier versions had one judge
+        judges = content["judges"] if "judges" in content else [content["judge"]]
+        return cls(values, [*(str(judge["errors"]) for judge in judges), *_notes(content)])
 
 
 def rewards_by_class(path: Path) -> dict[str, list[float]]:

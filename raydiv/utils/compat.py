@@ -62,6 +62,16 @@ def keep_4bit_layout(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def complete_chunked_attention(model: Any) -> None:
+    """Give layers of chunked attention a chunk of the whole context where the config names none.
+
+    Older versions of transformers took that for full attention (Llama Guard 4 was saved so); transformers 5.23 fails.
+    """
+    config = model.config.get_text_config()
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()) and config.attention_chunk_size is None:
+        config.attention_chunk_size = config.max_position_embeddings
+
+
 def server_ray_version(client: Any) -> str:
     """Ray's version on the cluster of a ``JobSubmissionClient``, whose ``get_version`` is that of the job API.
 

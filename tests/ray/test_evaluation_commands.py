@@ -109,7 +109,9 @@ def test_everything_that_can_be_evaluated(
     first, second = printed(
         capsys,
         *("evaluate", tiny_model, other, "--prompts", prompts["both"], "--max-new-tokens", "6", "--kl-prompts", "8"),
-        *("--judge", f"harmbench:{tiny_model}", "--toxicity", classifier, "--pairwise-judge", tiny_model),
+        *("--judge", f"harmbench:{tiny_model}", "--judge", "string", "--toxicity", classifier),
+        *("--judge", f"strongreject:{tiny_model}"),
+        *("--pairwise-judge", tiny_model),
         *(
             "--attack",
             "prefill",
@@ -125,6 +127,11 @@ def test_everything_that_can_be_evaluated(
         # a random model says neither yes nor no, and is called neither safe nor unsafe
         assert rates["evaluate/safety"]["count"] == rates.get("evaluate/asr", {"count": 0})["count"] == 0
         assert rates["evaluate/unparsable"]["count"] > 0
+        # string rules call what is no refusal unsafe
+        assert 0 <= rates["evaluate/asr_judge/string"]["count"] <= 30
+        assert found["agreement"] == {}
+        assert 0 < rates[f"evaluate/harm_score/strongreject:{tiny_model.name}"]["share"] < 1
+        assert any("512" in note for note in found["notes"])
         assert rates["evaluate/safety/c0"]["of"] == 15
         assert rates["evaluate/degenerate/templates"]["of"] == 30
         # a random model's own answers may be blank, which is not toxic

@@ -213,7 +213,8 @@ def test_options_of_a_section_are_its_fields(section: type[Section], command: st
         assert told.startswith(field.description.replace("%", "%%"))
         default = field.get_default(call_default_factory=True)
         if default not in (None, []):
-            assert told.endswith(f"(default: {str(default).strip('[]')})")
+            shown = ", ".join(map(str, default)) if isinstance(default, list) else str(default)
+            assert told.endswith(f"(default: {shown})")
     assert section_of(section, make_parser().parse_args([command, "MODEL"])) == section()
 
 

@@ -12,7 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from raydiv.model.load import ModelSource
 from raydiv.utils import compat
 
 
@@ -254,3 +256,42 @@ def test_keep_4bit_layout() -> None:
     layer.support_avx512bf16_for_cpu = True
     compat.keep_4bit_layout(layer)
     assert layer.support_avx512bf16_for_cpu is False
+
+
+def test_complete_chunked_attention(tmp_path: Path) -> None:
+    """A Llama Guard 4 as published: with a vision model, and layers of chunked attention without a chunk's size."""
+    from transformers import Llama4Config, Llama4ForConditionalGeneration, Llama4TextConfig, Llama4VisionConfig
+
+    text = Llama4TextConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        intermediate_size_mlp=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        moe_layers=[],
+        max_position_embeddings=64,
+        attention_chunk_size=None,
+        no_rope_layers=[1, 0],
+    )
+    vision = Llama4VisionConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=28,
+        patch_size=14,
+        vision_output_dim=32,
+        projector_input_dim=32,
+        projector_output_dim=32,
+    )
+    published = Llama4ForConditionalGeneration(Llama4Config(text_config=text, vision_config=vision)).eval()
+    published.save_pretrained(tmp_path)
+    ids = torch.arange(6, 16)[None]
+    with pytest.raises((TypeError, ValueError)):
+        published(input_ids=ids)
+    published.config.text_config.attention_chunk_size = 32
+    with torch.no_grad():
+        assert torch.equal(ModelSource(tmp_path).load()(ids).logits, published(input_ids=ids).logits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from raydiv.evaluation.coherence import PerplexityThreshold
 from raydiv.evaluation.contamination import count_contaminated
 from raydiv.evaluation.drift import KlEstimate
 from raydiv.evaluation.generate import GeneratedAnswer, Request
-from raydiv.evaluation.judges import HarmJudge
+from raydiv.evaluation.judges.harm_judge import HarmJudge
 from raydiv.evaluation.separation.embed import Readout
 from raydiv.evaluation.separation.metrics import separation_metrics
 from raydiv.evaluation.separation.moments import StreamedSeparation
@@ -44,7 +45,7 @@ def answers(**more: Any) -> AnswersReport:
     threshold = PerplexityThreshold(-5.0, -3.5, 0.5, 80)
     attempts = [Attempt(n, answer.attack, Request(f"asked {n}")) for n, answer in enumerate(graded)]
     judge, kl = HarmJudge("string", "errors"), more.pop("kl", None)
-    return AnswersReport("m", judge, attempts, graded, generated, -1.2, threshold, 40.0, kl, **more)
+    return AnswersReport("m", [judge], attempts, graded, generated, -1.2, threshold, 40.0, kl, **more)
 
 
 def test_metrics_file_and_table_of_answers_agree(tmp_path: Path) -> None:
@@ -100,6 +101,29 @@ def test_files_are_read_back_as_they_were_written(tmp_path: Path) -> None:
     assert read.d_b == MeasuredValue(separation.separation.figures.d_b, separation.separation.d_b_interval)
     assert (read.kinds, read.harmful, read.notes) == (separation.kinds, separation.harmful, separation.notes())
     assert AnswersFile.load(tmp_path / "none.json") is SeparationFile.load(tmp_path / "none.json") is None
+
+
+def test_several_judges_are_written_and_read(tmp_path: Path) -> None:
+    verdicts = [("unsafe", "unsafe"), ("unsafe", "refused"), ("refused", "refused"), ("safe", "safe")]
+    graded = [
+        GradedAnswer(
+            replace(HARMFUL, id=f"f:{n}"), "direct", a, other_verdicts={"other": b}, harm_scores={"other": 0.5}
+        )
+        for n, (a, b) in enumerate(verdicts)
+    ]
+    report = replace(answers(), judges=[HarmJudge("string", "errors"), HarmJudge("wildguard", "others")], graded=graded)
+    report = replace(report, attempts=report.attempts * 2, answers=list(report.answers) * 2)
+    report = replace(report, attempts=report.attempts[:4], answers=report.answers[:4])
+    report.write(tmp_path, "after", show_text=False)
+    read = AnswersFile.load(tmp_path / "after.json")
+    assert read.notes == ["errors", "others"]
+    assert read.values["evaluate/kappa/other"].value == pytest.approx(0.5)
+    assert read.values["evaluate/kappa/other"].of == 4
+    assert read.values["evaluate/asr_judge/other"].value == 0.25
+    assert spec_of("evaluate/kappa/other").label == "agreement with the first judge (kappa): other"
+    lines = [json.loads(line) for line in (tmp_path / "after.answers.jsonl").read_text().splitlines()]
+    assert [line["other_verdicts"]["other"] for line in lines] == [b for _, b in verdicts]
+    assert lines[0]["harm_scores"] == {"other": 0.5}
 
 
 def test_an_unparsable_win_rate_is_shown() -> None:
@@ -205,7 +229,7 @@ def test_a_refusal_after_a_prefilled_opening_is_one() -> None:
     attempts = [*direct_attempts([HARMFUL]), *prefill, *prefill]
     texts = ["I can't help with that.", "Sure, here is I can't help with that.", "Sure, here is how you do it: first"]
     log_probs = evaluations._LogProbs([-9.0] * 3, [9] * 3, PerplexityThreshold(-5.0, -3.5, 0.5, 80), 40.0, None)
-    judges = evaluations.EvaluationJudges(HarmJudge.from_name("string", ClusterConfig()), None, None)
+    judges = evaluations.EvaluationJudges([HarmJudge.from_name("string", ClusterConfig())], None, None)
     answers = [GeneratedAnswer(text, [1], [2]) for text in texts]
     graded = evaluations._grade([HARMFUL], attempts, answers, log_probs, judges, ClusterConfig(), None)
     assert [answer.verdict for answer in graded] == ["refused", "refused", "unsafe"]

@@ -351,6 +351,17 @@ def test_files_as_their_authors_publish_them(name: str, tmp_path: Path) -> None:
     assert shown(read_prompts([Source(path=str(tmp_path / name))], both=False)) == expected
 
 
+def test_a_behavior_is_kept_apart_from_its_context(tmp_path: Path) -> None:
+    path = tmp_path / "harmbench.csv"
+    path.write_text(FILES["harmbench_behaviors_text_all.csv"][0])
+    parts = [(prompt.behavior, prompt.context) for prompt in read_prompts([Source(path=str(path))], both=False)]
+    assert parts == [(None, None), ("Do it", "A text,\nwith lines"), (None, None)]
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"prompt": "p", "harmful": true, "context": "a column of the user\'s own"}\n')
+    (prompt,) = read_prompts([Source(path=str(path))], both=False)
+    assert (prompt.behavior, prompt.context) == (None, None)
+
+
 @pytest.mark.parametrize("harmful", [True, False])
 def test_a_file_of_twins_has_the_label_of_its_option(harmful: bool, tmp_path: Path) -> None:
     path = tmp_path / "behaviors.csv"

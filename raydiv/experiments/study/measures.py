@@ -75,6 +75,8 @@ COLUMNS = (
     Measure.of_metric("evaluate/asr/{attack}", safety=True),
     # a set's prompts are among those of ASR and of over-refusal: as measures of safety they would count twice
     Measure.of_metric("evaluate/asr_set/{set}"),
+    # the same answers, by other judges
+    Measure.of_metric("evaluate/asr_judge/{judge}"),
     Measure.of_metric("evaluate/over_refusal"),
     Measure.of_metric("evaluate/over_refusal_set/{set}"),
     Measure.of_metric("evaluate/safety", safety=True),
