@@ -51,6 +51,11 @@ def results_alone() -> Iterator[None]:
         _results.pop()
 
 
+def results_stream() -> TextIO:
+    """The stream that results are printed to."""
+    return _results[-1]
+
+
 def write_result(text: str) -> None:
     """Print a piece of a result at once."""
     _results[-1].write(text)

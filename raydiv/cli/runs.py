@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raydiv.cli.output import add_command, add_recipe, add_reports, print_report, print_table
+from raydiv.cli.output import (
+    add_command,
+    add_recipe,
+    add_reports,
+    print_report,
+    print_table,
+    results_stream,
+    write_result,
+)
 
 if TYPE_CHECKING:
     from raydiv.commands.train import Result
@@ -15,6 +25,7 @@ if TYPE_CHECKING:
 def add_run_commands(commands: Any) -> None:
     quickstart = add_command(commands, "quickstart", _quickstart, "the whole experiment on this machine in minutes")
     quickstart.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the quickstart's recipe")
+    _add_open(quickstart)
     add_reports(quickstart, shows_text=True)
 
     plan = add_command(
@@ -38,10 +49,14 @@ def add_run_commands(commands: Any) -> None:
     train = add_command(commands, "train", _train, "one run: prepare if needed, train, evaluate, report")
     add_recipe(train)
     train.add_argument("--resume", action="store_true", help="continue an existing run from its newest checkpoint")
+    _add_open(train)
     add_reports(train, shows_text=True)
 
     status = add_command(commands, "status", _status, "the state of a run, read from its directory")
     status.add_argument("run", metavar="RUN", type=Path, help="a run directory")
+    status.add_argument(
+        "--follow", action="store_true", help="show it until the run ends or stops; with --json a line for each step"
+    )
     add_reports(status)
 
     export = add_command(commands, "export", _export, "the trained model as a plain Hugging Face directory")
@@ -55,10 +70,16 @@ def add_run_commands(commands: Any) -> None:
     add_reports(export)
 
 
+def _add_open(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--open", action="store_true", help="open report.html in a browser; it renews itself while the run goes on"
+    )
+
+
 def _quickstart(options: argparse.Namespace) -> int:
     from raydiv.commands.quickstart import quickstart
 
-    return _print_run(quickstart(options.overrides, show_text=options.show_text), options)
+    return _print_run(quickstart(options.overrides, show_text=options.show_text, open_report=options.open), options)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -67,7 +88,8 @@ def _train(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)  # an invalid recipe is refused before torch is imported
     from raydiv.commands.train import train
 
-    return _print_run(train(recipe, show_text=options.show_text, resume=options.resume), options)
+    result = train(recipe, show_text=options.show_text, resume=options.resume, open_report=options.open)
+    return _print_run(result, options)
 
 
 def _print_run(result: Result, options: argparse.Namespace) -> int:
@@ -95,16 +117,53 @@ def _show_run(result: Result) -> None:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from raydiv.commands.status import status, status_lines
+    from raydiv.commands.status import follow_status, status
 
-    report = status(options.run)
-
-    def show() -> None:
-        for name, text in status_lines(report):
-            print(f"{name:<18} {text}")
-
-    print_report(options, report, show)
+    if not options.follow:
+        report = status(options.run)
+        print_report(options, report, lambda: print(_status_text(report)))
+        return 0
+    reports = follow_status(options.run)
+    if options.json:
+        for report in _when_changed(reports):
+            write_result(json.dumps(report) + "\n")
+    else:
+        _show_while_running(reports)
     return 0
+
+
+def _status_text(report: dict[str, Any]) -> str:
+    from raydiv.commands.status import status_lines
+
+    return "\n".join(f"{name:<18} {text}" for name, text in status_lines(report))
+
+
+def _when_changed(reports: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The first report, those of another state or step than the one before, and the last."""
+    before: dict[str, Any] = {}
+    for report in reports:
+        if any(report[key] != before.get(key) for key in ("state", "step", "running")):
+            yield report
+        before = report
+
+
+def _show_while_running(reports: Iterable[dict[str, Any]]) -> None:
+    """On a terminal the status, renewed in place; elsewhere a line for each state and step, then the status."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    console = Console(file=results_stream())
+    last: dict[str, Any] = {}
+    if console.is_terminal:
+        with Live(console=console, auto_refresh=False) as live:
+            for report in reports:
+                live.update(Text(_status_text(report)), refresh=True)
+        return
+    for last in _when_changed(reports):
+        planned = f" of {last['planned']}" if last["planned"] else ""
+        write_result(f"{last['state']}, step {last['step']}{planned}\n")
+    write_result(_status_text(last) + "\n")
 
 
 def _prepare(options: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from raydiv.data.bundled import QUICKSTART
 from raydiv.runs.directory import RunDirectory
 
 
-def quickstart(overrides: Sequence[str] = (), *, show_text: bool = False) -> Result:
+def quickstart(overrides: Sequence[str] = (), *, show_text: bool = False, open_report: bool = False) -> Result:
     """Train and evaluate the bundled recipe with ``overrides``; returns the result of the run.
 
     A repeated quickstart is named ``quickstart-2`` and so on, unless an override sets the name. Raises as ``train``
@@ -18,7 +18,7 @@ def quickstart(overrides: Sequence[str] = (), *, show_text: bool = False) -> Res
     """
     recipe = load_recipe(QUICKSTART, overrides)
     has_name = any(override.startswith("name=") for override in overrides)
-    return train(recipe if has_name else _with_free_name(recipe), show_text=show_text)
+    return train(recipe if has_name else _with_free_name(recipe), show_text=show_text, open_report=open_report)
 
 
 def _with_free_name(recipe: Recipe) -> Recipe:

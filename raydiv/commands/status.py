@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from raydiv.runs.heartbeat import MISSED_BEATS, Heartbeat
 from raydiv.runs.metrics_log import Metrics
 from raydiv.runs.output_directory import directory_kind
 from raydiv.training.checkpoint.manifest import CheckpointStore
+from raydiv.utils.claim import is_claimed
 from raydiv.utils.errors import UserError
 
 MEMBERS = {"sweep": "trials", "study": "cells"}
@@ -24,9 +27,10 @@ RECENT_STEPS = 20
 def status(run: Path) -> dict[str, Any]:
     """The ``state`` of a run (``measuring``, ``training``, ``stopped``, ``trained`` or ``finished``) and its progress.
 
-    ``step`` of ``planned`` steps; ``seconds_left`` while it trains; the last ``metrics``; the step of the
-    ``checkpoint`` from which it would resume; the last heartbeats of its ``workers``. ``measuring`` and ``trained`` are
-    also the states of a run that was stopped while a model was evaluated.
+    ``running``: whether a process writes into the directory. ``step`` of ``planned`` steps; ``seconds_left`` while it
+    trains; the last ``metrics``; the step of the ``checkpoint`` from which it would resume; the last heartbeats of its
+    ``workers``. ``measuring`` and ``trained`` are also the states of a run that was stopped while a model was
+    evaluated.
 
     Raises UserError where there is no run, and in the directory of a sweep or study.
     """
@@ -51,6 +55,7 @@ def status(run: Path) -> dict[str, Any]:
     return {
         "run": str(run),
         "state": state,
+        "running": is_claimed(run),
         "step": int(steps[-1]["step"]) if steps else 0,
         "planned": stage.planned_steps,
         "ended": stage.end_reason,
@@ -59,6 +64,19 @@ def status(run: Path) -> dict[str, Any]:
         "checkpoint": next(iter(CheckpointStore(directory.checkpoints(directory.read_recipe())).steps()), None),
         "workers": [asdict(beat) for beat in beats] if state in ("training", "stopped") else [],
     }
+
+
+def follow_status(run: Path) -> Iterator[dict[str, Any]]:
+    """The status every FOLLOW_SECONDS, until no process writes into the directory. Raises as ``status`` does."""
+    report = status(run)
+    yield report
+    while report["running"]:
+        time.sleep(FOLLOW_SECONDS)
+        report = status(run)
+        yield report
+
+
+FOLLOW_SECONDS = 1.0
 
 
 def _seconds_left(steps: list[Metrics], planned: int | None) -> float | None:

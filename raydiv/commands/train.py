@@ -20,6 +20,7 @@ from raydiv.runs.heartbeat import diagnose_hang
 from raydiv.runs.metrics_log import Metrics, last_values
 from raydiv.runs.progress import ProgressDisplay, step_note
 from raydiv.runs.prometheus import PrometheusMetrics
+from raydiv.runs.report.live import live_report
 from raydiv.runs.report.page import write_report
 from raydiv.runs.resume import recipe_to_resume, require_same_content
 from raydiv.runs.tracker import MlflowTracker
@@ -64,13 +65,15 @@ def train(
     show_text: bool = False,
     *,
     resume: bool = False,
+    open_report: bool = False,
     watch: Callable[[Metrics], None] | None = None,
 ) -> Result:
     """Prepare, evaluate the base model, train, and evaluate the trained model; returns the finished run.
 
     ``show_text`` writes prompts and answers into evaluation/, which otherwise has IDs and verdicts only. ``resume``
     continues an existing run from its newest checkpoint; for a finished run it sends to MLflow what could not be sent.
-    ``watch`` is called with each new line of metrics.jsonl.
+    ``open_report`` opens report.html in a browser, and renews it while the run goes on. ``watch`` is called with each
+    new line of metrics.jsonl.
 
     Raises UserError for what the user must change, also for an existing run without ``resume`` and for one that another
     process trains; RuntimeError when training fails; Terminated after SIGTERM.
@@ -79,7 +82,7 @@ def train(
     run = RunDirectory.of(recipe)
     # a trial waits for that of an earlier attempt, which ends with its sweep
     with claim(run.path, display.print, wait=0 if watch is None else TRIAL_WAIT_S):
-        return _train(recipe, run, display, show_text, resume, watch)
+        return _train(recipe, run, display, show_text, resume, open_report, watch)
 
 
 TRIAL_WAIT_S = 30
@@ -92,6 +95,7 @@ def _train(
     display: ProgressDisplay,
     show_text: bool,
     resume: bool,
+    open_report: bool,
     watch: Callable[[Metrics], None] | None,
 ) -> Result:
     resume = run.has_started(resume=resume)
@@ -126,6 +130,7 @@ def _train(
                 run.metrics.follow(tracker.log_metrics, tracker.lines_sent),
                 run.metrics.follow(PrometheusMetrics(recipe.name).show),
                 run.metrics.follow(watch) if watch else nullcontext(),
+                live_report(run, display.print) if open_report else nullcontext(),
             ):
                 if run.stage.read().metrics_bytes_at_start is None:
                     run.metrics.truncate(0)

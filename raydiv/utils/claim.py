@@ -83,7 +83,7 @@ def claim(
     another process still holds it after ``wait`` seconds, with the ``remedy``, and where nothing can be written there,
     with the ``key`` that names the place. Works on any storage with atomic links or exclusive creation, such as NFS.
     """
-    file, holder = directory.with_name(f".{directory.name}{SUFFIX}"), Holder.this_process()
+    file, holder = _claim_of(directory), Holder.this_process()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         _acquire(file, holder, tell, wait, remedy.format(path=directory))
@@ -99,6 +99,25 @@ def claim(
         renewal.join()
         if _holder_of(file) == holder:
             file.unlink(missing_ok=True)
+
+
+def is_claimed(directory: Path) -> bool:
+    """Whether a living process writes into ``directory``."""
+    file = _claim_of(directory)
+    holder = _holder_of(file)
+    if holder is None:
+        return False
+    ended = holder.has_ended
+    if ended is not None:
+        return not ended
+    try:
+        return time.time() - file.stat().st_mtime <= SILENT_SECONDS
+    except FileNotFoundError:
+        return False
+
+
+def _claim_of(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}{SUFFIX}")
 
 
 def _acquire(file: Path, holder: Holder, tell: Callable[[str], None], wait: float, remedy: str) -> None:

@@ -20,7 +20,7 @@ from helpers.small_run import recipe_of, write_files
 from raydiv.cli import main
 from raydiv.config import save_recipe
 from raydiv.utils import claim as claim_module
-from raydiv.utils.claim import SILENT_SECONDS, claim
+from raydiv.utils.claim import SILENT_SECONDS, claim, is_claimed
 from raydiv.utils.errors import UserError
 
 HOLD = """
@@ -92,6 +92,23 @@ def test_the_claim_of_another_machine_lasts_as_long_as_it_is_renewed(
     with claim(tmp_path / "run", print):
         assert json.loads(file.read_text())["pid"] == os.getpid()
     assert not file.exists()
+
+
+def test_a_claim_is_seen_by_others(tmp_path: Path) -> None:
+    directory, file = tmp_path / "run", tmp_path / ".run.claim"
+    assert not is_claimed(directory)
+    with held(directory) as process:
+        assert is_claimed(directory)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not is_claimed(directory)
+    with claim(directory, lambda line: None):
+        assert is_claimed(directory)
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"machine": "another"}))
+        assert is_claimed(directory)
+        past = time.time() - SILENT_SECONDS - 1
+        os.utime(file, (past, past))
+        assert not is_claimed(directory)
 
 
 def test_a_claim_is_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,12 +15,14 @@ from helpers.heartbeats import BEAT, beats
 from helpers.made_run import make_run
 from helpers.small_run import recipe_of
 from raydiv.cli import main
+from raydiv.commands import status as module
 from raydiv.commands.status import status, status_lines
 from raydiv.config.cluster import ClusterConfig
 from raydiv.runs.directory import RunDirectory
 from raydiv.runs.heartbeat import HeartbeatFolder
 from raydiv.runtime.wait_for_nodes import report_waiting
 from raydiv.training.checkpoint.manifest import CheckpointStore, Manifest
+from raydiv.utils.claim import claim
 from raydiv.utils.errors import UserError
 
 FILES = {"train": "t", "eval": "e"}
@@ -122,3 +124,42 @@ def test_the_command_prints_the_state_and_refuses_what_is_no_run(
     (tmp_path / "many" / "sweep.json").write_text("{}")
     with pytest.raises(UserError, match=r"sweep.*/trials"):
         status(tmp_path / "many")
+
+
+def test_it_is_followed_until_no_process_writes_into_the_run(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FOLLOW_SECONDS", 0.05)
+    written: list[str] = []
+    monkeypatch.setattr("raydiv.cli.runs.write_result", written.append)
+
+    def wait_for(line: str) -> None:
+        end = time.monotonic() + 60
+        while f"{line}\n" not in written:
+            assert time.monotonic() < end, written
+            time.sleep(0.01)
+
+    def work() -> None:
+        with claim(run.path, print):
+            claimed.set()
+            wait_for("measuring, step 0")
+            train_steps(run, 4)
+            wait_for("training, step 4 of 10")
+            run.stage.training_ended("all steps are done")
+            run.result.write_text("{}")
+            wait_for("finished, step 4 of 10")
+
+    claimed = threading.Event()
+    worker = threading.Thread(target=work)
+    worker.start()
+    assert claimed.wait(60)
+    assert main(["status", str(run.path), "--follow"]) == 0
+    worker.join()
+    assert written[0] == "measuring, step 0\n"
+    assert written[-1].startswith(f"run                {run.path}\nstate              finished (all steps are done)\n")
+
+
+def test_a_run_that_nothing_writes_into_is_shown_once(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", str(run.path), "--follow", "--json"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["running"] is False

@@ -16,7 +16,7 @@ from raydiv.runs.report.figures import pictures
 from raydiv.runs.report.html import render
 from raydiv.runs.report.table import WHEN, measured_rows, notes
 from raydiv.utils.jsonl import read_records
-from raydiv.utils.storage import intact, read_json
+from raydiv.utils.storage import atomic, intact, read_json
 
 GROUPS = {
     "separation": "Separation of harmful and harmless prompts",
@@ -55,14 +55,12 @@ def write_report(run: RunDirectory) -> None:
 def page(run: RunDirectory, by_section: Mapping[str, Sequence[Picture]]) -> str:
     """The content of report.html with these pictures."""
     result, recipe = read_json(run.result), run.read_recipe()
-    rows = measured_rows(run)
     with intact(run.result):
         of_result, run_notes = _of_result(result, recipe), notes(run)
     return render(
         "runs/report/templates/run.html",
         **of_result,
-        groups={GROUPS.get(name, name): list(group) for name, group in groupby(rows, attrgetter("group"))},
-        intervals=any(end and end.interval for row in rows for end in row.ends),
+        **_measured(run),
         run_notes=run_notes,
         pictures=by_section,
         recipe=recipe,
@@ -71,13 +69,37 @@ def page(run: RunDirectory, by_section: Mapping[str, Sequence[Picture]]) -> str:
     )
 
 
+def write_live_report(run: RunDirectory, renewal_seconds: int | None) -> None:
+    """Write report.html of a run that is not finished; with ``renewal_seconds`` a browser loads it again after them."""
+    recipe, steps = run.read_recipe(), run.stage.read()
+    content = render(
+        "runs/report/templates/live.html",
+        title=recipe.name,
+        facts=_facts(recipe, run.metrics.trained_values(), run.metrics.steps_taken(), steps.planned_steps),
+        **_measured(run),
+        pictures=pictures(run),
+        renewal_seconds=renewal_seconds,
+    )
+    with atomic(run.report) as temporary:
+        temporary.write_text(content)
+
+
+def _measured(run: RunDirectory) -> dict[str, Any]:
+    """The template's variables of the table of measurements."""
+    rows = measured_rows(run)
+    return {
+        "groups": {GROUPS.get(name, name): list(group) for name, group in groupby(rows, attrgetter("group"))},
+        "intervals": any(end and end.interval for row in rows for end in row.ends),
+    }
+
+
 def _of_result(result: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     """The template's variables that come from result.json."""
     data = result["data"]
     sets = {name: data[name] for name in SETS if data[name]}
     return {
         "title": result["name"],
-        "facts": _facts(result, recipe),
+        "facts": _facts(recipe, result["metrics"], result["steps"]["taken"], result["steps"]["planned"]),
         "versions": list(result["versions"].items()),
         "layout": _pairs(result["layout"]),
         "chat": list(data.get("chat", {}).items()),
@@ -90,15 +112,15 @@ def _of_result(result: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _facts(result: Mapping[str, Any], recipe: Recipe) -> dict[str, str]:
+def _facts(recipe: Recipe, metrics: Mapping[str, Any], taken: int, planned: int | None) -> dict[str, str]:
     mixed = [f"{term.weight:g} {term.name}" for term in recipe.loss.terms[1:]]
     return {
         "Model": recipe.model.id
         + (f", LoRA r {recipe.model.lora.r}" if recipe.model.lora else "")
         + (f", from {recipe.model.adapter}" if recipe.model.adapter else ""),
         "Objective": " + ".join([recipe.loss.type, *mixed]),
-        "Estimates": result["metrics"].get("divergence/name", "no divergence"),
-        "Updates": f"{result['steps']['taken']} of {result['steps']['planned']}",
+        "Estimates": metrics.get("divergence/name", "no divergence"),
+        "Updates": f"{taken} of {planned}" if planned else str(taken),
         "Workers": str(recipe.cluster.num_workers),
     }
 
