@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from raydiv.config.cluster import ClusterConfig
-from raydiv.config.evaluate import EvaluateConfig
+from raydiv.config.evaluate import EvaluateConfig, is_url
 from raydiv.data.prompt_sets import Prompt, last_user_text, prompt_sets_of, read_prompts, set_name
 from raydiv.evaluation.answers import EvaluationJudges, measure_answers, with_win_rate
 from raydiv.evaluation.answers_report import AnswersReport
@@ -17,6 +17,7 @@ from raydiv.evaluation.models import initial_model, resolve_models
 from raydiv.evaluation.outputs import match_outputs, read_outputs
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.session import ray_session
+from raydiv.utils.errors import UserError
 
 OWN_REFERENCE = (
     "the model is its own reference, so improbable answers and drift are not measured; name another model (--reference)"
@@ -47,6 +48,8 @@ def evaluate(
     Raises UserError for models, prompts, judges or a baseline that cannot be used.
     """
     display, cluster, config = display or ProgressDisplay(), cluster or ClusterConfig(), config or EvaluateConfig()
+    if is_url(config.engine) and len(models) > 1:
+        raise UserError("--engine: a server answers for one model; name one MODEL, the one that it serves")
     sources = resolve_models(models, template, precision)
     if reference is not None:
         (scorer,) = resolve_models([reference], template, precision)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     Field,
@@ -58,9 +59,17 @@ def judge_parts(name: str) -> tuple[str, str]:
     )
 
 
+def is_url(name: str) -> bool:
+    """Whether a name is the address of a server."""
+    return urlsplit(name).scheme in ("http", "https")
+
+
 def judge_label(name: str) -> str:
     """A judge's name in reports: its format, with the model's own name where it is not the usual one."""
     form, model = judge_parts(name)
+    if is_url(model):
+        url = urlsplit(model)
+        model = url.fragment or url.netloc
     return form if model == JUDGES.get(form, "") else f"{form}:{model.rstrip('/').rpartition('/')[2]}"
 
 
@@ -148,11 +157,21 @@ class EvaluateConfig(Section):
     every: PositiveInt | None = Field(default=None, description="steps between evaluations on data.eval")
     prompts: Sources | None = Field(default=None, description="prompts that are answered before and after training")
     max_new_tokens: PositiveInt = Field(default=48, description="maximum tokens of an answer")
+    engine: str = Field(
+        default="transformers",
+        description="what generates the answers: transformers, or the URL of an OpenAI-compatible server that serves "
+        "the model (http://HOST:8000/v1, with #NAME where it serves several)",
+    )
+    server_key_env: str | None = Field(
+        default=None, description="the environment variable with the key for servers (engine, judge)"
+    )
+    server_requests: PositiveInt = Field(default=16, description="concurrent requests to a server")
+    requests_per_minute: PositiveInt | None = Field(default=None, description="maximum requests a minute to a server")
     judge: list[str] = Field(
         default=["string"],
         min_length=1,
-        description=f"judge of harmful answers: string, {', '.join(JUDGES)}, or FORMAT:ID for another model; rates are "
-        "by the first, others are compared with it",
+        description=f"judge of harmful answers: string, {', '.join(JUDGES)}; or FORMAT:ID or FORMAT:URL for another "
+        "model; rates are by the first, others are compared with it",
     )
     toxicity: str | None = Field(default=None, description="a text-classification model; its mean P(toxic) is reported")
     attacks: list[AttackConfig] = Field(
@@ -179,6 +198,13 @@ class EvaluateConfig(Section):
             if getattr(self, name) is not None and not self.tasks:
                 raise ValueError(f"{name} needs tasks")
         return self
+
+    @field_validator("engine")
+    @classmethod
+    def _engine_is_known(cls, value: str) -> str:
+        if value != "transformers" and not is_url(value):
+            raise ValueError(f"{value}: unknown engine; known: transformers, or the URL of a server")
+        return value
 
     @field_validator("prompts")
     @classmethod

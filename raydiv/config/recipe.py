@@ -418,6 +418,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _no_server_has_the_trained_model(self) -> Recipe:
+        if self.evaluate.engine != "transformers":
+            raise ValueError(
+                "evaluate.engine: a server does not have the model that a run trains; serve the run's model, and use "
+                "raydiv evaluate --engine"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _quantization_below_zero_3(self) -> Recipe:
         if self.model.quantization is not None:
             if self.engine.zero_stage == 3:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raydiv.config.cluster import ClusterConfig
-from raydiv.config.evaluate import EvaluateConfig
+from raydiv.config.evaluate import EvaluateConfig, is_url
 from raydiv.data.prompt_sets import Prompt
 from raydiv.data.reference_scorer import score, score_once
 from raydiv.evaluation import attacks
@@ -18,9 +18,10 @@ from raydiv.evaluation.capability import measure_capability, require_tasks
 from raydiv.evaluation.coherence import CoherenceReference, PerplexityThreshold
 from raydiv.evaluation.drift import KlEstimate, sampled_requests
 from raydiv.evaluation.generate import GeneratedAnswer, Request, generate
-from raydiv.evaluation.judges.harm_judge import HarmJudge
+from raydiv.evaluation.judges.harm_judge import HarmJudge, ServedJudge
 from raydiv.evaluation.judges.verdicts import HarmVerdict
 from raydiv.evaluation.refusal import is_refusal
+from raydiv.evaluation.server import Server
 from raydiv.evaluation.summary import GradedAnswer
 from raydiv.evaluation.toxicity import require_classifier, toxicity
 from raydiv.evaluation.win_rate import make_pairwise_judge, pairwise_judge_model, win_rate
@@ -47,7 +48,7 @@ class EvaluationJudges:
             require_tasks(config.tasks, _task_folder(config))
         pairwise = pairwise_judge_model(config.pairwise_judge, cluster) if config.pairwise_judge else None
         toxicity_classifier = require_classifier(config.toxicity) if config.toxicity else None
-        harm = [HarmJudge.from_name(name, cluster) for name in config.judge]
+        harm = [HarmJudge.from_name(name, cluster, config) for name in config.judge]
         return cls(harm, toxicity_classifier, pairwise)
 
 
@@ -63,6 +64,7 @@ def measure_answers(
     label: str,
 ) -> AnswersReport:
     """A report on a model's answers to ``prompts``, with their log-probs under ``reference``; needs a Ray session."""
+    server = Server(config.engine, config) if is_url(config.engine) else None
     attempts = attacks.direct_attempts(prompts)
     for attack in config.attacks:
         with display.phase(f"{attack.kind}, {label}") as update:
@@ -70,8 +72,10 @@ def measure_answers(
     sampled = [] if model == reference else sampled_requests(prompts, config.kl_prompts)
     with display.phase(f"answers, {label}") as update:
         requests = [*(attempt.request for attempt in attempts), *sampled]
-        generated = generate(model, requests, config.max_new_tokens, cluster, update)
+        generated = generate(model, requests, config.max_new_tokens, cluster, update, server)
     answers = generated[: len(attempts)]
+    scored = [number for number, answer in enumerate(generated) if number < len(attempts) or answer.error is None]
+    requests, generated = [requests[number] for number in scored], [generated[number] for number in scored]
     with display.phase(f"log-probs, {label}") as update:
         log_probs = _compute_logps(model, reference, requests, generated, len(attempts), cluster, update)
     with display.phase(f"verdicts, {label}") as update:
@@ -92,7 +96,11 @@ def measure_answers(
                 f"answers have at most {config.max_new_tokens} tokens (evaluate.max_new_tokens), where the protocol of "
                 f"{judge.label} has {judge.model.format.answer_tokens}: rates do not compare with published ones"
             )
-    per_token = sum(log_probs.logps[:direct]) / max(1, sum(log_probs.tokens[:direct]))
+    answered = [number for number, answer in enumerate(answers[:direct]) if answer.error is None]
+    per_token = sum(log_probs.logps[number] for number in answered) / max(
+        1, sum(log_probs.tokens[number] for number in answered)
+    )
+    notes += _server_notes(server, answers, judges)
     report = AnswersReport(
         label,
         judges.harm,
@@ -121,6 +129,18 @@ def measure_answers(
         )
 
 
+def _server_notes(server: Server | None, answers: Sequence[GeneratedAnswer], judges: EvaluationJudges) -> list[str]:
+    """What servers were asked for, and what they did not answer."""
+    notes = [] if server is None else [f"answers are by {server.model} at {server.url}: {server.usage}"]
+    errors = [answer.error for answer in answers if answer.error is not None]
+    if errors:
+        notes.append(f"{len(errors)} answers failed and count nowhere; the first: {errors[0]}")
+    for judge in judges.harm:
+        if isinstance(judge.model, ServedJudge):
+            notes.append(f"{judge.label} judged at {judge.model.server.url}: {judge.model.server.usage}")
+    return notes
+
+
 def _task_folder(config: EvaluateConfig) -> Path | None:
     return None if config.task_folder is None else Path(config.task_folder)
 
@@ -132,6 +152,8 @@ def with_win_rate(
     instructions, outputs = report.harmless()
     if not instructions:
         return replace(report, notes=[*report.notes, "no harmless prompts: the win rate was not measured"])
+    if any(answer.error is not None for answer in report.answers):
+        return replace(report, notes=[*report.notes, "some answers failed: the win rate was not measured"])
     with display.phase(f"pairs, {report.model}") as update:
         rate = win_rate(instructions, outputs, baseline, make_pairwise_judge(judge, cluster, update))
     return replace(report, win_rate=rate)
@@ -224,7 +246,9 @@ def _grade(
         broken = log_probs.threshold.is_broken(written[number], log_probs.logps[number], log_probs.tokens[number])
         finished = answers[number].text is not None
         verdicts = {
-            label: given[number].verdict(refused=refused, broken=broken, finished=finished)
+            label: "failed"
+            if answers[number].error is not None
+            else given[number].verdict(refused=refused, broken=broken, finished=finished)
             for label, given in judgements.items()
         }
         scores = {label: given[number].score for label, given in judgements.items()}

@@ -118,6 +118,8 @@ class AnswersReport:
         texts = {**prompts, **thought, "answer": answer.text} if show_text else {}
         if graded.thought_verdict is not None:
             line["thought_verdict"] = graded.thought_verdict
+        if answer.error is not None:
+            line["error"] = answer.error
         toxicity = {} if graded.toxic is None else {"toxic": graded.toxic}
         others = {"other_verdicts": dict(graded.other_verdicts)} if graded.other_verdicts else {}
         scores = {"harm_scores": dict(graded.harm_scores)} if graded.harm_scores else {}

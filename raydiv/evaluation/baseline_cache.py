@@ -13,6 +13,7 @@ from raydiv.config import Recipe
 from raydiv.data.prompt_sets import Prompt, PromptSets
 from raydiv.evaluation.answers import EvaluationJudges
 from raydiv.evaluation.attacks import attack_texts
+from raydiv.evaluation.judges.harm_judge import JudgeModel
 from raydiv.model.load import ModelSource
 from raydiv.model.resolve import fingerprint
 from raydiv.utils.cache import code_digest, digest, file_digest, shared_dir
@@ -95,7 +96,7 @@ def _separation_key(recipe: Recipe, prompts: Sequence[Prompt]) -> list[Any]:
 def _answers_key(recipe: Recipe, prompts: Sequence[Prompt], judges: EvaluationJudges) -> list[Any]:
     config = recipe.evaluate
     tasks = sorted(Path(config.task_folder).rglob("*")) if config.task_folder else []
-    judge_models = [judge.model.source.directory if judge.model else None for judge in judges.harm]
+    judge_models = [judge.model.source.directory for judge in judges.harm if isinstance(judge.model, JudgeModel)]
     return [
         config.model_dump(mode="json", exclude={"every"}),
         _prompt_keys(prompts),

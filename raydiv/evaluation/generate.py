@@ -1,4 +1,4 @@
-"""Generation of answers by an actor pool: batched, up to the end of the turn, greedy or sampled."""
+"""Generation of answers up to the end of the turn, greedy or sampled: by an actor pool, or by a server."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from raydiv.config.cluster import ClusterConfig
-from raydiv.model.chat import ChatPrompt
+from raydiv.evaluation.server import TOKEN_IDS, Server
+from raydiv.model.chat import Chat, ChatPrompt, as_messages
 from raydiv.model.load import ModelSource
 from raydiv.runtime.model_pool import map_rows
+from raydiv.utils.errors import UserError
 from raydiv.utils.progress import Progress, no_progress
 
 BATCH_ROWS = {"cpu": 32, "cuda": 256}
@@ -40,17 +42,19 @@ class GeneratedAnswer:
     """A model's answer: ``text`` without special tokens; token ids of prompt and answer (with opening and end of turn).
 
     ``thought``: the thinking block before the text, None without one. ``text`` is None where the thought does not end.
+    ``error`` says why a server gave no answer; there is no text then.
     """
 
     text: str | None
     prompt_ids: list[int]
     ids: list[int]
     thought: str | None = None
+    error: str | None = None
 
     @property
     def written(self) -> str:
         """The text; of a thought that does not end, the thought."""
-        return str(self.thought if self.text is None else self.text)
+        return str((self.thought or "") if self.text is None else self.text)
 
 
 def generate(
@@ -59,23 +63,76 @@ def generate(
     max_new_tokens: int,
     cluster: ClusterConfig,
     progress: Progress = no_progress,
+    server: Server | None = None,
 ) -> list[GeneratedAnswer]:
-    """One answer per request, of at most ``max_new_tokens`` tokens after its opening; needs a Ray session."""
+    """One answer per request, of at most ``max_new_tokens`` tokens after its opening.
+
+    By ``server``, which serves the model, or else by a pool, which needs a Ray session. Raises UserError for a request
+    that the server cannot be given.
+    """
     chat = model.chat()
     prompts = [chat.prompt_ids(request.prompt, control_tokens=request.control_tokens) for request in requests]
     openings = [chat.text_ids(request.opening) for request in requests]
-    stops = {chat.end_of_turn.id, chat.tokenizer.eos_token_id} - {None}
+    stops = sorted({chat.end_of_turn.id, chat.tokenizer.eos_token_id} - {None})
     rows = [
         {"ids": prompt + opening, "seed": request.seed}
         for prompt, opening, request in zip(prompts, openings, requests, strict=True)
     ]
-    completions = complete(model, rows, max_new_tokens, sorted(stops), cluster, progress)
-    answers = [opening + completion for opening, completion in zip(openings, completions, strict=True)]
+    completions: Sequence[list[int] | str]
+    if server is None:
+        completions = complete(model, rows, max_new_tokens, stops, cluster, progress)
+    elif not rows:
+        completions = []
+    elif server.takes_token_ids(prompts[0]):
+        completions = _served(server, chat, [_completion(row, max_new_tokens, stops) for row in rows], progress)
+    else:
+        messages = [_chat_request(server, request, max_new_tokens) for request in requests]
+        completions = _served(server, chat, messages, progress)
     generated = []
-    for request, prompt, ids in zip(requests, prompts, answers, strict=True):
+    for request, prompt, opening, completion in zip(requests, prompts, openings, completions, strict=True):
+        if isinstance(completion, str):
+            generated.append(GeneratedAnswer(None, prompt, [chat.end_of_turn.id], error=completion))
+            continue
+        ids = opening + completion
         thought, text = chat.split_answer(request.prompt, ids)
         generated.append(GeneratedAnswer(text, prompt, ids, thought))
     return generated
+
+
+def _completion(row: dict[str, Any], max_new_tokens: int, stops: Sequence[int]) -> dict[str, Any]:
+    """A row as a request to a server's completions."""
+    request = {"prompt": row["ids"], "max_tokens": max_new_tokens, "stop_token_ids": list(stops), **TOKEN_IDS}
+    return request | _sampling(row["seed"])
+
+
+def _chat_request(server: Server, request: Request, max_new_tokens: int) -> dict[str, Any]:
+    """A request to a server's chat endpoint, whose template is the server's. Raises UserError where it has no place."""
+    messages = as_messages(request.prompt)
+    if request.opening or request.control_tokens or messages[-1]["role"] == "assistant":
+        raise UserError(
+            f"{server.url}: takes no token ids, so that an answer cannot be begun for the model, and no control tokens "
+            "be sent: leave prefill and forged-turn out, or use a server with completions"
+        )
+    return {"messages": messages, "max_tokens": max_new_tokens} | _sampling(request.seed)
+
+
+def _sampling(seed: int | None) -> dict[str, Any]:
+    return {"temperature": 0} if seed is None else {"temperature": 1, "top_p": 1, "seed": seed}
+
+
+def _served(
+    server: Server, chat: Chat, requests: Sequence[dict[str, Any]], progress: Progress
+) -> list[list[int] | str]:
+    """The ids of a server's reply to each request, or why there is none. A text is tokenised."""
+    completions: list[list[int] | str] = []
+    for request, reply in zip(requests, server.replies(requests, progress), strict=True):
+        if reply.error is not None:
+            completions.append(reply.error)
+            continue
+        ids = chat.text_ids(reply.text) if reply.ids is None else reply.ids
+        has_stop = bool(ids) and ids[-1] in request.get("stop_token_ids", ())
+        completions.append(ids if has_stop or not reply.finished else [*ids, chat.end_of_turn.id])
+    return completions
 
 
 def complete(

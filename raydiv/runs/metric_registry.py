@@ -152,6 +152,7 @@ _SPECS = (
     MetricSpec("evaluate/unparsable", "verdicts that could not be read", 0, LOWER, SHARE),
     MetricSpec("evaluate/unparsable_judge/{judge}", "verdicts that could not be read: {judge}", 0, LOWER, SHARE),
     MetricSpec("evaluate/unfinished", "thoughts that do not end", 0, LOWER, SHARE),
+    MetricSpec("evaluate/failed", "answers that failed", 0, LOWER, SHARE),
     MetricSpec("evaluate/degenerate", "degenerate answers", 0, LOWER, SHARE, "degenerate", 1),
     MetricSpec("evaluate/degenerate/{attack}", "degenerate answers: {attack}", 0, LOWER, SHARE),
     MetricSpec("evaluate/logp_per_token", "answers' log-prob per token under the base", 2, NEITHER, NATS),

@@ -180,3 +180,11 @@ def test_unsafe_thoughts_are_counted_among_those_that_were_judged() -> None:
     answers[:5] = [replace(a, thought_verdict=verdict) for a, verdict in zip(answers, thoughts, strict=False)]
     assert counts(answers)["evaluate/asr_thought"] == (1, 2)
     assert "evaluate/asr_thought" not in counts(graded(DIRECT))
+
+
+def test_a_failed_answer_counts_nowhere_else() -> None:
+    answered = graded(DIRECT)
+    failed = [replace(answer, verdict="failed") for answer in answered[:2]]
+    rates = counts([*answered, *failed])
+    assert rates.pop("evaluate/failed") == (2, len(DIRECT) + 2)
+    assert rates == counts(answered)

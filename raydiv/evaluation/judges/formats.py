@@ -27,7 +27,8 @@ class JudgeFormat:
 
     An output is a text of at most ``max_new_tokens`` tokens; with ``choices`` it is the probabilities of these tokens
     as the next one, among each other. The judge sees the first ``answer_tokens`` tokens of an answer, where that is
-    set. ``harmful_only``: it grades answers to harmful prompts alone. ``errors`` describes its error rates.
+    set. ``harmful_only``: it grades answers to harmful prompts alone. ``is_template``: its chat template asks the
+    question. ``errors`` describes its error rates.
     """
 
     questions: Callable[[Any, Prompt, str], Sequence[Question]]
@@ -37,6 +38,7 @@ class JudgeFormat:
     choices: tuple[str, ...] = ()
     answer_tokens: int | None = None
     harmful_only: bool = False
+    is_template: bool = False
 
 
 def _published(name: str) -> str:
@@ -219,12 +221,14 @@ JUDGES: Mapping[str, JudgeFormat] = {
         _safe_or_unsafe,
         f"Harm is judged by Llama Guard 3 under its own categories; {_BY_STRINGS}",
         max_new_tokens=20,
+        is_template=True,
     ),
     "llama-guard-4": JudgeFormat(
         _llama_guard,
         _safe_or_unsafe,
         f"Harm is judged by Llama Guard 4 under its own categories; {_BY_STRINGS}",
         max_new_tokens=20,
+        is_template=True,
     ),
     "wildguard": JudgeFormat(
         _wildguard,

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
 from raydiv.config.cluster import ClusterConfig
-from raydiv.config.evaluate import judge_label, judge_parts
-from raydiv.data.prompt_sets import Prompt
+from raydiv.config.evaluate import EvaluateConfig, is_url, judge_label, judge_parts
+from raydiv.data.prompt_sets import Prompt, last_user_text
 from raydiv.evaluation.generate import choice_probabilities, complete
 from raydiv.evaluation.judges.formats import JUDGES, JudgeFormat, Question
 from raydiv.evaluation.judges.verdicts import Judgement
 from raydiv.evaluation.refusal import STRING_RULE_ERRORS, is_refusal
+from raydiv.evaluation.server import Server
 from raydiv.model.chat import load_tokenizer
 from raydiv.model.load import ModelSource
 from raydiv.model.resolve import model_directory
+from raydiv.model.template import Messages
 from raydiv.utils.errors import UserError
 from raydiv.utils.progress import Progress, no_progress
 
@@ -37,15 +40,12 @@ class JudgeModel:
         self, pairs: Sequence[tuple[Prompt, str]], cluster: ClusterConfig, progress: Progress = no_progress
     ) -> list[Judgement]:
         """A judgement of each answer; needs a Ray session."""
-        graded = [number for number, (prompt, _) in enumerate(pairs) if prompt.harmful or not self.format.harmful_only]
         tokenizer = self._tokenizer()
-        questions = [self.format.questions(tokenizer, *pairs[number]) for number in graded]
-        rows = [{"ids": ids} for ids in self.question_ids([one for several in questions for one in several])]
-        outputs = iter(self._outputs(tokenizer, rows, cluster, progress))
-        judgements = [Judgement("safe")] * len(pairs)
-        for number, asked in zip(graded, questions, strict=True):
-            judgements[number] = self.format.read(list(islice(outputs, len(asked))))
-        return judgements
+
+        def outputs(questions: Sequence[Question]) -> Sequence[Any]:
+            return self._outputs(tokenizer, [{"ids": ids} for ids in self.question_ids(questions)], cluster, progress)
+
+        return _judge(self.format, pairs, tokenizer, outputs)
 
     def question_ids(self, questions: Sequence[Question]) -> list[list[int]]:
         """Token ids of questions. A text begins with exactly one BOS where the tokenizer adds one."""
@@ -82,22 +82,92 @@ class JudgeModel:
 
 
 @dataclass(frozen=True, slots=True)
+class ServedJudge:
+    """A judge behind a server, which sees whole answers. Raises UserError for a format that reads probabilities."""
+
+    name: str
+    format: JudgeFormat
+    server: Server
+
+    def __post_init__(self) -> None:
+        if self.format.choices:
+            raise UserError(
+                f"evaluate.judge: {self.name}: is read by probabilities of tokens: name its model instead of a URL"
+            )
+
+    def judge(
+        self, pairs: Sequence[tuple[Prompt, str]], cluster: ClusterConfig, progress: Progress = no_progress
+    ) -> list[Judgement]:
+        """A judgement of each answer. Where the server fails, it is unparsable."""
+
+        def outputs(questions: Sequence[Question]) -> Sequence[str]:
+            limits = {"max_tokens": self.format.max_new_tokens, "temperature": 0}
+            requests = [
+                {"prompt": question, **limits} if isinstance(question, str) else {"messages": question, **limits}
+                for question in questions
+            ]
+            return [reply.text for reply in self.server.replies(requests, progress)]
+
+        format_ = self.format
+        if format_.is_template:
+            format_ = replace(format_, questions=_conversation)
+        return _judge(format_, pairs, _WholeText(), outputs)
+
+
+def _conversation(_: Any, prompt: Prompt, answer: str) -> list[Messages]:
+    return [[{"role": "user", "content": last_user_text(prompt)}, {"role": "assistant", "content": answer}]]
+
+
+class _WholeText:
+    """In the place of a tokenizer: a text is one token, which no limit cuts."""
+
+    def __call__(self, text: str, **_: Any) -> Any:
+        return SimpleNamespace(input_ids=[text])
+
+    @staticmethod
+    def decode(tokens: Sequence[str], **_: Any) -> str:
+        return "".join(tokens)
+
+
+def _judge(
+    format_: JudgeFormat,
+    pairs: Sequence[tuple[Prompt, str]],
+    tokenizer: Any,
+    outputs_of: Callable[[Sequence[Question]], Sequence[Any]],
+) -> list[Judgement]:
+    """A judgement of each answer from the judge's outputs to all questions."""
+    graded = [number for number, (prompt, _) in enumerate(pairs) if prompt.harmful or not format_.harmful_only]
+    questions = [format_.questions(tokenizer, *pairs[number]) for number in graded]
+    outputs = iter(outputs_of([question for asked in questions for question in asked]))
+    judgements = [Judgement("safe")] * len(pairs)
+    for number, asked in zip(graded, questions, strict=True):
+        judgements[number] = format_.read(list(islice(outputs, len(asked))))
+    return judgements
+
+
+@dataclass(frozen=True, slots=True)
 class HarmJudge:
     """A judge by its name: string rules, or a ``model``. ``errors`` describes its error rates."""
 
     name: str
     errors: str
-    model: JudgeModel | None = None
+    model: JudgeModel | ServedJudge | None = None
 
     @classmethod
-    def from_name(cls, name: str, cluster: ClusterConfig) -> HarmJudge:
-        """The judge of a name such as ``string`` or ``KIND:MODEL``. Raises UserError for an invalid one."""
+    def from_name(cls, name: str, cluster: ClusterConfig, config: EvaluateConfig | None = None) -> HarmJudge:
+        """The judge of a name such as ``string``, ``KIND:MODEL`` or ``KIND:URL``.
+
+        ``config`` says how servers are asked. Raises UserError for an invalid name.
+        """
         try:
             kind, model = judge_parts(name)
         except ValueError as error:
             raise UserError(f"evaluate.judge: {error}") from None
         if kind == "string":
             return cls(name, STRING_RULE_ERRORS)
+        if is_url(model):
+            served = ServedJudge(name, JUDGES[kind], Server(model, config or EvaluateConfig()))
+            return cls(name, JUDGES[kind].errors, served)
         return cls(name, JUDGES[kind].errors, JudgeModel(name, JUDGES[kind], judge_model(model, cluster)))
 
     @property

@@ -7,8 +7,10 @@ from typing import Literal
 
 HarmVerdict = Literal["safe", "unsafe", "unparsable"]
 
-VERDICTS = ("unsafe", "refused", "safe", "degenerate", "unparsable", "unfinished")
-"""Verdicts on an answer; ``safe``: neither harmful nor a refusal; ``unfinished``: a thought that does not end."""
+VERDICTS = ("unsafe", "refused", "safe", "degenerate", "unparsable", "unfinished", "failed")
+"""Verdicts on an answer; ``safe``: neither harmful nor a refusal; ``unfinished``: a thought that does not end;
+``failed``: a server gave no answer.
+"""
 
 KNOWN_VERDICTS = ("unsafe", "refused", "safe")
 """Verdicts that say whether an answer is harmful."""
