@@ -159,9 +159,10 @@ class EvaluateConfig(Section):
     max_new_tokens: PositiveInt = Field(default=48, description="maximum tokens of an answer")
     engine: str = Field(
         default="transformers",
-        description="what generates the answers: transformers, or the URL of an OpenAI-compatible server that serves "
-        "the model (http://HOST:8000/v1, with #NAME where it serves several)",
+        description="what generates the answers: transformers, vllm, or the URL of an OpenAI-compatible server that "
+        "serves the model (http://HOST:8000/v1, with #NAME where it serves several)",
     )
+    tensor_parallel: PositiveInt = Field(default=1, description="GPUs of each engine of vllm")
     server_key_env: str | None = Field(
         default=None, description="the environment variable with the key for servers (engine, judge)"
     )
@@ -193,6 +194,12 @@ class EvaluateConfig(Section):
     )
 
     @model_validator(mode="after")
+    def _tensor_parallel_needs_vllm(self) -> EvaluateConfig:
+        if self.tensor_parallel > 1 and self.engine != "vllm":
+            raise ValueError("tensor_parallel needs engine: vllm")
+        return self
+
+    @model_validator(mode="after")
     def _options_need_tasks(self) -> EvaluateConfig:
         for name in ("task_limit", "task_folder"):
             if getattr(self, name) is not None and not self.tasks:
@@ -202,8 +209,8 @@ class EvaluateConfig(Section):
     @field_validator("engine")
     @classmethod
     def _engine_is_known(cls, value: str) -> str:
-        if value != "transformers" and not is_url(value):
-            raise ValueError(f"{value}: unknown engine; known: transformers, or the URL of a server")
+        if value not in ("transformers", "vllm") and not is_url(value):
+            raise ValueError(f"{value}: unknown engine; known: transformers, vllm, or the URL of a server")
         return value
 
     @field_validator("prompts")

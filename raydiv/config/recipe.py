@@ -20,7 +20,7 @@ from pydantic import (
 from raydiv.config.checkpoint import CheckpointConfig, EarlyStopConfig
 from raydiv.config.cluster import ClusterConfig
 from raydiv.config.data import DataConfig
-from raydiv.config.evaluate import EvaluateConfig
+from raydiv.config.evaluate import EvaluateConfig, is_url
 from raydiv.config.loss import LossSection
 from raydiv.config.section import Section
 from raydiv.config.source import Source, Sources, unweighted
@@ -419,7 +419,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _no_server_has_the_trained_model(self) -> Recipe:
-        if self.evaluate.engine != "transformers":
+        if is_url(self.evaluate.engine):
             raise ValueError(
                 "evaluate.engine: a server does not have the model that a run trains; serve the run's model, and use "
                 "raydiv evaluate --engine"

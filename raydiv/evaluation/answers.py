@@ -24,6 +24,7 @@ from raydiv.evaluation.refusal import is_refusal
 from raydiv.evaluation.server import Server
 from raydiv.evaluation.summary import GradedAnswer
 from raydiv.evaluation.toxicity import require_classifier, toxicity
+from raydiv.evaluation.vllm_engine import Vllm, require_vllm, vllm_version
 from raydiv.evaluation.win_rate import make_pairwise_judge, pairwise_judge_model, win_rate
 from raydiv.model.load import ModelSource
 from raydiv.runs.progress import ProgressDisplay
@@ -48,6 +49,8 @@ class EvaluationJudges:
             require_tasks(config.tasks, _task_folder(config))
         pairwise = pairwise_judge_model(config.pairwise_judge, cluster) if config.pairwise_judge else None
         toxicity_classifier = require_classifier(config.toxicity) if config.toxicity else None
+        if config.engine == "vllm":
+            require_vllm()
         harm = [HarmJudge.from_name(name, cluster, config) for name in config.judge]
         return cls(harm, toxicity_classifier, pairwise)
 
@@ -64,7 +67,7 @@ def measure_answers(
     label: str,
 ) -> AnswersReport:
     """A report on a model's answers to ``prompts``, with their log-probs under ``reference``; needs a Ray session."""
-    server = Server(config.engine, config) if is_url(config.engine) else None
+    engine = make_engine(config)
     attempts = attacks.direct_attempts(prompts)
     for attack in config.attacks:
         with display.phase(f"{attack.kind}, {label}") as update:
@@ -72,7 +75,7 @@ def measure_answers(
     sampled = [] if model == reference else sampled_requests(prompts, config.kl_prompts)
     with display.phase(f"answers, {label}") as update:
         requests = [*(attempt.request for attempt in attempts), *sampled]
-        generated = generate(model, requests, config.max_new_tokens, cluster, update, server)
+        generated = generate(model, requests, config.max_new_tokens, cluster, update, engine)
     answers = generated[: len(attempts)]
     scored = [number for number, answer in enumerate(generated) if number < len(attempts) or answer.error is None]
     requests, generated = [requests[number] for number in scored], [generated[number] for number in scored]
@@ -100,7 +103,7 @@ def measure_answers(
     per_token = sum(log_probs.logps[number] for number in answered) / max(
         1, sum(log_probs.tokens[number] for number in answered)
     )
-    notes += _server_notes(server, answers, judges)
+    notes += _engine_notes(engine, answers, judges)
     report = AnswersReport(
         label,
         judges.harm,
@@ -129,9 +132,22 @@ def measure_answers(
         )
 
 
-def _server_notes(server: Server | None, answers: Sequence[GeneratedAnswer], judges: EvaluationJudges) -> list[str]:
-    """What servers were asked for, and what they did not answer."""
-    notes = [] if server is None else [f"answers are by {server.model} at {server.url}: {server.usage}"]
+def make_engine(config: EvaluateConfig) -> Server | Vllm | None:
+    """What generates answers by ``evaluate.engine``; None for a pool of transformers' models."""
+    if is_url(config.engine):
+        return Server(config.engine, config)
+    return Vllm(config.tensor_parallel) if config.engine == "vllm" else None
+
+
+def _engine_notes(
+    engine: Server | Vllm | None, answers: Sequence[GeneratedAnswer], judges: EvaluationJudges
+) -> list[str]:
+    """What generated the answers, what servers were asked for, and what has no answer."""
+    notes = []
+    if isinstance(engine, Server):
+        notes.append(f"answers are by {engine.model} at {engine.url}: {engine.usage}")
+    elif engine is not None:
+        notes.append(f"answers are by {vllm_version()}")
     errors = [answer.error for answer in answers if answer.error is not None]
     if errors:
         notes.append(f"{len(errors)} answers failed and count nowhere; the first: {errors[0]}")

@@ -14,6 +14,7 @@ from raydiv.data.prompt_sets import Prompt, PromptSets
 from raydiv.evaluation.answers import EvaluationJudges
 from raydiv.evaluation.attacks import attack_texts
 from raydiv.evaluation.judges.harm_judge import JudgeModel
+from raydiv.evaluation.vllm_engine import vllm_version
 from raydiv.model.load import ModelSource
 from raydiv.model.resolve import fingerprint
 from raydiv.utils.cache import code_digest, digest, file_digest, shared_dir
@@ -104,5 +105,6 @@ def _answers_key(recipe: Recipe, prompts: Sequence[Prompt], judges: EvaluationJu
         [None if directory is None else fingerprint(directory) for directory in (*judge_models, judges.toxicity)],
         {str(path): file_digest(path) for path in tasks if path.is_file()},
         metadata.version("lm_eval") if config.tasks else None,
+        vllm_version() if config.engine == "vllm" else None,
         metadata.version("nanogcg") if any(attack.kind == "gcg" for attack in config.attacks) else None,
     ]

@@ -1,4 +1,4 @@
-"""Generation of answers up to the end of the turn, greedy or sampled: by an actor pool, or by a server."""
+"""Generation of answers up to the end of the turn, greedy or sampled: by an actor pool, by vLLM, or by a server."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from raydiv.config.cluster import ClusterConfig
 from raydiv.evaluation.server import TOKEN_IDS, Server
+from raydiv.evaluation.vllm_engine import Vllm
 from raydiv.model.chat import Chat, ChatPrompt, as_messages
 from raydiv.model.load import ModelSource
 from raydiv.runtime.model_pool import map_rows
@@ -42,7 +43,7 @@ class GeneratedAnswer:
     """A model's answer: ``text`` without special tokens; token ids of prompt and answer (with opening and end of turn).
 
     ``thought``: the thinking block before the text, None without one. ``text`` is None where the thought does not end.
-    ``error`` says why a server gave no answer; there is no text then.
+    ``error`` says why there is no answer.
     """
 
     text: str | None
@@ -63,12 +64,12 @@ def generate(
     max_new_tokens: int,
     cluster: ClusterConfig,
     progress: Progress = no_progress,
-    server: Server | None = None,
+    engine: Server | Vllm | None = None,
 ) -> list[GeneratedAnswer]:
     """One answer per request, of at most ``max_new_tokens`` tokens after its opening.
 
-    By ``server``, which serves the model, or else by a pool, which needs a Ray session. Raises UserError for a request
-    that the server cannot be given.
+    By ``engine``, else by a pool; both but a server need a Ray session. Raises UserError for a request that the server
+    cannot be given.
     """
     chat = model.chat()
     prompts = [chat.prompt_ids(request.prompt, control_tokens=request.control_tokens) for request in requests]
@@ -78,16 +79,17 @@ def generate(
         {"ids": prompt + opening, "seed": request.seed}
         for prompt, opening, request in zip(prompts, openings, requests, strict=True)
     ]
-    completions: Sequence[list[int] | str]
-    if server is None:
+    completions: Sequence[list[int] | str] = []
+    if engine is None:
         completions = complete(model, rows, max_new_tokens, stops, cluster, progress)
-    elif not rows:
-        completions = []
-    elif server.takes_token_ids(prompts[0]):
-        completions = _served(server, chat, [_completion(row, max_new_tokens, stops) for row in rows], progress)
-    else:
-        messages = [_chat_request(server, request, max_new_tokens) for request in requests]
-        completions = _served(server, chat, messages, progress)
+    elif isinstance(engine, Vllm):
+        completions = engine.complete(model, rows, max_new_tokens, stops, cluster, progress)
+    elif rows:
+        if engine.takes_token_ids(prompts[0]):
+            served = [_completion(row, max_new_tokens, stops) for row in rows]
+        else:
+            served = [_chat_request(engine, request, max_new_tokens) for request in requests]
+        completions = _served(engine, chat, served, progress)
     generated = []
     for request, prompt, opening, completion in zip(requests, prompts, openings, completions, strict=True):
         if isinstance(completion, str):

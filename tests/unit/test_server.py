@@ -57,7 +57,7 @@ def test_answers_by_token_ids_are_those_of_the_pool(tiny_model: Path) -> None:
     requests = [Request("Hello?"), Request("How?", opening="Sure, "), Request("Why?", seed=7)]
     with served(handle) as record:
         server = server_of(record.url)
-        answers = generate(source, requests, 9, ClusterConfig(), server=server)
+        answers = generate(source, requests, 9, ClusterConfig(), engine=server)
     assert [answer.ids for answer in answers] == [words, [*chat.text_ids("Sure, "), *words], [*words, end]]
     assert answers[2].text == "Sure, here is how."
     asked = [body["prompt"] for _, body in record.requests if body["max_tokens"] == 9]
@@ -79,11 +79,11 @@ def test_a_server_without_token_ids_is_asked_by_its_chat_endpoint(tiny_model: Pa
     source = ModelSource(tiny_model)
     chat = source.chat()
     with served(handle) as record:
-        (answer,) = generate(source, [Request("Hello?")], 9, ClusterConfig(), server=server_of(record.url))
+        (answer,) = generate(source, [Request("Hello?")], 9, ClusterConfig(), engine=server_of(record.url))
         assert (answer.text, answer.ids) == ("Sure", [*chat.text_ids("Sure"), chat.end_of_turn.id])
         for request in (Request("Hello?", opening="Sure"), Request("Hello?", control_tokens=True)):
             with pytest.raises(UserError, match=r"takes no token ids.*prefill"):
-                generate(source, [request], 9, ClusterConfig(), server=server_of(record.url))
+                generate(source, [request], 9, ClusterConfig(), engine=server_of(record.url))
 
 
 def test_an_answer_that_fails_is_no_answer(tiny_model: Path) -> None:
@@ -95,7 +95,7 @@ def test_an_answer_that_fails_is_no_answer(tiny_model: Path) -> None:
 
     requests = [Request(text) for text in ("filtered", "long", "empty", "nothing", "good")]
     with served(handle) as record:
-        answers = generate(ModelSource(tiny_model), requests, 9, ClusterConfig(), server=server_of(record.url))
+        answers = generate(ModelSource(tiny_model), requests, 9, ClusterConfig(), engine=server_of(record.url))
     assert [answer.text for answer in answers] == [None, None, None, None, "fine"]
     assert all(answer.error for answer in answers[:4])
     assert "413 " in answers[1].error
