@@ -102,6 +102,10 @@ STARTS = 4
 """Attempts to start a local Ray, each of which may last 30 s."""
 
 
+CONNECTION_SECONDS = 60.0
+"""Seconds in which a cluster must answer."""
+
+
 def _init_ray_once(cluster: ClusterConfig, dashboard: bool, folder: Path | None) -> None:
     import ray
 
@@ -110,6 +114,8 @@ def _init_ray_once(cluster: ClusterConfig, dashboard: bool, folder: Path | None)
     environment = worker_environment(cluster)
     try:
         with _core_log_silenced():
+            if address and "://" not in address and ":" in address:
+                compat.require_cluster(address, CONNECTION_SECONDS)
             ray.init(
                 # without an address Ray joins the newest cluster that any user started on this machine
                 address=address or "local",

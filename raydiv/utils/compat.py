@@ -6,8 +6,10 @@ changed.
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +80,33 @@ def server_ray_version(client: Any) -> str:
     Checked with Ray 2.60: ``SubmissionClient._server_ray_version``, set when the client connects.
     """
     return str(client._server_ray_version)
+
+
+def require_cluster(address: str, seconds: float) -> None:
+    """Raise AuthenticationError without a token that the settings require, and ConnectionError where the Ray cluster at
+    HOST:PORT refuses this client or does not answer for ``seconds``.
+
+    Checked with Ray 2.60: ray.init repeats a refused connection for 20 s, and waits for its first reply without a limit
+    (seen once, with a wrong token: it never returned).
+    """
+    from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
+
+    client: Any = importlib.import_module("ray._raylet").GcsClient
+    ensure_token_if_auth_enabled(None, create_token_if_missing=False)
+    problems: list[str] = [f"no answer within {seconds:.0f} s"]
+
+    def connect() -> None:
+        try:
+            client(address=address)
+            problems.clear()
+        except Exception as error:  # of several types
+            problems[:] = [str(error)]
+
+    attempt = threading.Thread(target=connect, daemon=True)
+    attempt.start()
+    attempt.join(seconds)
+    if problems:
+        raise ConnectionError(problems[0])
 
 
 def is_missing_job_agent(error: RuntimeError) -> bool:

@@ -497,7 +497,9 @@ def test_a_local_ray_refuses_requests_without_its_token(
                 ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "wrong"}, f"RAY_ADDRESS: cannot connect to {address}"),
             ):
                 environment = clean | {"RAY_ADDRESS": address} | variables
-                ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+                ended = subprocess.run(
+                    command, env=environment, capture_output=True, text=True, check=False, timeout=300
+                )
                 assert ended.returncode == 2, ended.stderr
                 last = ended.stderr.strip().splitlines()[-1]
                 assert message in last

@@ -7,6 +7,7 @@ import inspect
 import json
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -295,3 +296,27 @@ def test_complete_chunked_attention(tmp_path: Path) -> None:
     published.config.text_config.attention_chunk_size = 32
     with torch.no_grad():
         assert torch.equal(ModelSource(tmp_path).load()(ids).logits, published(input_ids=ids).logits)
+
+
+def test_require_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray._raylet
+    from ray._private.authentication import authentication_token_setup
+
+    checked: list[bool] = []
+
+    def ensure(config: Any, create_token_if_missing: bool) -> None:
+        checked.append(create_token_if_missing)
+
+    parameters = inspect.signature(authentication_token_setup.ensure_token_if_auth_enabled).parameters
+    assert list(parameters)[1] == "create_token_if_missing"
+    monkeypatch.setattr(authentication_token_setup, "ensure_token_if_auth_enabled", ensure)
+    released = threading.Event()
+    clients = {"good:1": lambda: None, "refused:1": lambda: 1 / 0, "silent:1": lambda: released.wait(60)}
+    monkeypatch.setattr(ray._raylet, "GcsClient", lambda address: clients[address]())
+    compat.require_cluster("good:1", 60)
+    with pytest.raises(ConnectionError, match="division by zero"):
+        compat.require_cluster("refused:1", 60)
+    with pytest.raises(ConnectionError, match="no answer within 0 s"):
+        compat.require_cluster("silent:1", 0.05)
+    released.set()
+    assert checked == [False] * 3
