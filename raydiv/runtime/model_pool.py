@@ -131,8 +131,10 @@ class ModelPool:
 
     def _start(self, count: int) -> None:
         pool = self.resources
-        options = {"num_cpus": pool.cpus, "num_gpus": pool.gpus, "max_restarts": ATTEMPTS, "max_task_retries": ATTEMPTS}
-        actor_type = ray.remote(**options, **pool.options)(_Actor)
+        # a strategy of its own: without one an actor joins the placement group of the trial that starts it, which holds
+        # what the trial's driver needs and no more
+        options = {"num_cpus": pool.cpus, "num_gpus": pool.gpus, "scheduling_strategy": "DEFAULT"} | pool.options
+        actor_type = ray.remote(**options, max_restarts=ATTEMPTS, max_task_retries=ATTEMPTS)(ModelActor)
         for _ in range(count - len(self._actors)):
             actor = actor_type.remote()
             self._actors.append(actor)
@@ -151,7 +153,7 @@ class ModelPool:
         return result
 
 
-class _Actor:
+class ModelActor:
     """Builds the worker of each map, and calls it. A UserError is returned: Ray would wrap it in a traceback."""
 
     def __init__(self) -> None:

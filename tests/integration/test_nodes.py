@@ -95,7 +95,7 @@ def test_pools_run_on_the_selected_node_and_workers_on_the_others(
     for kind, address in json.loads(nodes.run("-c", ACTORS).stdout):
         addresses.setdefault(kind, set()).add(address)
     assert addresses.pop("RayTrainWorker") == {"10.213.0.2", "10.213.0.3"}
-    pools = [found for kind, found in addresses.items() if kind.startswith("MapWorker")]
+    pools = [found for kind, found in addresses.items() if kind.startswith(("ModelActor", "MapWorker"))]
     assert pools, addresses
     assert set().union(*pools) == {"10.213.0.4"}
 

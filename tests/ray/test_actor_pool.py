@@ -168,3 +168,25 @@ def test_an_error_ends_the_calls_that_nobody_waits_for() -> None:
     with pytest.raises(RuntimeError, match=r"^Breaks: KeyError: 'a bug'"):
         map_rows(list(range(20)), Breaks, {}, cluster=ClusterConfig(), batch_rows=1)
     assert len(processes(4)) == 4
+
+
+def test_a_pool_inside_a_trial_leaves_its_placement_group() -> None:
+    """A trial of Ray Tune is an actor of a placement group that holds its driver alone, and captures what it starts."""
+    group = ray.util.placement_group([{"memory": 1}])
+    ray.get(group.ready())
+    strategy = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(
+        group, placement_group_capture_child_tasks=True
+    )
+
+    @ray.remote(num_cpus=0, memory=1, scheduling_strategy=strategy)
+    def trial() -> list[Any]:
+        try:
+            return list(map_rows([1, 2, 3], Doubles, {}, cluster=ClusterConfig(), batch_rows=2))
+        finally:
+            end_pool()
+
+    end_pool()
+    try:
+        assert ray.get(trial.remote(), timeout=120) == [2, 4, 6]
+    finally:
+        ray.util.remove_placement_group(group)

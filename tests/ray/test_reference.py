@@ -519,9 +519,9 @@ def test_two_processes_at_once_share_the_work(first: PreparedData, model: Path, 
         assert summary["fingerprint"] == first.train.examples.fingerprint
         assert summary["reference"]["hits"] + summary["reference"]["misses"] == EXAMPLES
         np.testing.assert_allclose(summary["logps"], first.train.reference_logps, rtol=1e-5)
-    assert sum(summary["reference"]["misses"] for summary in summaries) >= EXAMPLES
     rows = [pq.read_metadata(path).num_rows for path in parts(tmp_path / "cache")]
-    assert sum(rows) == EXAMPLES  # a task that both scored is one part
+    # a task that both scored is one part; what one stored before the other looked is scored once
+    assert EXAMPLES <= sum(rows) <= sum(summary["reference"]["misses"] for summary in summaries)
 
 
 def test_score_once_stores_its_results(tiny_model: Path, own_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
