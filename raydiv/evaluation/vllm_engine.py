@@ -89,6 +89,8 @@ class Vllm:
             "tensor_parallel_size": self.tensor_parallel,
             "trust_remote_code": model.trust_remote_code,
             "seed": 0,
+            # on a CPU the compilation takes longer than the answers of an evaluation
+            "enforce_eager": not pool.gpus,
         }
         if base is not None:
             rank = json.loads((model.directory / "adapter_config.json").read_text())["r"]
@@ -108,8 +110,11 @@ class Vllm:
 
 
 def _sampling(seed: int | None) -> dict[str, Any]:
-    """Sampling parameters of vLLM: greedy without a seed. All rows have the same keys, as columns of a table."""
-    return {"temperature": 0.0 if seed is None else 1.0, "top_p": 1.0, "seed": seed}
+    """Sampling parameters of vLLM: greedy without a seed.
+
+    All rows have the same keys and no null, as columns of a table: with one, Ray Data would make the seeds floats.
+    """
+    return {"temperature": 0.0 if seed is None else 1.0, "top_p": 1.0, "seed": seed or 0}
 
 
 def _result(row: dict[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ LIBRARIES = {
         "runtime",
         "runs.prometheus",
         "data.reference_scorer",
+        "evaluation.vllm_engine",
         "commands.train",
         "commands.preflight",
         "commands.bench",

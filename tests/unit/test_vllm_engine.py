@@ -80,7 +80,7 @@ def test_rows_come_back_in_order_and_a_failed_one_is_no_answer(
     assert [answer.error for answer in answers] == [None, "ValueError: too long", None]
     assert [answer.ids for answer in answers if not answer.error] == [answers[n].prompt_ids[::-1] for n in (0, 2)]
     greedy, sampled = (engine["rows"][number]["sampling_params"] for number in (0, 2))
-    assert (greedy["temperature"], greedy["seed"], greedy["max_tokens"]) == (0, None, 9)
+    assert (greedy["temperature"], greedy["seed"], greedy["max_tokens"]) == (0, 0, 9)
     assert (sampled["temperature"], sampled["top_p"], sampled["seed"]) == (1, 1, 7)
     assert end in greedy["stop_token_ids"]
     config = engine["config"]
