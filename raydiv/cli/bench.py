@@ -15,6 +15,8 @@ PARTS = {
     "embed": {"repeats", "rows"},
     "start": {"repeats"},
     "trials": {"repeats", "steps"},
+    "small": {"repeats", "rows"},
+    "answers": {"repeats", "rows"},
     "scale": {"repeats"},
 }
 """The options that apply to each part."""
@@ -46,7 +48,8 @@ def add_bench_command(commands: Any) -> None:
         type=int,
         action="append",
         metavar="N",
-        help="data: examples, may be repeated (default: 200000); embed: prompts (default: 800)",
+        help="data: examples, may be repeated (default: 200000); embed: prompts (default: 800); small: rows that are "
+        "checked (default: 1000); answers: prompts (default: 96)",
     )
     add_reports(bench)
 
@@ -60,9 +63,9 @@ def _bench(options: argparse.Namespace) -> int:
     for name in settings:
         if name not in PARTS[part]:
             raise UserError(f"--{name}: does not apply to --part {part}")
-    if part == "embed" and "rows" in settings:
+    if part != "data" and "rows" in settings:
         if len(settings["rows"]) > 1:
-            raise UserError("--rows: takes one number with --part embed")
+            raise UserError(f"--rows: takes one number with --part {part}")
         (settings["rows"],) = settings["rows"]
     name = "training" if part == "train" else part
     module = importlib.import_module(f"raydiv.commands.bench.{name}")

@@ -18,7 +18,7 @@ from raydiv.data.prompt_sets import Prompt
 from raydiv.data.readers import parse_record
 from raydiv.data.tokenize import RecordChunk, record_chunks
 from raydiv.model.chat import Chat, ChatPrompt, as_messages
-from raydiv.runtime.actor_pool import map_stream
+from raydiv.runtime.row_stream import map_stream
 
 SHARED_TRIGRAMS = 0.5
 """Two prompts are near if they share this fraction of the shorter prompt's word trigrams ..."""

@@ -29,7 +29,7 @@ from raydiv.data.readers import FileChunk, RawRecord, file_chunks, parse_record,
 from raydiv.data.sources import require_unchanged
 from raydiv.data.tokens import ROW_GROUP_SIZE, content_key
 from raydiv.model.chat import Chat, ChatPrompt, Response, TokenizedExample, prompt_key
-from raydiv.runtime.actor_pool import map_stream
+from raydiv.runtime.row_stream import map_stream
 from raydiv.utils.errors import UserError
 from raydiv.utils.progress import Progress, no_progress
 from raydiv.utils.storage import Folder, open_input

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
@@ -21,44 +21,25 @@ from ray.data.block import BlockMetadata
 from raydiv.config.cluster import ClusterConfig
 from raydiv.runtime.model_pool import end_pool
 from raydiv.runtime.resources import Pool, pool_resources
+from raydiv.runtime.row_stream import Reader
 from raydiv.utils.errors import UserError
-
-Reader = Callable[[], Iterable[Any]]
-"""Returns rows; called in a task."""
 
 BUFFER_BYTES = 256 * 2**20
 """Limit of a pipeline's rows in the object store: its memory does not grow with the data."""
 
 
-def map_stream(
-    readers: Sequence[Reader],
-    worker: type,
-    arguments: dict[str, Any],
-    *,
-    cluster: ClusterConfig,
-    here: bool = False,
+def map_by_actors(
+    readers: Sequence[Reader], worker: type, arguments: dict[str, Any], cluster: ClusterConfig
 ) -> Generator[Any, None, None]:
-    """Map the rows of ``readers`` over a pool of ``worker`` actors, in order; memory does not grow with the rows.
+    """``map_stream`` by a pool: several readers run at a time, in tasks, and there is one actor a CPU.
 
-    Several readers run at a time, in tasks. ``worker(**arguments)`` is called with a list of one row. There is one
-    actor a CPU. The pool of models ends, since its CPUs are needed.
-
-    ``here``: in this process and without Ray, for work that takes less time than the pool takes to start.
+    The pool of models ends, since its CPUs are needed.
     """
-    if here:
-        return _map_here(readers, worker, arguments)
     end_pool()
     pool = pool_resources(cluster, model=False)
     dataset = _read_dataset(readers, concurrency=2 + pool.devices)
     dataset.context.execution_options.resource_limits = ExecutionResources(object_store_memory=BUFFER_BYTES)
     return _map_batches(dataset, worker, arguments, pool, len(readers))
-
-
-def _map_here(readers: Sequence[Reader], worker: type, arguments: dict[str, Any]) -> Generator[Any, None, None]:
-    call = worker(**arguments)
-    for reader in readers:
-        for row in reader():
-            yield from call([row])
 
 
 class PrefetchedStream:

@@ -96,7 +96,7 @@ def indices_of(
 def stream_here(
     readers: Sequence[Callable[[], Iterable[Any]]], worker: type, arguments: dict[str, Any], **_: Any
 ) -> Iterator[Any]:
-    """``actor_pool.map_stream`` with one worker, in this process; rows and arguments are pickled all the same."""
+    """``row_stream.map_stream`` with one worker, in this process; rows and arguments are pickled all the same."""
     actor = worker(**pickle.loads(pickle.dumps(arguments)))
     for reader in readers:
         for row in pickle.loads(pickle.dumps(reader))():

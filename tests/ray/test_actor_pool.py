@@ -14,8 +14,9 @@ import pytest
 import ray
 
 from raydiv.config.cluster import ClusterConfig
-from raydiv.runtime.actor_pool import PrefetchedStream, map_stream
+from raydiv.runtime.actor_pool import PrefetchedStream
 from raydiv.runtime.model_pool import end_pool, map_rows
+from raydiv.runtime.row_stream import map_stream
 from raydiv.runtime.session import ray_session
 from raydiv.utils.errors import UserError
 

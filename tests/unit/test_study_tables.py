@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import linregress, pearsonr, ttest_1samp, ttest_rel, wilcoxon
+from scipy.stats import linregress, pearsonr, permutation_test, ttest_1samp, ttest_rel, wilcoxon
 
 from helpers.study_cells import INTERCEPTS, LOSSES, MATCHED, SLOPE, metrics_of, study
+from raydiv.experiments.study import regression
 from raydiv.experiments.study.cells import BASE, NO_DATA, Cell, baseline_cells, grouped_cells
-from raydiv.experiments.study.measures import ASR, D_B, D_B_LENGTH_MATCHED, attack_success, measures
-from raydiv.experiments.study.regression import ClaimTest, claim_table, claim_test, claim_tests, correlation_of
+from raydiv.experiments.study.measures import ASR, D_B, D_B_FULL, D_B_LENGTH_MATCHED, attack_success, measures
+from raydiv.experiments.study.regression import (
+    ClaimTest,
+    SlopeEstimate,
+    claim_table,
+    claim_test,
+    claim_tests,
+    correlation_of,
+    slope_of,
+)
 from raydiv.experiments.study.table_io import Table, TableCell, TableRow, markdown, write_tables
 from raydiv.experiments.study.tables import against, cell_table, paired, rank_table, tables_of
 
-NO_ESTIMATE = "no estimate: {} cells; with an intercept for each model, at least {} are needed"
+NO_ESTIMATE = "no estimate: {} cells; with an intercept for each model and data, at least {} are needed"
 
 
 def cell_of(model: str, data: str, loss: str, seed: int = 0, **metrics: float) -> Cell:
@@ -257,18 +267,20 @@ def test_every_two_kinds_of_data_are_compared() -> None:
     assert [table.title for table in tables_of([cell_of("m", "CR", "dpo", asr=0.1)])] == ["Cells"]
 
 
-def dummies(cells: list[Cell], separation: str, asr: str) -> tuple[float, float, float]:
-    """Slope, its standard error, and the partial correlation, by numpy with an indicator for each model."""
+def dummies(cells: list[Cell], separation: str, asr: str) -> tuple[float, float]:
+    """Slope and partial correlation, by numpy with an indicator for each model and data."""
     x = np.log([cell.metrics[separation] for cell in cells])
     y = np.array([cell.metrics[asr] for cell in cells])
-    models = sorted({cell.model for cell in cells})
-    indicators = np.array([[cell.model == model for model in models] for cell in cells], dtype=float)
-    design = np.column_stack([x, indicators])
-    coefficients, residual, *_ = np.linalg.lstsq(design, y, rcond=None)
-    variance = residual[0] / (len(y) - design.shape[1])
-    error = np.sqrt(variance * np.linalg.inv(design.T @ design)[0, 0])
+    blocks = sorted({(cell.model, cell.data) for cell in cells})
+    indicators = np.array([[(cell.model, cell.data) == block for block in blocks] for cell in cells], dtype=float)
+    coefficients = np.linalg.lstsq(np.column_stack([x, indicators]), y, rcond=None)[0]
     left = [values - indicators @ np.linalg.lstsq(indicators, values, rcond=None)[0] for values in (x, y)]
-    return float(coefficients[0]), float(error), float(pearsonr(*left).statistic)
+    return float(coefficients[0]), float(pearsonr(*left).statistic)
+
+
+def intercepts(claim: ClaimTest) -> dict[tuple[str, str], float]:
+    assert claim.slope
+    return {(model, data): value for model, data, value in claim.slope.intercepts}
 
 
 def test_regression_recovers_the_known_slope() -> None:
@@ -276,16 +288,15 @@ def test_regression_recovers_the_known_slope() -> None:
     assert claim.slope
     assert claim.correlation
     assert claim.slope.value == pytest.approx(SLOPE)
-    assert claim.slope.intercepts == pytest.approx(INTERCEPTS)
-    assert claim.slope.error == pytest.approx(0, abs=1e-9)
+    assert claim.slope.interval == pytest.approx((SLOPE, SLOPE), abs=1e-6)
+    assert (claim.slope.p, claim.slope.p_losses) == (pytest.approx(1e-4), pytest.approx(1 / 24))
+    expected = {(model, data): value for model, value in INTERCEPTS.items() for data in ("CR", "Pref")}
+    assert intercepts(claim) == pytest.approx(expected)
     assert claim.correlation.value == pytest.approx(-1)
     assert claim.correlation.interval == pytest.approx((-1, -1))
     assert claim.notes == ()
-    matched = claim_test(study(), D_B_LENGTH_MATCHED, ASR)
-    assert matched.slope
-    assert matched.slope.intercepts == pytest.approx(
-        {model: value - SLOPE * math.log(MATCHED) for model, value in INTERCEPTS.items()}
-    )
+    matched = intercepts(claim_test(study(), D_B_LENGTH_MATCHED, ASR))
+    assert matched == pytest.approx({key: value - SLOPE * math.log(MATCHED) for key, value in expected.items()})
 
 
 @pytest.mark.parametrize("asr", ["evaluate/asr", "evaluate/asr/prefill", "evaluate/asr_set/AdvBench"])
@@ -296,47 +307,116 @@ def test_estimates_equal_least_squares_with_indicators(asr: str) -> None:
     }
     assert len(claims) == 8
     claim = claims["separation/d_b", asr]
-    slope, error, r = dummies(cells, "separation/d_b", asr)
+    slope, r = dummies(cells, "separation/d_b", asr)
     assert claim.slope
     assert claim.correlation
-    assert (claim.slope.value, claim.slope.error) == pytest.approx((slope, error))
+    assert claim.slope.value == pytest.approx(slope)
     assert (claim.correlation.value, claim.correlation.cells) == (pytest.approx(r), 24)
-    # the t test of the slope and the test of r = 0 are the same
-    assert claim.correlation.p == pytest.approx(claim.slope.p)
-    z = 1.959963984540054 / math.sqrt(24 - 3 - 2)
-    assert claim.correlation.interval == pytest.approx((math.tanh(math.atanh(r) - z), math.tanh(math.atanh(r) + z)))
 
 
-def test_one_model_gives_the_ordinary_regression() -> None:
-    cells = [cell for cell in study(noise=0.4) if cell.model == "gemma-2-2b"]
-    x = np.log([cell.metrics["separation/d_b"] for cell in cells])
-    y = [cell.metrics["evaluate/asr"] for cell in cells]
-    expected, correlation = linregress(x, y), pearsonr(x, y)
+def test_seeds_are_averaged_first() -> None:
+    cells = study(noise=0.4, seeds=3)
     claim = claim_test(cells, D_B, ASR)
-    assert claim.slope
-    assert claim.correlation
-    assert (claim.slope.value, claim.slope.error, claim.slope.p) == pytest.approx(
-        (expected.slope, expected.stderr, expected.pvalue)
-    )
-    assert claim.slope.intercepts["gemma-2-2b"] == pytest.approx(expected.intercept)
-    low, high = claim.slope.interval
-    assert high - low == pytest.approx(2 * 2.4469118511449692 * expected.stderr)  # t(0.975; 6)
-    assert claim.correlation.value == pytest.approx(correlation.statistic)
-    assert claim.correlation.interval == pytest.approx(tuple(correlation.confidence_interval()))
+    assert len(claim.points) == 24
+    first = [cell for cell in cells if cell.key == cells[0].key]
+    assert claim.points[0].d_b == pytest.approx(np.mean([cell.metrics["separation/d_b"] for cell in first]))
+    assert claim.points[0].asr == pytest.approx(np.mean([cell.metrics["evaluate/asr"] for cell in first]))
 
 
-def test_fishers_interval_covers_the_partial_correlation_in_95_percent() -> None:
+def frame(x: np.ndarray, y: np.ndarray, block: np.ndarray, loss: np.ndarray) -> pd.DataFrame:
+    """Points of the regression: ``block`` is the model, and the data are one."""
+    return pd.DataFrame({"model": block, "data": "CR", "loss": loss, "x": x, "asr": y})
+
+
+def test_p_is_that_of_scipys_permutation_test() -> None:
+    generator = np.random.default_rng(2)
+    x = generator.normal(size=6)
+    y = 0.5 * x + generator.normal(size=6)
+    expected = permutation_test(
+        (x,), lambda values: abs(np.corrcoef(values, y)[0, 1]), permutation_type="pairings", alternative="greater"
+    ).pvalue
+    slope = slope_of(frame(x, y, np.zeros(6, int), np.arange(6)))
+    assert slope.p_losses == pytest.approx(expected)  # one block: exchanging its losses is exchanging losses
+    assert slope.p == pytest.approx(expected, abs=0.015)
+
+
+Draw = Callable[[np.random.Generator], pd.DataFrame]
+
+
+def null(models: int, data: int, losses: int, seeds: int = 1, loss_effect: float = 0.0) -> Draw:
+    """Separation and attack success that have nothing to do with each other, with effects of sd 1 of models and data
+    on both, noise of sd 1, and effects of losses.
+    """
+
+    def draw(generator: np.random.Generator) -> pd.DataFrame:
+        shape = (2, models, data, losses)
+        effects = generator.normal(size=(2, models, 1, 1)) + generator.normal(size=(2, 1, data, 1))
+        values = effects + loss_effect * generator.normal(size=(2, 1, 1, losses)) + generator.normal(size=shape)
+        values = values + generator.normal(size=(seeds, *shape)).mean(axis=0)
+        model, kind, loss = (axis.ravel() for axis in np.indices(shape[1:]))
+        return pd.DataFrame(
+            {"model": model, "data": kind, "loss": loss, "x": values[0].ravel(), "asr": values[1].ravel()}
+        )
+
+    return draw
+
+
+def rejected(draw: Draw, p_of: Callable[[SlopeEstimate], float | None], runs: int = 600) -> float:
+    """The share of simulated studies that the test at 5% rejects."""
     generator = np.random.default_rng(0)
-    covered, rho, models, each = 0, -0.6, 4, 4
-    model = np.repeat(np.arange(models), each)
-    for _ in range(400):
-        shift = 5 * generator.normal(size=(2, models))[:, model]
-        x, noise = generator.normal(size=(2, models * each))
-        y = rho * x + math.sqrt(1 - rho**2) * noise
-        points = pd.DataFrame({"model": model, "log_d_b": x + shift[0], "asr": y + shift[1]})
+    return float(np.mean([float(p_of(slope_of(draw(generator))) or 1.0) < 0.05 for _ in range(runs)]))
+
+
+@pytest.mark.parametrize("design", [null(1, 2, 4), null(5, 2, 4), null(5, 2, 4, seeds=3), null(1, 1, 6)])
+def test_unrelated_cells_are_rejected_in_5_percent(design: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regression, "RESAMPLES", 199)
+    monkeypatch.setattr(regression._Exchanged, "interval", lambda self, estimate: None)
+    assert 0.03 <= rejected(design, lambda slope: slope.p) <= 0.07
+
+
+def test_losses_that_act_alike_everywhere_are_exchanged_as_wholes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regression, "RESAMPLES", 199)
+    monkeypatch.setattr(regression._Exchanged, "interval", lambda self, estimate: None)
+    design = null(5, 2, 6, loss_effect=2.0)
+    assert 0.03 <= rejected(design, lambda slope: slope.p_losses) <= 0.07
+    assert rejected(design, lambda slope: slope.p, runs=200) > 0.15
+
+
+def test_the_interval_of_the_slope_covers_it_in_95_percent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regression, "RESAMPLES", 399)
+    generator, covered = np.random.default_rng(0), 0
+    for _ in range(200):
+        points = null(2, 2, 5)(generator)
+        points["asr"] += 0.7 * points["x"]
+        low, high = slope_of(points).interval
+        covered += low <= 0.7 <= high
+    assert 0.91 <= covered / 200 <= 0.99
+
+
+def test_the_bootstrap_of_the_correlation_covers_it_with_many_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regression, "RESAMPLES", 399)
+    generator, covered, rho = np.random.default_rng(0), 0, -0.6
+    for _ in range(200):
+        points = null(2, 2, 12)(generator)
+        points["asr"] += (
+            rho / math.sqrt(1 - rho**2) * (points["x"] - points.groupby(["model", "data"])["x"].transform("mean"))
+        )
         low, high = correlation_of(points).interval
         covered += low <= rho <= high
-    assert 0.92 <= covered / 400 <= 0.98
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_too_few_permutations_give_no_interval() -> None:
+    points = frame(
+        np.array([1.0, 2.0, 4.0, 1.0, 3.0]),
+        np.array([0.3, 0.2, 0.1, 0.4, 0.3]),
+        np.array([0, 0, 0, 1, 1]),
+        np.array([0, 1, 2, 0, 1]),
+    )
+    slope = slope_of(points)
+    assert slope.interval is None
+    assert slope.p_losses is None  # the blocks have different losses
+    assert slope.p > 0.05
 
 
 def test_cells_without_a_log_of_the_separation_are_left_out_and_counted() -> None:
@@ -351,18 +431,34 @@ def test_cells_without_a_log_of_the_separation_are_left_out_and_counted() -> Non
     )
 
 
+def test_a_separation_below_chance_is_not_left_out() -> None:
+    cells = [cell_of("m", "CR", f"x{n}", asr=0.1 * n) for n in range(5)]
+    values = (-0.5, 0.0, 0.5, 2.0, 4.5)
+    cells = [
+        replace(cell, metrics={**cell.metrics, D_B_FULL.metric: value})
+        for cell, value in zip(cells, values, strict=True)
+    ]
+    claim = claim_test(cells, D_B_FULL, ASR)
+    assert [point.d_b for point in claim.points] == list(values)
+    expected = linregress([-2, 0, 2, 4, 6], [0.0, 0.1, 0.2, 0.3, 0.4])
+    assert claim.slope
+    assert claim.slope.value == pytest.approx(expected.slope)
+    assert claim.notes == ()
+
+
 def test_no_estimate_from_too_few_cells_or_without_variation() -> None:
     def reason(claim: ClaimTest) -> str:
-        assert claim.slope is claim.correlation is claim.without_a_loss is claim.whole is None
+        assert claim.slope is claim.correlation is claim.without_one is claim.whole is None
         return claim.notes[-1]
 
     few = study()[:2] + study()[8:10]
     assert reason(claim_test(few, D_B, ASR)) == NO_ESTIMATE.format(4, 5)
     assert reason(claim_test([], D_B, ASR)) == NO_ESTIMATE.format(0, 4)
+    same = "no estimate: {} is the same in all cells of each model and data"
     constant = [cell_of("m", "CR", str(n), d_b=2.0, asr=n / 9) for n in range(6)]
-    assert reason(claim_test(constant, D_B, ASR)) == "no estimate: separation is the same in all cells of each model"
+    assert reason(claim_test(constant, D_B, ASR)) == same.format("separation")
     safe = [cell_of(model, "CR", str(n), d_b=1.0 + n, asr=0.1) for model in "mn" for n in range(4)]
-    assert reason(claim_test(safe, D_B, ASR)) == "no estimate: attack success is the same in all cells of each model"
+    assert reason(claim_test(safe, D_B, ASR)) == same.format("attack success")
 
 
 def test_broken_models_are_left_out_of_the_second_correlation() -> None:
@@ -373,21 +469,19 @@ def test_broken_models_are_left_out_of_the_second_correlation() -> None:
     assert claim.correlation
     assert without.correlation
     assert claim.correlation.value > without.correlation.value
-    assert [point.broken for point in claim.points] == [False] * 24 + [True] * 3
+    assert len(claim.points) == 27
+    assert all(point.broken == (point.loss == "plain") for point in claim.points)
     assert claim.notes == ("broken models (more than 20% degenerate answers): 3 of 27 cells",)
 
 
-def test_range_of_the_correlation_without_each_loss() -> None:
+def test_range_of_the_correlation_without_each_loss_and_each_data_set() -> None:
     cells = study(noise=0.4)
     claims = [claim_test([cell for cell in cells if cell.loss != loss], D_B, ASR) for loss in LOSSES]
+    claims += [claim_test([cell for cell in cells if cell.data != data], D_B, ASR) for data in ("CR", "Pref")]
     values = [claim.correlation.value for claim in claims if claim.correlation]
-    assert claim_test(cells, D_B, ASR).without_a_loss == pytest.approx((min(values), max(values)))
-    assert claim_test([cell for cell in cells if cell.loss == "dpo"], D_B, ASR).without_a_loss is None
-
-
-def test_dependent_seeds_are_noted() -> None:
-    (note,) = claim_test(study(noise=0.2, seeds=2), D_B, ASR).notes
-    assert "seed" in note
+    assert len(values) == 6
+    assert claim_test(cells, D_B, ASR).without_one == pytest.approx((min(values), max(values)))
+    assert claim_test([cell for cell in cells if cell.loss == "dpo"], D_B, ASR).without_one is None
 
 
 def test_table_of_claims() -> None:
@@ -395,7 +489,7 @@ def test_table_of_claims() -> None:
     assert len(table.rows) == 8
     assert {len(row.words) + len(row.figures) for row in table.rows} == {len(table.header)} == {15}
     assert len(set(table.header)) == len(table.header)
-    assert table.rows[0].words == ("ASR", "D_B")
+    assert table.rows[0].words == ("ASR", "log of D_B")
     few = claim_table(claim_tests(study()[:3]))
     assert {str(figure) for row in few.rows for figure in row.figures} == {"3", "-"}
     assert few.notes[1:] == (NO_ESTIMATE.format(3, 4),)
@@ -414,13 +508,13 @@ def test_table_of_claims() -> None:
 def test_keys_of_a_regression_in_study_json() -> None:
     record = claim_test(study(noise=0.4), D_B, ASR).as_json()
     assert record.keys() == {
-        *("separation", "asr", "points", "slope", "correlation", "without_a_loss", "whole", "notes"),
+        *("separation", "asr", "points", "slope", "correlation", "without_one", "whole", "notes", "scale"),
     }
     assert record["separation"] == {
         "metric": "separation/d_b", "label": "D_B", "form": "{:.3f}", "better": 1, "safety": False, "averaged": False,
     }  # fmt: skip
     assert record["asr"]["safety"]
-    assert record["slope"].keys() == {"value", "error", "interval", "p", "intercepts"}
+    assert record["slope"].keys() == {"value", "interval", "p", "p_losses", "intercepts"}
     assert record["points"][0].keys() == {"model", "data", "loss", "d_b", "asr", "broken"}
 
 
@@ -495,4 +589,9 @@ def test_claim_is_also_tested_on_all_dimensions_where_measured() -> None:
     first, _, full = claim_tests(fuller)[:3]
     assert first.slope is not None
     assert full.slope is not None
-    assert full.slope.value == pytest.approx(first.slope.value / 2)
+    # D_B squared: its root is proportional to D_B, of which the logarithm is the first test's
+    x = [np.sqrt(8) * cell.metrics["separation/d_b"] for cell in plain]
+    blocks = [f"{cell.model} {cell.data}" for cell in plain]
+    points = pd.DataFrame({"x": x, "asr": [cell.metrics["evaluate/asr"] for cell in plain]})
+    within = points - points.groupby(blocks).transform("mean")
+    assert full.slope.value == pytest.approx(float(within["x"] @ within["asr"] / (within["x"] @ within["x"])))

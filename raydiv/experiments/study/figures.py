@@ -11,7 +11,7 @@ import numpy as np
 
 from raydiv.experiments.study.cells import NO_DATA, Cell, grouped_cells, trained_cells
 from raydiv.experiments.study.measures import ASR, BROKEN, D_B, Measure, is_broken
-from raydiv.experiments.study.regression import ClaimTest, CorrelationEstimate, SlopeEstimate
+from raydiv.experiments.study.regression import LOG, ClaimTest, CorrelationEstimate, Scale, SlopeEstimate, scale_of
 from raydiv.experiments.study.table_io import slug
 from raydiv.runs.report.drawing import AMBER, BLUE, GREY, INK, PAPER, RED, TEAL, Picture, legend, new_axis, styled
 
@@ -21,6 +21,8 @@ FILLS = ("full", "bottom", "left", "top", "right")
 """What models, losses or data are drawn with, in turn; with more of them than entries the first entry is used again."""
 
 HOLLOW = f"Hollow: more than {BROKEN:.0%} degenerate answers."
+
+FIT_POINTS = 50
 
 ROW_HEIGHT = 0.19
 """Inches for each loss of a dot plot."""
@@ -39,16 +41,18 @@ def cell_pictures(cells: Sequence[Cell]) -> list[Picture]:
 
 
 def scatter(claim: ClaimTest, name: str) -> Picture:
-    """Attack success against D_B on a log axis.
+    """Attack success against D_B, on a log axis where the regression is on the logarithm.
 
     Models have colours, losses markers, and kinds of data fills; broken models are hollow. Lines are the fit: one
-    slope, an intercept for each model.
+    slope, an intercept for each model and data.
     """
+    scale = scale_of(claim.separation)
     title = f"{claim.asr.label} and {claim.separation.label}"
     figure, axis = new_axis(textwrap.fill(title, 40), claim.separation.label)
     figure.set_figheight(3.9)
     axis.set_ylabel(claim.asr.label)
-    _log(axis)
+    if scale is LOG:
+        _log(axis)
     _percent(axis.yaxis)
     colours = _assigned(COLOURS, (point.model for point in claim.points))
     markers = _assigned(MARKERS, (point.loss for point in claim.points))
@@ -58,12 +62,14 @@ def scatter(claim: ClaimTest, name: str) -> Picture:
         fill = "none" if point.broken else fills[point.data]
         style_of_point = {"color": colours[point.model], "marker": markers[point.loss], "fillstyle": fill}
         axis.plot(point.d_b, point.asr, **style, **style_of_point)
+    if claim.slope is not None:
+        for model, data, intercept in claim.slope.intercepts:
+            d_b = [point.d_b for point in claim.points if (point.model, point.data) == (model, data)]
+            line = np.linspace(min(d_b), max(d_b), FIT_POINTS)
+            axis.plot(
+                line, intercept + claim.slope.value * scale.of(line), color=colours[model], linewidth=1, alpha=0.6
+            )
     for model, colour in colours.items():
-        d_b = [point.d_b for point in claim.points if point.model == model]
-        if claim.slope:
-            ends = np.array([min(d_b), max(d_b)])
-            fitted = claim.slope.intercepts[model] + claim.slope.value * np.log(ends)
-            axis.plot(ends, fitted, color=colour, linewidth=1, alpha=0.6)
         axis.plot([], [], color=colour, linewidth=2.5, label=model)
     for loss, marker in markers.items():
         axis.plot([], [], color=INK, marker=marker, label=loss, **style)
@@ -79,17 +85,20 @@ def _claim_caption(claim: ClaimTest) -> str:
     cells = f"{len(claim.points)} cells, models: {models}."
     if claim.slope is None or claim.correlation is None:
         return f"{cells} {claim.notes[-1].capitalize()}."
-    estimates = _estimates(claim.slope, claim.correlation)
+    estimates = _estimates(claim.slope, claim.correlation, scale_of(claim.separation))
     hollow = f" {HOLLOW}" if any(point.broken for point in claim.points) else ""
-    return f"{cells} Lines: one slope, an intercept for each model. {estimates}{hollow}"
+    return f"{cells} Lines: one slope, an intercept for each model and data. {estimates}{hollow}"
 
 
-def _estimates(slope: SlopeEstimate, correlation: CorrelationEstimate) -> str:
-    change, low, high = (100 * value for value in (slope.value, *slope.interval))
-    r_low, r_high = correlation.interval
+def _estimates(slope: SlopeEstimate, correlation: CorrelationEstimate, scale: Scale) -> str:
+    step = "when D_B grows by a factor of e" if scale is LOG else "per standard deviation between the classes"
+    ends = " to ".join(f"{100 * end:+.1f}" for end in slope.interval or ())
+    r_ends = " to ".join(f"{end:.2f}" for end in correlation.interval or ())
     return (
-        f"Change of attack success when D_B grows by a factor of e: {change:+.1f} percentage points "
-        f"(95% interval {low:+.1f} to {high:+.1f}); correlation {correlation.value:.2f} ({r_low:.2f} to {r_high:.2f})."
+        f"Change of attack success {step}: {100 * slope.value:+.1f} percentage points"
+        + (f" (95% interval {ends})" if ends else "")
+        + f", p {slope.p:.2g}; correlation {correlation.value:.2f}"
+        + (f" ({r_ends})." if r_ends else ".")
     )
 
 

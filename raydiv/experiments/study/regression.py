@@ -1,27 +1,30 @@
-"""The papers' test of their claim: a regression of attack success on the logarithm of the separation, over all cells.
+"""The papers' test of their claim: a regression of attack success on separation, over all cells of a study.
 
-Let y be a cell's attack success (a share) and x = ln D_B. Over n cells of k models
+Let y be the attack success (a share) of a model m trained on data d with a loss l, and x its separation: the logarithm
+of D_B, or a signed root for a measure that chance makes negative. Seeds are averaged first, since they share all but
+noise. Cells of one model and data share its effect on both, so that each such block has an intercept of its own:
 
-    y = a_model + b x                          ordinary least squares, an intercept for each model
-    r = corr(x - mean_model(x), y - mean_model(y))    partial correlation
+    y = a_(m,d) + b x                                    least squares
+    r = corr(x - mean_(m,d)(x), y - mean_(m,d)(y))       partial correlation
 
-Under normal errors, b over its standard error has Student's t distribution with n - k - 1 degrees of freedom. The test
-of r = 0 is the same test.
+p is that of a permutation test: if separation had nothing to do with attack success, the losses of a block could be
+exchanged in y and not in x. The interval of b holds the values that this test of y - b x does not reject. A loss that
+acts alike in all blocks makes the blocks dependent; the second p exchanges losses as wholes, in all blocks at once. The
+interval of r is a bootstrap over losses, with all their cells.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from math import atanh, isclose, sqrt, tanh
+from itertools import islice, permutations
+from math import factorial
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm, t
-from statsmodels.regression.linear_model import OLS
 
-from raydiv.experiments.study.cells import Cell, trained_cells
+from raydiv.experiments.study.cells import Cell, Key, grouped_cells, trained_cells
 from raydiv.experiments.study.measures import (
     BROKEN,
     D_B,
@@ -34,17 +37,26 @@ from raydiv.experiments.study.measures import (
 from raydiv.experiments.study.table_io import Table, TableCell, TableRow
 
 COUNT = "{:.0f}"
+LEVEL = 0.05
+RESAMPLES = 9_999
+"""Permutations, and draws of the bootstrap."""
+
+FEWEST_LOSSES = 3
+"""Losses of which a bootstrap over losses says something."""
+
+BLOCK = ["model", "data"]
 
 LEGEND = (
-    "slope: change of attack success (1 is 100%) when D_B grows by a factor of e, with an intercept for each model; "
-    "r: partial correlation, the models' means removed; low and high: 95% intervals; "
-    "r least and greatest: without each loss in turn"
+    "slope: change of attack success (1 is 100%) when D_B grows by a factor of e (root: per standard deviation "
+    "between the classes), with an intercept for each model and data; p: losses exchanged within each model and data; "
+    "p losses: exchanged in all of them at once; r: partial correlation; low and high: 95% intervals (r: bootstrap "
+    "over losses, too narrow where these are few); r least and greatest: without each loss and each data set in turn"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A cell in the regression: its separation, which is above 0, and its attack success."""
+    """A model trained on ``data`` with ``loss``: the means of its separation and its attack success over seeds."""
 
     model: str
     data: str
@@ -56,34 +68,53 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class SlopeEstimate:
-    """Change of attack success (1 is 100%) when D_B grows by a factor of e: standard error, 95% interval, two-sided p.
+    """Change of attack success (1 is 100%) per unit of the scale: 95% interval and p of the permutation test.
 
-    ``intercepts`` are by model: attack success at D_B = 1.
+    ``interval`` is None where there are too few permutations for one; ``p_losses`` is None where the blocks have
+    different losses, or too few. ``intercepts``: model, data and attack success at 0 of the scale.
     """
 
     value: float
-    error: float
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None
     p: float
-    intercepts: dict[str, float]
+    p_losses: float | None
+    intercepts: tuple[tuple[str, str, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class CorrelationEstimate:
-    """Pearson's correlation with the models' means removed: 95% interval, two-sided p, number of cells."""
+    """Pearson's correlation with the blocks' means removed, its 95% interval where there is one, and the cells."""
 
     value: float
-    interval: tuple[float, float]
-    p: float
+    interval: tuple[float, float] | None
     cells: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """What the regression does with a measure of separation, and the name of the result."""
+
+    name: str
+    of: Callable[[Any], Any]
+
+
+LOG = Scale("log", np.log)
+ROOT = Scale("root", lambda d_b: np.sign(d_b) * np.sqrt(8 * np.abs(d_b)))
+"""Standard deviations between the means of two Gaussians of one covariance, whose D_B is their square over 8."""
+
+
+def scale_of(separation: Measure) -> Scale:
+    """D_B less what chance gives may be negative, where the logarithm has no value."""
+    return ROOT if separation == D_B_FULL else LOG
 
 
 @dataclass(frozen=True, slots=True)
 class ClaimTest:
     """The regression of one measure of attack success on one measure of separation.
 
-    Estimates are None if the cells allow none; ``notes`` give the reason. ``without_a_loss`` is the range of the
-    correlation when each loss in turn is left out. ``whole`` is the correlation without broken models.
+    Estimates are None if the cells allow none; ``notes`` give the reason. ``without_one`` is the range of the
+    correlation when each loss and each data set in turn is left out. ``whole`` is the correlation without broken
+    models.
     """
 
     separation: Measure
@@ -91,7 +122,7 @@ class ClaimTest:
     points: tuple[Point, ...]
     slope: SlopeEstimate | None
     correlation: CorrelationEstimate | None
-    without_a_loss: tuple[float, float] | None
+    without_one: tuple[float, float] | None
     whole: CorrelationEstimate | None
     notes: tuple[str, ...]
 
@@ -99,7 +130,7 @@ class ClaimTest:
         """The test in study.json."""
         keys = ("metric", "label", "form", "better", "safety", "averaged")
         separation, asr = ({key: getattr(measure, key) for key in keys} for measure in (self.separation, self.asr))
-        return {**asdict(self), "separation": separation, "asr": asr}
+        return {**asdict(self), "separation": separation, "asr": asr, "scale": scale_of(self.separation).name}
 
 
 def claim_tests(cells: Sequence[Cell]) -> list[ClaimTest]:
@@ -117,10 +148,10 @@ def claim_tests(cells: Sequence[Cell]) -> list[ClaimTest]:
 
 
 def claim_test(cells: Sequence[Cell], separation: Measure, asr: Measure) -> ClaimTest:
-    """The test over the cells that have both measures and a separation above 0."""
+    """The test over the models, data and losses that have both measures, on the scale of the separation."""
     points, notes = _points(cells, separation, asr)
     frame = pd.DataFrame(map(asdict, points), columns=list(Point.__dataclass_fields__))
-    frame["log_d_b"] = np.log(frame["d_b"].astype(float))
+    frame["x"] = scale_of(separation).of(frame["d_b"].astype(float))
     reason = _no_estimate(frame)
     if reason:
         return ClaimTest(separation, asr, points, None, None, None, None, (*notes, reason))
@@ -128,8 +159,6 @@ def claim_test(cells: Sequence[Cell], separation: Measure, asr: Measure) -> Clai
     if len(unbroken) < len(frame):
         count = f"{len(frame) - len(unbroken)} of {len(frame)} cells"
         notes.append(f"broken models (more than {BROKEN:.0%} degenerate answers): {count}")
-    if frame.duplicated(["model", "data", "loss"]).any():
-        notes.append("intervals are too narrow: cells that differ only in their seed count as independent")
     return ClaimTest(
         separation,
         asr,
@@ -143,86 +172,207 @@ def claim_test(cells: Sequence[Cell], separation: Measure, asr: Measure) -> Clai
 
 
 def _points(cells: Sequence[Cell], separation: Measure, asr: Measure) -> tuple[tuple[Point, ...], list[str]]:
-    """The cells as points, and notes with the number of cells left out."""
-    points, without_log, without_asr = [], 0, 0
-    for cell in cells:
-        d_b, success = separation.value_in(cell), asr.value_in(cell)
-        if d_b is None or d_b <= 0:
-            without_log += 1
+    """A point for each model, data and loss, and notes with the number of those left out."""
+    groups: dict[Key, list[Cell]] = grouped_cells(cells)
+    points, without_separation, without_asr = [], 0, 0
+    for key, group in groups.items():
+        d_b, success = separation.mean(group), asr.mean(group)
+        if d_b is None or (scale_of(separation) is LOG and d_b <= 0):
+            without_separation += 1
         elif success is None:
             without_asr += 1
         else:
-            points.append(Point(*cell.key, d_b, success, is_broken([cell])))
+            points.append(Point(*key, d_b, success, is_broken(group)))
     notes = []
-    if without_log:
-        notes.append(f"left out, {separation.label} missing or not above 0: {without_log} of {len(cells)} cells")
+    if without_separation:
+        why = "missing or not above 0" if scale_of(separation) is LOG else "missing"
+        notes.append(f"left out, {separation.label} {why}: {without_separation} of {len(groups)} cells")
     if without_asr:
-        notes.append(f"left out, {asr.label} missing: {without_asr} of {len(cells)} cells")
+        notes.append(f"left out, {asr.label} missing: {without_asr} of {len(groups)} cells")
     return tuple(points), notes
 
 
 def _no_estimate(points: pd.DataFrame) -> str | None:
-    """The reason for no estimate: too few cells for parameters and interval, or no variation within the models."""
-    models = points["model"].nunique()
-    if len(points) < models + 3:
-        needed = max(models, 1) + 3
-        return f"no estimate: {len(points)} cells; with an intercept for each model, at least {needed} are needed"
-    for name, values in _within_models(points).items():
+    """The reason for no estimate: too few cells, or no variation within the blocks."""
+    blocks = points.groupby(BLOCK).ngroups
+    if len(points) < blocks + 3:
+        needed = max(blocks, 1) + 3
+        return (
+            f"no estimate: {len(points)} cells; with an intercept for each model and data, at least {needed} are needed"
+        )
+    for name, values in zip(("separation", "attack success"), _within_blocks(points), strict=True):
         if np.allclose(values, 0, atol=1e-9):
-            label = "separation" if name == "log_d_b" else "attack success"
-            return f"no estimate: {label} is the same in all cells of each model"
+            return f"no estimate: {name} is the same in all cells of each model and data"
     return None
 
 
-def _within_models(points: pd.DataFrame) -> pd.DataFrame:
-    """The log of D_B and the attack success of each point, less their means over the points of its model."""
-    values = points[["log_d_b", "asr"]]
-    return values - values.groupby(points["model"]).transform("mean")
+def _within_blocks(points: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Separation and attack success of each point, less their means over its block; both [n]."""
+    values = points[["x", "asr"]].astype(float)
+    within = values - values.groupby([points[name] for name in BLOCK]).transform("mean")
+    return within["x"].to_numpy(), within["asr"].to_numpy()
 
 
 def slope_of(points: pd.DataFrame) -> SlopeEstimate:
-    """Ordinary least squares with an intercept for each model."""
-    models = pd.get_dummies(points[["model"]], prefix="", prefix_sep="", dtype=float)
-    design = np.column_stack([points["log_d_b"], models])
-    fit = OLS(points["asr"].to_numpy(), design).fit()
-    low, high = fit.conf_int()[0]
-    intercepts = dict(zip(models.columns, fit.params[1:].tolist(), strict=True))
+    """Least squares with an intercept for each block, and the permutation tests."""
+    x, y = _within_blocks(points)
+    value = float(x @ y / (x @ x))
+    exchanged = _Exchanged.within_blocks(points)
+    at_0 = points.assign(at_0=points["asr"].astype(float) - value * points["x"])
+    means = at_0.groupby(BLOCK, sort=False, as_index=False)["at_0"].mean()
+    intercepts = tuple(
+        (str(model), str(data), float(mean))
+        for model, data, mean in zip(means["model"], means["data"], means["at_0"], strict=True)
+    )
+    losses = _Exchanged.of_losses(points)
     return SlopeEstimate(
-        float(fit.params[0]), float(fit.bse[0]), (float(low), float(high)), float(fit.pvalues[0]), intercepts
+        value,
+        exchanged.interval(value),
+        exchanged.p(0.0),
+        None if losses is None else losses.p(0.0),
+        intercepts,
     )
 
 
-def correlation_of(points: pd.DataFrame) -> CorrelationEstimate:
-    """The partial correlation r, Fisher's interval tanh(atanh r +- 1.96 / sqrt(n - k - 2)), and p of the t test.
+@dataclass(frozen=True, slots=True)
+class _Exchanged:
+    """Products of x with y and with x themselves, within blocks, and after each permutation [b] of y and x.
 
-    Fisher's z of an ordinary correlation has the standard error 1 / sqrt(n - 3), and of one given c other variables
-    1 / sqrt(n - 3 - c). Here these are the indicators of all models but one: c = k - 1.
+    ``includes_identity``: the permutations are all that there are, and not a sample.
     """
-    within = _within_models(points)
-    value = float(within["log_d_b"].corr(within["asr"]))
-    cells, models = len(points), points["model"].nunique()
-    if isclose(abs(value), 1, rel_tol=1e-12):
-        return CorrelationEstimate(value, (value, value), 0.0, cells)
-    half = float(norm.ppf(0.975)) / sqrt(cells - models - 2)
-    free = cells - models - 1
-    p = float(2 * t.sf(abs(value) * sqrt(free / (1 - value**2)), free))
-    return CorrelationEstimate(value, (tanh(atanh(value) - half), tanh(atanh(value) + half)), p, cells)
+
+    xy: float
+    xx: float
+    permuted_xy: np.ndarray
+    permuted_xx: np.ndarray
+    includes_identity: bool
+
+    @classmethod
+    def within_blocks(cls, points: pd.DataFrame) -> _Exchanged:
+        """Random permutations of the losses of each block by itself."""
+        generator = np.random.default_rng(0)
+        order = np.tile(np.arange(len(points)), (RESAMPLES, 1))
+        for rows in points.reset_index(drop=True).groupby(BLOCK).indices.values():
+            order[:, rows] = generator.permuted(order[:, rows], axis=1)
+        return cls._of(points, order, includes_identity=False)
+
+    @classmethod
+    def of_losses(cls, points: pd.DataFrame) -> _Exchanged | None:
+        """Permutations of the losses, the same in each block; None where these cannot reach LEVEL, or the blocks have
+        different losses.
+        """
+        rows = points.reset_index(drop=True)
+        losses = sorted(rows["loss"].unique())
+        places = rows.assign(row=rows.index).pivot_table(index=BLOCK, columns="loss", values="row")
+        if places.isna().any(axis=None) or 1 / factorial(len(losses)) > LEVEL:
+            return None
+        table = places[losses].to_numpy().astype(int)
+        count = factorial(len(losses))
+        order = np.empty((min(count, RESAMPLES), len(rows)), dtype=int)
+        for number, permutation in enumerate(_permutations(len(losses))):
+            order[number, table] = table[:, permutation]
+        return cls._of(points, order, includes_identity=count <= RESAMPLES)
+
+    @classmethod
+    def _of(cls, points: pd.DataFrame, order: np.ndarray, includes_identity: bool) -> _Exchanged:
+        x, y = _within_blocks(points)
+        return cls(float(x @ y), float(x @ x), y[order] @ x, x[order] @ x, includes_identity)
+
+    def p(self, slope: float) -> float:
+        """P of the hypothesis that the slope is ``slope``: the share of permutations of y - slope x at least as
+        correlated with x, the identity among them.
+        """
+        observed = abs(self.xy - slope * self.xx)
+        permuted = np.abs(self.permuted_xy - slope * self.permuted_xx)
+        extreme = int((permuted >= observed - 1e-12 * max(1.0, observed)).sum())
+        counted = 0 if self.includes_identity else 1
+        return (extreme + counted) / (len(permuted) + counted)
+
+    def interval(self, estimate: float) -> tuple[float, float] | None:
+        """The slopes that a test at LEVEL does not reject; None where it rejects none far away from ``estimate``."""
+        ends = []
+        for sign in (-1, 1):
+            step = max(abs(estimate), 1e-3)
+            outside = next((s for s in (step * 2.0**k for k in range(30)) if self.p(estimate + sign * s) < LEVEL), None)
+            if outside is None:
+                return None
+            inside = 0.0
+            for _ in range(50):
+                middle = (inside + outside) / 2
+                inside, outside = (inside, middle) if self.p(estimate + sign * middle) < LEVEL else (middle, outside)
+            ends.append(estimate + sign * outside)
+        return ends[0], ends[1]
+
+
+def _permutations(count: int) -> Iterator[Sequence[int]]:
+    """All orders of ``count`` losses, or RESAMPLES random ones where there are more."""
+    if factorial(count) <= RESAMPLES:
+        return iter(permutations(range(count)))
+    generator = np.random.default_rng(0)
+    return islice(iter(lambda: generator.permutation(count).tolist(), None), RESAMPLES)
+
+
+def correlation_of(points: pd.DataFrame) -> CorrelationEstimate:
+    """The partial correlation r, with an interval by a bootstrap over losses."""
+    x, y = _within_blocks(points)
+    value = float(x @ y / np.sqrt((x @ x) * (y @ y)))
+    losses, codes = np.unique(points["loss"].astype(str), return_inverse=True)
+    if len(losses) < FEWEST_LOSSES:
+        return CorrelationEstimate(value, None, len(points))
+    counts = np.random.default_rng(0).multinomial(len(losses), np.full(len(losses), 1 / len(losses)), size=RESAMPLES)
+    drawn = _weighted_correlations(points, counts[:, codes].astype(float))
+    defined = drawn[np.isfinite(drawn)]
+    if len(defined) < 0.9 * len(drawn):
+        return CorrelationEstimate(value, None, len(points))
+    low, high = np.quantile(defined, [LEVEL / 2, 1 - LEVEL / 2])
+    return CorrelationEstimate(value, (float(low), float(high)), len(points))
+
+
+def _weighted_correlations(points: pd.DataFrame, weights: np.ndarray) -> np.ndarray:
+    """The partial correlation [b] of points with weights [b, n]; NaN without variation within the blocks."""
+    x, y = _within_blocks(points)  # near zero, which keeps the sums of squares exact
+    blocks = pd.get_dummies(points.groupby(BLOCK).ngroup()).to_numpy(dtype=float)
+    sizes = weights @ blocks
+
+    def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means = np.where(sizes > 0, ((weights * a) @ blocks) * ((weights * b) @ blocks) / sizes, 0.0)
+        return np.asarray((weights * a) @ b - means.sum(axis=1))
+
+    xx, yy = product(x, x), product(y, y)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        defined = (xx > 1e-12 * (x @ x)) & (yy > 1e-12 * (y @ y))
+        return np.where(defined, product(x, y) / np.sqrt(xx * yy), np.nan)
 
 
 def _correlation_range(points: pd.DataFrame) -> tuple[float, float] | None:
-    """The lowest and the highest correlation without each loss in turn; None if one of them has no estimate."""
-    others = [points[points["loss"] != loss] for loss in points["loss"].unique()]
-    if any(map(_no_estimate, others)):
+    """The lowest and the highest correlation without each loss and each data set in turn; None if one has no estimate.
+
+    A study of one data set has none to leave out.
+    """
+    others = [
+        points[points[axis] != name]
+        for axis in ("loss", "data")
+        for name in points[axis].unique()
+        if points[axis].nunique() > 1
+    ]
+    if not others or any(map(_no_estimate, others)):
         return None
-    values = [correlation_of(other).value for other in others]
+    values = []
+    for other in others:
+        x, y = _within_blocks(other)
+        values.append(float(x @ y / np.sqrt((x @ x) * (y @ y))))
     return min(values), max(values)
 
 
 def claim_table(claims: Sequence[ClaimTest]) -> Table:
     """A row for each test: slope, correlation, their intervals, and the correlation without a loss or broken models."""
-    estimates = ("cells", "slope", "SE", "slope low", "slope high", "p", "r", "r low", "r high")
-    header = ("attack success", "on the log of", *estimates, "r least", "r greatest", "unbroken r", "unbroken cells")
-    rows = tuple(TableRow((claim.asr.label, claim.separation.label), _figures(claim)) for claim in claims)
+    estimates = ("cells", "slope", "slope low", "slope high", "p", "p losses", "r", "r low", "r high")
+    header = ("attack success", "on", *estimates, "r least", "r greatest", "unbroken r", "unbroken cells")
+    rows = tuple(
+        TableRow((claim.asr.label, f"{scale_of(claim.separation).name} of {claim.separation.label}"), _figures(claim))
+        for claim in claims
+    )
     return Table("Attack success and separation", header, rows, (LEGEND, *_notes(claims)) if rows else ())
 
 
@@ -237,13 +387,19 @@ def _notes(claims: Sequence[ClaimTest]) -> list[str]:
 
 def _figures(claim: ClaimTest) -> tuple[TableCell, ...]:
     """The figures of a row of ``claim_table``."""
-    slope = (None,) * 4 if claim.slope is None else (claim.slope.value, claim.slope.error, *claim.slope.interval)
-    r = (None,) * 3 if claim.correlation is None else (claim.correlation.value, *claim.correlation.interval)
-    unbroken = (None, None) if claim.whole is None else (claim.whole.value, claim.whole.cells)
+    nothing = (None, None)
+    slope = (None,) * 3 if claim.slope is None else (claim.slope.value, *(claim.slope.interval or nothing))
+    p = nothing if claim.slope is None else (claim.slope.p, claim.slope.p_losses)
+    r = (
+        (None,) * 3
+        if claim.correlation is None
+        else (claim.correlation.value, *(claim.correlation.interval or nothing))
+    )
+    unbroken = nothing if claim.whole is None else (claim.whole.value, claim.whole.cells)
     return (
         TableCell(len(claim.points), COUNT),
         *(TableCell(value, "{:.3f}") for value in slope),
-        TableCell(None if claim.slope is None else claim.slope.p, "{:.2g}"),
-        *(TableCell(value) for value in (*r, *(claim.without_a_loss or (None, None)), unbroken[0])),
+        *(TableCell(value, "{:.2g}") for value in p),
+        *(TableCell(value) for value in (*r, *(claim.without_one or nothing), unbroken[0])),
         TableCell(unbroken[1], COUNT),
     )
