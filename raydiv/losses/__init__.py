@@ -20,8 +20,9 @@ otherwise:
 
 - It takes log-mean-exp over the few unaligned examples of one micro-batch of one rank: a biased estimate, whose bias
   depends on the layout. Here every estimator sees the whole global batch.
-- It sums over the batch for KTO, BCO and DPO and averages for KL, so equal learning rates are not equal steps. Here
-  each class, or the pairs, are averaged; weights of classes are options (lambda_aligned, lambda_unaligned).
+- It sums over the batch for KTO, BCO and DPO and averages for KL. AdamW divides the scale out, but clipping,
+  epsilon and a weighted sum of losses see it. Here each class, or the pairs, are averaged; weights of classes are
+  options (lambda_aligned, lambda_unaligned).
 - Its exp().mean().log() overflows for rewards above 88, and a backward divided by mean + 1e-6 vanishes below about -14.
   Here exponentials are taken through log-sum-exp; the gradient is a softmax at any reward.
 - It updates the moving averages of BCO's delta and of the shift as m (1 - a) + a m, which never changes them. All of

@@ -37,10 +37,10 @@ def bounded_exp(x: Tensor, bound: float = MAX_EXPONENT) -> Tensor:
     return x.clamp(max=bound).exp().where(x <= bound, math.exp(bound) * (1 + x - bound))
 
 
-def bounded_expm1(x: Tensor) -> Tensor:
-    """Exp x - 1, exact near 0, and a straight line beyond MAX_EXPONENT."""
-    beyond = math.exp(MAX_EXPONENT) * (1 + x - MAX_EXPONENT) - 1
-    return x.clamp(max=MAX_EXPONENT).expm1().where(x <= MAX_EXPONENT, beyond)
+def bounded_expm1(x: Tensor, bound: float = MAX_EXPONENT) -> Tensor:
+    """Exp x - 1, exact near 0, and a straight line beyond ``bound``."""
+    beyond = math.exp(bound) * (1 + x - bound) - 1
+    return x.clamp(max=bound).expm1().where(x <= bound, beyond)
 
 
 def class_mean(x: Tensor, mask: Tensor, empty: Tensor | float = 0.0) -> Tensor:

@@ -2,7 +2,7 @@
 
 Notation: r+ and r- are beta * log-ratio of a pair's aligned and unaligned example, D = r+ - r-, s the sigmoid. The
 value is the mean over the pairs of the global batch. D+ x D- || D- x D+ are the laws of (aligned, unaligned) and of the
-swapped pair.
+swapped pair, given their prompt: the divergence is the mean over prompts, since both responses have the same one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from raydiv.losses.objective import Batch, LabelSmoothing, Positive, State, Valu
 if TYPE_CHECKING:
     from torch import Tensor
 
-JS_OF_PAIRS = "JS(D+ x D- || D- x D+)"
+JS_OF_PAIRS = "JS(D+ x D- || D- x D+ given the prompt)"
 
 
 def _difference(batch: Batch, beta: float) -> Tensor:
@@ -72,7 +72,7 @@ def rdpo(
 @objective(
     paper="Zhao et al. 2023 (arXiv 2305.10425), hinge",
     data="paired",
-    divergence="TV(D+ x D- || D- x D+), from below",
+    divergence="TV(D+ x D- || D- x D+ given the prompt), from below",
     ceiling=lambda options: 1.0,
 )
 def slic(batch: Batch, state: State, *, beta: Positive = 0.1) -> Value:

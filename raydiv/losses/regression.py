@@ -15,7 +15,7 @@ TRIANGULAR = "triangular discrimination of D+ and D-"
 @objective(
     paper="Azar et al. 2023 (arXiv 2310.12036), eq. 17; per token as in TRL",
     data="paired",
-    divergence=TRIANGULAR,
+    divergence=f"{TRIANGULAR}, from below",
     ceiling=lambda options: 2.0,
 )
 def ipo(
@@ -27,7 +27,8 @@ def ipo(
 ) -> Value:
     """Identity preference optimisation: (a - b - 1/(2 beta))^2; ``length_normalize``: a and b per response token.
 
-    At its optimum 4 beta^2 times the objective is y = (2 - T) / (2 + T), so the estimate is 2 (1 - y) / (1 + y).
+    At its optimum 4 beta^2 times the objective is y = (2 - T) / (2 + T), so the estimate is 2 (1 - y) / (1 + y). Over
+    several prompts y is the mean of a convex function of the T of each, so that the estimate is at most their mean.
     """
     log_ratios = batch.log_ratios / batch.tokens if length_normalize else batch.log_ratios
     aligned, unaligned = batch.paired(log_ratios)

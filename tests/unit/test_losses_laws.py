@@ -294,6 +294,40 @@ def test_training_stays_below_the_divergence(key: str, p: Law, q: Law) -> None:
     assert estimates.max() <= limit
 
 
+EXTREME = ([100.0, -100.0, 40.0, 0.0], [-1e4, 1e4, 1e4, 0.5], [18.0, 25.0, 31.0, 300.0], [0.0, 0.0, 0.0, 1e4])
+
+
+@both_laws
+@pytest.mark.parametrize("rewards", EXTREME)
+@pytest.mark.parametrize("key", [key for key, case in REACHED.items() if case.name == "fdo"])
+def test_fdo_stays_below_the_divergence_at_rewards_beyond_its_tangents(
+    key: str, rewards: list[float], p: Law, q: Law
+) -> None:
+    case = REACHED[key]
+    for signed in (rewards, [-reward for reward in rewards]):
+        batch = batch_of_laws(case, torch.tensor(signed, dtype=torch.float64), p, q)
+        value = OBJECTIVES["fdo"].function(batch, dict(OBJECTIVES["fdo"].state), **options_of(case))
+        expected = case.truth(law(p), law(q))
+        assert divergence(value) <= expected + 1e-9 * max(1.0, abs(divergence(value)))
+
+
+def test_ipo_over_several_prompts_stays_below_the_mean_divergence() -> None:
+    """Of one prompt the classes are equal (T = 0), of the other they are disjoint (T = 2); each has a free reward."""
+    aligned, unaligned = [0, 1, 2, 2], [0, 1, 3, 3]
+    pairs = [(a, b) for a in (0, 1) for b in (4, 5)] + [(a, b) for a in (2, 3) for b in (6, 7)]
+    table = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    adam = torch.optim.Adam([table], lr=0.1)
+    for _ in range(400):
+        adam.zero_grad()
+        outcomes = torch.tensor([*aligned, *unaligned])
+        batch = make_batch(table[outcomes], [True] * 4 + [False] * 4, pairs, tokens=[1] * 8)
+        value = OBJECTIVES["ipo"].function(batch, {}, beta=1.0)
+        value.loss.backward()
+        adam.step()
+    assert divergence(value) == pytest.approx(2 * (1 - 0.5) / (1 + 0.5), abs=1e-3)
+    assert divergence(value) < (0 + 2) / 2
+
+
 @pytest.mark.parametrize(
     "key", [key for key, case in (REACHED | FROM_BELOW).items() if ceiling(case.name, case.options) is not None]
 )

@@ -208,8 +208,8 @@ def test_a_missing_loss_is_noted_once_for_all_measures() -> None:
 
 def test_safety_rank_is_the_mean_over_its_measures() -> None:
     table = rank_table(study())
-    assert [str(row.figures[0]) for row in table.rows] == ["3.70", "2.90", "2.10", "1.30"]
-    assert table.notes == ("safety: the mean of the ranks by ASR, ASR prefill, safe answers, degenerate, toxicity",)
+    assert [str(row.figures[0]) for row in table.rows] == ["3.62", "2.88", "2.12", "1.38"]
+    assert table.notes == ("safety: the mean of the ranks by ASR, ASR prefill, degenerate, toxicity",)
     assert rank_table([cell for cell in study() if cell.loss == "dpo"]).rows == ()
 
 

@@ -79,7 +79,8 @@ COLUMNS = (
     Measure.of_metric("evaluate/asr_judge/{judge}"),
     Measure.of_metric("evaluate/over_refusal"),
     Measure.of_metric("evaluate/over_refusal_set/{set}"),
-    Measure.of_metric("evaluate/safety", safety=True),
+    # what is left of direct attack success: as a measure of safety it would count twice
+    Measure.of_metric("evaluate/safety"),
     DEGENERATE,
     Measure.of_metric("evaluate/toxicity", safety=True, averaged=True),
     Measure.of_metric("evaluate/win_rate"),
