@@ -13,8 +13,10 @@ import pytest
 from helpers.stored import indices_of, opened, recipe_of
 from raydiv.commands.bench import tokenize_baseline as plain
 from raydiv.commands.bench import training
+from raydiv.commands.bench.answers import answers_table, bench_answers
 from raydiv.commands.bench.data import LATE_STEP, bench_data
 from raydiv.commands.bench.harness import Workload, without_evaluation
+from raydiv.commands.bench.small import bench_small, small_table
 from raydiv.commands.bench.start import bench_start, start_table
 from raydiv.commands.bench.training import Timing, bench_training, summarise, training_notes, training_table
 from raydiv.commands.bench.trl_baseline import (
@@ -25,6 +27,7 @@ from raydiv.commands.bench.trl_baseline import (
     trl_rows,
 )
 from raydiv.config import Recipe, load_recipe
+from raydiv.config.evaluate import EvaluateConfig
 from raydiv.config.source import Source
 from raydiv.data.bundled import w1
 from raydiv.data.readers import read_examples
@@ -105,6 +108,35 @@ def test_bench_of_a_start_has_every_figure(tiny_model: Path, data: Path, tmp_pat
         f"{found[f'{name}_seconds']:.1f}" for name in ("raydiv", "hello", "over", "first_step")
     ]
     assert not list(tmp_path.glob("run*"))
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_bench_of_small_commands_has_every_figure(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    recipe = short_recipe(tiny_model, data, tmp_path, {"type": "dpo"})
+    found = bench_small(recipe, rows=50, repeats=1, display=ProgressDisplay(quiet=True))
+    for name in ("data_check", "plan"):
+        assert found[f"{name}_seconds"] > 0.5
+        assert found[f"{name}_imports_seconds"] > 0.5
+    assert [row[1] for row in small_table(found)[1]] == [
+        f"{found[f'{name}_seconds']:.1f}" for name in ("data_check", "plan")
+    ]
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_bench_of_answers_has_every_figure(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    recipe = short_recipe(tiny_model, data, tmp_path, {"type": "dpo"})
+    with pytest.raises(UserError, match=r"evaluate\.prompts"):
+        bench_answers(recipe)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "How {n}?", "harmful": true}}\n' for n in range(9)))
+    evaluate = EvaluateConfig(prompts=[Source(path=str(prompts))], max_new_tokens=5)
+    found = bench_answers(recipe.model_copy(update={"evaluate": evaluate}), rows=12, repeats=1)
+    for name in ("raydiv", "plain", "continuous"):
+        assert found[name] > 0
+    assert found["raydiv_to_plain"] == pytest.approx(found["raydiv"] / found["plain"])
+    assert len(answers_table(found)[1]) == 3
 
 
 def test_workload_has_the_lengths_of_compliance_refusal_data() -> None:
