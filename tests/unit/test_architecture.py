@@ -61,6 +61,7 @@ LIBRARIES = {
         "experiments.study.figures",
     },
     "nanogcg": {"evaluation.gcg", "utils.compat"},
+    "openai": {"evaluation.server"},
     "optuna": {"experiments.sweep"},
 }
 

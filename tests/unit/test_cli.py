@@ -218,6 +218,15 @@ def test_options_of_a_section_are_its_fields(section: type[Section], command: st
     assert section_of(section, make_parser().parse_args([command, "MODEL"])) == section()
 
 
+def test_a_check_of_small_data_imports_neither_ray_nor_training(recipe: Path, tmp_path: Path) -> None:
+    data = tmp_path / "own.jsonl"
+    data.write_text(json.dumps(PAIR) + "\n")
+    probe = [sys.executable, "-c", PROBE.format(heavy=HEAVY), "data", "check", str(data), "--recipe", str(recipe)]
+    status, printed, loaded = json.loads(subprocess.run(probe, capture_output=True, text=True, check=True).stdout)
+    assert (status, printed > 0) == (0, True)
+    assert not set(loaded) & {"ray", "deepspeed", "mlflow"}
+
+
 def test_given_options_reach_the_section() -> None:
     words = ["--pooling", "mean", "--intervals", "all", "--sample", "40"]
     options = make_parser().parse_args(["separation", "MODEL", "--prompts", "x", *words])
