@@ -21,6 +21,7 @@ from raydiv.evaluation.separation.metrics import (
     control_notes,
     length_matched,
     metric_values,
+    p_of_all_layers,
     principal_plane,
     separation_metrics,
 )
@@ -390,3 +391,34 @@ def test_row_names_the_metrics() -> None:
         "separation/d_b_p",
     }
     assert not any("matched" in name for name in metric_values(replace(PLAIN, matched=None)))
+
+
+def layer_of(d_b: float, chance: np.ndarray) -> SeparationMetrics:
+    return replace(PLAIN, figures=replace(FIGURES, d_b=d_b), d_b_chance=tuple(chance.tolist()))
+
+
+def test_the_best_of_many_unrelated_layers_is_significant_in_5_percent() -> None:
+    """Twelve layers of correlated distances, as they are under chance; each by itself is significant in 5%."""
+    draws_of, any_corrected, any_plain = generator(0), 0, 0
+    scales = draws_of.uniform(0.5, 50, size=12)
+    for _ in range(400):
+        draws = (0.5 * draws_of.exponential(size=(1, 200)) + draws_of.exponential(size=(12, 200))) * scales[:, None]
+        layers = [layer_of(draw[0], draw[1:]) for draw in draws]
+        any_corrected += min(p_of_all_layers(layers)) <= 0.05
+        any_plain += min((1 + (draw[1:] >= draw[0]).sum()) / 200 for draw in draws) <= 0.05
+    assert 0.03 <= any_corrected / 400 <= 0.08
+    assert any_plain / 400 > 0.25
+
+
+def test_a_layer_that_separates_stays_significant_among_all() -> None:
+    normal = generator(1).normal
+    labels = np.arange(60) % 2 == 0
+    states = normal(size=(60, 4)) + 4 * labels[:, None]
+    noise = normal(size=(60, 4))
+    layers = [separation_metrics(hidden, labels, np.full(60, 5), resampled=False) for hidden in (noise, states)]
+    unrelated, related = p_of_all_layers(layers)
+    assert related == 1 / 50
+    assert unrelated >= layers[0].d_b_p
+    same = separation_metrics(noise, labels, np.full(60, 5), resampled=False)
+    assert same.d_b_chance == layers[0].d_b_chance  # the same permutations in every layer
+    assert "d_b_chance" not in layers[1].as_json()

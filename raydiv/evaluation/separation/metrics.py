@@ -63,7 +63,8 @@ class SeparationMetrics:
     the classes apart (0.5 not at all). ``d_b_p``: share of permutations whose d_b is no smaller, the true labels
     counted among them; ``d_b_interval``: 95%, by how far halves of the prompts deviate from all (the delete-half
     jackknife, whose deviations are as large as those of n prompts from their law; a bootstrap's repeated points bias
-    covariances where n < d); None below 4 a class.
+    covariances where n < d); None below 4 a class. ``d_b_chance``: d_b under each permutation, the same ones in every
+    layer.
     """
 
     figures: SeparationStatistics
@@ -73,6 +74,25 @@ class SeparationMetrics:
     shuffled: SeparationStatistics
     d_b_p: float
     d_b_interval: tuple[float, float] | None
+    d_b_chance: tuple[float, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """All but what each permutation gives."""
+        return {name: value for name, value in asdict(self).items() if name != "d_b_chance"}
+
+
+def p_of_all_layers(layers: Sequence[SeparationMetrics]) -> list[float]:
+    """P of each layer's d_b, corrected for the choice among all layers (Westfall and Young 1993, single step).
+
+    The largest of many layers is large by chance. Under each permutation the largest d_b of all layers is taken, each
+    in units of its mean under permutations; p is the share of permutations whose largest is no smaller.
+    """
+    chance = np.array([layer.d_b_chance for layer in layers])
+    means = chance.mean(axis=1, keepdims=True)
+    means[means == 0] = 1.0  # states that are all equal
+    largest = (chance / means).max(axis=0)
+    observed = np.array([[layer.figures.d_b] for layer in layers]) / means
+    return [float(p) for p in (1 + (largest >= observed).sum(axis=1)) / (1 + len(largest))]
 
 
 def separation_metrics(
@@ -101,6 +121,7 @@ def separation_metrics(
         shuffled=replace(_mean_statistics(shuffled), d_b=float(chance.mean())),
         d_b_p=(1 + int((chance >= figures.d_b).sum())) / (1 + P_VALUE_PERMUTATIONS),
         d_b_interval=_d_b_interval(cloud.points, harmful, figures.d_b, generator) if resampled else None,
+        d_b_chance=tuple(chance.tolist()),
     )
 
 

@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 
 from raydiv.evaluation.separation.embed import Readout
-from raydiv.evaluation.separation.metrics import SeparationMetrics, SeparationStatistics, control_notes, metric_values
+from raydiv.evaluation.separation.metrics import (
+    SeparationMetrics,
+    SeparationStatistics,
+    control_notes,
+    metric_values,
+    p_of_all_layers,
+)
 from raydiv.evaluation.separation.moments import StreamedSeparation
 from raydiv.runs.metric_registry import METRICS
 
@@ -22,17 +28,18 @@ class LayerReport:
     separation: SeparationMetrics
     streamed: StreamedSeparation | None
 
-    def row(self, with_interval: bool) -> tuple[str, ...]:
+    def row(self, with_interval: bool, p_of_all: float) -> tuple[str, ...]:
         """A row of the table of layers: D_B in the plane and in all dimensions, the probe's AUC, and their controls."""
         result = self.separation
         cells = [str(self.layer), _text("d_b", result.figures), *([_interval(result, "-")] if with_interval else [])]
-        cells += [f"{result.d_b_p:.3f}", _text("d_b", result.matched), _text("d_b", result.shuffled)]
+        cells += [f"{result.d_b_p:.3f}", f"{p_of_all:.3f}"]
+        cells += [_text("d_b", result.matched), _text("d_b", result.shuffled)]
         for name in ("d_b_full", "probe_auc"):
             cells += [_text(name, result.figures), _text(name, result.matched)]
         return tuple(cells)
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self.separation) | ({} if self.streamed is None else {"streamed": asdict(self.streamed)})
+        return self.separation.as_json() | ({} if self.streamed is None else {"streamed": asdict(self.streamed)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +75,12 @@ class SeparationReport:
     def as_json(self) -> dict[str, Any]:
         """For files and ``--json``."""
         last = self.layers[-1]
-        layers = [{"layer": layer.layer, **layer.as_json()} for layer in self.layers]
+        layers = []
+        if len(self.layers) > 1:
+            layers = [
+                {"layer": layer.layer, **layer.as_json(), "d_b_p_all_layers": p}
+                for layer, p in zip(self.layers, self._p_of_all_layers(), strict=True)
+            ]
         return {
             "model": self.model,
             "prompts": self.prompts,
@@ -78,7 +90,7 @@ class SeparationReport:
             "pooling": self.readout.pooling,
             "layer": last.layer,
             **last.as_json(),
-            **({"layers": layers} if len(layers) > 1 else {}),
+            **({"layers": layers} if layers else {}),
             "notes": self.notes(),
         }
 
@@ -102,9 +114,15 @@ class SeparationReport:
     def layer_table(self) -> tuple[list[str], list[tuple[str, ...]]]:
         """Header and a row per layer, with intervals where every layer has one; no rows where one layer was read."""
         intervals = all(layer.separation.d_b_interval for layer in self.layers)
-        header = ["layer", "D_B", *(["95%"] if intervals else []), "p", "matched", "shuffled"]
+        header = ["layer", "D_B", *(["95%"] if intervals else []), "p", "p, all layers", "matched", "shuffled"]
         header += ["full D_B", "matched", "probe AUC", "matched"]
-        return header, [layer.row(intervals) for layer in self.layers] if len(self.layers) > 1 else []
+        if len(self.layers) < 2:
+            return header, []
+        pairs = zip(self.layers, self._p_of_all_layers(), strict=True)
+        return header, [layer.row(intervals, p) for layer, p in pairs]
+
+    def _p_of_all_layers(self) -> list[float]:
+        return p_of_all_layers([layer.separation for layer in self.layers])
 
     def files(self, name: str) -> dict[str, str]:
         """The file with the statistics and the plane, by file name."""
