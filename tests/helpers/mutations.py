@@ -47,9 +47,9 @@ def mutated(tree: Any, seed: int) -> Any:
                 source = source[parent]
             node[key] = copy.deepcopy(source[other])
         elif change == "add" and isinstance(node, dict):
-            node[draw.choice(["path", "type", "x", "weight", "every", 0, None])] = draw.choice(VALUES)
+            node[draw.choice(["path", "type", "x", "weight", "every", 0, None])] = copy.deepcopy(draw.choice(VALUES))
         else:
-            node[key] = draw.choice(VALUES)
+            node[key] = copy.deepcopy(draw.choice(VALUES))
     return tree
 
 

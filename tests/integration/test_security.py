@@ -419,6 +419,7 @@ def test_a_local_ray_is_its_own_on_loopback_and_keeps_its_authentication(
         ray, "init", lambda **arguments: settings.update(arguments, mode=os.environ.get("RAY_AUTH_MODE"))
     )
     monkeypatch.setattr("raydiv.runtime.session.require_resources", lambda cluster: None)
+    monkeypatch.setattr("raydiv.utils.compat.require_cluster", lambda address, seconds: None)
     for name, value in (("RAY_ADDRESS", address), ("RAY_AUTH_MODE", mode)):
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
     with ray_session(ClusterConfig(), dashboard=True):

@@ -29,6 +29,7 @@ from raydiv.config.cluster import ClusterConfig
 from raydiv.model import resolve as model_files
 from raydiv.model.resolve import model_directory
 from raydiv.runtime.session import ray_session
+from raydiv.utils import compat
 from raydiv.utils.errors import UserError
 from raydiv.utils.storage import Folder
 from raydiv.utils.versions import versions
@@ -58,6 +59,7 @@ def test_a_cluster_of_another_ray_or_python_is_refused_with_both(
     mine = {"ray_version": ray.__version__, "python_version": platform.python_version()}
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **_: check_version_info(mine | theirs, "node 10.0.0.1"))
+    monkeypatch.setattr(compat, "require_cluster", lambda address, seconds: None)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.9:6379")
     with pytest.raises(UserError, match="raydiv submit") as refused, ray_session(ClusterConfig()):
         pass
