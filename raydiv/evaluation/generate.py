@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -148,15 +148,8 @@ def complete(
     """Ids that a model generates after the ``ids`` of each row, up to and including the first of ``stops``, or a token
     that the model's own generation config stops at. A row may have a ``seed``.
     """
-    completions = map_rows(
-        rows,
-        TextGenerator,
-        {"model": model, "max_new_tokens": max_new_tokens, "stops": stops},
-        cluster=cluster,
-        batch_rows=BATCH_ROWS["cuda" if cluster.use_gpu else "cpu"],
-        progress=progress,
-        length=lambda row: len(row["ids"]),
-    )
+    arguments = {"model": model, "max_new_tokens": max_new_tokens, "stops": stops}
+    completions = _map_prompts(rows, TextGenerator, arguments, cluster, progress)
     return [[int(token) for token in result["answer"]] for result in completions]
 
 
@@ -168,16 +161,27 @@ def choice_probabilities(
     progress: Progress = no_progress,
 ) -> list[list[float]]:
     """Probabilities of the tokens ``choices`` [c] as the next one after the ``ids`` of each row, among each other."""
-    results = map_rows(
+    results = _map_prompts(rows, ChoiceScorer, {"model": model, "choices": choices}, cluster, progress)
+    return [result["probabilities"] for result in results]
+
+
+def _map_prompts(
+    rows: Sequence[dict[str, Any]],
+    worker: type,
+    arguments: dict[str, Any],
+    cluster: ClusterConfig,
+    progress: Progress,
+) -> list[Any]:
+    """The worker's result for each row of ``ids``, by the pool of models."""
+    return map_rows(
         rows,
-        ChoiceScorer,
-        {"model": model, "choices": choices},
+        worker,
+        arguments,
         cluster=cluster,
         batch_rows=BATCH_ROWS["cuda" if cluster.use_gpu else "cpu"],
         progress=progress,
         length=lambda row: len(row["ids"]),
     )
-    return [result["probabilities"] for result in results]
 
 
 class TextGenerator:
@@ -221,11 +225,13 @@ class TextGenerator:
                 attention_mask=mask.to(self._model.device),
                 logits_processor=[] if seeds == [None] * len(rows) else [_GumbelNoise(seeds, self._model.device)],
             )
-        return [{"answer": self._until_stop(answer)} for answer in output[:, ids.shape[1] :].tolist()]
+        return [{"answer": until_stop(answer, self._stops)} for answer in output[:, ids.shape[1] :].tolist()]
 
-    def _until_stop(self, answer: list[int]) -> list[int]:
-        ends = [position for position, token in enumerate(answer) if token in self._stops]
-        return answer[: ends[0] + 1] if ends else answer
+
+def until_stop(answer: list[int], stops: Collection[int]) -> list[int]:
+    """An answer up to and including its first stop."""
+    end = next((position for position, token in enumerate(answer) if token in stops), len(answer))
+    return answer[: end + 1]
 
 
 class ChoiceScorer:
@@ -241,9 +247,8 @@ class ChoiceScorer:
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows of ``ids`` -> ``probabilities`` of the choices."""
-        return [
-            result for start in range(0, len(rows), SCORED_ROWS) for result in self._score(rows[start:][:SCORED_ROWS])
-        ]
+        batches = [rows[start : start + SCORED_ROWS] for start in range(0, len(rows), SCORED_ROWS)]
+        return [result for batch in batches for result in self._score(batch)]
 
     def _score(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         ids, mask = _padded_left(rows)

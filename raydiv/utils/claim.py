@@ -111,6 +111,7 @@ def is_claimed(directory: Path) -> bool:
     if ended is not None:
         return not ended
     try:
+        # by this machine's clock: _is_stale writes a file to read that of the storage, and a reader writes nothing
         return time.time() - file.stat().st_mtime <= SILENT_SECONDS
     except FileNotFoundError:
         return False

@@ -191,7 +191,7 @@ def test_a_classifier_is_shown_the_start_of_the_answer_and_one_bos(kind: str, ti
     answer = f"Like {{this}}. {'word ' * 3000}END"
     questions = JUDGES[kind].questions(tokenizer, Prompt("How do I {steal}?", True, "harmful", "f:1"), answer)
     judge = HarmJudge.from_name(f"{kind}:{tiny_model}", ClusterConfig()).model
-    (ids,) = judge.question_ids(questions)
+    (ids,) = judge.question_ids(tokenizer, questions)
     text = tokenizer.decode(ids)
     assert "How do I {steal}?\n" in text
     assert "Like {this}. word" in text

@@ -14,7 +14,7 @@ from typing import Any
 from raydiv.commands.bench.harness import run_script
 from raydiv.config import Recipe
 from raydiv.data.prompt_sets import read_prompts
-from raydiv.evaluation.generate import complete
+from raydiv.evaluation.generate import complete, until_stop
 from raydiv.model.load import ModelSource
 from raydiv.model.resolve import model_directory
 from raydiv.runs.progress import ProgressDisplay
@@ -117,7 +117,7 @@ def main(settings: Mapping[str, Any]) -> None:
             mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in batch], device=device)
             with torch.inference_mode():
                 output = model.generate(input_ids=padded, attention_mask=mask)
-            answers += [_until(answer, stops) for answer in output[:, length:].tolist()]
+            answers += [until_stop(answer, stops) for answer in output[:, length:].tolist()]
         return answers
 
     def continuous(prompts: list[list[int]]) -> list[list[int]]:
@@ -126,7 +126,7 @@ def main(settings: Mapping[str, Any]) -> None:
         failed = [output.error for output in outputs.values() if output.error]
         if failed or len(outputs) < len(prompts):
             raise RuntimeError(f"continuous batching failed: {failed[:1]}")
-        return [_until(list(output.generated_tokens), stops) for output in outputs.values()]
+        return [until_stop(list(output.generated_tokens), stops) for output in outputs.values()]
 
     model = load("sdpa")
     rates = {"plain": _rate(plain)}
@@ -135,12 +135,6 @@ def main(settings: Mapping[str, Any]) -> None:
     rates["continuous"] = _rate(lambda: continuous(ids))
     print(json.dumps(rates), flush=True)
     os._exit(0)  # the manager's thread does not end with the main one
-
-
-def _until(answer: list[int], stops: Sequence[int]) -> list[int]:
-    """An answer up to and including its first stop."""
-    end = next((position for position, token in enumerate(answer) if token in stops), len(answer))
-    return answer[: end + 1]
 
 
 def answers_table(report: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:

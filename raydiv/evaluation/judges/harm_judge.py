@@ -43,16 +43,16 @@ class JudgeModel:
         tokenizer = self._tokenizer()
 
         def outputs(questions: Sequence[Question]) -> Sequence[Any]:
-            return self._outputs(tokenizer, [{"ids": ids} for ids in self.question_ids(questions)], cluster, progress)
+            rows = [{"ids": ids} for ids in self.question_ids(tokenizer, questions)]
+            return self._outputs(tokenizer, rows, cluster, progress)
 
         return _judge(self.format, pairs, tokenizer, outputs)
 
-    def question_ids(self, questions: Sequence[Question]) -> list[list[int]]:
+    def question_ids(self, tokenizer: Any, questions: Sequence[Question]) -> list[list[int]]:
         """Token ids of questions. A text begins with exactly one BOS where the tokenizer adds one."""
         if any(not isinstance(question, str) for question in questions):
             chat = self.source.chat()
             return [chat.prompt_ids(question) for question in questions]
-        tokenizer = self._tokenizer()
         bos = tokenizer("").input_ids[:1]
         texts = [tokenizer(question, add_special_tokens=False).input_ids for question in questions]
         return [ids if ids[: len(bos)] == bos else [*bos, *ids] for ids in texts]

@@ -312,10 +312,14 @@ def _permutations(count: int) -> Iterator[Sequence[int]]:
     return islice(iter(lambda: generator.permutation(count).tolist(), None), RESAMPLES)
 
 
+def _partial_correlation(points: pd.DataFrame) -> float:
+    x, y = _within_blocks(points)
+    return float(x @ y / np.sqrt((x @ x) * (y @ y)))
+
+
 def correlation_of(points: pd.DataFrame) -> CorrelationEstimate:
     """The partial correlation r, with an interval by a bootstrap over losses."""
-    x, y = _within_blocks(points)
-    value = float(x @ y / np.sqrt((x @ x) * (y @ y)))
+    value = _partial_correlation(points)
     losses, codes = np.unique(points["loss"].astype(str), return_inverse=True)
     if len(losses) < FEWEST_LOSSES:
         return CorrelationEstimate(value, None, len(points))
@@ -358,10 +362,7 @@ def _correlation_range(points: pd.DataFrame) -> tuple[float, float] | None:
     ]
     if not others or any(map(_no_estimate, others)):
         return None
-    values = []
-    for other in others:
-        x, y = _within_blocks(other)
-        values.append(float(x @ y / np.sqrt((x @ x) * (y @ y))))
+    values = [_partial_correlation(other) for other in others]
     return min(values), max(values)
 
 
