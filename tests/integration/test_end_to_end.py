@@ -198,6 +198,12 @@ def test_a_changed_weight_never_hits(run: Result, tiny_model: Path, files: dict[
     assert (found.reference_hits, found.reference_misses) == (0, 30)
 
 
+def train_on_ranks(recipes: list[Recipe], ranks: int, folder: Path) -> list[RunDirectory]:
+    """Runs that the workers make one after another, without Ray Train."""
+    run_on_ranks(train_each, ranks, folder, [cloudpickle.dumps(prepared(recipe)) for recipe in recipes])
+    return [RunDirectory.of(recipe) for recipe in recipes]
+
+
 @pytest.mark.long
 def test_lora_with_adapters_off_is_the_stored_reference(
     ray: None, tiny_model: Path, files: dict[str, str], tmp_path: Path
@@ -205,17 +211,18 @@ def test_lora_with_adapters_off_is_the_stored_reference(
     """The two references agree, the adapter is what is saved, and its export is merged."""
     from transformers import AutoModelForCausalLM
 
-    lora = ("model.lora.r=4", "cluster.num_workers=1")
-    stored = train(recipe_of(tiny_model, files, tmp_path, "stored", *lora), ProgressDisplay(quiet=True))
-    off = train(
-        recipe_of(tiny_model, files, tmp_path, "off", *lora, "model.reference=adapter-off"), ProgressDisplay(quiet=True)
-    )
-    losses = [[r["loss"] for r in records(result.run.path) if "loss" in r] for result in (stored, off)]
+    lora = ("model.lora.r=4", "cluster.num_workers=1", "engine.zero_stage=0")
+    recipes = [
+        recipe_of(tiny_model, files, tmp_path, "stored", *lora),
+        recipe_of(tiny_model, files, tmp_path, "off", *lora, "model.reference=adapter-off"),
+    ]
+    stored, off = train_on_ranks(recipes, 1, tmp_path / "ranks")
+    losses = [[r["loss"] for r in records(run.path) if "loss" in r] for run in (stored, off)]
     assert len(losses[0]) == 4
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    assert (stored.run.path / "model" / "adapter_model.safetensors").is_file()
-    assert not (stored.run.path / "model" / "model.safetensors").exists()
-    assert main(["export", str(stored.run.path), str(tmp_path / "merged")]) == 0
+    assert (stored.model / "adapter_model.safetensors").is_file()
+    assert not (stored.model / "model.safetensors").exists()
+    assert main(["export", str(stored.path), str(tmp_path / "merged")]) == 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     changed = {
@@ -233,15 +240,16 @@ def test_training_goes_on_from_the_adapters_of_a_run(
     """The policy starts as its reference, which is the model with the first run's adapters, under ZeRO-3."""
     changes = ("engine.zero_stage=3", "evaluate.every=null", "data.eval=null")
     first = recipe_of(tiny_model, files, tmp_path, "first", *changes, "model.lora.r=4", variant)
-    first_run = train(first, ProgressDisplay(quiet=True)).run
+    (first_run,) = train_on_ranks([first], 2, tmp_path / "first ranks")
     second = recipe_of(tiny_model, files, tmp_path, "second", *changes, f"model.adapter={first_run.path}")
-    result = train(second, ProgressDisplay(quiet=True))
-    steps = [record for record in records(result.run.path) if "loss" in record]
+    found = prepare(second.model_copy(update={"name": "before"}), ProgressDisplay(quiet=True))
+    assert (found.reference_hits, found.reference_misses) == (0, 24)
+    (run,) = train_on_ranks([second], 2, tmp_path / "second ranks")
+    steps = [record for record in records(run.path) if "loss" in record]
     assert abs(steps[0]["log_ratio/max"]) < 1e-4 < abs(steps[-1]["log_ratio/max"])
-    assert result.report["data"]["reference"] == {"hits": 0, "misses": 24}
     again = prepare(second.model_copy(update={"name": "again"}), ProgressDisplay(quiet=True))
     assert (again.reference_hits, again.reference_misses) == (24, 0)
-    assert main(["export", str(result.run.path), str(tmp_path / "merged")]) == 0
+    assert main(["export", str(run.path), str(tmp_path / "merged")]) == 0
 
 
 @pytest.mark.long
@@ -276,11 +284,8 @@ def test_other_objectives_train(ray: None, loss: str, tiny_model: Path, files: d
 
 @pytest.mark.long
 def test_every_objective_trains(ray: None, tiny_model: Path, files: dict[str, str], tmp_path: Path) -> None:
-    given = [prepared(short(name, tiny_model, files, tmp_path)) for name in TYPES]
-    run_on_ranks(train_each, 1, tmp_path / "ranks", [cloudpickle.dumps(one) for one in given])
-    for one in given:
-        run = RunDirectory.of(one.recipe)
-        assert run.stage.read().end_reason == "all steps are done", one.recipe.name
+    for run in train_on_ranks([short(name, tiny_model, files, tmp_path) for name in TYPES], 1, tmp_path / "ranks"):
+        assert run.stage.read().end_reason == "all steps are done", run.path
         assert run.metrics.steps_taken() == 2
         assert all(np.isfinite(line["loss"]) for line in run.metrics.read() if "loss" in line)
 

@@ -202,8 +202,7 @@ def test_a_run_that_loses_all_workers_and_then_its_driver_resumes_where_it_was(
 def test_sigterm_leaves_a_checkpoint_of_the_last_step(
     named: Callable[..., Recipe], start: Start, tmp_path: Path
 ) -> None:
-    steps = 150
-    changes = (f"optim.steps={steps}", "checkpoint.every=null", "evaluate.every=null")
+    changes = ("checkpoint.every=null", "evaluate.every=null")
     whole = train(named("term-whole", *changes), ProgressDisplay(quiet=True))
     recipe = named("term", *changes)
     run = RunDirectory.of(recipe)
@@ -214,14 +213,14 @@ def test_sigterm_leaves_a_checkpoint_of_the_last_step(
     assert process.returncode == 143, output
     stopped = run.metrics.steps_taken()
     assert f"stopped after step {stopped}; the same command with --resume" in output
-    assert stopped < steps
+    assert stopped < STEPS
     assert [int(name.removeprefix("step-")) for name in run.checkpoints(recipe).folder_names()] == [stopped]
     again: Any = train(recipe, ProgressDisplay(quiet=True), resume=True)
     assert_same_run(run, whole.run)
     written = [path.read_bytes() for path in run.path.parent.rglob("*") if path.is_file()]
     assert len(written) > 20
     assert not any(secret.encode() in content for secret in PLANTED.values() for content in [*written, output.encode()])
-    assert mlflow_steps(again, "loss") == list(range(1, steps + 1))
+    assert mlflow_steps(again, "loss") == list(range(1, STEPS + 1))
     with pytest.raises(Exception, match="another recipe"):
         train(named("term", *changes, "loss.skew=0.25"), ProgressDisplay(quiet=True), resume=True)
 
