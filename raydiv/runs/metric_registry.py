@@ -100,6 +100,12 @@ LOWER_IS_BETTER = frozenset({"perplexity", "word_perplexity", "byte_perplexity",
 _D_B, _PROBE, _MARGIN = "separation/d_b", "separation/probe_auc", "eval/reward/margin"
 
 _SPECS = (
+    MetricSpec(_PROBE, "AUC of a linear probe, held out", 2, HIGHER),
+    MetricSpec("separation/probe_auc_length_matched", "token lengths matched", 2, HIGHER, variant_of=_PROBE),
+    MetricSpec("separation/difference_auc", "AUC of the difference of means, held out", 2, HIGHER, in_run_table=False),
+    MetricSpec(
+        "separation/mahalanobis", "squared Mahalanobis distance, shrunk", 2, HIGHER, heading="Mahalanobis, squared"
+    ),
     MetricSpec(_D_B, "separation D_B (paper protocol)", 2, HIGHER, heading="D_B", fine_digits=3),
     MetricSpec(
         "separation/d_b_length_matched",
@@ -110,17 +116,12 @@ _SPECS = (
         fine_digits=3,
         variant_of=_D_B,
     ),
+    MetricSpec("separation/d_b_subset", "as many prompts at random", 2, NEITHER, fine_digits=3, variant_of=_D_B),
     MetricSpec(
         "separation/d_b_shuffled", "labels shuffled", 2, NEITHER, heading="D_B shuffled", fine_digits=3, variant_of=_D_B
     ),
     MetricSpec("separation/silhouette", "silhouette, same plane", 2, HIGHER, heading="silhouette", in_run_table=False),
-    MetricSpec(
-        "separation/d_b_full", "separation D_B (all dimensions, less chance)", 2, HIGHER, heading="D_B all dimensions"
-    ),
     MetricSpec("separation/frechet", "Frechet distance, squared", 2, HIGHER, in_run_table=False),
-    MetricSpec(_PROBE, "AUC of a linear probe, held out", 2, HIGHER),
-    MetricSpec("separation/probe_auc_length_matched", "token lengths matched", 2, HIGHER, variant_of=_PROBE),
-    MetricSpec("separation/difference_auc", "AUC of the difference of means, held out", 2, HIGHER, in_run_table=False),
     MetricSpec("separation/length_auc", "AUC of token length alone", 2, NEITHER),
     MetricSpec("evaluate/asr", "attack success (ASR)", 0, LOWER, SHARE, "ASR", 1),
     MetricSpec("evaluate/asr_thought", "unsafe thoughts to harmful prompts", 0, LOWER, SHARE),

@@ -10,7 +10,7 @@ import torch
 
 from raydiv.config import Recipe
 from raydiv.data.prompt_sets import Prompt
-from raydiv.evaluation.separation.embed import Readout, collate_prompts, pool_states, sample_prompts
+from raydiv.evaluation.separation.embed import Readout, collate_prompts, distinct_prompts, pool_states, sample_prompts
 from raydiv.evaluation.separation.metrics import metric_values, separation_metrics
 from raydiv.model.chat import Chat, Ids
 from raydiv.model.collate import ModelInputs, collate
@@ -36,6 +36,7 @@ class SeparationProbe:
         section = recipe.separation
         if section.every is None:
             return None
+        prompts = distinct_prompts(prompts)
         harmful = np.array([prompt.harmful for prompt in prompts])
         sample = sample_prompts(harmful, section.sample)
         ids = [chat.prompt_ids(prompts[position].text, generation=False) for position in sample]

@@ -145,7 +145,9 @@ def separated(layers: int, streamed: bool, resampled: bool = True) -> Separation
     reports = [LayerReport(layer, metrics, streamed_metrics) for layer in range(layers)]
     readout = Readout(None if layers > 1 else (-1,))
     count = 1000 if streamed else 40
-    return SeparationReport("m", "p", count, readout, reports, states[:, :2], ["k"] * 40, labels.tolist(), ["shared"])
+    return SeparationReport(
+        "m", "p", count, 0, readout, reports, states[:, :2], ["k"] * 40, labels.tolist(), ["shared"]
+    )
 
 
 @pytest.mark.parametrize("streamed", [False, True])

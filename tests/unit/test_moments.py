@@ -52,40 +52,6 @@ def test_streamed_figures_are_those_of_all_states_at_once(parts: int, d: int) ->
     assert found.frechet == pytest.approx(frechet_distance(points[labels], points[~labels]), rel=1e-8)
 
 
-def test_distance_in_all_dimensions_is_near_the_laws_and_zero_for_one_law() -> None:
-    generator = np.random.default_rng(3)
-    d, n = 20, 4000
-    labels = np.arange(n) % 2 == 0
-    means = []
-    for shift in (0.0, 2.0):
-        drawn = []
-        for _ in range(8):
-            points = generator.normal(size=(n, d))
-            points[labels, 0] += shift
-            drawn.append(streamed(points, labels, 4).statistics(0).d_b_full)
-        means.append(np.mean([value for value in drawn if value is not None]))
-    # of two Gaussians with one covariance: an eighth of the squared Mahalanobis distance
-    assert means[0] == pytest.approx(0, abs=5e-4)
-    assert means[1] == pytest.approx(4 / 8, rel=0.02)
-
-
-def test_distance_in_all_dimensions_is_unbiased_where_dimensions_are_many() -> None:
-    generator, drawn = np.random.default_rng(4), []
-    labels = np.arange(150) % 2 == 0
-    for _ in range(60):
-        points = generator.normal(size=(150, 50))
-        points[labels, 0] += np.sqrt(8.0)
-        found = streamed(points, labels, 3).statistics(0).d_b_full
-        assert found is not None
-        drawn.append(found)
-    assert np.mean(drawn) == pytest.approx(1.0, abs=4 * np.std(drawn) / 60**0.5)
-
-
-def test_too_few_points_for_all_dimensions_are_said_to_be_none() -> None:
-    points, labels = clouds(30, 20, 1.0)
-    assert streamed(points, labels, 3).statistics(0).d_b_full is None
-
-
 def test_length_auc_is_scikit_learns() -> None:
     from sklearn.metrics import roc_auc_score
 
@@ -98,9 +64,9 @@ def test_length_auc_is_scikit_learns() -> None:
 
 
 def test_constant_states_are_no_distance_apart() -> None:
-    labels = np.arange(10) % 2 == 0
-    found = streamed(np.ones((10, 3)), labels, 2).statistics(0)
-    assert (found.d_b, found.d_b_full, found.frechet) == (0, 0, 0)
+    labels = np.arange(20) % 2 == 0
+    found = streamed(np.ones((20, 3)), labels, 2).statistics(0)
+    assert (found.d_b, found.mahalanobis, found.frechet) == (0, 0, 0)
 
 
 def test_memory_does_not_grow_with_the_number_of_states() -> None:

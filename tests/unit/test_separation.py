@@ -31,7 +31,7 @@ Array = NDArray[np.float64]
 
 @pytest.fixture(autouse=True)
 def _fewer_permutations(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, number in {"P_VALUE_PERMUTATIONS": 49, "CHANCE_PERMUTATIONS": 5, "CONTROL_PERMUTATIONS": 2}.items():
+    for name, number in {"P_VALUE_PERMUTATIONS": 49, "CONTROL_DRAWS": 2}.items():
         monkeypatch.setattr(module, name, number)
 
 
@@ -191,26 +191,23 @@ def test_well_separated_clouds_are_far_apart_and_chance_is_not() -> None:
 @pytest.mark.parametrize(("n", "d"), [(100, 576), (400, 16)])
 def test_samples_of_one_law_are_not_apart(n: int, d: int) -> None:
     """With a covariance for each class, 100 points of one law in 576 dimensions are at a distance of 52."""
-    full, p, probes = [], [], []
+    p, probes = [], []
     for seed in range(4):
         hidden, harmful = generator(seed).normal(size=(n, d)), np.arange(n) % 2 == 0
         found = separation_metrics(hidden, harmful, np.full(n, 12))
-        full.append(found.figures.d_b_full)
         p.append(found.d_b_p)
         probes += [found.figures.probe_auc, found.figures.difference_auc]
-        full.append(found.shuffled.d_b_full)
         probes += [found.shuffled.probe_auc, found.shuffled.difference_auc]
-    assert np.mean(full) == pytest.approx(0, abs=0.1)
     assert max(p) > 0.2
     assert np.mean(probes) == pytest.approx(0.5, abs=0.1)
 
 
 def test_distance_in_all_dimensions_is_the_closed_form() -> None:
-    """An eighth of the squared Mahalanobis distance, from many points."""
+    """The squared Mahalanobis distance, from many points."""
     hidden, harmful = generator(0).normal(size=(4000, 8)), np.arange(4000) % 2 == 0
     hidden[harmful, 3] += 3
     found = separation_metrics(hidden, harmful, np.full(4000, 12))
-    assert found.figures.d_b_full == pytest.approx(9 / 8, rel=0.05)
+    assert found.figures.mahalanobis == pytest.approx(9, rel=0.05)
     assert found.figures.difference_auc == pytest.approx(norm.cdf(3 / math.sqrt(2)), abs=0.01)
     assert found.figures.probe_auc == pytest.approx(norm.cdf(3 / math.sqrt(2)), abs=0.01)
     assert found.figures.frechet == pytest.approx(9, rel=0.1)
@@ -248,7 +245,7 @@ def test_interval_holds_the_distance_of_the_law() -> None:
 
 def test_separation_grows_with_the_shift() -> None:
     found = [separation_metrics(*clouds(shift), np.full(80, 12)).figures for shift in (0, 1, 2, 4, 8)]
-    for figure in ("d_b", "silhouette", "d_b_full", "frechet"):
+    for figure in ("d_b", "silhouette", "mahalanobis", "frechet"):
         values = [getattr(one, figure) for one in found]
         assert values == sorted(values), figure
 
@@ -293,7 +290,7 @@ def test_figures_do_not_follow_scale_or_place(scale: float, shift: float) -> Non
     straight, other = (
         separation_metrics(points, harmful, np.full(80, 12)).figures for points in (hidden, scale * hidden + shift)
     )
-    for name in ("d_b", "silhouette", "d_b_full", "probe_auc", "difference_auc"):
+    for name in ("d_b", "silhouette", "mahalanobis", "probe_auc", "difference_auc"):
         assert getattr(other, name) == pytest.approx(getattr(straight, name), rel=1e-3), name
     assert other.frechet == pytest.approx(scale**2 * straight.frechet, rel=1e-3)
 
@@ -304,8 +301,7 @@ def test_separation_is_repeatable_and_its_seed_only_resamples() -> None:
     found, other = separation_metrics(hidden, harmful, lengths), separation_metrics(hidden, harmful, lengths, seed=1)
     assert separation_metrics(hidden, harmful, lengths) == found
     assert other.shuffled != found.shuffled
-    assert replace(other.figures, d_b_full=0) == replace(found.figures, d_b_full=0)
-    assert other.figures.d_b_full == pytest.approx(found.figures.d_b_full, rel=0.1)
+    assert other.figures == found.figures
 
 
 @pytest.mark.parametrize("longer", [True, False])
@@ -355,8 +351,20 @@ def test_poor_samples_are_measured_without_a_warning(shape: str) -> None:
         assert any("chance" in note for note in control_notes(found))
 
 
-FIGURES = SeparationStatistics(2.0, 0.5, 1.5, 30.0, 0.9, 0.8)
-PLAIN = SeparationMetrics(FIGURES, 0.55, 100, replace(FIGURES, d_b=1.8), replace(FIGURES, d_b=0.05), 0.005, (1.5, 2.5))
+FIGURES = SeparationStatistics(
+    probe_auc=0.9, difference_auc=0.8, mahalanobis=4.0, d_b=2.0, silhouette=0.5, frechet=30.0
+)
+PLAIN = SeparationMetrics(
+    figures=FIGURES,
+    length_auc=0.55,
+    length_matched=100,
+    matched=replace(FIGURES, d_b=1.8),
+    subset=replace(FIGURES, d_b=1.9),
+    shuffled=replace(FIGURES, d_b=0.05),
+    d_b_p=0.005,
+    d_b_interval=(1.5, 2.5),
+    mahalanobis_interval=(3.0, 5.0),
+)
 
 
 @pytest.mark.parametrize(
@@ -366,6 +374,7 @@ PLAIN = SeparationMetrics(FIGURES, 0.55, 100, replace(FIGURES, d_b=1.8), replace
         ({"matched": replace(FIGURES, d_b=0.6)}, "length explains"),
         ({"shuffled": replace(FIGURES, d_b=1.2)}, "chance"),
         ({"d_b_p": 0.2}, "20.0% of permutations"),
+        ({"figures": replace(FIGURES, mahalanobis=None)}, "Mahalanobis distance cannot be told"),
     ],
 )
 def test_each_control_speaks_for_itself(changes: dict[str, Any], words: str) -> None:
@@ -379,18 +388,42 @@ def test_all_controls_may_speak_at_once() -> None:
     assert len(control_notes(replace(PLAIN, length_auc=0.9, **apart))) == 3
 
 
+def test_length_matched_prompts_are_compared_with_as_many_at_random() -> None:
+    fewer = replace(FIGURES, d_b=0.9)
+    assert control_notes(replace(PLAIN, matched=fewer, subset=fewer)) == []
+
+
+def test_subsets_have_as_many_of_each_class_as_the_length_matched_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted, real = [], module._statistics
+
+    def statistics(cloud: Any, labels: NDArray[np.bool_]) -> SeparationStatistics:
+        counted.append((len(labels), int(labels.sum())))
+        return real(cloud, labels)
+
+    monkeypatch.setattr(module, "_statistics", statistics)
+    hidden, harmful = clouds(2)
+    lengths = np.where(np.arange(80) < 30, 9, np.where(harmful, 12, 13))
+    found = separation_metrics(hidden, harmful, lengths)
+    assert found.length_matched == 30
+    assert counted == [(80, 40)] * 3 + [(30, 15)] * 3
+    assert found.subset is not None
+    assert found.subset != found.matched
+    whole = separation_metrics(hidden, harmful, np.full(80, 9))
+    assert whole.matched == whole.subset == whole.figures
+
+
 def test_row_names_the_metrics() -> None:
     row = metric_values(PLAIN)
     assert row["separation/d_b"] == 2.0
     assert row["separation/d_b_length_matched"] == 1.8
     assert row["separation/probe_auc_shuffled"] == 0.9
-    figures = ("d_b", "silhouette", "d_b_full", "frechet", "probe_auc", "difference_auc")
-    endings = ("", "_length_matched", "_shuffled")
+    figures = ("d_b", "silhouette", "mahalanobis", "frechet", "probe_auc", "difference_auc")
+    endings = ("", "_length_matched", "_subset", "_shuffled")
     assert set(row) == {f"separation/{name}{ending}" for name in figures for ending in endings} | {
         "separation/length_auc",
         "separation/d_b_p",
     }
-    assert not any("matched" in name for name in metric_values(replace(PLAIN, matched=None)))
+    assert not any("matched" in name for name in metric_values(replace(PLAIN, matched=None, subset=None)))
 
 
 def layer_of(d_b: float, chance: np.ndarray) -> SeparationMetrics:

@@ -16,7 +16,7 @@ from scipy.stats import linregress, pearsonr, permutation_test, ttest_1samp, tte
 from helpers.study_cells import INTERCEPTS, LOSSES, MATCHED, SLOPE, metrics_of, study
 from raydiv.experiments.study import regression
 from raydiv.experiments.study.cells import BASE, NO_DATA, Cell, baseline_cells, grouped_cells
-from raydiv.experiments.study.measures import ASR, D_B, D_B_FULL, D_B_LENGTH_MATCHED, attack_success, measures
+from raydiv.experiments.study.measures import ASR, D_B, D_B_LENGTH_MATCHED, MAHALANOBIS, attack_success, measures
 from raydiv.experiments.study.regression import (
     ClaimTest,
     SlopeEstimate,
@@ -433,12 +433,12 @@ def test_cells_without_a_log_of_the_separation_are_left_out_and_counted() -> Non
 
 def test_a_separation_below_chance_is_not_left_out() -> None:
     cells = [cell_of("m", "CR", f"x{n}", asr=0.1 * n) for n in range(5)]
-    values = (-0.5, 0.0, 0.5, 2.0, 4.5)
+    values = (-4.0, 0.0, 4.0, 16.0, 36.0)
     cells = [
-        replace(cell, metrics={**cell.metrics, D_B_FULL.metric: value})
+        replace(cell, metrics={**cell.metrics, MAHALANOBIS.metric: value})
         for cell, value in zip(cells, values, strict=True)
     ]
-    claim = claim_test(cells, D_B_FULL, ASR)
+    claim = claim_test(cells, MAHALANOBIS, ASR)
     assert [point.d_b for point in claim.points] == list(values)
     expected = linregress([-2, 0, 2, 4, 6], [0.0, 0.1, 0.2, 0.3, 0.4])
     assert claim.slope
@@ -580,17 +580,17 @@ def test_metrics_outside_the_columns_are_left_out() -> None:
 def test_claim_is_also_tested_on_all_dimensions_where_measured() -> None:
     plain = study(noise=0.02)
     fuller = [
-        replace(cell, metrics={**cell.metrics, "separation/d_b_full": cell.metrics["separation/d_b"] ** 2})
+        replace(cell, metrics={**cell.metrics, "separation/mahalanobis": cell.metrics["separation/d_b"] ** 2})
         for cell in plain
     ]
     labels = [claim.separation.label for claim in claim_tests(fuller)]
-    assert labels[:3] == ["D_B", "D_B length-matched", "D_B all dimensions"]
+    assert labels[:3] == ["D_B", "D_B length-matched", "Mahalanobis, squared"]
     assert len(labels) == 3 * len(claim_tests(plain)) // 2
     first, _, full = claim_tests(fuller)[:3]
     assert first.slope is not None
     assert full.slope is not None
-    # D_B squared: its root is proportional to D_B, of which the logarithm is the first test's
-    x = [np.sqrt(8) * cell.metrics["separation/d_b"] for cell in plain]
+    # the square of D_B: its root is D_B, of which the logarithm is the first test's
+    x = [cell.metrics["separation/d_b"] for cell in plain]
     blocks = [f"{cell.model} {cell.data}" for cell in plain]
     points = pd.DataFrame({"x": x, "asr": [cell.metrics["evaluate/asr"] for cell in plain]})
     within = points - points.groupby(blocks).transform("mean")

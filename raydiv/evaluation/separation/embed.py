@@ -59,6 +59,18 @@ MIN_SAMPLE_PER_CLASS = 10
 """Smallest number of prompts of a class in a sample, where there are as many."""
 
 
+def distinct_prompts(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The ``prompts`` without repetitions, the first of each text and label.
+
+    A repeated prompt is no further evidence: it would make distances larger, and a probe would be tested on prompts
+    that it was trained on.
+    """
+    first: dict[tuple[str, bool], Prompt] = {}
+    for prompt in prompts:
+        first.setdefault((repr(prompt.text), prompt.harmful), prompt)
+    return list(first.values())
+
+
 def sample_prompts(harmful: np.ndarray, sample: int) -> list[int]:
     """Sorted positions of about ``sample`` of the prompts with labels ``harmful`` [n], drawn with a fixed seed.
 

@@ -12,7 +12,7 @@ import numpy as np
 from raydiv.config.cluster import ClusterConfig
 from raydiv.config.recipe import SeparationConfig
 from raydiv.data.prompt_sets import Prompt
-from raydiv.evaluation.separation.embed import Readout, embed, sample_prompts
+from raydiv.evaluation.separation.embed import Readout, distinct_prompts, embed, sample_prompts
 from raydiv.evaluation.separation.metrics import principal_plane, separation_metrics
 from raydiv.evaluation.separation.moments import StreamedMoments
 from raydiv.evaluation.separation.report import LayerReport, SeparationReport
@@ -37,9 +37,11 @@ def measure_separation(
 ) -> SeparationReport:
     """Separation of ``prompts`` in a model's hidden states; needs a Ray session.
 
-    ``label`` names the model and ``name`` the prompts; all states are written to ``states_file`` where it is given.
+    A repeated prompt is measured once. ``label`` names the model and ``name`` the prompts; all states are written to
+    ``states_file`` where it is given.
     """
     layers = Readout.from_config(config).layer_indices(model.config().num_hidden_layers)
+    given, prompts = len(prompts), distinct_prompts(prompts)
     writer = EmbeddingFile(states_file, layers) if states_file else nullcontext()
     with display.phase(f"separation, {label}") as update, writer as file:
         states = _StateCollector(prompts, config)
@@ -51,7 +53,7 @@ def measure_separation(
             if file is not None:
                 file.write([prompts[position] for position in positions], hidden, lengths)
             update(states.count, len(prompts))
-    return states.report(layers, label=label, name=name)
+    return states.report(layers, label=label, name=name, repeated=given - len(prompts))
 
 
 class _StateCollector:
@@ -75,7 +77,7 @@ class _StateCollector:
             if position in self._sampled:
                 self._sample[position] = (state.copy(), length)
 
-    def report(self, layers: Sequence[int], *, label: str, name: str) -> SeparationReport:
+    def report(self, layers: Sequence[int], *, label: str, name: str, repeated: int) -> SeparationReport:
         """The report on ``layers``."""
         points = np.stack([self._sample[position][0] for position in self._order]).astype(np.float64)
         lengths = np.array([self._sample[position][1] for position in self._order])
@@ -89,6 +91,5 @@ class _StateCollector:
             )
         kinds = [self._prompts[position].kind for position in self._order]
         plane = principal_plane(points[:, last])
-        return SeparationReport(
-            label, name, self.count, Readout.from_config(self._config), reports, plane, kinds, harmful.tolist()
-        )
+        readout = Readout.from_config(self._config)
+        return SeparationReport(label, name, self.count, repeated, readout, reports, plane, kinds, harmful.tolist())

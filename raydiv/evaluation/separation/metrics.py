@@ -13,16 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raydiv.evaluation.separation.distances import RIDGE, Array, Labels, bhattacharyya_distance, frechet_distance
+from raydiv.evaluation.separation.distances import Array, Labels, bhattacharyya_distance, frechet_distance
+from raydiv.evaluation.separation.mahalanobis import mahalanobis_interval, spectrum
 
 P_VALUE_PERMUTATIONS = 199
 """Label permutations for the p-value."""
 
-CHANCE_PERMUTATIONS = 20
-"""Label permutations whose mean is subtracted from d_b_full."""
-
-CONTROL_PERMUTATIONS = 10
-"""Label permutations for the other statistics of the shuffled-label control."""
+CONTROL_DRAWS = 10
+"""Label permutations, and random subsets, over which the statistics of a control are averaged."""
 
 INTERVAL_HALVES = 200
 """Random halves of the prompts for an interval."""
@@ -38,20 +36,20 @@ MIN_CLASS_SIZE = 3
 class SeparationStatistics:
     """Separation of harmful from harmless prompts in one layer.
 
-    ``d_b``: Bhattacharyya distance in the plane of the first two principal components, the papers' protocol, and
-    ``silhouette`` in the same plane. In all dimensions: ``d_b_full``, the distance under a pooled covariance (Ledoit
-    and Wolf's) less its mean under permuted labels, so that two samples of one law give about 0 however few they are;
-    ``frechet``, the squared Frechet distance, in the units of the states; ``probe_auc`` and ``difference_auc``,
-    held-out AUC of a logistic regression and of the difference of the classes' means (0.5: chance; None where a class
-    has fewer prompts than there are folds).
+    In all dimensions: ``probe_auc`` and ``difference_auc``, held-out AUC of a logistic regression and of the difference
+    of the classes' means (0.5: chance; None where a class has fewer prompts than there are folds); ``mahalanobis``, the
+    squared Mahalanobis distance under a shrunk correlation (see raydiv.evaluation.separation.mahalanobis; None where
+    the prompts are too few to tell); ``frechet``, the squared Frechet distance, in the units of the states, which falls
+    with the number of prompts. ``d_b``: Bhattacharyya distance in the plane of the first two principal components, the
+    papers' protocol, and ``silhouette`` in the same plane.
     """
 
-    d_b: float
-    silhouette: float
-    d_b_full: float
-    frechet: float
     probe_auc: float | None
     difference_auc: float | None
+    mahalanobis: float | None
+    d_b: float
+    silhouette: float
+    frechet: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,21 +57,24 @@ class SeparationMetrics:
     """Statistics of all prompts, with controls: the same statistics of other prompts or labels.
 
     ``matched``: of the ``length_matched`` prompts, as many of each class at every token length, None below 3 a class;
-    ``shuffled``: means under permuted labels, the values by chance. ``length_auc``: how well token length alone tells
-    the classes apart (0.5 not at all). ``d_b_p``: share of permutations whose d_b is no smaller, the true labels
+    ``subset``: means of random subsets with as many of each class as ``matched``, which differ from it by their lengths
+    alone; ``shuffled``: means under permuted labels, the values by chance. ``length_auc``: how well token length alone
+    tells the classes apart (0.5 not at all). ``d_b_p``: share of permutations whose d_b is no smaller, the true labels
     counted among them; ``d_b_interval``: 95%, by how far halves of the prompts deviate from all (the delete-half
     jackknife, whose deviations are as large as those of n prompts from their law; a bootstrap's repeated points bias
-    covariances where n < d); None below 4 a class. ``d_b_chance``: d_b under each permutation, the same ones in every
-    layer.
+    covariances where n < d); None below 4 a class. ``mahalanobis_interval``: 95%, by a jackknife over groups.
+    ``d_b_chance``: d_b under each permutation, the same ones in every layer.
     """
 
     figures: SeparationStatistics
     length_auc: float
     length_matched: int
     matched: SeparationStatistics | None
+    subset: SeparationStatistics | None
     shuffled: SeparationStatistics
     d_b_p: float
     d_b_interval: tuple[float, float] | None
+    mahalanobis_interval: tuple[float, float] | None
     d_b_chance: tuple[float, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
@@ -104,23 +105,21 @@ def separation_metrics(
     """
     generator = np.random.default_rng(seed)
     cloud = _PointCloud.of(hidden)
-    expected = cloud.chance_distance(harmful, generator)
-    figures = _statistics(cloud, harmful, expected)
+    figures = _statistics(cloud, harmful)
     chance = np.array([cloud.plane_distance(generator.permutation(harmful)) for _ in range(P_VALUE_PERMUTATIONS)])
-    shuffled = [_statistics(cloud, generator.permutation(harmful), expected) for _ in range(CONTROL_PERMUTATIONS)]
+    shuffled = [_statistics(cloud, generator.permutation(harmful)) for _ in range(CONTROL_DRAWS)]
     rows = length_matched(harmful, lengths)
-    matched = None
-    if len(rows) >= 2 * MIN_CLASS_SIZE:
-        part = _PointCloud.of(hidden[rows])
-        matched = _statistics(part, harmful[rows], part.chance_distance(harmful[rows], generator))
+    matched, subset = _matched_control(hidden, harmful, rows, figures, generator)
     return SeparationMetrics(
         figures=figures,
         length_auc=length_auc(harmful, lengths),
         length_matched=len(rows),
         matched=matched,
+        subset=subset,
         shuffled=replace(_mean_statistics(shuffled), d_b=float(chance.mean())),
         d_b_p=(1 + int((chance >= figures.d_b).sum())) / (1 + P_VALUE_PERMUTATIONS),
         d_b_interval=_d_b_interval(cloud.points, harmful, figures.d_b, generator) if resampled else None,
+        mahalanobis_interval=mahalanobis_interval(hidden, harmful, generator) if resampled else None,
         d_b_chance=tuple(chance.tolist()),
     )
 
@@ -146,40 +145,43 @@ class _PointCloud:
         """D_B in the plane."""
         return bhattacharyya_distance(self.plane[labels], self.plane[~labels])
 
-    def pooled_distance(self, labels: Labels) -> float:
-        """D_B in all dimensions, of two Gaussians with the pooled within-class covariance."""
-        from sklearn.covariance import LedoitWolf
 
-        spread = float(self.points.var(0).mean())
-        if spread == 0:
-            return 0.0
-        means = [self.points[side].mean(0) for side in (labels, ~labels)]
-        within = self.points - np.where(labels[:, None], *means)
-        covariance = LedoitWolf(assume_centered=True).fit(within).covariance_ + RIDGE * spread * np.eye(len(means[0]))
-        difference = means[0] - means[1]
-        return float(difference @ np.linalg.solve(covariance, difference)) / 8
+def _matched_control(
+    hidden: Array,
+    labels: Labels,
+    rows: NDArray[np.int64],
+    figures: SeparationStatistics,
+    generator: np.random.Generator,
+) -> tuple[SeparationStatistics | None, SeparationStatistics | None]:
+    """Statistics of the length-matched ``rows``, and means of random subsets with as many of each class."""
+    if len(rows) < 2 * MIN_CLASS_SIZE:
+        return None, None
+    if len(rows) == len(labels):
+        return figures, figures
+    subsets = []
+    for _ in range(CONTROL_DRAWS):
+        chosen = [generator.choice(np.flatnonzero(labels == label), len(rows) // 2, replace=False) for label in (1, 0)]
+        subsets.append(np.concatenate(chosen))
+    matched, *others = (_statistics(_PointCloud.of(hidden[part]), labels[part]) for part in (rows, *subsets))
+    return matched, _mean_statistics(others)
 
-    def chance_distance(self, labels: Labels, generator: np.random.Generator) -> float:
-        """Mean pooled_distance of permuted labels; it depends on the sizes of the classes alone."""
-        return float(np.mean([self.pooled_distance(generator.permutation(labels)) for _ in range(CHANCE_PERMUTATIONS)]))
 
-
-def _statistics(cloud: _PointCloud, labels: Labels, chance_distance: float) -> SeparationStatistics:
+def _statistics(cloud: _PointCloud, labels: Labels) -> SeparationStatistics:
     from sklearn.metrics import silhouette_score
 
     probe_auc, difference_auc = _held_out_auc(cloud.hidden, labels)
     return SeparationStatistics(
-        d_b=cloud.plane_distance(labels),
-        silhouette=float(silhouette_score(cloud.plane, labels)),
-        d_b_full=cloud.pooled_distance(labels) - chance_distance,
-        frechet=frechet_distance(cloud.points[labels], cloud.points[~labels]),
         probe_auc=probe_auc,
         difference_auc=difference_auc,
+        mahalanobis=None if min(labels.sum(), (~labels).sum()) < 2 else spectrum(cloud.hidden, labels).distance(),
+        d_b=cloud.plane_distance(labels),
+        silhouette=float(silhouette_score(cloud.plane, labels)),
+        frechet=frechet_distance(cloud.points[labels], cloud.points[~labels]),
     )
 
 
 def _mean_statistics(statistics: Sequence[SeparationStatistics]) -> SeparationStatistics:
-    """Mean of each statistic. They come from permuted labels, so a statistic is None in all of them or in none."""
+    """Mean of each statistic; None where it could not be measured in all."""
     columns = zip(*map(astuple, statistics), strict=True)
     means: list[Any] = [None if None in column else float(np.mean(column)) for column in columns]
     return SeparationStatistics(*means)
@@ -268,8 +270,13 @@ def control_notes(result: SeparationMetrics) -> list[str]:
         notes.append(
             f"token length alone separates these prompts with AUC {result.length_auc:.2f}: use the length-matched ones"
         )
-    if result.matched is not None and result.matched.d_b < 0.5 * figures.d_b:
-        notes.append("matching lengths removes more than half of the separation: length explains most of it")
+    if result.matched is not None and result.subset is not None and result.matched.d_b < 0.5 * result.subset.d_b:
+        notes.append(
+            "the length-matched prompts have less than half of the D_B of as many prompts at random: length explains "
+            "most of it"
+        )
+    if figures.mahalanobis is None:
+        notes.append("the Mahalanobis distance cannot be told: these prompts are too few for the dimensions they need")
     if result.shuffled.d_b > 0.5 * figures.d_b or result.d_b_p > 0.05:
         notes.append(
             f"D_B in the plane is hardly above chance: shuffled labels have {result.shuffled.d_b:.2f} on average, and "
@@ -281,7 +288,12 @@ def control_notes(result: SeparationMetrics) -> list[str]:
 def metric_values(result: SeparationMetrics) -> dict[str, float]:
     """Values by metric name, controls included; without values that could not be computed."""
     values: dict[str, float | None] = {"separation/length_auc": result.length_auc, "separation/d_b_p": result.d_b_p}
-    for ending, figures in (("", result.figures), ("_length_matched", result.matched), ("_shuffled", result.shuffled)):
+    for ending, figures in (
+        ("", result.figures),
+        ("_length_matched", result.matched),
+        ("_subset", result.subset),
+        ("_shuffled", result.shuffled),
+    ):
         if figures is not None:
             values |= {f"separation/{name}{ending}": value for name, value in asdict(figures).items()}
     return {name: value for name, value in values.items() if value is not None}

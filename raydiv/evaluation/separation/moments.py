@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from raydiv.evaluation.separation.distances import Array, Labels, bhattacharyya_from_moments, frechet_from_moments
+from raydiv.evaluation.separation.mahalanobis import distance_of_moments
 from raydiv.evaluation.separation.metrics import length_auc
 
 
@@ -44,14 +45,13 @@ class Moments:
 class StreamedSeparation:
     """Statistics of all prompts of a set; see raydiv.evaluation.separation.metrics.SeparationStatistics.
 
-    ``d_b_full`` uses the plain pooled covariance, less its expectation by chance for Gaussians (Hotelling); None for
-    fewer prompts than twice the dimensions, where that covariance is unreliable.
+    ``mahalanobis`` estimates the same distance, by the formulas of Gaussians.
     """
 
     harmful: int
     harmless: int
     d_b: float
-    d_b_full: float | None
+    mahalanobis: float | None
     frechet: float
     length_auc: float
 
@@ -79,7 +79,6 @@ class StreamedMoments:
         harmful, harmless = self.moments[True, layer], self.moments[False, layer]
         difference = harmful.mean - harmless.mean
         both = harmful.merged(harmless)
-        spread = float(np.trace(both.scatter)) / both.count / len(difference)
         axes = np.linalg.eigh(both.scatter)[1][:, -2:]
         first, second = (axes.T @ moments.covariance @ axes for moments in (harmful, harmless))
         in_plane = float(np.trace(axes.T @ both.scatter @ axes)) / both.count / axes.shape[1]
@@ -87,7 +86,7 @@ class StreamedMoments:
             harmful.count,
             harmless.count,
             bhattacharyya_from_moments(axes.T @ difference, first, second, in_plane),
-            _pooled_distance(harmful, harmless) if spread else 0.0,
+            distance_of_moments((harmful.count, harmless.count), difference, harmful.scatter + harmless.scatter),
             frechet_from_moments(difference, harmful.covariance, harmless.covariance),
             self._length_auc(),
         )
@@ -96,17 +95,3 @@ class StreamedMoments:
         harmful, harmless = self.lengths[True], self.lengths[False]
         labels = np.arange(len(harmful) + len(harmless)) < len(harmful)
         return length_auc(labels, np.array([*harmful, *harmless]), [*harmful.values(), *harmless.values()])
-
-
-def _pooled_distance(first: Moments, second: Moments) -> float | None:
-    """D_B under the pooled covariance S, less its expectation where both classes have the same distribution.
-
-    D^2 = dm' S^-1 dm has mean f / (f - d - 1) (its population value + d (1/n + 1/m)), with f = n + m - 2 degrees of
-    freedom (Hotelling's T^2).
-    """
-    degrees, d = first.count + second.count - 2, len(first.mean)
-    if degrees < 2 * d:
-        return None
-    pooled, difference = (first.scatter + second.scatter) / degrees, first.mean - second.mean
-    squared = float(difference @ np.linalg.lstsq(pooled, difference, rcond=None)[0])
-    return (squared * (degrees - d - 1) / degrees - d * (1 / first.count + 1 / second.count)) / 8

@@ -29,14 +29,14 @@ class LayerReport:
     streamed: StreamedSeparation | None
 
     def row(self, with_interval: bool, p_of_all: float) -> tuple[str, ...]:
-        """A row of the table of layers: D_B in the plane and in all dimensions, the probe's AUC, and their controls."""
+        """A row of the table of layers: the probe's AUC, the Mahalanobis distance and D_B, with their controls."""
         result = self.separation
-        cells = [str(self.layer), _text("d_b", result.figures), *([_interval(result, "-")] if with_interval else [])]
-        cells += [f"{result.d_b_p:.3f}", f"{p_of_all:.3f}"]
-        cells += [_text("d_b", result.matched), _text("d_b", result.shuffled)]
-        for name in ("d_b_full", "probe_auc"):
-            cells += [_text(name, result.figures), _text(name, result.matched)]
-        return tuple(cells)
+        cells = [str(self.layer)]
+        for name in ("probe_auc", "mahalanobis", "d_b"):
+            cells += [_text(name, result.figures), _text(name, result.matched), _text(name, result.subset)]
+        cells += [_text("d_b", result.shuffled)]
+        cells += [_interval("d_b", result.d_b_interval, "-")] if with_interval else []
+        return (*cells, f"{result.d_b_p:.3f}", f"{p_of_all:.3f}")
 
     def as_json(self) -> dict[str, Any]:
         return self.separation.as_json() | ({} if self.streamed is None else {"streamed": asdict(self.streamed)})
@@ -46,12 +46,14 @@ class LayerReport:
 class SeparationReport:
     """Separation of one model in each layer read; the last of ``layers`` is the one reported.
 
-    ``count`` is the number of prompts; ``plane`` [n, 2], ``kinds`` and the labels ``harmful`` may cover a sample.
+    ``count`` is the number of prompts, without ``repeated`` ones; ``plane`` [n, 2], ``kinds`` and the labels
+    ``harmful`` may cover a sample.
     """
 
     model: str
     prompts: str
     count: int
+    repeated: int
     readout: Readout
     layers: list[LayerReport]
     plane: np.ndarray
@@ -67,10 +69,16 @@ class SeparationReport:
         return metric_values(self.separation)
 
     def notes(self) -> list[str]:
-        """The size of a sample, training prompts among these prompts, and what the controls show."""
+        """The size of a sample, repeated prompts, training prompts among these prompts, and what the controls show."""
         sampled = self.layers[-1].streamed is not None
         size = f"a sample of {len(self.kinds)} of {self.count} prompts; streamed figures cover all of them"
-        return [*([size] if sampled else []), *self.overlap, *control_notes(self.separation)]
+        repeated = f"{self.repeated} of {self.count + self.repeated} prompts repeat others, and are not measured again"
+        return [
+            *([size] if sampled else []),
+            *([repeated] if self.repeated else []),
+            *self.overlap,
+            *control_notes(self.separation),
+        ]
 
     def as_json(self) -> dict[str, Any]:
         """For files and ``--json``."""
@@ -85,6 +93,7 @@ class SeparationReport:
             "model": self.model,
             "prompts": self.prompts,
             "count": self.count,
+            "repeated": self.repeated,
             "sampled": len(self.kinds),
             "protocol": "paper" if (self.readout.pooling, self.readout.layers) == ("last", (-1,)) else "other",
             "pooling": self.readout.pooling,
@@ -95,27 +104,40 @@ class SeparationReport:
         }
 
     def table(self) -> tuple[list[str], list[tuple[str, ...]]]:
-        """Header and a row per statistic of the last layer: all prompts, length-matched ones, shuffled labels."""
+        """Header and a row per statistic of the last layer.
+
+        Columns: all prompts, those of matched lengths, as many at random, shuffled labels, all prompts streamed.
+        """
         result, last = self.separation, self.layers[-1]
         streamed = [] if last.streamed is None else [last.streamed]
-        columns = (result.figures, result.matched, result.shuffled, *streamed)
-        names = [statistic.name for statistic in fields(SeparationStatistics)]
-        rows = [(_label(name), *(_text(name, column) for column in columns)) for name in names]
-        empty = [""] * (len(columns) - 1)
-        rows.insert(1, ("  its 95% interval", _interval(result, " to "), *empty))
-        rows.insert(2, ("  its permutation p", f"{result.d_b_p:.3f}", *empty))
+        columns = (result.figures, result.matched, result.subset, result.shuffled, *streamed)
+        below = {
+            "mahalanobis": [
+                ("  its 95% interval", _interval("mahalanobis", result.mahalanobis_interval, " to ")),
+            ],
+            "d_b": [
+                ("  its 95% interval", _interval("d_b", result.d_b_interval, " to ")),
+                ("  its permutation p", f"{result.d_b_p:.3f}"),
+            ],
+        }
+        rows: list[tuple[str, ...]] = []
+        for statistic in fields(SeparationStatistics):
+            rows.append((_label(statistic.name), *(_text(statistic.name, column) for column in columns)))
+            rows += [(*row, *[""] * (len(columns) - 1)) for row in below.get(statistic.name, [])]
         matched_auc = "0.50" if result.matched else "-"
-        aucs = [_text("length_auc", result), matched_auc, "", *(_text("length_auc", column) for column in streamed)]
+        aucs = [_text("length_auc", result), matched_auc, "", "", *(_text("length_auc", column) for column in streamed)]
         rows.append((_label("length_auc"), *aucs))
         first = f"sample of {len(self.kinds)}" if streamed else "all prompts"
-        header = [f"layer {last.layer}", first, "lengths matched", "labels shuffled"]
+        header = [f"layer {last.layer}", first, "lengths matched", "as many at random", "labels shuffled"]
         return [*header, *(f"all {self.count}, streamed" for _ in streamed)], rows
 
     def layer_table(self) -> tuple[list[str], list[tuple[str, ...]]]:
         """Header and a row per layer, with intervals where every layer has one; no rows where one layer was read."""
         intervals = all(layer.separation.d_b_interval for layer in self.layers)
-        header = ["layer", "D_B", *(["95%"] if intervals else []), "p", "p, all layers", "matched", "shuffled"]
-        header += ["full D_B", "matched", "probe AUC", "matched"]
+        header = ["layer"]
+        for heading in ("probe AUC", "Mahalanobis", "D_B"):
+            header += [heading, "matched", "random"]
+        header += ["shuffled", *(["95%"] if intervals else []), "p", "p, all layers"]
         if len(self.layers) < 2:
             return header, []
         pairs = zip(self.layers, self._p_of_all_layers(), strict=True)
@@ -140,5 +162,5 @@ def _text(name: str, statistics: object) -> str:
     return "-" if value is None else METRICS[f"separation/{name}"].text(value)
 
 
-def _interval(result: SeparationMetrics, between: str) -> str:
-    return METRICS["separation/d_b"].range_text(result.d_b_interval, between) or "-"
+def _interval(name: str, interval: tuple[float, float] | None, between: str) -> str:
+    return METRICS[f"separation/{name}"].range_text(interval, between) or "-"

@@ -58,7 +58,7 @@ class Measure:
 
 D_B = Measure.of_metric("separation/d_b")
 D_B_LENGTH_MATCHED = Measure.of_metric("separation/d_b_length_matched")
-D_B_FULL = Measure.of_metric("separation/d_b_full")
+MAHALANOBIS = Measure.of_metric("separation/mahalanobis")
 ASR = Measure.of_metric("evaluate/asr", safety=True)
 DEGENERATE = Measure.of_metric("evaluate/degenerate", safety=True)
 
@@ -70,7 +70,7 @@ COLUMNS = (
     D_B_LENGTH_MATCHED,
     Measure.of_metric("separation/d_b_shuffled"),
     Measure.of_metric("separation/silhouette"),
-    D_B_FULL,
+    MAHALANOBIS,
     ASR,
     Measure.of_metric("evaluate/asr/{attack}", safety=True),
     # a set's prompts are among those of ASR and of over-refusal: as measures of safety they would count twice

@@ -28,8 +28,8 @@ from raydiv.experiments.study.cells import Cell, Key, grouped_cells, trained_cel
 from raydiv.experiments.study.measures import (
     BROKEN,
     D_B,
-    D_B_FULL,
     D_B_LENGTH_MATCHED,
+    MAHALANOBIS,
     Measure,
     attack_success,
     is_broken,
@@ -99,13 +99,13 @@ class Scale:
 
 
 LOG = Scale("log", np.log)
-ROOT = Scale("root", lambda d_b: np.sign(d_b) * np.sqrt(8 * np.abs(d_b)))
-"""Standard deviations between the means of two Gaussians of one covariance, whose D_B is their square over 8."""
+ROOT = Scale("root", lambda squared: np.sign(squared) * np.sqrt(np.abs(squared)))
+"""A Mahalanobis distance in standard deviations."""
 
 
 def scale_of(separation: Measure) -> Scale:
-    """D_B less what chance gives may be negative, where the logarithm has no value."""
-    return ROOT if separation == D_B_FULL else LOG
+    """An unbiased estimate of a squared distance may be negative, where the logarithm has no value."""
+    return ROOT if separation == MAHALANOBIS else LOG
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,16 +134,16 @@ class ClaimTest:
 
 
 def claim_tests(cells: Sequence[Cell]) -> list[ClaimTest]:
-    """Tests of each measure of attack success on D_B, on length-matched D_B, and on D_B of all dimensions if measured.
+    """Tests of each measure of attack success on each measure of separation.
 
-    Base cells are left out.
+    These are D_B, length-matched D_B, and the Mahalanobis distance where it was measured. Base cells are left out.
     """
     trained = trained_cells(cells)
-    full = [D_B_FULL] if D_B_FULL.mean(trained) is not None else []
+    in_all_dimensions = [MAHALANOBIS] if MAHALANOBIS.mean(trained) is not None else []
     return [
         claim_test(trained, separation, asr)
         for asr in attack_success(trained)
-        for separation in (D_B, D_B_LENGTH_MATCHED, *full)
+        for separation in (D_B, D_B_LENGTH_MATCHED, *in_all_dimensions)
     ]
 
 
