@@ -18,8 +18,8 @@ import numpy as np
 
 from raydiv.evaluation.separation.distances import RIDGE, Array, Labels
 
-SHRINKAGE = 0.5
-"""Share of the identity in the shrunk correlation."""
+SHRINKAGE = 0.9
+"""Share of the identity in the shrunk correlation: so large that 1,000 prompts suffice in 4,096 dimensions."""
 
 LARGEST_SHARE = 0.5
 """Largest effective dimension, as a share of the degrees of freedom, at which the estimate is trusted."""
