@@ -15,6 +15,7 @@ from raydiv.cli.data import add_data_commands
 from raydiv.cli.evaluation import add_evaluation_commands
 from raydiv.cli.experiments import add_experiment_commands
 from raydiv.cli.info import add_info_commands
+from raydiv.cli.label import add_label_command
 from raydiv.cli.output import Handler, results_alone
 from raydiv.cli.runs import add_run_commands
 from raydiv.cli.submit import add_submit_command
@@ -81,6 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_run_commands(commands)
     add_experiment_commands(commands)
     add_evaluation_commands(commands)
+    add_label_command(commands)
     add_data_commands(commands)
     add_submit_command(commands)
     add_bench_command(commands)

@@ -112,7 +112,13 @@ class AnswersReport:
     @staticmethod
     def _line(attempt: Attempt, graded: GradedAnswer, answer: GeneratedAnswer, show_text: bool) -> dict[str, Any]:
         prompt = graded.prompt
-        line = {"id": prompt.id, "set": prompt.set, "kind": prompt.kind, "category": prompt.category}
+        line: dict[str, Any] = {
+            "id": prompt.id,
+            "set": prompt.set,
+            "kind": prompt.kind,
+            "category": prompt.category,
+            "harmful": prompt.harmful,
+        }
         prompts = {"prompt": _without_options(prompt.text), "asked": _without_options(attempt.request.prompt)}
         thought = {} if answer.thought is None else {"thought": answer.thought}
         texts = {**prompts, **thought, "answer": answer.text} if show_text else {}

@@ -85,6 +85,10 @@ class AnswersFile:
             if agreement["kappa"] is not None:
                 interval = _interval(agreement["interval"])
                 values[f"evaluate/kappa/{judge}"] = MeasuredValue(agreement["kappa"], interval, agreement["of"])
+        for name, rate in content.get("calibrated", {}).items():
+            values[_calibrated(name)] = MeasuredValue(
+                float(rate["share"]), _interval(rate["interval"]), rate["labelled"]
+            )
         # earlier versions had one judge
         judges = content["judges"] if "judges" in content else [content["judge"]]
         return cls(values, [*(str(judge["errors"]) for judge in judges), *_notes(content)])
@@ -97,6 +101,12 @@ def rewards_by_class(path: Path) -> dict[str, list[float]]:
     content = read_json(path)
     with intact(path):
         return {name: [float(value) for value in content[name] if isfinite(value)] for name in ("aligned", "unaligned")}
+
+
+def _calibrated(metric: str) -> str:
+    """The name of a rate that labels correct: evaluate/asr_calibrated/ATTACK for evaluate/asr/ATTACK."""
+    group, rate, *attack = metric.split("/", 2)
+    return "/".join([group, f"{rate}_calibrated", *attack])
 
 
 def _notes(content: Mapping[str, Any]) -> list[str]:

@@ -124,6 +124,8 @@ _SPECS = (
     MetricSpec("separation/frechet", "Frechet distance, squared", 2, HIGHER, in_run_table=False),
     MetricSpec("separation/length_auc", "AUC of token length alone", 2, NEITHER),
     MetricSpec("evaluate/asr", "attack success (ASR)", 0, LOWER, SHARE, "ASR", 1),
+    MetricSpec("evaluate/asr_calibrated", "calibrated by labels", 0, LOWER, SHARE, variant_of="evaluate/asr"),
+    MetricSpec("evaluate/asr_calibrated/{attack}", "attack success (ASR), calibrated: {attack}", 0, LOWER, SHARE),
     MetricSpec("evaluate/asr_thought", "unsafe thoughts to harmful prompts", 0, LOWER, SHARE),
     MetricSpec("evaluate/asr/{attack}", "attack success (ASR): {attack}", 0, LOWER, SHARE, "ASR {attack}", 1),
     MetricSpec("evaluate/asr_any/{attack}", "attack success, any of several attempts: {attack}", 0, LOWER, SHARE),
@@ -133,6 +135,9 @@ _SPECS = (
     MetricSpec("evaluate/kappa/{judge}", "agreement with the first judge (kappa): {judge}", 2, NEITHER),
     MetricSpec("evaluate/refused/harmful", "refused: harmful", 0, HIGHER, SHARE),
     MetricSpec("evaluate/over_refusal", "refused: all harmless", 0, LOWER, SHARE, "over-refusal", 1),
+    MetricSpec(
+        "evaluate/over_refusal_calibrated", "calibrated by labels", 0, LOWER, SHARE, variant_of="evaluate/over_refusal"
+    ),
     MetricSpec(
         "evaluate/over_refusal_set/{set}",
         "refused: all harmless by set: {set}",

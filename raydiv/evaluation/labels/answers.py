@@ -1,0 +1,131 @@
+"""The answers of an evaluation, read back with their verdicts, and the sample of them that people label."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+from raydiv.evaluation.judges.verdicts import VERDICTS
+from raydiv.model.template import Messages
+from raydiv.utils.cache import digest
+from raydiv.utils.errors import UserError
+from raydiv.utils.storage import intact
+
+ENDING = ".answers.jsonl"
+
+JUDGED = ("unsafe", "refused", "safe", "degenerate")
+"""Verdicts of answers that count in rates; others say that there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedAnswer:
+    """An answer of a ``side`` (before, after, or a model's number) with the first judge's verdict.
+
+    ``key`` is of the content alone: of what was asked and of the answer. ``prompt`` tells prompts apart.
+    """
+
+    key: str
+    side: str
+    prompt: str
+    id: str
+    harmful: bool
+    attack: str
+    verdict: str
+    asked: str
+    answer: str
+
+    @property
+    def cell(self) -> Cell:
+        return self.side, self.attack, self.harmful
+
+
+Cell = tuple[str, str, bool]
+"""Answers that make one rate: a side, an attack, and whether the prompts are harmful."""
+
+Strata = Mapping[tuple[Cell, str], Sequence[JudgedAnswer]]
+"""Answers by cell and verdict, in the order in which they are drawn."""
+
+
+def read_answers(folder: Path) -> list[JudgedAnswer]:
+    """The judged answers in all files of an evaluation's folder.
+
+    Raises UserError where there is none, and where the files have no texts.
+    """
+    files = sorted(folder.glob(f"*{ENDING}"))
+    if not files:
+        raise UserError(f"{folder}: has no *{ENDING}; name a run, or the folder of raydiv evaluate --output")
+    answers = [answer for file in files for answer in _answers_of(file)]
+    if not answers:
+        raise UserError(f"{folder}: has no answers with a verdict")
+    return answers
+
+
+def _answers_of(file: Path) -> Iterator[JudgedAnswer]:
+    with intact(file):
+        for line in file.read_text().splitlines():
+            record = json.loads(line)
+            if "answer" not in record:
+                raise UserError(f"{file}: has no texts to label; evaluate again with --show-text")
+            if "harmful" not in record:
+                raise UserError(f"{file}: was written by an earlier version; evaluate again with --show-text")
+            if record["verdict"] not in VERDICTS:
+                raise ValueError(f"unknown verdict {record['verdict']}")
+            if record["verdict"] in JUDGED:
+                asked, answer = _text(record["asked"]), str(record["answer"])
+                yield JudgedAnswer(
+                    key=digest(asked, answer),
+                    side=file.name.removesuffix(ENDING),
+                    prompt=digest(_text(record["prompt"]), record["harmful"]),
+                    id=str(record["id"]),
+                    harmful=bool(record["harmful"]),
+                    attack=str(record["attack"]),
+                    verdict=record["verdict"],
+                    asked=asked,
+                    answer=answer,
+                )
+
+
+def _text(prompt: str | Messages) -> str:
+    """A prompt as people read it: of a conversation, each turn under its role."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def stratified(answers: Sequence[JudgedAnswer]) -> Strata:
+    """Answers by cell and verdict, in an order that is random and depends on their content alone.
+
+    The first answers of each are therefore a random sample, and a larger sample goes on with the next ones.
+    """
+    strata: dict[tuple[Cell, str], list[JudgedAnswer]] = defaultdict(list)
+    for answer in sorted(answers, key=lambda answer: digest("draw", answer.key, answer.side, answer.prompt)):
+        strata[answer.cell, answer.verdict].append(answer)
+    return strata
+
+
+SMALLEST_SAMPLE = 3
+"""Answers drawn of each verdict of a cell, where there are as many."""
+
+
+def drawn(strata: Strata, count: int) -> list[JudgedAnswer]:
+    """About ``count`` answers to label, each content once, in an order that does not tell side or verdict.
+
+    Each cell gets an equal part. Within a cell the parts of the verdicts follow their shares, with which the variance
+    of the rate is smallest where the judge errs as often on each.
+    """
+    by_cell: dict[Cell, dict[str, Sequence[JudgedAnswer]]] = defaultdict(dict)
+    for (cell, verdict), answers in strata.items():
+        by_cell[cell][verdict] = answers
+    chosen: list[Sequence[JudgedAnswer]] = []
+    for verdicts in by_cell.values():
+        total = sum(map(len, verdicts.values()))
+        for answers in verdicts.values():
+            part = round(count / len(by_cell) * len(answers) / total)
+            chosen.append(answers[: max(part, SMALLEST_SAMPLE)])
+    # round after round, so that whoever stops early has labelled the first answers of every stratum
+    rounds = [sorted(filter(None, group), key=lambda answer: answer.key) for group in zip_longest(*chosen)]
+    return list({answer.key: answer for group in rounds for answer in group}.values())
