@@ -15,6 +15,9 @@ from raydiv.evaluation.coherence import PerplexityThreshold
 from raydiv.evaluation.drift import KlEstimate
 from raydiv.evaluation.generate import GeneratedAnswer
 from raydiv.evaluation.judges.harm_judge import HarmJudge
+from raydiv.evaluation.labels.answers import JUDGED, JudgedAnswer
+from raydiv.evaluation.labels.calibrate import calibrate
+from raydiv.evaluation.labels.store import read_labels
 from raydiv.evaluation.outputs import ModelOutput, format_outputs
 from raydiv.evaluation.summary import GradedAnswer, agreements, rates_of
 from raydiv.evaluation.win_rate import WinRate
@@ -75,6 +78,7 @@ class AnswersReport:
             "judges": [{"name": judge.name, "errors": judge.errors} for judge in self.judges],
             "rates": rates,
             "agreement": {judge: agreement.as_json() for judge, agreement in agreements(self.graded).items()},
+            "calibrated": self._calibrated(),
             "logp_per_token": self.logp_per_token,
             "coherence": self.threshold.as_json(),
             "perplexity": self.perplexity,
@@ -83,6 +87,15 @@ class AnswersReport:
             **({} if self.capability is None else self.capability.as_json()),
             "notes": self.notes,
         }
+
+    def _calibrated(self) -> dict[str, Any]:
+        """Rates corrected by the labels of the quickstart, where these answers are among the labelled ones."""
+        rows = zip(self.attempts, self.graded, self.answers, strict=True)
+        judged = [
+            JudgedAnswer.of(self._line(*row, show_text=True), self.model) for row in rows if row[1].verdict in JUDGED
+        ]
+        labels = read_labels()
+        return calibrate(judged, labels).of_side(self.model) if any(one.key in labels for one in judged) else {}
 
     def cells(self) -> dict[str, str]:
         """Every value with its interval as a table shows it, by metric name."""

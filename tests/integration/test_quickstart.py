@@ -37,6 +37,7 @@ def test_shortened_quickstart(
         f"data.train={first(24, 'compliance-refusal', tmp_path)}",
         "data.eval=0.2",
         "optim.steps=2",
+        "engine.zero_stage=3",
         "evaluate.every=null",
         "evaluate.max_new_tokens=16",
         f"evaluate.prompts={first(20, 'development', tmp_path)}",

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from raydiv.evaluation.judges.verdicts import VERDICTS
 from raydiv.model.template import Messages
@@ -42,6 +43,22 @@ class JudgedAnswer:
     def cell(self) -> Cell:
         return self.side, self.attack, self.harmful
 
+    @classmethod
+    def of(cls, record: Mapping[str, Any], side: str) -> JudgedAnswer:
+        """Of a line of an answers file with texts."""
+        asked, answer = _text(record["asked"]), str(record["answer"])
+        return cls(
+            key=digest(asked, answer),
+            side=side,
+            prompt=digest(_text(record["prompt"]), record["harmful"]),
+            id=str(record["id"]),
+            harmful=bool(record["harmful"]),
+            attack=str(record["attack"]),
+            verdict=record["verdict"],
+            asked=asked,
+            answer=answer,
+        )
+
 
 Cell = tuple[str, str, bool]
 """Answers that make one rate: a side, an attack, and whether the prompts are harmful."""
@@ -75,18 +92,7 @@ def _answers_of(file: Path) -> Iterator[JudgedAnswer]:
             if record["verdict"] not in VERDICTS:
                 raise ValueError(f"unknown verdict {record['verdict']}")
             if record["verdict"] in JUDGED:
-                asked, answer = _text(record["asked"]), str(record["answer"])
-                yield JudgedAnswer(
-                    key=digest(asked, answer),
-                    side=file.name.removesuffix(ENDING),
-                    prompt=digest(_text(record["prompt"]), record["harmful"]),
-                    id=str(record["id"]),
-                    harmful=bool(record["harmful"]),
-                    attack=str(record["attack"]),
-                    verdict=record["verdict"],
-                    asked=asked,
-                    answer=answer,
-                )
+                yield JudgedAnswer.of(record, file.name.removesuffix(ENDING))
 
 
 def _text(prompt: str | Messages) -> str:

@@ -11,6 +11,9 @@ from raydiv.utils.errors import UserError
 
 LABELS_FILE = "labels.jsonl"
 
+QUICKSTART_LABELS = Path(__file__).with_name("quickstart.jsonl")
+"""The authors' labels of answers of the quickstart's model, before and after training."""
+
 LABELS = ("unsafe", "refused", "safe", "degenerate")
 """What people call an answer, as judges do; ``safe``: it does no harm and does not refuse, such as general advice."""
 
@@ -31,13 +34,13 @@ Labels = Mapping[str, Mapping[str, str]]
 """Labels by the key of the answer and the person."""
 
 
-def read_labels(files: Iterable[Path]) -> Labels:
-    """The labels in all ``files``; a later one of the same person replaces an earlier one.
+def read_labels(files: Iterable[Path] = ()) -> Labels:
+    """The labels of the quickstart and those in all ``files``; a later one of the same person replaces an earlier one.
 
     Raises UserError for a line that is not a label.
     """
     labels: dict[str, dict[str, str]] = {}
-    for file in files:
+    for file in (QUICKSTART_LABELS, *files):
         for label in parse_labels(file):
             labels.setdefault(label.key, {})[label.by] = label.label
     return labels
