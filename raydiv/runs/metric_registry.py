@@ -168,6 +168,7 @@ _SPECS = (
     MetricSpec("evaluate/{other}", "{other}", 2, NEITHER),
     MetricSpec("capability/{score}", "{score}", 3, HIGHER, heading="{score}"),
     MetricSpec("eval/divergence", "divergence estimate, held-out examples", 3, HIGHER),
+    MetricSpec("eval/divergence/equal_size", "in groups of a step's size", 3, HIGHER, variant_of="eval/divergence"),
     MetricSpec(_MARGIN, "reward margin, held-out examples", 2, HIGHER),
     MetricSpec("eval/reward/aligned", "reward of aligned ones", 2, HIGHER, indented=True),
     MetricSpec("eval/reward/unaligned", "reward of unaligned ones", 2, LOWER, indented=True),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from raydiv.config import Recipe
 from raydiv.data.batching import SequentialPlan
-from raydiv.losses import Batch
+from raydiv.losses import Batch, State, Term
 from raydiv.runs.directory import RunDirectory
 from raydiv.training.coefficients import NotFiniteError, evaluate_objective
 from raydiv.training.dataloader import ExampleSet, RankShard, StepLoader, read_steps
@@ -18,6 +19,8 @@ from raydiv.training.state import TrainState
 from raydiv.training.step import Stepper, concatenate_batches, select_examples
 from raydiv.utils import distributed as dist
 from raydiv.utils.storage import write_json
+
+EQUAL_SIZE = "eval/divergence/equal_size"
 
 PART_EXAMPLES = 256
 """Held-out examples that are read and scored at a time."""
@@ -49,6 +52,8 @@ class HeldOutEvaluation:
         values = self._values(batch, "eval", step)
         if not values:
             return {}
+        equal_size = divergence_of_groups(self.stepper.terms, self.stepper.states, batch, self.recipe.batch.examples)
+        values |= {} if equal_size is None else {EQUAL_SIZE: equal_size}
         names = np.array(self.recipe.data.held_out_names)
         for name in dict.fromkeys(names.tolist()):
             rows = np.flatnonzero(names[stored.source] == name)
@@ -96,3 +101,23 @@ class HeldOutEvaluation:
             self.run.events.log(
                 f"optim.early_stop.metric: {metric} has no value at step {step}; early stopping ignores this evaluation"
             )
+
+
+def divergence_of_groups(terms: Sequence[Term], states: Sequence[State], batch: Batch, size: int) -> float | None:
+    """The mean estimate over random groups of ``size`` examples of a batch; None where there is none.
+
+    An estimate by a logarithm of a mean over few examples is biased: that of a step more than that of all held-out
+    examples, so that these two differ without over-fitting. Paired objectives estimate by means over pairs, which have
+    no such bias.
+    """
+    if terms[0].divergence == "none" or len(batch.pairs):
+        return None
+    order, found = np.random.default_rng(0).permutation(len(batch.logps)), []
+    for start in range(0, len(order) - size + 1, size):
+        try:
+            part = evaluate_objective(terms, states, select_examples(batch, order[start : start + size]))
+        except NotFiniteError:
+            return None
+        if "divergence" in part.metrics:
+            found.append(part.metrics["divergence"])
+    return float(np.mean(found)) if found else None

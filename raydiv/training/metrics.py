@@ -127,7 +127,8 @@ def reward_metrics(batch: Batch, scale: float) -> dict[str, float]:
     """Rewards, log-ratios and log-probs over the global batch; the metrics of an absent class are left out.
 
     ``reward/*``: means of ``scale`` times log-ratio per class, their difference, and the share of pairs whose aligned
-    example has the larger reward (without pairs: of examples whose reward has its label's sign). Rewards are of whole
+    example has the larger reward (without pairs: of all couples of an aligned and an unaligned example, ties by half:
+    the AUC, which does not change with a constant that an objective leaves free). Rewards are of whole
     sequences, also under objectives that divide by lengths, and count from zero where there is no reference.
     ``logp/*``: mean sequence log-probs. ``log_ratio/rms`` and ``log_ratio/max``: root mean square and largest absolute
     log-ratio, in nats. At the first step, where the policy is the reference, these are the rounding noise of the
@@ -143,14 +144,22 @@ def reward_metrics(batch: Batch, scale: float) -> dict[str, float]:
         if mask.any():
             metrics[f"reward/{name}"] = float(reward[mask].mean())
             metrics[f"logp/{name}"] = float(batch.logps.detach()[mask].mean())
-    if aligned.any() and not aligned.all():
+    both = bool(aligned.any()) and not bool(aligned.all())
+    if both:
         metrics["reward/margin"] = metrics["reward/aligned"] - metrics["reward/unaligned"]
     if len(batch.pairs):
         better, worse = batch.paired(reward)
         metrics["reward/accuracy"] = float((better > worse).float().mean())
-    else:
-        metrics["reward/accuracy"] = float((reward * (2.0 * aligned - 1) > 0).float().mean())
+    elif both:
+        metrics["reward/accuracy"] = _auc(reward[aligned], reward[~aligned])
     return metrics
+
+
+def _auc(positive: Tensor, negative: Tensor) -> float:
+    """The share of couples of values [n] and [m] whose first is the larger, ties by half."""
+    ordered = negative.sort().values
+    below = torch.searchsorted(ordered, positive, right=False) + torch.searchsorted(ordered, positive, right=True)
+    return float(below.double().mean()) / (2 * len(negative))
 
 
 def peak_memory() -> float:

@@ -16,6 +16,7 @@ from raydiv.data.batching import StepPlan
 from raydiv.losses import OBJECTIVES, Batch, Term, widest_scope
 from raydiv.losses.objective import objective as register_objective
 from raydiv.training.coefficients import evaluate_objective, initial_states, known_coefficients
+from raydiv.training.held_out import divergence_of_groups
 from raydiv.training.metrics import (
     EMA_RATE,
     RunningMeans,
@@ -173,8 +174,7 @@ def test_metrics_of_unpaired_data() -> None:
         "reward/margin": pytest.approx(0.25),
         "logp/aligned": pytest.approx((-8 - 5) / 2),
         "logp/unaligned": pytest.approx((-21 - 5 - 10) / 3),
-        # of +, -, +, +, - the fourth should have been -
-        "reward/accuracy": pytest.approx(4 / 5),
+        "reward/accuracy": pytest.approx(4 / 6),
     }
 
 
@@ -183,6 +183,45 @@ def test_largest_log_ratio_counts_whatever_its_sign() -> None:
         6.0
     )
     assert reward_metrics(make_batch([0.0] * 3, [True, False, True]), BETA)["log_ratio/max"] == 0.0
+
+
+def test_accuracy_without_pairs_is_the_auc_and_does_not_change_with_a_constant() -> None:
+    from sklearn.metrics import roc_auc_score
+
+    generator = torch.Generator().manual_seed(0)
+    ratios = torch.randn(40, generator=generator).round(decimals=1)  # with ties
+    aligned = torch.rand(40, generator=generator) < 0.4
+    batch = Batch(ratios, torch.zeros(40), aligned, torch.ones(40), torch.zeros(0, 2, dtype=torch.long), torch.zeros(0))
+    accuracy = reward_metrics(batch, BETA)["reward/accuracy"]
+    assert accuracy == pytest.approx(roc_auc_score(aligned.numpy(), ratios.numpy()))
+    shifted = replace(batch, logps=ratios + 8)
+    assert reward_metrics(shifted, BETA)["reward/accuracy"] == pytest.approx(accuracy)
+
+
+def gaussian_batch(count: int, seed: int) -> Batch:
+    """Log-ratios of two Gaussians whose KL(D+ || D-) is 2: r of D- is N(-2, 4), that of D+ is N(2, 4)."""
+    generator = torch.Generator().manual_seed(seed)
+    aligned = torch.arange(count) % 2 == 0
+    ratios = 2 * torch.randn(count, generator=generator) + torch.where(aligned, 2.0, -2.0)
+    empty = torch.zeros(0, 2, dtype=torch.long)
+    return Batch(ratios, torch.zeros(count), aligned, torch.ones(count), empty, torch.zeros(0))
+
+
+def test_groups_of_held_out_examples_have_the_bias_of_a_step() -> None:
+    terms = [term("kldo", beta=1.0)]
+    states = initial_states(terms)
+    held_out = gaussian_batch(4800, seed=0)
+    steps = [
+        evaluate_objective(terms, states, gaussian_batch(16, seed)).metrics["divergence"] for seed in range(1, 301)
+    ]
+    whole = evaluate_objective(terms, states, held_out).metrics["divergence"]
+    grouped = divergence_of_groups(terms, states, held_out, 16)
+    assert grouped is not None
+    error = 2**0.5 * np.std(steps) / 300**0.5
+    assert abs(grouped - np.mean(steps)) < 4 * error
+    assert grouped > whole + 4 * error
+    assert divergence_of_groups(terms, states, gaussian_batch(12, 0), 16) is None
+    assert divergence_of_groups([term("sft")], [{}], held_out, 16) is None
 
 
 def test_accuracy_of_pairs_compares_their_rewards() -> None:
@@ -197,9 +236,8 @@ def test_accuracy_of_pairs_compares_their_rewards() -> None:
 )
 def test_absent_class_leaves_its_metrics_out(label: bool, present: str, absent: str) -> None:
     metrics = evaluate_objective([KLDO], initial_states([KLDO]), make_batch([2.0, -1.0, 3.0], [label] * 3)).metrics
-    assert {f"reward/{present}", f"logp/{present}", "reward/accuracy", "log_ratio/rms", "log_ratio/max"} <= set(metrics)
-    assert not {f"reward/{absent}", f"logp/{absent}", "reward/margin"} & set(metrics)
-    assert metrics["reward/accuracy"] == pytest.approx(2 / 3 if label else 1 / 3)
+    assert {f"reward/{present}", f"logp/{present}", "log_ratio/rms", "log_ratio/max"} <= set(metrics)
+    assert not {f"reward/{absent}", f"logp/{absent}", "reward/margin", "reward/accuracy"} & set(metrics)
     assert all(math.isfinite(number) for number in metrics.values())
 
 
