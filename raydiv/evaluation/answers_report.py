@@ -54,8 +54,6 @@ class AnswersReport:
 
     def metrics(self) -> dict[str, float]:
         values = {name: measured.value for name, measured in self.values().items()}
-        if self.kl is not None:
-            values["evaluate/kl_per_token"] = self.kl.per_token
         return values | ({} if self.win_rate is None else self.win_rate.metrics())
 
     def harmless(self) -> tuple[list[str], list[str]]:

@@ -79,6 +79,8 @@ class AnswersFile:
             if isinstance(number.get("value"), int | float):
                 interval = _interval(number.get("interval"))
                 values[f"evaluate/{key}"] = MeasuredValue(number["value"], interval, number.get("of"))
+        if content.get("kl"):
+            values["evaluate/kl_per_token"] = MeasuredValue(float(content["kl"]["per_token"]))
         for name, score in content.get("capability", {}).items():
             values[name] = MeasuredValue(float(score["value"]), _interval(score["interval"]), int(score["documents"]))
         for judge, agreement in content.get("agreement", {}).items():
