@@ -9,10 +9,12 @@ from math import nan, sqrt
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from scipy.stats import t, wilcoxon
 
 from raydiv.experiments.study.cells import Cell, Key, finite, grouped_cells, trained_cells
+from raydiv.experiments.study.comparisons import Comparison, comparison_table, comparisons_of, holds
 from raydiv.experiments.study.measures import BROKEN, Measure, is_broken, measures
 from raydiv.experiments.study.table_io import Table, TableCell, TableRow
 
@@ -25,12 +27,14 @@ FEWEST_DIFFERENCES = 6
 def tables_of(cells: Sequence[Cell]) -> list[Table]:
     """All tables that have rows; base cells are rows of the first."""
     data = dict.fromkeys(cell.data for cell in trained_cells(cells))
-    comparisons = [
+    of_data = [
         table
         for first, second in combinations(data, 2)
         for table in (against(cells, first, second), paired(cells, first, second))
     ]
-    return [table for table in (cell_table(cells), rank_table(cells), *comparisons) if table.rows]
+    losses = comparisons_of(cells)
+    first_tables = (cell_table(cells, losses), comparison_table(losses), rank_table(cells))
+    return [table for table in (*first_tables, *of_data) if table.rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +71,12 @@ class SeedStatistics:
         )
 
 
-def cell_table(cells: Sequence[Cell]) -> Table:
+def cell_table(cells: Sequence[Cell], comparisons: Sequence[Comparison] = ()) -> Table:
     """A row for each model, data and loss: means over seeds, and their sample standard deviations.
 
     The best loss of each model and data is marked for each measure that has a good end, unless all of them are equal.
-    Broken models are never marked.
+    By a rate that ``comparisons`` compare it is marked only where it differs from every other loss. Broken models are
+    never marked.
     """
     header = ("model", "data", "loss")
     if not cells:
@@ -82,12 +87,17 @@ def cell_table(cells: Sequence[Cell]) -> Table:
     blocks = scores.groupby(level=AXES[:2])
     highest, lowest = blocks.transform("max"), blocks.transform("min")
     best = (scores.eq(highest) & highest.ne(lowest)).reindex(statistics.mean.index, fill_value=False)
+    compared = [metric for metric in best.columns if any(one.metric == metric for one in comparisons)]
+    for metric in compared:
+        best[metric] &= np.array([holds(comparisons, key, metric) for key in groups], dtype=bool)
     rows = tuple(TableRow(key, _marked(statistics.figures(key), _row(best, key))) for key in groups)
     notes = []
     seeds = sorted({len(group) for group in groups.values() if not group[0].is_base})
     if seeds and seeds[-1] > 1:
         count = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
         notes.append(f"mean ± sample standard deviation over seeds ({count} for each loss)")
+    if compared:
+        notes.append("the best ASR and over-refusal are marked where they differ from those of every other loss")
     if broken:
         notes.append(f"broken models (more than {BROKEN:.0%} degenerate answers), never marked as best: {len(broken)}")
     return Table("Cells", (*header, *statistics.labels), rows, tuple(notes))
