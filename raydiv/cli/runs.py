@@ -38,6 +38,12 @@ def add_run_commands(commands: Any) -> None:
         metavar="X",
         help="speed of all workers together (default: the last measured speed)",
     )
+    plan.add_argument(
+        "--detect",
+        type=float,
+        metavar="SHARE",
+        help="say how many prompts and labels show such a difference in attack success, such as 0.05",
+    )
     add_reports(plan)
 
     prepare = add_command(
@@ -199,7 +205,8 @@ def _plan(options: argparse.Namespace) -> int:
     from raydiv.commands.plan.forecast import plan
     from raydiv.config import load_recipe
 
-    forecast = plan(load_recipe(options.recipe, options.overrides), tokens_per_second=options.tokens_per_second)
+    recipe = load_recipe(options.recipe, options.overrides)
+    forecast = plan(recipe, tokens_per_second=options.tokens_per_second, detect=options.detect)
 
     def show() -> None:
         print_table(*forecast.table())

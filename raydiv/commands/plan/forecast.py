@@ -21,10 +21,12 @@ from raydiv.commands.plan.layout import (
     with_layout,
 )
 from raydiv.commands.plan.memory import sizes_on_disk
+from raydiv.commands.plan.power import EvaluationSize
 from raydiv.commands.plan.tested import untested_combinations
 from raydiv.commands.plan.traffic import Traffic, step_traffic
 from raydiv.config import Recipe
 from raydiv.config.cluster import ClusterConfig
+from raydiv.data.prompt_sets import PromptSets
 from raydiv.losses import widest_scope
 from raydiv.model.chat import Chat, chat_table
 from raydiv.model.limits import limit_notes, require_limits
@@ -95,6 +97,7 @@ class Forecast:
         )
         if facts["chat"] is not None:
             yield from (f"{name}: {fact}" for name, fact in chat_table(facts["chat"]).items())
+        yield from facts["evaluation"]
         yield from (f"note: {note}" for note in facts["limits"])
         yield from (f"not checked, not on this machine: {name}" for name in facts["unchecked"])
         yield from (f"not covered by the tests: {words}" for words in facts["untested"])
@@ -113,12 +116,20 @@ class Forecast:
         return f"{seconds / 3600:.1f} hours at {speed['tokens_per_second']:,.0f} tokens/s ({speed['from']})"
 
 
-def plan(recipe: Recipe, *, tokens_per_second: float | None = None, memory_gb: float | None = None) -> Forecast:
+def plan(
+    recipe: Recipe,
+    *,
+    tokens_per_second: float | None = None,
+    memory_gb: float | None = None,
+    detect: float | None = None,
+) -> Forecast:
     """Check a recipe, its model's config and its data, and forecast memory, steps, tokens, time and sizes.
 
     ``memory_gb`` is the memory of a worker's GPU, or a worker's share of a node, in GiB; by default it is this
-    machine's. Nothing is started. The hub is asked only for the config of a model that is neither local nor shipped.
-    Raises UserError for whatever training would refuse.
+    machine's. ``detect``: a difference in attack success whose evaluation is sized as well.
+
+    Nothing is started. The hub is asked only for the config of a model that is neither local nor shipped. Raises
+    UserError for whatever training would refuse.
     """
     if memory_gb is not None:
         recipe = recipe.model_copy(
@@ -163,6 +174,7 @@ def plan(recipe: Recipe, *, tokens_per_second: float | None = None, memory_gb: f
             "sizes": sizes_on_disk(architecture, recipe),
             "traffic": _traffic(architecture, recipe, fit, amounts).rows(),
             "chat": None if chat is None else chat.facts(),
+            "evaluation": [] if detect is None else EvaluationSize.of(detect, PromptSets.of(recipe).evaluate).notes(),
             "limits": limits,
             "unchecked": [*([] if chat else [f"the tokenizer of {recipe.model.id}"]), *amounts.unavailable],
             "untested": list(untested_combinations(resolved)),
