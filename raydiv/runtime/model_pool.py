@@ -52,18 +52,32 @@ def map_rows_unordered(
 ) -> Iterator[tuple[int, Row]]:
     """Map ``rows`` over the session's pool; yields the position and the result of each row as it is finished.
 
-    Batches hold ``batch_rows`` rows, shortest first by ``length``, so that they need little padding.
+    Batches hold at most ``batch_rows`` rows, shortest first by ``length``, so that they need little padding.
 
     ``worker(**arguments)`` is built once in each actor; it is called with a list of rows and returns as many. There is
     one actor a CPU, or a GPU where the recipe uses GPUs. ``cluster.pool_actors`` and the number of batches limit them.
 
     Raises the worker's UserError, and RuntimeError for another of its errors.
     """
+    pool = _session_pool(cluster)
     order = sorted(range(len(rows)), key=lambda position: length(rows[position]))
-    batches = [order[start : start + batch_rows] for start in range(0, len(order), batch_rows)]
+    size = even_batch(len(order), batch_rows, pool.resources.actors)
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
     calls = [[rows[position] for position in batch] for batch in batches]
-    for number, results in _session_pool(cluster).map(calls, worker, arguments):
+    for number, results in pool.map(calls, worker, arguments):
         yield from zip(batches[number], results, strict=True)
+
+
+def even_batch(rows: int, most: int, actors: int) -> int:
+    """Rows of a batch, at most ``most``, so that every actor gets as many batches.
+
+    Half a batch or less goes to one actor: another one's start takes longer.
+    """
+    if rows <= most // 2:
+        return most
+    batches = -(-rows // most)
+    batches += -batches % actors
+    return -(-rows // batches)
 
 
 def end_pool() -> None:

@@ -15,7 +15,7 @@ import ray
 
 from raydiv.config.cluster import ClusterConfig
 from raydiv.runtime.actor_pool import PrefetchedStream
-from raydiv.runtime.model_pool import end_pool, map_rows
+from raydiv.runtime.model_pool import end_pool, even_batch, map_rows
 from raydiv.runtime.row_stream import map_stream
 from raydiv.runtime.session import ray_session
 from raydiv.utils.errors import UserError
@@ -191,3 +191,12 @@ def test_a_pool_inside_a_trial_leaves_its_placement_group() -> None:
         assert ray.get(trial.remote(), timeout=120) == [2, 4, 6]
     finally:
         ray.util.remove_placement_group(group)
+
+
+@pytest.mark.parametrize(
+    ("rows", "most", "actors", "batches"),
+    [(48, 32, 2, [24, 24]), (200, 32, 2, [25] * 8), (32, 32, 2, [16, 16]), (16, 32, 2, [16]), (3, 1, 2, [1] * 3)],
+)
+def test_batches_are_even_over_the_actors(rows: int, most: int, actors: int, batches: list[int]) -> None:
+    size = even_batch(rows, most, actors)
+    assert [min(size, rows - start) for start in range(0, rows, size)] == batches
