@@ -215,7 +215,7 @@ def test_mutated_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.long
 @pytest.mark.usefixtures("_offline")
 def test_many_mutated_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan_mutations(range(20, 600), tmp_path, capsys)
+    plan_mutations(range(20, 300), tmp_path, capsys)
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), AssertionError("a\nb"), RecursionError(), MemoryError()])
@@ -294,7 +294,7 @@ def test_a_report_of_damaged_files_names_one(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_reports_of_many_damaged_files_name_one(tmp_path: Path) -> None:
-    report_mutations(range(100, 300), tmp_path, write_report)
+    report_mutations(range(100, 150), tmp_path, write_report)
 
 
 def test_damaged_records_of_sweeps_and_studies_are_named(tmp_path: Path) -> None:

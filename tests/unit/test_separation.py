@@ -204,9 +204,9 @@ def test_samples_of_one_law_are_not_apart(n: int, d: int) -> None:
 
 def test_distance_in_all_dimensions_is_the_closed_form() -> None:
     """The squared Mahalanobis distance, from many points."""
-    hidden, harmful = generator(0).normal(size=(4000, 8)), np.arange(4000) % 2 == 0
+    hidden, harmful = generator(0).normal(size=(2000, 8)), np.arange(2000) % 2 == 0
     hidden[harmful, 3] += 3
-    found = separation_metrics(hidden, harmful, np.full(4000, 12))
+    found = separation_metrics(hidden, harmful, np.full(2000, 12))
     assert found.figures.mahalanobis == pytest.approx(9, rel=0.05)
     assert found.figures.difference_auc == pytest.approx(norm.cdf(3 / math.sqrt(2)), abs=0.01)
     assert found.figures.probe_auc == pytest.approx(norm.cdf(3 / math.sqrt(2)), abs=0.01)

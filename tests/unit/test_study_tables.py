@@ -361,7 +361,7 @@ def null(models: int, data: int, losses: int, seeds: int = 1, loss_effect: float
     return draw
 
 
-def rejected(draw: Draw, p_of: Callable[[SlopeEstimate], float | None], runs: int = 600) -> float:
+def rejected(draw: Draw, p_of: Callable[[SlopeEstimate], float | None], runs: int = 400) -> float:
     """The share of simulated studies that the test at 5% rejects."""
     generator = np.random.default_rng(0)
     return float(np.mean([float(p_of(slope_of(draw(generator))) or 1.0) < 0.05 for _ in range(runs)]))
