@@ -46,7 +46,7 @@ class JudgedAnswer:
     @classmethod
     def of(cls, record: Mapping[str, Any], side: str) -> JudgedAnswer:
         """Of a line of an answers file with texts."""
-        asked, answer = _text(record["asked"]), str(record["answer"])
+        asked, answer = _text(record["asked"]), str(record["answer"] or "")
         return cls(
             key=digest(asked, answer),
             side=side,
