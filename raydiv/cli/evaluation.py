@@ -150,6 +150,13 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _attack(text: str) -> Any:
-    """``NAME[=VALUE]`` as a recipe writes the attack."""
+    """``NAME[=VALUE]`` as a recipe writes the attack; VALUE may be a mapping: ``{depth: [1, 5], texts: FILE}``."""
     kind, equals, value = text.partition("=")
+    if value.startswith("{"):
+        from raydiv.config.bounded_yaml import parse_yaml
+
+        try:
+            return {kind: parse_yaml(value)}
+        except ValueError as error:
+            raise UserError(f"--attack: {kind}: {error}") from None
     return {kind: {"steps": value} if kind == "gcg" else value} if equals else kind

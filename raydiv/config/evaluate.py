@@ -86,8 +86,23 @@ class GcgConfig(Section):
     topk: PositiveInt = 256
 
 
+class CutConfig(Section):
+    """The first tokens of given answers, which the model continues (Qi et al. 2024, arXiv 2406.05946, section 3)."""
+
+    depth: list[PositiveInt] = Field(min_length=1, description="how many tokens of the answer are given, each in turn")
+    texts: Source = Field(
+        description="the answers: records of prompt and response; those to harmless prompts are a control"
+    )
+
+    @field_validator("depth")
+    @classmethod
+    def _depths_once(cls, value: list[int]) -> list[int]:
+        return sorted(set(value))
+
+
 ATTACK_KEY = {
     "prefill": "opening",
+    "prefill-depth": "cut",
     "forged-turn": "opening",
     "templates": "file",
     "suffixes": "file",
@@ -97,15 +112,18 @@ ATTACK_KEY = {
 
 
 class AttackConfig(Section):
-    """A way to ask harmful prompts: direct, prefill, forged-turn, templates: FILE, suffixes: FILE, or gcg."""
+    """A way to ask harmful prompts: direct, prefill, prefill-depth, forged-turn, templates: FILE, suffixes: FILE, or
+    gcg.
+    """
 
-    kind: Literal["direct", "prefill", "forged-turn", "templates", "suffixes", "gcg"]
+    kind: Literal["direct", "prefill", "prefill-depth", "forged-turn", "templates", "suffixes", "gcg"]
     opening: str = Field(
         default=OPENING, min_length=1, description="prefill, forged-turn: the first words of the answer"
     )
     file: Source | None = Field(
         default=None, description="templates, suffixes: a file with one text per line, or with a column of that name"
     )
+    cut: CutConfig | None = Field(default=None, description="prefill-depth: the answers and how much of them is given")
     gcg: GcgConfig = Field(default_factory=GcgConfig)
     only: list[str] | None = Field(
         default=None, min_length=1, description="short names of the attacked prompt sets; default: all"
@@ -114,7 +132,8 @@ class AttackConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _expand_short_form(cls, values: Any) -> Any:
-        """Expand the short forms: a kind, or prefill: OPENING, templates: FILE, suffixes: FILE, gcg: {steps: ...}.
+        """Expand the short forms: a kind, or prefill: OPENING, prefill: {depth: ..., texts: ...}, templates: FILE,
+        suffixes: FILE, gcg: {steps: ...}.
 
         ``only`` may be added to each of them.
         """
@@ -123,6 +142,7 @@ class AttackConfig(Section):
         options = {key: value for key, value in values.items() if key != "only"} if isinstance(values, dict) else {}
         if len(options) == 1 and "kind" not in options:
             ((kind, value),) = options.items()
+            kind = "prefill-depth" if kind == "prefill" and isinstance(value, dict) else kind
             key = ATTACK_KEY.get(kind)
             if key is None:
                 raise ValueError(f"{kind}: unknown attack; known: direct, {', '.join(ATTACK_KEY)}")
@@ -133,6 +153,8 @@ class AttackConfig(Section):
     def _options_match_kind(self) -> AttackConfig:
         if (self.file is None) == (self.kind in ("templates", "suffixes")):
             raise ValueError(f"{self.kind}: templates and suffixes need a FILE, other attacks have none")
+        if (self.cut is None) == (self.kind == "prefill-depth"):
+            raise ValueError(f"{self.kind}: prefill-depth needs depth and texts, other attacks have none")
         for key in ("opening", "gcg"):
             kinds = [kind for kind, option in ATTACK_KEY.items() if option == key]
             if self.kind not in kinds and getattr(self, key) != type(self).model_fields[key].get_default(
@@ -177,8 +199,8 @@ class EvaluateConfig(Section):
     toxicity: str | None = Field(default=None, description="a text-classification model; its mean P(toxic) is reported")
     attacks: list[AttackConfig] = Field(
         default_factory=list,
-        description="attacks on harmful prompts beside the direct one: prefill (with an OPENING), templates or "
-        "suffixes (with a FILE), gcg (with its STEPS)",
+        description="attacks on harmful prompts beside the direct one: prefill (with an OPENING, or with the "
+        "depth and texts of given answers), templates or suffixes (with a FILE), gcg (with its STEPS)",
     )
     pairwise_judge: str | None = Field(
         default=None,

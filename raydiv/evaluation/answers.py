@@ -103,7 +103,7 @@ def measure_answers(
     per_token = sum(log_probs.logps[number] for number in answered) / max(
         1, sum(log_probs.tokens[number] for number in answered)
     )
-    notes += _engine_notes(engine, answers, judges)
+    notes += attacks.without_answer(config.attacks, prompts) + _engine_notes(engine, answers, judges)
     report = AnswersReport(
         label,
         judges.harm,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raydiv.data.prompt_sets import last_user_text
-from raydiv.evaluation.attacks import Attempt
+from raydiv.evaluation.attacks import DIRECT, Attempt
 from raydiv.evaluation.capability import Capability
 from raydiv.evaluation.coherence import PerplexityThreshold
 from raydiv.evaluation.drift import KlEstimate
@@ -57,11 +57,11 @@ class AnswersReport:
         return values | ({} if self.win_rate is None else self.win_rate.metrics())
 
     def harmless(self) -> tuple[list[str], list[str]]:
-        """Harmless prompts as text, and the answers to them, by which utility is judged."""
+        """Harmless prompts as text, and the direct answers to them, by which utility is judged."""
         pairs = [
             (last_user_text(graded.prompt), answer.text or "")
             for graded, answer in zip(self.graded, self.answers, strict=True)
-            if not graded.prompt.harmful
+            if not graded.prompt.harmful and graded.attack == DIRECT
         ]
         return [instruction for instruction, _ in pairs], [text for _, text in pairs]
 

@@ -1,6 +1,7 @@
 """Attacks: requests that try to get an answer that the model should refuse, and direct requests.
 
-Harmless prompts are only asked directly. raydiv ships no jailbreak texts: users bring their own templates and suffixes.
+Harmless prompts are only asked directly, but for the control of prefill-depth. raydiv ships no jailbreak texts: users
+bring their own templates and suffixes.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from raydiv.config.cluster import ClusterConfig
-from raydiv.config.evaluate import AttackConfig
+from raydiv.config.evaluate import AttackConfig, CutConfig
 from raydiv.data.fields import BadRow, text_field
-from raydiv.data.prompt_sets import Prompt
+from raydiv.data.prompt_sets import Prompt, last_user_text
 from raydiv.data.readers import iterate_records
 from raydiv.evaluation.generate import Request
-from raydiv.model.chat import ChatPrompt, Conversation, as_messages
+from raydiv.model.chat import Chat, ChatPrompt, Conversation, as_messages
 from raydiv.model.load import ModelSource
 from raydiv.utils.errors import UserError
 from raydiv.utils.progress import Progress, no_progress
@@ -49,12 +50,16 @@ def attack_attempts(
     cluster: ClusterConfig,
     progress: Progress = no_progress,
 ) -> list[Attempt]:
-    """The harmful prompts under an attack, once per text of its file; gcg needs a Ray session."""
-    harmful = [
-        (number, prompt)
-        for number, prompt in enumerate(prompts)
-        if prompt.harmful and (attack.only is None or prompt.set in attack.only)
+    """The harmful prompts under an attack, once per text of its file; gcg needs a Ray session.
+
+    With prefill-depth, also harmless prompts that have a text: the answer to them, cut as well, must not be refused.
+    """
+    attacked = [
+        (number, prompt) for number, prompt in enumerate(prompts) if attack.only is None or prompt.set in attack.only
     ]
+    harmful = [(number, prompt) for number, prompt in attacked if prompt.harmful]
+    if attack.cut is not None:
+        return _cut_attempts(attack.cut, attacked, model.chat())
     if attack.kind == "gcg":
         from raydiv.evaluation.gcg import search_suffixes
 
@@ -76,6 +81,44 @@ def attack_attempts(
     ]
 
 
+def _cut_attempts(cut: CutConfig, prompts: Sequence[tuple[int, Prompt]], chat: Chat) -> list[Attempt]:
+    """The prompts that have a given answer, which is begun with its first tokens; once for each depth."""
+    given = {text: chat.text_ids(answer) for text, answer in _given_answers(cut).items()}
+    return [
+        Attempt(number, f"prefill@{depth}", Request(prompt.text, opening=chat.tokenizer.decode(ids[:depth])))
+        for depth in cut.depth
+        for number, prompt in prompts
+        if (ids := given.get(last_user_text(prompt))) is not None
+    ]
+
+
+def _given_answers(cut: CutConfig) -> dict[str, str]:
+    """The given answer to each prompt; of several the first. Raises UserError for an invalid file."""
+    answers: dict[str, str] = {}
+    for where, record in iterate_records(cut.texts):
+        try:
+            answers.setdefault(text_field(record, "prompt"), text_field(record, "response"))
+        except BadRow as error:
+            raise UserError(f"{where}: {error} (records of prompt and response)") from None
+    return answers
+
+
+def without_answer(attacks: Sequence[AttackConfig], prompts: Sequence[Prompt]) -> list[str]:
+    """A note on each prefill-depth whose file has no answer to some harmful prompts, which are then not attacked."""
+    notes = []
+    for attack in attacks:
+        if attack.cut is not None:
+            given = _given_answers(attack.cut)
+            harmful = [prompt for prompt in prompts if prompt.harmful]
+            missing = sum(last_user_text(prompt) not in given for prompt in harmful)
+            if missing:
+                notes.append(
+                    f"prefill-depth: {attack.cut.texts.path} has no answer to {missing} of {len(harmful)} harmful "
+                    "prompts, which were not attacked by it"
+                )
+    return notes
+
+
 def check_attacks(attacks: Sequence[AttackConfig], prompts: Sequence[Prompt]) -> None:
     """Raises UserError for an attack whose file is invalid, whose library is missing, or that applies to no prompt."""
     harmful = dict.fromkeys(prompt.set for prompt in prompts if prompt.harmful)
@@ -90,15 +133,26 @@ def check_attacks(attacks: Sequence[AttackConfig], prompts: Sequence[Prompt]) ->
             from raydiv.evaluation.gcg import require_nanogcg
 
             require_nanogcg()
+        elif attack.cut is not None:
+            given = _given_answers(attack.cut)
+            if not any(prompt.harmful and last_user_text(prompt) in given for prompt in prompts):
+                raise UserError(
+                    f"evaluate.attacks: prefill: texts: {attack.cut.texts.path}: has an answer to none of the harmful "
+                    "prompts; its prompts must be those of evaluate.prompts"
+                )
         elif attack.kind != "forged-turn":
             _request_builders(attack)
 
 
 def attack_texts(attacks: Sequence[AttackConfig]) -> list[list[str]]:
     """The current texts of each attack's file; none for an attack without a file."""
-    return [
-        _read_texts(attack, *FILE_ATTACKS[attack.kind]) if attack.kind in FILE_ATTACKS else [] for attack in attacks
-    ]
+    return [_texts_of(attack) for attack in attacks]
+
+
+def _texts_of(attack: AttackConfig) -> list[str]:
+    if attack.cut is not None:
+        return [text for pair in _given_answers(attack.cut).items() for text in pair]
+    return _read_texts(attack, *FILE_ATTACKS[attack.kind]) if attack.kind in FILE_ATTACKS else []
 
 
 def with_suffix(prompt: ChatPrompt, suffix: str, separator: str = " ") -> ChatPrompt:

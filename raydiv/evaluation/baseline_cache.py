@@ -23,10 +23,10 @@ from raydiv.utils.storage import open_input, require_inside
 VERSION = 1
 """Version of the entries and of their keys."""
 
-CODE_PACKAGES = ("evaluation", "evaluation/judges", "evaluation/separation", "model", "data")
+CODE_PACKAGES = ("evaluation", "evaluation/judges", "evaluation/labels", "evaluation/separation", "model", "data")
 """Packages whose code a measurement depends on."""
 
-DATA_FILES = ("data/bundled/helpful.jsonl",)
+DATA_FILES = ("data/bundled/helpful.jsonl", "evaluation/labels/quickstart.jsonl")
 """Files of raydiv that a measurement depends on, besides code."""
 
 PACKAGE = Path(__file__).parents[1]

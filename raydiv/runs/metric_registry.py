@@ -147,6 +147,7 @@ _SPECS = (
         "over-refusal {set}",
         1,
     ),
+    MetricSpec("evaluate/over_refusal/{attack}", "refused: all harmless: {attack}", 0, LOWER, SHARE),
     MetricSpec("evaluate/over_refusal_judge/{judge}", "refused: all harmless by {judge}", 0, LOWER, SHARE),
     MetricSpec("evaluate/refused/ordinary", "refused: ordinary harmless", 0, LOWER, SHARE),
     MetricSpec("evaluate/refused/alarming", "refused: alarming harmless", 0, LOWER, SHARE),
