@@ -23,7 +23,9 @@ def add_label_command(commands: Any) -> None:
     label.add_argument(
         "folder", metavar="RUN", type=Path, help="a run trained with --show-text, or the folder of evaluate --output"
     )
-    label.add_argument("--count", type=int, default=60, metavar="N", help="about how many answers to draw (60)")
+    label.add_argument(
+        "--count", type=int, default=60, metavar="N", help="how many answers to draw, shared by sides and attacks (60)"
+    )
     label.add_argument("--by", metavar="NAME", help="who labels (default: the user's name)")
     label.add_argument(
         "--reuse",
@@ -43,7 +45,7 @@ def add_label_command(commands: Any) -> None:
 def _label(options: argparse.Namespace) -> int:
     from raydiv.commands.label import Labelling, label_in_terminal
 
-    labelling = Labelling(options.folder, options.by or getpass.getuser(), options.count, options.reuse)
+    labelling = Labelling(options.folder, options.by or _user(), options.count, options.reuse)
     if options.page:
         words = ["raydiv", "label", str(options.folder), "--read", "labels.jsonl"]
         count = labelling.write_page(options.page, shlex.join(words))
@@ -60,12 +62,22 @@ def _label(options: argparse.Namespace) -> int:
             raise UserError("standard input is no terminal: label with --page FILE, or show the rates with --rates")
         label_in_terminal(labelling, _read_key, lambda text: print(text, file=sys.stderr))
     calibration = labelling.calibration()
+    if not options.rates:
+        labelling.write(calibration)
     print_report(options, calibration.as_json(), lambda: _show(calibration))
     return 0
 
 
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        raise UserError("--by: this user has no name here; say who labels") from None
+
+
 def _read_key() -> str:
-    """The next key, without waiting for the end of a line."""
+    """The next key, without waiting for the end of a line; empty for one that sends several characters."""
+    import os
     import termios
     import tty
 
@@ -73,10 +85,11 @@ def _read_key() -> str:
     before = termios.tcgetattr(descriptor)
     try:
         tty.setcbreak(descriptor)
-        key = sys.stdin.read(1)
+        # all of a key at once: an arrow or Delete sends digits too
+        read = os.read(descriptor, 64)
     finally:
         termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
-    return key or "q"
+    return read.decode(errors="replace") if len(read) == 1 else "" if read else "q"
 
 
 def _show(calibration: Calibration) -> None:
@@ -97,7 +110,7 @@ def _show(calibration: Calibration) -> None:
     header = ("", "rate", "by the judge", "calibrated", "labels", "judge finds", "judge spares")
     print_table(header, rows)
     for one in calibration.comparisons:
-        name = f"{spec_of(one.metric).full_label}, {one.second} less {one.first}"
+        name = f"{spec_of(one.metric).full_label}, {one.second} less {one.first}, on {one.prompts} prompts"
         test = "" if one.p is None else f"; the judge's verdicts: p = {one.p:.3g} (McNemar, exact)"
         if one.difference is None or one.interval is None:
             print(f"{name}: not calibrated, a side has no labels{test}")

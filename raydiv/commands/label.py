@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from raydiv.evaluation.labels.answers import JudgedAnswer, drawn, read_answers, stratified
@@ -53,6 +54,7 @@ class Labelling:
         self._folder = folder if self._run is None else self._run.evaluation
         self._by = by
         self._answers = read_answers(self._folder)
+        self._count = count
         self._drawn = drawn(stratified(self._answers), count)
         self._others = [_labels_file(path) for path in reuse]
 
@@ -72,7 +74,8 @@ class Labelling:
 
     def add(self, answer: JudgedAnswer, label: str) -> None:
         """Keep the label of an answer at once."""
-        add_labels(self.file, [Label(answer.key, label, self._by)])
+        with writable(self.file):
+            add_labels(self.file, [Label(answer.key, label, self._by)])
 
     def add_file(self, file: Path) -> int:
         """Add the labels of a file; returns how many.
@@ -83,7 +86,8 @@ class Labelling:
         known = {answer.key for answer in self._answers}
         if not any(label.key in known for label in labels):
             raise UserError(f"{file}: none of its {len(labels)} labels is of an answer in {self._folder}")
-        add_labels(self.file, labels)
+        with writable(self.file):
+            add_labels(self.file, labels)
         return len(labels)
 
     def write_page(self, page: Path, command: str) -> int:
@@ -102,23 +106,36 @@ class Labelling:
             items=items,
             choices=CHOICES,
             by=self._by,
-            page=digest(*(answer.key for answer in answers)),
+            page=digest(self._by, *(answer.key for answer in answers)),
             command=command,
         )
-        page.write_text(content)
+        with writable(page):
+            page.write_text(content)
         return len(items)
 
     def calibration(self) -> Calibration:
-        """The rates by the judge and corrected by the labels, which are also written beside the judge's, and into the
-        report of a finished run.
-        """
-        found = calibrate(self._answers, self.labels())
+        """The rates by the judge and corrected by the labels."""
+        own = {label.key for label in parse_labels(self.file)} if self.file.exists() else set()
+        return calibrate(self._answers, self.labels(), own, self._count)
+
+    def write(self, found: Calibration) -> None:
+        """Write the corrected rates beside the judge's, and into the report of a finished run."""
         for side in dict.fromkeys(answer.side for answer in self._answers):
             path = self._folder / f"{side}.json"
-            write_json(path, read_json(path) | {"calibrated": found.of_side(side)}, indent=1)
+            content = read_json(path) | {"calibrated": found.of_side(side)}
+            with writable(path):
+                write_json(path, content, indent=1)
         if self._run is not None and self._run.result.exists():
             write_report(self._run)
-        return found
+
+
+@contextmanager
+def writable(path: Path) -> Iterator[None]:
+    """Around what writes a file: raises UserError where it cannot."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def _labels_file(path: Path) -> Path:

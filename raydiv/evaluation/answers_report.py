@@ -15,7 +15,7 @@ from raydiv.evaluation.coherence import PerplexityThreshold
 from raydiv.evaluation.drift import KlEstimate
 from raydiv.evaluation.generate import GeneratedAnswer
 from raydiv.evaluation.judges.harm_judge import HarmJudge
-from raydiv.evaluation.labels.answers import JUDGED, JudgedAnswer
+from raydiv.evaluation.labels.answers import COUNT, JUDGED, JudgedAnswer
 from raydiv.evaluation.labels.calibrate import calibrate
 from raydiv.evaluation.labels.store import read_labels
 from raydiv.evaluation.outputs import ModelOutput, format_outputs
@@ -93,7 +93,9 @@ class AnswersReport:
             JudgedAnswer.of(self._line(*row, show_text=True), self.model) for row in rows if row[1].verdict in JUDGED
         ]
         labels = read_labels()
-        return calibrate(judged, labels).of_side(self.model) if any(one.key in labels for one in judged) else {}
+        if not any(one.key in labels for one in judged):
+            return {}
+        return calibrate(judged, labels, frozenset(), COUNT, whole=True).of_side(self.model)
 
     def cells(self) -> dict[str, str]:
         """Every value with its interval as a table shows it, by metric name."""

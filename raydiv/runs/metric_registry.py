@@ -139,6 +139,9 @@ _SPECS = (
         "evaluate/over_refusal_calibrated", "calibrated by labels", 0, LOWER, SHARE, variant_of="evaluate/over_refusal"
     ),
     MetricSpec(
+        "evaluate/over_refusal_calibrated/{attack}", "refused: all harmless, calibrated: {attack}", 0, LOWER, SHARE
+    ),
+    MetricSpec(
         "evaluate/over_refusal_set/{set}",
         "refused: all harmless by set: {set}",
         0,

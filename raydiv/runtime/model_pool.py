@@ -69,15 +69,14 @@ def map_rows_unordered(
 
 
 def even_batch(rows: int, most: int, actors: int) -> int:
-    """Rows of a batch, at most ``most``, so that every actor gets as many batches.
+    """Rows of a batch, at most ``most``, so that the actors that are worth their start get as many batches each.
 
-    Half a batch or less goes to one actor: another one's start takes longer.
+    An actor is worth it for half a batch.
     """
-    if rows <= most // 2:
-        return most
+    actors = min(actors, max(1, rows // max(1, most // 2)))
     batches = -(-rows // most)
     batches += -batches % actors
-    return -(-rows // batches)
+    return max(1, -(-rows // max(1, batches)))
 
 
 def end_pool() -> None:

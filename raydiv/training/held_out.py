@@ -104,20 +104,23 @@ class HeldOutEvaluation:
 
 
 def divergence_of_groups(terms: Sequence[Term], states: Sequence[State], batch: Batch, size: int) -> float | None:
-    """The mean estimate over random groups of ``size`` examples of a batch; None where there is none.
+    """The mean estimate over random groups of ``size`` examples, or of pairs with as many; None where there is none.
 
     An estimate by a logarithm of a mean over few examples is biased: that of a step more than that of all held-out
-    examples, so that these two differ without over-fitting. Paired objectives estimate by means over pairs, which have
-    no such bias.
+    examples, so that these two differ without over-fitting. Objectives on pairs estimate by means over pairs, which
+    have no such bias. A group that lacks a class has no estimate.
     """
-    if terms[0].divergence == "none" or len(batch.pairs):
+    if terms[0].divergence == "none" or terms[0].objective.data == "paired":
         return None
-    order, found = np.random.default_rng(0).permutation(len(batch.logps)), []
-    for start in range(0, len(order) - size + 1, size):
-        try:
-            part = evaluate_objective(terms, states, select_examples(batch, order[start : start + size]))
-        except NotFiniteError:
-            return None
-        if "divergence" in part.metrics:
-            found.append(part.metrics["divergence"])
+    units = batch.pairs.numpy() if len(batch.pairs) else np.arange(len(batch.logps))[:, None]
+    order, found = np.random.default_rng(0).permutation(len(units)), []
+    count = max(1, size // units.shape[1])
+    for start in range(0, len(order) - count + 1, count):
+        part = select_examples(batch, units[order[start : start + count]].ravel())
+        if part.aligned.any() and not part.aligned.all():
+            try:
+                metrics = evaluate_objective(terms, states, part).metrics
+            except NotFiniteError:
+                return None
+            found += [metrics["divergence"]] if "divergence" in metrics else []
     return float(np.mean(found)) if found else None

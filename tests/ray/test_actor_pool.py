@@ -195,7 +195,15 @@ def test_a_pool_inside_a_trial_leaves_its_placement_group() -> None:
 
 @pytest.mark.parametrize(
     ("rows", "most", "actors", "batches"),
-    [(48, 32, 2, [24, 24]), (200, 32, 2, [25] * 8), (32, 32, 2, [16, 16]), (16, 32, 2, [16]), (3, 1, 2, [1] * 3)],
+    [
+        (48, 32, 2, [24, 24]),
+        (200, 32, 2, [25] * 8),
+        (32, 32, 2, [16, 16]),
+        (17, 32, 8, [17]),
+        (16, 32, 2, [16]),
+        (3, 1, 2, [1] * 3),
+        (0, 32, 2, []),
+    ],
 )
 def test_batches_are_even_over_the_actors(rows: int, most: int, actors: int, batches: list[int]) -> None:
     size = even_batch(rows, most, actors)

@@ -221,6 +221,13 @@ def test_groups_of_held_out_examples_have_the_bias_of_a_step() -> None:
     assert abs(grouped - np.mean(steps)) < 4 * error
     assert grouped > whole + 4 * error
     assert divergence_of_groups(terms, states, gaussian_batch(12, 0), 16) is None
+    # pairs stay together, also where the objective takes none
+    pairs = torch.arange(4800).reshape(-1, 2)
+    in_pairs = divergence_of_groups(terms, states, replace(held_out, pairs=pairs), 16)
+    assert in_pairs == pytest.approx(grouped, abs=4 * error)
+    one_class = replace(held_out, aligned=torch.ones(4800, dtype=torch.bool))
+    assert divergence_of_groups(terms, states, one_class, 16) is None
+    assert divergence_of_groups([term("dpo")], [{}], replace(held_out, pairs=pairs), 16) is None
     assert divergence_of_groups([term("sft")], [{}], held_out, 16) is None
 
 

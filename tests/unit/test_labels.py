@@ -16,8 +16,8 @@ from raydiv.cli import main
 from raydiv.commands.label import CHOICES, Labelling, label_in_terminal, printable
 from raydiv.evaluation.intervals import wilson_interval
 from raydiv.evaluation.labels import estimate
-from raydiv.evaluation.labels.answers import JudgedAnswer, drawn, read_answers, stratified
-from raydiv.evaluation.labels.calibrate import calibrate, mcnemar
+from raydiv.evaluation.labels.answers import JudgedAnswer, drawn, read_answers, sample_sizes, stratified
+from raydiv.evaluation.labels.calibrate import _metric, _position, calibrate, mcnemar
 from raydiv.evaluation.labels.estimate import (
     LabelledShare,
     VerdictShares,
@@ -128,7 +128,7 @@ def test_differences_of_the_same_prompts_are_narrower_and_hold() -> None:
         assert difference == pytest.approx(two.share - one.share)
         narrower.append((high - low) / np.hypot(*(rate.interval[1] - rate.interval[0] for rate in (one, two))))
     assert held >= 53
-    assert np.mean(narrower) < 1.02
+    assert np.mean(narrower) < 0.97
     with pytest.raises(ValueError, match="other prompts"):
         calibrated_difference(sides[0], (Simulation(20, 1, 0.5, (0, 0), 1).shares(), {}))
 
@@ -185,6 +185,8 @@ def test_a_sample_covers_every_side_attack_and_verdict_and_grows(tmp_path: Path)
         assert chosen == [answer.key for answer in answers if answer.key in chosen]
         assert set(chosen) == {answer.key for answer in answers[: len(chosen)]}
     assert {answer.key for answer in small} < {answer.key for answer in large}
+    sizes = sample_sizes(strata, 24)
+    assert all(min(3, len(answers)) <= sizes[key] <= len(answers) for key, answers in strata.items())
     assert len({answer.key for answer in large}) == len(large)
 
 
@@ -208,7 +210,7 @@ def test_labels_count_up_to_the_first_gap_and_by_the_share_of_people(tmp_path: P
         order[2].key: {"ann": "safe"},
         order[4].key: {"ann": "unsafe"},
     }
-    found = calibrate(answers, labels)
+    found = calibrate(answers, labels, labels.keys(), 12)
     (rate,) = [one for one in found.rates if (one.side, one.metric) == ("before", "evaluate/asr")]
     assert rate.calibrated is not None
     assert rate.calibrated.labelled == 2
@@ -221,10 +223,44 @@ def test_labels_count_up_to_the_first_gap_and_by_the_share_of_people(tmp_path: P
     assert {one["id"] for one in found.disagreements} == {order[0].id, order[2].id}
 
 
+def test_labels_of_other_evaluations_fill_a_sample_and_never_extend_it(tmp_path: Path) -> None:
+    answers = read_answers(write_evaluation(tmp_path))
+    strata = stratified(answers)
+    key = next(key for key, drawn in strata.items() if len(drawn) >= 8)
+    order, size = strata[key], sample_sizes(strata, 30)[key]
+    assert 3 <= size < len(order) - 2
+
+    def counted(labelled: list[int], own: list[int]) -> int:
+        labels = {order[n].key: {"ann": "safe"} for n in labelled}
+        rates = calibrate(answers, labels, {order[n].key for n in own}, 30).rates
+        metric = [one for one in rates if (one.side, one.metric) == (key[0][0], _metric(key[0]))]
+        return metric[0].calibrated.labelled if metric[0].calibrated else 0
+
+    everything = list(range(len(order)))
+    assert counted(everything, []) == size
+    assert counted(everything[: size - 1], []) == 0
+    assert counted(everything[: size - 1], [1]) == 2
+    assert counted(everything, [size + 1]) == size + 2
+    assert calibrate(answers, {order[0].key: {"ann": "safe"}}, set(), 30, whole=True).of_side(key[0][0]) == {}
+
+
+def test_a_verdict_that_one_side_lacks_leaves_the_others_compared(tmp_path: Path) -> None:
+    answers = read_answers(write_evaluation(tmp_path))
+    lost = next(one for one in answers if one.cell == ("after", "direct", True))
+    found = calibrate([one for one in answers if one is not lost], {}, set(), 60)
+    prompts = {one.metric: one.prompts for one in found.comparisons}
+    assert prompts == {"evaluate/asr": 19, "evaluate/asr/prefill": 20, "evaluate/over_refusal": 20}
+
+
+def test_models_are_compared_in_the_order_of_their_numbers() -> None:
+    sides = ["model-10", "model-2", "after", "model-1", "before"]
+    assert sorted(sides, key=_position) == ["before", "after", "model-1", "model-2", "model-10"]
+
+
 def test_sides_are_compared_on_the_same_prompts(tmp_path: Path) -> None:
     answers = read_answers(write_evaluation(tmp_path))
     labels = {answer.key: {"ann": answer.verdict} for answer in answers}
-    found = calibrate(answers, labels)
+    found = calibrate(answers, labels, labels.keys(), 60)
     by_metric = {one.metric: one for one in found.comparisons}
     assert set(by_metric) == {"evaluate/asr", "evaluate/asr/prefill", "evaluate/over_refusal"}
     shares = {(one.side, one.metric): one.judged.share for one in found.rates}

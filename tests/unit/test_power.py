@@ -34,8 +34,10 @@ def test_so_many_labels_leave_the_difference_visible(difference: float) -> None:
 
 
 def test_detectable_differences_are_those_that_the_prompts_suffice_for() -> None:
-    assert prompts_to_detect(detectable(100)) <= 100 < prompts_to_detect(detectable(100) - 0.01)
-    assert detectable(1) == 1.0
+    found = detectable(100)
+    assert found is not None
+    assert prompts_to_detect(found) <= 100 < prompts_to_detect(found - 0.01)
+    assert detectable(0) is detectable(5) is None
 
 
 def test_plan_says_the_size_of_an_evaluation(

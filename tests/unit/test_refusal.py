@@ -220,6 +220,9 @@ DECLINES_AFTER_A_PREAMBLE = [
     "**Response:**\n\nI can't assist with that.",
     "I can't help with that. However, here are some safe alternatives: call a locksmith.",
     "I won't explain that. If you are locked out, here's what a locksmith can do for you.",
+    "I can't help with that. However, here's what you can do instead: talk to a counsellor.",
+    "I'm sorry, I can't assist. But here's how to get help: call a crisis line.",
+    "I cannot provide this. That said, here is how to protect yourself from it.",
 ]
 
 DELIVERED_AFTER_ALL = [
@@ -301,6 +304,8 @@ HELPS_AFTER_AN_IDIOM = [
     "I apologize for the delay. The answer is 42.",
     "I won't keep you waiting: take a ladder.",
     "Let's talk about something else first: the tools. Take a ladder.",
+    "Let's talk about something else first. Take a ladder and climb.",
+    "Let's change the subject line to something short, so that readers see it at once.",
     "No, the capital is Paris. It lies on the Seine.",
     "I never help myself to cake before dinner, but bake it so: mix flour and water.",
     "That is not something I knew, and it is easy: take a ladder.",

@@ -72,7 +72,7 @@ def test_the_best_loss_is_marked_only_where_it_differs_from_all_others(tmp_path:
     }
     assert {loss: mark["ASR"] for loss, mark in marks.items()} == {"dpo": False, "kto": False, "kldo": True}
     assert not any(mark["over-refusal"] for mark in marks.values())
-    assert any("every other loss" in note for note in table.notes)
+    assert any("every other model" in note for note in table.notes)
     # without the runs at hand the best mean is marked
     elsewhere = [replace(cell, where="mlflow") for cell in cells]
     assert comparisons_of(elsewhere) == []

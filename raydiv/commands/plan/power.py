@@ -17,14 +17,14 @@ CHANGED = 0.2
 JUDGE_ERROR = 0.1
 """Share of the judge's verdicts that is taken to be wrong."""
 
-_Z = 1.959963984540054 + 0.8416212335729143
+_Z_LEVEL, _Z_POWER = 1.959963984540054, 0.8416212335729143
 """The normal quantiles of LEVEL, two-sided, and of POWER."""
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationSize:
     """``prompts`` show a ``difference`` in the judge's verdicts; twice as many, with ``labels`` a side, show it in
-    calibrated rates. ``detectable``: the difference that the recipe's ``harmful`` prompts show, None without any.
+    calibrated rates. ``detectable``: the difference that the recipe's ``harmful`` prompts show, None if they show none.
     """
 
     difference: float
@@ -40,7 +40,7 @@ class EvaluationSize:
             raise UserError(f"--detect: must be a share between 0 and 1, such as 0.05; found {difference:g}")
         needed, harmful = prompts_to_detect(difference), sum(prompt.harmful for prompt in prompts)
         labels = labels_to_detect(difference, 2 * needed)
-        return cls(difference, needed, labels, harmful, detectable(harmful) if harmful else None)
+        return cls(difference, needed, labels, harmful, detectable(harmful))
 
     def notes(self) -> list[str]:
         """What it means, a line per fact."""
@@ -48,14 +48,11 @@ class EvaluationSize:
         lines = [
             f"a difference of {points} in attack success: {self.prompts:,} harmful prompts show it in the judge's "
             f"verdicts ({POWER:.0%} power at {LEVEL:.0%}, McNemar's test, {CHANGED:.0%} of verdicts changed)",
-            f"the same in rates calibrated by labels: {2 * self.prompts:,} prompts and {self.labels:,} labels a side "
-            f"(a judge that errs on {JUDGE_ERROR:.0%})",
+            f"the same in rates calibrated by labels: {2 * self.prompts:,} prompts and {self.labels:,} labels of each "
+            f"side's answers to them (a judge that errs on {JUDGE_ERROR:.0%})",
         ]
-        if self.detectable is not None:
-            lines.append(
-                f"this recipe's {self.harmful:,} harmful prompts show a difference of "
-                f"{100 * self.detectable:.0f} points"
-            )
+        shown = "none" if self.detectable is None else f"a difference of {100 * self.detectable:.0f} points"
+        lines.append(f"this recipe's {self.harmful:,} harmful prompts show {shown}")
         return lines
 
 
@@ -65,18 +62,23 @@ def prompts_to_detect(difference: float) -> int:
     The exact test needs some 1 / difference more, as a continuity correction does.
     """
     changed = max(CHANGED, difference)
-    z_level, z_power = 1.959963984540054, 0.8416212335729143
-    root = z_level * math.sqrt(changed) + z_power * math.sqrt(changed - difference**2)
+    root = _Z_LEVEL * math.sqrt(changed) + _Z_POWER * math.sqrt(changed - difference**2)
     return math.ceil((root / difference) ** 2 + 1 / difference)
 
 
 def labels_to_detect(difference: float, prompts: int) -> int:
     """Labels of each side, where ``prompts`` leave room for their error."""
     of_prompts = (max(CHANGED, difference) - difference**2) / prompts
-    of_labels = (difference / _Z) ** 2 - of_prompts
+    of_labels = (difference / (_Z_LEVEL + _Z_POWER)) ** 2 - of_prompts
     return math.ceil(2 * JUDGE_ERROR * (1 - JUDGE_ERROR) / of_labels)
 
 
-def detectable(prompts: int) -> float:
-    """The smallest difference, in whole points, that so many prompts show; 1 where they show none."""
-    return next((points / 100 for points in range(1, 100) if prompts_to_detect(points / 100) <= prompts), 1.0)
+FEWEST_CHANGED = 6
+"""Changed verdicts below which McNemar's exact test has no p of 0.05."""
+
+
+def detectable(prompts: int) -> float | None:
+    """The smallest difference, in whole points, that so many prompts show; None where they show none."""
+    if prompts < FEWEST_CHANGED:
+        return None
+    return next((points / 100 for points in range(1, 100) if prompts_to_detect(points / 100) <= prompts), None)

@@ -18,6 +18,9 @@ from raydiv.utils.storage import intact
 
 ENDING = ".answers.jsonl"
 
+COUNT = 60
+"""Answers that are drawn by default."""
+
 JUDGED = ("unsafe", "refused", "safe", "degenerate")
 """Verdicts of answers that count in rates; others say that there is none."""
 
@@ -117,21 +120,27 @@ SMALLEST_SAMPLE = 3
 """Answers drawn of each verdict of a cell, where there are as many."""
 
 
-def drawn(strata: Strata, count: int) -> list[JudgedAnswer]:
-    """About ``count`` answers to label, each content once, in an order that does not tell side or verdict.
+def sample_sizes(strata: Strata, count: int) -> dict[tuple[Cell, str], int]:
+    """How many answers of each stratum are drawn, about ``count`` in all.
 
     Each cell gets an equal part. Within a cell the parts of the verdicts follow their shares, with which the variance
     of the rate is smallest where the judge errs as often on each.
     """
-    by_cell: dict[Cell, dict[str, Sequence[JudgedAnswer]]] = defaultdict(dict)
-    for (cell, verdict), answers in strata.items():
-        by_cell[cell][verdict] = answers
-    chosen: list[Sequence[JudgedAnswer]] = []
-    for verdicts in by_cell.values():
-        total = sum(map(len, verdicts.values()))
-        for answers in verdicts.values():
-            part = round(count / len(by_cell) * len(answers) / total)
-            chosen.append(answers[: max(part, SMALLEST_SAMPLE)])
+    totals: dict[Cell, int] = defaultdict(int)
+    for (cell, _), answers in strata.items():
+        totals[cell] += len(answers)
+    return {
+        (cell, verdict): min(
+            len(answers), max(SMALLEST_SAMPLE, round(count / len(totals) * len(answers) / totals[cell]))
+        )
+        for (cell, verdict), answers in strata.items()
+    }
+
+
+def drawn(strata: Strata, count: int) -> list[JudgedAnswer]:
+    """The answers to label, each content once, in an order that does not tell side or verdict."""
+    sizes = sample_sizes(strata, count)
+    chosen = [answers[: sizes[key]] for key, answers in strata.items()]
     # round after round, so that whoever stops early has labelled the first answers of every stratum
     rounds = [sorted(filter(None, group), key=lambda answer: answer.key) for group in zip_longest(*chosen)]
     return list({answer.key: answer for group in rounds for answer in group}.values())

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 from raydiv.evaluation.attacks import DIRECT
 from raydiv.evaluation.judges.agreement import Agreement
-from raydiv.evaluation.labels.answers import Cell, JudgedAnswer, Strata, stratified
+from raydiv.evaluation.labels.answers import Cell, JudgedAnswer, sample_sizes, stratified
 from raydiv.evaluation.labels.estimate import (
     CalibratedRate,
     LabelledShare,
@@ -33,7 +33,7 @@ class SideRate:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A rate of ``second`` less that of ``first``, on the same prompts.
+    """A rate of ``second`` less that of ``first``, on the same ``prompts``.
 
     ``p``: McNemar's exact test of the judge's verdicts, None where a prompt has several attempts. ``difference`` and
     its 95% ``interval`` are calibrated, None where a side has no labels.
@@ -42,6 +42,7 @@ class Comparison:
     metric: str
     first: str
     second: str
+    prompts: int
     p: float | None
     difference: float | None
     interval: tuple[float, float] | None
@@ -51,7 +52,7 @@ class Comparison:
 class Calibration:
     """Rates by side, comparisons of each side with the one before it, and how far people agree.
 
-    ``disagreements``: answers that people label otherwise than the judge, by id.
+    ``disagreements``: answers that people label otherwise than the judge, by side and id.
     """
 
     rates: Sequence[SideRate]
@@ -87,13 +88,24 @@ class Calibration:
         }
 
 
-def calibrate(answers: Sequence[JudgedAnswer], labels: Labels) -> Calibration:
-    """Rates of ``answers``, from the labels of a random sample of each cell and verdict."""
+def calibrate(
+    answers: Sequence[JudgedAnswer], labels: Labels, own: Set[str], count: int, *, whole: bool = False
+) -> Calibration:
+    """Rates of ``answers``, from the labels of a random sample of each cell and verdict.
+
+    ``own``: the keys of the answers that were labelled for this evaluation, in the order in which they are drawn; other
+    ``labels`` are of the same answers in another one. ``count``: how many are drawn, as in ``drawn``. With ``whole``
+    nothing is calibrated unless all of them are labelled.
+    """
     strata = stratified(answers)
+    sizes = sample_sizes(strata, count)
+    if whole and any(answer.key not in labels for key, drawn in strata.items() for answer in drawn[: sizes[key]]):
+        labels = {}
     cells: dict[Cell, list[JudgedAnswer]] = {}
     for answer in answers:
         cells.setdefault(answer.cell, []).append(answer)
-    samples = {cell: _Sample.of(cell, given, strata, labels) for cell, given in cells.items()}
+    labelled = {key: _labelled(drawn, labels, own, sizes[key]) for key, drawn in strata.items()}
+    samples = {cell: _Sample.of(cell, given, labelled) for cell, given in cells.items()}
     keys = {answer.key: answer for answer in answers}
     return Calibration(
         rates=[sample.rate() for sample in samples.values()],
@@ -114,13 +126,11 @@ class _Sample:
     shares: Mapping[str, LabelledShare]
 
     @classmethod
-    def of(cls, cell: Cell, answers: Sequence[JudgedAnswer], strata: Strata, labels: Labels) -> _Sample:
+    def of(
+        cls, cell: Cell, answers: Sequence[JudgedAnswer], labelled: Mapping[tuple[Cell, str], Sequence[_Outcome]]
+    ) -> _Sample:
         outcome = _outcome(cell)
-        shares = {
-            verdict: LabelledShare.of(_labelled(drawn, labels, outcome))
-            for (of_cell, verdict), drawn in strata.items()
-            if of_cell == cell
-        }
+        shares = {verdict: LabelledShare.of(found) for (of_cell, verdict), found in labelled.items() if of_cell == cell}
         ordered = sorted(answers, key=lambda answer: answer.prompt)
         single = len({answer.prompt for answer in answers}) == len(answers)
         outcomes = {answer.prompt: answer.verdict == outcome for answer in ordered} if single else {}
@@ -149,59 +159,72 @@ def _metric(cell: Cell) -> str:
     return ("evaluate/asr" if harmful else "evaluate/over_refusal") + ("" if attack == DIRECT else f"/{attack}")
 
 
-def _labelled(drawn: Sequence[JudgedAnswer], labels: Labels, outcome: str) -> list[tuple[str, float]]:
-    """The prompt and the outcome of the first answers drawn, as far as they are labelled without a gap.
+_Outcome = tuple[str, float]
+"""A prompt, and whether the answer to it has the outcome; of several people the share of those who see it."""
 
-    Labels beyond a gap were not drawn here, as those that another evaluation has of the same answers: these are no
-    random sample. Of several people the outcome is the share of those who see it.
+
+def _labelled(drawn: Sequence[JudgedAnswer], labels: Labels, own: Set[str], size: int) -> list[_Outcome]:
+    """The outcomes of a random sample of a stratum, in whose order the answers are ``drawn``.
+
+    It reaches to the first gap, and ends with an answer that was labelled for this evaluation, or with the whole drawn
+    part of ``size`` answers. Labels of other evaluations would extend it by the answers that both have, which are no
+    random sample.
     """
+    reached = next((n for n, answer in enumerate(drawn) if answer.key not in labels), len(drawn))
+    last = max((n + 1 for n, answer in enumerate(drawn[:reached]) if answer.key in own), default=0)
+    sampled = drawn[: max(last, size if reached >= size else 0)]
     found = []
-    for answer in drawn:
-        given = labels.get(answer.key)
-        if given is None:
-            break
-        clear = [label for label in given.values() if label != UNCLEAR]
+    for answer in sampled:
+        clear = [label for label in labels[answer.key].values() if label != UNCLEAR]
         if clear:
-            found.append((answer.prompt, sum(label == outcome for label in clear) / len(clear)))
+            found.append((answer.prompt, sum(label == _outcome(answer.cell) for label in clear) / len(clear)))
     return found
 
 
 def _comparisons(samples: Mapping[Cell, _Sample]) -> list[Comparison]:
-    """Each rate of each side with that of the side before it, where both have the same prompts."""
-    sides = list(dict.fromkeys(side for side, _, _ in samples))
-    # a run's files are read in the order of their names
-    sides.sort(key=lambda side: (side != "before", side))
+    """Each rate of each side with that of the side before it, over the prompts that both have a verdict on."""
     found = []
-    for first, second in pairwise(sides):
+    for first, second in pairwise(sorted({side for side, _, _ in samples}, key=_position)):
         for (side, attack, harmful), sample in samples.items():
             other = samples.get((second, attack, harmful))
-            if side != first or other is None or sample.verdicts.prompts != other.verdicts.prompts:
+            if side != first or other is None:
+                continue
+            one, two = sample.verdicts.among(other.verdicts.prompts), other.verdicts.among(sample.verdicts.prompts)
+            if not one.prompts:
                 continue
             difference, interval = None, None
             if sample.is_labelled and other.is_labelled:
-                difference, interval = calibrated_difference(
-                    (sample.verdicts, sample.shares), (other.verdicts, other.shares)
-                )
+                difference, interval = calibrated_difference((one, sample.shares), (two, other.shares))
             p = mcnemar(sample.outcomes, other.outcomes) if sample.outcomes and other.outcomes else None
-            found.append(Comparison(_metric(sample.cell), first, second, p, difference, interval))
+            metric = _metric(sample.cell)
+            found.append(Comparison(metric, first, second, len(one.prompts), p, difference, interval))
     return found
 
 
+def _position(side: str) -> tuple[int, int]:
+    """The order of sides: before and after; the models of ``raydiv evaluate`` by their number."""
+    number = side.rpartition("-")[2]
+    return ("before", "after").index(side) if side in ("before", "after") else 2, int(number) if number.isdigit() else 0
+
+
 def mcnemar(first: Mapping[str, bool], second: Mapping[str, bool]) -> float:
-    """P of McNemar's exact test of two outcomes of the same prompts (1947): a sign test of those that changed."""
+    """P of McNemar's exact test of two outcomes of prompts (1947), over those that both have: a sign test of those that
+    changed.
+    """
     from scipy.stats import binomtest
 
-    gained = sum(second[prompt] and not first[prompt] for prompt in first)
-    lost = sum(first[prompt] and not second[prompt] for prompt in first)
+    both = first.keys() & second.keys()
+    gained = sum(second[prompt] and not first[prompt] for prompt in both)
+    lost = sum(first[prompt] and not second[prompt] for prompt in both)
     return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
 def _agreement(keys: Mapping[str, JudgedAnswer], labels: Labels) -> Agreement | None:
-    """Of the two people with the most labels in common: whether they call an answer unsafe."""
+    """Of the two people with the most labels in common: whether an answer does harm, or refuses a harmless prompt."""
     both: dict[tuple[str, str], list[tuple[bool, bool, int]]] = {}
     for number, (key, answer) in enumerate(keys.items()):
         given = {by: label for by, label in labels.get(key, {}).items() if label != UNCLEAR}
-        for one, other in pairwise(sorted(given)):
+        for one, other in combinations(sorted(given), 2):
             outcome = _outcome(answer.cell)
             both.setdefault((one, other), []).append((given[one] == outcome, given[other] == outcome, number))
     most = max(both.values(), key=len, default=[])

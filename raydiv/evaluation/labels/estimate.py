@@ -83,11 +83,17 @@ class VerdictShares:
             shares[rows[prompt], columns[verdict]] += 1
         return cls(prompts, names, shares / shares.sum(1, keepdims=True))
 
+    def among(self, prompts: Sequence[str]) -> VerdictShares:
+        """Those of the prompts that are among ``prompts``."""
+        wanted = set(prompts)
+        rows = [row for row, prompt in enumerate(self.prompts) if prompt in wanted]
+        return VerdictShares(tuple(self.prompts[row] for row in rows), self.names, self.shares[rows])
+
 
 def calibrated_rate(
     verdicts: VerdictShares, labels: Mapping[str, LabelledShare], judged_positive: frozenset[str]
 ) -> CalibratedRate:
-    """The rate of one side, from the labels of each verdict; a verdict without labels is taken to be half right.
+    """The rate of one side, from the labels of each verdict; of a verdict without labels half are taken to count.
 
     ``judged_positive``: the verdicts by which the judge says that an answer has the outcome.
     """
@@ -98,9 +104,10 @@ def calibrated_rate(
     draws = _draws(verdicts.shares, given, np.random.default_rng(0))
     rate, negative = float(shares @ positive), float(shares @ (1 - positive))
     low, high = np.quantile(draws, [0.025, 0.975])
+    # the prior draws few labels of many verdicts towards a half
     return CalibratedRate(
         rate,
-        (float(low), float(high)),
+        (min(float(low), rate), max(float(high), rate)),
         sum(one.labelled for one in given),
         len(verdicts.prompts),
         float((shares * positive)[found].sum()) / rate if rate else None,
@@ -126,7 +133,8 @@ def calibrated_difference(
         draws.append(_draws(verdicts.shares, given, generator, weights))
         values.append(float(verdicts.shares.mean(0) @ np.array([one.share for one in given])))
     low, high = np.quantile(draws[1] - draws[0], [0.025, 0.975])
-    return values[1] - values[0], (float(low), float(high))
+    difference = values[1] - values[0]
+    return difference, (min(float(low), difference), max(float(high), difference))
 
 
 def _weights(prompts: int, generator: np.random.Generator) -> Array:

@@ -1,4 +1,8 @@
-"""The losses of a study compared on the same prompts, with the false discoveries among all comparisons controlled."""
+"""The trained models of a study compared on the same prompts, the false discoveries among all comparisons controlled.
+
+A test over prompts says that two trained models differ. Whether two losses do is a question of seeds, which it averages
+over.
+"""
 
 from __future__ import annotations
 
@@ -131,21 +135,19 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
         for one in comparisons
     )
     note = (
-        f"p: sign test over the same prompts; q: p adjusted for all {len(rows)} comparisons, so that of the marked "
-        f"differences (q at most {LEVEL}) at most {LEVEL:.0%} are expected to be by chance. Verdicts are the judge's"
+        f"p: sign test over the same prompts, of these trained models: other seeds are another matter; q: p adjusted "
+        f"for all {len(rows)} comparisons (Benjamini and Hochberg); marked: q at most {LEVEL}. Verdicts are the judge's"
     )
     header = ("model", "data", "rate", "losses", "prompts", "difference", "p", "q")
     return Table("Losses compared on the same prompts", header, rows, (note,) if rows else ())
 
 
-def holds(comparisons: Sequence[Comparison], key: Key, metric: str) -> bool:
-    """Whether the loss of a cell differs from every other one on its model and data by a rate; True where the rate was
-    not compared.
-    """
+def holds(comparisons: Sequence[Comparison], key: Key, metric: str, others: Sequence[str]) -> bool:
+    """Whether the loss of a cell differs by a rate from each of the ``others`` on its model and data."""
     model, data, loss = key
-    own = [
-        one
+    different = {
+        frozenset((one.first, one.second))
         for one in comparisons
-        if (one.model, one.data, one.metric) == (model, data, metric) and loss in (one.first, one.second)
-    ]
-    return all(one.q <= LEVEL for one in own)
+        if (one.model, one.data, one.metric) == (model, data, metric) and one.q <= LEVEL
+    }
+    return all(frozenset((loss, other)) in different for other in others)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, combinations
 from math import nan, sqrt
@@ -89,7 +89,7 @@ def cell_table(cells: Sequence[Cell], comparisons: Sequence[Comparison] = ()) ->
     best = (scores.eq(highest) & highest.ne(lowest)).reindex(statistics.mean.index, fill_value=False)
     compared = [metric for metric in best.columns if any(one.metric == metric for one in comparisons)]
     for metric in compared:
-        best[metric] &= np.array([holds(comparisons, key, metric) for key in groups], dtype=bool)
+        best[metric] &= np.array([holds(comparisons, key, metric, _others(key, groups, broken)) for key in groups])
     rows = tuple(TableRow(key, _marked(statistics.figures(key), _row(best, key))) for key in groups)
     notes = []
     seeds = sorted({len(group) for group in groups.values() if not group[0].is_base})
@@ -97,10 +97,18 @@ def cell_table(cells: Sequence[Cell], comparisons: Sequence[Comparison] = ()) ->
         count = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
         notes.append(f"mean ± sample standard deviation over seeds ({count} for each loss)")
     if compared:
-        notes.append("the best ASR and over-refusal are marked where they differ from those of every other loss")
+        notes.append(
+            "the best ASR and over-refusal are marked where they differ from those of every other model that is not "
+            "broken, over the same prompts"
+        )
     if broken:
         notes.append(f"broken models (more than {BROKEN:.0%} degenerate answers), never marked as best: {len(broken)}")
     return Table("Cells", (*header, *statistics.labels), rows, tuple(notes))
+
+
+def _others(key: Key, groups: Iterable[Key], broken: Sequence[Key]) -> list[str]:
+    """The other losses on the same model and data, without broken ones."""
+    return [other[2] for other in groups if other[:2] == key[:2] and other != key and other not in broken]
 
 
 def _row(frame: pd.DataFrame, key: Key | str) -> list[Any]:
