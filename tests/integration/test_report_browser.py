@@ -15,6 +15,7 @@ from matplotlib.image import imread
 
 from helpers.made_run import make_run
 from helpers.made_sweep import make_sweep
+from raydiv.commands.label import Labelling
 from raydiv.experiments.sweep.page import write_sweep_report
 from raydiv.runs.directory import RunDirectory
 from raydiv.runs.report.drawing import AMBER, BLUE, GREY, RAMP, RED, TEAL
@@ -232,3 +233,33 @@ def luminance(colour: Colour) -> float:
 def contrast(one: Colour, other: Colour) -> float:
     low, high = sorted((luminance(one), luminance(other)))
     return (high + 0.05) / (low + 0.05)
+
+
+KEYS = """<script>
+const press = (key, repeat) => document.dispatchEvent(new KeyboardEvent("keydown", { key, repeat: Boolean(repeat) }));
+["1", "3", "b", "2", "x", "4"].forEach((key) => press(key));
+press("1", true);
+element("choices").querySelector("button").click();
+document.title = JSON.stringify([labels, at, element("where").textContent, element("answer").textContent]);
+</script></body>"""
+
+
+def test_answers_are_labelled_by_keys(tmp_path: Path) -> None:
+    """A key labels and goes on, b goes back; other keys and a key that is held down do nothing."""
+    records = [
+        {"id": f"f:{n}", "set": "f", "kind": "k", "harmful": True, "attack": "direct", "verdict": "unsafe"}
+        | {"prompt": f"q{n}", "asked": f"q{n}", "answer": f"</script> answer {n}"}
+        for n in range(6)
+    ]
+    (tmp_path / "after.answers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    labelling = Labelling(tmp_path, "ann", 60)
+    page = tmp_path / "page.html"
+    labelling.write_page(page, "raydiv label")
+    order = [answer.key for answer in labelling.to_label()]
+    page.write_text(page.read_text().replace("</body>", KEYS))
+    dom = chromium("--dump-dom", "--virtual-time-budget=2000", page.as_uri(), profile=tmp_path / "profile")
+    labels, at, where, answer = json.loads(html.unescape(re.findall(r"<title>(.*)</title>", dom)[0]))
+    assert labels == dict(zip(order, ("unsafe", "refused", "degenerate", "unsafe"), strict=False))
+    assert at == 4
+    assert where == "Answer 5 of 6; 4 labelled"
+    assert answer == next(one.answer for one in labelling.to_label() if one.key == order[4])
