@@ -17,7 +17,13 @@ if TYPE_CHECKING:
     from raydiv.runtime.submit.bundle import JobBundle
     from raydiv.runtime.submit.jobs import Jobs, JobStatus
 
-OUTPUT_OPTIONS = {"output": "--output", "embeddings": "--embeddings", "destination": "DEST", "html": "--html"}
+OUTPUT_OPTIONS = {
+    "output": "--output",
+    "embeddings": "--embeddings",
+    "destination": "DEST",
+    "html": "--html",
+    "page": "--page",
+}
 """Options with a path that a command writes to, by their attribute of the parsed options."""
 
 

@@ -621,7 +621,7 @@ def test_output_options_are_those_of_the_parser() -> None:
             elif action.type is Path:
                 yield action.dest
 
-    inputs = {"run", "baseline"}
+    inputs = {"run", "baseline", "folder", "reuse", "read"}
     assert set(path_options(make_parser())) == inputs | submit_cli.OUTPUT_OPTIONS.keys()
 
 
