@@ -77,8 +77,8 @@ class Labelling:
         with writable(self.file):
             add_labels(self.file, [Label(answer.key, label, self._by)])
 
-    def add_file(self, file: Path) -> int:
-        """Add the labels of a file; returns how many.
+    def add_file(self, file: Path) -> None:
+        """Add the labels of a file.
 
         Raises UserError where none is of these answers, and adds nothing then.
         """
@@ -88,7 +88,6 @@ class Labelling:
             raise UserError(f"{file}: none of its {len(labels)} labels is of an answer in {self._folder}")
         with writable(self.file):
             add_labels(self.file, labels)
-        return len(labels)
 
     def write_page(self, page: Path, command: str) -> int:
         """Write a page to label the answers in a browser; returns how many. It says neither side nor verdict.

@@ -15,7 +15,8 @@ from raydiv.evaluation.coherence import PerplexityThreshold
 from raydiv.evaluation.drift import KlEstimate
 from raydiv.evaluation.generate import GeneratedAnswer
 from raydiv.evaluation.judges.harm_judge import HarmJudge
-from raydiv.evaluation.labels.answers import COUNT, JUDGED, JudgedAnswer
+from raydiv.evaluation.judges.verdicts import RATED_VERDICTS
+from raydiv.evaluation.labels.answers import COUNT, JudgedAnswer
 from raydiv.evaluation.labels.calibrate import calibrate
 from raydiv.evaluation.labels.store import read_labels
 from raydiv.evaluation.outputs import ModelOutput, format_outputs
@@ -88,11 +89,15 @@ class AnswersReport:
 
     def _calibrated(self) -> dict[str, Any]:
         """Rates corrected by the labels of the quickstart, where these answers are among the labelled ones."""
+        labels = read_labels()
+        if not labels:
+            return {}
         rows = zip(self.attempts, self.graded, self.answers, strict=True)
         judged = [
-            JudgedAnswer.of(self._line(*row, show_text=True), self.model) for row in rows if row[1].verdict in JUDGED
+            JudgedAnswer.of(self._line(*row, show_text=True), self.model)
+            for row in rows
+            if row[1].verdict in RATED_VERDICTS
         ]
-        labels = read_labels()
         if not any(one.key in labels for one in judged):
             return {}
         return calibrate(judged, labels, frozenset(), COUNT, whole=True).of_side(self.model)

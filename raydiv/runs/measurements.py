@@ -96,6 +96,13 @@ class AnswersFile:
         return cls(values, [*(str(judge["errors"]) for judge in judges), *_notes(content)])
 
 
+def readable_prompt(prompt: str | Sequence[Mapping[str, Any]], between: str = "\n") -> str:
+    """A prompt of an answers file as people read it: of a conversation, each turn under its role."""
+    if isinstance(prompt, str):
+        return prompt
+    return between.join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+
 def rewards_by_class(path: Path) -> dict[str, list[float]]:
     """Finite rewards of held-out examples by class, as training wrote them last; none where it measured none."""
     if not path.exists():

@@ -17,7 +17,7 @@ from raydiv.commands.label import CHOICES, Labelling, label_in_terminal, printab
 from raydiv.evaluation.intervals import wilson_interval
 from raydiv.evaluation.labels import estimate
 from raydiv.evaluation.labels.answers import JudgedAnswer, drawn, read_answers, sample_sizes, stratified
-from raydiv.evaluation.labels.calibrate import _metric, _position, calibrate, mcnemar
+from raydiv.evaluation.labels.calibrate import _metric, _position, calibrate
 from raydiv.evaluation.labels.estimate import (
     LabelledShare,
     VerdictShares,
@@ -25,11 +25,12 @@ from raydiv.evaluation.labels.estimate import (
     calibrated_rate,
 )
 from raydiv.evaluation.labels.store import LABELS, UNCLEAR, read_labels
+from raydiv.evaluation.significance import mcnemar
 from raydiv.runs.measurements import AnswersFile
 from raydiv.runs.metric_registry import spec_of
 from raydiv.utils.errors import UserError
 
-POSITIVE = frozenset({"unsafe"})
+POSITIVE = "unsafe"
 
 
 @pytest.fixture

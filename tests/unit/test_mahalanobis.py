@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from raydiv.data.prompt_sets import Prompt
 from raydiv.evaluation.separation.embed import distinct_prompts
-from raydiv.evaluation.separation.mahalanobis import SHRINKAGE, mahalanobis_interval, spectrum
+from raydiv.evaluation.separation.mahalanobis import SHRINKAGE, mahalanobis, mahalanobis_interval, spectrum
 from raydiv.evaluation.separation.moments import StreamedMoments
 
 Array = NDArray[np.float64]
@@ -122,7 +122,8 @@ def test_a_giant_dimension_and_the_scale_change_nothing() -> None:
 def test_too_few_prompts_cannot_tell(n: int, d: int, kind: str) -> None:
     points, labels = Law.of(d, kind, 4.0).draw(n, "gauss", np.random.default_rng(5))
     assert spectrum(points, labels).distance() is None
-    assert mahalanobis_interval(points, labels, np.random.default_rng(0)) is None
+    assert mahalanobis(points, labels) is None
+    assert mahalanobis_interval(points, labels, None, np.random.default_rng(0)) is None
 
 
 @pytest.mark.parametrize("shape", ["constant", "constant feature", "in a line", "apart in a constant feature"])
@@ -147,7 +148,8 @@ def test_flat_states_have_a_finite_distance(shape: str) -> None:
 def test_the_interval_holds_the_laws_distance(distance: float, tails: str) -> None:
     law, generator, held, widths = Law.of(16, "correlated", distance), np.random.default_rng(7), 0, []
     for _ in range(60):
-        interval = mahalanobis_interval(*law.draw(40, tails, generator), generator)
+        points, labels = law.draw(40, tails, generator)
+        interval = mahalanobis_interval(points, labels, mahalanobis(points, labels), generator)
         assert interval is not None
         held += interval[0] <= distance <= interval[1]
         widths.append(interval[1] - interval[0])

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, false_discovery_control
 
+from raydiv.evaluation.significance import sign_test
 from raydiv.experiments.study.cells import Cell
-from raydiv.experiments.study.comparisons import comparison_table, comparisons_of, sign_test
+from raydiv.experiments.study.comparisons import comparison_table, comparisons_of
 from raydiv.experiments.study.tables import cell_table, tables_of
 
 

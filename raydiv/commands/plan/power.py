@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from raydiv.data.prompt_sets import Prompt
+from raydiv.evaluation.intervals import Z
 from raydiv.utils.errors import UserError
 
 POWER, LEVEL = 0.8, 0.05
@@ -17,8 +18,8 @@ CHANGED = 0.2
 JUDGE_ERROR = 0.1
 """Share of the judge's verdicts that is taken to be wrong."""
 
-_Z_LEVEL, _Z_POWER = 1.959963984540054, 0.8416212335729143
-"""The normal quantiles of LEVEL, two-sided, and of POWER."""
+_Z_POWER = 0.8416212335729143
+"""The normal quantile of POWER; Z is that of LEVEL, two-sided."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +63,14 @@ def prompts_to_detect(difference: float) -> int:
     The exact test needs some 1 / difference more, as a continuity correction does.
     """
     changed = max(CHANGED, difference)
-    root = _Z_LEVEL * math.sqrt(changed) + _Z_POWER * math.sqrt(changed - difference**2)
+    root = Z * math.sqrt(changed) + _Z_POWER * math.sqrt(changed - difference**2)
     return math.ceil((root / difference) ** 2 + 1 / difference)
 
 
 def labels_to_detect(difference: float, prompts: int) -> int:
     """Labels of each side, where ``prompts`` leave room for their error."""
     of_prompts = (max(CHANGED, difference) - difference**2) / prompts
-    of_labels = (difference / (_Z_LEVEL + _Z_POWER)) ** 2 - of_prompts
+    of_labels = (difference / (Z + _Z_POWER)) ** 2 - of_prompts
     return math.ceil(2 * JUDGE_ERROR * (1 - JUDGE_ERROR) / of_labels)
 
 

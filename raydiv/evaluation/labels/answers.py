@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,19 +9,17 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from raydiv.evaluation.judges.verdicts import VERDICTS
-from raydiv.model.template import Messages
+from raydiv.evaluation.judges.verdicts import RATED_VERDICTS, VERDICTS
+from raydiv.runs.measurements import readable_prompt
 from raydiv.utils.cache import digest
 from raydiv.utils.errors import UserError
+from raydiv.utils.jsonl import read_records
 from raydiv.utils.storage import intact
 
 ENDING = ".answers.jsonl"
 
 COUNT = 60
 """Answers that are drawn by default."""
-
-JUDGED = ("unsafe", "refused", "safe", "degenerate")
-"""Verdicts of answers that count in rates; others say that there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +46,11 @@ class JudgedAnswer:
     @classmethod
     def of(cls, record: Mapping[str, Any], side: str) -> JudgedAnswer:
         """Of a line of an answers file with texts."""
-        asked, answer = _text(record["asked"]), str(record["answer"] or "")
+        asked, answer = readable_prompt(record["asked"], between="\n\n"), str(record["answer"] or "")
         return cls(
             key=digest(asked, answer),
             side=side,
-            prompt=digest(_text(record["prompt"]), record["harmful"]),
+            prompt=digest(readable_prompt(record["prompt"], between="\n\n"), record["harmful"]),
             id=str(record["id"]),
             harmful=bool(record["harmful"]),
             attack=str(record["attack"]),
@@ -86,23 +83,15 @@ def read_answers(folder: Path) -> list[JudgedAnswer]:
 
 def _answers_of(file: Path) -> Iterator[JudgedAnswer]:
     with intact(file):
-        for line in file.read_text().splitlines():
-            record = json.loads(line)
+        for record in read_records(file):
             if "answer" not in record:
                 raise UserError(f"{file}: has no texts to label; evaluate again with --show-text")
             if "harmful" not in record:
                 raise UserError(f"{file}: was written by an earlier version; evaluate again with --show-text")
             if record["verdict"] not in VERDICTS:
                 raise ValueError(f"unknown verdict {record['verdict']}")
-            if record["verdict"] in JUDGED:
+            if record["verdict"] in RATED_VERDICTS:
                 yield JudgedAnswer.of(record, file.name.removesuffix(ENDING))
-
-
-def _text(prompt: str | Messages) -> str:
-    """A prompt as people read it: of a conversation, each turn under its role."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 def stratified(answers: Sequence[JudgedAnswer]) -> Strata:

@@ -9,6 +9,7 @@ from typing import Any
 
 from raydiv.evaluation.attacks import DIRECT
 from raydiv.evaluation.judges.agreement import Agreement
+from raydiv.evaluation.judges.verdicts import counted_verdict
 from raydiv.evaluation.labels.answers import Cell, JudgedAnswer, sample_sizes, stratified
 from raydiv.evaluation.labels.estimate import (
     CalibratedRate,
@@ -18,7 +19,9 @@ from raydiv.evaluation.labels.estimate import (
     calibrated_rate,
 )
 from raydiv.evaluation.labels.store import UNCLEAR, Labels
+from raydiv.evaluation.significance import mcnemar
 from raydiv.evaluation.summary import Rate
+from raydiv.runs.report.table import WHEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,7 @@ class SideRate:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class SideComparison:
     """A rate of ``second`` less that of ``first``, on the same ``prompts``.
 
     ``p``: McNemar's exact test of the judge's verdicts, None where a prompt has several attempts. ``difference`` and
@@ -56,7 +59,7 @@ class Calibration:
     """
 
     rates: Sequence[SideRate]
-    comparisons: Sequence[Comparison]
+    comparisons: Sequence[SideComparison]
     people: Agreement | None
     labelled: int
     disagreements: Sequence[Mapping[str, Any]]
@@ -129,7 +132,7 @@ class _Sample:
     def of(
         cls, cell: Cell, answers: Sequence[JudgedAnswer], labelled: Mapping[tuple[Cell, str], Sequence[_Outcome]]
     ) -> _Sample:
-        outcome = _outcome(cell)
+        outcome = counted_verdict(cell[2])
         shares = {verdict: LabelledShare.of(found) for (of_cell, verdict), found in labelled.items() if of_cell == cell}
         ordered = sorted(answers, key=lambda answer: answer.prompt)
         single = len({answer.prompt for answer in answers}) == len(answers)
@@ -141,17 +144,12 @@ class _Sample:
         return any(share.labelled for share in self.shares.values())
 
     def rate(self) -> SideRate:
-        side, outcome = self.cell[0], _outcome(self.cell)
+        side, outcome = self.cell[0], counted_verdict(self.cell[2])
         judged = 0.0
         if outcome in self.verdicts.names:
             judged = float(self.verdicts.shares[:, self.verdicts.names.index(outcome)].sum())
-        calibrated = calibrated_rate(self.verdicts, self.shares, frozenset({outcome})) if self.is_labelled else None
+        calibrated = calibrated_rate(self.verdicts, self.shares, outcome) if self.is_labelled else None
         return SideRate(side, _metric(self.cell), Rate(judged, len(self.verdicts.prompts)), calibrated)
-
-
-def _outcome(cell: Cell) -> str:
-    """What the rate of a cell counts: harm done to harmful prompts, refusals of harmless ones."""
-    return "unsafe" if cell[2] else "refused"
 
 
 def _metric(cell: Cell) -> str:
@@ -177,11 +175,11 @@ def _labelled(drawn: Sequence[JudgedAnswer], labels: Labels, own: Set[str], size
     for answer in sampled:
         clear = [label for label in labels[answer.key].values() if label != UNCLEAR]
         if clear:
-            found.append((answer.prompt, sum(label == _outcome(answer.cell) for label in clear) / len(clear)))
+            found.append((answer.prompt, sum(label == counted_verdict(answer.harmful) for label in clear) / len(clear)))
     return found
 
 
-def _comparisons(samples: Mapping[Cell, _Sample]) -> list[Comparison]:
+def _comparisons(samples: Mapping[Cell, _Sample]) -> list[SideComparison]:
     """Each rate of each side with that of the side before it, over the prompts that both have a verdict on."""
     found = []
     for first, second in pairwise(sorted({side for side, _, _ in samples}, key=_position)):
@@ -197,26 +195,14 @@ def _comparisons(samples: Mapping[Cell, _Sample]) -> list[Comparison]:
                 difference, interval = calibrated_difference((one, sample.shares), (two, other.shares))
             p = mcnemar(sample.outcomes, other.outcomes) if sample.outcomes and other.outcomes else None
             metric = _metric(sample.cell)
-            found.append(Comparison(metric, first, second, len(one.prompts), p, difference, interval))
+            found.append(SideComparison(metric, first, second, len(one.prompts), p, difference, interval))
     return found
 
 
 def _position(side: str) -> tuple[int, int]:
     """The order of sides: before and after; the models of ``raydiv evaluate`` by their number."""
     number = side.rpartition("-")[2]
-    return ("before", "after").index(side) if side in ("before", "after") else 2, int(number) if number.isdigit() else 0
-
-
-def mcnemar(first: Mapping[str, bool], second: Mapping[str, bool]) -> float:
-    """P of McNemar's exact test of two outcomes of prompts (1947), over those that both have: a sign test of those that
-    changed.
-    """
-    from scipy.stats import binomtest
-
-    both = first.keys() & second.keys()
-    gained = sum(second[prompt] and not first[prompt] for prompt in both)
-    lost = sum(first[prompt] and not second[prompt] for prompt in both)
-    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    return (0, WHEN.index(side)) if side in WHEN else (1, int(number) if number.isdigit() else 0)
 
 
 def _agreement(keys: Mapping[str, JudgedAnswer], labels: Labels) -> Agreement | None:
@@ -225,7 +211,7 @@ def _agreement(keys: Mapping[str, JudgedAnswer], labels: Labels) -> Agreement | 
     for number, (key, answer) in enumerate(keys.items()):
         given = {by: label for by, label in labels.get(key, {}).items() if label != UNCLEAR}
         for one, other in combinations(sorted(given), 2):
-            outcome = _outcome(answer.cell)
+            outcome = counted_verdict(answer.harmful)
             both.setdefault((one, other), []).append((given[one] == outcome, given[other] == outcome, number))
     most = max(both.values(), key=len, default=[])
     return Agreement.of_verdicts(*zip(*most, strict=True)) if most else None

@@ -90,24 +90,20 @@ class VerdictShares:
         return VerdictShares(tuple(self.prompts[row] for row in rows), self.names, self.shares[rows])
 
 
-def calibrated_rate(
-    verdicts: VerdictShares, labels: Mapping[str, LabelledShare], judged_positive: frozenset[str]
-) -> CalibratedRate:
+def calibrated_rate(verdicts: VerdictShares, labels: Mapping[str, LabelledShare], outcome: str) -> CalibratedRate:
     """The rate of one side, from the labels of each verdict; of a verdict without labels half are taken to count.
 
-    ``judged_positive``: the verdicts by which the judge says that an answer has the outcome.
+    ``outcome``: the verdict by which the judge says that an answer has what the rate counts.
     """
-    given = [labels.get(name, LabelledShare.of([])) for name in verdicts.names]
-    shares = verdicts.shares.mean(0)
-    positive = np.array([one.share for one in given])
-    found = np.array([name in judged_positive for name in verdicts.names])
-    draws = _draws(verdicts.shares, given, np.random.default_rng(0))
+    generator = np.random.default_rng(0)
+    given = _given(verdicts, labels)
+    draws = _draws(verdicts.shares, given, generator, _weights(len(verdicts.prompts), generator))
+    shares, positive = verdicts.shares.mean(0), np.array([one.share for one in given])
+    found = np.array(verdicts.names) == outcome
     rate, negative = float(shares @ positive), float(shares @ (1 - positive))
-    low, high = np.quantile(draws, [0.025, 0.975])
-    # the prior draws few labels of many verdicts towards a half
     return CalibratedRate(
         rate,
-        (min(float(low), rate), max(float(high), rate)),
+        _interval(draws, rate),
         sum(one.labelled for one in given),
         len(verdicts.prompts),
         float((shares * positive)[found].sum()) / rate if rate else None,
@@ -129,12 +125,16 @@ def calibrated_difference(
     weights = _weights(len(first[0].prompts), generator)
     draws, values = [], []
     for verdicts, labels in (first, second):
-        given = [labels.get(name, LabelledShare.of([])) for name in verdicts.names]
+        given = _given(verdicts, labels)
         draws.append(_draws(verdicts.shares, given, generator, weights))
         values.append(float(verdicts.shares.mean(0) @ np.array([one.share for one in given])))
-    low, high = np.quantile(draws[1] - draws[0], [0.025, 0.975])
     difference = values[1] - values[0]
-    return difference, (min(float(low), difference), max(float(high), difference))
+    return difference, _interval(draws[1] - draws[0], difference)
+
+
+def _given(verdicts: VerdictShares, labels: Mapping[str, LabelledShare]) -> list[LabelledShare]:
+    """The labels of each verdict, in the order of their names."""
+    return [labels.get(name, LabelledShare.of([])) for name in verdicts.names]
 
 
 def _weights(prompts: int, generator: np.random.Generator) -> Array:
@@ -142,12 +142,8 @@ def _weights(prompts: int, generator: np.random.Generator) -> Array:
     return generator.exponential(size=(DRAWS, prompts))
 
 
-def _draws(
-    shares: Array, labels: Sequence[LabelledShare], generator: np.random.Generator, weights: Array | None = None
-) -> Array:
+def _draws(shares: Array, labels: Sequence[LabelledShare], generator: np.random.Generator, weights: Array) -> Array:
     """Draws of the rate from its posterior. Verdicts share one prior answer, so that a share of 0 is not certain."""
-    if weights is None:
-        weights = _weights(len(shares), generator)
     verdicts = shares.shape[1]
     mass = weights @ shares + generator.gamma(1 / verdicts, size=(DRAWS, verdicts))
     positive = np.array([one.share * one.effective for one in labels])
@@ -155,3 +151,9 @@ def _draws(
     right = generator.beta(positive + 0.5, negative + 0.5, size=(DRAWS, verdicts))
     draws: Array = (mass * right).sum(1) / mass.sum(1)
     return draws
+
+
+def _interval(draws: Array, value: float) -> tuple[float, float]:
+    """95% interval of ``draws``, with the estimate: the prior draws few labels of many verdicts towards a half."""
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return min(float(low), value), max(float(high), value)

@@ -7,14 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from raydiv.evaluation.judges.verdicts import RATED_VERDICTS
 from raydiv.utils.errors import UserError
+from raydiv.utils.jsonl import append_record
 
 LABELS_FILE = "labels.jsonl"
 
 QUICKSTART_LABELS = Path(__file__).with_name("quickstart.jsonl")
-"""The authors' labels of answers of the quickstart's model, before and after training."""
+"""The authors' labels of answers of the quickstart's model, before and after training; none so far."""
 
-LABELS = ("unsafe", "refused", "safe", "degenerate")
+LABELS = RATED_VERDICTS
 """What people call an answer, as judges do; ``safe``: it does no harm and does not refuse, such as general advice."""
 
 UNCLEAR = "unclear"
@@ -69,5 +71,5 @@ def parse_labels(file: Path) -> list[Label]:
 
 def add_labels(file: Path, labels: Sequence[Label]) -> None:
     """Append ``labels`` to a file, which is made where it does not exist."""
-    with file.open("a") as stream:
-        stream.writelines(json.dumps(asdict(label)) + "\n" for label in labels)
+    for label in labels:
+        append_record(file, asdict(label))

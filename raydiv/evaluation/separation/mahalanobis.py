@@ -97,6 +97,11 @@ class Spectrum:
         return float(brentq(excess, smallest, largest)) if excess(smallest) < 0 else None
 
 
+def mahalanobis(hidden: Array, labels: Labels) -> float | None:
+    """The squared distance of hidden states [n, d] of two classes with labels [n]; None for too few prompts."""
+    return None if min(labels.sum(), (~labels).sum()) < MIN_CLASS_SIZE else spectrum(hidden, labels).distance()
+
+
 def spectrum(hidden: Array, labels: Labels) -> Spectrum:
     """Of hidden states [n, d] of two classes with labels [n], at least two of each."""
     counts = int(labels.sum()), int((~labels).sum())
@@ -148,14 +153,13 @@ def standard_deviations(within: Array, total: Array) -> Array:
     return deviations
 
 
-def mahalanobis_interval(hidden: Array, labels: Labels, generator: np.random.Generator) -> tuple[float, float] | None:
-    """95% interval of the squared distance by a jackknife over groups of prompts; None where there is no distance."""
+def mahalanobis_interval(
+    hidden: Array, labels: Labels, distance: float | None, generator: np.random.Generator
+) -> tuple[float, float] | None:
+    """95% interval of ``distance``, that of all prompts, by a jackknife over groups of them; None where it is None."""
     from scipy.stats import t
 
-    if min(labels.sum(), (~labels).sum()) < MIN_CLASS_SIZE:
-        return None
-    whole = spectrum(hidden, labels).distance()
-    if whole is None:
+    if distance is None:
         return None
     groups = np.empty(len(labels), dtype=np.int64)
     rows = np.concatenate([generator.permutation(np.flatnonzero(labels == label)) for label in (True, False)])
@@ -169,4 +173,4 @@ def mahalanobis_interval(hidden: Array, labels: Labels, generator: np.random.Gen
         values.append(value)
     error = float(np.sqrt((JACKKNIFE_GROUPS - 1) * np.var(values)))
     half = float(t.ppf(0.975, JACKKNIFE_GROUPS - 1)) * error
-    return whole - half, whole + half
+    return distance - half, distance + half

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raydiv.evaluation.separation.distances import Array, Labels, bhattacharyya_distance, frechet_distance
-from raydiv.evaluation.separation.mahalanobis import mahalanobis_interval, spectrum
+from raydiv.evaluation.separation.mahalanobis import mahalanobis, mahalanobis_interval
 
 P_VALUE_PERMUTATIONS = 199
 """Label permutations for the p-value."""
@@ -119,7 +119,9 @@ def separation_metrics(
         shuffled=replace(_mean_statistics(shuffled), d_b=float(chance.mean())),
         d_b_p=(1 + int((chance >= figures.d_b).sum())) / (1 + P_VALUE_PERMUTATIONS),
         d_b_interval=_d_b_interval(cloud.points, harmful, figures.d_b, generator) if resampled else None,
-        mahalanobis_interval=mahalanobis_interval(hidden, harmful, generator) if resampled else None,
+        mahalanobis_interval=(
+            mahalanobis_interval(hidden, harmful, figures.mahalanobis, generator) if resampled else None
+        ),
         d_b_chance=tuple(chance.tolist()),
     )
 
@@ -173,7 +175,7 @@ def _statistics(cloud: _PointCloud, labels: Labels) -> SeparationStatistics:
     return SeparationStatistics(
         probe_auc=probe_auc,
         difference_auc=difference_auc,
-        mahalanobis=None if min(labels.sum(), (~labels).sum()) < 2 else spectrum(cloud.hidden, labels).distance(),
+        mahalanobis=mahalanobis(cloud.hidden, labels),
         d_b=cloud.plane_distance(labels),
         silhouette=float(silhouette_score(cloud.plane, labels)),
         frechet=frechet_distance(cloud.points[labels], cloud.points[~labels]),

@@ -13,22 +13,19 @@ from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 
-import numpy as np
-
 from raydiv.evaluation.attacks import DIRECT
-from raydiv.evaluation.judges.verdicts import KNOWN_VERDICTS
+from raydiv.evaluation.judges.verdicts import RATED_VERDICTS, counted_verdict
+from raydiv.evaluation.significance import sign_test
 from raydiv.experiments.study.cells import Cell, Key, grouped_cells, trained_cells
 from raydiv.experiments.study.table_io import Table, TableCell, TableRow
+from raydiv.runs.metric_registry import METRICS
 from raydiv.utils.jsonl import read_records
 
-OUTCOMES = {"evaluate/asr": ("ASR", True, "unsafe"), "evaluate/over_refusal": ("over-refusal", False, "refused")}
-"""By metric: its heading, whether its prompts are harmful, and the verdict that it counts."""
+RATES = {"evaluate/asr": True, "evaluate/over_refusal": False}
+"""By metric: whether its prompts are harmful."""
 
 LEVEL = 0.05
 """Largest share of false discoveries among the differences that are called so."""
-
-SIGN_DRAWS = 9_999
-"""Draws of the permutation test, where seeds make the differences of prompts unequal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +54,7 @@ def comparisons_of(cells: Sequence[Cell]) -> list[Comparison]:
         blocks[model, data][loss] = group
     found = []
     for (model, data), by_loss in blocks.items():
-        for metric in OUTCOMES:
+        for metric in RATES:
             rates = {loss: _by_prompt(group, metric) for loss, group in by_loss.items()}
             for first, second in combinations(rates, 2):
                 differences = [
@@ -94,37 +91,22 @@ def _outcomes(run: Path, metric: str) -> Mapping[str, bool] | None:
     path = run / "evaluation" / "after.answers.jsonl"
     if not path.is_file():
         return None
-    _, harmful, outcome = OUTCOMES[metric]
+    harmful = RATES[metric]
     return {
-        f"{record.get('set', '')} {record['id']}": record["verdict"] == outcome
+        f"{record.get('set', '')} {record['id']}": record["verdict"] == counted_verdict(harmful)
         for record in read_records(path)
         if record["attack"] == DIRECT
         # earlier versions wrote the kind alone
         and record.get("harmful", record["kind"] == "harmful") == harmful
-        and (record["verdict"] in KNOWN_VERDICTS or record["verdict"] == "degenerate")
+        and record["verdict"] in RATED_VERDICTS
     }
-
-
-def sign_test(differences: Sequence[float]) -> float:
-    """P of differences whose signs are exchangeable: exact where all that are not 0 have one size, else by draws."""
-    from scipy.stats import binomtest
-
-    values = np.array([difference for difference in differences if difference])
-    if not len(values):
-        return 1.0
-    if np.ptp(np.abs(values)) == 0:
-        return float(binomtest(int((values > 0).sum()), len(values)).pvalue)
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(SIGN_DRAWS, len(values)))
-    # sums that are equal but for rounding count as equal
-    as_large = (np.abs(signs @ values) >= abs(values.sum()) - 1e-9).sum()
-    return float((1 + as_large) / (1 + SIGN_DRAWS))
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> Table:
     """A row for each two losses, model, data and rate; differences that hold are marked."""
     rows = tuple(
         TableRow(
-            (one.model, one.data, OUTCOMES[one.metric][0], f"{one.first} less {one.second}"),
+            (one.model, one.data, METRICS[one.metric].heading, f"{one.first} less {one.second}"),
             (
                 TableCell(one.prompts, "{:.0f}"),
                 TableCell(one.difference, "{:+.1%}", best=one.q <= LEVEL),

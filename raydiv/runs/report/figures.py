@@ -63,12 +63,13 @@ def loss(records: Sequence[Metrics]) -> Picture | None:
 def divergence(records: Sequence[Metrics]) -> Picture | None:
     """Titled with the name of the divergence; with a line at its ceiling where it has one."""
     # the estimate of all held-out examples has less bias than a step's
-    equal_size = "eval/divergence/equal_size"
-    held_out = equal_size if any(equal_size in record for record in records) else "eval/divergence"
+    held_out = ("eval/divergence/equal_size", "held-out, as many examples")
+    if not any(held_out[0] in record for record in records):
+        held_out = ("eval/divergence", "held-out")
     curves = [
         Curve("divergence", "one update", BLUE, FAINT),
         Curve("divergence/ema", "running mean", BLUE, SOLID),
-        Curve(held_out, "held-out" if held_out == "eval/divergence" else "held-out, as many examples", AMBER, HELD_OUT),
+        Curve(*held_out, AMBER, HELD_OUT),
     ]
     named = next((record for record in records if "divergence/name" in record), {})
     title = f"divergence: {named['divergence/name']}" if named else "divergence"

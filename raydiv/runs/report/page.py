@@ -11,6 +11,7 @@ from typing import Any
 
 from raydiv.config import Recipe
 from raydiv.runs.directory import RunDirectory
+from raydiv.runs.measurements import readable_prompt
 from raydiv.runs.report.drawing import Picture, write_pictures
 from raydiv.runs.report.figures import pictures
 from raydiv.runs.report.html import render
@@ -40,9 +41,12 @@ class AnswersRow:
     @classmethod
     def of(cls, before: Mapping[str, Any], after: Mapping[str, Any]) -> AnswersRow:
         answer = after or before
-        prompt = answer["prompt"]
-        text = prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
-        return cls(text, ", ".join(filter(None, (answer["kind"], answer.get("attack")))), before, after)
+        return cls(
+            readable_prompt(answer["prompt"]),
+            ", ".join(filter(None, (answer["kind"], answer.get("attack")))),
+            before,
+            after,
+        )
 
 
 def write_report(run: RunDirectory) -> None:
