@@ -13,26 +13,31 @@ import pytest
 from helpers.models import make_model, make_tokenizer
 from raydiv.model.chat import Chat
 
-WITH_RAY = ("ray", "integration")
-"""Folders whose tests start a Ray cluster. Two clusters at a time would starve each other on two cores."""
+FOLDERS = ("integration", "ray", "gpu", "unit", "distributed")
+"""Folders in the order of their tests: those with Ray first, the longest without it last."""
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With ``-n 2``: tests with Ray in one process; file by file, the others in that which is free."""
-    from xdist.scheduler import LoadScopeScheduling
+    """With ``-n 2``, file by file: one process begins with the tests that start Ray, the other with the last ones.
 
-    class WithRayInOne(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.split("::")[0]
-            return "with Ray" if Path(file).parent.name in WITH_RAY else file
+    So both end at the same time, and two clusters, which slow each other down on two cores, meet for a short time only.
+    """
+    from xdist.scheduler import LoadFileScheduling
 
-    return WithRayInOne(config, log)
+    config.option.loadscopereorder = False
+
+    class FromBothEnds(LoadFileScheduling):
+        def _assign_work_unit(self, node: Any) -> None:
+            if node is not self.nodes[0]:
+                self.workqueue.move_to_end(next(reversed(self.workqueue)), last=False)
+            super()._assign_work_unit(node)
+
+    return FromBothEnds(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests with Ray begin first: they take the longest."""
-    items.sort(key=lambda item: item.path.parent.name not in WITH_RAY)
+    items.sort(key=lambda item: FOLDERS.index(item.path.parent.name))
 
 
 @pytest.fixture(scope="session", autouse=True)

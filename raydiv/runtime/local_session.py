@@ -31,7 +31,7 @@ OWNER = "owner.json"
 def local_session() -> Iterator[Path]:
     """The folder of a new local Ray, which listens on the loopback interface while the block runs."""
     folder = _new_folder()
-    with compat.ray_on_loopback():
+    with compat.ray_on_loopback(), compat.ray_agent_on_free_port():
         try:
             yield folder
         finally:

@@ -142,6 +142,22 @@ def ray_on_loopback() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def ray_agent_on_free_port() -> Iterator[None]:
+    """A local Ray that starts while the block runs gives its job agent a free port.
+
+    ``ray.init`` has no option for it, and every Ray of a machine would take port 52365: the jobs of the second one
+    would never start. Checked with Ray 2.60: ``ray._private.parameter.RayParams``, which ``ray.init`` fills.
+    """
+    from functools import partial
+    from unittest.mock import patch
+
+    from ray._private import parameter
+
+    with patch.object(parameter, "RayParams", partial(parameter.RayParams, dashboard_agent_listen_port=0)):
+        yield
+
+
 def is_slow_start(error: Exception) -> bool:
     """Whether a local Ray did not start in time, as on a busy machine: it raises a bare Exception with this text.
 

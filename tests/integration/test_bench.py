@@ -83,12 +83,12 @@ def test_plain_script_makes_the_same_tokens(tiny_model: Path, data: Path, tmp_pa
 @pytest.mark.slow
 def test_bench_of_data_has_every_figure(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     recipe = short_recipe(tiny_model, data, tmp_path, {"type": "kldo", "skew": 0.5})
-    found = bench_data(recipe, [1000, 3000], repeats=1, steps=3, display=ProgressDisplay(quiet=True))
-    assert [one["examples"] for one in found["prepare"]] == [1000, 3000]
-    for one in found["prepare"]:
-        assert one["ratio"] == pytest.approx(one["examples_per_second"] / one["plain_examples_per_second"])
-        assert one["peak_bytes"]["driver"] > 0
-    assert found["stream"]["steps_per_epoch"] == -(-3000 // 16)
+    found = bench_data(recipe, [1000], repeats=1, steps=3, display=ProgressDisplay(quiet=True))
+    (one,) = found["prepare"]
+    assert one["examples"] == 1000
+    assert one["ratio"] == pytest.approx(one["examples_per_second"] / one["plain_examples_per_second"])
+    assert one["peak_bytes"]["driver"] > 0
+    assert found["stream"]["steps_per_epoch"] == -(-1000 // 16)
     assert {"seconds_to_step_10", f"seconds_to_step_{LATE_STEP}"} <= found["stream"].keys()
     assert found["train"]["steps"] == 2
     assert 0 <= found["train"]["data_share"] < 1
@@ -394,14 +394,14 @@ def test_numbers_that_time_nothing_are_refused(unprepared: Recipe, numbers: dict
 @pytest.mark.long
 @pytest.mark.slow
 def test_bench_of_training_has_every_figure(tiny_model: Path, data: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(tiny_model, str(data), "dpo", batch={"examples": 4, "max_length": 60, "max_prompt_length": 30})
+    recipe = recipe_of(tiny_model, str(data), "dpo", batch={"examples": 2, "max_length": 60, "max_prompt_length": 30})
     recipe.output_dir = str(tmp_path)
     found = bench_training(recipe, ["loop", "trl"], steps=2, warmup=1, repeats=1, display=ProgressDisplay(quiet=True))
-    assert list(found["trl"]) == ["best", "1", "2"]
-    for one in (found["raydiv"], found["loop"], *(found["trl"][size] for size in "12")):
+    assert list(found["trl"]) == ["best", "1"]
+    for one in (found["raydiv"], found["loop"], found["trl"]["1"]):
         assert one["tokens_seen"] == 1
         assert one["step_seconds"] > 0
         assert one["peak_bytes"] > 0
     assert found["raydiv"]["data_seconds"] < found["raydiv"]["step_seconds"]
-    assert found["ratios"]["tokens_per_second"].keys() == {"loop", "trl_1", "trl_2", "trl_best"}
+    assert found["ratios"]["tokens_per_second"].keys() == {"loop", "trl_1", "trl_best"}
     assert not list(tmp_path.glob("run*"))

@@ -283,6 +283,8 @@ def test_workers_come_and_go_with_the_nodes(
     named: Callable[..., Recipe], raylets: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "RESIZE_INTERVAL_S", 1.0)
+    # after the loss of a node Ray Train waits so long for the two workers that it has counted before
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
     elastic = ("cluster.min_workers=1", "cluster.cpus_per_worker=0.9", "cluster.max_failures=2")
     recipe = named("elastic", "optim.steps=100000", "evaluate.every=null", "checkpoint.every=10", *elastic)
     run = RunDirectory.of(recipe)
@@ -294,7 +296,7 @@ def test_workers_come_and_go_with_the_nodes(
             time.sleep(0.2)
 
     def come_and_go() -> None:
-        wait_for_step(run, 5)
+        wait_for_checkpoint(run, recipe, 10)
         wait_for_workers(1)
         other = raylets.add_node(num_cpus=1)
         wait_for_workers(2)

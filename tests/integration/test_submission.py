@@ -7,9 +7,11 @@ import asyncio
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -636,14 +638,21 @@ def test_an_unknown_command_is_not_submitted(capsys: pytest.CaptureFixture[str])
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    """The address of a local Ray that runs jobs, and finds this Python first."""
+    """The address of a local Ray that runs jobs, and finds this Python first.
+
+    The port of Ray's job agents belongs to another program.
+    """
     import ray
+    from ray._private.ray_constants import DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
 
     from raydiv.config.cluster import ClusterConfig
     from raydiv.runtime.session import ray_session
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, closing(socket.socket()) as other:
         patch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        with suppress(OSError):  # it is another Ray's
+            other.bind(("127.0.0.1", DEFAULT_DASHBOARD_AGENT_LISTEN_PORT))
+            other.listen()
         with ray_session(ClusterConfig(), dashboard=True):
             yield ray.get_runtime_context().gcs_address
 

@@ -45,6 +45,14 @@ def test_is_version_mismatch() -> None:
     assert not compat.is_version_mismatch(RuntimeError("another reason"))
 
 
+def test_a_local_ray_asks_for_any_port_of_its_agent_in_the_block() -> None:
+    from ray._private import parameter
+
+    with compat.ray_agent_on_free_port():
+        assert parameter.RayParams().dashboard_agent_listen_port == 0
+    assert parameter.RayParams().dashboard_agent_listen_port > 0
+
+
 def test_hidden_module_cannot_be_imported_in_the_block() -> None:
     sys.modules.pop("this", None)
     with compat.hide_module("this"), pytest.raises(ImportError):

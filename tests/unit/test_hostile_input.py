@@ -294,7 +294,7 @@ def test_a_report_of_damaged_files_names_one(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_reports_of_many_damaged_files_name_one(tmp_path: Path) -> None:
-    report_mutations(range(100, 150), tmp_path, write_report)
+    report_mutations(range(100, 120), tmp_path, write_report)
 
 
 def test_damaged_records_of_sweeps_and_studies_are_named(tmp_path: Path) -> None:
