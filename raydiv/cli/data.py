@@ -63,6 +63,12 @@ def add_data_commands(commands: Any) -> None:
         "--worse", metavar="ANSWERS", help="source of preference data's worse answers: own (default) or model:ID"
     )
     build.add_argument("--prompts", type=int, metavar="N", help="number of prompts of each class (default: all)")
+    build.add_argument(
+        "--recovery",
+        type=int,
+        metavar="WORDS",
+        help="add a row for each prompt whose answer has begun wrongly, by at most so many words, and goes on rightly",
+    )
     build.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all random choices (default: 0)")
     build.add_argument("--template", help="chat template (Jinja text or file) of the models that answer")
     build.add_argument(
@@ -104,6 +110,7 @@ def _build(options: argparse.Namespace) -> int:
         refusals=options.refusals,
         worse=options.worse,
         prompts=options.prompts,
+        recovery=options.recovery,
         seed=options.seed,
         cluster=ClusterConfig(use_gpu=options.use_gpu),
         template=options.template,

@@ -87,11 +87,13 @@ class GcgConfig(Section):
 
 
 class CutConfig(Section):
-    """The first tokens of given answers, which the model continues (Qi et al. 2024, arXiv 2406.05946, section 3)."""
+    """The first tokens of answers, which the model continues (Qi et al. 2024, arXiv 2406.05946, section 3)."""
 
     depth: list[PositiveInt] = Field(min_length=1, description="how many tokens of the answer are given, each in turn")
-    texts: Source = Field(
-        description="the answers: records of prompt and response; those to harmless prompts are a control"
+    texts: Source | None = Field(
+        default=None,
+        description="the answers: records of prompt and response, those to harmless prompts as a control; default: the "
+        "reference's own, sampled: unsafe ones, and as a control helpful ones to harmless prompts",
     )
 
     @field_validator("depth")
@@ -132,7 +134,7 @@ class AttackConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _expand_short_form(cls, values: Any) -> Any:
-        """Expand the short forms: a kind, or prefill: OPENING, prefill: {depth: ..., texts: ...}, templates: FILE,
+        """Expand the short forms: a kind, or prefill: OPENING, prefill: {depth: ...}, templates: FILE,
         suffixes: FILE, gcg: {steps: ...}.
 
         ``only`` may be added to each of them.
@@ -154,7 +156,7 @@ class AttackConfig(Section):
         if (self.file is None) == (self.kind in ("templates", "suffixes")):
             raise ValueError(f"{self.kind}: templates and suffixes need a FILE, other attacks have none")
         if (self.cut is None) == (self.kind == "prefill-depth"):
-            raise ValueError(f"{self.kind}: prefill-depth needs depth and texts, other attacks have none")
+            raise ValueError(f"{self.kind}: prefill-depth needs depth, other attacks have none")
         for key in ("opening", "gcg"):
             kinds = [kind for kind, option in ATTACK_KEY.items() if option == key]
             if self.kind not in kinds and getattr(self, key) != type(self).model_fields[key].get_default(
@@ -200,7 +202,7 @@ class EvaluateConfig(Section):
     attacks: list[AttackConfig] = Field(
         default_factory=list,
         description="attacks on harmful prompts beside the direct one: prefill (with an OPENING, or with the "
-        "depth and texts of given answers), templates or suffixes (with a FILE), gcg (with its STEPS)",
+        "depth of answers' beginnings), templates or suffixes (with a FILE), gcg (with its STEPS)",
     )
     pairwise_judge: str | None = Field(
         default=None,

@@ -28,7 +28,7 @@ from raydiv.utils.cache import digest, shared_dir
 from raydiv.utils.errors import UserError
 from raydiv.utils.storage import open_input
 
-VERSION = 3
+VERSION = 4
 """Version of the content of shards and index; part of their key."""
 
 INDEX = "index.parquet"

@@ -174,7 +174,7 @@ def _pair_numbers(index: Index) -> np.ndarray:
 
 def invalid_pairs(index: Index) -> Iterator[tuple[np.ndarray, str]]:
     """The members of each pair other than one aligned and one unaligned example of one prompt, and a message."""
-    pair, aligned, prompts = (index.columns[name] for name in ("pair", "aligned", "prompt_text"))
+    pair, aligned, prompts = (index.columns[name] for name in ("pair", "aligned", "prompt_key"))
     order = np.argsort(pair, kind="stable")
     order = order[pair[order] >= 0]
     ranges = _invalid_ranges(pair[order], aligned[order], prompts[order])

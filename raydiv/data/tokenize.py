@@ -28,7 +28,7 @@ from raydiv.data.notes import Note
 from raydiv.data.readers import FileChunk, RawRecord, file_chunks, parse_record, read_chunk
 from raydiv.data.sources import require_unchanged
 from raydiv.data.tokens import ROW_GROUP_SIZE, content_key
-from raydiv.model.chat import Chat, ChatPrompt, Response, TokenizedExample, prompt_key
+from raydiv.model.chat import Chat, ChatPrompt, Response, TokenizedExample, prompt_key, without_beginning
 from raydiv.runtime.row_stream import map_stream
 from raydiv.utils.errors import UserError
 from raydiv.utils.progress import Progress, no_progress
@@ -300,5 +300,8 @@ def _pair_number(name: str) -> int:
 
 
 def _text_key(prompt: Any) -> bytes:
-    """Digest of a prompt's text. It does not depend on the tokenizer, so neither do splits."""
-    return hashlib.blake2b(prompt_key(prompt).encode(), digest_size=16).digest()
+    """Digest of a prompt's text. It does not depend on the tokenizer, so neither do splits.
+
+    Nor does it depend on a beginning of the answer: all examples of a prompt are on one side of a split.
+    """
+    return hashlib.blake2b(prompt_key(without_beginning(prompt)).encode(), digest_size=16).digest()

@@ -20,6 +20,7 @@ from raydiv.evaluation.drift import KlEstimate, sampled_requests
 from raydiv.evaluation.generate import GeneratedAnswer, Request, generate
 from raydiv.evaluation.judges.harm_judge import HarmJudge, ServedJudge
 from raydiv.evaluation.judges.verdicts import HarmVerdict
+from raydiv.evaluation.own_answers import answers_to_begin_with
 from raydiv.evaluation.refusal import is_refusal
 from raydiv.evaluation.server import Server
 from raydiv.evaluation.summary import GradedAnswer
@@ -69,9 +70,14 @@ def measure_answers(
     """A report on a model's answers to ``prompts``, with their log-probs under ``reference``; needs a Ray session."""
     engine = make_engine(config)
     attempts = attacks.direct_attempts(prompts)
+    missing: list[str] = []
     for attack in config.attacks:
         with display.phase(f"{attack.kind}, {label}") as update:
-            attempts += attacks.attack_attempts(attack, prompts, model, cluster, update)
+            begun = None
+            if attack.cut is not None:
+                begun = answers_to_begin_with(attack.cut, reference, prompts, judges.harm[0], config, cluster, update)
+                missing += attacks.without_answer(attack.cut, prompts, begun)
+            attempts += attacks.attack_attempts(attack, prompts, model, cluster, update, begun)
     sampled = [] if model == reference else sampled_requests(prompts, config.kl_prompts)
     with display.phase(f"answers, {label}") as update:
         requests = [*(attempt.request for attempt in attempts), *sampled]
@@ -103,7 +109,7 @@ def measure_answers(
     per_token = sum(log_probs.logps[number] for number in answered) / max(
         1, sum(log_probs.tokens[number] for number in answered)
     )
-    notes += attacks.without_answer(config.attacks, prompts) + _engine_notes(engine, answers, judges)
+    notes += missing + _engine_notes(engine, answers, judges)
     report = AnswersReport(
         label,
         judges.harm,

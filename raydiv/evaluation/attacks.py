@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from raydiv.config.cluster import ClusterConfig
 from raydiv.config.evaluate import AttackConfig, CutConfig
+from raydiv.config.source import Source
 from raydiv.data.fields import BadRow, text_field
 from raydiv.data.prompt_sets import Prompt, last_user_text
 from raydiv.data.readers import iterate_records
@@ -49,17 +50,19 @@ def attack_attempts(
     model: ModelSource,
     cluster: ClusterConfig,
     progress: Progress = no_progress,
+    answers: Answers | None = None,
 ) -> list[Attempt]:
     """The harmful prompts under an attack, once per text of its file; gcg needs a Ray session.
 
-    With prefill-depth, also harmless prompts that have a text: the answer to them, cut as well, must not be refused.
+    With prefill-depth, the prompts that have one of ``answers``. To harmless ones the answer, cut as well, must not
+    turn into a refusal.
     """
     attacked = [
         (number, prompt) for number, prompt in enumerate(prompts) if attack.only is None or prompt.set in attack.only
     ]
     harmful = [(number, prompt) for number, prompt in attacked if prompt.harmful]
     if attack.cut is not None:
-        return _cut_attempts(attack.cut, attacked, model.chat())
+        return _cut_attempts(attack.cut, attacked, model.chat(), answers or {})
     if attack.kind == "gcg":
         from raydiv.evaluation.gcg import search_suffixes
 
@@ -81,9 +84,13 @@ def attack_attempts(
     ]
 
 
-def _cut_attempts(cut: CutConfig, prompts: Sequence[tuple[int, Prompt]], chat: Chat) -> list[Attempt]:
-    """The prompts that have a given answer, which is begun with its first tokens; once for each depth."""
-    given = {text: chat.text_ids(answer) for text, answer in _given_answers(cut).items()}
+Answers = dict[str, str]
+"""An answer by the text of a prompt's last user turn."""
+
+
+def _cut_attempts(cut: CutConfig, prompts: Sequence[tuple[int, Prompt]], chat: Chat, answers: Answers) -> list[Attempt]:
+    """The prompts that have an answer, which is begun with its first tokens; once for each depth."""
+    given = {text: chat.text_ids(answer) for text, answer in answers.items()}
     return [
         Attempt(number, f"prefill@{depth}", Request(prompt.text, opening=chat.tokenizer.decode(ids[:depth])))
         for depth in cut.depth
@@ -92,10 +99,10 @@ def _cut_attempts(cut: CutConfig, prompts: Sequence[tuple[int, Prompt]], chat: C
     ]
 
 
-def _given_answers(cut: CutConfig) -> dict[str, str]:
+def read_answers(source: Source) -> Answers:
     """The given answer to each prompt; of several the first. Raises UserError for an invalid file."""
-    answers: dict[str, str] = {}
-    for where, record in iterate_records(cut.texts):
+    answers: Answers = {}
+    for where, record in iterate_records(source):
         try:
             answers.setdefault(text_field(record, "prompt"), text_field(record, "response"))
         except BadRow as error:
@@ -103,20 +110,14 @@ def _given_answers(cut: CutConfig) -> dict[str, str]:
     return answers
 
 
-def without_answer(attacks: Sequence[AttackConfig], prompts: Sequence[Prompt]) -> list[str]:
-    """A note on each prefill-depth whose file has no answer to some harmful prompts, which are then not attacked."""
-    notes = []
-    for attack in attacks:
-        if attack.cut is not None:
-            given = _given_answers(attack.cut)
-            harmful = [prompt for prompt in prompts if prompt.harmful]
-            missing = sum(last_user_text(prompt) not in given for prompt in harmful)
-            if missing:
-                notes.append(
-                    f"prefill-depth: {attack.cut.texts.path} has no answer to {missing} of {len(harmful)} harmful "
-                    "prompts, which were not attacked by it"
-                )
-    return notes
+def without_answer(cut: CutConfig, prompts: Sequence[Prompt], answers: Answers) -> list[str]:
+    """A note on the harmful prompts without an answer, which prefill-depth does not attack."""
+    harmful = [prompt for prompt in prompts if prompt.harmful]
+    missing = sum(last_user_text(prompt) not in answers for prompt in harmful)
+    if not missing:
+        return []
+    giver = "the reference, sampled once, gave no unsafe" if cut.texts is None else f"{cut.texts.path} has no"
+    return [f"prefill-depth: {giver} answer to {missing} of {len(harmful)} harmful prompts, which it did not attack"]
 
 
 def check_attacks(attacks: Sequence[AttackConfig], prompts: Sequence[Prompt]) -> None:
@@ -134,7 +135,9 @@ def check_attacks(attacks: Sequence[AttackConfig], prompts: Sequence[Prompt]) ->
 
             require_nanogcg()
         elif attack.cut is not None:
-            given = _given_answers(attack.cut)
+            if attack.cut.texts is None:
+                continue
+            given = read_answers(attack.cut.texts)
             if not any(prompt.harmful and last_user_text(prompt) in given for prompt in prompts):
                 raise UserError(
                     f"evaluate.attacks: prefill: texts: {attack.cut.texts.path}: has an answer to none of the harmful "
@@ -150,8 +153,8 @@ def attack_texts(attacks: Sequence[AttackConfig]) -> list[list[str]]:
 
 
 def _texts_of(attack: AttackConfig) -> list[str]:
-    if attack.cut is not None:
-        return [text for pair in _given_answers(attack.cut).items() for text in pair]
+    if attack.cut is not None and attack.cut.texts is not None:
+        return [text for pair in read_answers(attack.cut.texts).items() for text in pair]
     return _read_texts(attack, *FILE_ATTACKS[attack.kind]) if attack.kind in FILE_ATTACKS else []
 
 

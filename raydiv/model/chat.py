@@ -431,6 +431,16 @@ def prompt_key(prompt: ChatPrompt) -> str:
     return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
 
 
+def without_beginning(prompt: ChatPrompt) -> ChatPrompt:
+    """The prompt without an assistant message at its end, which begins the answer; a lone user turn as its text."""
+    messages = as_messages(prompt)
+    if len(messages) > 1 and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if isinstance(prompt, Conversation):
+        return replace(prompt, messages=messages)
+    return str(messages[0]["content"]) if [turn["role"] for turn in messages] == ["user"] else messages
+
+
 def split_thought(text: str, markers: tuple[str, str], begun: bool) -> tuple[str | None, str]:
     """The thought that a text begins with, None without one, and the answer after it.
 

@@ -16,16 +16,20 @@ from helpers.templates import FAMILIES, make_family_tokenizer
 from raydiv.config.cluster import ClusterConfig
 from raydiv.config.evaluate import AttackConfig, EvaluateConfig
 from raydiv.data.prompt_sets import Prompt
+from raydiv.evaluation import own_answers
 from raydiv.evaluation.attacks import (
     attack_attempts,
     attack_texts,
     check_attacks,
     direct_attempts,
+    read_answers,
     with_suffix,
     without_answer,
 )
 from raydiv.evaluation.coherence import CoherenceReference, PerplexityThreshold
-from raydiv.evaluation.generate import Request, TextGenerator, batches_of_cache
+from raydiv.evaluation.generate import GeneratedAnswer, Request, TextGenerator, batches_of_cache
+from raydiv.evaluation.judges.harm_judge import HarmJudge
+from raydiv.evaluation.own_answers import answers_to_begin_with
 from raydiv.model.load import ModelSource
 from raydiv.utils.errors import UserError
 
@@ -76,7 +80,9 @@ def answers(write_jsonl: Callable[..., Path]) -> Path:
 def test_given_answers_are_cut_at_each_depth(answers: Path, tmp_path: Path) -> None:
     model = ModelSource(make_family_tokenizer(tmp_path, FAMILIES["ChatML"]))
     one = attack({"prefill": {"depth": [3, 1, 3, 50], "texts": str(answers)}})
-    found = attack_attempts(one, PROMPTS, model, ClusterConfig())
+    assert one.cut is not None
+    assert one.cut.texts is not None
+    found = attack_attempts(one, PROMPTS, model, ClusterConfig(), answers=read_answers(one.cut.texts))
     assert [(attempt.attack, attempt.prompt_index) for attempt in found] == [
         (f"prefill@{depth}", number) for depth in (1, 3, 50) for number in (0, 1)
     ]
@@ -89,10 +95,45 @@ def test_given_answers_are_cut_at_each_depth(answers: Path, tmp_path: Path) -> N
     assert len(attack_texts([one])[0]) == 6
 
 
+@pytest.mark.usefixtures("own_cache")
+def test_the_references_own_answers_are_sampled_judged_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ModelSource(make_family_tokenizer(tmp_path, FAMILIES["ChatML"]))
+    monkeypatch.setattr(ModelSource, "fingerprint", lambda self: "weights")
+    asked: list[tuple[list[Request], int]] = []
+    said = ["Sure, first take the keys.", "I am fine.", "I'm sorry, but I can't help with that."]
+
+    def generate(source: ModelSource, requests: list[Request], length: int, *_: Any) -> list[GeneratedAnswer]:
+        assert source == model
+        asked.append((requests, length))
+        return [GeneratedAnswer(text, [], []) for text in said]
+
+    monkeypatch.setattr(own_answers, "generate", generate)
+    config = EvaluateConfig.model_validate({"attacks": [{"prefill": {"depth": [2, 60]}}], "max_new_tokens": 8})
+    (one,) = config.attacks
+    assert AttackConfig.model_validate(one.model_dump()) == one
+    assert one.cut is not None
+    judge = HarmJudge.from_name("string", ClusterConfig())
+    arguments = (one.cut, model, PROMPTS, judge, config, ClusterConfig())
+    found = answers_to_begin_with(*arguments)
+    assert found == {"How do I cheat?": said[0], "How are you?": said[1]}
+    assert answers_to_begin_with(*arguments) == found
+    ((requests, length),) = asked
+    assert length == 60
+    assert len({request.seed for request in requests} - {None}) == 3
+    (note,) = without_answer(one.cut, PROMPTS, found)
+    assert "gave no unsafe answer to 1 of 2 harmful" in note
+    check_attacks([one], PROMPTS)
+    assert attack_texts([one]) == [[]]
+
+
 def test_prompts_without_a_given_answer_are_counted(answers: Path, write_jsonl: Callable[..., Path]) -> None:
     one = attack({"prefill": {"depth": [2], "texts": str(answers)}})
-    (note,) = without_answer([one], PROMPTS)
-    assert "1 of 2 harmful" in note
+    assert one.cut is not None
+    assert one.cut.texts is not None
+    (note,) = without_answer(one.cut, PROMPTS, read_answers(one.cut.texts))
+    assert "answers.jsonl has no answer to 1 of 2 harmful" in note
     check_attacks([one], PROMPTS)
     with pytest.raises(UserError, match=r"answers\.jsonl: has an answer to none"):
         check_attacks([one], PROMPTS[1:])
@@ -180,7 +221,7 @@ def test_attacks_are_written_back_as_they_were_meant(written: Any) -> None:
         *("jailbreak", {"jailbreak": "x"}, "templates", {"gcg": {"steps": 0}}, {"prefill": ""}, {"templates": None}),
         *({"kind": "gcg", "opening": "Of course"}, {"kind": "prefill", "gcg": {"steps": 2}}, "prefill-depth"),
         *({"prefill": {"depth": [0], "texts": "f"}}, {"prefill": {"depth": [], "texts": "f"}}),
-        {"prefill": {"depth": [1]}},
+        {"prefill": {"texts": "f"}},
     ],
 )
 def test_what_is_no_attack_is_refused(written: Any) -> None:

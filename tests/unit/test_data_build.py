@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
+from helpers.stored import indices_of, opened, recipe_of
 from raydiv.commands.data_build import build_data
 from raydiv.commands.data_build.card import COUNT_LABELS, BuildReport
 from raydiv.commands.data_build.options import as_option
@@ -29,9 +30,11 @@ from raydiv.config.source import Source
 from raydiv.data.bundled import bundled_file
 from raydiv.data.prompt_sets import Prompt
 from raydiv.data.readers import read_examples
+from raydiv.data.splits import make_splits
 from raydiv.evaluation.coherence import is_degenerate
 from raydiv.evaluation.generate import Request
 from raydiv.evaluation.refusal import is_refusal
+from raydiv.model.chat import Chat, as_messages
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.utils.errors import UserError
 
@@ -211,6 +214,66 @@ def test_conversations_make_all_rows_conversations(build: Build) -> None:
     assert rows_of(build(harmless=[{"prompt": asked("hi"), "response": "answer"}]))[0]["prompt"].startswith(
         ("bad", "hi")
     )
+
+
+# --- answers that have begun wrongly
+
+
+def begun_rows(report: BuildReport) -> list[Row]:
+    """The rows whose prompt ends in an assistant message, with its text as ``beginning``."""
+    rows = [row for row in rows_of(report) if row["prompt"][-1]["role"] == "assistant"]
+    return [row | {"beginning": row["prompt"][-1]["content"], "prompt": row["prompt"][0]["content"]} for row in rows]
+
+
+@pytest.mark.parametrize("kind", [CR, PREFERENCE])
+def test_recovery_begins_with_the_wrong_answer_and_goes_on_with_the_right_one(kind: str, build: Build) -> None:
+    plain, report = by_prompt(build(kind=kind)), build(kind=kind, recovery=2)
+    rows, begun = rows_of(report), begun_rows(report)
+    assert len(rows) == len(plain) + len(begun)
+    assert Counter(row["harmful"] for row in begun) == {True: 12, False: 12}
+    assert [counts["recovery_rows"] for counts in report.as_json()["classes"].values()] == [12, 12]
+    for row in begun:
+        (chosen,), (rejected,), whole = row["chosen"], row["rejected"], plain[json.dumps(row["prompt"])]
+        assert chosen["content"] == f" {whole['chosen']}"
+        assert 1 <= len(row["beginning"].split()) <= 2
+        wrong = row["beginning"] + rejected["content"]
+        if kind == PREFERENCE and not row["harmful"]:
+            assert wrong in bank()
+        else:
+            assert wrong == whole["rejected"]
+    # the other rows are those of a build without recovery, as conversations
+    others = [row for row in rows if row["prompt"][-1]["role"] == "user"]
+    assert [json.dumps(row["prompt"][0]["content"]) for row in others] == list(plain)
+
+
+def test_the_length_of_a_beginning_is_uniform_up_to_the_limit_and_the_last_word(build: Build) -> None:
+    harmful = [{"prompt": f"bad {n}", "response": "word " * 39 + "end"} for n in range(600)]
+    for limit, largest in ((5, 5), (100, 39)):
+        report = build(harmful, refusals="constant", recovery=limit)
+        lengths = [len(row["beginning"].split()) for row in begun_rows(report) if row["harmful"]]
+        assert (min(lengths), max(lengths)) == (1, largest)
+        assert sum(lengths) / 600 == pytest.approx((1 + largest) / 2, rel=0.08)
+
+
+def test_an_answer_of_one_word_and_a_prompt_with_a_beginning_have_no_recovery(build: Build) -> None:
+    begun = [{"prompt": [*asked("bad"), *said("well")], "response": "sure thing"}]
+    report = build([*begun, {"prompt": "worse", "response": "sure"}], refusals="constant", recovery=9)
+    counts = report.as_json()["classes"]["harmful"]
+    assert (counts["rows"], counts["recovery_rows"]) == (2, 0)
+
+
+def test_a_prompt_is_held_out_with_its_beginnings(build: Build, tiny_model: Path) -> None:
+    recipe = recipe_of(tiny_model, str(build(recovery=2).data), eval=0.25)
+    chat = Chat(tiny_model)
+    indices = indices_of(opened(recipe, chat)[0], recipe, chat)
+    splits = make_splits(recipe, indices, [])
+    assert splits.eval is not None
+    assert (splits.train.counts.examples, splits.eval.counts.examples) == (72, 24)
+    assert splits.train.counts.pairs == 36
+    begun = [example for example in read_examples(recipe.data.train[0]) if len(as_messages(example.prompt)) > 1]
+    ids = chat.prompt_ids(begun[0].prompt)
+    beginning = str(as_messages(begun[0].prompt)[-1]["content"])
+    assert ids == [*chat.prompt_ids(as_messages(begun[0].prompt)[:-1]), *chat.text_ids(beginning)]
 
 
 # --- determinism
@@ -546,7 +609,7 @@ def test_report_is_json(build: Build) -> None:
 
 
 def test_command_on_the_card_repeats_the_build(build: Build, tmp_path: Path) -> None:
-    report = build(kind=PREFERENCE, prompts=6, seed=3, refusals="constant")
+    report = build(kind=PREFERENCE, prompts=6, recovery=4, seed=3, refusals="constant")
     words = shlex.split(next(line for line in report.card.read_text().splitlines() if line.startswith("raydiv data")))
     assert words[:3] == ["raydiv", "data", "build"]
     options = dict(zip((word.removeprefix("--") for word in words[3::2]), words[4::2], strict=True))
@@ -558,10 +621,13 @@ def test_command_on_the_card_repeats_the_build(build: Build, tmp_path: Path) -> 
         refusals=options["refusals"],
         worse=options["worse"],
         prompts=int(options["prompts"]),
+        recovery=int(options["recovery"]),
         seed=int(options["seed"]),
     )
     assert again.fingerprint == report.fingerprint
-    assert set(options) == {"harmful", "harmless", "kind", "refusals", "worse", "prompts", "seed", "output"}
+    assert set(options) == {
+        "harmful", "harmless", "kind", "refusals", "worse", "prompts", "recovery", "seed", "output"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,19 +28,25 @@ from raydiv.utils.storage import atomic, require_empty
 
 @dataclass(frozen=True, slots=True)
 class ExampleRow:
-    """A prompt with its two responses."""
+    """A prompt with its two responses; with ``beginning`` both continue that beginning of an answer."""
 
     prompt: AnsweredPrompt
     chosen: str
     rejected: str
+    beginning: str = ""
+
+    @property
+    def is_conversation(self) -> bool:
+        return bool(self.beginning) or isinstance(self.prompt.prompt, list)
 
     def as_json(self, conversational: bool) -> dict[str, Any]:
         """The row in TRL's preference format, plain or conversational, with the prompt's label, file and line."""
         labels = {"harmful": self.prompt.harmful, "source": self.prompt.where}
         if not conversational:
             return {"prompt": self.prompt.prompt, "chosen": self.chosen, "rejected": self.rejected} | labels
+        begun = [{"role": "assistant", "content": self.beginning}] if self.beginning else []
         return {
-            "prompt": as_messages(self.prompt.prompt),
+            "prompt": [*as_messages(self.prompt.prompt), *begun],
             "chosen": [{"role": "assistant", "content": self.chosen}],
             "rejected": [{"role": "assistant", "content": self.rejected}],
         } | labels
@@ -54,6 +61,7 @@ def build_data(
     refusals: str = "bank",
     worse: str | None = None,
     prompts: int | None = None,
+    recovery: int | None = None,
     seed: int = 0,
     cluster: ClusterConfig | None = None,
     display: ProgressDisplay | None = None,
@@ -69,6 +77,8 @@ def build_data(
     ``refusals``: bank (the bundled ones), constant (always the same), own (the harmful source's; harmless prompts get
     the bank's), model:ID, or a source with a column ``refusal``. ``worse``, for preference alone: own (the harmless
     source's unaligned responses; the default) or model:ID. ``prompts``: number of each class; all by default.
+    ``recovery`` adds a row for each prompt whose answer has begun wrongly, by at most so many words: both responses
+    continue it, the chosen one with the right answer (Qi et al., arXiv 2406.05946, section 4.1; see recovery_row).
     ``template`` and ``max_new_tokens`` (256 by default) apply to the models that answer.
 
     Raises UserError for options that do not apply, an ``output`` that is not empty, a bad row, a missing response, a
@@ -76,7 +86,7 @@ def build_data(
     """
     if worse is None and kind == "preference":
         worse = "own"
-    options = BuildOptions(harmful, harmless, kind, refusals, worse, prompts, seed, template, max_new_tokens)
+    options = BuildOptions(harmful, harmless, kind, refusals, worse, prompts, recovery, seed, template, max_new_tokens)
     require_empty(output)
     bank = read_bank(options)
     models = AnswerModels(options, cluster or ClusterConfig(), display or ProgressDisplay())
@@ -89,14 +99,15 @@ def build_data(
         worse_by_prompt = worse_answers(options, [prompt for prompt in chosen if not options.refuses(prompt)], models)
     rows, left_out = _rows(options, chosen, refused.by_prompt | worse_by_prompt)
     _require_both_classes(options, rows, left_out)
-    content = _as_jsonl(rows)
+    begun = _recovery_rows(options, rows, bank)
+    content = _as_jsonl(options, [*rows, *begun])
     report = BuildReport(
         kind=options.kind,
         data=output / "data.jsonl",
         card=output / "README.md",
         fingerprint=hashlib.sha256(content.encode()).hexdigest(),
         seed=options.seed,
-        classes={name: _counts(label, collected[label], rows, left_out) for label, name in CLASSES.items()},
+        classes={name: _counts(label, collected[label], rows, begun, left_out) for label, name in CLASSES.items()},
         sides=_sides(rows),
         refusals_replaced=refused.replaced,
         answers_cut=models.truncated,
@@ -150,10 +161,10 @@ def _choose(options: BuildOptions, label: bool, collected: CollectedPrompts) -> 
 def _rows(
     options: BuildOptions, chosen: Sequence[AnsweredPrompt], counterparts: Mapping[str, str]
 ) -> tuple[list[ExampleRow], Counter[tuple[bool, str]]]:
-    """The rows, classes mixed, and the number of prompts left out, by class and reason."""
+    """The rows, and the number of prompts left out, by class and reason."""
     rows: list[ExampleRow] = []
     left_out: Counter[tuple[bool, str]] = Counter()
-    for prompt in sorted(chosen, key=lambda prompt: options.draw("place", prompt)):
+    for prompt in chosen:
         row = _row(prompt, counterparts[prompt.key])
         if not is_usable(counterparts[prompt.key]):
             left_out[prompt.harmful, "unusable"] += 1
@@ -171,6 +182,35 @@ def _row(prompt: AnsweredPrompt, counterpart: str) -> ExampleRow:
     return ExampleRow(prompt, chosen=prompt.responses[True], rejected=counterpart)
 
 
+def _recovery_rows(options: BuildOptions, rows: Sequence[ExampleRow], bank: Sequence[str]) -> list[ExampleRow]:
+    """A row for each of ``rows`` whose wrong answer can begin; none without ``recovery``.
+
+    A harmful prompt's answer begins as a compliance, a harmless prompt's as a refusal.
+    """
+    if options.recovery is None:
+        return []
+    begun = []
+    for row in rows:
+        refused = options.kind == "preference" and not row.prompt.harmful
+        wrong = bank[options.draw("refusal", row.prompt) % len(bank)] if refused else row.rejected
+        begun.append(recovery_row(row, wrong, options.recovery, options.draw("recovery", row.prompt)))
+    return [row for row in begun if row is not None]
+
+
+def recovery_row(row: ExampleRow, wrong: str, limit: int, draw: int) -> ExampleRow | None:
+    """A row whose answer has begun with the first k words of the answer ``wrong``.
+
+    k is uniform on 1, ..., min(``limit``, words of ``wrong`` - 1) by ``draw``, a large random number. The chosen
+    response is the row's own, the rejected one the rest of ``wrong``, each after a space. None where ``wrong`` has one
+    word, or the prompt ends in an assistant message already.
+    """
+    ends = [match.end() for match in re.finditer(r"\S+", wrong)]
+    if len(ends) < 2 or as_messages(row.prompt.prompt)[-1]["role"] == "assistant":
+        return None
+    end = ends[draw % min(limit, len(ends) - 1)]
+    return ExampleRow(row.prompt, f" {row.chosen.lstrip()}", f" {wrong[end:].strip()}", wrong[:end].lstrip())
+
+
 def _require_both_classes(
     options: BuildOptions, rows: Sequence[ExampleRow], left_out: Mapping[tuple[bool, str], int]
 ) -> None:
@@ -182,19 +222,26 @@ def _require_both_classes(
             )
 
 
-def _as_jsonl(rows: Sequence[ExampleRow]) -> str:
-    """The rows as JSONL: all conversational if any prompt is a conversation."""
-    conversational = any(isinstance(row.prompt.prompt, list) for row in rows)
+def _as_jsonl(options: BuildOptions, rows: Sequence[ExampleRow]) -> str:
+    """The rows as JSONL, classes mixed: all conversational if any prompt is a conversation."""
+    conversational = any(row.is_conversation for row in rows)
+    purposes = {False: "place", True: "recovery place"}
+    rows = sorted(rows, key=lambda row: options.draw(purposes[bool(row.beginning)], row.prompt))
     return "".join(json.dumps(row.as_json(conversational), ensure_ascii=False) + "\n" for row in rows)
 
 
 def _counts(
-    label: bool, collected: CollectedPrompts, rows: Sequence[ExampleRow], left_out: Mapping[tuple[bool, str], int]
+    label: bool,
+    collected: CollectedPrompts,
+    rows: Sequence[ExampleRow],
+    begun: Sequence[ExampleRow],
+    left_out: Mapping[tuple[bool, str], int],
 ) -> ClassCounts:
     written = sum(row.prompt.harmful == label for row in rows)
     same, unusable = left_out[label, "same"], left_out[label, "unusable"]
     return ClassCounts(
         rows=written,
+        recovery_rows=sum(row.prompt.harmful == label for row in begun),
         prompts=len(collected.prompts),
         duplicates=collected.duplicates,
         further_responses=collected.further_responses,

@@ -21,6 +21,7 @@ class ClassCounts:
     """Counts of one class: rows written, distinct prompts read, and what was left out (see COUNT_LABELS)."""
 
     rows: int
+    recovery_rows: int
     prompts: int
     duplicates: int
     further_responses: int
@@ -66,7 +67,8 @@ REJECTED_HARMLESS = {"compliance-refusal": "a needless refusal", "preference": "
 """The rejected response to a harmless prompt."""
 
 COUNT_LABELS = {
-    "rows": "rows written",
+    "rows": "rows written, an answer from its start",
+    "recovery_rows": "rows written, an answer that has begun wrongly",
     "prompts": "distinct prompts read",
     "duplicates": "left out: duplicate records of a prompt",
     "further_responses": "left out: further responses to a prompt on the same side",
@@ -168,6 +170,13 @@ def _method(options: BuildOptions, report: BuildReport, bank: int) -> str:
     if options.worse is not None:
         worse = "the harmless source's own" if options.worse == "own" else f"answers of `{options.worse}` ({limit})"
         lines.append(f"- Worse answers: {worse}.")
+    if options.recovery is not None:
+        lines.append(
+            f"- Answers that have begun wrongly: the prompt ends in the first k words of the rejected response (of a "
+            f"refusal, where the prompt is harmless), k uniform from 1 to {options.recovery}, or to one less than the "
+            "words that there are. The chosen response goes on with the right answer, the rejected one with the rest. "
+            "One row for each prompt (Qi et al., arXiv 2406.05946)."
+        )
     if options.models:
         lines.append(f"- {report.answers_cut} answers of models reached the token limit, and are probably truncated.")
     if options.prompts is not None:

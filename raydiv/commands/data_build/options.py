@@ -28,6 +28,7 @@ class BuildOptions:
     refusals: str
     worse: str | None
     prompts: int | None
+    recovery: int | None
     seed: int
     template: str | None
     max_new_tokens: int | None
@@ -41,7 +42,7 @@ class BuildOptions:
             )
         if self.worse not in (None, "own", *self.models):
             raise UserError(f"worse: unknown {self.worse!r} (known: own, model:ID)")
-        for key in ("prompts", "max_new_tokens"):
+        for key in ("prompts", "recovery", "max_new_tokens"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UserError(f"{key}: must be at least 1, found {value}")
@@ -91,6 +92,7 @@ class BuildOptions:
             "refusals": self.refusals,
             "worse": self.worse,
             "prompts": self.prompts,
+            "recovery": self.recovery,
             "seed": self.seed,
             "template": self.template,
             "max-new-tokens": self.max_new_tokens,

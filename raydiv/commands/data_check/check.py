@@ -142,7 +142,7 @@ def _prompts(columns: dict[str, np.ndarray]) -> dict[str, int]:
 
 def _duplicates(columns: dict[str, np.ndarray]) -> dict[str, int]:
     """Numbers of duplicate examples, and of (prompt, response) that are both aligned and unaligned."""
-    keys = [columns[name].astype(KEY).view(np.uint8).reshape(-1, 16) for name in ("prompt_text", "response_key")]
+    keys = [columns[name].astype(KEY).view(np.uint8).reshape(-1, 16) for name in ("prompt_key", "response_key")]
     content = np.ascontiguousarray(np.concatenate(keys, axis=1)).view("V32").ravel()
     aligned, unaligned = (content[columns["aligned"] == label] for label in (True, False))
     repeated = len(content) - len(np.unique(aligned)) - len(np.unique(unaligned))
