@@ -143,7 +143,8 @@ def _train(
                     _fit(recipe, inputs, prepared, run, display, environment)
                     _report_padding(run, display)
                 run.metrics.truncate(run.stage.read().metrics_bytes_at_end or 0)
-                evaluation.run(run, "after", prepared.model_directory)
+                held_out = None if prepared.eval is None else prepared.eval.examples
+                evaluation.run(run, "after", prepared.model_directory, held_out)
             return _conclude(recipe, prepared, run, tracker, tags)
 
 

@@ -168,17 +168,37 @@ def score(
     progress: Progress = no_progress,
 ) -> list[float]:
     """Log-probs of (prompt ids, response ids) examples, summed over response tokens, from a pool of models."""
+    return [float(tokens["logp"]) for tokens in _map_examples(model, examples, cluster, progress)]
+
+
+def score_tokens(
+    model: ModelSource,
+    examples: Sequence[tuple[Ids, Ids]],
+    cluster: ClusterConfig,
+    progress: Progress = no_progress,
+) -> list[np.ndarray]:
+    """Log-probs [t] of the response tokens of each example, from a pool of models."""
+    results = _map_examples(model, examples, cluster, progress, by_token=True)
+    return [np.array(result["tokens"]) for result in results]
+
+
+def _map_examples(
+    model: ModelSource,
+    examples: Sequence[tuple[Ids, Ids]],
+    cluster: ClusterConfig,
+    progress: Progress,
+    by_token: bool = False,
+) -> list[dict[str, Any]]:
     rows = [{"prompt": list(prompt), "response": list(response)} for prompt, response in examples]
-    results = map_rows(
+    return map_rows(
         rows,
         LogProbScorer,
-        {"model": model},
+        {"model": model, "by_token": by_token},
         cluster=cluster,
         batch_rows=64,
         progress=progress,
         length=lambda row: len(row["prompt"]) + len(row["response"]),
     )
-    return [float(result["logp"]) for result in results]
 
 
 def score_once(
@@ -206,7 +226,8 @@ TOKENS_PER_FORWARD = 4096
 class LogProbScorer:
     """A pool's actor: a model that scores tokenised examples."""
 
-    def __init__(self, model: ModelSource) -> None:
+    def __init__(self, model: ModelSource, by_token: bool = False) -> None:
+        self._by_token = by_token
         self._model = model.load_for_inference()
         self._head = LogProbHead(self._model)
         check = CompatibilityCheck(self._head, self._model, self._model, self._model.device)
@@ -215,11 +236,11 @@ class LogProbScorer:
         self._head.remove()  # other workers of this process have the same model
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Rows with ``prompt`` and ``response`` ids -> rows with ``logp``."""
+        """Rows with ``prompt`` and ``response`` ids -> rows with ``logp``, and ``tokens``, its terms, if asked for."""
         import torch
 
         lengths = [len(row["prompt"]) + len(row["response"]) for row in rows]
-        logps = torch.zeros(len(rows))
+        logps, tokens = torch.zeros(len(rows)), dict[int, list[float]]()
         packing: Packing = packing_of(self._model, max(lengths, default=0))[0] if self._packs else "none"
         self._head.install()
         for micro_batch in micro_batches(lengths, TOKENS_PER_FORWARD, ranks=1, packed=packing != "none")[0]:
@@ -229,5 +250,11 @@ class LogProbScorer:
                 self._head.set_targets(inputs.rows, inputs.columns, inputs.targets)
                 output = self._model(**inputs.forward_kwargs())
                 logps[micro_batch] = inputs.sum_per_example(output.logits, len(micro_batch)).cpu()
+                if self._by_token:
+                    parts = output.logits.float().cpu().split([len(response) for _, response in examples])
+                    tokens |= {row: part.tolist() for row, part in zip(micro_batch, parts, strict=True)}
         self._head.remove()
-        return [{"logp": float(logp)} for logp in logps]
+        return [
+            {"logp": float(logp), **({"tokens": tokens[row]} if self._by_token else {})}
+            for row, logp in enumerate(logps)
+        ]

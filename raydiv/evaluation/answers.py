@@ -10,7 +10,7 @@ from typing import Any
 from raydiv.config.cluster import ClusterConfig
 from raydiv.config.evaluate import EvaluateConfig, is_url
 from raydiv.data.prompt_sets import Prompt
-from raydiv.data.reference_scorer import score, score_once
+from raydiv.data.reference_scorer import score, score_once, score_tokens
 from raydiv.evaluation import attacks
 from raydiv.evaluation.answers_report import AnswersReport
 from raydiv.evaluation.attacks import DIRECT, Attempt
@@ -218,6 +218,7 @@ def _compute_logps(
             )
             for request, answer in pairs
         ]
+    examples, sampled = examples[:attempts], examples[attempts:] if same_tokens else []
     written = CoherenceReference.read(chat)
     logps = score_once(reference, [*written.examples, *examples], cluster, update)
     written_logps, logps = logps[: len(written.examples)], logps[len(written.examples) :]
@@ -225,16 +226,12 @@ def _compute_logps(
         perplexity, kl = written.perplexity(written_logps), None
     else:
         model_written = written if same_tokens else CoherenceReference.read(model.chat())
-        sampled = examples[attempts:] if same_tokens else []
-        model_logps = score(model, [*model_written.examples, *sampled], cluster, update)
-        perplexity = model_written.perplexity(model_logps[: len(model_written.examples)])
+        perplexity = model_written.perplexity(score(model, model_written.examples, cluster, update))
         kl = None
         if sampled:
-            kl = KlEstimate.from_logps(
-                model_logps[len(model_written.examples) :], logps[attempts:], sum(len(ids) for _, ids in sampled)
-            )
-    tokens = [len(ids) for _, ids in examples[:attempts]]
-    return _LogProbs(logps[:attempts], tokens, PerplexityThreshold.from_logps(written, written_logps), perplexity, kl)
+            kl = KlEstimate.from_logps(*(score_tokens(one, sampled, cluster, update) for one in (model, reference)))
+    tokens = [len(ids) for _, ids in examples]
+    return _LogProbs(logps, tokens, PerplexityThreshold.from_logps(written, written_logps), perplexity, kl)
 
 
 def _whole_text(answer: GeneratedAnswer) -> str:

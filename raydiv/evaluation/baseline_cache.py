@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ from raydiv.config import Recipe
 from raydiv.data.prompt_sets import Prompt, PromptSets
 from raydiv.evaluation.answers import EvaluationJudges
 from raydiv.evaluation.attacks import attack_texts
+from raydiv.evaluation.depth import HeldOutDepth
 from raydiv.evaluation.judges.harm_judge import JudgeModel
 from raydiv.evaluation.vllm_engine import vllm_version
 from raydiv.model.load import ModelSource
 from raydiv.model.resolve import fingerprint
+from raydiv.runs.directory import EVALUATION
 from raydiv.utils.cache import code_digest, digest, file_digest, shared_dir
 from raydiv.utils.storage import open_input, require_inside
 
@@ -39,6 +41,14 @@ class Measurement:
     metrics: dict[str, float]
     files: dict[str, str]
     harmless: list[str]
+
+    def with_depth(self, depth: HeldOutDepth | None) -> Measurement:
+        """With the curves of held-out examples in evaluation/depth.json."""
+        if depth is None:
+            return self
+        half = {} if depth.margin.half is None else {"eval/depth/half": float(depth.margin.half)}
+        content = json.dumps(depth.as_json()) + "\n"
+        return replace(self, metrics=self.metrics | half, files=self.files | {f"{EVALUATION}/depth.json": content})
 
     def write_into(self, run: Path) -> None:
         """Write the files into a run's directory."""

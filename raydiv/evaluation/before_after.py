@@ -7,8 +7,11 @@ from pathlib import Path
 
 from raydiv.config import Recipe
 from raydiv.data.prompt_sets import PromptSets, set_name
+from raydiv.data.reference_scorer import score_tokens
+from raydiv.data.tokens import StoredExamples
 from raydiv.evaluation.answers import EvaluationJudges, measure_answers, with_win_rate
 from raydiv.evaluation.baseline_cache import BaselineCache, Measurement
+from raydiv.evaluation.depth import HeldOutDepth, chosen_examples
 from raydiv.evaluation.separation.measure import measure_separation
 from raydiv.model.load import ModelSource
 from raydiv.runs.directory import EVALUATION, SEPARATION, RunDirectory
@@ -28,18 +31,34 @@ class BeforeAfterEvaluation:
         if prompts.evaluate:
             self._judges = EvaluationJudges.from_config(recipe.evaluate, prompts.evaluate, recipe.cluster)
 
-    def run(self, run: RunDirectory, when: str, base_directory: Path) -> None:
+    def run(self, run: RunDirectory, when: str, base_directory: Path, held_out: StoredExamples | None = None) -> None:
         """Evaluate the model ``before`` or ``after`` training into the run directory; needs a Ray session.
 
-        Before training it is the base model, whose evaluation may be cached by an earlier run.
+        Before training it is the base model, whose evaluation may be cached by an earlier run. After it, the depth of
+        the ``held_out`` examples is measured too, where answers are.
         """
         base = ModelSource.from_recipe(self._recipe, base_directory)
         before = when == "before"
         measurement = self.baseline(base) if before else self._measure(replace(base, directory=run.model), base, when)
+        if not before and held_out is not None and self._judges is not None:
+            measurement = measurement.with_depth(
+                self._held_out_depth(replace(base, directory=run.model), base, held_out)
+            )
         measurement.write_into(run.path)
         run.metrics.append(
             {"step": 0 if before else run.metrics.steps_taken(), **measurement.metrics} if measurement.metrics else {}
         )
+
+    def _held_out_depth(self, model: ModelSource, base: ModelSource, held_out: StoredExamples) -> HeldOutDepth | None:
+        """Curves of the held-out examples; None where one class has none."""
+        rows = chosen_examples(held_out.aligned)
+        aligned = held_out.aligned[rows]
+        if aligned.all() or not aligned.any():
+            return None
+        examples = held_out.ids(rows)
+        with self._display.phase("depth, held-out examples") as update:
+            after, before = (score_tokens(one, examples, self._recipe.cluster, update) for one in (model, base))
+        return HeldOutDepth.of([ours - theirs for ours, theirs in zip(after, before, strict=True)], aligned)
 
     def restore_baseline(self, base_directory: Path) -> None:
         """On resume: restore the answers that the evaluation after training compares with; needs a Ray session."""

@@ -81,6 +81,9 @@ class AnswersFile:
                 values[f"evaluate/{key}"] = MeasuredValue(number["value"], interval, number.get("of"))
         if content.get("kl"):
             values["evaluate/kl_per_token"] = MeasuredValue(float(content["kl"]["per_token"]))
+            depth = content["kl"].get("depth") or {}
+            if depth.get("half"):
+                values["evaluate/depth/half"] = MeasuredValue(depth["half"], _interval(depth["half_interval"]))
         for name, score in content.get("capability", {}).items():
             values[name] = MeasuredValue(float(score["value"]), _interval(score["interval"]), int(score["documents"]))
         for judge, agreement in content.get("agreement", {}).items():
@@ -94,6 +97,34 @@ class AnswersFile:
         # earlier versions had one judge
         judges = content["judges"] if "judges" in content else [content["judge"]]
         return cls(values, [*(str(judge["errors"]) for judge in judges), *_notes(content)])
+
+
+@dataclass(frozen=True, slots=True)
+class DepthFile:
+    """Curves by name, each of values and half widths [t] in nats, and the position of its half (None: it has none)."""
+
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float], int | None]]
+
+    @classmethod
+    def load(cls, path: Path) -> DepthFile | None:
+        """From a file of evaluation/: depth.json, or the KL of after.json. None where it was not measured."""
+        if not path.exists():
+            return None
+        content = read_json(path)
+        with intact(path):
+            if "kl" in content:
+                content = {"kl": (content["kl"] or {}).get("depth")}
+            return cls(
+                {
+                    name: (
+                        [float(value) for value in curve["values"]],
+                        [float(width) for width in curve["half_widths"]],
+                        None if curve["half"] is None else int(curve["half"]),
+                    )
+                    for name, curve in content.items()
+                    if curve
+                }
+            )
 
 
 def readable_prompt(prompt: str | Sequence[Mapping[str, Any]], between: str = "\n") -> str:

@@ -170,11 +170,15 @@ _SPECS = (
     MetricSpec("evaluate/perplexity", "perplexity on held-out helpful answers", 2, NEITHER, heading="perplexity"),
     MetricSpec("evaluate/kl_per_token", "KL to the base, nats a token", 3, NEITHER, NATS),
     MetricSpec("evaluate/kl", "KL to the base, nats an answer cut at its limit", 2, NEITHER, NATS, "KL"),
+    MetricSpec("evaluate/depth/half", "tokens by which half of that KL lies", 0, NEITHER, heading="KL half at token"),
     MetricSpec("evaluate/{other}", "{other}", 2, NEITHER),
     MetricSpec("capability/{score}", "{score}", 3, HIGHER, heading="{score}"),
     MetricSpec("eval/divergence", "divergence estimate, held-out examples", 3, HIGHER),
     MetricSpec("eval/divergence/equal_size", "in groups of a step's size", 3, HIGHER, variant_of="eval/divergence"),
     MetricSpec(_MARGIN, "reward margin, held-out examples", 2, HIGHER),
+    MetricSpec(
+        "eval/depth/half", "tokens by which half of the margin lies", 0, NEITHER, heading="margin half at token"
+    ),
     MetricSpec("eval/reward/aligned", "reward of aligned ones", 2, HIGHER, indented=True),
     MetricSpec("eval/reward/unaligned", "reward of unaligned ones", 2, LOWER, indented=True),
 )

@@ -49,12 +49,14 @@ def answers(**more: Any) -> AnswersReport:
 
 
 def test_metrics_file_and_table_of_answers_agree(tmp_path: Path) -> None:
-    kl = KlEstimate.from_logps([-10.0, -12.0, -9.0], [-11.0, -15.0, -10.0], tokens=30)
+    model, reference = [[-4.0, -6.0], [-12.0], [-9.0]], [[-5.0, -6.0], [-15.0], [-10.0]]
+    kl = KlEstimate.from_logps([np.array(row) for row in model], [np.array(row) for row in reference])
     scores = TaskScores("gsm8k", [CapabilityScore("exact_match", "strict-match", 0.25, 0.05)], 75, 5, "3.0")
     full = answers(kl=kl, win_rate=WinRate(["win", "tie"], 2, 3), capability=Capability([scores], "0.4", None, False))
     written = full.as_json()
     assert kl.value == pytest.approx((1 + 3 + 1) / 3)
-    assert kl.per_token == pytest.approx(5 / 30)
+    assert kl.per_token == pytest.approx(5 / 4)
+    assert kl.depth.half == full.values()["evaluate/depth/half"].value == 1
     assert written["kl"]["interval"] == pytest.approx(kl.interval)
     assert full.cells()["evaluate/asr/prefill"] == "100% (21%-100%)"
     assert full.cells()["evaluate/win_rate"].startswith("75%")
@@ -133,7 +135,8 @@ def test_an_unparsable_win_rate_is_shown() -> None:
 
 
 def test_kl_of_one_answer_has_no_interval() -> None:
-    assert KlEstimate.from_logps([-1.0], [-2.0], 4) == KlEstimate(1.0, None, 0.25, 1)
+    kl = KlEstimate.from_logps([np.array([-0.5, -0.5])], [np.array([-1.0, -1.0])])
+    assert (kl.value, kl.interval, kl.per_token, kl.answers) == (1.0, None, 0.5, 1)
 
 
 def separated(layers: int, streamed: bool, resampled: bool = True) -> SeparationReport:

@@ -85,6 +85,8 @@ COLUMNS = (
     Measure.of_metric("evaluate/toxicity", safety=True, averaged=True),
     Measure.of_metric("evaluate/win_rate"),
     Measure.of_metric("evaluate/kl"),
+    Measure.of_metric("evaluate/depth/half"),
+    Measure.of_metric("eval/depth/half"),
     Measure.of_metric("evaluate/perplexity"),
     Measure.of_metric("capability/{score}"),
 )

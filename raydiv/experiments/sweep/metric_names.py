@@ -9,7 +9,7 @@ from raydiv.training.metric_names import held_out_metrics, step_metrics, trainin
 from raydiv.utils.errors import UserError
 from raydiv.utils.nearest import nearest
 
-AFTER_TRAINING = ("evaluate/kl", "evaluate/kl_per_token")
+AFTER_TRAINING = ("evaluate/kl", "evaluate/kl_per_token", "evaluate/depth/half")
 """Metrics of trained models alone, where prompts are answered."""
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raydiv.runs.directory import RunDirectory
-from raydiv.runs.measurements import SeparationFile, rewards_by_class
+from raydiv.runs.measurements import DepthFile, SeparationFile, rewards_by_class
 from raydiv.runs.metrics_log import Metrics
 from raydiv.runs.report.drawing import AMBER, BLUE, GREY, INK, RED, TEAL, Picture, legend, new_axis, styled
 
@@ -50,7 +50,10 @@ def pictures(run: RunDirectory) -> dict[str, list[Picture]]:
         by_section = {
             "training": [draw(records) for draw in (loss, divergence, rewards, margin, *reference_pictures, gradient)],
             "separation": [*(plane(report, when) for when, report in planes.items() if report), separation(records)],
-            "rewards": [reward_distribution(rewards_by_class(run.rewards))],
+            "rewards": [
+                reward_distribution(rewards_by_class(run.rewards)),
+                depth(DepthFile.load(run.evaluation / "depth.json"), DepthFile.load(run.evaluation / "after.json")),
+            ],
         }
     return {section: [picture for picture in drawn if picture] for section, drawn in by_section.items()}
 
@@ -224,3 +227,33 @@ def reward_distribution(by_class: Mapping[str, Sequence[float]]) -> Picture | No
         "separates them."
     )
     return Picture("reward-distribution", title, figure, caption)
+
+
+def depth(*files: DepthFile | None) -> Picture | None:
+    """Mean log-ratios up to each token of a response, with their 95% intervals and dots at half of the last value."""
+    curves = {name: curve for file in files if file for name, curve in file.curves.items()}
+    if not curves:
+        return None
+    styles = {
+        "aligned": ("aligned, held-out", ALIGNED),
+        "unaligned": ("unaligned, held-out", UNALIGNED),
+        "margin": ("aligned less unaligned", INK),
+        "kl": ("the model's own answers: KL to the base", TEAL),
+    }
+    title = "log-ratio up to each token"
+    figure, axis = new_axis(title, "tokens of the response")
+    axis.set_ylabel("nats")
+    for name, (values, half_widths, half) in curves.items():
+        label, colour = styles[name]
+        positions, middle, width = np.arange(1, len(values) + 1), np.array(values), np.array(half_widths)
+        axis.plot(positions, middle, color=colour, label=label, linewidth=1.5)
+        axis.fill_between(positions, middle - width, middle + width, color=colour, alpha=0.15, linewidth=0)
+        if half is not None:
+            axis.plot(half, middle[half - 1], "o", color=colour, markersize=5)
+    legend(figure, axis)
+    caption = (
+        "Mean of the responses' log-ratios to the base after training, up to each token; a response that has ended "
+        "keeps its sum. A dot: half of the last value. A curve that rises in the first tokens alone is a shallow "
+        "alignment: an answer that has begun goes on as the base's would."
+    )
+    return Picture("depth", title, figure, caption)
