@@ -117,8 +117,13 @@ class LossConfig(_Options):
         return has_penalty or main.divergence == "none" or main.ceiling is not None
 
     @property
+    def aligned_terms(self) -> list[str]:
+        """Names of the objectives that need aligned examples."""
+        return [term.name for term in self.terms if term.objective.needs_aligned]
+
+    @property
     def unaligned_terms(self) -> list[str]:
-        """Names of the objectives that need unaligned examples too; all need aligned ones."""
+        """Names of the objectives that need unaligned examples."""
         return [term.name for term in self.terms if term.objective.needs_unaligned]
 
     @property

@@ -204,17 +204,23 @@ def _invalid_ranges(pair: np.ndarray, aligned: np.ndarray, prompts: np.ndarray) 
     yield from zip(starts[invalid].tolist(), stops[invalid].tolist(), strict=True)
 
 
-_LOSSES_WITHOUT_UNALIGNED = objective_names(lambda objective: not objective.needs_unaligned and not objective.penalty)
+_LOSSES_FOR_ONE_CLASS = {
+    True: objective_names(lambda objective: not objective.needs_unaligned and not objective.penalty),
+    False: objective_names(lambda objective: not objective.needs_aligned),
+}
 _LOSSES_WITHOUT_PAIRS = objective_names(lambda objective: objective.data == "unpaired" and not objective.penalty)
 
 
 def _require_fit(loss: LossConfig, source: str, examples: StoredExamples) -> None:
     """Raise UserError for data that the loss cannot be trained or evaluated on."""
     for aligned, name in ((True, "aligned"), (False, "unaligned")):
-        needing = [loss.type] if aligned else loss.unaligned_terms
+        needing = loss.aligned_terms if aligned else loss.unaligned_terms
         if not (examples.aligned == aligned).any() and needing:
-            hint = "" if aligned else f" (losses for aligned examples alone: {_LOSSES_WITHOUT_UNALIGNED})"
-            raise UserError(f"{source}: no {name} example, and the loss {needing[0]} needs some{hint}")
+            other = "unaligned" if aligned else "aligned"
+            raise UserError(
+                f"{source}: no {name} example, and the loss {needing[0]} needs some (losses for {other} examples "
+                f"alone: {_LOSSES_FOR_ONE_CLASS[not aligned]})"
+            )
     unpaired = int((examples.units[:, 1] < 0).sum())
     if loss.paired_terms and unpaired:
         raise UserError(

@@ -5,7 +5,7 @@ A family is a file:
 - kldo.py        KL by Donsker and Varadhan's bound: kldo (batch, ema, lagged; skew)
 - fdo.py         any f-divergence by its variational bound: fdo
 - classifier.py  the reward as a classifier's logit: bco, bco-pair, nca
-- utility.py     saturating utilities: kto, apo-zero-unpaired, apo-zero, apo-down
+- utility.py     saturating utilities: kto, apo-zero-unpaired, apo-zero, apo-down, npo
 - preference.py  the difference of a pair's rewards: dpo, rdpo, slic, exo, discopop, sigmoid-norm
 - regression.py  log-ratios on fixed targets: ipo, sppo
 - transport.py   aligned and unaligned matched by rank: aot, aot-unpaired

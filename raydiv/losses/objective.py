@@ -79,7 +79,7 @@ class Objective:
     - ``ceiling``: the largest value that the estimate can take; None if it is unbounded.
     - ``scope``: determines how many passes a step needs.
     - ``listed_values``: values of numeric options at which ``raydiv losses`` lists these facts, besides the defaults.
-    - ``needs_reference``, ``needs_mismatched``, ``needs_unaligned``: what it needs besides aligned examples.
+    - ``needs_reference``, ``needs_mismatched``, ``needs_aligned``, ``needs_unaligned``: what it needs of the data.
     - ``penalty``: it can only be mixed into another objective.
     - ``requires``: options that have an effect only under certain values of another one, as ``option: (other,
       values)``.
@@ -97,6 +97,7 @@ class Objective:
     listed_values: Mapping[str, tuple[float, ...]]
     needs_reference: bool
     needs_mismatched: bool
+    needs_aligned: bool
     needs_unaligned: bool
     penalty: bool
     requires: Mapping[str, tuple[str, tuple[str, ...]]]
@@ -195,6 +196,7 @@ def objective(
     listed_values: Mapping[str, tuple[float, ...]] | None = None,
     needs_reference: bool = True,
     needs_mismatched: bool = False,
+    needs_aligned: bool = True,
     needs_unaligned: bool = True,
     penalty: bool = False,
     requires: Mapping[str, tuple[str, tuple[str, ...]]] | None = None,
@@ -223,6 +225,7 @@ def objective(
             listed_values or {},
             needs_reference,
             needs_mismatched,
+            needs_aligned,
             needs_unaligned,
             penalty,
             requires or {},

@@ -6,7 +6,9 @@ means over the two classes of the global batch, each averaged by itself. The pai
 
 from __future__ import annotations
 
-from raydiv.losses.numerics import class_mean, pair_mean
+import math
+
+from raydiv.losses.numerics import class_mean, log_sigmoid, pair_mean
 from raydiv.losses.objective import Batch, Options, Positive, State, Value, objective
 
 
@@ -82,3 +84,21 @@ def apo_down(batch: Batch, state: State, *, beta: Positive = 0.1) -> Value:
     """
     aligned, unaligned = batch.paired(beta * batch.log_ratios)
     return Value(pair_mean(aligned.sigmoid() + (unaligned - aligned).sigmoid(), empty=1.0))
+
+
+@objective(
+    paper="Zhang et al. 2024 (arXiv 2404.05868), eq. 3",
+    data="unpaired",
+    divergence="none",
+    needs_aligned=False,
+    scope="example",
+)
+def npo(batch: Batch, state: State, *, beta: Positive = 0.1) -> Value:
+    """Negative preference optimisation: -(2 / beta) E-[log s(-r)]: it unlearns, and fades as the reward falls.
+
+    Aligned examples have no effect. With ``mix: {sft: {weight: 1}}``, on data with answers that have begun wrongly
+    (``raydiv data build --recovery``), it has the two objectives of DOOR (Zhao et al. 2025, arXiv 2503.03710); there
+    the likelihood is a sum over a response's tokens, sft's is a mean.
+    """
+    r = beta * batch.log_ratios
+    return Value(2 / beta * class_mean(-log_sigmoid(-r), ~batch.aligned, empty=math.log(2)))

@@ -201,6 +201,7 @@ BY_HAND: dict[str, Case] = {
     "apo-zero-unpaired": Case("apo-zero-unpaired", lambda a: utility(BETA * a, 0.0), mismatched=MISMATCHED),
     "apo-zero": Case("apo-zero", lambda a: float((1 - sigmoid(BETA * a[PLUS]) + sigmoid(BETA * a[MINUS])).mean())),
     "apo-down": Case("apo-down", lambda a: float((sigmoid(BETA * a[PLUS]) + 1 - sigmoid(BETA * difference(a))).mean())),
+    "npo": Case("npo", lambda a: float(2 / BETA * np.log1p(np.exp(BETA * a[U])).mean())),
     "fdo-kl": fdo_case("kl", lambda r: 1 + r, np.exp),
     "fdo-reverse-kl": fdo_case("reverse-kl", lambda r: -np.exp(-r), lambda r: r - 1),
     "fdo-pearson": fdo_case("pearson", lambda r: 2 * (np.exp(r) - 1), lambda r: np.exp(2 * r) - 1),

@@ -289,6 +289,6 @@ def test_discopop_is_finite_where_trl_is_not() -> None:
 
 
 def test_every_loss_that_both_have_is_compared() -> None:
-    ours_alone = {"kldo", "fdo", "bco", "log-ratio-l2"}
+    ours_alone = {"kldo", "fdo", "bco", "npo", "log-ratio-l2"}
     compared = {pairing.ours for pairing in SAME.values()} | {"aot-unpaired"}
     assert compared == set(OBJECTIVES) - ours_alone

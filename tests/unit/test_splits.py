@@ -277,6 +277,8 @@ def test_counts_of_both_sides_add_up(tokenizer: Path, chat: Chat, write_jsonl: W
         (True, "kldo", "no unaligned example, and the loss kldo"),
         (True, "fdo", "aligned examples alone: sft)"),
         (False, "kldo", "no aligned example, and the loss kldo"),
+        (False, "fdo", "unaligned examples alone: npo)"),
+        (True, "npo", "no unaligned example, and the loss npo"),
         (False, "sft", "no aligned example, and the loss sft"),
     ],
 )
@@ -292,6 +294,11 @@ def test_one_class_is_refused_if_the_loss_needs_the_other(
 def test_aligned_examples_alone_are_enough_for_sft(tokenizer: Path, chat: Chat, write_jsonl: Writer) -> None:
     path = write_jsonl(*[example(f"q{n}", True) for n in range(3)])
     assert splits_of(recipe_of(tokenizer, str(path), "sft"), chat).train.counts.aligned == 3
+
+
+def test_unaligned_examples_alone_are_enough_for_npo(tokenizer: Path, chat: Chat, write_jsonl: Writer) -> None:
+    path = write_jsonl(*[example(f"q{n}", False) for n in range(3)])
+    assert splits_of(recipe_of(tokenizer, str(path), "npo"), chat).train.counts.unaligned == 3
 
 
 def test_paired_loss_refuses_examples_without_a_partner(tokenizer: Path, chat: Chat, write_jsonl: Writer) -> None:
