@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from raydiv.commands.data_build.build import ExampleRow, recovery_row
+from raydiv.commands.data_build.prompts import AnsweredPrompt
 from raydiv.config import load_recipe
 from raydiv.config.source import Source
 from raydiv.data.bundled import FOLDER, QUICKSTART, bundled_file
@@ -20,6 +22,7 @@ from raydiv.data.readers import read_examples
 from raydiv.evaluation.coherence import is_degenerate
 from raydiv.evaluation.refusal import is_refusal
 from raydiv.evaluation.separation.metrics import length_matched
+from raydiv.utils.cache import digest
 from raydiv.utils.errors import UserError
 
 Row = dict[str, Any]
@@ -50,7 +53,8 @@ def count(name: str, **values: object) -> int:
 
 
 def test_every_bundled_file_has_tests() -> None:
-    assert {path.stem for path in FOLDER.glob("*.jsonl")} == {*TRAINING, *PROMPTS, "helpful", "refusals"}
+    others = {"helpful", "recovery", "refusals"}
+    assert {path.stem for path in FOLDER.glob("*.jsonl")} == {*TRAINING, *PROMPTS, *others}
 
 
 def test_unknown_set_is_refused_with_the_known_ones() -> None:
@@ -113,6 +117,20 @@ def test_raydiv_reads_them(name: str) -> None:
         assert [p.kind for p in read_prompts([Source(path=f"bundled:{name}")], both=True)] == [
             row["kind"] for row in rows(name)
         ]
+
+
+def test_recovery_is_what_data_build_makes_of_the_compliance_refusal_rows() -> None:
+    for row, begun in zip(rows("compliance-refusal"), rows("recovery"), strict=True):
+        key = digest(row["prompt"])
+        prompt = AnsweredPrompt(key, row["prompt"], row["harmful"], "", {})
+        whole = ExampleRow(prompt, row["chosen"], row["rejected"])
+        made = recovery_row(whole, row["rejected"], 40, int(digest("recovery", 0, key), 16))
+        assert made is not None
+        assert begun == {
+            **{name: value for name, value in made.as_json(conversational=True).items() if name != "source"},
+            **{name: row[name] for name in ("kind", "topic")},
+        }
+    assert len(read_examples(Source(path="bundled:recovery"))) == 2 * 759
 
 
 def test_refusals_of_the_bank_are_distinct() -> None:
