@@ -64,9 +64,9 @@ class StudyConfig(Section):
     def _valid_entries(cls, axis: Axis) -> Axis:
         for name, entry in axis.items():
             if not re.fullmatch(ENTRY_NAME, name):
-                raise ValueError(f"{name}: invalid name; use letters, digits and . _ -, with a letter or digit first")
+                raise ValueError(f"{name!r}: invalid name; use letters, digits and . _ -, with a letter or digit first")
             if not isinstance(entry, str | Mapping):
-                raise ValueError(f"{name}: must be a string or a mapping of keys, found {entry!r}")
+                raise ValueError(f"{name!r}: must be a string or a mapping of keys, found {entry!r}")
         return axis
 
     @field_validator("seeds")
