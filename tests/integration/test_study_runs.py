@@ -83,7 +83,7 @@ def test_an_axis_that_is_not_set_has_the_value_of_the_recipe() -> None:
         ({"losses": [{"type": "dpo"}]}, r"study\.losses: {'type': 'dpo'}"),
         ({"models": ["a/x", "b/x"]}, r"study\.models: a/x, b/x: duplicate"),
         ({"losses": {"my loss": "dpo"}}, r"study\.losses: 'my loss': invalid name"),
-        ({"losses": {"dpo": 3}}, r"study\.losses: dpo: .*found 3"),
+        ({"losses": {"dpo": 3}}, r"study\.losses: 'dpo': .*found 3"),
         ({"seeds": [1, 1]}, r"study\.seeds: duplicate"),
         ({"loses": ["dpo"]}, r"study\.loses: .*losses"),
     ],
