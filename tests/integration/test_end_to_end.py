@@ -119,7 +119,7 @@ def test_recipe_in_the_run_reloads_exactly(run: Result) -> None:
 
 def test_report_is_self_contained_and_shows_no_prompt(run: Result) -> None:
     page = (run.run.path / "report.html").read_text()
-    assert page.count("<figure>") == len(list(run.run.pictures.iterdir())) == 10
+    assert page.count("<figure>") == len(list(run.run.pictures.iterdir())) == 11
     assert "http://" not in page
     assert "https://" not in page
     assert "Hurt someone" not in page

@@ -37,7 +37,7 @@ def test_an_unexpected_error_in_a_phase(
         write_json(run.layout, {"packing": "none", "why_not_packed": None})
         run.stage.training_ended("all steps are done")
 
-    def run_or_fail(evaluation: Any, run: RunDirectory, name: str, directory: Path) -> None:
+    def run_or_fail(evaluation: Any, run: RunDirectory, name: str, *_: Any) -> None:
         if phase == "after" and name == "after":
             fail()
         run.metrics.append({"step": 0, "loss": 1.0})
