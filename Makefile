@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := cluster/constraints.txt
-# tests with Ray in one, those without in the other (tests/conftest.py)
+# one begins with the tests with Ray, the other with the longest without it (tests/conftest.py)
 TWO_PROCESSES := -n 2 --no-loadscope-reorder
 
 .PHONY: quickstart test test-all lint clean
