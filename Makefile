@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := cluster/constraints.txt
 # one begins with the tests with Ray, the other with the longest without it (tests/conftest.py)
-TWO_PROCESSES := -n 2 --no-loadscope-reorder
+TWO_PROCESSES := -n 2
 
 .PHONY: quickstart test test-all lint clean
 

@@ -168,7 +168,7 @@ def score(
     progress: Progress = no_progress,
 ) -> list[float]:
     """Log-probs of (prompt ids, response ids) examples, summed over response tokens, from a pool of models."""
-    return [float(tokens["logp"]) for tokens in _map_examples(model, examples, cluster, progress)]
+    return [float(result["logp"]) for result in _map_examples(model, examples, cluster, progress)]
 
 
 def score_tokens(

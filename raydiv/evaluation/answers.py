@@ -69,15 +69,7 @@ def measure_answers(
 ) -> AnswersReport:
     """A report on a model's answers to ``prompts``, with their log-probs under ``reference``; needs a Ray session."""
     engine = make_engine(config)
-    attempts = attacks.direct_attempts(prompts)
-    missing: list[str] = []
-    for attack in config.attacks:
-        with display.phase(f"{attack.kind}, {label}") as update:
-            begun = None
-            if attack.cut is not None:
-                begun = answers_to_begin_with(attack.cut, reference, prompts, judges.harm[0], config, cluster, update)
-                missing += attacks.without_answer(attack.cut, prompts, begun)
-            attempts += attacks.attack_attempts(attack, prompts, model, cluster, update, begun)
+    attempts, attack_notes = _make_attempts(model, reference, prompts, config, judges, cluster, display, label)
     sampled = [] if model == reference else sampled_requests(prompts, config.kl_prompts)
     with display.phase(f"answers, {label}") as update:
         requests = [*(attempt.request for attempt in attempts), *sampled]
@@ -109,7 +101,7 @@ def measure_answers(
     per_token = sum(log_probs.logps[number] for number in answered) / max(
         1, sum(log_probs.tokens[number] for number in answered)
     )
-    notes += missing + _engine_notes(engine, answers, judges)
+    notes += attack_notes + _engine_notes(engine, answers, judges)
     report = AnswersReport(
         label,
         judges.harm,
@@ -136,6 +128,28 @@ def measure_answers(
                 progress=update,
             ),
         )
+
+
+def _make_attempts(
+    model: ModelSource,
+    reference: ModelSource,
+    prompts: Sequence[Prompt],
+    config: EvaluateConfig,
+    judges: EvaluationJudges,
+    cluster: ClusterConfig,
+    display: ProgressDisplay,
+    label: str,
+) -> tuple[list[Attempt], list[str]]:
+    """Direct requests and those of each attack, and notes on prompts that an attack leaves out."""
+    attempts, notes = attacks.direct_attempts(prompts), list[str]()
+    for attack in config.attacks:
+        with display.phase(f"{attack.kind}, {label}") as update:
+            begun = None
+            if attack.cut is not None:
+                begun = answers_to_begin_with(attack.cut, reference, prompts, judges.harm[0], config, cluster, update)
+                notes += attacks.without_answer(attack.cut, prompts, begun)
+            attempts += attacks.attack_attempts(attack, prompts, model, cluster, update, begun)
+    return attempts, notes
 
 
 def make_engine(config: EvaluateConfig) -> Server | Vllm | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Measurement:
         if depth is None:
             return self
         half = {} if depth.margin.half is None else {"eval/depth/half": float(depth.margin.half)}
-        content = json.dumps(depth.as_json()) + "\n"
+        content = json.dumps(asdict(depth)) + "\n"
         return replace(self, metrics=self.metrics | half, files=self.files | {f"{EVALUATION}/depth.json": content})
 
     def write_into(self, run: Path) -> None:

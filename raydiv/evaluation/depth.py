@@ -10,9 +10,8 @@ section 2.3) draw the same curve of KL.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -117,9 +116,6 @@ class HeldOutDepth:
             for wanted in (True, False)
         )
         return cls(DepthCurve.of(positive), DepthCurve.of(negative), DepthCurve.of_classes(positive, negative))
-
-    def as_json(self) -> Mapping[str, Any]:
-        return asdict(self)
 
 
 def chosen_examples(aligned: np.ndarray) -> np.ndarray:

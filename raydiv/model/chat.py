@@ -432,13 +432,20 @@ def prompt_key(prompt: ChatPrompt) -> str:
 
 
 def without_beginning(prompt: ChatPrompt) -> ChatPrompt:
-    """The prompt without an assistant message at its end, which begins the answer; a lone user turn as its text."""
+    """The prompt without an assistant message at its end, which begins the answer, in one notation."""
     messages = as_messages(prompt)
     if len(messages) > 1 and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if isinstance(prompt, Conversation):
         return replace(prompt, messages=messages)
-    return str(messages[0]["content"]) if [turn["role"] for turn in messages] == ["user"] else messages
+    return in_one_notation(messages)
+
+
+def in_one_notation(prompt: str | Messages) -> str | Messages:
+    """A conversation of a single user turn as its text."""
+    if isinstance(prompt, str) or [turn["role"] for turn in prompt] != ["user"]:
+        return prompt
+    return str(prompt[0]["content"])
 
 
 def split_thought(text: str, markers: tuple[str, str], begun: bool) -> tuple[str | None, str]:

@@ -225,8 +225,7 @@ def _require_both_classes(
 def _as_jsonl(options: BuildOptions, rows: Sequence[ExampleRow]) -> str:
     """The rows as JSONL, classes mixed: all conversational if any prompt is a conversation."""
     conversational = any(row.is_conversation for row in rows)
-    purposes = {False: "place", True: "recovery place"}
-    rows = sorted(rows, key=lambda row: options.draw(purposes[bool(row.beginning)], row.prompt))
+    rows = sorted(rows, key=lambda row: options.draw("recovery place" if row.beginning else "place", row.prompt))
     return "".join(json.dumps(row.as_json(conversational), ensure_ascii=False) + "\n" for row in rows)
 
 

@@ -8,7 +8,7 @@ from raydiv.config.source import Source
 from raydiv.data.fields import BadRow, Record, text_field
 from raydiv.data.formats import Example, convert, format_of
 from raydiv.data.readers import iterate_records
-from raydiv.model.chat import ChatPrompt, Conversation
+from raydiv.model.chat import ChatPrompt, Conversation, in_one_notation
 from raydiv.utils.cache import digest
 from raydiv.utils.errors import UserError
 
@@ -95,6 +95,5 @@ def _alpaca_prompt(record: Record) -> str:
 
 def _canonical(prompt: ChatPrompt) -> ChatPrompt:
     """The prompt in one notation: text without surrounding spaces for a conversation of a single user turn."""
-    if isinstance(prompt, list) and [turn["role"] for turn in prompt] == ["user"]:
-        prompt = prompt[0]["content"]
+    prompt = prompt if isinstance(prompt, Conversation) else in_one_notation(prompt)
     return prompt.strip() if isinstance(prompt, str) else prompt
