@@ -64,7 +64,7 @@ class PreparedData:
 
     def steps(self, recipe: Recipe) -> int:
         """Optimizer updates of the run."""
-        return total_steps(recipe, epoch_plan(recipe, self.train.examples).steps_per_epoch)
+        return total_steps(recipe, epoch_plan(recipe, self.train.examples).steps_in)
 
     @property
     def fingerprints(self) -> dict[str, str]:

@@ -47,7 +47,8 @@ class EpochPlan:
     ``units`` [u, 2] as in StoredExamples, ``source`` [u] the source of each, and ``weights`` the passes over each
     source in an epoch. ``examples`` is the size of the global batch. The last step of an epoch takes the remainder, so
     an epoch at weight 1 omits and repeats nothing. A fractional weight takes another part of its source every epoch,
-    all parts in turn.
+    all parts in turn: after e epochs, weight * e * (units of the source) of them, to the nearest integer. So epochs may
+    differ by a unit of each source.
     """
 
     def __init__(
@@ -65,23 +66,28 @@ class EpochPlan:
         self._order: tuple[int, np.ndarray] | None = None
         # every unit counts as the largest one, so that no step exceeds ``examples``
         self._units_per_step = max(1, examples // (2 if (units[:, 1] >= 0).any() else 1))
+        self._starts = self._starts_of_epochs(1)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        units = sum(int(weight) * len(members) + self._part(members, weight) for members, weight in self._sources)
-        return -(-units // self._units_per_step)
+    def steps_in(self, epochs: float) -> int:
+        """The steps of so many epochs, at least 1."""
+        whole = int(epochs)
+        starts = self._starts_of_epochs(whole + 1)
+        return max(1, round(int(starts[whole]) + (epochs - whole) * int(starts[whole + 1] - starts[whole])))
 
     def step(self, step: int) -> StepPlan:
         """The plan of optimizer step ``step`` (from 0): a function of ``step`` alone."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        units = self._epoch_order(epoch)[within * self._units_per_step : (within + 1) * self._units_per_step]
-        return StepPlan.from_units(step, (step + 1) / self.steps_per_epoch, self.units[units])
+        while self._starts[-1] <= step:
+            self._starts = self._starts_of_epochs(2 * len(self._starts))
+        epoch = int(np.searchsorted(self._starts, step, side="right")) - 1
+        start, stop = self._starts[epoch : epoch + 2].tolist()
+        first = (step - start) * self._units_per_step
+        units = self._epoch_order(epoch)[first : first + self._units_per_step]
+        return StepPlan.from_units(step, epoch + (step + 1 - start) / (stop - start), self.units[units])
 
-    @staticmethod
-    def _part(members: np.ndarray, weight: float) -> int:
-        """Units that the fraction of a source's weight takes; at least 1."""
-        fraction = weight - int(weight)
-        return min(len(members), max(1, round(fraction * len(members)))) if fraction else 0
+    def _starts_of_epochs(self, epochs: int) -> np.ndarray:
+        """The first step of each epoch [epochs + 1]; the last is the number of all steps. An epoch may have none."""
+        units = sum(_taken(len(members) * weight, np.arange(epochs + 1)) for members, weight in self._sources)
+        return np.cumsum([0, *-(-np.diff(units) // self._units_per_step)])
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         """The units of an epoch, shuffled; the last epoch is cached."""
@@ -92,17 +98,22 @@ class EpochPlan:
 
     def _drawn(self, number: int, members: np.ndarray, weight: float, epoch: int) -> np.ndarray:
         """The units that an epoch takes of a source: all of them ``int(weight)`` times, and a part."""
-        part = self._part(members, weight)
         repeated = np.tile(members, int(weight))
-        if not part:
+        start, stop = _taken(len(members) * (weight - int(weight)), np.array([epoch, epoch + 1])).tolist()
+        if start == stop:
             return repeated
         shuffled = self._generator(f"source {number}").permutation(members)
-        turn = np.take(shuffled, np.arange(epoch * part, (epoch + 1) * part), mode="wrap")
-        return np.concatenate([repeated, turn])
+        return np.concatenate([repeated, np.take(shuffled, np.arange(start, stop), mode="wrap")])
 
     def _generator(self, purpose: object) -> np.random.Generator:
         key = hashlib.sha256(f"{self.seed}/{purpose}/{self.fingerprint}".encode()).digest()
         return np.random.Generator(np.random.PCG64(int.from_bytes(key[:16], "big")))
+
+
+def _taken(units: float, epochs: np.ndarray) -> np.ndarray:
+    """Units that are taken in the first ``epochs`` [e], of a source that gives ``units`` an epoch on average."""
+    # 1.1 - 1 is a little more than 0.1: halves are rounded down
+    return np.ceil(np.round(units * epochs, 6) - 0.5).astype(np.int64)
 
 
 class SequentialPlan:

@@ -6,6 +6,7 @@ Loads no Ray, so that ``raydiv plan`` can use it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from raydiv.config import Recipe
 from raydiv.config.recipe import OptimConfig
@@ -19,12 +20,12 @@ def epoch_plan(recipe: Recipe, examples: StoredExamples) -> EpochPlan:
     return EpochPlan(examples.units, recipe.batch.examples, recipe.seed, examples.fingerprint, source, weights)
 
 
-def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
-    """Optimizer updates of the run."""
+def total_steps(recipe: Recipe, steps_in: Callable[[float], int]) -> int:
+    """Optimizer updates of the run; ``steps_in`` gives those of so many epochs."""
     if recipe.optim.steps is not None:
         return recipe.optim.steps
     assert recipe.optim.epochs is not None
-    return max(1, round(recipe.optim.epochs * steps_per_epoch))
+    return steps_in(recipe.optim.epochs)
 
 
 def learning_rate(optim: OptimConfig, update: int, updates: int) -> float:

@@ -96,7 +96,7 @@ def _run(task: TrainTask, task_ref: Any, run: RunDirectory, timer: StepTimer) ->
     recipe = task.recipe
     stepper, utilisation = _build_stepper(task, run, timer)
     plan = epoch_plan(recipe, task.train.examples)
-    steps = total_steps(recipe, plan.steps_per_epoch)
+    steps = total_steps(recipe, plan.steps_in)
     checkpoints = CheckpointManager(run, recipe, stepper.engine.partitions)
     held_out = HeldOutEvaluation(recipe, run, stepper, task.eval)
     behind, state = _resume(checkpoints, stepper, run)

@@ -406,11 +406,11 @@ def test_weights_apply_to_each_source_after_a_split(tokenizer: Path, chat: Chat,
     recipe = recipe_of(tokenizer, mixture, eval=0.3, batch={"examples": 6})
     examples = splits_of(recipe, chat).train.examples
     epochs = epoch_plan(recipe, examples)
-    passes = Counter(row for step in range(epochs.steps_per_epoch) for row in epochs.step(step).rows.tolist())
+    passes = Counter(row for step in range(epochs.steps_in(1)) for row in epochs.step(step).rows.tolist())
     assert [passes[row] for row in range(len(examples))] == (1 + examples.source).tolist()
     assert set(examples.source.tolist()) == {0, 1}
     # 3 units a step, since some are pairs
     units = sum(2 if examples.source[unit[0]] else 1 for unit in examples.units)
-    assert epochs.steps_per_epoch == -(-units // 3)
+    assert epochs.steps_in(1) == -(-units // 3)
     recipe.optim = OptimConfig(epochs=1.5)
-    assert total_steps(recipe, epochs.steps_per_epoch) == round(1.5 * epochs.steps_per_epoch)
+    assert total_steps(recipe, epochs.steps_in) == round(1.5 * epochs.steps_in(1))

@@ -188,7 +188,7 @@ def _stream(recipe: Recipe, index: Index, repeats: int) -> dict[str, Any]:
         intervals = _intervals(steps)
     return {
         "examples": len(examples),
-        "steps_per_epoch": epochs.steps_per_epoch,
+        "steps_per_epoch": epochs.steps_in(1),
         **{f"seconds_to_step_{start}": statistics.median(seconds[1:]) for start, seconds in first_step_seconds.items()},
         "milliseconds_per_step": 1e3 * statistics.median(intervals),
     }

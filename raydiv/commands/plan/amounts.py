@@ -93,7 +93,7 @@ def _from_indices(recipe: Recipe, opened: Sequence[OpenSource], unavailable: lis
     train = len(recipe.data.train)
     examples = make_splits(recipe, indices[:train], indices[train:]).train.examples
     epochs = epoch_plan(recipe, examples)
-    steps = total_steps(recipe, epochs.steps_per_epoch)
+    steps = total_steps(recipe, epochs.steps_in)
     budget = largest_budget(epochs, steps, examples.lengths, recipe.cluster.least_workers)
     weights = np.array([source.weight for source in recipe.data.train])[examples.source]
     tokens = round(float((weights * examples.lengths).sum()))
@@ -206,7 +206,7 @@ def _extrapolate(
     examples = sample.epoch_sum(recipe, [[1.0] * len(source) for source in lengths])
     units = examples / 2 if sample.has_pairs else examples
     size = max(1, recipe.batch.examples // (2 if sample.has_pairs else 1))
-    steps = total_steps(recipe, max(1, -(-round(units) // size)))
+    steps = total_steps(recipe, lambda epochs: max(1, round(epochs * -(-round(units) // size))))
     flat = np.array([length for source in lengths for length in source])
     budget = largest_budget(sample.epoch_plan(recipe), steps, flat, recipe.cluster.least_workers)
     tokens = sample.epoch_sum(recipe, [[float(length) for length in source] for source in lengths])
