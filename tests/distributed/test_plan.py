@@ -418,6 +418,44 @@ def test_lowest_stage_that_fits_is_taken_and_said(falcon: Recipe) -> None:
         assert with_layout(found, choose_layout(architecture, found, SHARE, size * GIB)) == found
 
 
+METHODS = {
+    "every weight, checkpointing": ("full", ()),
+    "the same, `engine.offload_optimizer=cpu` (226 GiB of host memory)": ("full", ("engine.offload_optimizer=cpu",)),
+    "LoRA": ("lora", ()),
+    "LoRA on 4 bits": ("lora", ("model.quantization=nf4",)),
+}
+MODELS = {"Llama 3 8B": "llama-3-8b", "Falcon 11B": "falcon-11b"}
+
+
+def forecasts_of_the_readme() -> Iterator[tuple[Recipe, list[str]]]:
+    """The recipe of each row of the table of forecasts, and the row's cells behind the GPUs."""
+    table = (ROOT / "configs" / "README.md").read_text().partition("| model and method |")[2].partition("\n\n")[0]
+    model = method = ""
+    for line in table.splitlines()[2:]:
+        name, gpus, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        if name:
+            known = next((one for one in MODELS if name.startswith(one)), None)
+            model, method = (known, name.removeprefix(f"{known}, ")) if known else (model, name)
+        number, memory = gpus.split(" x ")
+        kind, overrides = METHODS[method]
+        layout = (f"cluster.num_workers={number}", f"cluster.worker_memory_gb={memory}", "data.train=s3://none/none")
+        yield load_recipe(ROOT / "configs" / f"{MODELS[model]}-{kind}.yaml", [*overrides, *layout]), cells
+
+
+def test_forecasts_of_the_readme_are_those_of_plan() -> None:
+    rows = list(forecasts_of_the_readme())
+    assert {recipe.model.id for recipe, _ in rows} == {"meta-llama/Meta-Llama-3-8B-Instruct", "tiiuae/falcon-11B"}
+    for recipe, cells in rows:
+        facts = plan(recipe).facts
+        stage = facts["layout"]["zero_stage"]
+        found = next(one for one in facts["stages"] if one["stage"] == stage)
+        written = [str(stage), f"{found['total'] / GIB:.0f}", f"{found['tokens_per_microbatch']:,}"]
+        assert facts["layout"]["fits"]
+        assert written == cells, (recipe.model.id, recipe.cluster.num_workers, recipe.cluster.worker_memory_gb)
+        if recipe.engine.offload_optimizer == "cpu":
+            assert f"{found['memory']['host'] / GIB:.0f}" == "226"
+
+
 def test_what_the_recipe_fixes_is_kept_and_checked(falcon: Recipe) -> None:
     fixed = load_recipe(falcon.model_dump(mode="json", by_alias=True), ["engine.zero_stage=3"])
     fixed = load_recipe(fixed.model_dump(mode="json", by_alias=True), ["batch.tokens_per_microbatch=2048"])
