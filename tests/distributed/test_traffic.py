@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import torch
 
 from helpers.layouts import Layout, make_engine
 from helpers.ranks import run_on_ranks
+from helpers.sources import ROOT
 from raydiv.commands.bench.scale import RANKS, bench_scale, scale_table, synthetic_step
 from raydiv.commands.plan.architecture import architecture_of
-from raydiv.commands.plan.traffic import step_traffic
+from raydiv.commands.plan.forecast import plan
+from raydiv.commands.plan.traffic import Traffic, step_traffic
 from raydiv.config import load_recipe
 from raydiv.data.batching import BatchLayout as Dealt
 from raydiv.utils import distributed as dist
@@ -84,6 +87,21 @@ def test_one_worker_sends_nothing_and_one_pass_gathers_less(tiny_model: Path) ->
     one, two = (step_traffic(architecture, recipe, 3, 8, 2, two_passes=both) for both in (False, True))
     assert one.weights == pytest.approx(2 / 3 * two.weights)
     assert one.gradients == two.gradients
+
+
+def test_a_network_that_would_rule_the_step_is_noted() -> None:
+    slow = Traffic(gradients=50e9, weights=75e9, micro_batches=4, workers=8)  # 10 s at 12.5 GB/s
+    assert slow.network_note(operations=2e15) is None  # 10 s at 200 TFLOP/s
+    assert re.search(r"10\.0 s .* 5\.0 s", str(slow.network_note(operations=1e15)))
+    assert Traffic(0.0, 0.0, 4, 1).network_note(operations=1.0) is None
+
+    def notes(*overrides: str) -> str:
+        sizes = ("cluster.worker_memory_gb=23.5", "data.train=s3://none/none", *overrides)
+        return "\n".join(plan(load_recipe(ROOT / "configs" / "llama-3-8b-lora.yaml", sizes)).notes())
+
+    # ZeRO 3 gathers 16 GB for each of 29 micro-batches, three times
+    assert "network would rule the step" in notes("cluster.num_workers=2")
+    assert "network would rule the step" not in notes("cluster.num_workers=1", "model.quantization=nf4")
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -95,6 +95,8 @@ class Forecast:
             f"network: each worker sends {_gib(sent['total'])} GiB per step (gradients {_gib(sent['gradients'])}, "
             f"weights {_gib(sent['weights'])}; {sent['micro_batches']} micro-batches)"
         )
+        if facts["network"] is not None:
+            yield f"note: {facts['network']}"
         if facts["chat"] is not None:
             yield from (f"{name}: {fact}" for name, fact in chat_table(facts["chat"]).items())
         yield from facts["evaluation"]
@@ -145,6 +147,9 @@ def plan(
     speed = _speed(recipe, tokens_per_second)
     tokens = amounts.tokens_of_run(recipe)
     resolved = with_layout(recipe, fit)
+    traffic, two_passes = _traffic(architecture, recipe, fit, amounts)
+    operations = (8 if two_passes else 6) * architecture.multiplied_parameters * amounts.budget.tokens(architecture)
+    network = traffic.network_note(operations) if recipe.cluster.use_gpu else None
     return Forecast(
         {
             "model": _model_facts(recipe, architecture),
@@ -172,7 +177,8 @@ def plan(
             "speed": speed,
             "seconds": tokens / speed["tokens_per_second"] if tokens is not None and speed is not None else None,
             "sizes": sizes_on_disk(architecture, recipe),
-            "traffic": _traffic(architecture, recipe, fit, amounts).rows(),
+            "traffic": traffic.rows(),
+            "network": network,
             "chat": None if chat is None else chat.facts(),
             "evaluation": [] if detect is None else EvaluationSize.of(detect, PromptSets.of(recipe).evaluate).notes(),
             "limits": limits,
@@ -279,11 +285,12 @@ def _stage_facts(fit: LayoutFit) -> dict[str, Any]:
     }
 
 
-def _traffic(architecture: Architecture, recipe: Recipe, fit: LayoutFit, amounts: DataAmounts) -> Traffic:
-    """Traffic of the chosen layout with all workers."""
+def _traffic(architecture: Architecture, recipe: Recipe, fit: LayoutFit, amounts: DataAmounts) -> tuple[Traffic, bool]:
+    """Traffic of the chosen layout with all workers, and whether its steps need two passes."""
     count = max(1, -(-amounts.budget.tokens(architecture) // fit.tokens))
     two_passes = count > 1 and widest_scope(recipe.loss.terms) == "batch"
-    return step_traffic(architecture, recipe, fit.stage, recipe.cluster.num_workers, count, two_passes=two_passes)
+    traffic = step_traffic(architecture, recipe, fit.stage, recipe.cluster.num_workers, count, two_passes=two_passes)
+    return traffic, two_passes
 
 
 def _is_whole_budget(fit: LayoutFit, amounts: DataAmounts, architecture: Architecture) -> bool:

@@ -14,6 +14,11 @@ from raydiv.commands.plan.architecture import Architecture
 from raydiv.commands.plan.memory import WEIGHT_BYTES, Stage
 from raydiv.config import Recipe
 
+NETWORK, ARITHMETIC = 12.5e9, 2e14
+"""Bytes a second that a worker sends over a network of 100 Gbit/s, and operations a second of a GPU in bf16: orders of
+magnitude, to tell whether a network between nodes would rule the step. GPUs of one node exchange ten times as much.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
@@ -27,6 +32,17 @@ class Traffic:
     @property
     def total(self) -> float:
         return self.gradients + self.weights
+
+    def network_note(self, operations: float) -> str | None:
+        """Where sending over a network would take longer than a worker's ``operations`` of a step: both times."""
+        sending, arithmetic = self.total / NETWORK, operations / ARITHMETIC
+        if sending <= arithmetic:
+            return None
+        return (
+            f"with workers on several nodes the network would rule the step: sending takes {sending:.1f} s at 100 "
+            f"Gbit/s a worker, and the arithmetic {arithmetic:.1f} s at {ARITHMETIC / 1e12:.0f} TFLOP/s; what helps: "
+            "faster links, larger micro-batches, a ZeRO stage below 3, LoRA, more examples a step"
+        )
 
     def rows(self) -> dict[str, float]:
         return {**asdict(self), "total": self.total}
