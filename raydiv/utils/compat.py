@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import socket
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -87,7 +88,8 @@ def require_cluster(address: str, seconds: float) -> None:
     HOST:PORT refuses this client or does not answer for ``seconds``.
 
     Checked with Ray 2.60: ray.init repeats a refused connection for 20 s, and waits for its first reply without a limit
-    (seen once, with a wrong token: it never returned).
+    (seen once, with a wrong token: it never returned). A client gives up after 30 s, once seen beside a cluster that
+    worked: a second one is made while the port accepts connections.
     """
     from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
 
@@ -96,17 +98,30 @@ def require_cluster(address: str, seconds: float) -> None:
     problems: list[str] = [f"no answer within {seconds:.0f} s"]
 
     def connect() -> None:
-        try:
-            client(address=address)
-            problems.clear()
-        except Exception as error:  # of several types
-            problems[:] = [str(error)]
+        for _ in range(2):
+            try:
+                client(address=address)
+                problems.clear()
+                return
+            except Exception as error:  # of several types
+                problems[:] = [str(error)]
+                if "Timed out" not in problems[0] or not _accepts_connections(address):
+                    return
 
     attempt = threading.Thread(target=connect, daemon=True)
     attempt.start()
     attempt.join(seconds)
     if problems:
         raise ConnectionError(problems[0])
+
+
+def _accepts_connections(address: str) -> bool:
+    host, port = address.rsplit(":", 1)
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def is_missing_job_agent(error: RuntimeError) -> bool:
