@@ -231,9 +231,7 @@ def test_interval_holds_the_distance_of_the_law() -> None:
         widths[n] = []
         for seed in range(20):
             hidden, harmful = clouds(3, n=n, seed=seed)
-            plane = principal_plane(hidden)
-            whole = bhattacharyya_distance(plane[harmful], plane[~harmful])
-            found = module._d_b_interval(hidden, harmful, whole, generator(seed))
+            found = module._d_b_interval(module._principal_components(hidden), harmful, generator(seed))
             assert found is not None
             low, high = found
             held += low <= 9 / 8 <= high
@@ -241,6 +239,31 @@ def test_interval_holds_the_distance_of_the_law() -> None:
     assert held >= 32
     # half as wide with four times the prompts
     assert np.mean(widths[240]) == pytest.approx(np.mean(widths[60]) / 2, rel=0.3)
+
+
+@pytest.mark.parametrize("ratio", [0.95, 1.05])
+def test_interval_holds_the_distance_where_the_second_component_is_nearly_the_third(ratio: float) -> None:
+    """The classes differ along one direction, whose variance is ``ratio`` times that of the second widest of others."""
+
+    def sample(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        hidden, harmful = generator(seed).normal(size=(2 * n, 8)), np.arange(2 * n) < n
+        spread = np.sqrt(9 * ratio / 1.25)  # with means one standard deviation apart, 1.25 times its square
+        hidden *= np.array([4, 3, spread, 1, 1, 1, 1, 1])
+        hidden[:, 2] += np.where(harmful, spread / 2, -spread / 2)
+        return module._principal_components(hidden), harmful
+
+    # the law's plane has the direction, or has it not
+    expected = 1 / 8 if ratio > 1 else 0.0
+    plane, harmful = sample(20_000, 0)
+    assert bhattacharyya_distance(plane[harmful, :2], plane[~harmful, :2]) == pytest.approx(expected, abs=0.01)
+    held = tied = 0
+    for seed in range(1, 41):
+        components, harmful = sample(100, seed)
+        low, high = module._d_b_interval(components, harmful, generator(seed)) or (1.0, 0.0)
+        held += low <= expected + 1e-9 and expected <= high
+        tied += len(module._tied_components(components)) == 1
+    assert tied >= 28
+    assert held >= 33
 
 
 def test_separation_grows_with_the_shift() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from raydiv.evaluation.intervals import Z
 from raydiv.evaluation.separation.distances import Array, Labels, bhattacharyya_distance, frechet_distance
 from raydiv.evaluation.separation.mahalanobis import mahalanobis, mahalanobis_interval
 
@@ -62,7 +63,9 @@ class SeparationMetrics:
     tells the classes apart (0.5 not at all). ``d_b_p``: share of permutations whose d_b is no smaller, the true labels
     counted among them; ``d_b_interval``: 95%, by how far halves of the prompts deviate from all (the delete-half
     jackknife, whose deviations are as large as those of n prompts from their law; a bootstrap's repeated points bias
-    covariances where n < d); None below 4 a class. ``mahalanobis_interval``: 95%, by a jackknife over groups.
+    covariances where n < d), and by all planes that may be the law's; None below 4 a class. ``tied_components``: those
+    beyond the plane whose variance cannot be told from that of its second. ``mahalanobis_interval``: 95%, by a
+    jackknife over groups.
     ``d_b_chance``: d_b under each permutation, the same ones in every layer.
     """
 
@@ -75,6 +78,7 @@ class SeparationMetrics:
     d_b_p: float
     d_b_interval: tuple[float, float] | None
     mahalanobis_interval: tuple[float, float] | None
+    tied_components: int = 0
     d_b_chance: tuple[float, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
@@ -118,10 +122,11 @@ def separation_metrics(
         subset=subset,
         shuffled=replace(_mean_statistics(shuffled), d_b=float(chance.mean())),
         d_b_p=(1 + int((chance >= figures.d_b).sum())) / (1 + P_VALUE_PERMUTATIONS),
-        d_b_interval=_d_b_interval(cloud.points, harmful, figures.d_b, generator) if resampled else None,
+        d_b_interval=_d_b_interval(cloud.points, harmful, generator) if resampled else None,
         mahalanobis_interval=(
             mahalanobis_interval(hidden, harmful, figures.mahalanobis, generator) if resampled else None
         ),
+        tied_components=len(_tied_components(cloud.points)),
         d_b_chance=tuple(chance.tolist()),
     )
 
@@ -210,20 +215,52 @@ def _held_out_auc(hidden: Array, labels: Labels) -> tuple[float | None, float | 
     return float(probe_auc), float(difference_auc)
 
 
-def _d_b_interval(
-    points: Array, labels: Labels, d_b: float, generator: np.random.Generator
-) -> tuple[float, float] | None:
-    """95% interval of ``d_b``, the value of all points, by the delete-half jackknife; None below 4 points a class."""
+def _d_b_interval(components: Array, labels: Labels, generator: np.random.Generator) -> tuple[float, float] | None:
+    """95% interval of D_B in the plane of the first two ``components`` [n, r]; None below 4 points a class.
+
+    By the delete-half jackknife, each half in its own plane. Where the second component is tied with others, which of
+    them is in the plane is chance. The interval then also holds the intervals of the planes with each of them, and that
+    of all of them together, of which no plane's distance is above the whole's.
+    """
     classes = [np.flatnonzero(labels), np.flatnonzero(~labels)]
     if min(map(len, classes)) < 4:
         return None
-    deviations = []
-    for _ in range(INTERVAL_HALVES):
-        rows = np.concatenate([generator.permutation(rows)[: len(rows) // 2] for rows in classes])
-        plane, half = principal_plane(points[rows]), labels[rows]
-        deviations.append(bhattacharyya_distance(plane[half], plane[~half]) - d_b)
-    low, high = np.quantile(deviations, [0.025, 0.975])
-    return max(0.0, float(d_b - high)), max(0.0, float(d_b - low))
+    halves = [
+        np.concatenate([generator.permutation(rows)[: len(rows) // 2] for rows in classes])
+        for _ in range(INTERVAL_HALVES)
+    ]
+    plane, tied = _plane(components), _tied_components(components)
+    intervals = [_jackknife(plane, [principal_plane(components[rows]) for rows in halves], labels, halves)]
+    for columns in [*([0, number] for number in tied), *([[0, 1, *tied]] if tied else [])]:
+        points = components[:, columns]
+        intervals.append(_jackknife(points, [points[rows] for rows in halves], labels, halves))
+    return min(low for low, _ in intervals), max(high for _, high in intervals)
+
+
+def _jackknife(
+    points: Array, of_halves: Sequence[Array], labels: Labels, halves: Sequence[NDArray[np.int64]]
+) -> tuple[float, float]:
+    """95% interval of the distance of all ``points``, by how far that of each half deviates."""
+    whole = bhattacharyya_distance(points[labels], points[~labels])
+    distances = [
+        bhattacharyya_distance(part[labels[rows]], part[~labels[rows]])
+        for part, rows in zip(of_halves, halves, strict=True)
+    ]
+    low, high = np.quantile(distances, [0.025, 0.975])
+    return max(0.0, float(2 * whole - high)), max(0.0, float(2 * whole - low))
+
+
+def _tied_components(components: Array) -> list[int]:
+    """Components beyond the second whose variance is not significantly (5%) below the second's.
+
+    The standard error of a variance v of n points is v sqrt(2 / n), by normal theory.
+    """
+    if components.shape[1] < 3:
+        return []
+    variances = components.var(0, ddof=1)
+    second, others = variances[1], variances[2:]
+    tied = second - others <= Z * np.sqrt(2 / len(components)) * np.hypot(second, others)
+    return [int(number) for number in 2 + np.flatnonzero(tied & (others > 0))]
 
 
 def principal_plane(hidden: Array) -> Array:
@@ -279,6 +316,11 @@ def control_notes(result: SeparationMetrics) -> list[str]:
         )
     if figures.mahalanobis is None:
         notes.append("the Mahalanobis distance cannot be told: these prompts are too few for the dimensions they need")
+    if result.tied_components:
+        notes.append(
+            f"which component is the second of the plane is chance: {result.tied_components} more may have its "
+            "variance, as far as these prompts can tell; the interval of D_B covers all of these planes"
+        )
     if result.shuffled.d_b > 0.5 * figures.d_b or result.d_b_p > 0.05:
         notes.append(
             f"D_B in the plane is hardly above chance: shuffled labels have {result.shuffled.d_b:.2f} on average, and "
