@@ -179,6 +179,9 @@ class EvaluateConfig(Section):
     """Evaluation on held-out examples during training (``every``), and of answers before and after training."""
 
     every: PositiveInt | None = Field(default=None, description="steps between evaluations on data.eval")
+    depth_every: PositiveInt | None = Field(
+        default=None, description="steps between measurements of eval/depth/half on data.eval"
+    )
     prompts: Sources | None = Field(default=None, description="prompts that are answered before and after training")
     max_new_tokens: PositiveInt = Field(default=48, description="maximum tokens of an answer")
     engine: str = Field(

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from raydiv.config.bounded_yaml import parse_yaml, read_yaml
 from raydiv.config.data import FRACTION_OR_SOURCES
-from raydiv.config.loss import TYPES
+from raydiv.config.loss import TYPES, PositionConfig
 from raydiv.config.recipe import Recipe
 from raydiv.config.source import Source
 from raydiv.losses import OBJECTIVES
@@ -156,9 +156,9 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _options_of(loss: Any, section: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a loss section that another loss keeps: ``mix`` and the options that both have."""
+    """The entries of a loss section that another loss keeps: ``mix``, ``position`` and the options that both have."""
     known = OBJECTIVES[loss].parameters if isinstance(loss, str) and loss in OBJECTIVES else {}
-    return {key: value for key, value in section.items() if key == "mix" or key in known}
+    return {key: value for key, value in section.items() if key in ("mix", "position") or key in known}
 
 
 def _explain(problem: Mapping[str, Any], tree: Mapping[str, Any]) -> tuple[str, str]:
@@ -203,7 +203,10 @@ def _hint(location: list[str], tree: Mapping[str, Any]) -> str:
     if parents == ["loss", "mix"]:
         return nearest(key, OBJECTIVES)
     if parents[:1] == ["loss"]:
-        loss, keys = (tree["loss"]["type"], ["type", "mix"]) if len(parents) == 1 else (parents[2], ["weight"])
+        if parents[1:] == ["position"]:
+            return nearest(key, PositionConfig.model_fields)
+        own = ["type", "mix", "position"]
+        loss, keys = (tree["loss"]["type"], own) if len(parents) == 1 else (parents[2], ["weight"])
         owners = [name for name, objective in sorted(OBJECTIVES.items()) if key in objective.parameters]
         if owners:
             return f" of the loss {loss} (an option of {', '.join(owners)})"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
-from annotated_types import Gt
+from annotated_types import Ge, Gt, Lt
 from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, create_model, model_serializer, model_validator
 
 from raydiv.config.section import Section
 from raydiv.losses import OBJECTIVES, Objective, Term
+from raydiv.losses.position import PositionWeights
 
 TYPES = sorted(name for name, objective in OBJECTIVES.items() if not objective.penalty)
 """What ``loss.type`` may be."""
@@ -92,11 +93,54 @@ _Mix: Any = create_model(
 )
 
 
+_OPTIONS_OF_KIND = {"flat": (), "decay": ("rate",), "first": ("tokens", "weight"), "common-length": ("weight",)}
+
+
+class PositionConfig(_Nullable):
+    """What each position of a response counts in its log-prob.
+
+    ``flat``: each 1; ``decay``: token t, from 1, counts ``rate`` ** (t - 1); ``first``: the first ``tokens`` count
+    ``weight`` each, the others 1, so that a weight below 1 moves the loss beyond the first tokens; ``common-length``:
+    those beyond the length of the pair's shorter response count ``weight`` each, the others 1.
+    """
+
+    kind: Literal["flat", "decay", "first", "common-length"] = "flat"
+    rate: Annotated[float, Gt(0), Lt(1)] | None = None
+    tokens: Annotated[int, Ge(1)] | None = None
+    weight: Annotated[float, Gt(0)] | None = None
+
+    @model_validator(mode="after")
+    def _require_the_options_of_the_kind(self) -> PositionConfig:
+        wanted = _OPTIONS_OF_KIND[self.kind]
+        for name in ("rate", "tokens", "weight"):
+            if name in wanted and getattr(self, name) is None:
+                raise ValueError(f"kind {self.kind} needs {name}")
+            if name not in wanted and getattr(self, name) is not None:
+                raise ValueError(f"{name} has no effect with kind {self.kind}; leave it out, or set it to null")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _omit_unused_options(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if value is not None}
+
+    @property
+    def weights(self) -> PositionWeights | None:
+        """The weights; None where all are 1."""
+        if self.kind == "flat":
+            return None
+        if self.kind == "common-length":
+            return PositionWeights(late_weight=self.weight or 1.0)
+        return PositionWeights(self.rate or 1.0, self.tokens or 0, self.weight or 1.0)
+
+
 class LossConfig(_Options):
-    """The objective: its name (``type``), its options, and other objectives mixed in by weight."""
+    """The objective: its name (``type``), its options, other objectives mixed in by weight, and what each position of a
+    response counts for all of them.
+    """
 
     type: str
     mix: _Mix = Field(default_factory=_Mix)
+    position: PositionConfig = Field(default_factory=PositionConfig)
 
     @property
     def terms(self) -> list[Term]:

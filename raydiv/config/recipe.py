@@ -362,8 +362,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _evaluation_needs_eval(self) -> Recipe:
-        if self.evaluate.every is not None and self.data.eval is None:
-            raise ValueError("evaluate.every needs data.eval: the examples to evaluate on")
+        for name in ("every", "depth_every"):
+            if getattr(self.evaluate, name) is not None and self.data.eval is None:
+                raise ValueError(f"evaluate.{name} needs data.eval: the examples to evaluate on")
         return self
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ from raydiv.config.cluster import ClusterConfig
 from raydiv.data.batching import micro_batches
 from raydiv.data.reference_store import ReferenceStore
 from raydiv.data.tokens import StoredExamples, content_keys
+from raydiv.losses.position import PositionWeights
 from raydiv.model.chat import Ids
 from raydiv.model.collate import collate
 from raydiv.model.compatibility import CompatibilityCheck
@@ -49,8 +50,9 @@ def reference_logps(
     A finished task is stored at once. So an interrupted pass resumes where it stopped, and two concurrent passes share
     their work.
     """
-    store = ReferenceStore.of(ModelSource.from_recipe(recipe, directory))
-    keys = pa.concat_arrays([examples.keys for examples in example_sets])
+    position = recipe.loss.position.weights
+    store = ReferenceStore.of(ModelSource.from_recipe(recipe, directory), position)
+    keys = pa.concat_arrays([examples.keys_under(position) for examples in example_sets])
     logps = store.look_up(keys)
     _, distinct = np.unique(keys.dictionary_encode().indices.to_numpy(), return_index=True)
     missing = int(np.isnan(logps[distinct]).sum())
@@ -88,20 +90,26 @@ def _score_missing(
     """Score the ``distinct`` examples that are ``missing`` [n]; yields the number of examples of each finished task."""
     import ray
 
-    tasks = _scoring_tasks(example_sets, distinct, missing, pool_resources(recipe.cluster, model=True).actors)
+    position, actors = recipe.loss.position.weights, pool_resources(recipe.cluster, model=True).actors
+    tasks = _scoring_tasks(example_sets, distinct, missing, actors, position)
     # concurrent processes work on the same tasks: starting elsewhere, each finds those of the others done
     random.shuffle(tasks)
     arguments = {
         "model": ModelSource.from_recipe(recipe, directory),
         "store": store,
         "example_sets": ray.put(list(example_sets)),
+        "position": position,
     }
     for _, count in map_rows_unordered(tasks, StoreFiller, arguments, cluster=recipe.cluster, batch_rows=1):
         yield count
 
 
 def _scoring_tasks(
-    example_sets: Sequence[StoredExamples], distinct: np.ndarray, missing: np.ndarray, workers: int
+    example_sets: Sequence[StoredExamples],
+    distinct: np.ndarray,
+    missing: np.ndarray,
+    workers: int,
+    position: PositionWeights | None = None,
 ) -> list[ScoringTask]:
     """Tasks of similar lengths.
 
@@ -111,7 +119,7 @@ def _scoring_tasks(
     set_numbers = np.repeat(np.arange(len(example_sets)), [len(examples) for examples in example_sets])
     rows = np.concatenate([np.arange(len(examples)) for examples in example_sets])
     lengths = np.concatenate([examples.lengths for examples in example_sets])
-    keys = pa.concat_arrays([examples.keys for examples in example_sets])
+    keys = pa.concat_arrays([examples.keys_under(position) for examples in example_sets])
     order = distinct[np.argsort(-lengths[distinct], kind="stable")]
     size = max(1, min(TASK_EXAMPLES, -(-len(order) // (4 * workers))))
     tasks = []
@@ -127,12 +135,15 @@ def _scoring_tasks(
 class StoreFiller:
     """A pool's actor: a model that scores tasks and stores each result."""
 
-    def __init__(self, model: ModelSource, store: ReferenceStore, example_sets: Any) -> None:
+    def __init__(
+        self, model: ModelSource, store: ReferenceStore, example_sets: Any, position: PositionWeights | None = None
+    ) -> None:
         import ray
 
         self._scorer = LogProbScorer(model)
-        self._store = store
+        self._store, self._position = store, position
         self._example_sets: list[StoredExamples] = ray.get(example_sets)
+        self._keys = [examples.keys_under(position) for examples in self._example_sets]
 
     def __call__(self, tasks: list[ScoringTask]) -> list[int]:
         """The number of examples of each task that were scored here."""
@@ -146,8 +157,13 @@ class StoreFiller:
         for number in np.unique(task.sets[unscored]).tolist():
             rows = task.rows[unscored][task.sets[unscored] == number]
             stored = self._example_sets[number]
-            examples += [{"prompt": prompt, "response": response} for prompt, response in stored.ids(rows)]
-            keys.append(stored.keys.take(pa.array(rows)))
+            of_set: list[dict[str, Any]] = [
+                {"prompt": prompt, "response": response} for prompt, response in stored.ids(rows)
+            ]
+            for example, weights in zip(of_set, stored.weights(self._position, rows) or (), strict=False):
+                example["weights"] = weights
+            examples += of_set
+            keys.append(self._keys[number].take(pa.array(rows)))
         logps = [result["logp"] for result in self._scorer(examples)]
         self._store.add(task.name, pa.concat_arrays(keys), logps)
         return len(logps)
@@ -157,8 +173,8 @@ class StoreFiller:
         if not self._store.has(task.name):
             return np.arange(len(task.rows))
         places = zip(task.sets.tolist(), task.rows.tolist(), strict=True)
-        keys = [self._example_sets[number].keys[row].as_py() for number, row in places]
-        return np.flatnonzero(np.isnan(self._store.look_up(pa.array(keys, pa.binary(36)))))
+        keys = [self._keys[number][row].as_py() for number, row in places]
+        return np.flatnonzero(np.isnan(self._store.look_up(pa.array(keys, self._keys[0].type))))
 
 
 def score(
@@ -236,7 +252,10 @@ class LogProbScorer:
         self._head.remove()  # other workers of this process have the same model
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Rows with ``prompt`` and ``response`` ids -> rows with ``logp``, and ``tokens``, its terms, if asked for."""
+        """Rows with ``prompt`` and ``response`` ids -> rows with ``logp``, and ``tokens``, its terms, if asked for.
+
+        Where rows have ``weights``, those of all response tokens, ``logp`` is the sum of the weighted terms.
+        """
         import torch
 
         lengths = [len(row["prompt"]) + len(row["response"]) for row in rows]
@@ -245,7 +264,8 @@ class LogProbScorer:
         self._head.install()
         for micro_batch in micro_batches(lengths, TOKENS_PER_FORWARD, ranks=1, packed=packing != "none")[0]:
             examples = [(rows[i]["prompt"], rows[i]["response"]) for i in micro_batch]
-            inputs = collate(examples, packing).to(self._model.device)
+            weights = [rows[i]["weights"] for i in micro_batch] if "weights" in rows[0] else None
+            inputs = collate(examples, packing, weights).to(self._model.device)
             with torch.inference_mode():
                 self._head.set_targets(inputs.rows, inputs.columns, inputs.targets)
                 output = self._model(**inputs.forward_kwargs())

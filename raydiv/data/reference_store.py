@@ -1,8 +1,9 @@
 """The reference store: log-probs of reference models, cached by content.
 
-An entry's key is the model (weights, config, precision, quantization) and the token ids of one example. Template and
-lengths need no place in the key, since they determine the ids. Nothing else is part of it: all epochs, trials, losses
-and learning rates share the entries, and a changed weight or token never hits a stale entry.
+An entry's key is the model (weights, config, precision, quantization), the weights of positions where ``loss.position``
+sets some, and the token ids of one example. Template and lengths need no place in the key, since they determine the
+ids. Nothing else is part of it: all epochs, trials, losses and learning rates share the entries, and a changed weight
+or token never hits a stale entry.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from raydiv.losses.position import PositionWeights
 from raydiv.model.load import ModelSource
 from raydiv.utils.cache import digest, shared_dir
 from raydiv.utils.storage import open_input
@@ -25,14 +27,21 @@ VERSION = 2
 class ReferenceStore:
     """Log-probs of one model: Parquet parts in a folder that all nodes reach. A part is written whole or not at all."""
 
-    def __init__(self, model_fingerprint: str, precision: str, quantization: str | None = None) -> None:
-        settings = (precision, *([] if quantization is None else [quantization]))
+    def __init__(
+        self,
+        model_fingerprint: str,
+        precision: str,
+        quantization: str | None = None,
+        position: PositionWeights | None = None,
+    ) -> None:
+        # later settings are absent at their defaults, so that earlier entries keep their keys
+        settings = (precision, *(str(setting) for setting in (quantization, position) if setting is not None))
         self._folder = shared_dir("reference", digest(VERSION, model_fingerprint, *settings))
 
     @classmethod
-    def of(cls, model: ModelSource) -> ReferenceStore:
-        """The store of a model."""
-        return cls(model.fingerprint(), model.precision, model.quantization)
+    def of(cls, model: ModelSource, position: PositionWeights | None = None) -> ReferenceStore:
+        """The store of a model's log-probs under weights of positions."""
+        return cls(model.fingerprint(), model.precision, model.quantization, position)
 
     def look_up(self, keys: pa.Array) -> np.ndarray:
         """Log-probs [n] of ``keys`` (see StoredExamples.keys), NaN where the store has none."""

@@ -221,6 +221,10 @@ def _require_fit(loss: LossConfig, source: str, examples: StoredExamples) -> Non
                 f"{source}: no {name} example, and the loss {needing[0]} needs some (losses for {other} examples "
                 f"alone: {_LOSSES_FOR_ONE_CLASS[not aligned]})"
             )
+    if loss.position.kind == "common-length" and not (examples.units[:, 1] >= 0).any():
+        raise UserError(
+            f"loss.position.kind: common-length has no effect: {source} has no pairs; set flat, decay or first"
+        )
     unpaired = int((examples.units[:, 1] < 0).sum())
     if loss.paired_terms and unpaired:
         raise UserError(

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raydiv.losses.position import PositionWeights
 from raydiv.model.chat import Ids
 from raydiv.utils.storage import open_input
 
@@ -33,15 +34,22 @@ def content_keys(examples: Sequence[tuple[Ids, Ids]]) -> pa.FixedSizeBinaryArray
     return _join_keys(prompts, responses, np.array([len(response) for _, response in examples], np.int32))
 
 
-def _join_keys(prompts: np.ndarray, responses: np.ndarray, lengths: np.ndarray) -> pa.FixedSizeBinaryArray:
-    """Keys [n] of 36 bytes: the digests of prompt and response ids, and the number of scored response tokens."""
-    count = len(prompts)
-    parts = [
-        np.frombuffer(column.tobytes(), np.uint8).reshape(count, column.itemsize)
-        for column in (prompts, responses, lengths.astype("<i4"))
-    ]
+def _join_keys(prompts: np.ndarray, responses: np.ndarray, *lengths: np.ndarray) -> pa.FixedSizeBinaryArray:
+    """Keys [n]: the digests of prompt and response ids, and 4 bytes for each of ``lengths``, such as the number of
+    scored response tokens.
+    """
+    count, columns = len(prompts), (prompts, responses, *(numbers.astype("<i4") for numbers in lengths))
+    parts = [np.frombuffer(column.tobytes(), np.uint8).reshape(count, column.itemsize) for column in columns]
     joined = np.ascontiguousarray(np.concatenate(parts, axis=1)) if count else np.zeros(0, np.uint8)
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(36), count, [None, pa.py_buffer(joined)])
+    width = sum(column.itemsize for column in columns)
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), count, [None, pa.py_buffer(joined)])
+
+
+def _lengths_of_shorter(lengths: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """The smaller of the ``lengths`` [n] of an example and its partner; its own without a partner."""
+    shorter = lengths.copy()
+    shorter[pairs] = lengths[pairs].min(axis=1, keepdims=True)
+    return shorter
 
 
 def _complete_pairs(pair: np.ndarray, aligned: np.ndarray) -> np.ndarray:
@@ -52,6 +60,14 @@ def _complete_pairs(pair: np.ndarray, aligned: np.ndarray) -> np.ndarray:
     first, second = first[complete], second[complete]
     pairs = np.where(aligned[first][:, None], np.stack([first, second], 1), np.stack([second, first], 1))
     return np.ascontiguousarray(pairs[np.argsort(first)], dtype=np.int64)
+
+
+def _weights(
+    position: PositionWeights | None, lengths: np.ndarray, shorter: np.ndarray, rows: Sequence[int] | np.ndarray
+) -> list[np.ndarray] | None:
+    if position is None:
+        return None
+    return [position.of(int(lengths[row]), int(shorter[row])) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -90,6 +106,14 @@ class TokenizedExamples:
     def pairs(self) -> np.ndarray:
         """[p, 2] rows of each complete pair's aligned and unaligned example, in order of first appearance."""
         return _complete_pairs(self.pair, self.aligned)
+
+    @cached_property
+    def _shorter_lengths(self) -> np.ndarray:
+        return _lengths_of_shorter(self.response_lengths, self.pairs)
+
+    def weights(self, position: PositionWeights | None, rows: Sequence[int]) -> list[np.ndarray] | None:
+        """Weights of the response tokens of the examples at ``rows``; None where all are 1."""
+        return _weights(position, self.response_lengths, self._shorter_lengths, rows)
 
     @cached_property
     def units(self) -> list[list[int]]:
@@ -214,10 +238,28 @@ class StoredExamples:
         """Keys [n] of 36 bytes: the digests of the ids, and the number of response tokens that are scored."""
         return _join_keys(self.prompt_keys, self.response_keys, self.response_lengths)
 
+    def keys_under(self, position: PositionWeights | None) -> pa.FixedSizeBinaryArray:
+        """``keys``, of 40 bytes where weights of positions depend on the pair."""
+        if position is None or not position.depends_on_pair:
+            return self.keys
+        return _join_keys(self.prompt_keys, self.response_keys, self.response_lengths, self._shorter_lengths)
+
+    def weights(self, position: PositionWeights | None, rows: np.ndarray) -> list[np.ndarray] | None:
+        """As in TokenizedExamples."""
+        return _weights(position, self.response_lengths, self._shorter_lengths, rows)
+
+    @cached_property
+    def _pairs(self) -> np.ndarray:
+        return _complete_pairs(self.pair, self.aligned)
+
+    @cached_property
+    def _shorter_lengths(self) -> np.ndarray:
+        return _lengths_of_shorter(self.response_lengths, self._pairs)
+
     @cached_property
     def units(self) -> np.ndarray:
         """The units that are shuffled, [u, 2], by first row: the rows of a complete pair, or a single row and -1."""
-        pairs = _complete_pairs(self.pair, self.aligned)
+        pairs = self._pairs
         single = np.setdiff1d(np.arange(len(self)), pairs, assume_unique=True)
         units = np.concatenate([pairs, np.stack([single, np.full(len(single), -1)], 1)])
         return np.ascontiguousarray(units[np.argsort(units[:, 0], kind="stable")], dtype=np.int64)

@@ -18,6 +18,9 @@ from raydiv.losses.preference import JS_OF_PAIRS
 if TYPE_CHECKING:
     from torch import Tensor
 
+SMALLEST = 1e-12
+"""Tokens by their weights are at least this many where there are none, and the sum over them is 0."""
+
 MAX_TOKEN_LOGP = -1e-6
 """Log-probs per token are clamped to this: the odds of a certain response are infinite."""
 
@@ -25,7 +28,7 @@ MAX_TOKEN_LOGP = -1e-6
 def _nll(batch: Batch) -> Tensor:
     """Mean negative log-prob per token of the aligned responses; 0 without any."""
     total = -batch.logps.where(batch.aligned, batch.logps.new_zeros(())).sum()
-    return total / batch.tokens.where(batch.aligned, batch.tokens.new_zeros(())).sum().clamp(min=1)
+    return total / batch.tokens.where(batch.aligned, batch.tokens.new_zeros(())).sum().clamp(min=SMALLEST)
 
 
 @objective(

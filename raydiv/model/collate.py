@@ -22,7 +22,8 @@ class ModelInputs:
     ``ids``, ``mask`` and ``positions`` are the model's inputs: padded [m, length], or packed [1, total]. Position
     ``(rows[t], columns[t])`` of ``ids`` predicts token ``targets[t]`` of the response of example ``examples[t]``.
     ``boundaries`` [m + 1] and ``longest``, the tokens of the longest example, are arguments of FlashAttention.
-    ``ends`` [m] are the scored positions before the end of each example, on the host.
+    ``ends`` [m] are the scored positions before the end of each example, on the host. ``weights`` [t] is what each
+    counts in its example's log-prob; None: 1.
     """
 
     ids: Tensor
@@ -35,6 +36,7 @@ class ModelInputs:
     boundaries: Tensor | None = None
     longest: int = 0
     ends: Sequence[int] = ()
+    weights: Tensor | None = None
 
     def to(self, device: torch.device) -> ModelInputs:
         tensors = {name: getattr(self, name) for name in self.__slots__}
@@ -53,16 +55,23 @@ class ModelInputs:
             kwargs |= dict.fromkeys(("max_length_q", "max_length_k"), self.longest)
         return kwargs
 
+    def weighted(self, values: Tensor, part: slice = slice(None)) -> Tensor:
+        """Values of the scored positions, or of a ``part`` of them, times their weights."""
+        return values if self.weights is None else values * self.weights[part]
+
     def sum_per_example(self, logps: Tensor, examples: int) -> Tensor:
-        """Sum token log-probs [t] to sequence log-probs [examples]."""
-        return logps.new_zeros(examples).index_add(0, self.examples, logps)
+        """Sum token log-probs [t], times their weights, to sequence log-probs [examples]."""
+        return logps.new_zeros(examples).index_add(0, self.examples, self.weighted(logps))
 
 
-def collate(examples: Sequence[tuple[Ids, Ids]], packing: Packing = "none") -> ModelInputs:
+def collate(
+    examples: Sequence[tuple[Ids, Ids]], packing: Packing = "none", weights: Sequence[np.ndarray] | None = None
+) -> ModelInputs:
     """Inputs of (prompt ids, response ids) examples, padded on the right, or packed end to end.
 
     Padding is masked and never scored, so its token id does not matter. Without examples: a dummy of one position, for
-    a rank without work, which must still join the collectives of the others.
+    a rank without work, which must still join the collectives of the others. ``weights[i]`` are those of response i's
+    tokens; without them, 1.
     """
     if not examples:
         return _dummy()
@@ -89,6 +98,7 @@ def collate(examples: Sequence[tuple[Ids, Ids]], packing: Packing = "none") -> M
         boundaries=boundaries_of(lengths) if packing == "boundaries" else None,
         longest=max(lengths),
         ends=np.cumsum(responses).tolist(),
+        weights=None if weights is None else torch.from_numpy(np.concatenate(weights)),
     )
 
 

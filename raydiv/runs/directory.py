@@ -46,6 +46,8 @@ class RunDirectory(OutputDirectory):
         """How the workers lay out examples."""
         self.rewards = path / "rewards.json"
         """Rewards of held-out examples, ``aligned`` and ``unaligned``; missing without those or a reference."""
+        self.depth_reference = path / "depth-reference.json"
+        """Log-probs of the tokens of held-out examples before training; missing without evaluate.depth_every."""
         self.metrics = MetricsLog(path / "metrics.jsonl")
         self.events = EventLog(path / "events.jsonl")
         self.heartbeats = HeartbeatFolder(path / "workers")

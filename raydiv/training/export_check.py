@@ -93,7 +93,7 @@ def make_export_verification(stepper: Stepper, examples: StoredExamples) -> Expo
     shortest = np.argsort(examples.lengths, kind="stable")
     count = int(np.searchsorted(np.cumsum(examples.response_lengths[shortest]), VERIFIED_TOKENS)) + 1
     verified = examples.ids(shortest[:count])
-    return ExportVerification(verified, stepper.token_logps(verified))
+    return ExportVerification(verified, torch.cat(stepper.token_logps(verified)))
 
 
 def verification_device(model: Any) -> str:

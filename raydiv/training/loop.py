@@ -11,6 +11,7 @@ from raydiv.runs.directory import RunDirectory
 from raydiv.runs.metrics_log import Metrics
 from raydiv.training.checkpoint.manager import CheckpointManager
 from raydiv.training.coefficients import NotFiniteError
+from raydiv.training.depth_probe import DepthMeasurement
 from raydiv.training.held_out import HeldOutEvaluation
 from raydiv.training.metrics import estimate_facts, log_metrics, step_record
 from raydiv.training.profiler import StepProfiler
@@ -27,12 +28,15 @@ NAMED_EXAMPLES = 10
 
 @dataclass(frozen=True, slots=True)
 class TrainingLoop:
-    """Trains step by step, and calls what follows a step: profiler, separation, held-out evaluation, checkpoints."""
+    """Trains step by step, and calls what follows a step: profiler, separation, depth, held-out evaluation,
+    checkpoints.
+    """
 
     updates: Updates
     state: TrainState
     profiler: StepProfiler
     separation: SeparationMeasurement
+    depth: DepthMeasurement
     held_out: HeldOutEvaluation
     checkpoints: CheckpointManager
 
@@ -48,6 +52,7 @@ class TrainingLoop:
             self.state.end_reason = self.updates.reason_to_end(done, metrics)
             self.profiler.after_step(done, last=self.state.end_reason is not None)
             metrics |= self.separation.after_step(done, self.state)
+            metrics |= self.depth.after_step(done, self.state)
             metrics |= self.held_out.after_step(done, self.state)
             self.updates.stepper.timer.enter("checkpoint")
             if self.checkpoints.after_step(done, self._carried, metrics, last=self.state.end_reason is not None):

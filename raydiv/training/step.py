@@ -27,6 +27,7 @@ from torch import Tensor
 from raydiv.data.batching import BatchLayout, MicroBatch, StepPlan
 from raydiv.data.tokens import TokenizedExamples
 from raydiv.losses import Batch, State, Term, widest_scope
+from raydiv.losses.position import PositionWeights
 from raydiv.model.chat import Ids
 from raydiv.model.collate import ModelInputs, collate
 from raydiv.model.head import CoefficientFn, LogProbHead
@@ -105,6 +106,7 @@ class Stepper:
     terms: Sequence[Term]
     tokens_per_microbatch: int
     packing: Packing = "none"
+    position: PositionWeights | None = None
     seed: int = 0
     states: list[State] = field(default_factory=list)
     forwards: int = 0
@@ -146,23 +148,26 @@ class Stepper:
         self.engine.model.eval()
         return replace(self._reference_batch(step), logps=self._score_all(step, step.examples, step.layout.scoring))
 
-    def token_logps(self, examples: Sequence[tuple[Ids, Ids]]) -> Tensor:
-        """Log-probs [t] of the response tokens of examples, in turn, without gradient or dropout, on the CPU.
+    def token_logps(self, examples: Sequence[tuple[Ids, Ids]]) -> list[Tensor]:
+        """Log-probs [t] of the response tokens of each example, without gradient or dropout, fp32 on the CPU.
 
-        Each rank scores all of them, and all ranks must call it together.
+        Each rank scores a share of the examples, and all ranks must call it together.
         """
         self.engine.model.eval()
-        (batches,) = replace(self.layout, ranks=1).scoring(
-            [len(prompt) + len(response) for prompt, response in examples]
-        )
-        by_example: dict[int, Tensor] = {}
-        for batch in batches:
-            inputs = collate([examples[position] for position in batch], self.packing).to(self.engine.device)
+        responses = [len(response) for _, response in examples]
+        lengths = [len(prompt) + len(response) for prompt, response in examples]
+        micro_batches, padded = self.layout.scoring(lengths)[dist.rank()], []
+        for micro_batch in micro_batches:
+            inputs = collate([examples[row] for row in micro_batch], self.packing).to(self.engine.device)
             with torch.no_grad():
-                logps = self._forward(0, batch, inputs).float().cpu()
-            responses = [len(examples[position][1]) for position in batch]
-            by_example |= zip(batch, torch.split(logps, responses), strict=True)
-        return torch.cat([by_example[position] for position in range(len(examples))])
+                logps = self._forward(0, micro_batch, inputs).float()
+            values = logps.new_zeros(max(1, len(micro_batch)), max(responses))
+            parts = torch.split(logps, [responses[row] for row in micro_batch] or [1])
+            for row, part in zip(values, parts, strict=True):
+                row[: len(part)] = part
+            padded.append(values)
+        gathered = gather_examples(len(examples), micro_batches, padded, self.engine.device)
+        return [row[:length] for row, length in zip(gathered, responses, strict=True)]
 
     def _reference_batch(self, step: RankStep) -> Batch:
         """The batch of the step with the reference's log-probs in place of the policy's, which are not known yet."""
@@ -174,10 +179,17 @@ class Stepper:
             logps=reference,
             reference_logps=reference,
             aligned=torch.from_numpy(step.examples.aligned),
-            tokens=torch.from_numpy(step.examples.response_lengths.astype(np.int64)),
+            tokens=self._tokens(step.examples),
             pairs=torch.from_numpy(step.examples.pairs),
             mismatched_log_ratios=mismatched - mismatched_reference,
         )
+
+    def _tokens(self, examples: TokenizedExamples) -> Tensor:
+        """Response tokens [n] of each example, by their weights."""
+        weights = examples.weights(self.position, range(len(examples)))
+        if weights is None:
+            return torch.from_numpy(examples.response_lengths.astype(np.int64))
+        return torch.tensor([float(of_example.sum()) for of_example in weights])
 
     def _keep_graph(self, step: RankStep, batch: Batch) -> LossOutput:
         """Any objective: the rank's only micro-batch keeps its graph until the coefficients are known."""
@@ -215,12 +227,12 @@ class Stepper:
         """
         if not micro_batch:
             return torch.zeros_like(token_logps)
-        examples = inputs.examples[part]
+        token_logps, examples = inputs.weighted(token_logps, part), inputs.examples[part]
         first, last = bisect_right(inputs.ends, part.start), bisect_right(inputs.ends, part.stop - 1)
         sums = token_logps.new_zeros(last + 1 - first).index_add(0, examples - first, token_logps)
         batch.logps[micro_batch[first : last + 1]] = sums.float().cpu()
         coefficients = known_coefficients(self.terms, self.states, batch)
-        return self._select(coefficients, micro_batch)[examples]
+        return inputs.weighted(self._select(coefficients, micro_batch)[examples], part)
 
     def _two_passes(self, step: RankStep, batch: Batch) -> LossOutput:
         """Score every micro-batch without graph, evaluate the loss, then forward each again for its backward."""
@@ -231,7 +243,7 @@ class Stepper:
         self.timer.enter("push")
         for count, micro_batch in enumerate(micro_batches, start=1):
             inputs = self._inputs(step.examples, micro_batch)
-            coefficients = self._select(output.coefficients, micro_batch)[inputs.examples]
+            coefficients = inputs.weighted(self._select(output.coefficients, micro_batch)[inputs.examples])
             weighted_sum = self._forward(step.number, micro_batch, inputs, partial(_slice, coefficients))
             self.engine.backward(weighted_sum, last=count == len(micro_batches))
         return output
@@ -246,7 +258,8 @@ class Stepper:
         return to_device(coefficients[micro_batch] if micro_batch else torch.zeros(1), self.engine.device)
 
     def _inputs(self, examples: TokenizedExamples, micro_batch: MicroBatch) -> ModelInputs:
-        return collate([examples[position] for position in micro_batch], self.packing).to(self.engine.device)
+        rows, weights = [examples[row] for row in micro_batch], examples.weights(self.position, micro_batch)
+        return collate(rows, self.packing, weights).to(self.engine.device)
 
     def _score(self, number: int, examples: TokenizedExamples, micro_batch: MicroBatch, grad: bool) -> Tensor:
         """Log-probs [m] of a micro-batch of ``examples`` ([1] for a dummy), with a graph when ``grad``."""

@@ -20,6 +20,7 @@ from raydiv.runs.directory import RunDirectory
 from raydiv.runs.heartbeat import CONNECT
 from raydiv.training.checkpoint.manager import CheckpointManager
 from raydiv.training.dataloader import ExampleSet, RankShard, StepLoader, stream_steps
+from raydiv.training.depth_probe import DepthMeasurement
 from raydiv.training.export_check import make_export_verification, verification_device
 from raydiv.training.held_out import HeldOutEvaluation
 from raydiv.training.loop import TrainingLoop, Updates
@@ -99,9 +100,13 @@ def _run(task: TrainTask, task_ref: Any, run: RunDirectory, timer: StepTimer) ->
     steps = total_steps(recipe, plan.steps_in)
     checkpoints = CheckpointManager(run, recipe, stepper.engine.partitions)
     held_out = HeldOutEvaluation(recipe, run, stepper, task.eval)
+    depth = DepthMeasurement.of(
+        run, stepper, None if task.eval is None else task.eval.examples, recipe.evaluate.depth_every
+    )
     behind, state = _resume(checkpoints, stepper, run)
     if not behind:
         held_out.evaluate(step=0)
+        depth.before_training()
     if state.end_reason is None:
         shard = RankShard(stepper.layout, dist.rank(), trains=True, scores=task.train.reference_logps is None)
         loader, make_loader = StepLoader(task.train, plan, shard), partial(_make_loader, task_ref, shard)
@@ -110,6 +115,7 @@ def _run(task: TrainTask, task_ref: Any, run: RunDirectory, timer: StepTimer) ->
             state,
             StepProfiler(recipe.engine.profiled_steps, run.profile),
             SeparationMeasurement(run, stepper, task.probe, recipe.separation.every),
+            depth,
             held_out,
             checkpoints,
         )
@@ -144,7 +150,8 @@ def _build_stepper(task: TrainTask, run: RunDirectory, timer: StepTimer) -> tupl
     packing = _choose_packing(recipe, CompatibilityCheck(head, engine.model, engine, engine.device), run)
     tokens = recipe.batch.tokens_per_microbatch
     assert tokens != "auto", "batch.tokens_per_microbatch is resolved before workers start (raydiv.commands.plan)"
-    return Stepper(engine, head, recipe.loss.terms, tokens, packing, recipe.seed, timer=timer), utilisation
+    position = recipe.loss.position.weights
+    return Stepper(engine, head, recipe.loss.terms, tokens, packing, position, recipe.seed, timer=timer), utilisation
 
 
 def _log_bandwidth(run: RunDirectory, device: torch.device) -> None:

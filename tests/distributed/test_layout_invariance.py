@@ -24,6 +24,7 @@ from raydiv.data.tokens import TokenizedExamples
 from raydiv.losses import OBJECTIVES, Batch, State, Term
 from raydiv.model.collate import collate
 from raydiv.model.head import LogProbHead
+from raydiv.model.packing import Packing
 from raydiv.training.coefficients import evaluate_objective
 from raydiv.training.step import Stepper
 
@@ -59,8 +60,10 @@ def build(model: str, case: Case) -> Any:
 
 
 def stepper_of(engine: Any, head: LogProbHead, model: str, case: Case) -> Stepper:
-    terms = case.recipe(Path(model)).loss.terms
-    return Stepper(engine, head, terms, case.tokens, case.packing, states=running_states(terms))
+    loss = case.recipe(Path(model)).loss
+    return Stepper(
+        engine, head, loss.terms, case.tokens, case.packing, loss.position.weights, states=running_states(loss.terms)
+    )
 
 
 def trained_weights(engine: Any) -> dict[str, torch.Tensor]:
@@ -108,6 +111,15 @@ def steps(model: str, cases: list[Case]) -> list[dict[str, Any]]:
     return results
 
 
+def position_weight(position: dict[str, Any], token: int, shorter: int) -> float:
+    """What a response's token counts, from 1; ``shorter``: the tokens of its pair's shorter response."""
+    if position["kind"] == "decay":
+        return float(position["rate"] ** (token - 1))
+    if position["kind"] == "common-length":
+        return float(position["weight"]) if token > shorter else 1.0
+    return float(position["weight"]) if position["kind"] == "first" and token <= position["tokens"] else 1.0
+
+
 @dataclass(frozen=True)
 class PlainStep:
     """The oracle's result: the objective, the gradient's norm, and each trained weight before and after."""
@@ -127,19 +139,34 @@ def plain_step(model_directory: Path, case: Case) -> PlainStep:
     torch.manual_seed(0)
     model = build_policy(model_directory, recipe.model, torch.float32)
 
+    def weights(examples: TokenizedExamples) -> list[torch.Tensor]:
+        lengths, shortest = examples.response_lengths.tolist(), dict[int, int]()
+        for pair, length in zip(examples.pair.tolist(), lengths, strict=True):
+            shortest[pair] = min(length, shortest.get(pair, length))
+        return [
+            torch.tensor(
+                [
+                    position_weight(case.position, token, shortest[pair] if pair >= 0 else length)
+                    for token in range(1, length + 1)
+                ]
+            )
+            for pair, length in zip(examples.pair.tolist(), lengths, strict=True)
+        ]
+
     def logps(examples: TokenizedExamples) -> torch.Tensor:
         if not len(examples):
             return torch.zeros(0)
         inputs = collate([examples[row] for row in range(len(examples))])
         logits = model(**inputs.forward_kwargs()).logits
         tokens = logits.log_softmax(-1)[inputs.rows, inputs.columns, inputs.targets]
-        return inputs.sum_per_example(tokens, len(examples))
+        # in fp32 and in turn: the rounding of sums is most of the error where the classes' gradients nearly cancel
+        return torch.zeros(len(examples)).index_add(0, inputs.examples, torch.cat(weights(examples)) * tokens)
 
     batch = Batch(
         logps(rank_step.examples),
         rank_step.reference_logps,
         torch.from_numpy(rank_step.examples.aligned),
-        torch.from_numpy(rank_step.examples.response_lengths),
+        torch.stack([weight.sum() for weight in weights(rank_step.examples)]),
         torch.from_numpy(rank_step.examples.pairs),
         logps(rank_step.mismatched).detach() - rank_step.mismatched_reference_logps,
     )
@@ -197,6 +224,32 @@ OBJECTIVE_CASES: list[dict[str, Any]] = [
 ]
 
 
+DECAY: dict[str, Any] = {"kind": "decay", "rate": 0.8}
+FIRST: dict[str, Any] = {"kind": "first", "tokens": 3, "weight": 0.25}
+LAYOUTS_OF_WEIGHTED: list[tuple[int, Packing]] = [(100_000, "none"), (30, "none"), (30, "mask")]
+WEIGHTED_CASES = [
+    # a stream by examples, one by pairs, a whole step, mismatched examples, and means over tokens
+    *(
+        Case({"type": name}, tokens, examples="even pairs", packing=packing, position=position)
+        for name, position in [
+            ("sft", FIRST),
+            ("dpo", DECAY),
+            ("kldo", FIRST),
+            ("kto", DECAY),
+            ("simpo", FIRST),
+            ("npo", DECAY),
+        ]
+        for tokens, packing in LAYOUTS_OF_WEIGHTED
+    ),
+    *(
+        Case({"type": name}, tokens, packing=packing, position={"kind": "common-length", "weight": 0.5})
+        for name in ("dpo", "sigmoid-norm", "kldo", "kto")
+        for tokens, packing in LAYOUTS_OF_WEIGHTED
+    ),
+    Case(MIXTURE, 70, lora=True, position=DECAY),
+]
+
+
 CHECKPOINTED = {"activation_checkpointing": True}
 
 
@@ -231,6 +284,7 @@ def corner_cases() -> list[Case]:
             ]
         ),
         Case(MIXTURE, 70, zero_stage=2, lora=True, packing="mask", engine=CHECKPOINTED),
+        *WEIGHTED_CASES,
     ]
 
 
@@ -263,7 +317,7 @@ def test_update_equals_the_plain_step_in_every_layout(ranks: int, tiny_model: Pa
     by_rank = run_on_ranks(steps, ranks, tmp_path / "ranks", str(tiny_model), cases)
     plain: dict[str, PlainStep] = {}
     for number, case in enumerate(cases):
-        key = repr((case.loss, case.examples, case.lora))
+        key = repr((case.loss, case.examples, case.lora, case.position))
         plain[key] = plain.get(key) or plain_step(tiny_model, case)
         for results in by_rank:
             assert_equal(case, results[number], plain[key])

@@ -33,13 +33,14 @@ class Case:
     dropout: float = 0.0
     persistent: int = 0
     packing: Packing = "none"
+    position: dict[str, Any] = field(default_factory=lambda: {"kind": "flat"})
     engine: dict[str, Any] = field(default_factory=dict)
 
     def recipe(self, model: Path) -> Recipe:
         return load_recipe(
             {
                 "model": {"id": str(model), **({"lora": {"r": 4, "dropout": self.dropout}} if self.lora else {})},
-                "loss": self.loss,
+                "loss": {**self.loss, "position": self.position},
                 "optim": {"steps": 1, "lr": LR, "clip": None},
                 "batch": {"tokens_per_microbatch": self.tokens},
                 "engine": {"zero_stage": self.zero_stage, **self.engine},

@@ -36,7 +36,12 @@ STEP_METRICS = {
 def run(ray: None, tiny_model: Path, files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Result:
     """A full fine-tune by two ZeRO-3 workers, measured before and after."""
     measured = [f"separation.prompts={files['prompts']}", f"evaluate.prompts={files['prompts']}", "evaluate.every=2"]
-    measured += ["separation.every=2", "evaluate.attacks=[prefill]", f"evaluate.pairwise_judge={tiny_model}"]
+    measured += [
+        "evaluate.depth_every=1",
+        "separation.every=2",
+        "evaluate.attacks=[prefill]",
+        f"evaluate.pairwise_judge={tiny_model}",
+    ]
     output = tmp_path_factory.mktemp("runs")
     return train(
         recipe_of(tiny_model, files, output, "full", "evaluate.max_new_tokens=8", *measured),
@@ -92,6 +97,18 @@ def test_examples_know_their_place_in_the_data(run: Result, files: dict[str, str
         assert json.loads(lines[int(line) - 1])["prompt"] in opened.chat.decode(prompt.tolist())
 
 
+def test_depth_is_measured_from_the_policy_before_its_first_step(run: Result) -> None:
+    depths = [record for record in records(run.run.path) if "eval/depth/half" in record]
+    # none where the margin is not positive, as it may be after one step; the last is the written model's
+    assert [record["step"] for record in depths][-3:] == [2, 3, 4]
+    assert all(1 <= record["eval/depth/half"] <= 64 for record in depths)
+    held_out = prepare(run.run.read_recipe(), ProgressDisplay(quiet=True)).eval
+    assert held_out is not None
+    kept = read_json(run.run.depth_reference)
+    assert [len(values) for values in kept] == held_out.examples.response_lengths.tolist()
+    np.testing.assert_allclose([sum(values) for values in kept], held_out.reference_logps, rtol=1e-5, atol=1e-4)
+
+
 def test_answers_are_measured_beside_what_they_drifted_from(run: Result) -> None:
     before, after = (json.loads((run.run.evaluation / f"{name}.json").read_text()) for name in ("before", "after"))
     assert before["kl"] is None
@@ -119,7 +136,7 @@ def test_recipe_in_the_run_reloads_exactly(run: Result) -> None:
 
 def test_report_is_self_contained_and_shows_no_prompt(run: Result) -> None:
     page = (run.run.path / "report.html").read_text()
-    assert page.count("<figure>") == len(list(run.run.pictures.iterdir())) == 11
+    assert page.count("<figure>") == len(list(run.run.pictures.iterdir())) == 12
     assert "http://" not in page
     assert "https://" not in page
     assert "Hurt someone" not in page
@@ -280,6 +297,25 @@ def test_other_objectives_train(ray: None, loss: str, tiny_model: Path, files: d
     result = train(short(loss, tiny_model, files, tmp_path), ProgressDisplay(quiet=True))
     assert result.metrics["step"] == 2
     assert np.isfinite(result.metrics["loss"])
+
+
+@pytest.mark.parametrize(
+    "position",
+    ["{kind: decay, rate: 0.9}", "{kind: first, tokens: 2, weight: 0.2}", "{kind: common-length, weight: 0.5}"],
+)
+def test_policy_and_reference_have_the_same_weights_of_positions(
+    position: str, ray: None, tiny_model: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    """At the first step the policy is the reference: every log-ratio is 0, by the stored ones and with adapters off."""
+    changes = (f"loss.position={position}", "loss.mix=null", "optim.steps=2", "engine.zero_stage=0")
+    lora = ("model.lora.r=4", "model.reference=adapter-off")
+    recipes = [
+        recipe_of(tiny_model, files, tmp_path, name, *changes, *more) for name, more in (("stored", ()), ("off", lora))
+    ]
+    for run in train_on_ranks(recipes, 1, tmp_path / "ranks"):
+        steps = [record for record in records(run.path) if "loss" in record]
+        assert abs(steps[0]["log_ratio/max"]) < 1e-4
+        assert abs(steps[1]["log_ratio/max"]) > 1e-3
 
 
 @pytest.mark.long

@@ -30,10 +30,13 @@ from raydiv.model.load import ModelSource
 from raydiv.model.resolve import fingerprint
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.session import ray_session
+from raydiv.utils.errors import UserError
 
 pytestmark = pytest.mark.slow
 
 PAIRS, EXAMPLES = 9, 18
+Weights = Callable[[int, int], Any]
+"""Weights of a response's tokens, by its length and that of the shorter response of its pair."""
 BATCH = {"examples": 4, "max_length": 96, "max_prompt_length": 48}
 
 
@@ -89,20 +92,24 @@ def parts(cache: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in (cache / "reference").rglob("*.parquet")}
 
 
-def plain_logps(model: Path, examples: StoredExamples, precision: str = "float32") -> np.ndarray:
-    """Log-probs of the responses by a plain forward of each example alone."""
+def plain_logps(
+    model: Path, examples: StoredExamples, precision: str = "float32", weights: Weights = lambda length, shorter: 1.0
+) -> np.ndarray:
+    """Log-probs of the responses by a plain forward of each example alone, of pairs that follow one another."""
     import torch
     from transformers import AutoModelForCausalLM
 
     causal = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, precision)).eval()
-    sums = []
-    for prompt, response in examples.ids(np.arange(len(examples))):
+    sums, lengths = [], examples.response_lengths
+    for row, (prompt, response) in enumerate(examples.ids(np.arange(len(examples)))):
         ids = torch.from_numpy(np.concatenate([prompt, response]))
         with torch.inference_mode():
             logps = causal(ids[None]).logits[0, :-1].float().log_softmax(-1)
         response_logps = logps.gather(1, ids[1:, None])[len(prompt) - 1 :, 0]
         assert len(response_logps) == len(response)
-        sums.append(float(response_logps.double().sum()))
+        partner = min(row ^ 1, len(lengths) - 1)
+        weight = weights(len(response), min(lengths[row], lengths[partner]))
+        sums.append(float((torch.as_tensor(weight) * response_logps.double()).sum()))
     return np.array(sums)
 
 
@@ -178,6 +185,40 @@ def test_changes_that_leave_examples_alone_need_no_scoring(
     before = parts(copied_cache)
     assert hits_and_misses(recipe_of(model, data, *changes)) == (EXAMPLES, 0)
     assert parts(copied_cache) == before
+
+
+@pytest.mark.parametrize(
+    ("position", "weights"),
+    [
+        ("{kind: decay, rate: 0.5}", lambda length, shorter: 0.5 ** np.arange(length)),
+        ("{kind: first, tokens: 3, weight: 0.2}", lambda length, shorter: [0.2] * 3 + [1.0] * (length - 3)),
+        ("{kind: common-length, weight: 0.3}", lambda length, shorter: [1.0] * shorter + [0.3] * (length - shorter)),
+    ],
+)
+def test_weights_of_positions_have_entries_of_their_own(
+    position: str, weights: Weights, first: PreparedData, copied_cache: Path, model: Path, data: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_of(model, data, f"loss.position={position}")
+    found = prepared(recipe)
+    assert (found.reference_hits, found.reference_misses) == (0, EXAMPLES)
+    expected = plain_logps(model, found.train.examples, weights=weights)
+    np.testing.assert_allclose(found.train.reference_logps, expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(expected - first.train.reference_logps).max() > 1
+    assert hits_and_misses(recipe) == (EXAMPLES, 0)
+    assert hits_and_misses(recipe_of(model, data)) == (EXAMPLES, 0)
+    # a partner of one token changes the weights of a response where they depend on it
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    rows[0]["rejected"] = "N"
+    (tmp_path / "edited.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    edited = recipe_of(model, tmp_path / "edited.jsonl", f"loss.position={position}")
+    assert hits_and_misses(edited) == ((EXAMPLES - 2, 2) if "common" in position else (EXAMPLES - 1, 1))
+
+
+def test_common_length_without_pairs_is_refused(model: Path, tmp_path: Path, copied_cache: Path) -> None:
+    rows = [{"prompt": f"Row {n}", "completion": "Yes.", "label": n % 2 == 0} for n in range(6)]
+    (tmp_path / "alone.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"loss.position.kind: common-length has no effect: .* has no pairs"):
+        prepared(recipe_of(model, tmp_path / "alone.jsonl", "loss.position={kind: common-length, weight: 0.5}"))
 
 
 def test_equal_model_in_another_directory_needs_no_scoring(

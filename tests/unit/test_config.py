@@ -620,7 +620,7 @@ def test_schema_names_every_objective_and_option() -> None:
     assert set(losses) == set(TYPES)
     for name, reference in losses.items():
         properties = definitions[reference.rpartition("/")[2]]["properties"]
-        assert set(properties) == {"type", "mix", *OBJECTIVES[name].parameters}
+        assert set(properties) == {"type", "mix", "position", *OBJECTIVES[name].parameters}
         assert {key: properties[key]["default"] for key in OBJECTIVES[name].defaults} == OBJECTIVES[name].defaults
     assert set(definitions["Mix"]["properties"]) == set(OBJECTIVES)
 

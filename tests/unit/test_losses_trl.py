@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from helpers.loss_cases import ALIGNED, BETA, MISMATCHED, PAIRS, RATIOS, REFERENCE, TOKENS, A, U, evaluate, make_batch
+from raydiv.data.tokens import TokenizedExamples
 from raydiv.losses import OBJECTIVES, Batch
+from raydiv.losses.position import PositionWeights
 
 Oracle = tuple[float, np.ndarray]
 """Value, and gradient by the log-probs of all examples."""
@@ -292,3 +294,54 @@ def test_every_loss_that_both_have_is_compared() -> None:
     ours_alone = {"kldo", "fdo", "bco", "npo", "log-ratio-l2"}
     compared = {pairing.ours for pairing in SAME.values()} | {"aot-unpaired"}
     assert compared == set(OBJECTIVES) - ours_alone
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1.0])
+def test_position_by_common_length_agrees_with_ld_dpo(alpha: float) -> None:
+    """Loss and gradient by every token's log-prob."""
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([7, 2, 4, 3, 5, 6])  # all chosen, then all rejected
+    mask = completions(lengths)
+    logps, reference = (-3 * torch.rand(mask[:, 1:].shape, generator=generator) * mask[:, 1:] for _ in range(2))
+    pairs = [(n, n + 3) for n in range(3)]
+
+    ids = [([1], list(range(length))) for length in lengths.tolist()]
+    examples = TokenizedExamples.from_ids(ids, [True] * 3 + [False] * 3, [0, 1, 2] * 2)
+    weights = examples.weights(PositionWeights(late_weight=alpha), range(6))
+    assert weights is not None
+    by_token = logps.clone().requires_grad_()
+
+    def sums(values: torch.Tensor) -> torch.Tensor:
+        return torch.stack([(torch.from_numpy(w) * v[: len(w)]).sum() for w, v in zip(weights, values, strict=True)])
+
+    log_ratios = sums(by_token) - sums(reference)
+    batch = make_batch(log_ratios, [True] * 3 + [False] * 3, pairs, tokens=lengths.tolist(), dtype=torch.float32)
+    loss = OBJECTIVES["dpo"].function(batch, {}, beta=0.3, label_smoothing=0.0).loss
+    (gradient,) = torch.autograd.grad(loss, by_token)
+
+    theirs = logps.clone().requires_grad_()
+    trainer = trainer_of(
+        0.3,
+        loss_types=["sigmoid"],
+        loss_weights=[1.0],
+        label_smoothing=0.0,
+        args=SimpleNamespace(),
+        f_divergence_type="reverse_kl",
+        ld_alpha=alpha,
+        use_weighting=False,
+    )
+    compute_loss: Any = DPOTrainer._compute_loss
+    outputs = SimpleNamespace(log_probs=theirs * mask[:, 1:], entropy=theirs, mean_logits=theirs, is_top1=theirs > 0)
+    inputs = {
+        "input_ids": torch.zeros_like(mask),
+        "attention_mask": torch.ones_like(mask),
+        "completion_mask": mask,
+        "ref_chosen_logps": sums(reference)[:3],
+        "ref_rejected_logps": sums(reference)[3:],
+    }
+    expected = compute_loss(trainer, lambda **_: outputs, inputs, False)
+    (expected_gradient,) = torch.autograd.grad(expected, theirs)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-7)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from raydiv.runs.directory import RunDirectory
 from raydiv.training import held_out as held_out_module
 from raydiv.training import separation_probe
 from raydiv.training.coefficients import evaluate_objective
+from raydiv.training.depth_probe import DepthMeasurement
 from raydiv.training.held_out import HeldOutEvaluation
 from raydiv.training.loop import TrainingLoop, Updates
 from raydiv.training.metric_names import held_out_metrics
@@ -59,7 +61,7 @@ class Recorder:
         if name == "checkpoints":
             self.metrics = dict(rest[1])
             return step == self.stop_at
-        return {name: float(step)} if name in ("separation", "held_out") else None
+        return {name: float(step)} if name in ("separation", "depth", "held_out") else None
 
     def make(self, step: Any) -> dict[str, float]:
         self.calls.append(("update", step.number + 1))
@@ -71,7 +73,7 @@ class Recorder:
 
 def run_loop(recorder: Recorder, steps: int = 5) -> tuple[bool, TrainState]:
     state = TrainState()
-    parts = {name: recorder.named(name) for name in ("profiler", "separation", "held_out", "checkpoints")}
+    parts = {name: recorder.named(name) for name in ("profiler", "separation", "depth", "held_out", "checkpoints")}
     loop = TrainingLoop(recorder, state, **parts)  # type: ignore[arg-type]
     return loop.train(SimpleNamespace(number=number) for number in range(steps)), state  # type: ignore[arg-type]
 
@@ -88,11 +90,12 @@ def test_what_follows_a_step_comes_in_a_fixed_order_until_training_ends() -> Non
             ("update", step),
             ("profiler", step, last),
             ("separation", step, None),
+            ("depth", step, None),
             ("held_out", step, None),
             ("checkpoints", step, last),
         ]
     assert recorder.calls == expected
-    assert recorder.metrics == {"loss": 0.5, "separation": 3.0, "held_out": 3.0}
+    assert recorder.metrics == {"loss": 0.5, "separation": 3.0, "depth": 3.0, "held_out": 3.0}
 
 
 def test_a_run_that_is_asked_to_stop_leaves_the_loop_after_its_checkpoint() -> None:
@@ -150,6 +153,46 @@ def test_separation_is_measured_when_due_and_not_at_the_end(tmp_path: Path, monk
     assert measurement.after_step(2, TrainState()) == measured
     assert measurement.after_step(4, TrainState(end_reason=ALL_DONE)) == {}
     assert run.metrics.read() == [{"step": 2, **measured}]
+
+
+class FakeScorer:
+    """Stands for a stepper whose policy has these log-probs for each token, and counts the calls."""
+
+    def __init__(self) -> None:
+        self.timer, self.logp = StepTimer(), -1.0
+
+    def token_logps(self, examples: Sequence[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
+        """Late tokens of the first example, which is aligned, become likelier than the others."""
+        factors = [torch.tensor([0.1, 0.1, 1.0]), torch.ones(2)]
+        return [self.logp * factors[len(response) == 2] for _, response in examples]
+
+
+def test_depth_is_measured_when_due_against_what_was_kept_before_training(tmp_path: Path) -> None:
+    run, scorer = RunDirectory(tmp_path), FakeScorer()
+    examples, aligned = [([1], [2, 3, 4]), ([1], [5, 6])], np.array([True, False])
+
+    def measurement() -> DepthMeasurement:
+        return DepthMeasurement(run, scorer, examples, aligned, every=2)  # type: ignore[arg-type]
+
+    measurement().before_training()
+    scorer.logp = 1.0
+    assert measurement().after_step(1, TrainState()) == {}
+    # ratios 0.2, 0.2, 2 less 2, 2: the margin never is positive
+    assert measurement().after_step(2, TrainState()) == {}
+    scorer.logp = -3.0
+    # -0.2, -0.2, -2 less -2, -2: 1.8, 3.6, 1.6 up to each token
+    assert measurement().after_step(4, TrainState()) == {"eval/depth/half": 1.0}
+    assert measurement().after_step(6, TrainState(end_reason=ALL_DONE)) == {}
+    assert run.metrics.read() == [{"step": 4, "eval/depth/half": 1.0}]
+
+
+def test_depth_of_one_class_is_not_measured_and_an_event_says_so(tmp_path: Path) -> None:
+    run, alone = RunDirectory(tmp_path), SimpleNamespace(aligned=np.array([True, True]))
+    depth = DepthMeasurement.of(run, FakeScorer(), alone, every=1)  # type: ignore[arg-type]
+    depth.before_training()
+    assert depth.after_step(1, TrainState()) == {}
+    assert not run.depth_reference.exists()
+    assert "evaluate.depth_every: nothing is measured: no held-out example is unaligned" in run.events.path.read_text()
 
 
 # ---- metrics without a value

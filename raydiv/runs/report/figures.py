@@ -52,6 +52,7 @@ def pictures(run: RunDirectory) -> dict[str, list[Picture]]:
             "separation": [*(plane(report, when) for when, report in planes.items() if report), separation(records)],
             "rewards": [
                 reward_distribution(rewards_by_class(run.rewards)),
+                depth_of_steps(records),
                 depth(DepthFile.load(run.evaluation / "depth.json"), DepthFile.load(run.evaluation / "after.json")),
             ],
         }
@@ -227,6 +228,15 @@ def reward_distribution(by_class: Mapping[str, Sequence[float]]) -> Picture | No
         "separates them."
     )
     return Picture("reward-distribution", title, figure, caption)
+
+
+def depth_of_steps(records: Sequence[Metrics]) -> Picture | None:
+    """None where it was measured after training alone."""
+    if sum("eval/depth/half" in record for record in records) < 2:
+        return None
+    curves = [Curve("eval/depth/half", "held-out", AMBER, MEASURED)]
+    caption = "Tokens of the response by which half of the held-out reward margin lies; none while it is not positive."
+    return _metric_picture("depth-of-steps", "tokens to half of the margin", caption, records, curves)
 
 
 def depth(*files: DepthFile | None) -> Picture | None:
