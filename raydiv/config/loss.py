@@ -126,7 +126,7 @@ class PositionConfig(_Nullable):
     @property
     def weights(self) -> PositionWeights | None:
         """The weights; None where all are 1."""
-        if self.kind == "flat":
+        if self.kind == "flat" or self.weight == 1:
             return None
         if self.kind == "common-length":
             return PositionWeights(late_weight=self.weight or 1.0)

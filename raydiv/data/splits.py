@@ -71,6 +71,11 @@ def make_splits(recipe: Recipe, train: Sequence[Index], held_out: Sequence[Index
     names = [", ".join(source.path for source in sources) for sources in (recipe.data.train, recipe.data.eval_sources)]
     for mixture, key, name in zip(mixtures, ("data.train", "data.eval"), names, strict=False):
         _require_fit(recipe.loss, f"{key}: {name or recipe.data.eval}", mixture.examples)
+    if recipe.loss.position.kind == "common-length" and not (mixtures[0].examples.units[:, 1] >= 0).any():
+        raise UserError(
+            f"loss.position.kind: common-length has no effect: data.train: {names[0]} has no pairs; set flat, decay or "
+            "first"
+        )
     shared = len(np.intersect1d(mixtures[0].prompts, mixtures[1].prompts)) if len(mixtures) > 1 else 0
     indices, no_notes = (*train, *held_out), RowNotes([], [])
     splits = [Split(mixture.examples, mixture.counts()) for mixture in mixtures]
@@ -221,10 +226,6 @@ def _require_fit(loss: LossConfig, source: str, examples: StoredExamples) -> Non
                 f"{source}: no {name} example, and the loss {needing[0]} needs some (losses for {other} examples "
                 f"alone: {_LOSSES_FOR_ONE_CLASS[not aligned]})"
             )
-    if loss.position.kind == "common-length" and not (examples.units[:, 1] >= 0).any():
-        raise UserError(
-            f"loss.position.kind: common-length has no effect: {source} has no pairs; set flat, decay or first"
-        )
     unpaired = int((examples.units[:, 1] < 0).sum())
     if loss.paired_terms and unpaired:
         raise UserError(

@@ -76,7 +76,8 @@ class TokenizedExamples:
 
     ``prompt_ids`` and ``response_ids`` hold int arrays, or None for another rank's examples. The model's input is the
     prompt followed by the response, which ends in EOS unless it was truncated. ``pair`` [n] is a number that the two
-    examples of a pair share, or -1 for no pair.
+    examples of a pair share, or -1 for no pair. ``shorter_lengths`` [n] are the response tokens of the shorter response
+    of each example's pair in the whole set, whether the step has both or not; its own without a pair.
     """
 
     prompt_ids: Sequence[np.ndarray | None]
@@ -85,6 +86,7 @@ class TokenizedExamples:
     response_lengths: np.ndarray
     aligned: np.ndarray
     pair: np.ndarray
+    shorter_lengths: np.ndarray
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
@@ -107,13 +109,9 @@ class TokenizedExamples:
         """[p, 2] rows of each complete pair's aligned and unaligned example, in order of first appearance."""
         return _complete_pairs(self.pair, self.aligned)
 
-    @cached_property
-    def _shorter_lengths(self) -> np.ndarray:
-        return _lengths_of_shorter(self.response_lengths, self.pairs)
-
     def weights(self, position: PositionWeights | None, rows: Sequence[int]) -> list[np.ndarray] | None:
         """Weights of the response tokens of the examples at ``rows``; None where all are 1."""
-        return _weights(position, self.response_lengths, self._shorter_lengths, rows)
+        return _weights(position, self.response_lengths, self.shorter_lengths, rows)
 
     @cached_property
     def units(self) -> list[list[int]]:
@@ -133,17 +131,15 @@ class TokenizedExamples:
     def from_ids(
         cls, ids: Sequence[tuple[Ids, Ids]], aligned: Sequence[bool], pair: Sequence[int]
     ) -> TokenizedExamples:
-        """From (prompt ids, response ids) and labels."""
+        """From (prompt ids, response ids) and labels of a whole set."""
         prompts = [np.asarray(prompt, dtype=np.int64) for prompt, _ in ids]
         responses = [np.asarray(response, dtype=np.int64) for _, response in ids]
-        return cls(
-            prompts,
-            responses,
-            np.array([len(prompt) for prompt in prompts], dtype=np.int32),
-            np.array([len(response) for response in responses], dtype=np.int32),
-            np.array(aligned, dtype=bool),
-            np.array(pair, dtype=np.int64),
+        prompt_lengths, lengths = (
+            np.array([len(one) for one in sequences], dtype=np.int32) for sequences in (prompts, responses)
         )
+        labels, pairs = np.array(aligned, dtype=bool), np.array(pair, dtype=np.int64)
+        shorter = _lengths_of_shorter(lengths, _complete_pairs(pairs, labels))
+        return cls(prompts, responses, prompt_lengths, lengths, labels, pairs, shorter)
 
 
 @dataclass(frozen=True)
@@ -289,7 +285,7 @@ class StoredExamples:
         """The examples at ``rows`` with the pair numbers ``pair``; their token ids are not read."""
         no_ids = [None] * len(rows)
         lengths = (self.prompt_lengths[rows], self.response_lengths[rows])
-        return TokenizedExamples(no_ids, no_ids, *lengths, self.aligned[rows], pair)
+        return TokenizedExamples(no_ids, no_ids, *lengths, self.aligned[rows], pair, self._shorter_lengths[rows])
 
 
 _COLUMNS = [name for name in StoredExamples.__dataclass_fields__ if name != "shards"]

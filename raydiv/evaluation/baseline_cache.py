@@ -109,7 +109,7 @@ def _answers_key(recipe: Recipe, prompts: Sequence[Prompt], judges: EvaluationJu
     tasks = sorted(Path(config.task_folder).rglob("*")) if config.task_folder else []
     judge_models = [judge.model.source.directory for judge in judges.harm if isinstance(judge.model, JudgeModel)]
     return [
-        config.model_dump(mode="json", exclude={"every"}),
+        config.model_dump(mode="json", exclude={"every", "depth_every"}),
         _prompt_keys(prompts),
         attack_texts(config.attacks),
         [None if directory is None else fingerprint(directory) for directory in (*judge_models, judges.toxicity)],

@@ -35,12 +35,13 @@ class BeforeAfterEvaluation:
         """Evaluate the model ``before`` or ``after`` training into the run directory; needs a Ray session.
 
         Before training it is the base model, whose evaluation may be cached by an earlier run. After it, the depth of
-        the ``held_out`` examples is measured too, where answers are.
+        the ``held_out`` examples is measured too, where answers are or training measured it.
         """
         base = ModelSource.from_recipe(self._recipe, base_directory)
         before = when == "before"
         measurement = self.baseline(base) if before else self._measure(replace(base, directory=run.model), base, when)
-        if not before and held_out is not None and self._judges is not None:
+        wants_depth = self._judges is not None or self._recipe.evaluate.depth_every is not None
+        if not before and held_out is not None and wants_depth:
             measurement = measurement.with_depth(
                 self._held_out_depth(replace(base, directory=run.model), base, held_out)
             )

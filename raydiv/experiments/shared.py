@@ -48,7 +48,9 @@ class RunGroup:
 
 
 KEYS_OF_TRAINING: Any = {"optim": {"lr", "betas", "eps", "weight_decay", "clip", "schedule", "warmup"}, "loss": True}
-"""Keys that change neither the data, the reference and the base model, nor the number of updates."""
+"""Keys that change neither the data, the reference and the base model, nor the number of updates, ``loss.position``
+apart.
+"""
 
 
 def distinct_preparations(recipes: Sequence[Recipe]) -> list[Recipe]:
@@ -60,7 +62,7 @@ def distinct_preparations(recipes: Sequence[Recipe]) -> list[Recipe]:
         excluded = KEYS_OF_TRAINING if draws_eval else KEYS_OF_TRAINING | {"seed": True}
         tree = recipe.model_dump(mode="json", by_alias=True, exclude=excluded)
         terms = [(term.name, term.divergence == "none") for term in recipe.loss.terms]
-        distinct.setdefault(repr((tree, terms)), recipe)
+        distinct.setdefault(repr((tree, terms, recipe.loss.position.weights)), recipe)
     return list(distinct.values())
 
 

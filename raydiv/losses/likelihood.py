@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SMALLEST = 1e-12
-"""Tokens by their weights are at least this many where there are none, and the sum over them is 0."""
+"""Lower limit of a sum of token weights, against division by 0 where a batch has no aligned response."""
 
 MAX_TOKEN_LOGP = -1e-6
 """Log-probs per token are clamped to this: the odds of a certain response are infinite."""

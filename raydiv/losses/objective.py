@@ -24,10 +24,11 @@ State = Mapping[str, float]
 class Batch:
     """All examples of one optimizer step, over every rank and micro-batch, in example order.
 
-    - ``logps`` [n]: log pi_theta(y|x), summed over response tokens; the only differentiable field.
+    - ``logps`` [n]: log pi_theta(y|x), summed over response tokens by their weights (``loss.position``); the only
+      differentiable field.
     - ``reference_logps`` [n]: the same under the reference.
     - ``aligned`` [n] (bool): the label.
-    - ``tokens`` [n]: the number of response tokens.
+    - ``tokens`` [n]: the sum of the response tokens' weights: their number where all count 1.
     - ``pairs`` [p, 2] (long): the positions of each pair's aligned and unaligned example.
     - ``mismatched_log_ratios`` [m]: log-ratios of examples whose response belongs to another prompt, by a fixed
       derangement; without gradient, empty unless an objective needs them.

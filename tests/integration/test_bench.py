@@ -250,6 +250,15 @@ def test_every_loss_of_trl_s_trainers_is_compared_or_refused() -> None:
                 trl_loss_options(loss)
 
 
+def test_a_timed_recipe_can_be_read_back(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        {"model": {"id": str(tmp_path)}, "loss": {"type": "dpo"}, "optim": {"steps": 9}, "data": {"eval": 0.5}},
+        ["evaluate.every=2", "evaluate.depth_every=3"],
+    )
+    timed = without_evaluation(recipe, 4)
+    assert load_recipe(timed.model_dump(mode="json", by_alias=True)) == timed
+
+
 def test_a_mixture_is_trl_s_too() -> None:
     sft = {"sft": {"weight": 0.2}}
     assert trl_loss_options({"type": "rdpo", "beta": 0.3, "label_smoothing": 0.1, "mix": sft}) == {

@@ -15,6 +15,7 @@ from helpers.models import make_model
 from helpers.policies import write_run
 from raydiv.commands.export import export
 from raydiv.config import Recipe, load_recipe, save_recipe
+from raydiv.config.loss import PositionConfig
 from raydiv.model.export import _keep_config_of_base, push
 from raydiv.model.load import ModelSource
 from raydiv.runs.directory import RunDirectory
@@ -121,11 +122,20 @@ def test_the_card_has_metadata_that_the_hub_accepts(base: Path, tmp_path: Path) 
     assert local.data.datasets == ["org/data"]
     assert (local.data.library_name, local.data.pipeline_tag) == ("transformers", "text-generation")
     assert '{"enable_thinking": false}' in local.content
+    assert "weights of positions" not in local.content
     assert "a response ends with: `</s>" in local.content
     recipe = RunDirectory(run).read_recipe()
-    named = recipe.model_copy(update={"model": recipe.model.model_copy(update={"id": "org/base"})})
+    position = PositionConfig(kind="decay", rate=0.9)
+    named = recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"id": "org/base"}),
+            "loss": recipe.loss.model_copy(update={"position": position}),
+        }
+    )
     save_recipe(named, RunDirectory(run).recipe)
-    assert ModelCard.load(export(run, tmp_path / "named") / "README.md").data.base_model == "org/base"
+    card = ModelCard.load(export(run, tmp_path / "named") / "README.md")
+    assert card.data.base_model == "org/base"
+    assert '- weights of positions: `{"kind": "decay", "rate": 0.9}`' in card.content
 
 
 class Hub:

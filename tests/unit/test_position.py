@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.stored import stored_examples
 from raydiv.config import Recipe, load_recipe
 from raydiv.data.tokens import TokenizedExamples
 from raydiv.losses.position import PositionWeights
@@ -54,10 +55,23 @@ def test_weights_of_a_micro_batch(weights: PositionWeights, expected: list[list[
     assert examples.weights(None, [0]) is None
 
 
+def test_an_example_without_its_partner_has_the_weights_of_its_pair() -> None:
+    """As where held-out examples are read by length, with no pair numbers."""
+    stored = stored_examples([row[:2] for row in PAIRED], [row[2] for row in PAIRED], [row[3] for row in PAIRED])
+    weights = PositionWeights(late_weight=0.3)
+    rows = np.array([2, 0])
+    alone = stored.without_ids(rows, np.array([-1, -1])).weights(weights, [0, 1])
+    assert alone is not None
+    np.testing.assert_allclose(np.concatenate(alone), [1, 1, 1, 1, 1, 0.3, 0.3], rtol=1e-6)
+    np.testing.assert_array_equal(np.concatenate(alone), np.concatenate(stored.weights(weights, rows) or []))
+
+
 @pytest.mark.parametrize(
     ("position", "weights"),
     [
         ({"kind": "flat"}, None),
+        ({"kind": "first", "tokens": 5, "weight": 1}, None),
+        ({"kind": "common-length", "weight": 1}, None),
         (None, None),
         ({"kind": "decay", "rate": 0.9}, PositionWeights(rate=0.9)),
         ({"kind": "first", "tokens": 5, "weight": 0.1}, PositionWeights(early=5, early_weight=0.1)),

@@ -425,7 +425,15 @@ def test_distinct_preparations(tmp_path: Path) -> None:
     kto = load_recipe(recipe.model_dump(by_alias=True), ["loss.type=kto"])
     longer = load_recipe(recipe.model_dump(by_alias=True), ["optim.steps=5"])
     data = load_recipe(recipe.model_dump(by_alias=True), ["data.train=other.jsonl"])
-    assert distinct_preparations([recipe, *same, kto, longer, data, kto]) == [recipe, kto, longer, data]
+    first = ["loss.position={kind: first, tokens: 2, weight: 0.5}"]
+    weighted = load_recipe(recipe.model_dump(by_alias=True), first)
+    assert distinct_preparations([recipe, *same, kto, longer, data, kto, weighted, weighted]) == [
+        recipe,
+        kto,
+        longer,
+        data,
+        weighted,
+    ]
     drawn = load_recipe(recipe.model_dump(by_alias=True), ["data.eval=0.1"])
     others = [drawn.model_copy(update={"seed": seed}) for seed in (1, 2)]
     assert distinct_preparations([drawn, *others]) == [drawn, *others], "the seed draws the held-out examples"

@@ -36,7 +36,7 @@ def without_evaluation(recipe: Recipe, steps: int) -> Recipe:
         ),
         "checkpoint": CheckpointConfig(every=None),
         "data": recipe.data.model_copy(update={"eval": None}),
-        "evaluate": recipe.evaluate.model_copy(update={"every": None, "prompts": None}),
+        "evaluate": recipe.evaluate.model_copy(update={"every": None, "depth_every": None, "prompts": None}),
         "separation": recipe.separation.model_copy(update={"prompts": None}),
     }
     return recipe.model_copy(update=changes)

@@ -118,11 +118,13 @@ def _of_result(result: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
 
 def _facts(recipe: Recipe, metrics: Mapping[str, Any], taken: int, planned: int | None) -> dict[str, str]:
     mixed = [f"{term.weight:g} {term.name}" for term in recipe.loss.terms[1:]]
+    position = recipe.loss.position
+    weights = f", positions {position.kind}" if position.weights else ""
     return {
         "Model": recipe.model.id
         + (f", LoRA r {recipe.model.lora.r}" if recipe.model.lora else "")
         + (f", from {recipe.model.adapter}" if recipe.model.adapter else ""),
-        "Objective": " + ".join([recipe.loss.type, *mixed]),
+        "Objective": " + ".join([recipe.loss.type, *mixed]) + weights,
         "Estimates": metrics.get("divergence/name", "no divergence"),
         "Updates": f"{taken} of {planned}" if planned else str(taken),
         "Workers": str(recipe.cluster.num_workers),
