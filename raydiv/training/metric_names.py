@@ -42,6 +42,10 @@ def require_measured(recipe: Recipe) -> None:
     for key, metric in by_key.items():
         is_separation = recipe.separation.every is not None and str(metric).startswith("separation/")
         if metric is not None and metric not in known and not is_separation:
+            if metric == "eval/depth/half":
+                raise UserError(
+                    f"{key}: {metric} has no value while the held-out margin is not positive: choose another"
+                )
             raise UserError(
                 f"{key}: {metric} is not measured while this recipe trains{nearest(metric, known)}; eval/* needs "
                 "data.eval and evaluate.every, separation/* needs separation.every"

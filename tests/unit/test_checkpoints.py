@@ -419,6 +419,7 @@ def test_offload_to_nvme_disables_checkpoints(tmp_path: Path) -> None:
     ("overrides", "expected"),
     [
         (["checkpoint.best_metric=eval/loss"], r"checkpoint\.best_metric: eval/loss .*data\.eval"),
+        (["checkpoint.best_metric=eval/depth/half"], "eval/depth/half has no value"),
         (["checkpoint.best_metric=reward/margins"], r"did you mean reward/margin\?"),
         (["checkpoint.best_metric=separation/d_b"], r"separation/d_b .*separation\.every"),
         (
