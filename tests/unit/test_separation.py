@@ -241,14 +241,29 @@ def test_interval_holds_the_distance_of_the_law() -> None:
     assert np.mean(widths[240]) == pytest.approx(np.mean(widths[60]) / 2, rel=0.3)
 
 
-@pytest.mark.parametrize("ratio", [0.95, 1.05])
-def test_interval_holds_the_distance_where_the_second_component_is_nearly_the_third(ratio: float) -> None:
-    """The classes differ along one direction, whose variance is ``ratio`` times that of the second widest of others."""
+@pytest.mark.parametrize(("harmful", "harmless"), [(8, 8), (12, 12), (10, 100), (50, 50), (60, 8), (7, 100), (4, 4)])
+def test_interval_of_few_prompts_with_equal_variances(harmful: int, harmless: int) -> None:
+    labels = np.arange(harmful + harmless) < harmful
+    for seed in range(4):
+        components = module._principal_components(generator(seed).normal(size=(len(labels), 64)))
+        interval = module._d_b_interval(components, labels, generator(seed))
+        assert (interval is None) == (min(harmful, harmless) < 8)
+        if interval is not None:
+            low, high = interval
+            plane = components[:, :2]
+            assert 0 <= low <= bhattacharyya_distance(plane[labels], plane[~labels]) <= high < 5
+
+
+@pytest.mark.parametrize(("first", "ratio"), [(4, 0.95), (4, 1.05), (3, 0.95)])
+def test_interval_holds_the_distance_where_the_second_component_is_nearly_the_third(first: float, ratio: float) -> None:
+    """The classes differ along one direction, whose variance is ``ratio`` times that of the second widest of others,
+    which is ``first`` or as wide as the first.
+    """
 
     def sample(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         hidden, harmful = generator(seed).normal(size=(2 * n, 8)), np.arange(2 * n) < n
         spread = np.sqrt(9 * ratio / 1.25)  # with means one standard deviation apart, 1.25 times its square
-        hidden *= np.array([4, 3, spread, 1, 1, 1, 1, 1])
+        hidden *= np.array([first, 3, spread, 1, 1, 1, 1, 1])
         hidden[:, 2] += np.where(harmful, spread / 2, -spread / 2)
         return module._principal_components(hidden), harmful
 

@@ -38,10 +38,17 @@ class Traffic:
         sending, arithmetic = self.total / NETWORK, operations / ARITHMETIC
         if sending <= arithmetic:
             return None
+        helps = ["faster links"]
+        if self.micro_batches > 1:
+            helps += ["larger micro-batches"] + ["a ZeRO stage below 3"] * (self.weights > self.gradients)
+        else:
+            helps.append("more examples a step")
+        if self.gradients > self.total / 10:
+            helps.append("LoRA")
         return (
-            f"with workers on several nodes the network would rule the step: sending takes {sending:.1f} s at 100 "
-            f"Gbit/s a worker, and the arithmetic {arithmetic:.1f} s at {ARITHMETIC / 1e12:.0f} TFLOP/s; what helps: "
-            "faster links, larger micro-batches, a ZeRO stage below 3, LoRA, more examples a step"
+            f"with workers on several nodes the network would rule the step: sending takes {sending:.2g} s at 100 "
+            f"Gbit/s a worker, and the arithmetic {arithmetic:.2g} s at {ARITHMETIC / 1e12:.0f} TFLOP/s; what helps: "
+            f"{', '.join(helps)}"
         )
 
     def rows(self) -> dict[str, float]:

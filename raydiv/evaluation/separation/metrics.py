@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,12 @@ INTERVAL_HALVES = 200
 
 FOLDS = 5
 """Cross-validation folds of the probes."""
+
+INTERVAL_CLASS_SIZE = 8
+"""Smallest class for an interval of D_B: a half has 4 points for a covariance in the plane."""
+
+TIED_PLANES = 5
+"""Most tied components whose planes the interval of D_B covers."""
 
 MIN_CLASS_SIZE = 3
 """Smallest class of a subset that is measured."""
@@ -63,7 +70,7 @@ class SeparationMetrics:
     tells the classes apart (0.5 not at all). ``d_b_p``: share of permutations whose d_b is no smaller, the true labels
     counted among them; ``d_b_interval``: 95%, by how far halves of the prompts deviate from all (the delete-half
     jackknife, whose deviations are as large as those of n prompts from their law; a bootstrap's repeated points bias
-    covariances where n < d), and by all planes that may be the law's; None below 4 a class. ``tied_components``: those
+    covariances where n < d), and by the planes that may be the law's; None below 8 a class. ``tied_components``: those
     beyond the plane whose variance cannot be told from that of its second. ``mahalanobis_interval``: 95%, by a
     jackknife over groups.
     ``d_b_chance``: d_b under each permutation, the same ones in every layer.
@@ -216,25 +223,46 @@ def _held_out_auc(hidden: Array, labels: Labels) -> tuple[float | None, float | 
 
 
 def _d_b_interval(components: Array, labels: Labels, generator: np.random.Generator) -> tuple[float, float] | None:
-    """95% interval of D_B in the plane of the first two ``components`` [n, r]; None below 4 points a class.
+    """95% interval of D_B in the plane of the first two ``components`` [n, r]; None below 8 points a class.
 
-    By the delete-half jackknife, each half in its own plane. Where the second component is tied with others, which of
-    them is in the plane is chance. The interval then also holds the intervals of the planes with each of them, and that
-    of all of them together, of which no plane's distance is above the whole's.
+    By the delete-half jackknife, each half in its own plane. It holds the distance itself, and the intervals of the
+    other planes that may be the law's.
     """
     classes = [np.flatnonzero(labels), np.flatnonzero(~labels)]
-    if min(map(len, classes)) < 4:
+    smallest = min(map(len, classes))
+    if smallest < INTERVAL_CLASS_SIZE:
         return None
     halves = [
         np.concatenate([generator.permutation(rows)[: len(rows) // 2] for rows in classes])
         for _ in range(INTERVAL_HALVES)
     ]
-    plane, tied = _plane(components), _tied_components(components)
-    intervals = [_jackknife(plane, [principal_plane(components[rows]) for rows in halves], labels, halves)]
-    for columns in [*([0, number] for number in tied), *([[0, 1, *tied]] if tied else [])]:
+    plane = _plane(components)
+    whole = bhattacharyya_distance(plane[labels], plane[~labels])
+    intervals = [
+        (whole, whole),
+        _jackknife(plane, [principal_plane(components[rows]) for rows in halves], labels, halves),
+    ]
+    for columns in _possible_planes(components, smallest // 2):
         points = components[:, columns]
         intervals.append(_jackknife(points, [points[rows] for rows in halves], labels, halves))
     return min(low for low, _ in intervals), max(high for _, high in intervals)
+
+
+def _possible_planes(components: Array, half: int) -> list[list[int]]:
+    """Columns of the components that may be the law's plane, where the second is tied with others: pairs of them.
+
+    With the first, unless it is tied too. Also several of them together, since no plane in their space has a larger
+    distance: at most a tenth of ``half``, the points of a class from which each covariance is estimated.
+    """
+    tied = _tied_components(components)[:TIED_PLANES]
+    if not tied:
+        return []
+    variances = components.var(0, ddof=1)
+    first_too = bool(_is_tied(variances[0], variances[1], len(components)))
+    chosen = [0, 1, *tied]
+    pairs = [list(pair) for pair in combinations(chosen, 2) if first_too or 0 in pair]
+    together = chosen[: half // 10]
+    return pairs + ([together] if len(together) > 2 else [])
 
 
 def _jackknife(
@@ -251,16 +279,19 @@ def _jackknife(
 
 
 def _tied_components(components: Array) -> list[int]:
-    """Components beyond the second whose variance is not significantly (5%) below the second's.
-
-    The standard error of a variance v of n points is v sqrt(2 / n), by normal theory.
-    """
+    """Components beyond the second whose variance is not significantly below the second's."""
     if components.shape[1] < 3:
         return []
     variances = components.var(0, ddof=1)
-    second, others = variances[1], variances[2:]
-    tied = second - others <= Z * np.sqrt(2 / len(components)) * np.hypot(second, others)
-    return [int(number) for number in 2 + np.flatnonzero(tied & (others > 0))]
+    tied = _is_tied(variances[1], variances[2:], len(components)) & (variances[2:] > 0)
+    return [int(number) for number in 2 + np.flatnonzero(tied)]
+
+
+def _is_tied(larger: Any, smaller: Any, n: int) -> Any:
+    """Whether variances of n points do not differ significantly (5%): the standard error of v is v sqrt(2 / n), by
+    normal theory.
+    """
+    return larger - smaller <= Z * np.sqrt(2 / n) * np.hypot(larger, smaller)
 
 
 def principal_plane(hidden: Array) -> Array:
@@ -316,10 +347,10 @@ def control_notes(result: SeparationMetrics) -> list[str]:
         )
     if figures.mahalanobis is None:
         notes.append("the Mahalanobis distance cannot be told: these prompts are too few for the dimensions they need")
-    if result.tied_components:
+    if result.tied_components and result.d_b_interval is not None:
         notes.append(
-            f"which component is the second of the plane is chance: {result.tied_components} more may have its "
-            "variance, as far as these prompts can tell; the interval of D_B covers all of these planes"
+            f"other prompts may have another plane for D_B: {result.tied_components} more components have about as much"
+            f" variance as its second; the interval covers planes of up to {TIED_PLANES} of them"
         )
     if result.shuffled.d_b > 0.5 * figures.d_b or result.d_b_p > 0.05:
         notes.append(
