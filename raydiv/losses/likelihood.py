@@ -28,7 +28,8 @@ MAX_TOKEN_LOGP = -1e-6
 def _nll(batch: Batch) -> Tensor:
     """Mean negative log-prob per token of the aligned responses; 0 without any."""
     total = -batch.logps.where(batch.aligned, batch.logps.new_zeros(())).sum()
-    return total / batch.tokens.where(batch.aligned, batch.tokens.new_zeros(())).sum().clamp(min=SMALLEST)
+    tokens = batch.tokens.where(batch.aligned, batch.tokens.new_zeros(())).sum()
+    return (total / tokens.clamp(min=SMALLEST)).to(batch.logps.dtype)
 
 
 @objective(
