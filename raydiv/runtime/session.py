@@ -124,6 +124,8 @@ def _init_ray_once(cluster: ClusterConfig, dashboard: bool, folder: Path | None)
                 logging_level=logging.ERROR,
                 runtime_env={"env_vars": environment if address else LOOPBACK | environment},
             )
+            if folder is not None:
+                compat.write_ray_address(folder)
     except ray.exceptions.AuthenticationError:
         raise UserError(
             f"RAY_ADDRESS: {address}: RAY_AUTH_MODE is token, and no token was found; {AUTH_HELP}"

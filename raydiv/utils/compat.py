@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import socket
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -88,8 +87,7 @@ def require_cluster(address: str, seconds: float) -> None:
     HOST:PORT refuses this client or does not answer for ``seconds``.
 
     Checked with Ray 2.60: ray.init repeats a refused connection for 20 s, and waits for its first reply without a limit
-    (seen once, with a wrong token: it never returned). A client gives up after 30 s, once seen beside a cluster that
-    worked: a second one is made while the port accepts connections.
+    (seen once, with a wrong token: it never returned).
     """
     from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
 
@@ -98,15 +96,11 @@ def require_cluster(address: str, seconds: float) -> None:
     problems: list[str] = [f"no answer within {seconds:.0f} s"]
 
     def connect() -> None:
-        for _ in range(2):
-            try:
-                client(address=address)
-                problems.clear()
-                return
-            except Exception as error:  # of several types
-                problems[:] = [str(error)]
-                if "Timed out" not in problems[0] or not _accepts_connections(address):
-                    return
+        try:
+            client(address=address)
+            problems.clear()
+        except Exception as error:  # of several types
+            problems[:] = [str(error)]
 
     attempt = threading.Thread(target=connect, daemon=True)
     attempt.start()
@@ -115,13 +109,15 @@ def require_cluster(address: str, seconds: float) -> None:
         raise ConnectionError(problems[0])
 
 
-def _accepts_connections(address: str) -> bool:
-    host, port = address.rsplit(":", 1)
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-    except (OSError, ValueError):
-        return False
-    return True
+def write_ray_address(folder: Path) -> None:
+    """Let jobs of the local session in ``folder`` find it, as `ray start` does.
+
+    Checked with Ray 2.60: ``ray.init`` does not, and a job then joins any Ray of this machine.
+    """
+    import ray
+    from ray._private.utils import write_ray_address as write
+
+    write(ray.get_runtime_context().gcs_address, str(folder))
 
 
 def is_missing_job_agent(error: RuntimeError) -> bool:

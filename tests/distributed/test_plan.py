@@ -424,7 +424,7 @@ METHODS = {
     "LoRA": ("lora", ()),
     "LoRA on 4 bits": ("lora", ("model.quantization=nf4",)),
 }
-MODELS = {"Llama 3 8B": "llama-3-8b", "Falcon 11B": "falcon-11b"}
+RECIPES = {"Llama 3 8B": "llama-3-8b", "Falcon 11B": "falcon-11b"}
 
 
 def forecasts_of_the_readme() -> Iterator[tuple[Recipe, list[str]]]:
@@ -434,12 +434,12 @@ def forecasts_of_the_readme() -> Iterator[tuple[Recipe, list[str]]]:
     for line in table.splitlines()[2:]:
         name, gpus, *cells = (cell.strip() for cell in line.strip("|").split("|"))
         if name:
-            known = next((one for one in MODELS if name.startswith(one)), None)
+            known = next((one for one in RECIPES if name.startswith(one)), None)
             model, method = (known, name.removeprefix(f"{known}, ")) if known else (model, name)
         number, memory = gpus.split(" x ")
         kind, overrides = METHODS[method]
         layout = (f"cluster.num_workers={number}", f"cluster.worker_memory_gb={memory}", "data.train=s3://none/none")
-        yield load_recipe(ROOT / "configs" / f"{MODELS[model]}-{kind}.yaml", [*overrides, *layout]), cells
+        yield load_recipe(ROOT / "configs" / f"{RECIPES[model]}-{kind}.yaml", [*overrides, *layout]), cells
 
 
 def test_forecasts_of_the_readme_are_those_of_plan() -> None:

@@ -112,7 +112,7 @@ def test_an_invalid_cell_is_rejected_by_name() -> None:
         ("papers/kldo-study.yaml", 40, 0),
         ("papers/safe-falcon-study.yaml", 10, 8),
         ("study-small.yaml", 8, 0),
-        ("depth-small.yaml", 6, 0),
+        ("depth-small.yaml", 10, 0),
     ],
 )
 def test_shipped_studies_have_this_many_cells(name: str, cells: int, baselines: int) -> None:

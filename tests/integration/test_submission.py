@@ -644,7 +644,6 @@ def cluster() -> Iterator[str]:
     """
     import ray
     from ray._private.ray_constants import DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
-    from ray._private.utils import write_ray_address
 
     from raydiv.config.cluster import ClusterConfig
     from raydiv.runtime.session import ray_session
@@ -655,10 +654,7 @@ def cluster() -> Iterator[str]:
             other.bind(("127.0.0.1", DEFAULT_DASHBOARD_AGENT_LISTEN_PORT))
             other.listen()
         with ray_session(ClusterConfig(), dashboard=True):
-            address = ray.get_runtime_context().gcs_address
-            # as `ray start` does; without it a job joins any Ray of this machine, also another test's
-            write_ray_address(address, ray._private.worker.global_worker.node.get_temp_dir_path())
-            yield address
+            yield ray.get_runtime_context().gcs_address
 
 
 @pytest.mark.long

@@ -128,6 +128,12 @@ def processes(rows: int, name: str = "any", **arguments: Any) -> list[int]:
     return [process for _, process in results]
 
 
+def test_jobs_of_a_local_session_find_its_ray() -> None:
+    """Ray's jobs resolve "auto" by this file, and without it join any Ray of the machine."""
+    folder = Path(ray._private.worker.global_worker.node.get_temp_dir_path())
+    assert (folder / "ray_current_cluster").read_text() == ray.get_runtime_context().gcs_address
+
+
 def test_maps_share_actors_until_the_pool_ends() -> None:
     end_pool()
     first = set(processes(1))

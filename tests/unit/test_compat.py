@@ -6,10 +6,8 @@ import importlib
 import inspect
 import json
 import signal
-import socket
 import sys
 import threading
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -330,26 +328,3 @@ def test_require_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
         compat.require_cluster("silent:1", 0.05)
     released.set()
     assert checked == [False] * 3
-
-
-@pytest.mark.parametrize(("listening", "attempts"), [(True, 2), (False, 1)])
-def test_a_client_that_times_out_is_made_anew_while_the_port_accepts_connections(
-    listening: bool, attempts: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import ray._raylet
-
-    made: list[str] = []
-
-    def connect(address: str) -> None:
-        made.append(address)
-        if len(made) == 1:
-            raise RuntimeError("Timed out while waiting for GCS to become available.")
-
-    monkeypatch.setattr(ray._raylet, "GcsClient", connect)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
-        if not listening:
-            server.close()
-        with nullcontext() if listening else pytest.raises(ConnectionError, match="Timed out"):
-            compat.require_cluster(address, 60)
-    assert made == [address] * attempts
