@@ -420,6 +420,7 @@ def test_a_local_ray_is_its_own_on_loopback_and_keeps_its_authentication(
     )
     monkeypatch.setattr("raydiv.runtime.session.require_resources", lambda cluster: None)
     monkeypatch.setattr("raydiv.utils.compat.require_cluster", lambda address, seconds: None)
+    monkeypatch.setattr("raydiv.utils.compat.write_ray_address", lambda folder: None)
     for name, value in (("RAY_ADDRESS", address), ("RAY_AUTH_MODE", mode)):
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
     with ray_session(ClusterConfig(), dashboard=True):
