@@ -37,13 +37,14 @@ class DepthMeasurement:
         cls, run: RunDirectory, stepper: Stepper, held_out: StoredExamples | None, every: int | None
     ) -> DepthMeasurement:
         """On a sample of the held-out examples; an event says so where they lack a class."""
+        nothing = cls(run, stepper, [], np.zeros(0, bool), every)
         if held_out is None or every is None:
-            return cls(run, stepper, [], np.zeros(0, bool), every)
+            return nothing
         if held_out.aligned.all() or not held_out.aligned.any():
             missing = "unaligned" if held_out.aligned.all() else "aligned"
             if dist.rank() == 0:
                 run.events.log(f"evaluate.depth_every: nothing is measured: no held-out example is {missing}")
-            return cls(run, stepper, [], np.zeros(0, bool), every)
+            return nothing
         rows = chosen_examples(held_out.aligned)
         return cls(run, stepper, list(held_out.ids(rows)), held_out.aligned[rows], every)
 

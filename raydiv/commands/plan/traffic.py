@@ -39,10 +39,10 @@ class Traffic:
         if sending <= arithmetic:
             return None
         helps = ["faster links"]
-        if self.micro_batches > 1:
-            helps += ["larger micro-batches"] + ["a ZeRO stage below 3"] * (self.weights > self.gradients)
-        else:
-            helps.append("more examples a step")
+        several = self.micro_batches > 1
+        helps.append("larger micro-batches" if several else "more examples a step")
+        if several and self.weights > self.gradients:
+            helps.append("a ZeRO stage below 3")
         if self.gradients > self.total / 10:
             helps.append("LoRA")
         return (
