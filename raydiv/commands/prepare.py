@@ -195,11 +195,13 @@ def _with_reference(
         with display.phase("reference log-probs") as update:
             lookup = reference_logps(recipe, inputs.model_directory, scored, update)
         hits, misses = lookup.hits, lookup.misses
-        of_splits, of_mismatches = lookup.logps[: len(splits)], iter(lookup.logps[len(splits) :])
-        sets = [
-            ExampleSet(examples, logps, mismatches, None if mismatches is None else next(of_mismatches))
-            for examples, logps, mismatches in zip(splits, of_splits, derangements, strict=True)
-        ]
+        tokens = lookup.tokens or [None for _ in scored]
+        results = list(zip(lookup.logps, tokens, strict=True))
+        of_splits, of_mismatches = results[: len(splits)], iter(results[len(splits) :])
+        sets = []
+        for examples, mismatches, (logps, of_tokens) in zip(splits, derangements, of_splits, strict=True):
+            mismatched_logps, of_mismatched = (None, None) if mismatches is None else next(of_mismatches)
+            sets.append(ExampleSet(examples, logps, mismatches, mismatched_logps, of_tokens, of_mismatched))
     held_out, facts = sets[1] if data.eval else None, chat_table(inputs.chat.facts())
     return PreparedData(inputs.model_directory, data, sets[0], held_out, hits, misses, trained_on, facts)
 

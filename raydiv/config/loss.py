@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Lt, MinLen
 from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, create_model, model_serializer, model_validator
 
 from raydiv.config.section import Section
 from raydiv.losses import OBJECTIVES, Objective, Term
-from raydiv.losses.position import PositionWeights
+from raydiv.losses.objective import Positive
+from raydiv.losses.position import PositionRule, PositionWeights, TokenConstraint
 
 TYPES = sorted(name for name, objective in OBJECTIVES.items() if not objective.penalty)
 """What ``loss.type`` may be."""
@@ -93,26 +94,35 @@ _Mix: Any = create_model(
 )
 
 
-_OPTIONS_OF_KIND = {"flat": (), "decay": ("rate",), "first": ("tokens", "weight"), "common-length": ("weight",)}
+_OPTIONS_OF_KIND = {
+    "flat": (),
+    "decay": ("rate",),
+    "first": ("tokens", "weight"),
+    "common-length": ("weight",),
+    "constrained": ("betas",),
+}
 
 
 class PositionConfig(_Nullable):
-    """What each position of a response counts in its log-prob.
+    """What each token of a response counts in its log-prob.
 
     ``flat``: each 1; ``decay``: token t, from 1, counts ``rate`` ** (t - 1); ``first``: the first ``tokens`` count
     ``weight`` each, the others 1, so that a weight below 1 moves the loss beyond the first tokens; ``common-length``:
-    those beyond the length of the pair's shorter response count ``weight`` each, the others 1.
+    those beyond the length of the pair's shorter response count ``weight`` each, the others 1; ``constrained``: the
+    log-ratio of token t is bounded above by 2 log 2 / b_t, with ``betas`` b_1, b_2, ...; the last is that of all later
+    tokens.
     """
 
-    kind: Literal["flat", "decay", "first", "common-length"] = "flat"
+    kind: Literal["flat", "decay", "first", "common-length", "constrained"] = "flat"
     rate: Annotated[float, Gt(0), Lt(1)] | None = None
     tokens: Annotated[int, Ge(1)] | None = None
     weight: Annotated[float, Gt(0)] | None = None
+    betas: Annotated[list[Positive], MinLen(1)] | None = None
 
     @model_validator(mode="after")
     def _require_the_options_of_the_kind(self) -> PositionConfig:
         wanted = _OPTIONS_OF_KIND[self.kind]
-        for name in ("rate", "tokens", "weight"):
+        for name in ("rate", "tokens", "weight", "betas"):
             if name in wanted and getattr(self, name) is None:
                 raise ValueError(f"kind {self.kind} needs {name}")
             if name not in wanted and getattr(self, name) is not None:
@@ -124,10 +134,12 @@ class PositionConfig(_Nullable):
         return {name: value for name, value in handler(self).items() if value is not None}
 
     @property
-    def weights(self) -> PositionWeights | None:
-        """The weights; None where all are 1."""
+    def rule(self) -> PositionRule | None:
+        """What the tokens count; None where each counts 1."""
         if self.kind == "flat" or self.weight == 1:
             return None
+        if self.kind == "constrained":
+            return TokenConstraint(tuple(self.betas or ()))
         if self.kind == "common-length":
             return PositionWeights(late_weight=self.weight or 1.0)
         return PositionWeights(self.rate or 1.0, self.tokens or 0, self.weight or 1.0)
@@ -177,7 +189,12 @@ class LossConfig(_Options):
 
     @property
     def needs_reference(self) -> bool:
-        return any(term.objective.needs_reference for term in self.terms)
+        return any(term.objective.needs_reference for term in self.terms) or self.needs_reference_tokens
+
+    @property
+    def needs_reference_tokens(self) -> bool:
+        """Whether the loss needs the reference's log-prob of each token."""
+        return isinstance(self.position.rule, TokenConstraint)
 
 
 if TYPE_CHECKING:

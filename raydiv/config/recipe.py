@@ -461,6 +461,12 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _constraint_needs_stored_reference(self) -> Recipe:
+        if self.model.reference != "store" and self.loss.needs_reference_tokens:
+            raise ValueError("loss.position.kind: constrained needs model.reference: store")
+        return self
+
+    @model_validator(mode="after")
     def _reference_option_needs_reference(self) -> Recipe:
         if self.model.reference != "store" and not self.loss.needs_reference:
             raise ValueError(

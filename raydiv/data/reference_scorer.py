@@ -16,8 +16,8 @@ from raydiv.config import Recipe
 from raydiv.config.cluster import ClusterConfig
 from raydiv.data.batching import micro_batches
 from raydiv.data.reference_store import ReferenceStore
-from raydiv.data.tokens import StoredExamples, content_keys
-from raydiv.losses.position import PositionWeights
+from raydiv.data.tokens import StoredExamples, TokenValues, content_keys
+from raydiv.losses.position import PositionRule, TokenConstraint
 from raydiv.model.chat import Ids
 from raydiv.model.collate import collate
 from raydiv.model.compatibility import CompatibilityCheck
@@ -35,11 +35,15 @@ TASK_EXAMPLES = 1024
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
-    """``logps[i]`` [n_i] of the i-th example set, fp32; numbers of distinct examples that were stored, and scored."""
+    """``logps[i]`` [n_i] of the i-th example set, fp32; numbers of distinct examples that were stored, and scored.
+
+    ``tokens[i]``: those of its response tokens, where the loss needs them.
+    """
 
     logps: list[np.ndarray]
     hits: int
     misses: int
+    tokens: Sequence[TokenValues | None] = ()
 
 
 def reference_logps(
@@ -50,9 +54,10 @@ def reference_logps(
     A finished task is stored at once. So an interrupted pass resumes where it stopped, and two concurrent passes share
     their work.
     """
-    position = recipe.loss.position.weights
+    position = recipe.loss.position.rule
     store = ReferenceStore.of(ModelSource.from_recipe(recipe, directory), position)
-    keys = pa.concat_arrays([examples.keys_under(position) for examples in example_sets])
+    set_keys = [examples.keys_under(position) for examples in example_sets]
+    keys = pa.concat_arrays(set_keys)
     logps = store.look_up(keys)
     _, distinct = np.unique(keys.dictionary_encode().indices.to_numpy(), return_index=True)
     missing = int(np.isnan(logps[distinct]).sum())
@@ -67,7 +72,8 @@ def reference_logps(
                 f"the reference store lacks {int(np.isnan(logps).sum())} log-probs that were just scored"
             )
     ends = np.cumsum([len(examples) for examples in example_sets])[:-1]
-    return Lookup(np.split(logps, ends), len(distinct) - scored, scored)
+    tokens = [store.look_up_tokens(of_set) for of_set in set_keys] if recipe.loss.needs_reference_tokens else []
+    return Lookup(np.split(logps, ends), len(distinct) - scored, scored, tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +96,7 @@ def _score_missing(
     """Score the ``distinct`` examples that are ``missing`` [n]; yields the number of examples of each finished task."""
     import ray
 
-    position, actors = recipe.loss.position.weights, pool_resources(recipe.cluster, model=True).actors
+    position, actors = recipe.loss.position.rule, pool_resources(recipe.cluster, model=True).actors
     tasks = _scoring_tasks(example_sets, distinct, missing, actors, position)
     # concurrent processes work on the same tasks: starting elsewhere, each finds those of the others done
     random.shuffle(tasks)
@@ -109,7 +115,7 @@ def _scoring_tasks(
     distinct: np.ndarray,
     missing: np.ndarray,
     workers: int,
-    position: PositionWeights | None = None,
+    position: PositionRule | None = None,
 ) -> list[ScoringTask]:
     """Tasks of similar lengths.
 
@@ -136,11 +142,12 @@ class StoreFiller:
     """A pool's actor: a model that scores tasks and stores each result."""
 
     def __init__(
-        self, model: ModelSource, store: ReferenceStore, example_sets: Any, position: PositionWeights | None = None
+        self, model: ModelSource, store: ReferenceStore, example_sets: Any, position: PositionRule | None = None
     ) -> None:
         import ray
 
-        self._scorer = LogProbScorer(model)
+        self._by_token = isinstance(position, TokenConstraint)
+        self._scorer = LogProbScorer(model, self._by_token)
         self._store, self._position = store, position
         self._example_sets: list[StoredExamples] = ray.get(example_sets)
         self._keys = [examples.keys_under(position) for examples in self._example_sets]
@@ -164,9 +171,10 @@ class StoreFiller:
                 example["weights"] = weights
             examples += of_set
             keys.append(self._keys[number].take(pa.array(rows)))
-        logps = [result["logp"] for result in self._scorer(examples)]
-        self._store.add(task.name, pa.concat_arrays(keys), logps)
-        return len(logps)
+        results = self._scorer(examples)
+        tokens = [result["tokens"] for result in results] if self._by_token else None
+        self._store.add(task.name, pa.concat_arrays(keys), [result["logp"] for result in results], tokens)
+        return len(results)
 
     def _unscored(self, task: ScoringTask) -> np.ndarray:
         """Positions in the task of the examples that no other process has scored since the task was cut."""
@@ -195,7 +203,7 @@ def score_tokens(
 ) -> list[np.ndarray]:
     """Log-probs [t] of the response tokens of each example, from a pool of models."""
     results = _map_examples(model, examples, cluster, progress, by_token=True)
-    return [np.array(result["tokens"]) for result in results]
+    return [result["tokens"] for result in results]
 
 
 def _map_examples(
@@ -259,7 +267,7 @@ class LogProbScorer:
         import torch
 
         lengths = [len(row["prompt"]) + len(row["response"]) for row in rows]
-        logps, tokens = torch.zeros(len(rows)), dict[int, list[float]]()
+        logps, tokens = torch.zeros(len(rows)), dict[int, np.ndarray]()
         packing: Packing = packing_of(self._model, max(lengths, default=0))[0] if self._packs else "none"
         self._head.install()
         for micro_batch in micro_batches(lengths, TOKENS_PER_FORWARD, ranks=1, packed=packing != "none")[0]:
@@ -272,7 +280,7 @@ class LogProbScorer:
                 logps[micro_batch] = inputs.sum_per_example(output.logits, len(micro_batch)).cpu()
                 if self._by_token:
                     parts = output.logits.float().cpu().split([len(response) for _, response in examples])
-                    tokens |= {row: part.tolist() for row, part in zip(micro_batch, parts, strict=True)}
+                    tokens |= {row: part.numpy() for row, part in zip(micro_batch, parts, strict=True)}
         self._head.remove()
         return [
             {"logp": float(logp), **({"tokens": tokens[row]} if self._by_token else {})}

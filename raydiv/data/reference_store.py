@@ -3,7 +3,7 @@
 An entry's key is the model (weights, config, precision, quantization), the weights of positions where ``loss.position``
 sets some, and the token ids of one example. Template and lengths need no place in the key, since they determine the
 ids. Nothing else is part of it: all epochs, trials, losses and learning rates share the entries, and a changed weight
-or token never hits a stale entry.
+or token never hits a stale entry. Where the loss constrains tokens, entries also have the log-prob of each token.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from raydiv.losses.position import PositionWeights
+from raydiv.data.tokens import TokenValues
+from raydiv.losses.position import PositionRule
 from raydiv.model.load import ModelSource
 from raydiv.utils.cache import digest, shared_dir
 from raydiv.utils.storage import open_input
@@ -32,33 +33,56 @@ class ReferenceStore:
         model_fingerprint: str,
         precision: str,
         quantization: str | None = None,
-        position: PositionWeights | None = None,
+        position: PositionRule | None = None,
     ) -> None:
         # later settings are absent at their defaults, so that earlier entries keep their keys
-        settings = (precision, *(str(setting) for setting in (quantization, position) if setting is not None))
+        later = (quantization, None if position is None else position.store_key)
+        settings = (precision, *(setting for setting in later if setting is not None))
         self._folder = shared_dir("reference", digest(VERSION, model_fingerprint, *settings))
 
     @classmethod
-    def of(cls, model: ModelSource, position: PositionWeights | None = None) -> ReferenceStore:
-        """The store of a model's log-probs under weights of positions."""
+    def of(cls, model: ModelSource, position: PositionRule | None = None) -> ReferenceStore:
+        """The store of a model's log-probs, of which tokens count as ``position`` says."""
         return cls(model.fingerprint(), model.precision, model.quantization, position)
 
     def look_up(self, keys: pa.Array) -> np.ndarray:
         """Log-probs [n] of ``keys`` (see StoredExamples.keys), NaN where the store has none."""
-        parts = [pq.read_table(open_input(self._folder.uri_of(name))) for name in self._folder.file_names(".parquet")]
-        if not parts:
+        entries = self._take(keys, "logp")
+        if entries is None:
             return np.full(len(keys), np.nan, np.float32)
-        entries = pa.concat_tables(parts).combine_chunks()
-        rows = pc.index_in(keys, value_set=entries["key"])
-        logps: np.ndarray = entries["logp"].take(rows).to_numpy()
+        logps: np.ndarray = entries.to_numpy()
         return logps.astype(np.float32)
+
+    def look_up_tokens(self, keys: pa.Array) -> TokenValues:
+        """Log-probs of each response token of ``keys``. Raises KeyError where the store lacks one."""
+        entries = self._take(keys, "tokens")
+        if entries is None or entries.null_count:
+            raise KeyError("the reference store lacks log-probs of tokens")
+        lists = entries.combine_chunks()
+        return TokenValues(lists.values.to_numpy(), lists.offsets.to_numpy())
+
+    def _take(self, keys: pa.Array, column: str) -> pa.ChunkedArray | None:
+        """A column of the entries of ``keys``, null where there is none; None of an empty store."""
+        names = self._folder.file_names(".parquet")
+        parts = [pq.read_table(open_input(self._folder.uri_of(name)), columns=["key", column]) for name in names]
+        if not parts:
+            return None
+        entries = pa.concat_tables(parts).combine_chunks()
+        return entries[column].take(pc.index_in(keys, value_set=entries["key"]))
 
     def has(self, part: str) -> bool:
         return self._folder.has(f"{part}.parquet")
 
-    def add(self, part: str, keys: pa.Array, logps: Sequence[float]) -> None:
-        """Store the entries as ``part``. If the part exists, it stays, and the entries get another file."""
+    def add(
+        self, part: str, keys: pa.Array, logps: Sequence[float], tokens: Sequence[np.ndarray] | None = None
+    ) -> None:
+        """Store the entries as ``part``, with the log-probs of their ``tokens``. If the part exists, it stays, and the
+        entries get another file.
+        """
+        columns = {"key": keys, "logp": pa.array(logps, pa.float32())}
+        if tokens is not None:
+            columns["tokens"] = pa.array(tokens, pa.large_list(pa.float32()))
         buffer = pa.BufferOutputStream()
-        pq.write_table(pa.table({"key": keys, "logp": pa.array(logps, pa.float32())}), buffer, use_dictionary=False)
+        pq.write_table(pa.table(columns), buffer, use_dictionary=False)
         name = f"{part}.{digest(keys.to_pylist())}" if self.has(part) else part
         self._folder.write(f"{name}.parquet", buffer.getvalue())

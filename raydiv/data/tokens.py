@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raydiv.losses.position import PositionWeights
+from raydiv.losses.position import PositionRule, PositionWeights, TokenConstraint
 from raydiv.model.chat import Ids
 from raydiv.utils.storage import open_input
 
@@ -63,11 +63,25 @@ def _complete_pairs(pair: np.ndarray, aligned: np.ndarray) -> np.ndarray:
 
 
 def _weights(
-    position: PositionWeights | None, lengths: np.ndarray, shorter: np.ndarray, rows: Sequence[int] | np.ndarray
+    position: PositionRule | None, lengths: np.ndarray, shorter: np.ndarray, rows: Sequence[int] | np.ndarray
 ) -> list[np.ndarray] | None:
-    if position is None:
+    if not isinstance(position, PositionWeights):
         return None
     return [position.of(int(lengths[row]), int(shorter[row])) for row in rows]
+
+
+@dataclass(frozen=True)
+class TokenValues:
+    """A value of each response token of n examples: ``values`` [t], of which example i has those from ``starts[i]`` to
+    ``starts[i + 1]``.
+    """
+
+    values: np.ndarray
+    starts: np.ndarray
+
+    def at(self, rows: np.ndarray) -> list[np.ndarray]:
+        """The values of the examples at ``rows``."""
+        return [self.values[self.starts[row] : self.starts[row + 1]] for row in rows.tolist()]
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,8 @@ class TokenizedExamples:
     prompt followed by the response, which ends in EOS unless it was truncated. ``pair`` [n] is a number that the two
     examples of a pair share, or -1 for no pair. ``shorter_lengths`` [n] are the response tokens of the shorter response
     of each example's pair in the whole set, whether the step has both or not; its own without a pair.
+    ``reference_tokens`` has the reference's log-probs of the response tokens, like the ids of this rank's examples
+    alone, where the loss needs them.
     """
 
     prompt_ids: Sequence[np.ndarray | None]
@@ -87,6 +103,7 @@ class TokenizedExamples:
     aligned: np.ndarray
     pair: np.ndarray
     shorter_lengths: np.ndarray
+    reference_tokens: Sequence[np.ndarray | None] = ()
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
@@ -109,9 +126,25 @@ class TokenizedExamples:
         """[p, 2] rows of each complete pair's aligned and unaligned example, in order of first appearance."""
         return _complete_pairs(self.pair, self.aligned)
 
-    def weights(self, position: PositionWeights | None, rows: Sequence[int]) -> list[np.ndarray] | None:
+    def weights(self, position: PositionRule | None, rows: Sequence[int]) -> list[np.ndarray] | None:
         """Weights of the response tokens of the examples at ``rows``; None where all are 1."""
         return _weights(position, self.response_lengths, self.shorter_lengths, rows)
+
+    def constraint(self, position: PositionRule | None, rows: Sequence[int]) -> list[np.ndarray] | None:
+        """[2, t] for each example at ``rows``: the betas of its response tokens, and the reference's log-probs of
+        them; None where they are not constrained.
+
+        Raises LookupError for another rank's example.
+        """
+        if not isinstance(position, TokenConstraint):
+            return None
+        constraints = []
+        for row in rows:
+            logps = self.reference_tokens[row]
+            if logps is None:
+                raise LookupError(f"example {row} of the step is another rank's")
+            constraints.append(np.stack([position.of(len(logps)), logps]))
+        return constraints
 
     @cached_property
     def units(self) -> list[list[int]]:
@@ -120,12 +153,20 @@ class TokenizedExamples:
         single = set(range(len(self))) - {row for rows in paired for row in rows}
         return sorted([*paired, *([row] for row in single)])
 
-    def with_ids(self, positions: Sequence[int], ids: Sequence[tuple[np.ndarray, np.ndarray]]) -> TokenizedExamples:
-        """The same examples, with the token ids of those at ``positions``."""
+    def with_ids(
+        self,
+        positions: Sequence[int],
+        ids: Sequence[tuple[np.ndarray, np.ndarray]],
+        reference_tokens: Sequence[np.ndarray] = (),
+    ) -> TokenizedExamples:
+        """The same examples, with the token ids of those at ``positions``, and with the reference's log-probs."""
         prompts, responses = list(self.prompt_ids), list(self.response_ids)
         for position, (prompt, response) in zip(positions, ids, strict=True):
             prompts[position], responses[position] = prompt, response
-        return replace(self, prompt_ids=prompts, response_ids=responses)
+        tokens: list[np.ndarray | None] = [None] * len(self) if reference_tokens else []
+        for position, logps in zip(positions, reference_tokens, strict=False):
+            tokens[position] = logps
+        return replace(self, prompt_ids=prompts, response_ids=responses, reference_tokens=tokens)
 
     @classmethod
     def from_ids(
@@ -234,13 +275,13 @@ class StoredExamples:
         """Keys [n] of 36 bytes: the digests of the ids, and the number of response tokens that are scored."""
         return _join_keys(self.prompt_keys, self.response_keys, self.response_lengths)
 
-    def keys_under(self, position: PositionWeights | None) -> pa.FixedSizeBinaryArray:
+    def keys_under(self, position: PositionRule | None) -> pa.FixedSizeBinaryArray:
         """``keys``, of 40 bytes where weights of positions depend on the pair."""
         if position is None or not position.depends_on_pair:
             return self.keys
         return _join_keys(self.prompt_keys, self.response_keys, self.response_lengths, self._shorter_lengths)
 
-    def weights(self, position: PositionWeights | None, rows: np.ndarray) -> list[np.ndarray] | None:
+    def weights(self, position: PositionRule | None, rows: np.ndarray) -> list[np.ndarray] | None:
         """As in TokenizedExamples."""
         return _weights(position, self.response_lengths, self._shorter_lengths, rows)
 

@@ -62,7 +62,8 @@ def distinct_preparations(recipes: Sequence[Recipe]) -> list[Recipe]:
         excluded = KEYS_OF_TRAINING if draws_eval else KEYS_OF_TRAINING | {"seed": True}
         tree = recipe.model_dump(mode="json", by_alias=True, exclude=excluded)
         terms = [(term.name, term.divergence == "none") for term in recipe.loss.terms]
-        distinct.setdefault(repr((tree, terms, recipe.loss.position.weights)), recipe)
+        rule = recipe.loss.position.rule
+        distinct.setdefault(repr((tree, terms, rule and rule.store_key)), recipe)
     return list(distinct.values())
 
 

@@ -12,7 +12,7 @@ A family is a file:
 - likelihood.py  no reference: sft, cpo, simpo, orpo
 - penalty.py     to mix in: log-ratio-l2
 
-position.py has the weights of a response's tokens, which serve any objective.
+position.py has what each token of a response counts, which serves any objective.
 
 To add one, write one function in the file of its family, under ``@objective``. Its keyword-only parameters become the
 recipe's ``loss`` section; the facts in the decorator feed validation and ``raydiv losses``.

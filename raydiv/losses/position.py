@@ -1,4 +1,4 @@
-"""Weights of response positions: how much each token's log-prob counts in its example's."""
+"""What each token of a response adds to its example's log-prob: a weight by position, or a bound on its log-ratio."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ class PositionWeights:
     late_weight: float = 1.0
 
     @property
+    def store_key(self) -> str:
+        """What tells the reference store's entries apart."""
+        return str(self)
+
+    @property
     def depends_on_pair(self) -> bool:
         """Whether the weights of an example depend on the length of its partner's response."""
         return self.late_weight != 1.0
@@ -41,3 +46,37 @@ class PositionWeights:
         weights[: self.early] *= self.early_weight
         weights[shorter:] *= self.late_weight
         return weights.astype(np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenConstraint:
+    """The token-wise constraint of Qi et al. 2024 (arXiv 2406.05946, section 4), for any objective.
+
+    A token with log-ratio d = log pi(y_t|...) - log pi_ref(y_t|...) adds phi_t(d) = 2/b_t (log s(b_t d) + log 2) to its
+    example's log-ratio in place of d, where b_t is the t-th of ``betas``, whose last one is that of all later tokens.
+    phi(0) = 0; the slope 2 s(-b d) is 1 at d = 0, falls to 0 where the policy has raised the token, and rises to 2
+    where it has lowered it. So a token gains at most 2/b log 2 nats. With ``sft`` it is the paper's objective, up to a
+    constant; its own values are 0.5 for the first token, 2 for the next four and 0.1 for the others.
+
+    What PositionWeights says of estimates holds here too.
+    """
+
+    betas: tuple[float, ...]
+
+    @property
+    def store_key(self) -> str:
+        """The reference's log-probs token by token, which no beta changes."""
+        return "by token"
+
+    @property
+    def depends_on_pair(self) -> bool:
+        return False
+
+    def of(self, length: int) -> np.ndarray:
+        """b_1 ... b_length, [length], fp32."""
+        import numpy as np
+
+        return np.array([*self.betas[:length], *[self.betas[-1]] * (length - len(self.betas))], np.float32)
+
+
+PositionRule = PositionWeights | TokenConstraint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from raydiv.model.chat import Ids
 from raydiv.model.packing import BlockDiagonalMask, Packing, boundaries_of
@@ -23,7 +25,8 @@ class ModelInputs:
     ``(rows[t], columns[t])`` of ``ids`` predicts token ``targets[t]`` of the response of example ``examples[t]``.
     ``boundaries`` [m + 1] and ``longest``, the tokens of the longest example, are arguments of FlashAttention.
     ``ends`` [m] are the scored positions before the end of each example, on the host. ``weights`` [t] is what each
-    counts in its example's log-prob; None: 1.
+    counts in its example's log-prob; None: 1. ``constraint`` [2, t] are betas and the reference's log-probs, where the
+    log-ratio of each is bounded (TokenConstraint).
     """
 
     ids: Tensor
@@ -37,6 +40,7 @@ class ModelInputs:
     longest: int = 0
     ends: Sequence[int] = ()
     weights: Tensor | None = None
+    constraint: Tensor | None = None
 
     def to(self, device: torch.device) -> ModelInputs:
         tensors = {name: getattr(self, name) for name in self.__slots__}
@@ -55,23 +59,39 @@ class ModelInputs:
             kwargs |= dict.fromkeys(("max_length_q", "max_length_k"), self.longest)
         return kwargs
 
-    def weighted(self, values: Tensor, part: slice = slice(None)) -> Tensor:
-        """Values of the scored positions, or of a ``part`` of them, times their weights."""
-        return values if self.weights is None else values * self.weights[part]
+    def terms(self, logps: Tensor, part: slice = slice(None)) -> Tensor:
+        """What the scored positions, or a ``part`` of them, with token log-probs ``logps`` add to their examples'
+        log-probs.
+        """
+        if self.constraint is not None:
+            betas, reference = self.constraint[:, part]
+            terms: Tensor = reference + (logsigmoid(betas * (logps - reference)) + math.log(2)) * (2 / betas)
+            return terms
+        return logps if self.weights is None else logps * self.weights[part]
+
+    def slopes(self, logps: Tensor, part: slice = slice(None)) -> Tensor:
+        """Derivatives of ``terms`` by ``logps``."""
+        if self.constraint is not None:
+            betas, reference = self.constraint[:, part]
+            return 2 * torch.sigmoid(betas * (reference - logps))
+        return torch.ones_like(logps) if self.weights is None else self.weights[part]
 
     def sum_per_example(self, logps: Tensor, examples: int) -> Tensor:
-        """Sum token log-probs [t], times their weights, to sequence log-probs [examples]."""
-        return logps.new_zeros(examples).index_add(0, self.examples, self.weighted(logps))
+        """Sum the terms of token log-probs [t] to sequence log-probs [examples]."""
+        return logps.new_zeros(examples).index_add(0, self.examples, self.terms(logps))
 
 
 def collate(
-    examples: Sequence[tuple[Ids, Ids]], packing: Packing = "none", weights: Sequence[np.ndarray] | None = None
+    examples: Sequence[tuple[Ids, Ids]],
+    packing: Packing = "none",
+    weights: Sequence[np.ndarray] | None = None,
+    constraint: Sequence[np.ndarray] | None = None,
 ) -> ModelInputs:
     """Inputs of (prompt ids, response ids) examples, padded on the right, or packed end to end.
 
     Padding is masked and never scored, so its token id does not matter. Without examples: a dummy of one position, for
-    a rank without work, which must still join the collectives of the others. ``weights[i]`` are those of response i's
-    tokens; without them, 1.
+    a rank without work, which must still join the collectives of the others. ``weights[i]`` [t_i] and
+    ``constraint[i]`` [2, t_i] are those of response i's tokens.
     """
     if not examples:
         return _dummy()
@@ -99,6 +119,7 @@ def collate(
         longest=max(lengths),
         ends=np.cumsum(responses).tolist(),
         weights=None if weights is None else torch.from_numpy(np.concatenate(weights)),
+        constraint=None if constraint is None else torch.from_numpy(np.concatenate(constraint, axis=1)),
     )
 
 

@@ -231,7 +231,7 @@ def _model_card(recipe: Recipe, chat: Chat, adapter: bool) -> str:
     options = recipe.data.template_options
     lines = [f"- {name}: `{fact}`" for name, fact in chat_table(chat.facts()).items()]
     position = recipe.loss.position
-    lines += [f"- weights of positions: `{json.dumps(position.model_dump())}`"] if position.weights else []
+    lines += [f"- what tokens count: `{json.dumps(position.model_dump())}`"] if position.rule else []
     lines += [f"- options of the template, in training: `{json.dumps(options)}`"] if options else []
     return f"""---
 {data.to_yaml()}

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from raydiv.data.batching import BatchLayout, BatchPlan, MicroBatch
-from raydiv.data.tokens import StoredExamples, TokenizedExamples
+from raydiv.data.tokens import StoredExamples, TokenizedExamples, TokenValues
 from raydiv.runtime.actor_pool import PrefetchedStream
 from raydiv.training.step import RankLayout, RankStep
 
@@ -31,12 +31,16 @@ WINDOW = 256
 
 @dataclass(frozen=True, slots=True)
 class ExampleSet:
-    """Examples with the reference log-prob of each; for KTO also the mismatched ones, which correspond row by row."""
+    """Examples with the reference log-prob of each, and of their response tokens where the loss needs these; for KTO
+    also the mismatched ones, which correspond row by row.
+    """
 
     examples: StoredExamples
     reference_logps: np.ndarray | None
     mismatched: StoredExamples | None = None
     mismatched_reference_logps: np.ndarray | None = None
+    reference_tokens: TokenValues | None = None
+    mismatched_reference_tokens: TokenValues | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +84,14 @@ class StepLoader:
         layout = self.shard.layout_of(examples, mismatched)
         return RankStep(
             plan,
-            _with_ids(examples, data.examples, plan.rows, layout.positions),
-            _with_ids(mismatched, data.mismatched, plan.rows, layout.mismatched_positions),
+            _with_ids(examples, data.examples, data.reference_tokens, plan.rows, layout.positions),
+            _with_ids(
+                mismatched,
+                data.mismatched,
+                data.mismatched_reference_tokens,
+                plan.rows,
+                layout.mismatched_positions,
+            ),
             None if data.reference_logps is None else torch.from_numpy(data.reference_logps[plan.rows]),
             torch.zeros(len(mismatched))
             if data.mismatched_reference_logps is None
@@ -91,12 +101,17 @@ class StepLoader:
 
 
 def _with_ids(
-    examples: TokenizedExamples, stored: StoredExamples | None, rows: np.ndarray, positions: list[int]
+    examples: TokenizedExamples,
+    stored: StoredExamples | None,
+    reference_tokens: TokenValues | None,
+    rows: np.ndarray,
+    positions: list[int],
 ) -> TokenizedExamples:
-    """``examples``, those at ``positions`` with their token ids."""
+    """``examples``, those at ``positions`` with their token ids, and with the reference's log-probs of these."""
     if stored is None or not positions:
         return examples
-    return examples.with_ids(positions, stored.ids(rows[positions]))
+    tokens = [] if reference_tokens is None else reference_tokens.at(rows[positions])
+    return examples.with_ids(positions, stored.ids(rows[positions]), tokens)
 
 
 def read_steps(loader: StepLoader, start: int, stop: int) -> Iterator[RankStep]:

@@ -27,7 +27,7 @@ from torch import Tensor
 from raydiv.data.batching import BatchLayout, MicroBatch, StepPlan
 from raydiv.data.tokens import TokenizedExamples
 from raydiv.losses import Batch, State, Term, widest_scope
-from raydiv.losses.position import PositionWeights
+from raydiv.losses.position import PositionRule
 from raydiv.model.chat import Ids
 from raydiv.model.collate import ModelInputs, collate
 from raydiv.model.head import CoefficientFn, LogProbHead
@@ -106,7 +106,7 @@ class Stepper:
     terms: Sequence[Term]
     tokens_per_microbatch: int
     packing: Packing = "none"
-    position: PositionWeights | None = None
+    position: PositionRule | None = None
     seed: int = 0
     states: list[State] = field(default_factory=list)
     forwards: int = 0
@@ -227,12 +227,12 @@ class Stepper:
         """
         if not micro_batch:
             return torch.zeros_like(token_logps)
-        token_logps, examples = inputs.weighted(token_logps, part), inputs.examples[part]
+        terms, examples = inputs.terms(token_logps, part), inputs.examples[part]
         first, last = bisect_right(inputs.ends, part.start), bisect_right(inputs.ends, part.stop - 1)
-        sums = token_logps.new_zeros(last + 1 - first).index_add(0, examples - first, token_logps)
+        sums = terms.new_zeros(last + 1 - first).index_add(0, examples - first, terms)
         batch.logps[micro_batch[first : last + 1]] = sums.float().cpu()
         coefficients = known_coefficients(self.terms, self.states, batch)
-        return inputs.weighted(self._select(coefficients, micro_batch)[examples], part)
+        return self._select(coefficients, micro_batch)[examples] * inputs.slopes(token_logps, part)
 
     def _two_passes(self, step: RankStep, batch: Batch) -> LossOutput:
         """Score every micro-batch without graph, evaluate the loss, then forward each again for its backward."""
@@ -243,8 +243,9 @@ class Stepper:
         self.timer.enter("push")
         for count, micro_batch in enumerate(micro_batches, start=1):
             inputs = self._inputs(step.examples, micro_batch)
-            coefficients = inputs.weighted(self._select(output.coefficients, micro_batch)[inputs.examples])
-            weighted_sum = self._forward(step.number, micro_batch, inputs, partial(_slice, coefficients))
+            coefficients = self._select(output.coefficients, micro_batch)[inputs.examples]
+            coefficient_fn = partial(_token_coefficients, inputs, coefficients)
+            weighted_sum = self._forward(step.number, micro_batch, inputs, coefficient_fn)
             self.engine.backward(weighted_sum, last=count == len(micro_batches))
         return output
 
@@ -259,7 +260,8 @@ class Stepper:
 
     def _inputs(self, examples: TokenizedExamples, micro_batch: MicroBatch) -> ModelInputs:
         rows, weights = [examples[row] for row in micro_batch], examples.weights(self.position, micro_batch)
-        return collate(rows, self.packing, weights).to(self.engine.device)
+        constraint = examples.constraint(self.position, micro_batch)
+        return collate(rows, self.packing, weights, constraint).to(self.engine.device)
 
     def _score(self, number: int, examples: TokenizedExamples, micro_batch: MicroBatch, grad: bool) -> Tensor:
         """Log-probs [m] of a micro-batch of ``examples`` ([1] for a dummy), with a graph when ``grad``."""
@@ -353,8 +355,9 @@ def select_examples(batch: Batch, rows: np.ndarray) -> Batch:
     )
 
 
-def _slice(coefficients: Tensor, part: slice, _: Tensor) -> Tensor:
-    return coefficients[part]
+def _token_coefficients(inputs: ModelInputs, coefficients: Tensor, part: slice, token_logps: Tensor) -> Tensor:
+    """Coefficients of a part of the scored positions, from those of their examples, [t]."""
+    return coefficients[part] * inputs.slopes(token_logps, part)
 
 
 def _runs(examples: TokenizedExamples, micro_batch: MicroBatch, in_pairs: bool) -> list[int]:

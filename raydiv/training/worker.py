@@ -150,7 +150,7 @@ def _build_stepper(task: TrainTask, run: RunDirectory, timer: StepTimer) -> tupl
     packing = _choose_packing(recipe, CompatibilityCheck(head, engine.model, engine, engine.device), run)
     tokens = recipe.batch.tokens_per_microbatch
     assert tokens != "auto", "batch.tokens_per_microbatch is resolved before workers start (raydiv.commands.plan)"
-    position = recipe.loss.position.weights
+    position = recipe.loss.position.rule
     return Stepper(engine, head, recipe.loss.terms, tokens, packing, position, recipe.seed, timer=timer), utilisation
 
 

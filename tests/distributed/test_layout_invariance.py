@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from helpers.ranks import run_on_ranks
-from helpers.step_cases import LR, Case, on_this_rank, step_examples
+from helpers.step_cases import LR, Case, on_this_rank, step_examples, with_reference_tokens
 from raydiv.config.loss import TYPES
 from raydiv.data.batching import MicroBatch, micro_batches
 from raydiv.data.tokens import TokenizedExamples
@@ -26,7 +26,7 @@ from raydiv.model.collate import collate
 from raydiv.model.head import LogProbHead
 from raydiv.model.packing import Packing
 from raydiv.training.coefficients import evaluate_objective
-from raydiv.training.step import Stepper
+from raydiv.training.step import RankStep, Stepper
 
 LAYOUTS = {"one micro-batch a rank": 100_000, "uneven micro-batches": 70, "one example each": 1}
 
@@ -62,7 +62,7 @@ def build(model: str, case: Case) -> Any:
 def stepper_of(engine: Any, head: LogProbHead, model: str, case: Case) -> Stepper:
     loss = case.recipe(Path(model)).loss
     return Stepper(
-        engine, head, loss.terms, case.tokens, case.packing, loss.position.weights, states=running_states(loss.terms)
+        engine, head, loss.terms, case.tokens, case.packing, loss.position.rule, states=running_states(loss.terms)
     )
 
 
@@ -82,6 +82,11 @@ def restore_weights(engine: Any, weights: dict[str, torch.Tensor]) -> None:
     engine._deepspeed.optimizer.refresh_fp32_params()
 
 
+def step_of(case: Case, with_mismatched: bool) -> RankStep:
+    step = step_examples(case.examples, with_mismatched)
+    return with_reference_tokens(step) if case.position["kind"] == "constrained" else step
+
+
 def steps(model: str, cases: list[Case]) -> list[dict[str, Any]]:
     """Each case's step from the same weights; runs on every rank."""
     results = []
@@ -92,7 +97,7 @@ def steps(model: str, cases: list[Case]) -> list[dict[str, Any]]:
                 engine = build(model, case)
                 head, first = LogProbHead(engine.model), trained_weights(engine)
             stepper = stepper_of(engine, head, model, case)
-            step = step_examples(case.examples, any(term.objective.needs_mismatched for term in stepper.terms))
+            step = step_of(case, any(term.objective.needs_mismatched for term in stepper.terms))
             metrics = stepper.step(on_this_rank(step, stepper.layout), LR)
             weights = {
                 name.removeprefix("base_model.model."): weight.numpy()
@@ -135,7 +140,7 @@ def plain_step(model_directory: Path, case: Case) -> PlainStep:
     from raydiv.model.load import build_policy
 
     recipe = case.recipe(model_directory)
-    rank_step = step_examples(case.examples, recipe.loss.mismatched_terms)
+    rank_step = step_of(case, bool(recipe.loss.mismatched_terms))
     torch.manual_seed(0)
     model = build_policy(model_directory, recipe.model, torch.float32)
 
@@ -160,7 +165,15 @@ def plain_step(model_directory: Path, case: Case) -> PlainStep:
         logits = model(**inputs.forward_kwargs()).logits
         tokens = logits.log_softmax(-1)[inputs.rows, inputs.columns, inputs.targets]
         # in fp32 and in turn: the rounding of sums is most of the error where the classes' gradients nearly cancel
-        return torch.zeros(len(examples)).index_add(0, inputs.examples, torch.cat(weights(examples)) * tokens)
+        return torch.zeros(len(examples)).index_add(0, inputs.examples, terms(examples, tokens))
+
+    def terms(examples: TokenizedExamples, tokens: torch.Tensor) -> torch.Tensor:
+        if case.position["kind"] != "constrained":
+            return torch.cat(weights(examples)) * tokens
+        listed = case.position["betas"]
+        betas = [listed[min(t, len(listed) - 1)] for n in examples.response_lengths.tolist() for t in range(n)]
+        beta, reference = torch.tensor(betas), torch.from_numpy(np.concatenate(examples.reference_tokens))
+        return reference + 2 / beta * (2 * (beta * (tokens - reference)).sigmoid()).log()
 
     batch = Batch(
         logps(rank_step.examples),
@@ -225,6 +238,7 @@ OBJECTIVE_CASES: list[dict[str, Any]] = [
 
 
 DECAY: dict[str, Any] = {"kind": "decay", "rate": 0.8}
+CONSTRAINED: dict[str, Any] = {"kind": "constrained", "betas": [0.5, 0.2, 0.05]}
 FIRST: dict[str, Any] = {"kind": "first", "tokens": 3, "weight": 0.25}
 LAYOUTS_OF_WEIGHTED: list[tuple[int, Packing]] = [(100_000, "none"), (30, "none"), (30, "mask")]
 WEIGHTED_CASES = [
@@ -247,6 +261,11 @@ WEIGHTED_CASES = [
         for tokens, packing in LAYOUTS_OF_WEIGHTED
     ),
     Case(MIXTURE, 70, lora=True, position=DECAY),
+    *(
+        Case({"type": name}, tokens, examples="even pairs", packing=packing, position=CONSTRAINED)
+        for name in ("sft", "dpo", "kldo", "kto", "simpo")
+        for tokens, packing in LAYOUTS_OF_WEIGHTED
+    ),
 ]
 
 

@@ -61,6 +61,25 @@ def make_step(
     return RankStep(plan, examples, mismatched, reference_logps, mismatched_reference_logps, layout)
 
 
+def with_reference_tokens(step: RankStep) -> RankStep:
+    """``step`` with the reference's log-prob of each example split over its tokens, later ones more improbable."""
+
+    def split(examples: TokenizedExamples, logps: torch.Tensor) -> TokenizedExamples:
+        parts = [np.arange(1, length + 1) for length in examples.response_lengths.tolist()]
+        tokens = [
+            (logp * part / part.sum()).astype(np.float32) for logp, part in zip(logps.tolist(), parts, strict=True)
+        ]
+        rows = range(len(examples))
+        return examples.with_ids(rows, [examples[row] for row in rows], tokens)
+
+    assert step.reference_logps is not None
+    return replace(
+        step,
+        examples=split(step.examples, step.reference_logps),
+        mismatched=split(step.mismatched, step.mismatched_reference_logps),
+    )
+
+
 def on_this_rank(step: RankStep, layout: BatchLayout) -> RankStep:
     """``step`` with this rank's micro-batches."""
     shard = RankShard(layout, dist.rank(), trains=True, scores=step.reference_logps is None)

@@ -285,9 +285,9 @@ def test_target_margin_stops_early_and_says_so(
     assert f"stopped after {len(steps)} of 30 updates" in result.run.report.read_text()
 
 
-def short(loss: str, model: Path, files: dict[str, str], folder: Path) -> Recipe:
+def short(loss: str, model: Path, files: dict[str, str], folder: Path, *more: str) -> Recipe:
     changes = (f"loss.type={loss}", "loss.mix=null", "optim.steps=2", "cluster.num_workers=1", "engine.zero_stage=0")
-    made: Recipe = recipe_of(model, files, folder, loss, *changes)
+    made: Recipe = recipe_of(model, files, folder, loss, *changes, *more)
     return made
 
 
@@ -313,9 +313,26 @@ def test_policy_and_reference_have_the_same_weights_of_positions(
         recipe_of(tiny_model, files, tmp_path, name, *changes, *more) for name, more in (("stored", ()), ("off", lora))
     ]
     for run in train_on_ranks(recipes, 1, tmp_path / "ranks"):
-        steps = [record for record in records(run.path) if "loss" in record]
-        assert abs(steps[0]["log_ratio/max"]) < 1e-4
-        assert abs(steps[1]["log_ratio/max"]) > 1e-3
+        assert_starts_at_the_reference(run)
+
+
+def assert_starts_at_the_reference(run: RunDirectory) -> None:
+    steps = [record for record in records(run.path) if "loss" in record]
+    assert abs(steps[0]["log_ratio/max"]) < 1e-4
+    assert abs(steps[1]["log_ratio/max"]) > 1e-3
+
+
+@pytest.mark.parametrize("loss", ["kto", "sft"])
+def test_constrained_tokens_start_at_the_reference(
+    loss: str, ray: None, tiny_model: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    """With mismatched examples, and for a loss that has no reference otherwise; a second run finds all in the store."""
+    recipe = short(loss, tiny_model, files, tmp_path, "loss.position={kind: constrained, betas: [0.5, 2, 0.1]}")
+    result = train(recipe, ProgressDisplay(quiet=True))
+    assert_starts_at_the_reference(result.run)
+    assert result.data["reference"]["misses"] > 0
+    again = train(recipe.model_copy(update={"name": "again"}), ProgressDisplay(quiet=True))
+    assert again.data["reference"]["misses"] == 0
 
 
 @pytest.mark.long

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from helpers.stored import stored_examples, write_shards
 from raydiv.data.batching import BatchLayout, EpochPlan, SequentialPlan, StepPlan
-from raydiv.data.tokens import TokenizedExamples, mismatched
+from raydiv.data.tokens import StoredExamples, TokenizedExamples, TokenValues, mismatched
 from raydiv.losses import OBJECTIVES, Batch, Term
 from raydiv.training import dataloader as module
 from raydiv.training.dataloader import ExampleSet, RankShard, StepLoader, read_steps, stream_steps
@@ -118,6 +119,32 @@ def test_a_step_knows_labels_pairs_and_reference_of_the_whole_step(examples: Exa
     assert step.reference_logps.tolist() == plan.rows.tolist()
     assert step.mismatched_reference_logps is not None
     assert step.mismatched_reference_logps.tolist() == (1000 + plan.rows).tolist()
+
+
+def test_a_rank_has_the_reference_tokens_of_its_examples_alone(examples: ExampleSet) -> None:
+    def tokens(stored: StoredExamples, sign: int) -> TokenValues:
+        lengths = stored.response_lengths.astype(np.int64)
+        values = np.repeat(np.arange(len(stored)), lengths) * sign
+        return TokenValues(values.astype(np.float32), np.append(0, np.cumsum(lengths)))
+
+    assert examples.mismatched is not None
+    with_tokens = replace(
+        examples,
+        reference_tokens=tokens(examples.examples, 1),
+        mismatched_reference_tokens=tokens(examples.mismatched, -1),
+    )
+    order, shard = order_of(examples), RankShard(BatchLayout(30, 3, "pair"), 1, trains=True, scores=False)
+    step = StepLoader(with_tokens, order, shard).read(2)
+    sides = ((step.examples, step.layout.positions, 1), (step.mismatched, step.layout.mismatched_positions, -1))
+    for found, positions, sign in sides:
+        assert len(positions) < len(found)
+        for position, row in enumerate(step.plan.rows.tolist()):
+            values = found.reference_tokens[position]
+            if position in positions:
+                assert values is not None
+                assert values.tolist() == [sign * row] * int(found.response_lengths[position])
+            else:
+                assert values is None
 
 
 def test_a_set_without_mismatched_examples_or_reference_has_none(examples: ExampleSet) -> None:

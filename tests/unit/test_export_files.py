@@ -122,7 +122,7 @@ def test_the_card_has_metadata_that_the_hub_accepts(base: Path, tmp_path: Path) 
     assert local.data.datasets == ["org/data"]
     assert (local.data.library_name, local.data.pipeline_tag) == ("transformers", "text-generation")
     assert '{"enable_thinking": false}' in local.content
-    assert "weights of positions" not in local.content
+    assert "what tokens count" not in local.content
     assert "a response ends with: `</s>" in local.content
     recipe = RunDirectory(run).read_recipe()
     position = PositionConfig(kind="decay", rate=0.9)
@@ -135,7 +135,7 @@ def test_the_card_has_metadata_that_the_hub_accepts(base: Path, tmp_path: Path) 
     save_recipe(named, RunDirectory(run).recipe)
     card = ModelCard.load(export(run, tmp_path / "named") / "README.md")
     assert card.data.base_model == "org/base"
-    assert '- weights of positions: `{"kind": "decay", "rate": 0.9}`' in card.content
+    assert '- what tokens count: `{"kind": "decay", "rate": 0.9}`' in card.content
 
 
 class Hub:

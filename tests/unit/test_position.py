@@ -13,8 +13,9 @@ import torch
 from helpers.stored import stored_examples
 from raydiv.config import Recipe, load_recipe
 from raydiv.data.tokens import TokenizedExamples
-from raydiv.losses.position import PositionWeights
-from raydiv.model.collate import collate
+from raydiv.losses import OBJECTIVES, Batch
+from raydiv.losses.position import PositionRule, PositionWeights, TokenConstraint
+from raydiv.model.collate import ModelInputs, collate
 from raydiv.model.packing import Packing
 from raydiv.utils.errors import UserError
 
@@ -66,8 +67,71 @@ def test_an_example_without_its_partner_has_the_weights_of_its_pair() -> None:
     np.testing.assert_array_equal(np.concatenate(alone), np.concatenate(stored.weights(weights, rows) or []))
 
 
+def constrained_inputs(logps: Sequence[np.ndarray], betas: tuple[float, ...], packing: Packing = "none") -> ModelInputs:
+    """A micro-batch of responses whose reference log-probs by token are ``logps``."""
+    ids = [([1, 2], list(range(3, 3 + len(values)))) for values in logps]
+    examples = TokenizedExamples.from_ids(ids, [True] * len(ids), [-1] * len(ids))
+    rows = list(range(len(ids)))
+    examples = examples.with_ids(rows, [examples[row] for row in rows], [values.astype(np.float32) for values in logps])
+    constraint = examples.constraint(TokenConstraint(betas), rows)
+    return collate([examples[row] for row in rows], packing, constraint=constraint)
+
+
+@pytest.mark.parametrize("packing", ["none", "mask"])
+def test_constrained_sft_has_the_gradient_of_the_authors_weighted_cross_entropy(packing: Packing) -> None:
+    """Qi et al. (arXiv 2406.05946, appendix D.2): tokens of log-prob l weigh 2 (1 - s(b (l - l_ref))) in -mean l."""
+    generator = np.random.default_rng(0)
+    reference = [generator.normal(-3, 2, length) for length in (9, 4, 1)]
+    logps = torch.tensor(np.concatenate(reference) + generator.normal(0, 6, 14), dtype=torch.float32).requires_grad_()
+    paper = (0.5, 2.0, 2.0, 2.0, 2.0, 0.1)
+    inputs = constrained_inputs(reference, paper, packing)
+    sums = inputs.sum_per_example(logps, 3)
+    batch = Batch(
+        sums, sums.detach(), torch.ones(3).bool(), torch.tensor([9, 4, 1]), torch.zeros(0, 2).long(), sums[:0]
+    )
+    (gradient,) = torch.autograd.grad(OBJECTIVES["sft"].function(batch, {}).loss, logps)
+
+    betas = np.concatenate([[0.5, 2, 2, 2, 2, 0.1, 0.1, 0.1, 0.1], [0.5, 2, 2, 2], [0.5]])
+    ratios = logps.detach().double().numpy() - np.concatenate(reference)
+    weights = 2 * (1 - 1 / (1 + np.exp(-betas * ratios)))
+    np.testing.assert_allclose(gradient, -weights / 14, rtol=2e-5, atol=1e-8)
+    np.testing.assert_allclose(inputs.slopes(logps.detach()), weights, rtol=2e-5, atol=1e-8)
+
+
+def test_a_constrained_token_is_that_of_the_reference_at_the_start_and_gains_at_most_2_log_2_over_beta() -> None:
+    reference = [np.array([-1.0, -2.0, -3.0])]
+    inputs = constrained_inputs(reference, (2.0, 0.5))
+    start = torch.tensor(reference[0], dtype=torch.float32)
+    torch.testing.assert_close(inputs.terms(start), start)
+    torch.testing.assert_close(inputs.slopes(start), torch.ones(3))
+    gains = inputs.terms(start + 1000) - start
+    np.testing.assert_allclose(gains, [np.log(2), 4 * np.log(2), 4 * np.log(2)], rtol=1e-6)
+    torch.testing.assert_close(inputs.slopes(start - 1000), torch.full((3,), 2.0))
+    assert inputs.terms(start - 1e4).isfinite().all()
+
+
+def test_the_constraint_of_another_ranks_example_is_not_there() -> None:
+    examples = examples_of(PAIRED).with_ids([], [], [])
+    assert examples.constraint(PositionWeights(rate=0.5), [0]) is None
+    tokens = examples.with_ids([1], [examples[1]], [np.array([-1.0, -2.0], np.float32)])
+    constraint = tokens.constraint(TokenConstraint((0.3,)), [1])
+    assert constraint is not None
+    np.testing.assert_allclose(constraint[0], [[0.3, 0.3], [-1, -2]], rtol=1e-6)
+    with pytest.raises(LookupError, match="another rank's"):
+        tokens.constraint(TokenConstraint((0.3,)), [0])
+
+
+def test_the_constraint_needs_a_stored_reference(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, {"kind": "constrained", "betas": [1]})
+    assert recipe.loss.needs_reference_tokens
+    tree = recipe.model_dump(mode="json", by_alias=True)
+    assert load_recipe(tree, ["loss.type=sft"]).loss.needs_reference
+    with pytest.raises(UserError, match="constrained needs model"):
+        load_recipe(tree, ["model.lora.r=2", "model.reference=adapter-off"])
+
+
 @pytest.mark.parametrize(
-    ("position", "weights"),
+    ("position", "rule"),
     [
         ({"kind": "flat"}, None),
         ({"kind": "first", "tokens": 5, "weight": 1}, None),
@@ -77,11 +141,12 @@ def test_an_example_without_its_partner_has_the_weights_of_its_pair() -> None:
         ({"kind": "first", "tokens": 5, "weight": 0.1}, PositionWeights(early=5, early_weight=0.1)),
         ({"kind": "common-length", "weight": 0.5}, PositionWeights(late_weight=0.5)),
         ({"kind": "decay", "rate": 0.9, "weight": None}, PositionWeights(rate=0.9)),
+        ({"kind": "constrained", "betas": [0.5, 2, 0.1]}, TokenConstraint((0.5, 2.0, 0.1))),
     ],
 )
-def test_section(position: Any, weights: PositionWeights | None, tmp_path: Path) -> None:
+def test_section(position: Any, rule: PositionRule | None, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, position)
-    assert recipe.loss.position.weights == weights
+    assert recipe.loss.position.rule == rule
     again = load_recipe(recipe.model_dump(mode="json", by_alias=True))
     assert again.loss.position == recipe.loss.position
 
@@ -97,6 +162,10 @@ def test_section(position: Any, weights: PositionWeights | None, tmp_path: Path)
         ({"kind": "decay", "rate": 1.0}, "loss.position.rate"),
         ({"kind": "first", "tokens": 0, "weight": 1}, "loss.position.tokens"),
         ({"kind": "first", "tokens": 1, "weight": 0}, "loss.position.weight"),
+        ({"kind": "constrained"}, "loss.position: kind constrained needs betas"),
+        ({"kind": "constrained", "betas": []}, "loss.position.betas"),
+        ({"kind": "constrained", "betas": [0.5, 0]}, "loss.position.betas"),
+        ({"kind": "decay", "rate": 0.5, "betas": [1]}, "loss.position: betas has no effect with kind decay"),
         ({"kind": "fist"}, "loss.position.kind"),
         ({"rates": 1}, "loss.position.rates: unknown key \\(did you mean rate\\?\\)"),
     ],

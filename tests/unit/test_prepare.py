@@ -13,8 +13,9 @@ from helpers.stored import recipe_of, stream_here
 from raydiv.commands import prepare as preparation
 from raydiv.commands.prepare import PreparedData, load_inputs, prepare_data
 from raydiv.config import Recipe
+from raydiv.config.loss import PositionConfig
 from raydiv.data.reference_scorer import Lookup
-from raydiv.data.tokens import StoredExamples
+from raydiv.data.tokens import StoredExamples, TokenValues
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.utils.errors import UserError
 
@@ -80,6 +81,31 @@ def test_reference_log_probs_are_each_sets_own(loss: str, tiny_model: Path, writ
             assert (examples.mismatched.prompt_rows != examples.mismatched.response_rows).all()
             assert (examples.mismatched_reference_logps == -100.0 * (2 + number) - prompt_lengths).all()
     assert (data.reference_hits, data.reference_misses) == (3, 4)
+
+
+def test_a_constrained_loss_gets_the_reference_by_token(
+    tiny_model: Path, write_jsonl: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that has no reference otherwise."""
+
+    def numbered(recipe: Recipe, directory: Path, sets: Sequence[StoredExamples], progress: object) -> Lookup:
+        tokens = [TokenValues(np.full(1, number, np.float32), np.array([0, 1])) for number in range(len(sets))]
+        return Lookup([np.zeros(len(examples), np.float32) for examples in sets], 0, 0, tokens)
+
+    monkeypatch.setattr(preparation, "reference_logps", numbered)
+    train, held_out = write_jsonl(*rows(4)), write_jsonl(*rows(3, first=10), name="eval.jsonl")
+    for loss in ("kto", "sft"):
+        recipe = with_model(tiny_model, train, loss, eval=str(held_out))
+        position = PositionConfig(kind="constrained", betas=[0.5, 0.1])
+        recipe = recipe.model_copy(update={"loss": recipe.loss.model_copy(update={"position": position})})
+        data = prepare_here(recipe)
+        assert data.eval is not None
+        for number, examples in enumerate((data.train, data.eval)):
+            assert examples.reference_tokens is not None
+            assert examples.reference_tokens.values[0] == number
+            if loss == "kto":
+                assert examples.mismatched_reference_tokens is not None
+                assert examples.mismatched_reference_tokens.values[0] == 2 + number
 
 
 def test_disabled_adapters_need_no_stored_reference(tiny_model: Path, write_jsonl: Writer) -> None:

@@ -119,7 +119,7 @@ def _of_result(result: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
 def _facts(recipe: Recipe, metrics: Mapping[str, Any], taken: int, planned: int | None) -> dict[str, str]:
     mixed = [f"{term.weight:g} {term.name}" for term in recipe.loss.terms[1:]]
     position = recipe.loss.position
-    weights = f", positions {position.kind}" if position.weights else ""
+    weights = f", positions {position.kind}" if position.rule else ""
     return {
         "Model": recipe.model.id
         + (f", LoRA r {recipe.model.lora.r}" if recipe.model.lora else "")
