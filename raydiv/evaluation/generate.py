@@ -196,7 +196,7 @@ class TextGenerator:
         self._stops = {*stops, *own}
         # the model's other settings are dropped: a repetition penalty, for example, would make answers not greedy
         self._config = GenerationConfig(
-            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(self._stops), pad_token_id=stops[0]
+            do_sample=False, eos_token_id=sorted(self._stops), pad_token_id=stops[0], return_dict_in_generate=True
         )
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -216,16 +216,41 @@ class TextGenerator:
         return int(CACHE_SHARE * torch.cuda.mem_get_info(self._model.device)[0] / token_bytes)
 
     def _answers(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Answers to one batch, whose prompts are padded on the left."""
-        ids, mask = _padded_left(rows)
-        seeds = [row.get("seed") for row in rows]
+        """Answers to one batch, whose prompts are padded on the left.
+
+        When half of its rows have ended, the others go on without them: refusals are short.
+        """
+        device = self._model.device
+        ids, mask = (padded.to(device) for padded in _padded_left(rows))
+        start, cache = ids.shape[1], None
+        noise = _GumbelNoise([row.get("seed") for row in rows], device)
+        answers: list[list[int]] = [[] for _ in rows]
+        going = list(range(len(rows)))
         with torch.inference_mode(), _generation_config(self._model, self._config):
-            output = self._model.generate(
-                input_ids=ids.to(self._model.device),
-                attention_mask=mask.to(self._model.device),
-                logits_processor=[] if seeds == [None] * len(rows) else [_GumbelNoise(seeds, self._model.device)],
-            )
-        return [{"answer": until_stop(answer, self._stops)} for answer in output[:, ids.shape[1] :].tolist()]
+            while going:
+                output = self._model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    past_key_values=cache,
+                    max_length=start + self._max_new_tokens,
+                    logits_processor=[noise] if noise.has_seeds else [],
+                    stopping_criteria=[_HalfEnded(self._stops, len(going), device)],
+                )
+                ids, cache = output.sequences, output.past_key_values
+                for row, answer in zip(going, ids[:, start:].tolist(), strict=True):
+                    answers[row] = until_stop(answer, self._stops)
+                full = ids.shape[1] == start + self._max_new_tokens
+                stay = [] if full else [n for n, row in enumerate(going) if answers[row][-1] not in self._stops]
+                going = [going[n] for n in stay]
+                kept = torch.tensor(stay, dtype=torch.long, device=device)
+                mask = torch.cat([mask, mask.new_ones(len(ids), ids.shape[1] - mask.shape[1])], 1)[kept]
+                ids = ids[kept]
+                noise.keep(stay)
+                if hasattr(cache, "reorder_cache"):
+                    cache.reorder_cache(kept)
+                else:  # a model with a cache of its own kind: it is computed again
+                    cache = None
+        return [{"answer": answer} for answer in answers]
 
 
 def until_stop(answer: list[int], stops: Collection[int]) -> list[int]:
@@ -299,6 +324,18 @@ def batches_of_cache(sizes: Sequence[int], limit: int | None) -> list[slice]:
     return [*spans, slice(start, len(sizes))]
 
 
+class _HalfEnded:
+    """Stops ``generate`` when half of its rows have ended with a stop."""
+
+    def __init__(self, stops: Collection[int], rows: int, device: torch.device) -> None:
+        self._stops = torch.tensor(sorted(stops), device=device)
+        self._ended = torch.zeros(rows, dtype=torch.bool, device=device)
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        self._ended |= torch.isin(ids[:, -1], self._stops)
+        return (2 * self._ended.sum() >= len(self._ended)).expand_as(self._ended)
+
+
 class _GumbelNoise:
     """Gumbel noise on the logits of rows with a seed: the argmax is then a sample at temperature 1.
 
@@ -308,6 +345,14 @@ class _GumbelNoise:
 
     def __init__(self, seeds: Sequence[int | None], device: torch.device) -> None:
         self._generators = [None if seed is None else torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    @property
+    def has_seeds(self) -> bool:
+        return any(generator is not None for generator in self._generators)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows of the batch alone."""
+        self._generators = [self._generators[row] for row in rows]
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         noisy = scores.float().clone()

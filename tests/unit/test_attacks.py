@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +255,58 @@ def test_a_batch_changes_no_answer(seeds: list[int | None], tiny_model: Path) ->
     alone = [generator([row])[0] for row in rows(tiny_model, seeds)]
     assert together == alone
     assert generator(rows(tiny_model, seeds)[::-1]) == alone[::-1]
+
+
+TINY = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+STATES: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 2},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8},
+    "falcon_h1": {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_n_groups": 1,
+        "mamba_d_state": 8,
+    },
+}
+"""Whole and sliding caches, and recurrent states."""
+
+
+@pytest.mark.parametrize("keeps_cache", [True, False])
+@pytest.mark.parametrize("family", STATES)
+def test_rows_that_have_ended_leave_their_batch(
+    family: str, keeps_cache: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **TINY, **STATES[family]))
+    with torch.no_grad():
+        for weight in made.parameters():
+            if weight.dim() > 1:
+                weight.mul_(8)  # as made, a model gives all tokens about the same probability
+    made.save_pretrained(tmp_path)
+    draw = random.Random(0)
+    requests = [{"ids": [draw.randrange(6, 300) for _ in range(3 + 2 * seed)], "seed": seed} for seed in range(8)]
+    generator = TextGenerator(ModelSource(tmp_path), 30, stops=range(2, 30))
+    alone = [generator([request])[0] for request in requests]
+    assert len({len(answer["answer"]) for answer in alone}) > 4
+    model_generate, batches = generator._model.generate, list[int]()
+
+    def recording(**arguments: Any) -> Any:
+        batches.append(len(arguments["input_ids"]))
+        output = model_generate(**arguments)
+        if not keeps_cache:
+            output.past_key_values = None
+        return output
+
+    monkeypatch.setattr(generator._model, "generate", recording)
+    assert generator(requests) == alone
+    assert batches[0] == 8
+    assert all(2 * later <= earlier for earlier, later in pairwise(batches))
+    assert len(batches) > 2
 
 
 def test_a_seed_samples_from_the_models_own_distribution(tiny_model: Path) -> None:
