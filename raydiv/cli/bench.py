@@ -17,6 +17,7 @@ PARTS = {
     "trials": {"repeats", "steps"},
     "small": {"repeats", "rows"},
     "answers": {"repeats", "rows"},
+    "gpu": {"repeats", "steps"},
     "scale": {"repeats"},
 }
 """The options that apply to each part."""
@@ -39,10 +40,12 @@ def add_bench_command(commands: Any) -> None:
         "--steps",
         type=int,
         metavar="N",
-        help="train, data: timed updates; trials: updates of each trial (default: train 6, data 20, trials 4)",
+        help="train, gpu, data: timed updates; trials: updates of each trial (default: 6, 6, 20, 4)",
     )
     bench.add_argument("--warmup", type=int, metavar="N", help="train: updates before the timed ones (default: 2)")
-    bench.add_argument("--repeats", type=int, metavar="N", help="timings of each candidate, in turn (default: 3)")
+    bench.add_argument(
+        "--repeats", type=int, metavar="N", help="timings of each candidate, in turn (default: 3, gpu 1)"
+    )
     bench.add_argument(
         "--rows",
         type=int,

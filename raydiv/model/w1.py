@@ -16,6 +16,8 @@ W1 = "bundled:w1"
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>")
 """The first tokens of the vocabulary; each of the others is a word."""
 
+SPECIAL_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
 MODEL: dict[str, Any] = {
     "vocab_size": 65_024,
     "hidden_size": 256,
@@ -24,7 +26,7 @@ MODEL: dict[str, Any] = {
     "num_attention_heads": 4,
     "max_position_embeddings": 1024,
     "tie_word_embeddings": False,
-    **{f"{name}_token_id": number for number, name in enumerate(("pad", "bos", "eos"))},
+    **SPECIAL_IDS,
 }
 
 TEMPLATE = (
@@ -39,7 +41,7 @@ def w1_model() -> Path:
     if not target.is_dir():
         with atomic(target) as folder:
             _random_model(folder)
-            _word_tokenizer(folder)
+            write_tokenizer(folder)
     return target
 
 
@@ -58,7 +60,8 @@ def _random_model(folder: Path) -> None:
         LlamaForCausalLM(LlamaConfig(**MODEL)).save_pretrained(folder)
 
 
-def _word_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
+    """Write the tokenizer into a model's folder: a word is a token."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from helpers.stored import indices_of, opened, recipe_of
+from raydiv.commands.bench import gpu, training
 from raydiv.commands.bench import tokenize_baseline as plain
-from raydiv.commands.bench import training
 from raydiv.commands.bench.answers import answers_table, bench_answers
 from raydiv.commands.bench.data import LATE_STEP, bench_data
 from raydiv.commands.bench.harness import Workload, without_evaluation
@@ -26,6 +26,7 @@ from raydiv.commands.bench.trl_baseline import (
     trl_loss_options,
     trl_rows,
 )
+from raydiv.commands.plan.architecture import config_of
 from raydiv.config import Recipe, load_recipe
 from raydiv.config.evaluate import EvaluateConfig
 from raydiv.config.source import Source
@@ -36,6 +37,7 @@ from raydiv.data.tokens import mismatched
 from raydiv.losses import OBJECTIVES
 from raydiv.model import w1 as w1_model
 from raydiv.model.chat import Chat
+from raydiv.model.load import ModelSource
 from raydiv.model.resolve import fingerprint, model_directory
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.training.dataloader import ExampleSet
@@ -45,6 +47,9 @@ ROWS = [
     {"prompt": f"Question {n}?", "chosen": f"Answer {n}, " * (n % 7 + 1), "rejected": "No." * (n % 3 + 1)}
     for n in range(2500)
 ]
+
+
+BENCH = Path(__file__).parents[2] / "configs" / "bench"
 
 
 @pytest.fixture
@@ -137,6 +142,54 @@ def test_bench_of_answers_has_every_figure(tiny_model: Path, data: Path, tmp_pat
         assert found[name] > 0
     assert found["raydiv_to_plain"] == pytest.approx(found["raydiv"] / found["plain"])
     assert len(answers_table(found)[1]) == 3
+
+
+def test_bench_of_a_gpu_trains_each_shape(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As far as a CPU can show: shapes, weights, tokenizer and recipes; the runs are those of ``bench_training``."""
+    monkeypatch.setenv("RAYDIV_CACHE", str(tmp_path))
+    monkeypatch.setattr(gpu, "config_of", tiny_shape)
+    recipes, against = [], []
+
+    def report(recipe: Recipe, others: Any, **options: Any) -> dict[str, Any]:
+        recipes.append(recipe)
+        against.append(others)
+        ratios = {"tokens_per_second": {"loop": {"median": 0.9}, "trl_best": {"median": 1.5}} if others else {}}
+        return {"raydiv": {"tokens_per_second": 12345, "peak_bytes": 10**10}, "ratios": ratios, "mfu": 0.45}
+
+    monkeypatch.setattr(gpu, "bench_training", report)
+    recipe = load_recipe(BENCH / "w1.yaml", ["cluster.use_gpu=true", "cluster.num_workers=1"])
+    rows = gpu.gpu_table(gpu.bench_gpu(recipe, display=ProgressDisplay(quiet=True)))[1]
+    assert [row[1:] for row in rows] == [
+        ("12,345", "0.90", "1.50", "10.0", "45%"),
+        ("12,345", "0.90", "1.50", "10.0", "45%"),
+        ("12,345", "", "", "10.0", "45%"),
+    ]
+    assert against == [("loop", "trl"), ("loop", "trl"), ()]
+    own, llama, falcon = recipes
+    assert (own.model.id, own.model.lora) == (w1_model.W1, None)
+    assert llama.model.lora is None
+    assert falcon.model.lora is not None
+    for shaped, kind in ((llama, "llama"), (falcon, "falcon")):
+        assert shaped.engine.precision == "bf16"
+        source = ModelSource(Path(shaped.model.id))
+        assert source.config().model_type == kind
+        assert source.stored_dtype() == "bfloat16"
+        assert source.chat().text_ids("w7") == [7]
+    assert gpu.bench_gpu(recipe, display=ProgressDisplay(quiet=True)).keys() == gpu.WORKLOADS.keys()
+    with pytest.raises(UserError, match="needs cluster"):
+        gpu.bench_gpu(load_recipe(BENCH / "w1.yaml"))
+
+
+def tiny_shape(model: Any) -> Any:
+    """The real config with few and small layers."""
+    config = config_of(model)
+    config.update({"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 65_024})
+    of_kind = {
+        "falcon": {"num_kv_heads": 2, "ffn_hidden_size": 64},
+        "llama": {"num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 8},
+    }
+    config.update(of_kind[config.model_type])
+    return config
 
 
 def test_workload_has_the_lengths_of_compliance_refusal_data() -> None:
