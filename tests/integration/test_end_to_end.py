@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import cloudpickle
@@ -291,14 +292,6 @@ def short(loss: str, model: Path, files: dict[str, str], folder: Path, *more: st
     return made
 
 
-@pytest.mark.parametrize("loss", ["kto", "sft"])
-def test_other_objectives_train(ray: None, loss: str, tiny_model: Path, files: dict[str, str], tmp_path: Path) -> None:
-    """One with mismatched examples, and one without a reference."""
-    result = train(short(loss, tiny_model, files, tmp_path), ProgressDisplay(quiet=True))
-    assert result.metrics["step"] == 2
-    assert np.isfinite(result.metrics["loss"])
-
-
 @pytest.mark.parametrize(
     "position",
     ["{kind: decay, rate: 0.9}", "{kind: first, tokens: 2, weight: 0.2}", "{kind: common-length, weight: 0.5}"],
@@ -322,22 +315,29 @@ def assert_starts_at_the_reference(run: RunDirectory) -> None:
     assert abs(steps[1]["log_ratio/max"]) > 1e-3
 
 
-@pytest.mark.parametrize("loss", ["kto", "sft"])
 def test_constrained_tokens_start_at_the_reference(
-    loss: str, ray: None, tiny_model: Path, files: dict[str, str], tmp_path: Path
+    ray: None, tiny_model: Path, files: dict[str, str], tmp_path: Path
 ) -> None:
-    """With mismatched examples, and for a loss that has no reference otherwise; a second run finds all in the store."""
-    recipe = short(loss, tiny_model, files, tmp_path, "loss.position={kind: constrained, betas: [0.5, 2, 0.1]}")
-    result = train(recipe, ProgressDisplay(quiet=True))
-    assert_starts_at_the_reference(result.run)
-    assert result.data["reference"]["misses"] > 0
-    again = train(recipe.model_copy(update={"name": "again"}), ProgressDisplay(quiet=True))
-    assert again.data["reference"]["misses"] == 0
+    """With mismatched examples, and for a loss that has no reference otherwise."""
+    position = "loss.position={kind: constrained, betas: [0.5, 2, 0.1]}"
+    recipes = [short(loss, tiny_model, files, tmp_path, position) for loss in ("kto", "sft")]
+    for run in train_on_ranks(recipes, 1, tmp_path / "ranks"):
+        assert_starts_at_the_reference(run)
+
+
+def test_objectives_train_with_mismatched_examples_and_without_a_reference(
+    ray: None, tiny_model: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    assert_train(["kto", "sft"], tiny_model, files, tmp_path)
 
 
 @pytest.mark.long
 def test_every_objective_trains(ray: None, tiny_model: Path, files: dict[str, str], tmp_path: Path) -> None:
-    for run in train_on_ranks([short(name, tiny_model, files, tmp_path) for name in TYPES], 1, tmp_path / "ranks"):
+    assert_train(TYPES, tiny_model, files, tmp_path)
+
+
+def assert_train(losses: Sequence[str], model: Path, files: dict[str, str], folder: Path) -> None:
+    for run in train_on_ranks([short(name, model, files, folder) for name in losses], 1, folder / "ranks"):
         assert run.stage.read().end_reason == "all steps are done", run.path
         assert run.metrics.steps_taken() == 2
         assert all(np.isfinite(line["loss"]) for line in run.metrics.read() if "loss" in line)

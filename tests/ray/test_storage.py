@@ -278,6 +278,7 @@ def files(uri: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_prepare_reads_data_from_s3_and_writes_its_cache_there(
     ray: None,
