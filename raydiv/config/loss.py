@@ -9,8 +9,7 @@ from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, create_mo
 
 from raydiv.config.section import Section
 from raydiv.losses import OBJECTIVES, Objective, Term
-from raydiv.losses.objective import Positive
-from raydiv.losses.position import PositionRule, PositionWeights, TokenConstraint
+from raydiv.losses.position import SMALLEST_BETA, PositionRule, PositionWeights, TokenConstraint
 
 TYPES = sorted(name for name, objective in OBJECTIVES.items() if not objective.penalty)
 """What ``loss.type`` may be."""
@@ -117,7 +116,7 @@ class PositionConfig(_Nullable):
     rate: Annotated[float, Gt(0), Lt(1)] | None = None
     tokens: Annotated[int, Ge(1)] | None = None
     weight: Annotated[float, Gt(0)] | None = None
-    betas: Annotated[list[Positive], MinLen(1)] | None = None
+    betas: Annotated[list[Annotated[float, Ge(SMALLEST_BETA)]], MinLen(1)] | None = None
 
     @model_validator(mode="after")
     def _require_the_options_of_the_kind(self) -> PositionConfig:

@@ -453,7 +453,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _target_margin_needs_reference(self) -> Recipe:
-        if self.optim.target_margin is not None and not self.loss.objective.needs_reference:
+        has_rewards = self.loss.objective.needs_reference or self.loss.needs_reference_tokens
+        if self.optim.target_margin is not None and not has_rewards:
             raise ValueError(
                 f"optim.target_margin does not apply: loss.type {self.loss.type} has no reference, so no rewards "
                 f"(losses with a reference: {LOSSES_WITH_REFERENCE})"

@@ -9,6 +9,12 @@ LARGEST = 2**63 - 1
 """Of an integer."""
 
 
+def _with_booleans_as_text(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_with_booleans_as_text(item) for item in value]
+    return str(value).lower() if isinstance(value, bool) else value
+
+
 class Section(BaseModel):
     """A section that rejects unknown keys and infinities, and validates assignments."""
 
@@ -23,10 +29,7 @@ class Section(BaseModel):
         if not isinstance(values, dict):
             return values
         boolean_fields = {name for name, field in cls.model_fields.items() if field.annotation is bool}
-        return {
-            key: str(value).lower() if isinstance(value, bool) and key not in boolean_fields else value
-            for key, value in values.items()
-        }
+        return {key: value if key in boolean_fields else _with_booleans_as_text(value) for key, value in values.items()}
 
     @model_validator(mode="before")
     @classmethod

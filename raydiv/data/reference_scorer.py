@@ -72,7 +72,10 @@ def reference_logps(
                 f"the reference store lacks {int(np.isnan(logps).sum())} log-probs that were just scored"
             )
     ends = np.cumsum([len(examples) for examples in example_sets])[:-1]
-    tokens = [store.look_up_tokens(of_set) for of_set in set_keys] if recipe.loss.needs_reference_tokens else []
+    tokens = []
+    if recipe.loss.needs_reference_tokens:
+        sets = zip(set_keys, example_sets, strict=True)
+        tokens = [store.look_up_tokens(of_set, examples.response_lengths) for of_set, examples in sets]
     return Lookup(np.split(logps, ends), len(distinct) - scored, scored, tokens)
 
 

@@ -8,7 +8,7 @@ or token never hits a stale entry. Where the loss constrains tokens, entries als
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -47,28 +47,34 @@ class ReferenceStore:
 
     def look_up(self, keys: pa.Array) -> np.ndarray:
         """Log-probs [n] of ``keys`` (see StoredExamples.keys), NaN where the store has none."""
-        entries = self._take(keys, "logp")
-        if entries is None:
-            return np.full(len(keys), np.nan, np.float32)
-        logps: np.ndarray = entries.to_numpy()
-        return logps.astype(np.float32)
+        logps = np.full(len(keys), np.nan, np.float32)
+        for rows, found in self._entries(keys, "logp"):
+            logps[rows] = found.to_numpy()
+        return logps
 
-    def look_up_tokens(self, keys: pa.Array) -> TokenValues:
-        """Log-probs of each response token of ``keys``. Raises KeyError where the store lacks one."""
-        entries = self._take(keys, "tokens")
-        if entries is None or entries.null_count:
-            raise KeyError("the reference store lacks log-probs of tokens")
-        lists = entries.combine_chunks()
-        return TokenValues(lists.values.to_numpy(), lists.offsets.to_numpy())
+    def look_up_tokens(self, keys: pa.Array, lengths: np.ndarray) -> TokenValues:
+        """Log-probs of the response tokens of ``keys``, of which each has as many as ``lengths`` [n] says.
 
-    def _take(self, keys: pa.Array, column: str) -> pa.ChunkedArray | None:
-        """A column of the entries of ``keys``, null where there is none; None of an empty store."""
-        names = self._folder.file_names(".parquet")
-        parts = [pq.read_table(open_input(self._folder.uri_of(name)), columns=["key", column]) for name in names]
-        if not parts:
-            return None
-        entries = pa.concat_tables(parts).combine_chunks()
-        return entries[column].take(pc.index_in(keys, value_set=entries["key"]))
+        Raises KeyError where the store lacks one. A part is read at a time.
+        """
+        starts = np.append(0, np.cumsum(lengths, dtype=np.int64))
+        values, found = np.empty(starts[-1], np.float32), np.zeros(len(keys), bool)
+        for rows, lists in self._entries(keys, "tokens"):
+            found[rows] = True
+            for row, tokens in zip(rows.tolist(), np.split(lists.flatten(), lists.offsets[1:-1]), strict=True):
+                values[starts[row] : starts[row + 1]] = tokens
+        if not found.all():
+            raise KeyError(f"the reference store lacks the tokens of {int((~found).sum())} examples")
+        return TokenValues(values, starts)
+
+    def _entries(self, keys: pa.Array, column: str) -> Iterator[tuple[np.ndarray, pa.Array]]:
+        """Of each part: which rows of ``keys`` it has, and the column's values of these."""
+        for name in self._folder.file_names(".parquet"):
+            part = pq.read_table(open_input(self._folder.uri_of(name)), columns=["key", column]).combine_chunks()
+            places = pc.index_in(keys, value_set=part["key"])
+            rows = np.flatnonzero(places.is_valid())
+            if len(rows):
+                yield rows, part[column].take(places.drop_null()).combine_chunks()
 
     def has(self, part: str) -> bool:
         return self._folder.has(f"{part}.parquet")

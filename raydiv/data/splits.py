@@ -73,8 +73,7 @@ def make_splits(recipe: Recipe, train: Sequence[Index], held_out: Sequence[Index
         _require_fit(recipe.loss, f"{key}: {name or recipe.data.eval}", mixture.examples)
     if recipe.loss.position.kind == "common-length" and not (mixtures[0].examples.units[:, 1] >= 0).any():
         raise UserError(
-            f"loss.position.kind: common-length has no effect: data.train: {names[0]} has no pairs; set flat, decay or "
-            "first"
+            f"loss.position.kind: common-length has no effect: data.train: {names[0]} has no pairs; set another kind"
         )
     shared = len(np.intersect1d(mixtures[0].prompts, mixtures[1].prompts)) if len(mixtures) > 1 else 0
     indices, no_notes = (*train, *held_out), RowNotes([], [])

@@ -163,9 +163,11 @@ class TokenizedExamples:
         prompts, responses = list(self.prompt_ids), list(self.response_ids)
         for position, (prompt, response) in zip(positions, ids, strict=True):
             prompts[position], responses[position] = prompt, response
-        tokens: list[np.ndarray | None] = [None] * len(self) if reference_tokens else []
-        for position, logps in zip(positions, reference_tokens, strict=False):
-            tokens[position] = logps
+        tokens: list[np.ndarray | None] = []
+        if reference_tokens:
+            tokens = [None] * len(self)
+            for position, logps in zip(positions, reference_tokens, strict=True):
+                tokens[position] = logps
         return replace(self, prompt_ids=prompts, response_ids=responses, reference_tokens=tokens)
 
     @classmethod

@@ -246,11 +246,17 @@ class TextGenerator:
                 mask = torch.cat([mask, mask.new_ones(len(ids), ids.shape[1] - mask.shape[1])], 1)[kept]
                 ids = ids[kept]
                 noise.keep(stay)
-                if hasattr(cache, "reorder_cache"):
+                if self._can_select(cache):
                     cache.reorder_cache(kept)
-                else:  # a model with a cache of its own kind: it is computed again
-                    cache = None
+                else:
+                    cache = None  # computed again
         return [{"answer": answer} for answer in answers]
+
+    def _can_select(self, cache: Any) -> bool:
+        """Whether the rows of a cache can be selected: it is of transformers' own kind, and holds the whole state."""
+        from transformers import DynamicCache
+
+        return type(cache) is DynamicCache and not getattr(self._model, "_is_stateful", False)
 
 
 def until_stop(answer: list[int], stops: Collection[int]) -> list[int]:

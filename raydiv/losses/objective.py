@@ -24,7 +24,7 @@ State = Mapping[str, float]
 class Batch:
     """All examples of one optimizer step, over every rank and micro-batch, in example order.
 
-    - ``logps`` [n]: log pi_theta(y|x), summed over response tokens by their weights (``loss.position``); the only
+    - ``logps`` [n]: log pi_theta(y|x), summed over what each response token counts (``loss.position``); the only
       differentiable field.
     - ``reference_logps`` [n]: the same under the reference.
     - ``aligned`` [n] (bool): the label.

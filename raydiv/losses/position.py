@@ -48,6 +48,10 @@ class PositionWeights:
         return weights.astype(np.float32)
 
 
+SMALLEST_BETA = 1e-3
+"""Of a token constraint: with smaller ones, rounding in fp32 is more than 1e-4 nats a token."""
+
+
 @dataclass(frozen=True, slots=True)
 class TokenConstraint:
     """The token-wise constraint of Qi et al. 2024 (arXiv 2406.05946, section 4), for any objective.

@@ -130,9 +130,9 @@ def reward_metrics(batch: Batch, scale: float) -> dict[str, float]:
     example has the larger reward (without pairs: of all couples of an aligned and an unaligned example, ties by half:
     the AUC, which does not change with a constant that an objective leaves free). Rewards are of whole
     sequences, also under objectives that divide by lengths, and count from zero where there is no reference.
-    ``logp/*``: mean sequence log-probs. ``log_ratio/rms`` and ``log_ratio/max``: root mean square and largest absolute
-    log-ratio, in nats. At the first step, where the policy is the reference, these are the rounding noise of the
-    reference's precision.
+    ``logp/*``: mean sequence log-probs (see Batch). ``log_ratio/rms`` and ``log_ratio/max``: root mean square and
+    largest absolute log-ratio, in nats. At the first step, where the policy is the reference, these are the rounding
+    noise of the reference's precision.
     """
     log_ratios = batch.log_ratios.detach()
     reward, aligned = rewards(batch, scale), batch.aligned

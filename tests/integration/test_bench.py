@@ -176,8 +176,13 @@ def test_bench_of_a_gpu_trains_each_shape(monkeypatch: pytest.MonkeyPatch, tmp_p
         assert source.stored_dtype() == "bfloat16"
         assert source.chat().text_ids("w7") == [7]
     assert gpu.bench_gpu(recipe, display=ProgressDisplay(quiet=True)).keys() == gpu.WORKLOADS.keys()
-    with pytest.raises(UserError, match="needs cluster"):
-        gpu.bench_gpu(load_recipe(BENCH / "w1.yaml"))
+    for overrides, message in [
+        ((), "needs cluster"),
+        (("cluster.use_gpu=true", "model.lora={r: 8}"), "without model.lora"),
+        (("cluster.use_gpu=true", "data.train=bundled:preference"), "needs model.id and data.train bundled:w1"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            gpu.bench_gpu(load_recipe(BENCH / "w1.yaml", overrides))
 
 
 def tiny_shape(model: Any) -> Any:

@@ -270,8 +270,16 @@ STATES: dict[str, dict[str, Any]] = {
         "mamba_n_groups": 1,
         "mamba_d_state": 8,
     },
+    "recurrent_gemma": {
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "lru_width": 32,
+        "attention_window_size": 64,
+    },
+    "minimax": {"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 2},
 }
-"""Whole and sliding caches, and recurrent states."""
+"""Whole and sliding caches, and recurrent states: in the cache, in the modules, in a cache of another kind."""
 
 
 @pytest.mark.parametrize("keeps_cache", [True, False])
@@ -282,7 +290,7 @@ def test_rows_that_have_ended_leave_their_batch(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **TINY, **STATES[family]))
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **TINY | STATES[family]))
     with torch.no_grad():
         for weight in made.parameters():
             if weight.dim() > 1:

@@ -78,7 +78,7 @@ def constrained_inputs(logps: Sequence[np.ndarray], betas: tuple[float, ...], pa
 
 
 @pytest.mark.parametrize("packing", ["none", "mask"])
-def test_constrained_sft_has_the_gradient_of_the_authors_weighted_cross_entropy(packing: Packing) -> None:
+def test_constrained_sft_has_the_gradient_of_a_weighted_cross_entropy(packing: Packing) -> None:
     """Qi et al. (arXiv 2406.05946, appendix D.2): tokens of log-prob l weigh 2 (1 - s(b (l - l_ref))) in -mean l."""
     generator = np.random.default_rng(0)
     reference = [generator.normal(-3, 2, length) for length in (9, 4, 1)]
@@ -125,7 +125,7 @@ def test_the_constraint_needs_a_stored_reference(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, {"kind": "constrained", "betas": [1]})
     assert recipe.loss.needs_reference_tokens
     tree = recipe.model_dump(mode="json", by_alias=True)
-    assert load_recipe(tree, ["loss.type=sft"]).loss.needs_reference
+    assert load_recipe(tree, ["loss.type=sft", "optim.target_margin=2"]).loss.needs_reference
     with pytest.raises(UserError, match="constrained needs model"):
         load_recipe(tree, ["model.lora.r=2", "model.reference=adapter-off"])
 
@@ -164,7 +164,8 @@ def test_section(position: Any, rule: PositionRule | None, tmp_path: Path) -> No
         ({"kind": "first", "tokens": 1, "weight": 0}, "loss.position.weight"),
         ({"kind": "constrained"}, "loss.position: kind constrained needs betas"),
         ({"kind": "constrained", "betas": []}, "loss.position.betas"),
-        ({"kind": "constrained", "betas": [0.5, 0]}, "loss.position.betas"),
+        ({"kind": "constrained", "betas": [0.5, 1e-4]}, "loss.position.betas"),
+        ({"kind": "constrained", "betas": [True]}, "loss.position.betas"),
         ({"kind": "decay", "rate": 0.5, "betas": [1]}, "loss.position: betas has no effect with kind decay"),
         ({"kind": "fist"}, "loss.position.kind"),
         ({"rates": 1}, "loss.position.rates: unknown key \\(did you mean rate\\?\\)"),

@@ -41,14 +41,15 @@ def test_log_probs_of_tokens_are_kept_beside_their_sums(tmp_path: Path, monkeypa
     tokens = [np.array(values, np.float32) for values in ([-1, -2], [-3], [-4, -5, -6])]
     store = ReferenceStore("weights", "float32", None, TokenConstraint((0.5,)))
     store.add("first", keys[:2], [-3, -3], tokens[:2])
-    with pytest.raises(KeyError):
-        store.look_up_tokens(keys)
+    lengths = np.array([len(values) for values in tokens])
+    with pytest.raises(KeyError, match="1 examples"):
+        store.look_up_tokens(keys, lengths)
     store.add("second", keys[2:], [-15], tokens[2:])
     # another beta has the same entries; weights and the plain log-probs have their own
     again = ReferenceStore("weights", "float32", None, TokenConstraint((2.0, 0.1)))
     np.testing.assert_array_equal(again.look_up(keys), np.array([-3, -3, -15], np.float32))
     order = [2, 0, 1, 0]
-    found = again.look_up_tokens(keys.take(pa.array(order)))
+    found = again.look_up_tokens(keys.take(pa.array(order)), lengths[order])
     for values, row in zip(found.at(np.arange(4)), order, strict=True):
         np.testing.assert_array_equal(values, tokens[row])
     for position in (None, PositionWeights(rate=0.5)):

@@ -15,7 +15,7 @@ from raydiv.commands.plan.architecture import config_of
 from raydiv.config import Recipe
 from raydiv.config.load import with_changes
 from raydiv.config.recipe import ModelConfig
-from raydiv.model.w1 import SPECIAL_IDS, write_tokenizer
+from raydiv.model.w1 import SPECIAL_IDS, W1, write_tokenizer
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.session import worker_environment
 from raydiv.utils.cache import cache_dir, digest
@@ -25,8 +25,8 @@ from raydiv.utils.storage import atomic
 
 @dataclass(frozen=True, slots=True)
 class GpuWorkload:
-    """A recipe's changes, the shape of its model (a hub id whose config is shipped; None: the recipe's own model), and
-    what it is compared with.
+    """The shape of a model (a hub id whose config is shipped; None: W1's), changes of W1's recipe, and what the run is
+    compared with.
     """
 
     shape: str | None = None
@@ -35,7 +35,7 @@ class GpuWorkload:
 
 
 WORKLOADS = {
-    "the recipe": GpuWorkload(),
+    "W1, every weight": GpuWorkload(),
     "Llama 1B, every weight": GpuWorkload("meta-llama/Llama-3.2-1B", {"batch.examples": 64}),
     "Falcon 11B, LoRA": GpuWorkload(
         "tiiuae/falcon-11B", {"batch.examples": 128, "model.lora": {"r": 64, "alpha": 256}}, against=()
@@ -46,14 +46,20 @@ WORKLOADS = {
 def bench_gpu(
     recipe: Recipe, steps: int = 6, repeats: int = 1, display: ProgressDisplay | None = None
 ) -> dict[str, Any]:
-    """``bench_training`` of the recipe, of a full fine-tune of a Llama of 1B and of adapters of a Falcon of 11B.
+    """``bench_training`` of W1, whose recipe this is, of a full fine-tune of a Llama of 1B and of adapters of a Falcon
+    of 11B.
 
-    The large models have random weights, W1's tokenizer and the recipe's data, which must be W1's; they stay in the
-    cache (25 GB). Returns the report of each by name. Raises UserError for a recipe without one GPU.
+    The large models have random weights, and W1's tokenizer and data; they stay in the cache (25 GB). Returns the
+    report of each by name. Raises UserError for another recipe, and for one without one GPU.
     """
     display = display or ProgressDisplay()
+    is_w1 = [recipe.model.id, *(source.path for source in recipe.data.train)] == [W1, W1]
+    if not is_w1 or recipe.model.lora is not None or recipe.model.quantization is not None:
+        raise UserError(
+            f"bench --part gpu: needs model.id and data.train {W1} without model.lora: configs/bench/w1.yaml"
+        )
     if not recipe.cluster.use_gpu or recipe.cluster.num_workers != 1:
-        raise UserError("bench --part gpu: needs cluster.use_gpu=true cluster.num_workers=1")
+        raise UserError("--part gpu: needs cluster.use_gpu=true cluster.num_workers=1")
     reports = {}
     for name, workload in WORKLOADS.items():
         display.print(name)
@@ -94,7 +100,7 @@ def main(settings: Mapping[str, Any]) -> None:
 
 def gpu_table(reports: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
     """Header and rows of what ``bench_gpu`` returns."""
-    header = ["", "tokens/s", "to the loop", "to TRL's best", "peak GB", "of the GPU's peak FLOP/s"]
+    header = ["", "tokens/s", "to the loop", "to TRL's best", "peak GB", "MFU (6 a weight)"]
     rows = []
     for name, report in reports.items():
         ratios = report["ratios"]["tokens_per_second"]

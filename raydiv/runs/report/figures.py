@@ -114,7 +114,10 @@ def log_ratio(records: Sequence[Metrics]) -> Picture | None:
         Curve("log_ratio/rms", "training", BLUE, SOLID),
         Curve("eval/log_ratio/rms", "held-out", AMBER, HELD_OUT),
     ]
-    caption = "Distance of the model from the reference, in nats per response. It is large in a broken model."
+    caption = (
+        "Distance of the model from the reference, in nats per response (tokens count as loss.position says). It is "
+        "large in a broken model."
+    )
     return _metric_picture("log-ratio", "log-ratio, root mean square", caption, records, curves)
 
 
