@@ -55,9 +55,7 @@ def bench_gpu(
     display = display or ProgressDisplay()
     is_w1 = [recipe.model.id, *(source.path for source in recipe.data.train)] == [W1, W1]
     if not is_w1 or recipe.model.lora is not None or recipe.model.quantization is not None:
-        raise UserError(
-            f"bench --part gpu: needs model.id and data.train {W1} without model.lora: configs/bench/w1.yaml"
-        )
+        raise UserError(f"--part gpu: needs model.id and data.train {W1} without model.lora: configs/bench/w1.yaml")
     if not recipe.cluster.use_gpu or recipe.cluster.num_workers != 1:
         raise UserError("--part gpu: needs cluster.use_gpu=true cluster.num_workers=1")
     reports = {}
