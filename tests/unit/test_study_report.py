@@ -138,6 +138,32 @@ def test_seeds_are_faint_and_their_mean_is_not() -> None:
     assert [len(line.get_xdata()) for line in faint] == [3] * 24
 
 
+def test_attack_success_by_depth_has_a_line_for_each_loss_on_each_data() -> None:
+    def cell(data: str, loss: str, seed: int, direct: float, *by_depth: float) -> Cell:
+        depths = {f"evaluate/asr/prefill@{k}": value for k, value in zip((20, 1, 5), by_depth, strict=False)}
+        return Cell("Model", data, loss, seed, {"evaluate/asr": direct, **depths}, {}, "")
+
+    cells = [
+        cell("-", "none", 0, 0.9, 1.0, 0.95, 0.97),
+        cell("CR", "KLDO", 0, 0.1, 0.8, 0.2, 0.6),
+        cell("CR", "KLDO", 1, 0.3, 1.0, 0.4, 0.8),
+        cell("CR", "DPO", 0, 0.1, 0.8),
+        cell("CR-recovery", "KLDO", 0, 0.2, 0.2, 0.2, 0.2),
+    ]
+    with styled():
+        (picture,) = [picture for picture in cell_pictures(cells) if "depth" in picture.name]
+    axis = drawn(picture)
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["none", "1", "5", "20"]
+    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axis.get_lines()}
+    assert lines == {
+        "untrained": ([0, 1, 2, 3], pytest.approx([0.9, 0.95, 0.97, 1.0])),
+        "CR, KLDO": ([0, 1, 2, 3], pytest.approx([0.2, 0.3, 0.7, 0.9])),
+        "CR, DPO": ([0, 3], pytest.approx([0.1, 0.8])),
+        "CR-recovery, KLDO": ([0, 1, 2, 3], pytest.approx([0.2] * 4)),
+    }
+    assert not any("depth" in picture.name for picture in cell_pictures(study()))
+
+
 def test_a_separation_of_0_has_no_log_axis() -> None:
     cells = [replace(cell, metrics={**cell.metrics, "separation/d_b": 0.0}) for cell in study()[:4]]
     with styled():

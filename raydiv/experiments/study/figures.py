@@ -1,7 +1,8 @@
-"""The pictures of a study: attack success against separation, and both of them loss by loss."""
+"""The pictures of a study: attack success against separation, both of them loss by loss, and by depth of a prefill."""
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from itertools import cycle
@@ -22,6 +23,8 @@ FILLS = ("full", "bottom", "left", "top", "right")
 
 HOLLOW = f"Hollow: more than {BROKEN:.0%} degenerate answers."
 
+DEPTH_METRIC = rf"{ASR.metric}/prefill@(\d+)"
+
 FIT_POINTS = 50
 
 ROW_HEIGHT = 0.19
@@ -35,9 +38,12 @@ def claim_pictures(claims: Sequence[ClaimTest]) -> list[Picture]:
 
 
 def cell_pictures(cells: Sequence[Cell]) -> list[Picture]:
-    """Dot plots of D_B and of attack success, where measured."""
+    """Dot plots of D_B and of attack success, and each model's attack success by depth, where measured."""
+    models = dict.fromkeys(cell.model for cell in cells)
     with styled():
-        return [picture for measure in (D_B, ASR) if (picture := dots(cells, measure))]
+        pictures = [dots(cells, measure) for measure in (D_B, ASR)]
+        pictures += [by_depth([cell for cell in cells if cell.model == model]) for model in models]
+        return [picture for picture in pictures if picture]
 
 
 def scatter(claim: ClaimTest, name: str) -> Picture:
@@ -135,6 +141,38 @@ def dots(cells: Sequence[Cell], measure: Measure) -> Picture | None:
     legend(figure, axis)
     caption = f"{measure.label} of each loss, model by model. Several seeds: each faint, and their mean. {HOLLOW}"
     return Picture(f"{slug(measure.label)}-by-loss", f"{measure.label} by loss", figure, caption)
+
+
+def by_depth(cells: Sequence[Cell]) -> Picture | None:
+    """Attack success of one model's cells, means over seeds, by how many tokens of an unsafe answer are given.
+
+    Returns None where fewer than two depths were measured.
+    """
+    names = {name for cell in cells for name in cell.metrics}
+    depths = sorted(int(found[1]) for name in names if (found := re.fullmatch(DEPTH_METRIC, name)))
+    if len(depths) < 2:
+        return None
+    columns = [ASR, *(Measure.of_metric(f"{ASR.metric}/prefill@{depth}") for depth in depths)]
+    model = cells[0].model
+    title = f"attack success by depth, {model}"
+    figure, axis = new_axis(title, "tokens of an unsafe answer that are given")
+    colours = _assigned(COLOURS, (cell.data for cell in trained_cells(cells)))
+    markers = _assigned(MARKERS, (cell.loss for cell in trained_cells(cells)))
+    for (_, data, loss), group in grouped_cells(cells).items():
+        values = [measure.mean(group) for measure in columns]
+        points = [(place, value) for place, value in enumerate(values) if value is not None]
+        label = "untrained" if data == NO_DATA else f"{data}, {loss}"
+        style = {"color": colours.get(data, INK), "marker": markers.get(loss, "x"), "linewidth": 1.2, "markersize": 5}
+        axis.plot(*zip(*points, strict=True), label=label, fillstyle="none" if is_broken(group) else "full", **style)
+    axis.set_xticks(range(len(columns)), ["none", *map(str, depths)])
+    axis.set_ylim(-0.03, 1.03)
+    _percent(axis.yaxis)
+    legend(figure, axis)
+    caption = (
+        "Share of harmful prompts with an unsafe answer: asked directly, and after the first tokens of an answer of the "
+        f"untrained model that the judge called unsafe (of the prompts that have one). {HOLLOW}"
+    )
+    return Picture(slug(title), title, figure, caption)
 
 
 def _row_heights(rows: Iterable[tuple[str, str]]) -> dict[tuple[str, str], float]:
