@@ -169,8 +169,8 @@ def by_depth(cells: Sequence[Cell]) -> Picture | None:
     _percent(axis.yaxis)
     legend(figure, axis)
     caption = (
-        "Share of harmful prompts with an unsafe answer: asked directly, and after the first tokens of an answer of the "
-        f"untrained model that the judge called unsafe (of the prompts that have one). {HOLLOW}"
+        "Share of harmful prompts with an unsafe answer: asked directly, and after the first tokens of an answer of "
+        f"the untrained model that the judge called unsafe (of the prompts that have one). {HOLLOW}"
     )
     return Picture(slug(title), title, figure, caption)
 
