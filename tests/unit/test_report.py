@@ -162,11 +162,13 @@ def test_every_rate_is_in_the_table_after_its_metric(run: RunDirectory) -> None:
     assert rows["evaluate/odd"].after == MeasuredValue(7)
 
 
-def test_the_table_of_the_terminal_has_registered_metrics_alone(run: RunDirectory, bare: RunDirectory) -> None:
+def test_the_table_of_the_terminal_has_registered_metrics_and_attacks_alone(run: RunDirectory, bare: RunDirectory) -> None:
     table = {label: ends for label, *ends in before_after(run)}
     assert table["refused: harmful"] == ["1%", "82%"]
     assert table["divergence estimate, held-out examples"] == ["0.000", "0.418"]
+    assert table["attack success (ASR): prefix injection"] == ["97%", "47%"]
     assert "odd" not in table
+    assert not any("self harm" in label for label in table)
     assert before_after(bare) == []
 
 

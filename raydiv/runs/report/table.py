@@ -41,12 +41,24 @@ class ReportRow:
         return "-" if end is None else self.spec.text(end.value)
 
 
+SHOWN_FAMILIES = {
+    "evaluate/asr/{attack}",
+    "evaluate/asr_calibrated/{attack}",
+    "evaluate/asr_set/{set}",
+    "evaluate/over_refusal/{attack}",
+    "evaluate/over_refusal_set/{set}",
+}
+"""Families whose members have a row in the table of the terminal; the report has every metric."""
+
+
 def before_after(run: RunDirectory) -> list[tuple[str, str, str]]:
-    """(label, before, after) of the measured metrics that have an entry of their own in the registry."""
+    """(label, before, after) of the measured metrics that have an entry of their own in the registry, and of attacks
+    and prompt sets.
+    """
     return [
         (row.spec.row_label, row.text(row.before), row.text(row.after))
         for row in measured_rows(run)
-        if row.spec.name in METRICS
+        if row.spec.name in METRICS or row.spec.family in SHOWN_FAMILIES
     ]
 
 
