@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from raydiv.config import Recipe
 from raydiv.config.recipe import ModelConfig, adapter_directory
 from raydiv.data.index import OpenSource
 from raydiv.data.prompt_sets import PromptSets
-from raydiv.data.reference_scorer import reference_logps
+from raydiv.data.reference_scorer import Lookup, reference_logps
 from raydiv.data.splits import Splits, make_splits
 from raydiv.data.tokenize import tokenize
-from raydiv.data.tokens import KEY, StoredExamples, content_key, mismatched
+from raydiv.data.tokens import KEY, StoredExamples, TokenValues, content_key, mismatched
 from raydiv.model.chat import Chat, chat_table
 from raydiv.model.limits import limit_notes, require_limits, require_room_for_answers
 from raydiv.model.load import ModelSource, require_quantizer
@@ -29,6 +30,7 @@ from raydiv.training.metric_names import require_measured
 from raydiv.training.schedule import epoch_plan, total_steps
 from raydiv.utils.cache import shared_dir
 from raydiv.utils.errors import UserError
+from raydiv.utils.progress import Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,7 @@ class PreparedData:
 
 
 def prepare(recipe: Recipe, display: ProgressDisplay | None = None) -> PreparedData:
-    """Prepare a recipe's data: data -> tokens -> reference log-probs, through caches; safe to repeat.
+    """Prepare a recipe's data: data -> tokens -> reference log-probs of all, through caches; safe to repeat.
 
     Raises UserError for a model, data or prompts that cannot be used.
     """
@@ -96,7 +98,7 @@ def prepare(recipe: Recipe, display: ProgressDisplay | None = None) -> PreparedD
     inputs = load_inputs(recipe, display)
     with ray_session(recipe.cluster):
         require_nodes({CACHE: shared_dir()}, local_files(inputs))
-        return prepare_data(recipe, inputs, display)
+        return prepare_data(recipe, inputs, display, whole=True)
 
 
 def load_inputs(recipe: Recipe, display: ProgressDisplay) -> LoadedInputs:
@@ -140,8 +142,14 @@ def local_files(inputs: LoadedInputs) -> dict[str, int]:
     return {file.uri: Path(file.uri).stat().st_size for file in files}
 
 
-def prepare_data(recipe: Recipe, inputs: LoadedInputs, display: ProgressDisplay) -> PreparedData:
-    """Tokens and reference log-probs of the loaded inputs. Needs a Ray session."""
+def prepare_data(
+    recipe: Recipe, inputs: LoadedInputs, display: ProgressDisplay, *, whole: bool = False
+) -> PreparedData:
+    """Tokens and reference log-probs of the loaded inputs. Needs a Ray session.
+
+    Log-probs are those of the examples that the run trains on, and NaN of others, where its steps are less than an
+    epoch; ``whole``: of all, for other runs on the same data.
+    """
     with display.phase("tokens") as update:
         sources, quarantine = [*inputs.train, *inputs.eval], recipe.data.on_bad_row == "quarantine"
         indices = tokenize(sources, inputs.chat, recipe.cluster, quarantine=quarantine, progress=update)
@@ -162,7 +170,7 @@ def prepare_data(recipe: Recipe, inputs: LoadedInputs, display: ProgressDisplay)
                 f"prompts of {name} in the training data: {count}; its metrics will be too good (raydiv data check "
                 "lists them)"
             )
-    return _with_reference(recipe, inputs, data, trained_on, display)
+    return _with_reference(recipe, inputs, data, trained_on, display, whole)
 
 
 def _count_trained_on(recipe: Recipe, inputs: LoadedInputs, data: Splits) -> dict[str, int]:
@@ -176,34 +184,60 @@ def _count_trained_on(recipe: Recipe, inputs: LoadedInputs, data: Splits) -> dic
 
 
 def _with_reference(
-    recipe: Recipe, inputs: LoadedInputs, data: Splits, trained_on: dict[str, int], display: ProgressDisplay
+    recipe: Recipe,
+    inputs: LoadedInputs,
+    data: Splits,
+    trained_on: dict[str, int],
+    display: ProgressDisplay,
+    whole: bool,
 ) -> PreparedData:
     """The data with the reference log-probs that the loss needs, also of KTO's mismatched examples."""
     splits = [data.train.examples, *([data.eval.examples] if data.eval else [])]
-    derangements = [_derangement(recipe, examples) for examples in splits]
+    sets = [ExampleSet(examples, None, _derangement(recipe, examples)) for examples in splits]
     hits = misses = 0
     if not recipe.loss.needs_reference:
         # without a reference in the loss, logged rewards count from zero
-        zeros = [np.zeros(len(examples), np.float32) for examples in splits]
-        sets = [ExampleSet(*columns) for columns in zip(splits, zeros, derangements, strict=True)]
-    elif recipe.model.reference == "adapter-off":
-        sets = [
-            ExampleSet(examples, None, mismatches) for examples, mismatches in zip(splits, derangements, strict=True)
-        ]
-    else:
-        scored = [*splits, *(mismatches for mismatches in derangements if mismatches is not None)]
+        sets = [replace(one, reference_logps=np.zeros(len(one.examples), np.float32)) for one in sets]
+    elif recipe.model.reference == "store":
         with display.phase("reference log-probs") as update:
-            lookup = reference_logps(recipe, inputs.model_directory, scored, update)
+            sets, lookup = _score_reference(recipe, inputs.model_directory, sets, whole, update)
         hits, misses = lookup.hits, lookup.misses
-        tokens = lookup.tokens or [None for _ in scored]
-        results = list(zip(lookup.logps, tokens, strict=True))
-        of_splits, of_mismatches = results[: len(splits)], iter(results[len(splits) :])
-        sets = []
-        for examples, mismatches, (logps, of_tokens) in zip(splits, derangements, of_splits, strict=True):
-            mismatched_logps, of_mismatched = (None, None) if mismatches is None else next(of_mismatches)
-            sets.append(ExampleSet(examples, logps, mismatches, mismatched_logps, of_tokens, of_mismatched))
     held_out, facts = sets[1] if data.eval else None, chat_table(inputs.chat.facts())
     return PreparedData(inputs.model_directory, data, sets[0], held_out, hits, misses, trained_on, facts)
+
+
+def _score_reference(
+    recipe: Recipe, directory: Path, sets: Sequence[ExampleSet], whole: bool, progress: Progress
+) -> tuple[list[ExampleSet], Lookup]:
+    """The sets, of which the first is trained on, with log-probs from the store; see ``prepare_data``."""
+    rows = [np.arange(len(one.examples)) for one in sets]
+    if not whole:
+        plan = epoch_plan(recipe, sets[0].examples)
+        rows[0] = plan.rows_until(total_steps(recipe, plan.steps_in))
+    parts = [
+        (part, of_set)
+        for one, of_set in zip(sets, rows, strict=True)
+        for part in (one.examples, one.mismatched)
+        if part is not None
+    ]
+    lookup = reference_logps(recipe, directory, [part.select(of_set) for part, of_set in parts], progress)
+    found = zip(lookup.logps, lookup.tokens or [None for _ in parts], parts, strict=True)
+    results = iter([_spread(logps, tokens, of_set, len(part)) for logps, tokens, (part, of_set) in found])
+    scored = []
+    for one in sets:
+        logps, tokens = next(results)
+        of_mismatched = (None, None) if one.mismatched is None else next(results)
+        scored.append(ExampleSet(one.examples, logps, one.mismatched, of_mismatched[0], tokens, of_mismatched[1]))
+    return scored, lookup
+
+
+def _spread(
+    logps: np.ndarray, tokens: TokenValues | None, rows: np.ndarray, count: int
+) -> tuple[np.ndarray, TokenValues | None]:
+    """Log-probs of the examples at ``rows`` as those of all ``count``, NaN where there are none."""
+    spread = np.full(count, np.nan, np.float32)
+    spread[rows] = logps
+    return spread, None if tokens is None else tokens.spread(rows, count)
 
 
 def _derangement(recipe: Recipe, examples: StoredExamples) -> StoredExamples | None:

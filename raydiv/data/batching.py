@@ -84,6 +84,17 @@ class EpochPlan:
         units = self._epoch_order(epoch)[first : first + self._units_per_step]
         return StepPlan.from_units(step, epoch + (step + 1 - start) / (stop - start), self.units[units])
 
+    def rows_until(self, steps: int) -> np.ndarray:
+        """The distinct rows of the first ``steps`` steps, in ascending order."""
+        taken, epoch = np.zeros(len(self.units), bool), 0
+        starts = self._starts_of_epochs(1)
+        while starts[epoch] < steps and not taken.all():
+            starts = self._starts_of_epochs(epoch + 1)
+            taken[self._epoch_order(epoch)[: (steps - int(starts[epoch])) * self._units_per_step]] = True
+            epoch += 1
+        rows = self.units[taken]
+        return np.sort(rows[rows >= 0])
+
     def _starts_of_epochs(self, epochs: int) -> np.ndarray:
         """The first step of each epoch [epochs + 1]; the last is the number of all steps. An epoch may have none."""
         units = sum(_taken(len(members) * weight, np.arange(epochs + 1)) for members, weight in self._sources)

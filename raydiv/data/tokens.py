@@ -79,6 +79,12 @@ class TokenValues:
     values: np.ndarray
     starts: np.ndarray
 
+    def spread(self, rows: np.ndarray, count: int) -> TokenValues:
+        """The values of ``count`` examples, of which those at ``rows``, ascending, have these and the others none."""
+        lengths = np.zeros(count, np.int64)
+        lengths[rows] = np.diff(self.starts)
+        return TokenValues(self.values, np.append(0, np.cumsum(lengths)))
+
     def at(self, rows: np.ndarray) -> list[np.ndarray]:
         """The values of the examples at ``rows``."""
         return [self.values[self.starts[row] : self.starts[row + 1]] for row in rows.tolist()]

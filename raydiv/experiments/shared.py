@@ -77,7 +77,7 @@ def prepare_all(recipes: Sequence[Recipe], display: ProgressDisplay) -> tuple[in
     for recipe in recipes:
         inputs = load_inputs(recipe, display)
         require_ready(recipe, RunDirectory.of(recipe).path, local_files(inputs), new=False)
-        steps.append(prepare_data(recipe, inputs, display).steps(recipe))
+        steps.append(prepare_data(recipe, inputs, display, whole=True).steps(recipe))
         metrics.append(set(_baseline_metrics(recipe, inputs, display)))
     return max(steps), set.intersection(*metrics)
 

@@ -570,9 +570,7 @@ def test_only_examples_edited_after_prepare_are_scored_again(
     tiny_model: Path, files: dict[str, str], tmp_path: Path
 ) -> None:
     path = Path(shutil.copy(files["train"], tmp_path / "train.jsonl"))
-    recipe = recipe_of(
-        tiny_model, files | {"train": str(path)}, tmp_path, "r", "cluster.num_workers=1", "optim.steps=1"
-    )
+    recipe = recipe_of(tiny_model, files | {"train": str(path)}, tmp_path, "r", "cluster.num_workers=1")
     before = prepare(recipe, ProgressDisplay(quiet=True)).summary()
     assert before["reference"]["misses"] == before["train"]["examples"] + before["eval"]["examples"] == 30
     status = path.stat()

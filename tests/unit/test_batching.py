@@ -201,6 +201,13 @@ def test_distant_step_is_computed_without_those_before(
 
 
 @quick
+@given(st.one_of(epochs, mixtures()), st.integers(0, 60))
+def test_rows_of_the_first_steps(plan: EpochPlan, steps: int) -> None:
+    taken = {row for step in range(steps) for row in plan.step(step).rows.tolist()}
+    assert plan.rows_until(steps).tolist() == sorted(taken)
+
+
+@quick
 @given(st.one_of(epochs, mixtures()))
 def test_epoch_of_a_step(plan: EpochPlan) -> None:
     assert plan.step(plan.steps_in(1) - 1).epoch == pytest.approx(1)

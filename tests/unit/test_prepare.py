@@ -17,6 +17,7 @@ from raydiv.config.loss import PositionConfig
 from raydiv.data.reference_scorer import Lookup
 from raydiv.data.tokens import StoredExamples, TokenValues
 from raydiv.runs.progress import ProgressDisplay
+from raydiv.training.schedule import epoch_plan
 from raydiv.utils.errors import UserError
 
 Writer = Callable[..., Path]
@@ -69,17 +70,17 @@ def test_reference_log_probs_are_each_sets_own(loss: str, tiny_model: Path, writ
     sets = [data.train, data.eval]
     assert [len(examples.examples) for examples in sets] == [8, 6]
     for number, examples in enumerate(sets):
-        prompt_lengths = examples.examples.prompt_lengths
+        prompt_lengths, place = examples.examples.prompt_lengths, 2 * number if loss == "kto" else number
         assert examples.reference_logps is not None
-        assert (examples.reference_logps == -100.0 * number - prompt_lengths).all()
+        assert (examples.reference_logps == -100.0 * place - prompt_lengths).all()
         if loss == "kldo":
             assert examples.mismatched is None
             assert examples.mismatched_reference_logps is None
-        else:  # scored after the examples of both sets
+        else:  # scored after the examples of their set
             assert examples.mismatched is not None
             assert examples.mismatched_reference_logps is not None
             assert (examples.mismatched.prompt_rows != examples.mismatched.response_rows).all()
-            assert (examples.mismatched_reference_logps == -100.0 * (2 + number) - prompt_lengths).all()
+            assert (examples.mismatched_reference_logps == -100.0 * (place + 1) - prompt_lengths).all()
     assert (data.reference_hits, data.reference_misses) == (3, 4)
 
 
@@ -89,8 +90,9 @@ def test_a_constrained_loss_gets_the_reference_by_token(
     """Also one that has no reference otherwise."""
 
     def numbered(recipe: Recipe, directory: Path, sets: Sequence[StoredExamples], progress: object) -> Lookup:
-        tokens = [TokenValues(np.full(1, number, np.float32), np.array([0, 1])) for number in range(len(sets))]
-        return Lookup([np.zeros(len(examples), np.float32) for examples in sets], 0, 0, tokens)
+        counts = [len(examples) for examples in sets]
+        tokens = [TokenValues(np.full(n, number, np.float32), np.arange(n + 1)) for number, n in enumerate(counts)]
+        return Lookup([np.zeros(n, np.float32) for n in counts], 0, 0, tokens)
 
     monkeypatch.setattr(preparation, "reference_logps", numbered)
     train, held_out = write_jsonl(*rows(4)), write_jsonl(*rows(3, first=10), name="eval.jsonl")
@@ -102,10 +104,52 @@ def test_a_constrained_loss_gets_the_reference_by_token(
         assert data.eval is not None
         for number, examples in enumerate((data.train, data.eval)):
             assert examples.reference_tokens is not None
-            assert examples.reference_tokens.values[0] == number
+            assert examples.reference_tokens.values[0] == (2 * number if loss == "kto" else number)
             if loss == "kto":
                 assert examples.mismatched_reference_tokens is not None
-                assert examples.mismatched_reference_tokens.values[0] == 2 + number
+                assert examples.mismatched_reference_tokens.values[0] == 2 * number + 1
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("loss", ["kldo", "dpo", "kto"])
+def test_the_examples_of_a_runs_steps_alone_are_scored(
+    loss: str, whole: bool, tiny_model: Path, write_jsonl: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[int] = []
+
+    def numbered(recipe: Recipe, directory: Path, sets: Sequence[StoredExamples], progress: object) -> Lookup:
+        scored.extend(len(examples) for examples in sets)
+        lengths = [examples.response_lengths.astype(np.int64) for examples in sets]
+        tokens = [
+            TokenValues(np.repeat(examples.response_rows, n).astype(np.float32), np.append(0, np.cumsum(n)))
+            for examples, n in zip(sets, lengths, strict=True)
+        ]
+        return Lookup([examples.response_rows.astype(np.float32) for examples in sets], 0, 0, tokens)
+
+    monkeypatch.setattr(preparation, "reference_logps", numbered)
+    recipe = with_model(tiny_model, write_jsonl(*rows(40)), loss)
+    recipe = type(recipe).model_validate(
+        recipe.model_dump(by_alias=True)
+        | {"batch": {"examples": 8}, "optim": {"steps": 3}}
+        | {"loss": {"type": loss, "position": {"kind": "constrained", "betas": [1]}}}
+    )
+    display = ProgressDisplay(quiet=True)
+    train = prepare_data(recipe, load_inputs(recipe, display), display, whole=whole).train
+    assert scored == [80 if whole else 24] * (2 if loss == "kto" else 1)
+    plan = epoch_plan(recipe, train.examples)
+    used = np.unique(np.concatenate([plan.step(step).rows for step in range(3)]))
+    assert len(used) == 24
+    sets = [(train.examples, train.reference_logps, train.reference_tokens)]
+    if loss == "kto":
+        assert train.mismatched is not None
+        sets.append((train.mismatched, train.mismatched_reference_logps, train.mismatched_reference_tokens))
+    for examples, logps, tokens in sets:
+        assert logps is not None
+        assert tokens is not None
+        assert (logps[used] == examples.response_rows[used]).all()
+        assert np.isnan(np.delete(logps, used)).all() != whole
+        for row, values in zip(used.tolist(), tokens.at(used), strict=True):
+            assert values.tolist() == [examples.response_rows[row]] * int(examples.response_lengths[row])
 
 
 def test_disabled_adapters_need_no_stored_reference(tiny_model: Path, write_jsonl: Writer) -> None:

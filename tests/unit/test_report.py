@@ -162,7 +162,9 @@ def test_every_rate_is_in_the_table_after_its_metric(run: RunDirectory) -> None:
     assert rows["evaluate/odd"].after == MeasuredValue(7)
 
 
-def test_the_table_of_the_terminal_has_registered_metrics_and_attacks_alone(run: RunDirectory, bare: RunDirectory) -> None:
+def test_the_table_of_the_terminal_has_registered_metrics_and_attacks_alone(
+    run: RunDirectory, bare: RunDirectory
+) -> None:
     table = {label: ends for label, *ends in before_after(run)}
     assert table["refused: harmful"] == ["1%", "82%"]
     assert table["divergence estimate, held-out examples"] == ["0.000", "0.418"]
