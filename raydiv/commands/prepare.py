@@ -170,7 +170,13 @@ def prepare_data(
                 f"prompts of {name} in the training data: {count}; its metrics will be too good (raydiv data check "
                 "lists them)"
             )
-    return _with_reference(recipe, inputs, data, trained_on, display, whole)
+    plan = epoch_plan(recipe, data.train.examples)
+    taken = plan.rows_until(total_steps(recipe, plan.steps_in))
+    for number in sorted(set(range(len(inputs.train))) - set(data.train.examples.source[taken].tolist())):
+        path = recipe.data.train[number].path
+        display.print(f"{path}: the steps of the run take none of its examples; raise its weight or optim.steps")
+    scored = np.arange(len(data.train.examples)) if whole else taken
+    return _with_reference(recipe, inputs, data, trained_on, display, scored)
 
 
 def _count_trained_on(recipe: Recipe, inputs: LoadedInputs, data: Splits) -> dict[str, int]:
@@ -189,9 +195,11 @@ def _with_reference(
     data: Splits,
     trained_on: dict[str, int],
     display: ProgressDisplay,
-    whole: bool,
+    scored: np.ndarray,
 ) -> PreparedData:
-    """The data with the reference log-probs that the loss needs, also of KTO's mismatched examples."""
+    """The data with the reference log-probs that the loss needs, also of KTO's mismatched examples, of the training
+    examples at ``scored``.
+    """
     splits = [data.train.examples, *([data.eval.examples] if data.eval else [])]
     sets = [ExampleSet(examples, None, _derangement(recipe, examples)) for examples in splits]
     hits = misses = 0
@@ -200,20 +208,17 @@ def _with_reference(
         sets = [replace(one, reference_logps=np.zeros(len(one.examples), np.float32)) for one in sets]
     elif recipe.model.reference == "store":
         with display.phase("reference log-probs") as update:
-            sets, lookup = _score_reference(recipe, inputs.model_directory, sets, whole, update)
+            sets, lookup = _score_reference(recipe, inputs.model_directory, sets, scored, update)
         hits, misses = lookup.hits, lookup.misses
     held_out, facts = sets[1] if data.eval else None, chat_table(inputs.chat.facts())
     return PreparedData(inputs.model_directory, data, sets[0], held_out, hits, misses, trained_on, facts)
 
 
 def _score_reference(
-    recipe: Recipe, directory: Path, sets: Sequence[ExampleSet], whole: bool, progress: Progress
+    recipe: Recipe, directory: Path, sets: Sequence[ExampleSet], of_first: np.ndarray, progress: Progress
 ) -> tuple[list[ExampleSet], Lookup]:
-    """The sets, of which the first is trained on, with log-probs from the store; see ``prepare_data``."""
-    rows = [np.arange(len(one.examples)) for one in sets]
-    if not whole:
-        plan = epoch_plan(recipe, sets[0].examples)
-        rows[0] = plan.rows_until(total_steps(recipe, plan.steps_in))
+    """The sets with log-probs from the store, of the first one those at ``of_first`` alone."""
+    rows = [of_first, *(np.arange(len(one.examples)) for one in sets[1:])]
     parts = [
         (part, of_set)
         for one, of_set in zip(sets, rows, strict=True)
@@ -223,12 +228,12 @@ def _score_reference(
     lookup = reference_logps(recipe, directory, [part.select(of_set) for part, of_set in parts], progress)
     found = zip(lookup.logps, lookup.tokens or [None for _ in parts], parts, strict=True)
     results = iter([_spread(logps, tokens, of_set, len(part)) for logps, tokens, (part, of_set) in found])
-    scored = []
+    with_reference = []
     for one in sets:
         logps, tokens = next(results)
-        of_mismatched = (None, None) if one.mismatched is None else next(results)
-        scored.append(ExampleSet(one.examples, logps, one.mismatched, of_mismatched[0], tokens, of_mismatched[1]))
-    return scored, lookup
+        others, other_tokens = (None, None) if one.mismatched is None else next(results)
+        with_reference.append(ExampleSet(one.examples, logps, one.mismatched, others, tokens, other_tokens))
+    return with_reference, lookup
 
 
 def _spread(

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 from pydantic import (
     BeforeValidator,
     Field,
-    PositiveFloat,
     SerializerFunctionWrapHandler,
     StrictBool,
     model_serializer,
@@ -54,8 +53,9 @@ class Source(Section):
     constants: dict[str, StrictBool | str] = Field(
         default_factory=dict, description="values of columns that this source does not have, such as aligned: true"
     )
-    weight: PositiveFloat = Field(
+    weight: float = Field(
         default=1.0,
+        ge=1e-6,
         description="passes over this source in an epoch; 0.5 takes one half, and the other half in the next epoch",
     )
 

@@ -536,7 +536,7 @@ def test_hub_options_do_not_apply_elsewhere(key: str, path: str) -> None:
     assert getattr(source, key) == "x"
 
 
-@pytest.mark.parametrize("weight", [0, -1, ".inf"])
+@pytest.mark.parametrize("weight", [0, -1, 1e-7, ".inf"])
 def test_weight_of_a_source_is_above_nothing(weight: Any) -> None:
     override = f"data.train=[a, {{path: b, weight: {weight}}}]"
     assert refusal(tree(), override).startswith("data.train.1.weight: ")

@@ -152,6 +152,17 @@ def test_the_examples_of_a_runs_steps_alone_are_scored(
             assert values.tolist() == [examples.response_rows[row]] * int(examples.response_lengths[row])
 
 
+def test_a_source_of_which_nothing_is_taken_is_named(tiny_model: Path, write_jsonl: Writer) -> None:
+    first, second = write_jsonl(*rows(8)), write_jsonl(*rows(8, first=20), name="rare.jsonl")
+    recipe = with_model(tiny_model, first, "kldo")
+    for weight, messages in ((0.01, 1), (1.0, 0)):
+        sources = [{"path": str(first)}, {"path": str(second), "weight": weight}]
+        tree = recipe.model_dump(by_alias=True) | {"data": {"train": sources}, "optim": {"epochs": 1}}
+        display = RecordingDisplay()
+        prepare_here(type(recipe).model_validate(tree), display)
+        assert sum("rare.jsonl: the steps of the run take none" in message for message in display.messages) == messages
+
+
 def test_disabled_adapters_need_no_stored_reference(tiny_model: Path, write_jsonl: Writer) -> None:
     data = prepare_here(with_model(tiny_model, write_jsonl(*rows(4)), "kto", off=True))
     assert data.train.reference_logps is None
