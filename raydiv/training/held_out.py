@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from raydiv.training.dataloader import ExampleSet, RankShard, StepLoader, read_s
 from raydiv.training.metrics import log_metrics, rewards
 from raydiv.training.schedule import is_due
 from raydiv.training.state import TrainState
-from raydiv.training.step import Stepper, concatenate_batches, select_examples
+from raydiv.training.step import RankStep, Stepper, concatenate_batches, select_examples
 from raydiv.utils import distributed as dist
 from raydiv.utils.storage import write_json
 
@@ -35,12 +35,20 @@ class HeldOutEvaluation:
     stepper: Stepper
     examples: ExampleSet | None
 
+    def before_training(self) -> None:
+        """Log the metrics of the policy as it starts: as its reference, whose log-probs are stored with most losses."""
+        is_stored = self.recipe.loss.needs_reference and self.recipe.model.reference == "store"
+        self._evaluate(0, self.stepper.score_at_start if is_stored else self.stepper.score)
+
     def evaluate(self, step: int) -> dict[str, float]:
         """Log and return loss, divergence and rewards as ``eval/*``, which leaves the running states as they were.
 
         Where the examples are of several sources, ``eval/SOURCE/*`` are those of each. Where there is a reference, each
         example's reward is written into the run. Values that are not finite make an event in place of metrics.
         """
+        return self._evaluate(step, self.stepper.score)
+
+    def _evaluate(self, step: int, score: Callable[[RankStep], Batch]) -> dict[str, float]:
         if self.examples is None:
             return {}
         self.stepper.timer.enter("evaluate")
@@ -48,7 +56,7 @@ class HeldOutEvaluation:
         shard = RankShard(self.stepper.layout, dist.rank(), trains=False, scores=True)
         plan = SequentialPlan(stored.lengths, PART_EXAMPLES)
         steps = read_steps(StepLoader(self.examples, plan, shard), 0, plan.steps)
-        batch = concatenate_batches([self.stepper.score(part) for part in steps], plan.order, stored.units)
+        batch = concatenate_batches([score(part) for part in steps], plan.order, stored.units)
         values = self._values(batch, "eval", step)
         if not values:
             return {}

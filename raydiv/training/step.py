@@ -148,6 +148,12 @@ class Stepper:
         self.engine.model.eval()
         return replace(self._reference_batch(step), logps=self._score_all(step, step.examples, step.layout.scoring))
 
+    def score_at_start(self, step: RankStep) -> Batch:
+        """``score`` before the first update, without a forward: the policy starts as its reference."""
+        assert step.reference_logps is not None
+        no_ratios = torch.zeros(len(step.mismatched))
+        return self._batch_of(step, step.reference_logps, no_ratios)
+
     def token_logps(self, examples: Sequence[tuple[Ids, Ids]]) -> list[Tensor]:
         """Log-probs [t] of the response tokens of each example, without gradient or dropout, fp32 on the CPU.
 
@@ -175,13 +181,16 @@ class Stepper:
         if reference is None:
             reference, mismatched_reference = self._score_without_adapters(step)
         mismatched = self._score_all(step, step.mismatched, step.layout.mismatched)
+        return self._batch_of(step, reference, mismatched - mismatched_reference)
+
+    def _batch_of(self, step: RankStep, reference: Tensor, mismatched_log_ratios: Tensor) -> Batch:
         return Batch(
             logps=reference,
             reference_logps=reference,
             aligned=torch.from_numpy(step.examples.aligned),
             tokens=self._tokens(step.examples),
             pairs=torch.from_numpy(step.examples.pairs),
-            mismatched_log_ratios=mismatched - mismatched_reference,
+            mismatched_log_ratios=mismatched_log_ratios,
         )
 
     def _tokens(self, examples: TokenizedExamples) -> Tensor:

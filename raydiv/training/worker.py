@@ -105,7 +105,7 @@ def _run(task: TrainTask, task_ref: Any, run: RunDirectory, timer: StepTimer) ->
     )
     behind, state = _resume(checkpoints, stepper, run)
     if not behind:
-        held_out.evaluate(step=0)
+        held_out.before_training()
         depth.before_training()
     if state.end_reason is None:
         shard = RankShard(stepper.layout, dist.rank(), trains=True, scores=task.train.reference_logps is None)

@@ -257,6 +257,28 @@ def held_out_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: 
     return HeldOutEvaluation(recipe_of(tmp_path), RunDirectory(tmp_path), stepper, examples)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "stored"),
+    [
+        ([], True),
+        (["loss.type=sft"], False),
+        (["loss.type=sft", "loss.position={kind: constrained, betas: [1]}"], True),
+        (["model.lora.r=2", "model.reference=adapter-off"], False),
+    ],
+)
+def test_the_policy_starts_as_its_stored_reference(
+    overrides: list[str], stored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluation = held_out_evaluation(tmp_path, monkeypatch, batch_of([True, False, True]))
+    scored: list[str] = []
+    evaluation.stepper.score = lambda _: scored.append("forward")  # type: ignore[method-assign, assignment, return-value]
+    evaluation.stepper.score_at_start = lambda _: scored.append("store")  # type: ignore[method-assign, assignment, return-value]
+    recipe = load_recipe(evaluation.recipe.model_dump(mode="json", by_alias=True), overrides)
+    replace(evaluation, recipe=recipe).before_training()
+    assert scored == ["store" if stored else "forward"]
+    assert evaluation.run.metrics.read()[0]["step"] == 0
+
+
 def test_held_out_log_probs_that_are_not_finite_end_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = batch_of([True, False, True])
     batch.logps[1] = math.nan
