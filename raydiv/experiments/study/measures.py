@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -95,7 +96,7 @@ COLUMNS = (
 
 def measures(cells: Sequence[Cell]) -> list[Measure]:
     """The measures that at least one cell has a value of, in the order of tables."""
-    specs = [spec_of(name) for name in sorted({name for cell in cells for name in cell.metrics})]
+    specs = [spec_of(name) for name in sorted({name for cell in cells for name in cell.metrics}, key=_natural)]
     columns = [
         measure
         for column in COLUMNS
@@ -106,6 +107,11 @@ def measures(cells: Sequence[Cell]) -> list[Measure]:
         )
     ]
     return [measure for measure in columns if measure.mean(cells) is not None]
+
+
+def _natural(name: str) -> list[str | int]:
+    """A key that sorts the numbers in a name by their values."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def attack_success(cells: Sequence[Cell]) -> list[Measure]:
