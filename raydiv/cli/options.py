@@ -12,7 +12,7 @@ from raydiv.utils.errors import UserError
 
 S = TypeVar("S", bound=Section)
 
-NOT_OPTIONS = {"every", "prompts"}
+NOT_OPTIONS = {"every", "depth_every", "prompts"}
 """Fields that only apply in training, and those whose option is written by hand."""
 
 
