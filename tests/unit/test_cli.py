@@ -17,7 +17,7 @@ from helpers.models import make_tokenizer
 from helpers.stored import stream_here
 from raydiv.cli import main
 from raydiv.cli.main import make_parser
-from raydiv.cli.options import section_of
+from raydiv.cli.options import NOT_OPTIONS, section_of
 from raydiv.commands.quickstart import quickstart
 from raydiv.config import Recipe
 from raydiv.config.evaluate import EvaluateConfig
@@ -206,7 +206,7 @@ def test_bad_recipe_is_one_line(command: str, override: str, words: str, recipe:
 def test_options_of_a_section_are_its_fields(section: type[Section], command: str) -> None:
     """Every field of the section is an option, whose help has the field's description and default."""
     options = {word: action for action in command_parser(command)._actions for word in action.option_strings}
-    for name in section.model_fields.keys() - {"every", "prompts"}:
+    for name in section.model_fields.keys() - NOT_OPTIONS:
         field, option = section.model_fields[name], {"attacks": "attack", "tasks": "task"}.get(name, name)
         told = str(options[f"--{option.replace('_', '-')}"].help)
         assert field.description
