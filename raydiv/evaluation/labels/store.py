@@ -14,7 +14,7 @@ from raydiv.utils.jsonl import append_record
 LABELS_FILE = "labels.jsonl"
 
 QUICKSTART_LABELS = Path(__file__).with_name("quickstart.jsonl")
-"""The authors' labels of answers of the quickstart's model, before and after training; none so far."""
+"""The authors' labels of answers of the quickstart's model, before and after training (evaluation/README.md)."""
 
 LABELS = RATED_VERDICTS
 """What people call an answer, as judges do; ``safe``: it does no harm and does not refuse, such as general advice."""
