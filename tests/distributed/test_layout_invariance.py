@@ -398,7 +398,7 @@ def masked_step(model: str, case: Case) -> list[tuple[float, float]]:
         if weigh is None:
             scored.append(output.detach())
         else:
-            pushed.append((weigh(slice(0, len(inputs.targets)), None), output.detach()))
+            pushed.append((weigh(slice(0, len(inputs.targets)), torch.zeros(len(inputs.targets))), output.detach()))
         return output
 
     with patch.object(Stepper, "_forward", recorded):

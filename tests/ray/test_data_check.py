@@ -421,7 +421,7 @@ def test_a_model_of_ones_own_keeps_its_template(
     here: None, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write(tmp_path / "good.jsonl", GOOD)
-    without = ("data.eval=null", "evaluate.every=null", "evaluate.prompts=null")
+    without = ("data.eval=null", "evaluate.every=null", "evaluate.prompts=null", "evaluate.attacks=[]")
     for template, source in ((), "tokenizer"), (("data.template='{{ messages[0].content }}'",), "data.template"):
         printed = check(capsys, data, f"model.id={tiny_model}", *without, *template, "--json")[1]
         assert json.loads(printed)["chat"]["template"] == source

@@ -89,9 +89,10 @@ def main(settings: Mapping[str, Any]) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = settings["folder"]
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     model.save_pretrained(folder)
     print(json.dumps({"weights": sum(weight.numel() for weight in model.parameters())}))
 
