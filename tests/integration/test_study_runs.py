@@ -424,13 +424,16 @@ def test_a_small_study_is_run_extended_and_read_from_mlflow(
         modified = result.stat().st_mtime_ns
         assert main(command) == 2
         assert "--resume" in capsys.readouterr().err
+        (directory.tables / "a-against-b.csv").write_text("of an earlier grid")
         wider = "study.losses={FATAL: null, DPO: dpo}"
         assert main([*command, "--resume", wider]) == 0
         record = json.loads(capsys.readouterr().out)
     assert [cell["loss"] for cell in record["cells"]] == ["none", "KLDO", "DPO"]
     assert record["failures"] == {}
     assert result.stat().st_mtime_ns == modified
-    assert {"cells.md", "cells.csv"} <= {path.name for path in directory.tables.iterdir()}
+    written = {path.name for path in directory.tables.iterdir()}
+    assert {"cells.md", "cells.csv"} <= written
+    assert "a-against-b.csv" not in written
     assert "src=" not in directory.report.read_text()
     by_mlflow = recipe_of(
         tiny_model, files, tmp_path / "other", "more", *overrides, "study.include=['mlflow:raydiv']",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from raydiv.experiments.study.regression import (
     claim_test,
     claim_tests,
     correlation_of,
+    prediction_of,
     slope_of,
 )
 from raydiv.experiments.study.table_io import Table, TableCell, TableRow, markdown, write_tables
@@ -314,13 +315,72 @@ def test_estimates_equal_least_squares_with_indicators(asr: str) -> None:
     assert (claim.correlation.value, claim.correlation.cells) == (pytest.approx(r), 24)
 
 
+def test_each_loss_is_predicted_from_all_others() -> None:
+    points = frame_of(claim_test(study(noise=0.4), D_B, ASR))
+    errors = variations = 0.0
+    for loss in sorted(set(points["loss"])):
+        seen, left = points[points["loss"] != loss], points[points["loss"] == loss]
+        blocks = sorted({*zip(points["model"], points["data"], strict=True)})
+
+        def design(rows: pd.DataFrame, blocks: list[tuple[str, str]] = blocks) -> np.ndarray:
+            of = list(zip(rows["model"], rows["data"], strict=True))
+            return np.array([[x, *(block == own for block in blocks)] for x, own in zip(rows["x"], of, strict=True)])
+
+        fitted, mean = (
+            np.linalg.lstsq(columns(design(seen)), seen["asr"], rcond=None)[0]
+            for columns in (lambda matrix: matrix, lambda matrix: matrix[:, 1:])
+        )
+        errors += float(np.square(left["asr"] - design(left) @ fitted).sum())
+        variations += float(np.square(left["asr"] - design(left)[:, 1:] @ mean).sum())
+    found = prediction_of(points)
+    assert found is not None
+    assert found.interval is not None
+    assert found.r2 == pytest.approx(1 - errors / variations)
+    assert found.interval[0] < found.r2 < found.interval[1] < 1
+    exact = claim_test(study(), D_B, ASR).prediction
+    assert exact is not None
+    assert exact.r2 == pytest.approx(1)
+    assert claim_test(study()[:3], D_B, ASR).prediction is None
+
+
+def test_an_unrelated_measure_predicts_worse_than_the_mean() -> None:
+    generator = np.random.default_rng(0)
+    found = []
+    for _ in range(200):
+        x, y = generator.normal(size=(2, 20))
+        estimate = prediction_of(frame(x, y, np.arange(20) // 5, np.arange(20) % 5))
+        assert estimate is not None
+        found.append(estimate.r2)
+    assert np.mean(found) < 0
+    assert np.mean(np.array(found) > 0.2) < 0.1
+
+
+def test_the_claim_is_also_tested_on_depth_where_measured() -> None:
+    cells = [
+        replace(cell, metrics={**cell.metrics, "evaluate/depth/half": float(n % 7 + 1)})
+        for n, cell in enumerate(study(noise=0.4))
+    ]
+    claims = claim_tests(cells)
+    assert [claim.separation.label for claim in claims[:3]] == ["D_B", "D_B length-matched", "KL half at token"]
+    slope, r = dummies(cells, "evaluate/depth/half", "evaluate/asr")
+    assert claims[2].slope is not None
+    assert claims[2].correlation is not None
+    assert (claims[2].slope.value, claims[2].correlation.value) == pytest.approx((slope, r))
+
+
 def test_seeds_are_averaged_first() -> None:
     cells = study(noise=0.4, seeds=3)
     claim = claim_test(cells, D_B, ASR)
     assert len(claim.points) == 24
     first = [cell for cell in cells if cell.key == cells[0].key]
-    assert claim.points[0].d_b == pytest.approx(np.mean([cell.metrics["separation/d_b"] for cell in first]))
+    assert claim.points[0].separation == pytest.approx(np.mean([cell.metrics["separation/d_b"] for cell in first]))
     assert claim.points[0].asr == pytest.approx(np.mean([cell.metrics["evaluate/asr"] for cell in first]))
+
+
+def frame_of(claim: ClaimTest) -> pd.DataFrame:
+    """The points of a test on the logarithm of its measure."""
+    points = pd.DataFrame([asdict(point) for point in claim.points])
+    return points.assign(x=np.log(points["separation"]))
 
 
 def frame(x: np.ndarray, y: np.ndarray, block: np.ndarray, loss: np.ndarray) -> pd.DataFrame:
@@ -439,7 +499,7 @@ def test_a_separation_below_chance_is_not_left_out() -> None:
         for cell, value in zip(cells, values, strict=True)
     ]
     claim = claim_test(cells, MAHALANOBIS, ASR)
-    assert [point.d_b for point in claim.points] == list(values)
+    assert [point.separation for point in claim.points] == list(values)
     expected = linregress([-2, 0, 2, 4, 6], [0.0, 0.1, 0.2, 0.3, 0.4])
     assert claim.slope
     assert claim.slope.value == pytest.approx(expected.slope)
@@ -487,7 +547,7 @@ def test_range_of_the_correlation_without_each_loss_and_each_data_set() -> None:
 def test_table_of_claims() -> None:
     table = claim_table(claim_tests(study(noise=0.4)))
     assert len(table.rows) == 8
-    assert {len(row.words) + len(row.figures) for row in table.rows} == {len(table.header)} == {15}
+    assert {len(row.words) + len(row.figures) for row in table.rows} == {len(table.header)} == {18}
     assert len(set(table.header)) == len(table.header)
     assert table.rows[0].words == ("ASR", "log of D_B")
     few = claim_table(claim_tests(study()[:3]))
@@ -508,14 +568,25 @@ def test_table_of_claims() -> None:
 def test_keys_of_a_regression_in_study_json() -> None:
     record = claim_test(study(noise=0.4), D_B, ASR).as_json()
     assert record.keys() == {
-        *("separation", "asr", "points", "slope", "correlation", "without_one", "whole", "notes", "scale"),
+        *(
+            "separation",
+            "asr",
+            "points",
+            "slope",
+            "correlation",
+            "prediction",
+            "without_one",
+            "whole",
+            "notes",
+            "scale",
+        ),
     }
     assert record["separation"] == {
         "metric": "separation/d_b", "label": "D_B", "form": "{:.3f}", "better": 1, "safety": False, "averaged": False,
     }  # fmt: skip
     assert record["asr"]["safety"]
     assert record["slope"].keys() == {"value", "interval", "p", "p_losses", "intercepts"}
-    assert record["points"][0].keys() == {"model", "data", "loss", "d_b", "asr", "broken"}
+    assert record["points"][0].keys() == {"model", "data", "loss", "separation", "asr", "broken"}
 
 
 def test_csv_has_every_digit(tmp_path: Path) -> None:

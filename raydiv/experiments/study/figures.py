@@ -47,7 +47,7 @@ def cell_pictures(cells: Sequence[Cell]) -> list[Picture]:
 
 
 def scatter(claim: ClaimTest, name: str) -> Picture:
-    """Attack success against D_B, on a log axis where the regression is on the logarithm.
+    """Attack success against a measure of separation or depth, on a log axis where the regression is on the logarithm.
 
     Models have colours, losses markers, and kinds of data fills; broken models are hollow. Lines are the fit: one
     slope, an intercept for each model and data.
@@ -67,11 +67,11 @@ def scatter(claim: ClaimTest, name: str) -> Picture:
     for point in claim.points:
         fill = "none" if point.broken else fills[point.data]
         style_of_point = {"color": colours[point.model], "marker": markers[point.loss], "fillstyle": fill}
-        axis.plot(point.d_b, point.asr, **style, **style_of_point)
+        axis.plot(point.separation, point.asr, **style, **style_of_point)
     if claim.slope is not None:
         for model, data, intercept in claim.slope.intercepts:
-            d_b = [point.d_b for point in claim.points if (point.model, point.data) == (model, data)]
-            line = np.linspace(min(d_b), max(d_b), FIT_POINTS)
+            ends = [point.separation for point in claim.points if (point.model, point.data) == (model, data)]
+            line = np.linspace(min(ends), max(ends), FIT_POINTS)
             axis.plot(
                 line, intercept + claim.slope.value * scale.of(line), color=colours[model], linewidth=1, alpha=0.6
             )
@@ -97,7 +97,7 @@ def _claim_caption(claim: ClaimTest) -> str:
 
 
 def _estimates(slope: SlopeEstimate, correlation: CorrelationEstimate, scale: Scale) -> str:
-    step = "when D_B grows by a factor of e" if scale is LOG else "per standard deviation between the classes"
+    step = "when the measure grows by a factor of e" if scale is LOG else "per standard deviation between the classes"
     ends = " to ".join(f"{100 * end:+.1f}" for end in slope.interval or ())
     r_ends = " to ".join(f"{end:.2f}" for end in correlation.interval or ())
     return (

@@ -62,6 +62,8 @@ D_B_LENGTH_MATCHED = Measure.of_metric("separation/d_b_length_matched")
 MAHALANOBIS = Measure.of_metric("separation/mahalanobis")
 ASR = Measure.of_metric("evaluate/asr", safety=True)
 DEGENERATE = Measure.of_metric("evaluate/degenerate", safety=True)
+DEPTH = (Measure.of_metric("evaluate/depth/half"), Measure.of_metric("eval/depth/half"))
+"""The tokens by which half of a divergence lies, where there is one."""
 
 BROKEN = 0.2
 """Share of degenerate answers above which a model is broken: it separates, and is not safe."""
@@ -86,8 +88,7 @@ COLUMNS = (
     Measure.of_metric("evaluate/toxicity", safety=True, averaged=True),
     Measure.of_metric("evaluate/win_rate"),
     Measure.of_metric("evaluate/kl"),
-    Measure.of_metric("evaluate/depth/half"),
-    Measure.of_metric("eval/depth/half"),
+    *DEPTH,
     Measure.of_metric("evaluate/perplexity"),
     Measure.of_metric("capability/{score}"),
 )

@@ -11,6 +11,11 @@ p is that of a permutation test: if separation had nothing to do with attack suc
 exchanged in y and not in x. The interval of b holds the values that this test of y - b x does not reject. A loss that
 acts alike in all blocks makes the blocks dependent; the second p exchanges losses as wholes, in all blocks at once. The
 interval of r is a bootstrap over losses, with all their cells.
+
+Whether a measure predicts the attack success of a loss that was not seen is the share of variance explained in the
+cells of each loss by the regression on all others:
+
+    R2 = 1 - sum (y - prediction)^2 / sum (y - mean of the block's other losses)^2
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ from raydiv.experiments.study.measures import (
     BROKEN,
     D_B,
     D_B_LENGTH_MATCHED,
+    DEPTH,
     MAHALANOBIS,
     Measure,
     attack_success,
@@ -47,21 +53,22 @@ FEWEST_LOSSES = 3
 BLOCK = ["model", "data"]
 
 LEGEND = (
-    "slope: change of attack success (1 is 100%) when D_B grows by a factor of e (root: per standard deviation "
+    "slope: change of attack success (1 is 100%) when the measure grows by a factor of e (root: per standard deviation "
     "between the classes), with an intercept for each model and data; p: losses exchanged within each model and data; "
-    "p losses: exchanged in all of them at once; r: partial correlation; low and high: 95% intervals (r: bootstrap "
+    "p losses: exchanged in all of them at once; r: partial correlation; R2: of predictions for each loss from all "
+    "others, below 0 where the mean of the others predicts better; low and high: 95% intervals (r and R2: bootstrap "
     "over losses, too narrow where these are few); r least and greatest: without each loss and each data set in turn"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A model trained on ``data`` with ``loss``: the means of its separation and its attack success over seeds."""
+    """A model trained on ``data`` with ``loss``: the means of the measure and of its attack success over seeds."""
 
     model: str
     data: str
     loss: str
-    d_b: float
+    separation: float
     asr: float
     broken: bool
 
@@ -91,6 +98,14 @@ class CorrelationEstimate:
 
 
 @dataclass(frozen=True, slots=True)
+class PredictionEstimate:
+    """R2 of the predictions for each loss from all others, and its 95% interval where there is one."""
+
+    r2: float
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True, slots=True)
 class Scale:
     """What the regression does with a measure of separation, and the name of the result."""
 
@@ -110,7 +125,7 @@ def scale_of(separation: Measure) -> Scale:
 
 @dataclass(frozen=True, slots=True)
 class ClaimTest:
-    """The regression of one measure of attack success on one measure of separation.
+    """The regression of one measure of attack success on one measure of separation, or of depth.
 
     Estimates are None if the cells allow none; ``notes`` give the reason. ``without_one`` is the range of the
     correlation when each loss and each data set in turn is left out. ``whole`` is the correlation without broken
@@ -122,6 +137,7 @@ class ClaimTest:
     points: tuple[Point, ...]
     slope: SlopeEstimate | None
     correlation: CorrelationEstimate | None
+    prediction: PredictionEstimate | None
     without_one: tuple[float, float] | None
     whole: CorrelationEstimate | None
     notes: tuple[str, ...]
@@ -136,14 +152,15 @@ class ClaimTest:
 def claim_tests(cells: Sequence[Cell]) -> list[ClaimTest]:
     """Tests of each measure of attack success on each measure of separation.
 
-    These are D_B, length-matched D_B, and the Mahalanobis distance where it was measured. Base cells are left out.
+    These are D_B, length-matched D_B, and the Mahalanobis distance and the measures of depth where they were measured.
+    Base cells are left out.
     """
     trained = trained_cells(cells)
-    in_all_dimensions = [MAHALANOBIS] if MAHALANOBIS.mean(trained) is not None else []
+    others = [measure for measure in (MAHALANOBIS, *DEPTH) if measure.mean(trained) is not None]
     return [
         claim_test(trained, separation, asr)
         for asr in attack_success(trained)
-        for separation in (D_B, D_B_LENGTH_MATCHED, *in_all_dimensions)
+        for separation in (D_B, D_B_LENGTH_MATCHED, *others)
     ]
 
 
@@ -151,10 +168,10 @@ def claim_test(cells: Sequence[Cell], separation: Measure, asr: Measure) -> Clai
     """The test over the models, data and losses that have both measures, on the scale of the separation."""
     points, notes = _points(cells, separation, asr)
     frame = pd.DataFrame(map(asdict, points), columns=list(Point.__dataclass_fields__))
-    frame["x"] = scale_of(separation).of(frame["d_b"].astype(float))
+    frame["x"] = scale_of(separation).of(frame["separation"].astype(float))
     reason = _no_estimate(frame)
     if reason:
-        return ClaimTest(separation, asr, points, None, None, None, None, (*notes, reason))
+        return ClaimTest(separation, asr, points, None, None, None, None, None, (*notes, reason))
     unbroken = frame[~frame["broken"].astype(bool)]
     if len(unbroken) < len(frame):
         count = f"{len(frame) - len(unbroken)} of {len(frame)} cells"
@@ -165,6 +182,7 @@ def claim_test(cells: Sequence[Cell], separation: Measure, asr: Measure) -> Clai
         points,
         slope_of(frame),
         correlation_of(frame),
+        prediction_of(frame),
         _correlation_range(frame),
         None if _no_estimate(unbroken) else correlation_of(unbroken),
         tuple(notes),
@@ -176,13 +194,13 @@ def _points(cells: Sequence[Cell], separation: Measure, asr: Measure) -> tuple[t
     groups: dict[Key, list[Cell]] = grouped_cells(cells)
     points, without_separation, without_asr = [], 0, 0
     for key, group in groups.items():
-        d_b, success = separation.mean(group), asr.mean(group)
-        if d_b is None or (scale_of(separation) is LOG and d_b <= 0):
+        separated, success = separation.mean(group), asr.mean(group)
+        if separated is None or (scale_of(separation) is LOG and separated <= 0):
             without_separation += 1
         elif success is None:
             without_asr += 1
         else:
-            points.append(Point(*key, d_b, success, is_broken(group)))
+            points.append(Point(*key, separated, success, is_broken(group)))
     notes = []
     if without_separation:
         why = "missing or not above 0" if scale_of(separation) is LOG else "missing"
@@ -349,6 +367,40 @@ def _weighted_correlations(points: pd.DataFrame, weights: np.ndarray) -> np.ndar
         return np.where(defined, product(x, y) / np.sqrt(xx * yy), np.nan)
 
 
+def prediction_of(points: pd.DataFrame) -> PredictionEstimate | None:
+    """R2 of the predictions for each loss from all others, with an interval by a bootstrap over losses.
+
+    None where the cells without a loss allow no estimate.
+    """
+    errors, variations = [], []
+    for loss in points["loss"].unique():
+        seen, held_out = points[points["loss"] != loss], points[points["loss"] == loss]
+        if _no_estimate(seen):
+            return None
+        x, y = _within_blocks(seen)
+        means = seen.astype({"x": float, "asr": float}).groupby(BLOCK)[["x", "asr"]].mean()
+        left = held_out.merge(means, on=BLOCK, suffixes=("", "_mean"))
+        varied = (left["asr"] - left["asr_mean"]).to_numpy(dtype=float)
+        predicted = (x @ y / (x @ x)) * (left["x"] - left["x_mean"]).to_numpy(dtype=float)
+        errors.append(float(np.square(varied - predicted).sum()))
+        variations.append(float(np.square(varied).sum()))
+    if sum(variations) == 0:
+        return None
+    return PredictionEstimate(1 - sum(errors) / sum(variations), _r2_interval(np.array(errors), np.array(variations)))
+
+
+def _r2_interval(errors: np.ndarray, variations: np.ndarray) -> tuple[float, float] | None:
+    """By a bootstrap over losses, of the sums of squares [loss]; None for fewer than FEWEST_LOSSES."""
+    count = len(errors)
+    if count < FEWEST_LOSSES:
+        return None
+    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    varied = drawn @ variations
+    values = 1 - (drawn @ errors)[varied > 0] / varied[varied > 0]
+    low, high = np.quantile(values, [LEVEL / 2, 1 - LEVEL / 2])
+    return float(low), float(high)
+
+
 def _correlation_range(points: pd.DataFrame) -> tuple[float, float] | None:
     """The lowest and the highest correlation without each loss and each data set in turn; None if one has no estimate.
 
@@ -368,8 +420,9 @@ def _correlation_range(points: pd.DataFrame) -> tuple[float, float] | None:
 
 def claim_table(claims: Sequence[ClaimTest]) -> Table:
     """A row for each test: slope, correlation, their intervals, and the correlation without a loss or broken models."""
-    estimates = ("cells", "slope", "slope low", "slope high", "p", "p losses", "r", "r low", "r high")
-    header = ("attack success", "on", *estimates, "r least", "r greatest", "unbroken r", "unbroken cells")
+    estimates = ("cells", "slope", "slope low", "slope high", "p", "p losses", "R2", "R2 low", "R2 high")
+    correlations = ("r", "r low", "r high", "r least", "r greatest", "unbroken r", "unbroken cells")
+    header = ("attack success", "on", *estimates, *correlations)
     rows = tuple(
         TableRow((claim.asr.label, f"{scale_of(claim.separation).name} of {claim.separation.label}"), _figures(claim))
         for claim in claims
@@ -390,6 +443,7 @@ def _figures(claim: ClaimTest) -> tuple[TableCell, ...]:
     """The figures of a row of ``claim_table``."""
     nothing = (None, None)
     slope = (None,) * 3 if claim.slope is None else (claim.slope.value, *(claim.slope.interval or nothing))
+    r2 = (None,) * 3 if claim.prediction is None else (claim.prediction.r2, *(claim.prediction.interval or nothing))
     p = nothing if claim.slope is None else (claim.slope.p, claim.slope.p_losses)
     r = (
         (None,) * 3
@@ -401,6 +455,6 @@ def _figures(claim: ClaimTest) -> tuple[TableCell, ...]:
         TableCell(len(claim.points), COUNT),
         *(TableCell(value, "{:.3f}") for value in slope),
         *(TableCell(value, "{:.2g}") for value in p),
-        *(TableCell(value) for value in (*r, *(claim.without_one or nothing), unbroken[0])),
+        *(TableCell(value) for value in (*r2, *r, *(claim.without_one or nothing), unbroken[0])),
         TableCell(unbroken[1], COUNT),
     )

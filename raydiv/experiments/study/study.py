@@ -205,6 +205,8 @@ def _compare(
     all_cells = [*(cell for cell in baseline_cells(trained) if cell.model not in measured), *cells]
     tables, claims = tables_of(all_cells), claim_tests(all_cells)
     result = StudyResult(directory, all_cells, tables, claims, failures, mlflow)
+    for folder in (directory.tables, directory.pictures):  # an extended study has others
+        shutil.rmtree(folder, ignore_errors=True)
     write_tables(directory.tables, [*tables, claim_table(claims)])
     directory.write(result.as_json())
     axes = {"Models": "model", "Data": "data", "Losses": "loss", "Seeds": "seed"}
