@@ -19,6 +19,7 @@ from raydiv.data.splits import Splits, make_splits
 from raydiv.data.tokenize import tokenize
 from raydiv.data.tokens import KEY, StoredExamples, TokenValues, content_key, mismatched
 from raydiv.model.chat import Chat, chat_table
+from raydiv.model.liger import require_liger
 from raydiv.model.limits import limit_notes, require_limits, require_room_for_answers
 from raydiv.model.load import ModelSource, require_quantizer
 from raydiv.model.resolve import fingerprint, model_directory, require_base_model
@@ -111,6 +112,8 @@ def load_inputs(recipe: Recipe, display: ProgressDisplay) -> LoadedInputs:
         require_base_model(recipe.model.id, directory)
         start = directory if recipe.model.adapter is None else _adapter(recipe.model, directory)
         config = ModelSource.from_recipe(recipe, directory).config()  # fails here rather than in a worker
+        if recipe.model.use_liger_kernel:
+            require_liger(config.model_type)
         prompts = PromptSets.of(recipe)
         chat = Chat.from_recipe(recipe, directory)
         require_limits(recipe, config, chat)

@@ -98,6 +98,10 @@ class ModelConfig(Section):
     quantization: Literal["nf4"] | None = Field(
         default=None, description="frozen base weights in 4 bits under LoRA (needs the extra: raydiv[quantized])"
     )
+    use_liger_kernel: bool = Field(
+        default=False,
+        description="Liger's kernels for norms, rotary embeddings and MLPs, on GPUs (needs the extra: raydiv[liger])",
+    )
     reference: Literal["store", "adapter-off"] = Field(
         default="store",
         description="log-probs from the reference store, or from the policy with its adapters off at each step",
@@ -409,6 +413,12 @@ class Recipe(Section):
                 )
             return values | {"checkpoint": {**section, "every": None}} if isinstance(section, dict) else values
         return values
+
+    @model_validator(mode="after")
+    def _liger_needs_gpus(self) -> Recipe:
+        if self.model.use_liger_kernel and not self.cluster.use_gpu:
+            raise ValueError("model.use_liger_kernel needs cluster.use_gpu: its kernels run on GPUs")
+        return self
 
     @model_validator(mode="after")
     def _evaluation_needs_prompts(self) -> Recipe:

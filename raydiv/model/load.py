@@ -14,6 +14,7 @@ from raydiv.config import Recipe
 from raydiv.config.data import ChatConfig
 from raydiv.config.recipe import LoraConfig, ModelConfig
 from raydiv.model.chat import Chat
+from raydiv.model.liger import apply_liger_kernels
 from raydiv.model.resolve import fingerprint, load_error, model_directory
 from raydiv.model.silence import silence_libraries
 from raydiv.utils.cache import digest
@@ -140,6 +141,8 @@ def build_policy(directory: Path, section: ModelConfig, dtype: Any) -> Any:
     model = _from_pretrained(
         base or directory, dtype, section.attention, section.trust_remote_code, section.quantization, device
     )
+    if section.use_liger_kernel:
+        apply_liger_kernels(model)
     if base is not None:
         return _with_adapter(model, directory, section.quantization, is_trainable=True)
     if section.lora is None:

@@ -10,6 +10,7 @@ from raydiv.config.section import Section
 TESTED: dict[tuple[str, ...], set[tuple[object, ...]]] = {
     ("model.attention",): {("auto",), ("sdpa",), ("eager",)},
     ("model.trust_remote_code",): {(False,)},
+    ("model.use_liger_kernel",): {(False,)},
     ("cluster.use_gpu",): {(False,)},
     ("cluster.num_workers",): {(1,), (2,), (3,), (4,)},
     ("engine.zero_stage", "engine.precision", "model.lora"): {
