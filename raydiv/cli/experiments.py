@@ -45,7 +45,7 @@ def _sweep(options: argparse.Namespace) -> int:
 
 def _study(options: argparse.Namespace) -> int:
     from raydiv.config import load_recipe
-    from raydiv.experiments.study.regression import claim_table
+    from raydiv.experiments.study.regression_table import claim_table
     from raydiv.experiments.study.study import study
 
     result = study(load_recipe(options.recipe, options.overrides), resume=options.resume)

@@ -70,8 +70,8 @@ def scatter(claim: ClaimTest, name: str) -> Picture:
         axis.plot(point.separation, point.asr, **style, **style_of_point)
     if claim.slope is not None:
         for model, data, intercept in claim.slope.intercepts:
-            ends = [point.separation for point in claim.points if (point.model, point.data) == (model, data)]
-            line = np.linspace(min(ends), max(ends), FIT_POINTS)
+            values = [point.separation for point in claim.points if (point.model, point.data) == (model, data)]
+            line = np.linspace(min(values), max(values), FIT_POINTS)
             axis.plot(
                 line, intercept + claim.slope.value * scale.of(line), color=colours[model], linewidth=1, alpha=0.6
             )

@@ -8,7 +8,8 @@ from typing import Any, TypedDict
 
 from raydiv.experiments.study.cells import Cell, trained_cells
 from raydiv.experiments.study.figures import cell_pictures, claim_pictures
-from raydiv.experiments.study.regression import ClaimTest, claim_table
+from raydiv.experiments.study.regression import ClaimTest
+from raydiv.experiments.study.regression_table import claim_table
 from raydiv.experiments.study.table_io import Table
 from raydiv.runs.report.drawing import write_pictures
 from raydiv.runs.report.html import render

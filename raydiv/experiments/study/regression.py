@@ -40,9 +40,7 @@ from raydiv.experiments.study.measures import (
     attack_success,
     is_broken,
 )
-from raydiv.experiments.study.table_io import Table, TableCell, TableRow
 
-COUNT = "{:.0f}"
 LEVEL = 0.05
 RESAMPLES = 9_999
 """Permutations, and draws of the bootstrap."""
@@ -51,14 +49,6 @@ FEWEST_LOSSES = 3
 """Losses of which a bootstrap over losses says something."""
 
 BLOCK = ["model", "data"]
-
-LEGEND = (
-    "slope: change of attack success (1 is 100%) when the measure grows by a factor of e (root: per standard deviation "
-    "between the classes), with an intercept for each model and data; p: losses exchanged within each model and data; "
-    "p losses: exchanged in all of them at once; r: partial correlation; R2: of predictions for each loss from all "
-    "others, below 0 where the mean of the others predicts better; low and high: 95% intervals (r and R2: bootstrap "
-    "over losses, too narrow where these are few); r least and greatest: without each loss and each data set in turn"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,10 +221,15 @@ def _within_blocks(points: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     return within["x"].to_numpy(), within["asr"].to_numpy()
 
 
+def _slope(x: np.ndarray, y: np.ndarray) -> float:
+    """Least squares of what ``_within_blocks`` returns."""
+    return float(x @ y / (x @ x))
+
+
 def slope_of(points: pd.DataFrame) -> SlopeEstimate:
     """Least squares with an intercept for each block, and the permutation tests."""
     x, y = _within_blocks(points)
-    value = float(x @ y / (x @ x))
+    value = _slope(x, y)
     exchanged = _Exchanged.within_blocks(points)
     at_0 = points.assign(at_0=points["asr"].astype(float) - value * points["x"])
     means = at_0.groupby(BLOCK, sort=False, as_index=False)["at_0"].mean()
@@ -341,13 +336,22 @@ def correlation_of(points: pd.DataFrame) -> CorrelationEstimate:
     losses, codes = np.unique(points["loss"].astype(str), return_inverse=True)
     if len(losses) < FEWEST_LOSSES:
         return CorrelationEstimate(value, None, len(points))
-    counts = np.random.default_rng(0).multinomial(len(losses), np.full(len(losses), 1 / len(losses)), size=RESAMPLES)
-    drawn = _weighted_correlations(points, counts[:, codes].astype(float))
+    drawn = _weighted_correlations(points, _drawn_losses(len(losses))[:, codes].astype(float))
     defined = drawn[np.isfinite(drawn)]
     if len(defined) < 0.9 * len(drawn):
         return CorrelationEstimate(value, None, len(points))
-    low, high = np.quantile(defined, [LEVEL / 2, 1 - LEVEL / 2])
-    return CorrelationEstimate(value, (float(low), float(high)), len(points))
+    return CorrelationEstimate(value, _interval(defined), len(points))
+
+
+def _drawn_losses(count: int) -> np.ndarray:
+    """How often each of ``count`` losses is drawn, [b, count], for a bootstrap over losses."""
+    return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    """The ends between which all but LEVEL of a bootstrap's values [b] lie."""
+    low, high = np.quantile(values, [LEVEL / 2, 1 - LEVEL / 2])
+    return float(low), float(high)
 
 
 def _weighted_correlations(points: pd.DataFrame, weights: np.ndarray) -> np.ndarray:
@@ -381,7 +385,7 @@ def prediction_of(points: pd.DataFrame) -> PredictionEstimate | None:
         means = seen.astype({"x": float, "asr": float}).groupby(BLOCK)[["x", "asr"]].mean()
         left = held_out.merge(means, on=BLOCK, suffixes=("", "_mean"))
         varied = (left["asr"] - left["asr_mean"]).to_numpy(dtype=float)
-        predicted = (x @ y / (x @ x)) * (left["x"] - left["x_mean"]).to_numpy(dtype=float)
+        predicted = _slope(x, y) * (left["x"] - left["x_mean"]).to_numpy(dtype=float)
         errors.append(float(np.square(varied - predicted).sum()))
         variations.append(float(np.square(varied).sum()))
     if sum(variations) == 0:
@@ -391,14 +395,11 @@ def prediction_of(points: pd.DataFrame) -> PredictionEstimate | None:
 
 def _r2_interval(errors: np.ndarray, variations: np.ndarray) -> tuple[float, float] | None:
     """By a bootstrap over losses, of the sums of squares [loss]; None for fewer than FEWEST_LOSSES."""
-    count = len(errors)
-    if count < FEWEST_LOSSES:
+    if len(errors) < FEWEST_LOSSES:
         return None
-    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    drawn = _drawn_losses(len(errors))
     varied = drawn @ variations
-    values = 1 - (drawn @ errors)[varied > 0] / varied[varied > 0]
-    low, high = np.quantile(values, [LEVEL / 2, 1 - LEVEL / 2])
-    return float(low), float(high)
+    return _interval(1 - (drawn @ errors)[varied > 0] / varied[varied > 0])
 
 
 def _correlation_range(points: pd.DataFrame) -> tuple[float, float] | None:
@@ -416,45 +417,3 @@ def _correlation_range(points: pd.DataFrame) -> tuple[float, float] | None:
         return None
     values = [_partial_correlation(other) for other in others]
     return min(values), max(values)
-
-
-def claim_table(claims: Sequence[ClaimTest]) -> Table:
-    """A row for each test: slope, correlation, their intervals, and the correlation without a loss or broken models."""
-    estimates = ("cells", "slope", "slope low", "slope high", "p", "p losses", "R2", "R2 low", "R2 high")
-    correlations = ("r", "r low", "r high", "r least", "r greatest", "unbroken r", "unbroken cells")
-    header = ("attack success", "on", *estimates, *correlations)
-    rows = tuple(
-        TableRow((claim.asr.label, f"{scale_of(claim.separation).name} of {claim.separation.label}"), _figures(claim))
-        for claim in claims
-    )
-    return Table("Attack success and separation", header, rows, (LEGEND, *_notes(claims)) if rows else ())
-
-
-def _notes(claims: Sequence[ClaimTest]) -> list[str]:
-    """Each distinct note once, after the names of its tests unless all tests have it."""
-    tests: dict[str, list[str]] = {}
-    for claim in claims:
-        for note in claim.notes:
-            tests.setdefault(note, []).append(f"{claim.asr.label} on {claim.separation.label}")
-    return [note if len(names) == len(claims) else f"{', '.join(names)}: {note}" for note, names in tests.items()]
-
-
-def _figures(claim: ClaimTest) -> tuple[TableCell, ...]:
-    """The figures of a row of ``claim_table``."""
-    nothing = (None, None)
-    slope = (None,) * 3 if claim.slope is None else (claim.slope.value, *(claim.slope.interval or nothing))
-    r2 = (None,) * 3 if claim.prediction is None else (claim.prediction.r2, *(claim.prediction.interval or nothing))
-    p = nothing if claim.slope is None else (claim.slope.p, claim.slope.p_losses)
-    r = (
-        (None,) * 3
-        if claim.correlation is None
-        else (claim.correlation.value, *(claim.correlation.interval or nothing))
-    )
-    unbroken = nothing if claim.whole is None else (claim.whole.value, claim.whole.cells)
-    return (
-        TableCell(len(claim.points), COUNT),
-        *(TableCell(value, "{:.3f}") for value in slope),
-        *(TableCell(value, "{:.2g}") for value in p),
-        *(TableCell(value) for value in (*r2, *r, *(claim.without_one or nothing), unbroken[0])),
-        TableCell(unbroken[1], COUNT),
-    )

@@ -15,7 +15,8 @@ from raydiv.experiments.study.collect import cell_of, included_cells, require_sa
 from raydiv.experiments.study.grid import PlannedCell, StudyGrid
 from raydiv.experiments.study.jobs import CellJob, run_jobs
 from raydiv.experiments.study.page import write_study_report
-from raydiv.experiments.study.regression import ClaimTest, claim_table, claim_tests
+from raydiv.experiments.study.regression import ClaimTest, claim_tests
+from raydiv.experiments.study.regression_table import claim_table
 from raydiv.experiments.study.table_io import Table, write_tables
 from raydiv.experiments.study.tables import tables_of
 from raydiv.runs.directory import RunDirectory
