@@ -14,10 +14,11 @@ from raydiv.config import Recipe
 from raydiv.config.recipe import ModelConfig, adapter_directory
 from raydiv.data.index import OpenSource
 from raydiv.data.prompt_sets import PromptSets
-from raydiv.data.reference_scorer import Lookup, reference_logps
+from raydiv.data.reference_scorer import Lookup, reference_logps, reward_directory
 from raydiv.data.splits import Splits, make_splits
 from raydiv.data.tokenize import tokenize
 from raydiv.data.tokens import KEY, StoredExamples, TokenValues, content_key, mismatched
+from raydiv.losses.position import RewardWeights
 from raydiv.model.chat import Chat, chat_table
 from raydiv.model.liger import require_liger
 from raydiv.model.limits import limit_notes, require_limits, require_room_for_answers
@@ -114,6 +115,7 @@ def load_inputs(recipe: Recipe, display: ProgressDisplay) -> LoadedInputs:
         config = ModelSource.from_recipe(recipe, directory).config()  # fails here rather than in a worker
         if recipe.model.use_liger_kernel:
             require_liger(config.model_type)
+        _require_rewards(recipe, config)
         prompts = PromptSets.of(recipe)
         chat = Chat.from_recipe(recipe, directory)
         require_limits(recipe, config, chat)
@@ -137,6 +139,18 @@ def _adapter(model: ModelConfig, base: Path) -> Path:
     if own is None or fingerprint(own) != fingerprint(base):
         raise UserError(f"model.adapter: {model.adapter}: an adapter of {own}, which is not the model.id {model.id}")
     return directory
+
+
+def _require_rewards(recipe: Recipe, config: Any) -> None:
+    """Raise UserError where ``loss.position.model`` is no model of as many tokens as the one that is trained."""
+    position = recipe.loss.position.rule
+    if isinstance(position, RewardWeights):
+        rows = ModelSource.from_recipe(recipe, reward_directory(position)).config().vocab_size
+        if rows != config.vocab_size:
+            raise UserError(
+                f"loss.position.model: {position.model} has {rows:,} tokens, and model.id {config.vocab_size:,}: it "
+                "must have the tokenizer of the model that is trained"
+            )
 
 
 def local_files(inputs: LoadedInputs) -> dict[str, int]:
@@ -213,8 +227,17 @@ def _with_reference(
         with display.phase("reference log-probs") as update:
             sets, lookup = _score_reference(recipe, inputs.model_directory, sets, scored, update)
         hits, misses = lookup.hits, lookup.misses
+        _tell_weights(recipe, sets[0], display)
     held_out, facts = sets[1] if data.eval else None, chat_table(inputs.chat.facts())
     return PreparedData(inputs.model_directory, data, sets[0], held_out, hits, misses, trained_on, facts)
+
+
+def _tell_weights(recipe: Recipe, train: ExampleSet, display: ProgressDisplay) -> None:
+    """Print what the tokens of aligned training examples weigh by their rewards."""
+    if isinstance(recipe.loss.position.rule, RewardWeights) and train.token_values is not None:
+        weights = np.concatenate(train.token_values.at(np.flatnonzero(train.examples.aligned)))
+        low, median, high = np.quantile(weights, (0.05, 0.5, 0.95))
+        display.print(f"weights of aligned tokens: {low:.2g} to {high:.2g} (5% to 95%), median {median:.2g}")
 
 
 def _score_reference(

@@ -5,11 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
 from annotated_types import Ge, Gt, Lt, MinLen
-from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, create_model, model_serializer, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    create_model,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from raydiv.config.section import Section
 from raydiv.losses import OBJECTIVES, Objective, Term
-from raydiv.losses.position import SMALLEST_BETA, PositionRule, PositionWeights, TokenConstraint
+from raydiv.losses.position import SMALLEST_BETA, PositionRule, PositionWeights, RewardWeights, TokenConstraint
 
 TYPES = sorted(name for name, objective in OBJECTIVES.items() if not objective.penalty)
 """What ``loss.type`` may be."""
@@ -99,6 +107,7 @@ _OPTIONS_OF_KIND = {
     "first": ("tokens", "weight"),
     "common-length": ("weight",),
     "constrained": ("betas",),
+    "rewarded": ("model", "temperature"),
 }
 
 
@@ -109,19 +118,29 @@ class PositionConfig(_Nullable):
     ``weight`` each, the others 1, so that a weight below 1 moves the loss beyond the first tokens; ``common-length``:
     those beyond the length of the pair's shorter response count ``weight`` each, the others 1; ``constrained``: the
     log-ratio of token t is bounded above by 2 log 2 / b_t, with ``betas`` b_1, b_2, ...; the last is that of all later
-    tokens.
+    tokens; ``rewarded``: a token of an aligned response counts exp(-r / ``temperature``), where r is its log-ratio of
+    ``model`` (a directory, a hub id, or a run's adapter) to the reference.
     """
 
-    kind: Literal["flat", "decay", "first", "common-length", "constrained"] = "flat"
+    kind: Literal["flat", "decay", "first", "common-length", "constrained", "rewarded"] = "flat"
     rate: Annotated[float, Gt(0), Lt(1)] | None = None
     tokens: Annotated[int, Ge(1)] | None = None
     weight: Annotated[float, Gt(0)] | None = None
     betas: Annotated[list[Annotated[float, Ge(SMALLEST_BETA)]], MinLen(1)] | None = None
+    model: str | None = None
+    temperature: Annotated[float, Field(allow_inf_nan=False)] | None = None
+
+    @field_validator("temperature")
+    @classmethod
+    def _no_division_by_zero(cls, temperature: float | None) -> float | None:
+        if temperature == 0:
+            raise ValueError("must not be 0")
+        return temperature
 
     @model_validator(mode="after")
     def _require_the_options_of_the_kind(self) -> PositionConfig:
         wanted = _OPTIONS_OF_KIND[self.kind]
-        for name in ("rate", "tokens", "weight", "betas"):
+        for name in ("rate", "tokens", "weight", "betas", "model", "temperature"):
             if name in wanted and getattr(self, name) is None:
                 raise ValueError(f"kind {self.kind} needs {name}")
             if name not in wanted and getattr(self, name) is not None:
@@ -139,6 +158,8 @@ class PositionConfig(_Nullable):
             return None
         if self.kind == "constrained":
             return TokenConstraint(tuple(self.betas or ()))
+        if self.kind == "rewarded":
+            return RewardWeights(self.model or "", self.temperature or 1.0)
         if self.kind == "common-length":
             return PositionWeights(late_weight=self.weight or 1.0)
         return PositionWeights(self.rate or 1.0, self.tokens or 0, self.weight or 1.0)
@@ -193,7 +214,7 @@ class LossConfig(_Options):
     @property
     def needs_reference_tokens(self) -> bool:
         """Whether the loss needs the reference's log-prob of each token."""
-        return isinstance(self.position.rule, TokenConstraint)
+        return self.position.rule is not None and self.position.rule.by_token
 
 
 if TYPE_CHECKING:

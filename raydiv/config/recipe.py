@@ -472,9 +472,9 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _constraint_needs_stored_reference(self) -> Recipe:
+    def _tokens_of_reference_are_stored(self) -> Recipe:
         if self.model.reference != "store" and self.loss.needs_reference_tokens:
-            raise ValueError("loss.position.kind: constrained needs model.reference: store")
+            raise ValueError(f"loss.position.kind: {self.loss.position.kind} needs model.reference: store")
         return self
 
     @model_validator(mode="after")

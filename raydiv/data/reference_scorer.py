@@ -14,20 +14,26 @@ import pyarrow as pa
 
 from raydiv.config import Recipe
 from raydiv.config.cluster import ClusterConfig
+from raydiv.config.recipe import adapter_directory
 from raydiv.data.batching import micro_batches
 from raydiv.data.reference_store import ReferenceStore
 from raydiv.data.tokens import StoredExamples, TokenValues, content_keys
-from raydiv.losses.position import PositionRule, TokenConstraint
+from raydiv.losses.position import PositionRule, RewardWeights
 from raydiv.model.chat import Ids
 from raydiv.model.collate import collate
 from raydiv.model.compatibility import CompatibilityCheck
 from raydiv.model.head import LogProbHead
 from raydiv.model.load import ModelSource
 from raydiv.model.packing import Packing, packing_of
+from raydiv.model.resolve import model_directory
 from raydiv.runtime.model_pool import map_rows, map_rows_unordered
 from raydiv.runtime.resources import pool_resources
 from raydiv.utils.cache import digest
+from raydiv.utils.errors import UserError
 from raydiv.utils.progress import Progress, no_progress
+
+LARGEST_WEIGHT = 1e6
+"""Of a token: a few such tokens would make all others of a batch vanish in fp32."""
 
 TASK_EXAMPLES = 1024
 """Maximum examples of a scoring task. A task becomes one part of the store."""
@@ -37,7 +43,7 @@ TASK_EXAMPLES = 1024
 class Lookup:
     """``logps[i]`` [n_i] of the i-th example set, fp32; numbers of distinct examples that were stored, and scored.
 
-    ``tokens[i]``: those of its response tokens, where the loss needs them.
+    ``tokens[i]``: what ``loss.position`` takes of its response tokens, where it takes something.
     """
 
     logps: list[np.ndarray]
@@ -49,7 +55,52 @@ class Lookup:
 def reference_logps(
     recipe: Recipe, directory: Path, example_sets: Sequence[StoredExamples], progress: Progress = no_progress
 ) -> Lookup:
-    """Reference log-probs of all examples of ``example_sets``, from the store or else from a pool of models.
+    """Reference log-probs of all examples of ``example_sets``, from the store or else from a pool of models."""
+    lookup = _look_up(recipe, directory, example_sets, progress)
+    position = recipe.loss.position.rule
+    if not isinstance(position, RewardWeights):
+        return lookup
+    return _weighted(recipe, position, example_sets, lookup, progress)
+
+
+def _weighted(
+    recipe: Recipe, position: RewardWeights, sets: Sequence[StoredExamples], reference: Lookup, progress: Progress
+) -> Lookup:
+    """``reference``, by token, with its tokens weighted: sums of weighted log-probs, and the weights.
+
+    Raises UserError for weights that are not finite.
+    """
+    aligned = [np.flatnonzero(examples.aligned) for examples in sets]
+    selected = [examples.select(rows) for examples, rows in zip(sets, aligned, strict=True)]
+    rewarded = _look_up(recipe, reward_directory(position), selected, progress)
+    logps, weights = [], []
+    for rows, logps_of_model, tokens in zip(aligned, rewarded.tokens, reference.tokens, strict=True):
+        assert logps_of_model is not None
+        assert tokens is not None
+        of_set = TokenValues(np.ones_like(tokens.values), tokens.starts)
+        pairs = zip(of_set.at(rows), logps_of_model.at(np.arange(len(rows))), tokens.at(rows), strict=True)
+        for place, logps_of_example, reference_of_example in pairs:
+            place[:] = position.of(logps_of_example, reference_of_example)
+        weights.append(of_set)
+        logps.append(TokenValues(of_set.values * tokens.values, tokens.starts).sums(np.arange(len(tokens.starts) - 1)))
+    largest = max((float(of_set.values.max(initial=0)) for of_set in weights), default=0.0)
+    if not largest < LARGEST_WEIGHT:
+        raise UserError(
+            f"loss.position.temperature: {position.temperature} gives a token a weight of {largest:.3g} "
+            f"(above {LARGEST_WEIGHT:,.0f}); set one further from 0"
+        )
+    return Lookup(logps, reference.hits + rewarded.hits, reference.misses + rewarded.misses, weights)
+
+
+def reward_directory(position: RewardWeights) -> Path:
+    """The directory of the model or adapter whose rewards weigh tokens. Raises UserError where there is none."""
+    return model_directory(str(adapter_directory(position.model)))
+
+
+def _look_up(
+    recipe: Recipe, directory: Path, example_sets: Sequence[StoredExamples], progress: Progress = no_progress
+) -> Lookup:
+    """Log-probs by the model in ``directory``, from the store or else from a pool of models.
 
     A finished task is stored at once. So an interrupted pass resumes where it stopped, and two concurrent passes share
     their work.
@@ -149,7 +200,7 @@ class StoreFiller:
     ) -> None:
         import ray
 
-        self._by_token = isinstance(position, TokenConstraint)
+        self._by_token = position is not None and position.by_token
         self._scorer = LogProbScorer(model, self._by_token)
         self._store, self._position = store, position
         self._example_sets: list[StoredExamples] = ray.get(example_sets)

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raydiv.losses.position import PositionRule, PositionWeights, TokenConstraint
+from raydiv.losses.position import PositionRule, PositionWeights, RewardWeights, TokenConstraint
 from raydiv.model.chat import Ids
 from raydiv.utils.storage import open_input
 
@@ -85,6 +85,10 @@ class TokenValues:
         lengths[rows] = np.diff(self.starts)
         return TokenValues(self.values, np.append(0, np.cumsum(lengths)))
 
+    def sums(self, rows: np.ndarray) -> np.ndarray:
+        """The sum of the values of each of the examples at ``rows``, fp32."""
+        return np.array([values.sum(dtype=np.float64) for values in self.at(rows)], np.float32)
+
     def at(self, rows: np.ndarray) -> list[np.ndarray]:
         """The values of the examples at ``rows``."""
         return [self.values[self.starts[row] : self.starts[row + 1]] for row in rows.tolist()]
@@ -98,8 +102,9 @@ class TokenizedExamples:
     prompt followed by the response, which ends in EOS unless it was truncated. ``pair`` [n] is a number that the two
     examples of a pair share, or -1 for no pair. ``shorter_lengths`` [n] are the response tokens of the shorter response
     of each example's pair in the whole set, whether the step has both or not; its own without a pair.
-    ``reference_tokens`` has the reference's log-probs of the response tokens, like the ids of this rank's examples
-    alone, where the loss needs them.
+    ``token_values`` has what ``loss.position`` takes of the response tokens, like the ids of this rank's examples
+    alone: the reference's log-probs for a TokenConstraint, weights for RewardWeights; ``weight_sums`` [n] the sums of
+    these weights.
     """
 
     prompt_ids: Sequence[np.ndarray | None]
@@ -109,7 +114,8 @@ class TokenizedExamples:
     aligned: np.ndarray
     pair: np.ndarray
     shorter_lengths: np.ndarray
-    reference_tokens: Sequence[np.ndarray | None] = ()
+    token_values: Sequence[np.ndarray | None] = ()
+    weight_sums: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
@@ -133,8 +139,23 @@ class TokenizedExamples:
         return _complete_pairs(self.pair, self.aligned)
 
     def weights(self, position: PositionRule | None, rows: Sequence[int]) -> list[np.ndarray] | None:
-        """Weights of the response tokens of the examples at ``rows``; None where all are 1."""
+        """Weights of the response tokens of the examples at ``rows``; None where all are 1.
+
+        Raises LookupError for another rank's example under RewardWeights.
+        """
+        if isinstance(position, RewardWeights):
+            return [self._values_of(row) for row in rows]
         return _weights(position, self.response_lengths, self.shorter_lengths, rows)
+
+    def token_counts(self, position: PositionRule | None) -> np.ndarray:
+        """The number of response tokens [n] of each example, or the sum of their weights."""
+        if isinstance(position, RewardWeights):
+            assert self.weight_sums is not None, "a step under RewardWeights has the sums of its weights"
+            return self.weight_sums
+        weights = self.weights(position, range(len(self)))
+        if weights is None:
+            return self.response_lengths.astype(np.int64)
+        return np.array([of_example.sum() for of_example in weights], np.float32)
 
     def constraint(self, position: PositionRule | None, rows: Sequence[int]) -> list[np.ndarray] | None:
         """[2, t] for each example at ``rows``: the betas of its response tokens, and the reference's log-probs of
@@ -146,11 +167,15 @@ class TokenizedExamples:
             return None
         constraints = []
         for row in rows:
-            logps = self.reference_tokens[row]
-            if logps is None:
-                raise LookupError(f"example {row} of the step is another rank's")
+            logps = self._values_of(row)
             constraints.append(np.stack([position.of(len(logps)), logps]))
         return constraints
+
+    def _values_of(self, row: int) -> np.ndarray:
+        values = self.token_values[row]
+        if values is None:
+            raise LookupError(f"example {row} of the step is another rank's")
+        return values
 
     @cached_property
     def units(self) -> list[list[int]]:
@@ -163,18 +188,18 @@ class TokenizedExamples:
         self,
         positions: Sequence[int],
         ids: Sequence[tuple[np.ndarray, np.ndarray]],
-        reference_tokens: Sequence[np.ndarray] = (),
+        token_values: Sequence[np.ndarray] = (),
     ) -> TokenizedExamples:
-        """The same examples, with the token ids of those at ``positions``, and with the reference's log-probs."""
+        """The same examples, those at ``positions`` with their token ids and ``token_values``."""
         prompts, responses = list(self.prompt_ids), list(self.response_ids)
         for position, (prompt, response) in zip(positions, ids, strict=True):
             prompts[position], responses[position] = prompt, response
-        tokens: list[np.ndarray | None] = []
-        if reference_tokens:
-            tokens = [None] * len(self)
-            for position, logps in zip(positions, reference_tokens, strict=True):
-                tokens[position] = logps
-        return replace(self, prompt_ids=prompts, response_ids=responses, reference_tokens=tokens)
+        of_rows: list[np.ndarray | None] = []
+        if token_values:
+            of_rows = [None] * len(self)
+            for position, values in zip(positions, token_values, strict=True):
+                of_rows[position] = values
+        return replace(self, prompt_ids=prompts, response_ids=responses, token_values=of_rows)
 
     @classmethod
     def from_ids(

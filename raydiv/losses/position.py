@@ -1,9 +1,11 @@
-"""What each token of a response adds to its example's log-prob: a weight by position, or a bound on its log-ratio."""
+"""What each token of a response adds to its example's log-prob: weights by position or by a model, or a bound on its
+log-ratio.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +30,9 @@ class PositionWeights:
     early_weight: float = 1.0
     late_weight: float = 1.0
 
+    by_token: ClassVar[bool] = False
+    """Whether it takes the reference's log-prob of each token."""
+
     @property
     def store_key(self) -> str:
         """What tells the reference store's entries apart."""
@@ -48,6 +53,9 @@ class PositionWeights:
         return weights.astype(np.float32)
 
 
+STORED_TERMS = "by token"
+"""The store's key of log-probs token by token, which no option of a rule changes."""
+
 SMALLEST_BETA = 1e-3
 """Of a token constraint: with smaller ones, rounding in fp32 is more than 1e-4 nats a token."""
 
@@ -67,14 +75,9 @@ class TokenConstraint:
 
     betas: tuple[float, ...]
 
-    @property
-    def store_key(self) -> str:
-        """The reference's log-probs token by token, which no beta changes."""
-        return "by token"
-
-    @property
-    def depends_on_pair(self) -> bool:
-        return False
+    by_token: ClassVar[bool] = True
+    store_key: ClassVar[str] = STORED_TERMS
+    depends_on_pair: ClassVar[bool] = False
 
     def of(self, length: int) -> np.ndarray:
         """b_1 ... b_length, [length], fp32."""
@@ -83,4 +86,32 @@ class TokenConstraint:
         return np.array([*self.betas[:length], *[self.betas[-1]] * (length - len(self.betas))], np.float32)
 
 
-PositionRule = PositionWeights | TokenConstraint
+@dataclass(frozen=True, slots=True)
+class RewardWeights:
+    """w_t = exp(-r_t / ``temperature``) for the tokens of aligned responses, 1 for those of unaligned ones.
+
+    r_t = log pi_m(y_t|...) - log pi_ref(y_t|...) is the token's reward by another ``model`` m, such as one that DPO
+    trained. A positive temperature gives the tokens that m has not learned to raise more weight, as in the published
+    code of W-DOOR (Zhao et al. 2025, arXiv 2503.03710: ``exp_weights``); a negative one those that m raised, as in
+    TIS-DPO (Liu et al. 2024, arXiv 2410.04350).
+
+    What PositionWeights says of estimates holds here too.
+    """
+
+    model: str
+    temperature: float
+
+    by_token: ClassVar[bool] = True
+    store_key: ClassVar[str] = STORED_TERMS
+    depends_on_pair: ClassVar[bool] = False
+
+    def of(self, logps: np.ndarray, reference: np.ndarray) -> np.ndarray:
+        """w_t from the log-probs [t] of the model and of the reference, fp32; inf beyond fp32's largest number."""
+        import numpy as np
+
+        with np.errstate(over="ignore"):
+            weights: np.ndarray = np.exp((reference - logps) / self.temperature).astype(np.float32)
+        return weights
+
+
+PositionRule = PositionWeights | TokenConstraint | RewardWeights

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -31,16 +31,16 @@ WINDOW = 256
 
 @dataclass(frozen=True, slots=True)
 class ExampleSet:
-    """Examples with the reference log-prob of each, and of their response tokens where the loss needs these; for KTO
-    also the mismatched ones, which correspond row by row.
+    """Examples with the reference log-prob of each, and what ``loss.position`` takes of their response tokens (see
+    TokenizedExamples); for KTO also the mismatched ones, which correspond row by row.
     """
 
     examples: StoredExamples
     reference_logps: np.ndarray | None
     mismatched: StoredExamples | None = None
     mismatched_reference_logps: np.ndarray | None = None
-    reference_tokens: TokenValues | None = None
-    mismatched_reference_tokens: TokenValues | None = None
+    token_values: TokenValues | None = None
+    mismatched_token_values: TokenValues | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,17 +78,19 @@ class StepLoader:
         """Step ``number``, with the token ids of the examples that the rank forwards."""
         plan, data = self.plan.step(number), self.examples
         examples = data.examples.without_ids(plan.rows, plan.pair)
+        if data.token_values is not None:
+            examples = replace(examples, weight_sums=data.token_values.sums(plan.rows))
         mismatched = TokenizedExamples.from_ids([], [], [])
         if data.mismatched is not None:
             mismatched = data.mismatched.without_ids(plan.rows, np.full(len(plan.rows), -1))
         layout = self.shard.layout_of(examples, mismatched)
         return RankStep(
             plan,
-            _with_ids(examples, data.examples, data.reference_tokens, plan.rows, layout.positions),
+            _with_ids(examples, data.examples, data.token_values, plan.rows, layout.positions),
             _with_ids(
                 mismatched,
                 data.mismatched,
-                data.mismatched_reference_tokens,
+                data.mismatched_token_values,
                 plan.rows,
                 layout.mismatched_positions,
             ),
@@ -103,15 +105,15 @@ class StepLoader:
 def _with_ids(
     examples: TokenizedExamples,
     stored: StoredExamples | None,
-    reference_tokens: TokenValues | None,
+    token_values: TokenValues | None,
     rows: np.ndarray,
     positions: list[int],
 ) -> TokenizedExamples:
-    """``examples``, those at ``positions`` with their token ids, and with the reference's log-probs of these."""
+    """``examples``, those at ``positions`` with their token ids and the values of their tokens."""
     if stored is None or not positions:
         return examples
-    tokens = [] if reference_tokens is None else reference_tokens.at(rows[positions])
-    return examples.with_ids(positions, stored.ids(rows[positions]), tokens)
+    values = [] if token_values is None else token_values.at(rows[positions])
+    return examples.with_ids(positions, stored.ids(rows[positions]), values)
 
 
 def read_steps(loader: StepLoader, start: int, stop: int) -> Iterator[RankStep]:

@@ -188,17 +188,10 @@ class Stepper:
             logps=reference,
             reference_logps=reference,
             aligned=torch.from_numpy(step.examples.aligned),
-            tokens=self._tokens(step.examples),
+            tokens=torch.from_numpy(step.examples.token_counts(self.position)),
             pairs=torch.from_numpy(step.examples.pairs),
             mismatched_log_ratios=mismatched_log_ratios,
         )
-
-    def _tokens(self, examples: TokenizedExamples) -> Tensor:
-        """Response tokens [n] of each example, by their weights."""
-        weights = examples.weights(self.position, range(len(examples)))
-        if weights is None:
-            return torch.from_numpy(examples.response_lengths.astype(np.int64))
-        return torch.tensor([float(of_example.sum()) for of_example in weights])
 
     def _keep_graph(self, step: RankStep, batch: Batch) -> LossOutput:
         """Any objective: the rank's only micro-batch keeps its graph until the coefficients are known."""

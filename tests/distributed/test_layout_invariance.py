@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from helpers.ranks import run_on_ranks
-from helpers.step_cases import LR, Case, on_this_rank, step_examples, with_reference_tokens
+from helpers.step_cases import LR, Case, on_this_rank, step_examples, with_reference_tokens, with_token_weights
 from raydiv.config.loss import TYPES
 from raydiv.data.batching import MicroBatch, micro_batches
 from raydiv.data.tokens import TokenizedExamples
@@ -84,7 +84,8 @@ def restore_weights(engine: Any, weights: dict[str, torch.Tensor]) -> None:
 
 def step_of(case: Case, with_mismatched: bool) -> RankStep:
     step = step_examples(case.examples, with_mismatched)
-    return with_reference_tokens(step) if case.position["kind"] == "constrained" else step
+    of_kind = {"constrained": with_reference_tokens, "rewarded": with_token_weights}.get(case.position["kind"])
+    return of_kind(step) if of_kind else step
 
 
 def steps(model: str, cases: list[Case]) -> list[dict[str, Any]]:
@@ -145,6 +146,8 @@ def plain_step(model_directory: Path, case: Case) -> PlainStep:
     model = build_policy(model_directory, recipe.model, torch.float32)
 
     def weights(examples: TokenizedExamples) -> list[torch.Tensor]:
+        if case.position["kind"] == "rewarded":
+            return [torch.from_numpy(values) for values in examples.token_values]
         lengths, shortest = examples.response_lengths.tolist(), dict[int, int]()
         for pair, length in zip(examples.pair.tolist(), lengths, strict=True):
             shortest[pair] = min(length, shortest.get(pair, length))
@@ -172,7 +175,7 @@ def plain_step(model_directory: Path, case: Case) -> PlainStep:
             return torch.cat(weights(examples)) * tokens
         listed = case.position["betas"]
         betas = [listed[min(t, len(listed) - 1)] for n in examples.response_lengths.tolist() for t in range(n)]
-        beta, reference = torch.tensor(betas), torch.from_numpy(np.concatenate(examples.reference_tokens))
+        beta, reference = torch.tensor(betas), torch.from_numpy(np.concatenate(examples.token_values))
         return reference + 2 / beta * (2 * (beta * (tokens - reference)).sigmoid()).log()
 
     batch = Batch(
@@ -240,6 +243,7 @@ OBJECTIVE_CASES: list[dict[str, Any]] = [
 DECAY: dict[str, Any] = {"kind": "decay", "rate": 0.8}
 CONSTRAINED: dict[str, Any] = {"kind": "constrained", "betas": [0.5, 0.2, 0.05]}
 FIRST: dict[str, Any] = {"kind": "first", "tokens": 3, "weight": 0.25}
+REWARDED: dict[str, Any] = {"kind": "rewarded", "model": "another", "temperature": 1.0}
 LAYOUTS_OF_WEIGHTED: list[tuple[int, Packing]] = [(100_000, "none"), (30, "none"), (30, "mask")]
 WEIGHTED_CASES = [
     # a stream by examples, one by pairs, a whole step, mismatched examples, and means over tokens
@@ -264,6 +268,11 @@ WEIGHTED_CASES = [
     *(
         Case({"type": name}, tokens, examples="even pairs", packing=packing, position=CONSTRAINED)
         for name in ("sft", "dpo", "kldo", "kto", "simpo")
+        for tokens, packing in LAYOUTS_OF_WEIGHTED
+    ),
+    *(
+        Case(loss, tokens, examples="even pairs", packing=packing, position=REWARDED)
+        for loss in ({"type": "dpo"}, {"type": "kto"}, {"type": "npo", "mix": {"sft": {"weight": 1}}})
         for tokens, packing in LAYOUTS_OF_WEIGHTED
     ),
 ]

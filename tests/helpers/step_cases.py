@@ -61,6 +61,23 @@ def make_step(
     return RankStep(plan, examples, mismatched, reference_logps, mismatched_reference_logps, layout)
 
 
+def with_token_weights(step: RankStep) -> RankStep:
+    """``step`` with weights of the tokens of aligned examples, those of a reward model, and of 1 for the others."""
+    generator, examples = np.random.default_rng(3), step.examples
+    weights = [
+        np.exp(generator.normal(0, 1, length)).astype(np.float32) if good else np.ones(length, np.float32)
+        for length, good in zip(examples.response_lengths.tolist(), examples.aligned.tolist(), strict=True)
+    ]
+    ones = [np.ones(length, np.float32) for length in step.mismatched.response_lengths.tolist()]
+
+    def of(examples: TokenizedExamples, values: list[np.ndarray]) -> TokenizedExamples:
+        rows = range(len(examples))
+        with_values = examples.with_ids(rows, [examples[row] for row in rows], values)
+        return replace(with_values, weight_sums=np.array([row.sum() for row in values], np.float32))
+
+    return replace(step, examples=of(examples, weights), mismatched=of(step.mismatched, ones))
+
+
 def with_reference_tokens(step: RankStep) -> RankStep:
     """``step`` with the reference's log-prob of each example split over its tokens, later ones more improbable."""
 

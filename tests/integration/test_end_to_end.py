@@ -11,6 +11,7 @@ import cloudpickle
 import numpy as np
 import pytest
 
+from helpers.models import make_model
 from helpers.ranks import run_on_ranks
 from helpers.small_run import recipe_of
 from helpers.worker_alone import prepared, train_each
@@ -315,12 +316,15 @@ def assert_starts_at_the_reference(run: RunDirectory) -> None:
     assert abs(steps[1]["log_ratio/max"]) > 1e-3
 
 
-def test_constrained_tokens_start_at_the_reference(
+def test_rules_by_token_start_at_the_reference(
     ray: None, tiny_model: Path, files: dict[str, str], tmp_path: Path
 ) -> None:
     """With mismatched examples, and for a loss that has no reference otherwise."""
-    position = "loss.position={kind: constrained, betas: [0.5, 2, 0.1]}"
-    recipes = [short(loss, tiny_model, files, tmp_path, position) for loss in ("kto", "sft")]
+    other = make_model(tmp_path / "other", seed=1)
+    constrained = "loss.position={kind: constrained, betas: [0.5, 2, 0.1]}"
+    rewarded = f"loss.position={{kind: rewarded, model: {other}, temperature: 3}}"
+    cells = [("kto", constrained), ("sft", constrained), ("dpo", rewarded)]
+    recipes = [short(loss, tiny_model, files, tmp_path, position) for loss, position in cells]
     for run in train_on_ranks(recipes, 1, tmp_path / "ranks"):
         assert_starts_at_the_reference(run)
 

@@ -96,21 +96,28 @@ def plain_logps(
     model: Path, examples: StoredExamples, precision: str = "float32", weights: Weights = lambda length, shorter: 1.0
 ) -> np.ndarray:
     """Log-probs of the responses by a plain forward of each example alone, of pairs that follow one another."""
+    sums, lengths = [], examples.response_lengths
+    for row, logps in enumerate(plain_token_logps(model, examples, precision)):
+        partner = min(row ^ 1, len(lengths) - 1)
+        weight = weights(len(logps), min(lengths[row], lengths[partner]))
+        sums.append(float((np.asarray(weight) * logps.astype(np.float64)).sum()))
+    return np.array(sums)
+
+
+def plain_token_logps(model: Path, examples: StoredExamples, precision: str = "float32") -> list[np.ndarray]:
+    """Log-probs of the tokens of each response by a plain forward of each example alone."""
     import torch
     from transformers import AutoModelForCausalLM
 
     causal = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, precision)).eval()
-    sums, lengths = [], examples.response_lengths
-    for row, (prompt, response) in enumerate(examples.ids(np.arange(len(examples)))):
+    tokens = []
+    for prompt, response in examples.ids(np.arange(len(examples))):
         ids = torch.from_numpy(np.concatenate([prompt, response]))
         with torch.inference_mode():
             logps = causal(ids[None]).logits[0, :-1].float().log_softmax(-1)
-        response_logps = logps.gather(1, ids[1:, None])[len(prompt) - 1 :, 0]
-        assert len(response_logps) == len(response)
-        partner = min(row ^ 1, len(lengths) - 1)
-        weight = weights(len(response), min(lengths[row], lengths[partner]))
-        sums.append(float((torch.as_tensor(weight) * response_logps.double()).sum()))
-    return np.array(sums)
+        tokens.append(logps.gather(1, ids[1:, None])[len(prompt) - 1 :, 0].numpy())
+        assert len(tokens[-1]) == len(response)
+    return tokens
 
 
 # --- scored by a pool of Ray actors ---
@@ -212,6 +219,51 @@ def test_weights_of_positions_have_entries_of_their_own(
     (tmp_path / "edited.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     edited = recipe_of(model, tmp_path / "edited.jsonl", f"loss.position={position}")
     assert hits_and_misses(edited) == ((EXAMPLES - 2, 2) if "common" in position else (EXAMPLES - 1, 1))
+
+
+def test_rewards_of_another_model_weigh_aligned_tokens(
+    first: PreparedData, copied_cache: Path, model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = make_model(tmp_path / "other", tied=False, seed=3)
+    recipe = recipe_of(model, data, f"loss.position={{kind: rewarded, model: {other}, temperature: -2}}")
+    found = prepare(recipe, ProgressDisplay())
+    # aligned examples are scored by both models
+    assert (found.reference_hits, found.reference_misses) == (0, EXAMPLES + PAIRS)
+    examples = found.train.examples
+    reference, rewards = plain_token_logps(model, examples), plain_token_logps(other, examples)
+    expected = [
+        np.exp((theirs - ours) / 2) if aligned else np.ones_like(ours)
+        for ours, theirs, aligned in zip(reference, rewards, examples.aligned, strict=True)
+    ]
+    assert max(weights.max() for weights in expected) > 1.2
+    assert found.train.token_values is not None
+    for row, weights in enumerate(found.train.token_values.at(np.arange(EXAMPLES))):
+        np.testing.assert_allclose(weights, expected[row], rtol=1e-4)
+    sums = [float((w * logps).sum()) for w, logps in zip(expected, reference, strict=True)]
+    np.testing.assert_allclose(found.train.reference_logps, sums, rtol=1e-5, atol=1e-4)
+    aligned = np.concatenate([expected[row] for row in np.flatnonzero(examples.aligned)])
+    low, median, high = np.quantile(aligned, (0.05, 0.5, 0.95))
+    assert f"aligned tokens: {low:.2g} to {high:.2g} (5% to 95%), median {median:.2g}" in capsys.readouterr().err
+
+    # other temperatures, and a constraint, take the same entries
+    assert hits_and_misses(recipe_of(model, data, "loss.position={kind: constrained, betas: [1]}")) == (EXAMPLES, 0)
+    steep = recipe_of(model, data, f"loss.position={{kind: rewarded, model: {other}, temperature: 0.001}}")
+    with pytest.raises(
+        UserError, match=r"loss.position.temperature: 0.001 gives a token a weight of .*set one further"
+    ):
+        prepared(steep)
+
+
+def test_a_reward_model_of_another_vocabulary_is_refused(
+    first: PreparedData, copied_cache: Path, model: Path, data: Path, tmp_path: Path
+) -> None:
+    other = make_model(tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": 310}))
+    with pytest.raises(UserError, match=r"loss.position.model: .* has 310 tokens, and model.id 300: it must have the"):
+        prepared(recipe_of(model, data, f"loss.position={{kind: rewarded, model: {other}, temperature: 1}}"))
+    with pytest.raises(UserError, match="nowhere"):
+        prepared(recipe_of(model, data, "loss.position={kind: rewarded, model: ./nowhere, temperature: 1}"))
 
 
 def test_common_length_without_pairs_is_refused(model: Path, tmp_path: Path, copied_cache: Path) -> None:

@@ -130,8 +130,8 @@ def test_a_rank_has_the_reference_tokens_of_its_examples_alone(examples: Example
     assert examples.mismatched is not None
     with_tokens = replace(
         examples,
-        reference_tokens=tokens(examples.examples, 1),
-        mismatched_reference_tokens=tokens(examples.mismatched, -1),
+        token_values=tokens(examples.examples, 1),
+        mismatched_token_values=tokens(examples.mismatched, -1),
     )
     order, shard = order_of(examples), RankShard(BatchLayout(30, 3, "pair"), 1, trains=True, scores=False)
     step = StepLoader(with_tokens, order, shard).read(2)
@@ -139,7 +139,7 @@ def test_a_rank_has_the_reference_tokens_of_its_examples_alone(examples: Example
     for found, positions, sign in sides:
         assert len(positions) < len(found)
         for position, row in enumerate(step.plan.rows.tolist()):
-            values = found.reference_tokens[position]
+            values = found.token_values[position]
             if position in positions:
                 assert values is not None
                 assert values.tolist() == [sign * row] * int(found.response_lengths[position])

@@ -14,7 +14,7 @@ from helpers.stored import stored_examples
 from raydiv.config import Recipe, load_recipe
 from raydiv.data.tokens import TokenizedExamples
 from raydiv.losses import OBJECTIVES, Batch
-from raydiv.losses.position import PositionRule, PositionWeights, TokenConstraint
+from raydiv.losses.position import PositionRule, PositionWeights, RewardWeights, TokenConstraint
 from raydiv.model.collate import ModelInputs, collate
 from raydiv.model.packing import Packing
 from raydiv.utils.errors import UserError
@@ -121,12 +121,17 @@ def test_the_constraint_of_another_ranks_example_is_not_there() -> None:
         tokens.constraint(TokenConstraint((0.3,)), [0])
 
 
-def test_the_constraint_needs_a_stored_reference(tmp_path: Path) -> None:
-    recipe = recipe_of(tmp_path, {"kind": "constrained", "betas": [1]})
+@pytest.mark.parametrize(
+    "position",
+    [{"kind": "constrained", "betas": [1]}, {"kind": "rewarded", "model": "another", "temperature": 1}],
+    ids=lambda position: str(position["kind"]),
+)
+def test_log_probs_by_token_need_a_stored_reference(position: dict[str, Any], tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, position)
     assert recipe.loss.needs_reference_tokens
     tree = recipe.model_dump(mode="json", by_alias=True)
     assert load_recipe(tree, ["loss.type=sft", "optim.target_margin=2"]).loss.needs_reference
-    with pytest.raises(UserError, match="constrained needs model"):
+    with pytest.raises(UserError, match=f"{position['kind']} needs model.reference: store"):
         load_recipe(tree, ["model.lora.r=2", "model.reference=adapter-off"])
 
 
@@ -142,6 +147,7 @@ def test_the_constraint_needs_a_stored_reference(tmp_path: Path) -> None:
         ({"kind": "common-length", "weight": 0.5}, PositionWeights(late_weight=0.5)),
         ({"kind": "decay", "rate": 0.9, "weight": None}, PositionWeights(rate=0.9)),
         ({"kind": "constrained", "betas": [0.5, 2, 0.1]}, TokenConstraint((0.5, 2.0, 0.1))),
+        ({"kind": "rewarded", "model": "runs/dpo", "temperature": -2}, RewardWeights("runs/dpo", -2.0)),
     ],
 )
 def test_section(position: Any, rule: PositionRule | None, tmp_path: Path) -> None:
@@ -167,6 +173,11 @@ def test_section(position: Any, rule: PositionRule | None, tmp_path: Path) -> No
         ({"kind": "constrained", "betas": [0.5, 1e-4]}, "loss.position.betas"),
         ({"kind": "constrained", "betas": [True]}, "loss.position.betas"),
         ({"kind": "decay", "rate": 0.5, "betas": [1]}, "loss.position: betas has no effect with kind decay"),
+        ({"kind": "rewarded", "temperature": 1}, "loss.position: kind rewarded needs model"),
+        ({"kind": "rewarded", "model": "x"}, "loss.position: kind rewarded needs temperature"),
+        ({"kind": "rewarded", "model": "x", "temperature": 0}, "loss.position.temperature: must not be 0"),
+        ({"kind": "rewarded", "model": "x", "temperature": float("nan")}, "loss.position.temperature"),
+        ({"kind": "first", "tokens": 1, "weight": 2, "model": "x"}, "loss.position: model has no effect"),
         ({"kind": "fist"}, "loss.position.kind"),
         ({"rates": 1}, "loss.position.rates: unknown key \\(did you mean rate\\?\\)"),
     ],
@@ -174,6 +185,64 @@ def test_section(position: Any, rule: PositionRule | None, tmp_path: Path) -> No
 def test_settings_without_effect_are_refused(position: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         recipe_of(tmp_path, position)
+
+
+@pytest.mark.parametrize("packing", ["none", "mask"])
+def test_rewarded_sft_and_npo_have_the_gradients_of_w_door(packing: Packing) -> None:
+    """Zhao et al. (arXiv 2503.03710; exp_weights and the terms of wgdnpo_loss in the published code, with their plain
+    NPO): aligned tokens of weight exp((l_ref - l_dpo) / tau), summed, and -2/beta log s(-beta log-ratio) of unaligned
+    ones.
+    """
+    generator, tau, beta = np.random.default_rng(0), 1.5, 0.5
+    lengths, aligned = (9, 4, 6, 5), torch.tensor([True, True, False, False])
+    logps, reference, dpo = (
+        [generator.normal(-3, 2, length).astype(np.float32) for length in lengths] for _ in range(3)
+    )
+    weights = [
+        RewardWeights("dpo", tau).of(of_dpo, of_reference) if good else np.ones_like(of_dpo)
+        for good, of_dpo, of_reference in zip(aligned, dpo, reference, strict=True)
+    ]
+    inputs = collate([([1, 2], list(range(3, 3 + length))) for length in lengths], packing, weights)
+    sums = lambda parts: torch.tensor([float((w * p).sum()) for w, p in zip(weights, parts, strict=True)])  # noqa: E731
+    leaf = torch.from_numpy(np.concatenate(logps)).requires_grad_()
+    counts = torch.tensor([float(w.sum()) for w in weights])
+    batch = Batch(
+        inputs.sum_per_example(leaf, 4), sums(reference), aligned, counts, torch.zeros(0, 2).long(), torch.zeros(0)
+    )
+    sft = OBJECTIVES["sft"].function(batch, {}).loss
+    npo = OBJECTIVES["npo"].function(batch, {}, beta=beta).loss
+    (of_sft,) = torch.autograd.grad(sft, leaf, retain_graph=True)
+    (of_npo,) = torch.autograd.grad(npo, leaf)
+
+    theirs = torch.from_numpy(np.concatenate(logps)).requires_grad_()
+    parts, plain = theirs.split(list(lengths)), [torch.from_numpy(values) for values in reference]
+    rewards = [torch.from_numpy(r - d) for r, d in zip(reference, dpo, strict=True)]
+    refusal = -sum((torch.exp(rewards[i] / tau) * parts[i]).sum() for i in (0, 1))
+    ratios = torch.stack([(parts[i] - plain[i]).sum() for i in (2, 3)])
+    unlearning = (-torch.nn.functional.logsigmoid(-beta * ratios) * 2 / beta).mean()
+    (of_refusal,) = torch.autograd.grad(refusal, theirs, retain_graph=True)
+    (of_unlearning,) = torch.autograd.grad(unlearning, theirs)
+    # sft is a mean over the tokens by their weights
+    torch.testing.assert_close(of_sft * counts[aligned].sum(), of_refusal, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(of_npo, of_unlearning)
+    assert sft.item() * counts[aligned].sum().item() == pytest.approx(refusal.item(), rel=1e-5)
+
+
+def test_weights_by_reward_follow_the_sign_of_the_temperature() -> None:
+    raised, lowered = np.array([-1.0], np.float32), np.array([-3.0], np.float32)
+    reference = np.array([-2.0], np.float32)
+    assert RewardWeights("m", 2.0).of(raised, reference) == pytest.approx(np.exp(-0.5))
+    assert RewardWeights("m", -2.0).of(raised, reference) == pytest.approx(np.exp(0.5))
+    assert RewardWeights("m", 2.0).of(lowered, reference) == pytest.approx(np.exp(0.5))
+    assert np.isinf(RewardWeights("m", 0.001).of(lowered, reference))
+
+
+def test_the_weights_of_another_ranks_example_are_not_there() -> None:
+    examples = examples_of(PAIRED).with_ids([1], [([1], [2, 3])], [np.array([0.5, 2.0], np.float32)])
+    rule = RewardWeights("m", 1.0)
+    assert [row.tolist() for row in examples.weights(rule, [1]) or ()] == [[0.5, 2.0]]
+    with pytest.raises(LookupError, match="another rank's"):
+        examples.weights(rule, [0])
 
 
 def test_another_loss_keeps_the_position(tmp_path: Path) -> None:

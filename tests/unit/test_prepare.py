@@ -103,11 +103,11 @@ def test_a_constrained_loss_gets_the_reference_by_token(
         data = prepare_here(recipe)
         assert data.eval is not None
         for number, examples in enumerate((data.train, data.eval)):
-            assert examples.reference_tokens is not None
-            assert examples.reference_tokens.values[0] == (2 * number if loss == "kto" else number)
+            assert examples.token_values is not None
+            assert examples.token_values.values[0] == (2 * number if loss == "kto" else number)
             if loss == "kto":
-                assert examples.mismatched_reference_tokens is not None
-                assert examples.mismatched_reference_tokens.values[0] == 2 * number + 1
+                assert examples.mismatched_token_values is not None
+                assert examples.mismatched_token_values.values[0] == 2 * number + 1
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -139,10 +139,10 @@ def test_the_examples_of_a_runs_steps_alone_are_scored(
     plan = epoch_plan(recipe, train.examples)
     used = np.unique(np.concatenate([plan.step(step).rows for step in range(3)]))
     assert len(used) == 24
-    sets = [(train.examples, train.reference_logps, train.reference_tokens)]
+    sets = [(train.examples, train.reference_logps, train.token_values)]
     if loss == "kto":
         assert train.mismatched is not None
-        sets.append((train.mismatched, train.mismatched_reference_logps, train.mismatched_reference_tokens))
+        sets.append((train.mismatched, train.mismatched_reference_logps, train.mismatched_token_values))
     for examples, logps, tokens in sets:
         assert logps is not None
         assert tokens is not None
