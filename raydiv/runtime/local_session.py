@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 
@@ -23,6 +24,11 @@ from raydiv.utils.errors import UserError
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 """Environment variables of training workers whose collectives stay on this machine."""
 
+OWN_PRIORITY = {"RAY_worker_niceness": "0"}
+"""Workers have the priority of the process that starts Ray, as other trainers have. Ray's default, a niceness of 15,
+leaves them some 3% of a CPU beside any busy program, and Ray gives up on workers that start too slowly.
+"""
+
 OWNER = "owner.json"
 """The file of a session's folder that names its process."""
 
@@ -31,7 +37,9 @@ OWNER = "owner.json"
 def local_session() -> Iterator[Path]:
     """The folder of a new local Ray, which listens on the loopback interface while the block runs."""
     folder = _new_folder()
-    with compat.ray_on_loopback(), compat.ray_agent_on_free_port():
+    # a value that the user set stays
+    priority = patch.dict(os.environ, OWN_PRIORITY | os.environ)
+    with priority, compat.ray_on_loopback(), compat.ray_agent_on_free_port():
         try:
             yield folder
         finally:

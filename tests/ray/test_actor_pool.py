@@ -134,6 +134,16 @@ def test_jobs_of_a_local_session_find_its_ray() -> None:
     assert (folder / "ray_current_cluster").read_text() == ray.get_runtime_context().gcs_address
 
 
+def test_workers_have_the_priority_of_the_process_that_starts_ray() -> None:
+    """At Ray's niceness of 15 they stand still beside another program."""
+
+    @ray.remote(num_cpus=0)
+    def niceness() -> int:
+        return os.nice(0)
+
+    assert ray.get(niceness.remote()) == os.nice(0)
+
+
 def test_maps_share_actors_until_the_pool_ends() -> None:
     end_pool()
     first = set(processes(1))

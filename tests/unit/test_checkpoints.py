@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from raydiv.config import Recipe, load_recipe
 from raydiv.config.checkpoint import EarlyStopConfig
@@ -27,7 +28,7 @@ from raydiv.training.state import EarlyStopping, TrainState
 from raydiv.training.zero_state import KINDS, Fragment, Snapshot
 from raydiv.utils.errors import UserError
 from raydiv.utils.signals import Terminated, on_sigterm
-from raydiv.utils.storage import Folder
+from raydiv.utils.storage import Folder, sha256_of
 
 PLAIN = {"model": {"id": "m"}, "loss": {"type": "dpo"}, "optim": {"steps": 6}}
 
@@ -54,6 +55,21 @@ def write_checkpoint(checkpoints: CheckpointStore, step: int, measured: float | 
 def checkpoints(request: pytest.FixtureRequest, tmp_path: Path) -> CheckpointStore:
     root = str(tmp_path) if request.param == "local" else f"{request.getfixturevalue('bucket')}/{tmp_path.name}"
     return CheckpointStore(Folder(f"{root}/checkpoints"))
+
+
+def test_a_file_is_safetensors_and_its_digest_that_of_its_bytes(tmp_path: Path) -> None:
+    """As safetensors reads it; also names beyond ASCII, and views of larger tensors."""
+    of_bf16 = Fragment("größe", 2, 3, 9)
+    state = snapshot_of(0, 5) | {(of_bf16, KINDS[0]): torch.arange(9).bfloat16()[::2][:3]}
+    shard = write_shard(Folder(str(tmp_path)), 3, state)
+    path = tmp_path / shard.file
+    found = load_file(path)
+    assert found.keys() == {f"{kind}/{fragment.name}" for fragment, kind in state}
+    for (fragment, kind), values in state.items():
+        read = found[f"{kind}/{fragment.name}"]
+        assert read.dtype == values.dtype
+        assert read.tolist() == values.tolist()
+    assert (shard.size, shard.sha256) == (path.stat().st_size, sha256_of(path))
 
 
 @pytest.mark.parametrize(("start", "length"), [(0, 12), (0, 5), (3, 4), (5, 7), (11, 1)])
