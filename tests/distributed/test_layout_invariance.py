@@ -352,6 +352,21 @@ def test_update_equals_the_plain_step_in_every_layout(ranks: int, tiny_model: Pa
             assert results[number]["states"] == by_rank[0][number]["states"]
 
 
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("lora", [False, True])
+def test_update_equals_the_plain_step_with_partitions_inside_nodes(
+    lora: bool, tiny_model: Path, tmp_path: Path
+) -> None:
+    """ZeRO++'s secondary partitions: four ranks in two groups gather weights inside their own."""
+    hpz = {"deepspeed": {"zero_optimization": {"zero_hpz_partition_size": 2}}}
+    case = Case(MIXTURE, 70, lora=lora, engine=hpz)
+    plain = plain_step(tiny_model, case)
+    # its groups of processes can be made once in a process
+    for (result,) in run_on_ranks(steps, 4, tmp_path / "ranks", str(tiny_model), [case]):
+        assert_equal(case, result, plain)
+
+
 def first_rank_batches(kind: str, tokens: int, ranks: int, in_pairs: bool = False) -> list[MicroBatch]:
     """Micro-batches of rank 0."""
     examples = step_examples(kind).examples
