@@ -14,7 +14,7 @@ from raydiv.config import Recipe
 from raydiv.config.recipe import ModelConfig, adapter_directory
 from raydiv.data.index import OpenSource
 from raydiv.data.prompt_sets import PromptSets
-from raydiv.data.reference_scorer import Lookup, reference_logps, reward_directory
+from raydiv.data.reference_scorer import Lookup, reference_logps
 from raydiv.data.splits import Splits, make_splits
 from raydiv.data.tokenize import tokenize
 from raydiv.data.tokens import KEY, StoredExamples, TokenValues, content_key, mismatched
@@ -24,6 +24,7 @@ from raydiv.model.liger import require_liger
 from raydiv.model.limits import limit_notes, require_limits, require_room_for_answers
 from raydiv.model.load import ModelSource, require_quantizer
 from raydiv.model.resolve import fingerprint, model_directory, require_base_model
+from raydiv.model.reward import require_same_tokens, reward_directory
 from raydiv.runs.events import ExamplePlace
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.session import ray_session
@@ -65,6 +66,8 @@ class PreparedData:
     """Number of prompts in each evaluation and separation set that are training prompts, token for token."""
     chat: dict[str, str]
     """What is to be known of the chat template (see chat_table)."""
+    reward_directory: Path | None
+    """The model or adapter of ``loss.position.model``."""
 
     def steps(self, recipe: Recipe) -> int:
         """Optimizer updates of the run."""
@@ -72,8 +75,12 @@ class PreparedData:
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Fingerprints of the training ``data`` and of the base ``model``."""
-        return {"data": self.train.examples.fingerprint, "model": ModelSource(self.model_directory).fingerprint()}
+        """Fingerprints of the training ``data``, of the base ``model`` and, where there is one, of the model of
+        ``rewards``.
+        """
+        models = {"model": self.model_directory, "rewards": self.reward_directory}
+        of_models = {name: ModelSource(path).fingerprint() for name, path in models.items() if path is not None}
+        return {"data": self.train.examples.fingerprint, **of_models}
 
     def summary(self) -> dict[str, Any]:
         """Counts and fingerprints, for ``raydiv prepare`` and result.json."""
@@ -115,7 +122,6 @@ def load_inputs(recipe: Recipe, display: ProgressDisplay) -> LoadedInputs:
         config = ModelSource.from_recipe(recipe, directory).config()  # fails here rather than in a worker
         if recipe.model.use_liger_kernel:
             require_liger(config.model_type)
-        _require_rewards(recipe, config)
         prompts = PromptSets.of(recipe)
         chat = Chat.from_recipe(recipe, directory)
         require_limits(recipe, config, chat)
@@ -134,23 +140,11 @@ def load_inputs(recipe: Recipe, display: ProgressDisplay) -> LoadedInputs:
 
 def _adapter(model: ModelConfig, base: Path) -> Path:
     """The directory of the adapter that training starts from. Raises UserError where it is one of another base."""
-    directory = model_directory(str(adapter_directory(str(model.adapter))))
+    directory = model_directory(str(adapter_directory(str(model.adapter))), key="model.adapter")
     own = ModelSource(directory).base_directory()
     if own is None or fingerprint(own) != fingerprint(base):
         raise UserError(f"model.adapter: {model.adapter}: an adapter of {own}, which is not the model.id {model.id}")
     return directory
-
-
-def _require_rewards(recipe: Recipe, config: Any) -> None:
-    """Raise UserError where ``loss.position.model`` is no model of as many tokens as the one that is trained."""
-    position = recipe.loss.position.rule
-    if isinstance(position, RewardWeights):
-        rows = ModelSource.from_recipe(recipe, reward_directory(position)).config().vocab_size
-        if rows != config.vocab_size:
-            raise UserError(
-                f"loss.position.model: {position.model} has {rows:,} tokens, and model.id {config.vocab_size:,}: it "
-                "must have the tokenizer of the model that is trained"
-            )
 
 
 def local_files(inputs: LoadedInputs) -> dict[str, int]:
@@ -166,11 +160,18 @@ def prepare_data(
 
     Log-probs are those of the examples that the run trains on, and NaN of others, where its steps are less than an
     epoch; ``whole``: of all, for other runs on the same data.
+
+    Raises UserError for data that the recipe cannot use, and for another vocabulary of ``loss.position.model``.
     """
+    rows, position = (
+        ModelSource.from_recipe(recipe, inputs.model_directory).config().vocab_size,
+        recipe.loss.position.rule,
+    )
+    if isinstance(position, RewardWeights):
+        require_same_tokens(recipe, position, rows, inputs.chat)
     with display.phase("tokens") as update:
         sources, quarantine = [*inputs.train, *inputs.eval], recipe.data.on_bad_row == "quarantine"
         indices = tokenize(sources, inputs.chat, recipe.cluster, quarantine=quarantine, progress=update)
-    rows = ModelSource.from_recipe(recipe, inputs.model_directory).config().vocab_size
     for index in indices:
         index.require_rows(rows)
     data = make_splits(recipe, indices[: len(inputs.train)], indices[len(inputs.train) :])
@@ -229,13 +230,17 @@ def _with_reference(
         hits, misses = lookup.hits, lookup.misses
         _tell_weights(recipe, sets[0], display)
     held_out, facts = sets[1] if data.eval else None, chat_table(inputs.chat.facts())
-    return PreparedData(inputs.model_directory, data, sets[0], held_out, hits, misses, trained_on, facts)
+    position = recipe.loss.position.rule
+    rewards = reward_directory(position) if isinstance(position, RewardWeights) else None
+    return PreparedData(inputs.model_directory, data, sets[0], held_out, hits, misses, trained_on, facts, rewards)
 
 
 def _tell_weights(recipe: Recipe, train: ExampleSet, display: ProgressDisplay) -> None:
     """Print what the tokens of aligned training examples weigh by their rewards."""
     if isinstance(recipe.loss.position.rule, RewardWeights) and train.token_values is not None:
         weights = np.concatenate(train.token_values.at(np.flatnonzero(train.examples.aligned)))
+        if not weights.size:  # the steps of the run take none of the aligned examples
+            return
         low, median, high = np.quantile(weights, (0.05, 0.5, 0.95))
         display.print(f"weights of aligned tokens: {low:.2g} to {high:.2g} (5% to 95%), median {median:.2g}")
 

@@ -284,7 +284,7 @@ def _fit_or_explain(fit: Callable[[], Any], run: RunDirectory, timeout: float) -
 
 def _tags(recipe: Recipe, prepared: PreparedData) -> dict[str, str]:
     fingerprints = {f"{kind}.fingerprint": value for kind, value in prepared.fingerprints.items()}
-    estimate = {key.replace("/", "."): str(fact) for key, fact in estimate_facts(recipe.loss.terms[0]).items()}
+    estimate = {key.replace("/", "."): str(fact) for key, fact in estimate_facts(recipe.loss).items()}
     return fingerprints | estimate | {f"version.{name}": version for name, version in versions().items()}
 
 

@@ -14,7 +14,6 @@ import pyarrow as pa
 
 from raydiv.config import Recipe
 from raydiv.config.cluster import ClusterConfig
-from raydiv.config.recipe import adapter_directory
 from raydiv.data.batching import micro_batches
 from raydiv.data.reference_store import ReferenceStore
 from raydiv.data.tokens import StoredExamples, TokenValues, content_keys
@@ -25,7 +24,7 @@ from raydiv.model.compatibility import CompatibilityCheck
 from raydiv.model.head import LogProbHead
 from raydiv.model.load import ModelSource
 from raydiv.model.packing import Packing, packing_of
-from raydiv.model.resolve import model_directory
+from raydiv.model.reward import reward_directory
 from raydiv.runtime.model_pool import map_rows, map_rows_unordered
 from raydiv.runtime.resources import pool_resources
 from raydiv.utils.cache import digest
@@ -55,7 +54,10 @@ class Lookup:
 def reference_logps(
     recipe: Recipe, directory: Path, example_sets: Sequence[StoredExamples], progress: Progress = no_progress
 ) -> Lookup:
-    """Reference log-probs of all examples of ``example_sets``, from the store or else from a pool of models."""
+    """Reference log-probs of all examples of ``example_sets``, from the store or else from a pool of models.
+
+    Under RewardWeights they are sums of weighted log-probs, and the numbers of examples those that either model scored.
+    """
     lookup = _look_up(recipe, directory, example_sets, progress)
     position = recipe.loss.position.rule
     if not isinstance(position, RewardWeights):
@@ -68,7 +70,7 @@ def _weighted(
 ) -> Lookup:
     """``reference``, by token, with its tokens weighted: sums of weighted log-probs, and the weights.
 
-    Raises UserError for weights that are not finite.
+    Raises UserError for a weight of LARGEST_WEIGHT or more.
     """
     aligned = [np.flatnonzero(examples.aligned) for examples in sets]
     selected = [examples.select(rows) for examples, rows in zip(sets, aligned, strict=True)]
@@ -90,11 +92,6 @@ def _weighted(
             f"(above {LARGEST_WEIGHT:,.0f}); set one further from 0"
         )
     return Lookup(logps, reference.hits + rewarded.hits, reference.misses + rewarded.misses, weights)
-
-
-def reward_directory(position: RewardWeights) -> Path:
-    """The directory of the model or adapter whose rewards weigh tokens. Raises UserError where there is none."""
-    return model_directory(str(adapter_directory(position.model)))
 
 
 def _look_up(

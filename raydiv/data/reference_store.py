@@ -3,7 +3,8 @@
 An entry's key is the model (weights, config, precision, quantization), the weights of positions where ``loss.position``
 sets some, and the token ids of one example. Template and lengths need no place in the key, since they determine the
 ids. Nothing else is part of it: all epochs, trials, losses and learning rates share the entries, and a changed weight
-or token never hits a stale entry. Where the loss constrains tokens, entries also have the log-prob of each token.
+or token never hits a stale entry. Where ``loss.position`` is a rule by token, entries also have the log-prob of each
+token.
 """
 
 from __future__ import annotations

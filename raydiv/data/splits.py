@@ -75,6 +75,11 @@ def make_splits(recipe: Recipe, train: Sequence[Index], held_out: Sequence[Index
         raise UserError(
             f"loss.position.kind: common-length has no effect: data.train: {names[0]} has no pairs; set another kind"
         )
+    if recipe.loss.position.kind == "rewarded" and not mixtures[0].examples.aligned.any():
+        raise UserError(
+            f"loss.position.kind: rewarded has no effect: data.train: {names[0]} has no aligned examples; set "
+            "another kind"
+        )
     shared = len(np.intersect1d(mixtures[0].prompts, mixtures[1].prompts)) if len(mixtures) > 1 else 0
     indices, no_notes = (*train, *held_out), RowNotes([], [])
     splits = [Split(mixture.examples, mixture.counts()) for mixture in mixtures]

@@ -103,8 +103,8 @@ class TokenizedExamples:
     examples of a pair share, or -1 for no pair. ``shorter_lengths`` [n] are the response tokens of the shorter response
     of each example's pair in the whole set, whether the step has both or not; its own without a pair.
     ``token_values`` has what ``loss.position`` takes of the response tokens, like the ids of this rank's examples
-    alone: the reference's log-probs for a TokenConstraint, weights for RewardWeights; ``weight_sums`` [n] the sums of
-    these weights.
+    alone: the reference's log-probs for a TokenConstraint, weights for RewardWeights; ``weight_sums`` [n] their sums
+    over the tokens of all examples, which RewardWeights takes.
     """
 
     prompt_ids: Sequence[np.ndarray | None]

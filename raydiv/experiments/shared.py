@@ -12,6 +12,7 @@ from raydiv.commands.prepare import LoadedInputs, load_inputs, local_files, prep
 from raydiv.config import Recipe
 from raydiv.config.cluster import ClusterConfig
 from raydiv.evaluation.before_after import BeforeAfterEvaluation
+from raydiv.losses.position import RewardWeights
 from raydiv.model.load import ModelSource
 from raydiv.runs.directory import RunDirectory
 from raydiv.runs.progress import ProgressDisplay
@@ -63,7 +64,9 @@ def distinct_preparations(recipes: Sequence[Recipe]) -> list[Recipe]:
         tree = recipe.model_dump(mode="json", by_alias=True, exclude=excluded)
         terms = [(term.name, term.divergence == "none") for term in recipe.loss.terms]
         rule = recipe.loss.position.rule
-        distinct.setdefault(repr((tree, terms, rule and rule.store_key)), recipe)
+        # rewards are of a model of their own
+        weights = rule if rule is None or isinstance(rule, RewardWeights) else rule.store_key
+        distinct.setdefault(repr((tree, terms, weights)), recipe)
     return list(distinct.values())
 
 

@@ -92,10 +92,11 @@ class RewardWeights:
 
     r_t = log pi_m(y_t|...) - log pi_ref(y_t|...) is the token's reward by another ``model`` m, such as one that DPO
     trained. A positive temperature gives the tokens that m has not learned to raise more weight, as in the published
-    code of W-DOOR (Zhao et al. 2025, arXiv 2503.03710: ``exp_weights``); a negative one those that m raised, as in
-    TIS-DPO (Liu et al. 2024, arXiv 2410.04350).
+    code of W-DOOR (Zhao et al. 2025, arXiv 2503.03710: ``exp_weights``); a negative one those that m raised, the sign
+    of TIS-DPO (Liu et al. 2024, arXiv 2410.04350).
 
-    What PositionWeights says of estimates holds here too.
+    The reward of an example then depends on its class. So what the objective's formula estimates is no lower bound of a
+    divergence, and has no name in a run's metrics.
     """
 
     model: str

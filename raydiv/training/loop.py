@@ -82,7 +82,7 @@ class Updates:
         """Make and log one update; returns its metrics. Raises FloatingPointError as ``attempt`` does."""
         lr = learning_rate(self.recipe.optim, step.number, self.steps)
         metrics: Metrics = self.attempt(step, lr)
-        metrics |= self.state.means.update(metrics) | estimate_facts(self.recipe.loss.terms[0])
+        metrics |= self.state.means.update(metrics) | estimate_facts(self.recipe.loss)
         timer = self.stepper.timer
         timer.enter("log")
         log_metrics(self.run, step_record(step.plan, sum(step.examples.lengths), metrics, lr, timer, self.utilisation))

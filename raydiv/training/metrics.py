@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from raydiv.config.loss import LossConfig
 from raydiv.data.batching import StepPlan
 from raydiv.losses import Batch, State, Term
 from raydiv.losses.numerics import ema_update
@@ -102,10 +103,11 @@ def log_metrics(run: RunDirectory, record: Metrics) -> None:
         run.metrics.append(finite(record))
 
 
-def estimate_facts(main: Term) -> Metrics:
+def estimate_facts(loss: LossConfig) -> Metrics:
     """``divergence/name`` and, where there is one, ``divergence/ceiling``; empty without an estimate."""
-    if main.divergence == "none":
+    if not loss.has_estimate:
         return {}
+    main = loss.terms[0]
     return {"divergence/name": main.divergence} | ({} if main.ceiling is None else {"divergence/ceiling": main.ceiling})
 
 

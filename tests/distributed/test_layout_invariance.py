@@ -106,6 +106,7 @@ def steps(model: str, cases: list[Case]) -> list[dict[str, Any]]:
             }
             results.append(
                 {"metrics": metrics, "weights": weights, "forwards": stepper.forwards, "states": stepper.states}
+                | {"secondary": [weight.ds_secondary_tensor is not None for weight in partitioned(engine)]}
             )
             if case.zero_stage == 3 and not case.engine:
                 restore_weights(engine, first)
@@ -115,6 +116,12 @@ def steps(model: str, cases: list[Case]) -> list[dict[str, Any]]:
         if engine is not None:
             engine.close()
     return results
+
+
+def partitioned(engine: Any) -> list[Any]:
+    """Weights that ZeRO 3 partitions, persistent ones apart: those are gathered once."""
+    weights = engine.model.parameters()
+    return [weight for weight in weights if hasattr(weight, "ds_secondary_tensor") and not weight.ds_persist]
 
 
 def position_weight(position: dict[str, Any], token: int, shorter: int) -> float:
@@ -365,6 +372,8 @@ def test_update_equals_the_plain_step_with_partitions_inside_nodes(
     # its groups of processes can be made once in a process
     for (result,) in run_on_ranks(steps, 4, tmp_path / "ranks", str(tiny_model), [case]):
         assert_equal(case, result, plain)
+        assert result["secondary"]
+        assert all(result["secondary"]), "weights without a partition inside the node"
 
 
 def first_rank_batches(kind: str, tokens: int, ranks: int, in_pairs: bool = False) -> list[MicroBatch]:

@@ -73,6 +73,7 @@ def recipe_of(model: str | Path, *overrides: str, **sections: Any) -> Recipe:
     return load_recipe(tree, overrides)
 
 
+REWARDED = "loss.position={{kind: rewarded, model: {}, temperature: 1}}"
 FALCON = ("engine.precision=bf16", "cluster.use_gpu=true", "cluster.worker_memory_gb=80")
 
 
@@ -607,9 +608,18 @@ def test_a_mixture_counts_as_often_as_its_weights_and_held_out_prompts_do_not(
 def test_what_is_not_here_is_named_and_assumed(planned: Callable[..., Forecast]) -> None:
     found = planned("data.train=hf://org/name", "data.eval=nowhere.jsonl", "cluster.num_workers=2")
     assert found.facts["unchecked"] == ["hf://org/name", "nowhere.jsonl"]
+    assert planned(REWARDED.format("org/dpo")).facts["unchecked"] == ["org/dpo"]
     assert found.facts["data"] | {"how": "assumed", "examples": None, "packed": 2 * 1024} == found.facts["data"]
     assert found.facts["steps"] is None
     assert any("nowhere.jsonl" in note for note in found.notes())
+
+
+def test_rewards_of_a_local_model_are_checked(tmp_path: Path, planned: Callable[..., Forecast]) -> None:
+    make_model(tmp_path / "other")
+    assert planned(REWARDED.format(tmp_path / "other")).facts["unchecked"] == []
+    (tmp_path / "other" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"loss.position.model: .*safetensors is missing"):
+        planned(REWARDED.format(tmp_path / "other"))
 
 
 def test_without_a_tokenizer_examples_are_as_long_as_they_may_be(

@@ -329,6 +329,20 @@ def test_a_mixture_is_trl_s_too() -> None:
         trl_loss_options({"type": "kto", "beta": 0.3, "mix": sft})
 
 
+def test_baselines_that_count_every_token_once_are_not_compared_with_weighted_ones(tmp_path: Path) -> None:
+    position = {"kind": "decay", "rate": 0.9}
+    recipe = load_recipe(
+        {
+            "model": {"id": "m"},
+            "data": {"train": "d"},
+            "loss": {"type": "dpo", "position": position},
+            "optim": {"steps": 1},
+        }
+    )
+    with pytest.raises(UserError, match=r"^--against loop: does not support loss.position \(now decay\)"):
+        bench_training(recipe, against=("loop",))
+
+
 def steps_of(*sizes: int, pair: int = 0) -> list[dict[str, Any]]:
     return [{"examples": [{"pair": pair}] * size} for size in sizes]
 

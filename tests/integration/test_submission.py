@@ -70,13 +70,19 @@ def files_of(*overrides: str, words: tuple[str, ...] = ()) -> dict[str, int]:
 
 
 @pytest.mark.usefixtures("project")
+def test_the_model_of_rewards_is_uploaded() -> None:
+    assert "saved/part.arrow" in files_of("loss.position={kind: rewarded, model: saved, temperature: 1}")
+
+
+@pytest.mark.usefixtures("project")
 def test_a_recipe_is_uploaded_with_what_it_extends_and_the_files_that_it_names() -> None:
     recipe, overrides = "recipes/mine.yaml", ["optim.lr=0.5", "data.eval=/shared/eval.jsonl"]
+    overrides.append("loss.position={kind: rewarded, model: /shared/dpo, temperature: 1}")
     words = ["train", recipe, *overrides, "--resume"]
     with make_bundle(words, recipe, overrides, leaves_a_run=True) as bundle:
         assert bundle.files.keys() == {"recipe.yaml", "data/train.jsonl"}
         assert bundle.command == ["train", "recipe.yaml", "--resume"]
-        assert bundle.remote_paths == ["/shared/eval.jsonl"]
+        assert bundle.remote_paths == ["/shared/dpo", "/shared/eval.jsonl"]
         assert load_recipe(bundle.folder / "recipe.yaml") == load_recipe(recipe, overrides)
         # as written: a default must not be fixed where a sweep changes the key
         assert "beta" not in yaml.safe_load((bundle.folder / "recipe.yaml").read_text())["loss"]

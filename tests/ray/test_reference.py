@@ -19,7 +19,7 @@ import pytest
 
 from helpers.models import TEMPLATE, make_model
 from helpers.stored import rows_here, stream_here
-from raydiv.commands.prepare import PreparedData, prepare
+from raydiv.commands.prepare import PreparedData, load_inputs, prepare
 from raydiv.config import Recipe, load_recipe
 from raydiv.config.cluster import ClusterConfig
 from raydiv.data import reference_scorer
@@ -28,7 +28,9 @@ from raydiv.data.reference_store import ReferenceStore
 from raydiv.data.tokens import StoredExamples
 from raydiv.model.load import ModelSource
 from raydiv.model.resolve import fingerprint
+from raydiv.runs.directory import RunDirectory
 from raydiv.runs.progress import ProgressDisplay
+from raydiv.runs.resume import require_same_content
 from raydiv.runtime.session import ray_session
 from raydiv.utils.errors import UserError
 
@@ -259,11 +261,49 @@ def test_a_reward_model_of_another_vocabulary_is_refused(
 ) -> None:
     other = make_model(tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"vocab_size": 310}))
-    with pytest.raises(UserError, match=r"loss.position.model: .* has 310 tokens, and model.id 300: it must have the"):
-        prepared(recipe_of(model, data, f"loss.position={{kind: rewarded, model: {other}, temperature: 1}}"))
-    with pytest.raises(UserError, match="nowhere"):
-        prepared(recipe_of(model, data, "loss.position={kind: rewarded, model: ./nowhere, temperature: 1}"))
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": 290}))
+    rewarded = recipe_of(model, data, f"loss.position={{kind: rewarded, model: {other}, temperature: 1}}")
+    with pytest.raises(UserError, match=r"^loss.position.model: .*: its embedding has 290 rows, and the data needs"):
+        prepared(rewarded)
+    tokenizer = other / "tokenizer.json"
+    text = tokenizer.read_text()
+    renamed = json.loads(text)
+    vocabulary = renamed["model"]["vocab"]
+    vocabulary |= {"a": vocabulary["b"], "b": vocabulary["a"]}
+    tokenizer.write_text(json.dumps(renamed))
+    with pytest.raises(UserError, match=r"^loss.position.model: .* has another id than model.id for 2 tokens, such as"):
+        prepared(rewarded)
+    # another vocabulary does not concern the base model, whose evaluation takes no rewards
+    load_inputs(rewarded, ProgressDisplay(quiet=True))
+    nowhere = recipe_of(model, data, "loss.position={kind: rewarded, model: ./nowhere, temperature: 1}")
+    with pytest.raises(UserError, match=r"^loss.position.model: ./nowhere: not a local directory"):
+        prepared(nowhere)
+    (other / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"^loss.position.model: .*safetensors is missing"):
+        prepared(rewarded)
+
+
+def test_rewards_are_of_the_model_that_a_run_trained(
+    first: PreparedData, copied_cache: Path, model: Path, data: Path, tmp_path: Path
+) -> None:
+    make_model(tmp_path / "run" / "model", seed=3)
+    recipe = recipe_of(model, data, f"loss.position={{kind: rewarded, model: {tmp_path / 'run'}, temperature: 2}}")
+    found = prepared(recipe)
+    assert found.reward_directory == tmp_path / "run" / "model"
+    assert found.fingerprints["rewards"] == ModelSource(found.reward_directory).fingerprint()
+    assert found.fingerprints["rewards"] != found.fingerprints["model"]
+    run = RunDirectory(tmp_path / "resumed")
+    run.create(recipe, found.fingerprints)
+    with pytest.raises(UserError, match=r"^loss.position.model: the content has changed since"):
+        require_same_content(run, found.fingerprints | {"rewards": "0" * 64})
+
+
+def test_rewards_need_aligned_examples(model: Path, tmp_path: Path, copied_cache: Path) -> None:
+    rows = [{"prompt": f"Row {n}", "completion": "Yes.", "label": False} for n in range(6)]
+    (tmp_path / "unaligned.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    position = f"loss.position={{kind: rewarded, model: {model}, temperature: 1}}"
+    with pytest.raises(UserError, match=r"loss.position.kind: rewarded has no effect: .* has no aligned examples"):
+        prepared(recipe_of(model, tmp_path / "unaligned.jsonl", position, "loss.type=npo"))
 
 
 def test_common_length_without_pairs_is_refused(model: Path, tmp_path: Path, copied_cache: Path) -> None:

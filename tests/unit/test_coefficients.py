@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from raydiv.config.loss import LossConfig, PositionConfig
 from raydiv.data.batching import StepPlan
 from raydiv.losses import OBJECTIVES, Batch, Term, widest_scope
 from raydiv.losses.objective import objective as register_objective
@@ -157,12 +158,14 @@ def test_running_means_start_at_the_first_value_and_stay_where_a_class_is_absent
 
 
 def test_estimate_is_named_with_its_ceiling() -> None:
-    assert estimate_facts(KLDO) == {
+    assert estimate_facts(LossConfig(type="kldo", skew=SKEW)) == {
         "divergence/name": "KL(D+ || 0.3 D+ + 0.7 D-)",
         "divergence/ceiling": pytest.approx(math.log(1 / 0.3)),
     }
-    assert estimate_facts(term("kldo")) == {"divergence/name": "KL(D+ || D-)"}
-    assert estimate_facts(term("sft")) == {}
+    assert estimate_facts(LossConfig(type="kldo")) == {"divergence/name": "KL(D+ || D-)"}
+    assert estimate_facts(LossConfig(type="sft")) == {}
+    rewarded = PositionConfig(kind="rewarded", model="another", temperature=1.0)
+    assert estimate_facts(LossConfig(type="kldo", position=rewarded)) == {}, "rewards depend on the class"
 
 
 def test_metrics_of_unpaired_data() -> None:

@@ -427,13 +427,12 @@ def test_distinct_preparations(tmp_path: Path) -> None:
     data = load_recipe(recipe.model_dump(by_alias=True), ["data.train=other.jsonl"])
     first = ["loss.position={kind: first, tokens: 2, weight: 0.5}"]
     weighted = load_recipe(recipe.model_dump(by_alias=True), first)
-    assert distinct_preparations([recipe, *same, kto, longer, data, kto, weighted, weighted]) == [
-        recipe,
-        kto,
-        longer,
-        data,
-        weighted,
-    ]
+    rewarded, hotter, other = (
+        load_recipe(recipe.model_dump(by_alias=True), [f"loss.position={{kind: rewarded, {rest}}}"])
+        for rest in ("model: a, temperature: 1", "model: a, temperature: 2", "model: b, temperature: 1")
+    )
+    recipes = [recipe, *same, kto, longer, data, kto, weighted, weighted, rewarded, rewarded, hotter, other]
+    assert distinct_preparations(recipes) == [recipe, kto, longer, data, weighted, rewarded, hotter, other]
     drawn = load_recipe(recipe.model_dump(by_alias=True), ["data.eval=0.1"])
     others = [drawn.model_copy(update={"seed": seed}) for seed in (1, 2)]
     assert distinct_preparations([drawn, *others]) == [drawn, *others], "the seed draws the held-out examples"

@@ -124,6 +124,11 @@ def _require_comparable(recipe: Recipe, against: Sequence[Baseline]) -> None:
         raise UserError(
             f"--against {against[0]}: does not support model.quantization: the baselines load whole weights"
         )
+    if against and recipe.loss.position.rule is not None:
+        raise UserError(
+            f"--against {against[0]}: does not support loss.position (now {recipe.loss.position.kind}): the baselines "
+            "count every token 1"
+        )
     if against and recipe.cluster.use_gpu and recipe.cluster.num_workers > 1:
         raise UserError(
             f"--against {against[0]}: runs on one GPU; set cluster.num_workers to 1 (now {recipe.cluster.num_workers})"

@@ -28,8 +28,10 @@ from raydiv.config import Recipe
 from raydiv.config.cluster import ClusterConfig
 from raydiv.data.prompt_sets import PromptSets
 from raydiv.losses import widest_scope
+from raydiv.losses.position import RewardWeights
 from raydiv.model.chat import Chat, chat_table
 from raydiv.model.limits import limit_notes, require_limits
+from raydiv.model.reward import require_same_tokens
 from raydiv.model.silence import silence_libraries
 from raydiv.runs.directory import RunDirectory
 from raydiv.runtime.resources import HOST_MEMORY_FRACTION, free_gpu_memory
@@ -140,6 +142,7 @@ def plan(
     silence_libraries()
     architecture, chat = architecture_of(recipe), _chat(recipe)
     limits = [] if chat is None else _limits(recipe, chat)
+    unchecked_rewards = _require_rewards(recipe, chat)
     amounts = measure_data(recipe, chat)
     memory, memory_from = _worker_memory(recipe.cluster)
     fits = list(stage_layouts(architecture, recipe, amounts.budget, memory))
@@ -182,7 +185,11 @@ def plan(
             "chat": None if chat is None else chat.facts(),
             "evaluation": [] if detect is None else EvaluationSize.of(detect, PromptSets.of(recipe).evaluate).notes(),
             "limits": limits,
-            "unchecked": [*([] if chat else [f"the tokenizer of {recipe.model.id}"]), *amounts.unavailable],
+            "unchecked": [
+                *([] if chat else [f"the tokenizer of {recipe.model.id}"]),
+                *unchecked_rewards,
+                *amounts.unavailable,
+            ],
             "untested": list(untested_combinations(resolved)),
             "changes": [] if fit.fits else fitting_changes(recipe, amounts.budget, memory),
         }
@@ -194,6 +201,17 @@ def _limits(recipe: Recipe, chat: Chat) -> list[str]:
     config, directory = config_of(recipe.model).get_text_config(), local_model_directory(recipe.model)
     require_limits(recipe, config, chat)
     return list(limit_notes(recipe, config, chat, directory)) if directory else []
+
+
+def _require_rewards(recipe: Recipe, chat: Chat | None) -> list[str]:
+    """The model of ``loss.position.model`` where it cannot be checked here. Raises UserError as training does."""
+    position = recipe.loss.position.rule
+    if not isinstance(position, RewardWeights):
+        return []
+    if chat is None or not (position.model.startswith("bundled:") or Path(position.model).expanduser().exists()):
+        return [position.model]
+    require_same_tokens(recipe, position, config_of(recipe.model).get_text_config().vocab_size, chat)
+    return []
 
 
 def _chat(recipe: Recipe) -> Chat | None:

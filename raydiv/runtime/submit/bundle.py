@@ -79,6 +79,9 @@ SECRET_PATTERNS = (
 FILE_SECTIONS = ("model", "data", "separation", "evaluate", "sweep", "study")
 """Sections of a recipe whose strings may be paths of files."""
 
+FILE_KEYS = ("loss.position.model",)
+"""Keys of other sections whose values may be paths of files."""
+
 INCLUDE_PREFIX = "study.include."
 """Keys that name folders of finished runs, which are not uploaded."""
 
@@ -178,8 +181,8 @@ def _option_prefix(word: str) -> str:
 def _path_candidates(tree: Mapping[str, Any], words: Sequence[str]) -> dict[str, str]:
     """Strings of a recipe and a command that may be paths, each with the key or word where it occurs first."""
     candidates: dict[str, str] = {}
-    for key, value in leaves({section: tree[section] for section in FILE_SECTIONS if section in tree}):
-        if isinstance(value, str):
+    for key, value in leaves(tree):
+        if isinstance(value, str) and (key.partition(".")[0] in FILE_SECTIONS or key in FILE_KEYS):
             candidates.setdefault(_without_model_prefix(value), key)
     command_end = 2 if words[0] == "data" else 1
     for previous, word in pairwise(words[command_end - 1 :]):
