@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import TypeAdapter
 
-from raydiv.config.loss import LossConfig, PositionConfig
+from raydiv.config.loss import LossConfig, LossSection
 from raydiv.data.batching import StepPlan
 from raydiv.losses import OBJECTIVES, Batch, Term, widest_scope
 from raydiv.losses.objective import objective as register_objective
@@ -157,15 +158,20 @@ def test_running_means_start_at_the_first_value_and_stay_where_a_class_is_absent
     assert means.update({"loss": 0.0}) == after
 
 
+def loss_of(**section: Any) -> LossConfig:
+    loss: LossConfig = TypeAdapter(LossSection).validate_python(section)
+    return loss
+
+
 def test_estimate_is_named_with_its_ceiling() -> None:
-    assert estimate_facts(LossConfig(type="kldo", skew=SKEW)) == {
+    assert estimate_facts(loss_of(type="kldo", skew=SKEW)) == {
         "divergence/name": "KL(D+ || 0.3 D+ + 0.7 D-)",
         "divergence/ceiling": pytest.approx(math.log(1 / 0.3)),
     }
-    assert estimate_facts(LossConfig(type="kldo")) == {"divergence/name": "KL(D+ || D-)"}
-    assert estimate_facts(LossConfig(type="sft")) == {}
-    rewarded = PositionConfig(kind="rewarded", model="another", temperature=1.0)
-    assert estimate_facts(LossConfig(type="kldo", position=rewarded)) == {}, "rewards depend on the class"
+    assert estimate_facts(loss_of(type="kldo")) == {"divergence/name": "KL(D+ || D-)"}
+    assert estimate_facts(loss_of(type="sft")) == {}
+    rewarded = {"kind": "rewarded", "model": "another", "temperature": 1.0}
+    assert estimate_facts(loss_of(type="kldo", position=rewarded)) == {}, "rewards depend on the class"
 
 
 def test_metrics_of_unpaired_data() -> None:
