@@ -145,7 +145,7 @@ def test_a_model_of_another_node_is_downloaded_here_at_its_commit(
 ) -> None:
     requested: list[Any] = []
 
-    def download(model_id: str, revision: str | None) -> Path:
+    def download(model_id: str, revision: str | None, key: str) -> Path:
         requested.append((model_id, revision))
         return tiny_model
 
@@ -161,7 +161,7 @@ def test_a_model_of_another_node_is_downloaded_here_at_its_commit(
 
 def test_a_bundled_model_of_another_node_is_created_here(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
     requested: list[str] = []
-    monkeypatch.setattr(model_files, "_bundled", lambda name: requested.append(name) or tiny_model)
+    monkeypatch.setattr(model_files, "_bundled", lambda name, key: requested.append(name) or tiny_model)
     for name in ("smollm2-135m-instruct", "w1-01234567"):
         assert model_directory(f"/far/cache/raydiv/models/{name}") == tiny_model.resolve()
     assert requested == ["bundled:smollm2-135m-instruct", "bundled:w1"]
