@@ -24,7 +24,7 @@ from raydiv.model.liger import require_liger
 from raydiv.model.limits import limit_notes, require_limits, require_room_for_answers
 from raydiv.model.load import ModelSource, require_quantizer
 from raydiv.model.resolve import fingerprint, model_directory, require_base_model
-from raydiv.model.reward import require_same_tokens, reward_directory
+from raydiv.model.reward import reward_directory
 from raydiv.runs.events import ExamplePlace
 from raydiv.runs.progress import ProgressDisplay
 from raydiv.runtime.session import ray_session
@@ -163,12 +163,8 @@ def prepare_data(
 
     Raises UserError for data that the recipe cannot use, and for another vocabulary of ``loss.position.model``.
     """
-    rows, position = (
-        ModelSource.from_recipe(recipe, inputs.model_directory).config().vocab_size,
-        recipe.loss.position.rule,
-    )
-    if isinstance(position, RewardWeights):
-        require_same_tokens(recipe, position, rows, inputs.chat)
+    rows = ModelSource.from_recipe(recipe, inputs.model_directory).config().vocab_size
+    rewards = reward_directory(recipe, rows, inputs.chat)
     with display.phase("tokens") as update:
         sources, quarantine = [*inputs.train, *inputs.eval], recipe.data.on_bad_row == "quarantine"
         indices = tokenize(sources, inputs.chat, recipe.cluster, quarantine=quarantine, progress=update)
@@ -194,7 +190,7 @@ def prepare_data(
         path = recipe.data.train[number].path
         display.print(f"{path}: the steps of the run take none of its examples; raise its weight or optim.steps")
     scored = np.arange(len(data.train.examples)) if whole else taken
-    return _with_reference(recipe, inputs, data, trained_on, display, scored)
+    return _with_reference(recipe, inputs, data, trained_on, display, scored, rewards)
 
 
 def _count_trained_on(recipe: Recipe, inputs: LoadedInputs, data: Splits) -> dict[str, int]:
@@ -214,6 +210,7 @@ def _with_reference(
     trained_on: dict[str, int],
     display: ProgressDisplay,
     scored: np.ndarray,
+    rewards: Path | None,
 ) -> PreparedData:
     """The data with the reference log-probs that the loss needs, also of KTO's mismatched examples, of the training
     examples at ``scored``.
@@ -226,12 +223,10 @@ def _with_reference(
         sets = [replace(one, reference_logps=np.zeros(len(one.examples), np.float32)) for one in sets]
     elif recipe.model.reference == "store":
         with display.phase("reference log-probs") as update:
-            sets, lookup = _score_reference(recipe, inputs.model_directory, sets, scored, update)
+            sets, lookup = _score_reference(recipe, inputs.model_directory, sets, scored, update, rewards)
         hits, misses = lookup.hits, lookup.misses
         _tell_weights(recipe, sets[0], display)
     held_out, facts = sets[1] if data.eval else None, chat_table(inputs.chat.facts())
-    position = recipe.loss.position.rule
-    rewards = reward_directory(position) if isinstance(position, RewardWeights) else None
     return PreparedData(inputs.model_directory, data, sets[0], held_out, hits, misses, trained_on, facts, rewards)
 
 
@@ -246,7 +241,12 @@ def _tell_weights(recipe: Recipe, train: ExampleSet, display: ProgressDisplay) -
 
 
 def _score_reference(
-    recipe: Recipe, directory: Path, sets: Sequence[ExampleSet], of_first: np.ndarray, progress: Progress
+    recipe: Recipe,
+    directory: Path,
+    sets: Sequence[ExampleSet],
+    of_first: np.ndarray,
+    progress: Progress,
+    rewards: Path | None,
 ) -> tuple[list[ExampleSet], Lookup]:
     """The sets with log-probs from the store, of the first one those at ``of_first`` alone."""
     rows = [of_first, *(np.arange(len(one.examples)) for one in sets[1:])]
@@ -256,7 +256,7 @@ def _score_reference(
         for part in (one.examples, one.mismatched)
         if part is not None
     ]
-    lookup = reference_logps(recipe, directory, [part.select(of_set) for part, of_set in parts], progress)
+    lookup = reference_logps(recipe, directory, [part.select(of_set) for part, of_set in parts], progress, rewards)
     found = zip(lookup.logps, lookup.tokens or [None for _ in parts], parts, strict=True)
     results = iter([_spread(logps, tokens, of_set, len(part)) for logps, tokens, (part, of_set) in found])
     with_reference = []

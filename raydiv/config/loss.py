@@ -186,11 +186,6 @@ class LossConfig(_Options):
         return [term.name for term in self.terms if term.objective.data == "paired"]
 
     @property
-    def has_estimate(self) -> bool:
-        """Whether the main objective estimates a divergence: not where rewards depend on the class (RewardWeights)."""
-        return self.terms[0].divergence != "none" and self.position.kind != "rewarded"
-
-    @property
     def is_bounded(self) -> bool:
         """Whether the loss is bounded below: by the main objective's ceiling, or by a penalty that is mixed in."""
         main = self.terms[0]

@@ -24,7 +24,6 @@ from raydiv.model.compatibility import CompatibilityCheck
 from raydiv.model.head import LogProbHead
 from raydiv.model.load import ModelSource
 from raydiv.model.packing import Packing, packing_of
-from raydiv.model.reward import reward_directory
 from raydiv.runtime.model_pool import map_rows, map_rows_unordered
 from raydiv.runtime.resources import pool_resources
 from raydiv.utils.cache import digest
@@ -52,29 +51,33 @@ class Lookup:
 
 
 def reference_logps(
-    recipe: Recipe, directory: Path, example_sets: Sequence[StoredExamples], progress: Progress = no_progress
+    recipe: Recipe,
+    directory: Path,
+    example_sets: Sequence[StoredExamples],
+    progress: Progress = no_progress,
+    rewards: Path | None = None,
 ) -> Lookup:
     """Reference log-probs of all examples of ``example_sets``, from the store or else from a pool of models.
 
-    Under RewardWeights they are sums of weighted log-probs, and the numbers of examples those that either model scored.
+    Under RewardWeights, whose model is in ``rewards``, they are sums of weighted log-probs, and the numbers of examples
+    those that either model scored.
     """
     lookup = _look_up(recipe, directory, example_sets, progress)
-    position = recipe.loss.position.rule
-    if not isinstance(position, RewardWeights):
-        return lookup
-    return _weighted(recipe, position, example_sets, lookup, progress)
+    return lookup if rewards is None else _weighted(recipe, rewards, example_sets, lookup, progress)
 
 
 def _weighted(
-    recipe: Recipe, position: RewardWeights, sets: Sequence[StoredExamples], reference: Lookup, progress: Progress
+    recipe: Recipe, rewards: Path, sets: Sequence[StoredExamples], reference: Lookup, progress: Progress
 ) -> Lookup:
     """``reference``, by token, with its tokens weighted: sums of weighted log-probs, and the weights.
 
     Raises UserError for a weight of LARGEST_WEIGHT or more.
     """
+    position = recipe.loss.position.rule
+    assert isinstance(position, RewardWeights)
     aligned = [np.flatnonzero(examples.aligned) for examples in sets]
     selected = [examples.select(rows) for examples, rows in zip(sets, aligned, strict=True)]
-    rewarded = _look_up(recipe, reward_directory(position), selected, progress)
+    rewarded = _look_up(recipe, rewards, selected, progress)
     logps, weights = [], []
     for rows, logps_of_model, tokens in zip(aligned, rewarded.tokens, reference.tokens, strict=True):
         assert logps_of_model is not None

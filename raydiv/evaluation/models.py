@@ -43,7 +43,8 @@ def initial_model(model: str) -> ModelSource | None:
         return None
     recipe = run.read_recipe()
     if recipe.model.adapter is not None:
-        return ModelSource.from_recipe(recipe, model_directory(str(adapter_directory(recipe.model.adapter))))
+        adapter = model_directory(str(adapter_directory(recipe.model.adapter)), key="model.adapter")
+        return ModelSource.from_recipe(recipe, adapter)
     return ModelSource.from_recipe(recipe, model_directory(recipe.model.id, recipe.model.revision))
 
 

@@ -14,23 +14,24 @@ from raydiv.utils.errors import UserError
 KEY = "loss.position.model"
 
 
-def reward_directory(position: RewardWeights) -> Path:
-    """The directory of the model or the adapter: ``position.model`` itself, or what that run trained.
+def reward_directory(recipe: Recipe, rows: int, chat: Chat) -> Path | None:
+    """The directory of the model or the adapter: ``loss.position.model`` itself, or what that run trained; None where
+    the recipe takes no rewards.
 
-    Raises UserError where there is none.
+    ``rows`` is the number of rows of the embedding of the model that is trained. Raises UserError where there is no
+    model, or it has other ids for the tokens of ``chat`` or too few of the rows.
     """
-    path = Path(position.model).expanduser()
-    trained = path / "model"
+    position = recipe.loss.position.rule
+    if not isinstance(position, RewardWeights):
+        return None
+    trained = Path(position.model).expanduser() / "model"
     is_run = any((trained / name).is_file() for name in ("config.json", "adapter_config.json"))
-    return model_directory(str(trained) if is_run else position.model, key=KEY)
+    directory = model_directory(str(trained) if is_run else position.model, key=KEY)
+    _require_same_tokens(ModelSource.from_recipe(recipe, directory), position, rows, chat)
+    return directory
 
 
-def require_same_tokens(recipe: Recipe, position: RewardWeights, rows: int, chat: Chat) -> None:
-    """Raise UserError where the model has other ids for the tokens of ``chat``, or too few of its ``rows``.
-
-    ``rows`` is the number of rows of the embedding of the model that is trained.
-    """
-    source = ModelSource.from_recipe(recipe, reward_directory(position))
+def _require_same_tokens(source: ModelSource, position: RewardWeights, rows: int, chat: Chat) -> None:
     tokens = chat.tokenizer.get_vocab()
     of_model = load_tokenizer(source.tokenizer_directory(), source.trust_remote_code).get_vocab()
     others = [token for token, number in tokens.items() if of_model.get(token) != number]

@@ -105,9 +105,10 @@ def log_metrics(run: RunDirectory, record: Metrics) -> None:
 
 def estimate_facts(loss: LossConfig) -> Metrics:
     """``divergence/name`` and, where there is one, ``divergence/ceiling``; empty without an estimate."""
-    if not loss.has_estimate:
-        return {}
     main = loss.terms[0]
+    # the rewards of RewardWeights depend on the class, so that the formula's value bounds no divergence
+    if main.divergence == "none" or loss.position.kind == "rewarded":
+        return {}
     return {"divergence/name": main.divergence} | ({} if main.ceiling is None else {"divergence/ceiling": main.ceiling})
 
 

@@ -329,7 +329,7 @@ def test_a_mixture_is_trl_s_too() -> None:
         trl_loss_options({"type": "kto", "beta": 0.3, "mix": sft})
 
 
-def test_baselines_that_count_every_token_once_are_not_compared_with_weighted_ones(tmp_path: Path) -> None:
+def test_baselines_that_count_every_token_once_are_not_compared_with_weighted_ones() -> None:
     position = {"kind": "decay", "rate": 0.9}
     recipe = load_recipe(
         {

@@ -266,8 +266,7 @@ def test_a_reward_model_of_another_vocabulary_is_refused(
     with pytest.raises(UserError, match=r"^loss.position.model: .*: its embedding has 290 rows, and the data needs"):
         prepared(rewarded)
     tokenizer = other / "tokenizer.json"
-    text = tokenizer.read_text()
-    renamed = json.loads(text)
+    renamed = json.loads(tokenizer.read_text())
     vocabulary = renamed["model"]["vocab"]
     vocabulary |= {"a": vocabulary["b"], "b": vocabulary["a"]}
     tokenizer.write_text(json.dumps(renamed))

@@ -28,10 +28,9 @@ from raydiv.config import Recipe
 from raydiv.config.cluster import ClusterConfig
 from raydiv.data.prompt_sets import PromptSets
 from raydiv.losses import widest_scope
-from raydiv.losses.position import RewardWeights
 from raydiv.model.chat import Chat, chat_table
 from raydiv.model.limits import limit_notes, require_limits
-from raydiv.model.reward import require_same_tokens
+from raydiv.model.reward import reward_directory
 from raydiv.model.silence import silence_libraries
 from raydiv.runs.directory import RunDirectory
 from raydiv.runtime.resources import HOST_MEMORY_FRACTION, free_gpu_memory
@@ -205,12 +204,12 @@ def _limits(recipe: Recipe, chat: Chat) -> list[str]:
 
 def _require_rewards(recipe: Recipe, chat: Chat | None) -> list[str]:
     """The model of ``loss.position.model`` where it cannot be checked here. Raises UserError as training does."""
-    position = recipe.loss.position.rule
-    if not isinstance(position, RewardWeights):
+    model = recipe.loss.position.model
+    if model is None:
         return []
-    if chat is None or not (position.model.startswith("bundled:") or Path(position.model).expanduser().exists()):
-        return [position.model]
-    require_same_tokens(recipe, position, config_of(recipe.model).get_text_config().vocab_size, chat)
+    if chat is None or not (model.startswith("bundled:") or Path(model).expanduser().exists()):
+        return [model]
+    reward_directory(recipe, config_of(recipe.model).get_text_config().vocab_size, chat)
     return []
 
 
