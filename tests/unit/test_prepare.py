@@ -28,7 +28,7 @@ Row = dict[str, Any]
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokenize in this process, with an empty cache; reference log-probs are minus the prompts' lengths."""
 
-    def lengths(recipe: Recipe, directory: Path, sets: Sequence[StoredExamples], progress: object) -> Lookup:
+    def lengths(recipe: Recipe, directory: Path, sets: Sequence[StoredExamples], *_: object) -> Lookup:
         return Lookup([-100.0 * number - examples.prompt_lengths for number, examples in enumerate(sets)], 3, 4)
 
     monkeypatch.setenv("RAYDIV_CACHE", str(tmp_path / "cache"))
