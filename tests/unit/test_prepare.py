@@ -89,7 +89,7 @@ def test_a_constrained_loss_gets_the_reference_by_token(
 ) -> None:
     """Also one that has no reference otherwise."""
 
-    def numbered(recipe: Recipe, directory: Path, sets: Sequence[StoredExamples], progress: object) -> Lookup:
+    def numbered(recipe: Recipe, directory: Path, sets: Sequence[StoredExamples], *_: object) -> Lookup:
         counts = [len(examples) for examples in sets]
         tokens = [TokenValues(np.full(n, number, np.float32), np.arange(n + 1)) for number, n in enumerate(counts)]
         return Lookup([np.zeros(n, np.float32) for n in counts], 0, 0, tokens)
@@ -117,7 +117,7 @@ def test_the_examples_of_a_runs_steps_alone_are_scored(
 ) -> None:
     scored: list[int] = []
 
-    def numbered(recipe: Recipe, directory: Path, sets: Sequence[StoredExamples], progress: object) -> Lookup:
+    def numbered(recipe: Recipe, directory: Path, sets: Sequence[StoredExamples], *_: object) -> Lookup:
         scored.extend(len(examples) for examples in sets)
         lengths = [examples.response_lengths.astype(np.int64) for examples in sets]
         tokens = [
