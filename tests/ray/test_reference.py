@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from helpers.models import TEMPLATE, make_model
 from helpers.stored import rows_here, stream_here
@@ -35,6 +36,8 @@ from raydiv.runtime.session import ray_session
 from raydiv.utils.errors import UserError
 
 pytestmark = pytest.mark.slow
+
+torch.set_num_threads(1)  # as a pool's actor: some tests compare bits
 
 PAIRS, EXAMPLES = 9, 18
 Weights = Callable[[int, int], Any]
